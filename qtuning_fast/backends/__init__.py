@@ -1,0 +1,1 @@
+"""What computes the operator: one module a backend."""

@@ -1,0 +1,1 @@
+"""Streams of tasks, the trainer that runs them, and what it reports."""

@@ -1,0 +1,45 @@
+"""Packaging. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = {}
+exec((ROOT / "qtuning_fast" / "version.py").read_text(), VERSION)
+
+LIFELONG = ["accelerate>=1.0", "datasets>=3.0", "jinja2>=3.1", "matplotlib>=3.8", "scikit-learn>=1.4", "typer>=0.15"]
+TEST = ["hypothesis>=6.100", "peft>=0.17", "pytest>=8.0", "pytest-benchmark>=5.0", "pytest-xdist>=3.5"]
+LINT = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9"]
+
+setup(
+    name="qtuning_fast",
+    version=VERSION["__version__"],
+    description="Prompts inside attention, fast: Q-tuning's prompt queue and NoRGa's gate on one operator",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast.
+    # kernels/ has no __init__.py: a top-level package of that name belongs to another project.
+    packages=[
+        *find_packages(include=["qtuning_fast", "qtuning_fast.*"], exclude=["qtuning_fast.kernels", "qtuning_fast.bench"]),
+        "qtuning_fast.kernels",
+        "qtuning_fast.bench",
+    ],
+    package_dir={"qtuning_fast.kernels": "kernels", "qtuning_fast.bench": "bench"},
+    package_data={"qtuning_fast": ["py.typed"], "qtuning_fast.lifelong": ["*.html.j2"]},
+    install_requires=["numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
+    extras_require={
+        "lifelong": LIFELONG,
+        "triton": ["triton>=3.6"],
+        "test": LIFELONG + TEST,
+        "dev": LIFELONG + TEST + LINT,
+    },
+    entry_points={"console_scripts": ["qtuning-fast = qtuning_fast.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
