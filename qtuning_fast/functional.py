@@ -1,0 +1,128 @@
+"""prefix_attention: checks its arguments, picks a backend, calls it."""
+
+import inspect
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtuning_fast import backends
+from qtuning_fast.backends import BackendChoice
+from qtuning_fast.validation import validate
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+    n_shared: int = 0,
+    reweight_key: tuple[Tensor, Tensor] | None = None,
+    reweight_value: tuple[Tensor, Tensor] | None = None,
+    gate: str | None = "tanh",
+    gate_alpha: float | Tensor = 1.0,
+    gate_tau: float | Tensor = 1.0,
+    attn_mask: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | Any:  # Any: the pair that return_lse asks for
+    """Attention over a prompt and the context, with a gate on the prompt's scores.
+
+    One softmax runs over both parts. The prompt's rows are reweighted by a low-rank matrix (Q-tuning: Guo et al.,
+    arXiv 2404.14607), their scores pass a gate (NoRGa: Le et al., arXiv 2405.14124, its non-linear residual gating):
+
+        o = softmax([g(c q k'ᵀ) + prefix_bias, c q kᵀ + attn_mask]) [v' ; v],    g(s) = s + alpha σ(tau s)
+        k' = (U Vᵀ) ∘ prefix_key,  v' = (U Vᵀ) ∘ prefix_value                    each with its own U and V
+
+    Every query sees every row of its prefix: masks and causality are about the context. A query that sees no context
+    attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
+
+    Args:
+        query: [B, Hq, N, D] in float64, float32, float16 or bfloat16. Any strides, as for all tensors here.
+        key: [B, Hkv, M, D] in query's dtype. Hq is a multiple of Hkv.
+        value: [B, Hkv, M, Dv] in query's dtype.
+        prefix_key: [Hkv, P, D], one prefix for all samples, or [T, Hkv, P, D], a bank of T >= 1 prefixes. In query's
+            dtype or float32, as the following ones and the gate's.
+        prefix_value: [Hkv, P, Dv] or [T, Hkv, P, Dv].
+        prefix_index: [B] integers in [0, T), required with a bank: the prefix of each sample. The range is checked on
+            the CPU; on an accelerator it is clamped.
+        prefix_length: [T] integers in [0, P], only with a bank: rows from there on are not there, whatever they hold.
+        n_shared: how many rows at the front are not reweighted; their rows of U are ignored.
+        reweight_key: (U [P, R], V [R, Hkv, D]) with any R >= 1; with a bank both with a leading T. None: weights of 1.
+        reweight_value: (U [P, R], V [R, Hkv, Dv]), likewise. Its R may be another.
+        gate: σ, one of "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity"; None is plain prefix
+            attention, g(s) = s, in which alpha and tau play no part and get no gradient.
+        gate_alpha: a finite number, or a tensor [] or [Hq], with a bank also [T, 1] or [T, Hq].
+        gate_tau: likewise.
+        attn_mask: bool (True: attend) or floating (added; entries at or below its dtype's most negative finite number
+            mean -inf). [B, M], or 4-D and broadcastable to [B, Hq, N, M]. Combines with is_causal. Gets no gradient.
+        prefix_bias: floating, 4-D and broadcastable to [B, Hq, N, P], added to the gated scores by the rule for masks.
+            Gets no gradient.
+        is_causal: query i sees context key j when j <= i + M - N, so the last query sees all.
+        scale: c, any finite number; None means 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of each query's scores.
+        backend: "auto", or one of "fused", "composed", "reference". With "auto" the environment variable
+            QTUNING_FAST_BACKEND, where it is set, stands in.
+
+    Returns:
+        The output [B, Hq, N, Dv] in query's dtype. With return_lse also the log-sum-exp [B, Hq, N], natural, of prefix
+        and context together, in float32 (float64 for float64 input), without gradient; -inf for a query that sees
+        nothing. Scores, gate and softmax are computed in that precision too, autocast or not.
+
+        Gradients reach query, key, value, prefix_key, prefix_value, U, V, gate_alpha and gate_tau, each in its own
+        dtype. They are 0 for rows beyond prefix_length, and for the first n_shared rows of U.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says which, what it must be and what it was.
+        NotImplementedError: the backend asked for by name cannot do this call.
+    """
+    call = validate(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        prefix_index=prefix_index,
+        prefix_length=prefix_length,
+        n_shared=n_shared,
+        reweight_key=reweight_key,
+        reweight_value=reweight_value,
+        gate=gate,
+        gate_alpha=gate_alpha,
+        gate_tau=gate_tau,
+        attn_mask=attn_mask,
+        prefix_bias=prefix_bias,
+        is_causal=is_causal,
+        scale=scale,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    run = backends.BACKENDS[backends.choose(call, backend).backend].run
+    device = query.device.type
+    # Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast.
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        output, lse = run(call)
+    return (output, lse) if return_lse else output
+
+
+def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:
+    """Which backend `prefix_attention`, called with the same arguments, uses and why, and why none of the others.
+
+    Computes nothing. Prints as a few lines of text, and raises what the call itself would raise.
+    """
+    arguments = _SIGNATURE.bind(*args, **kwargs)
+    arguments.apply_defaults()
+    call = validate(*arguments.args, **arguments.kwargs)
+    return backends.choose(call, arguments.arguments["backend"])
+
+
+_SIGNATURE = inspect.signature(prefix_attention)
+explain_backend.__signature__ = _SIGNATURE.replace(return_annotation=BackendChoice)  # type: ignore[attr-defined]
