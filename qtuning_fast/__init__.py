@@ -1,6 +1,33 @@
 """Prompts inside attention, fast: Q-tuning's bounded prompt queue and NoRGa's gate on one operator."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qtuning_fast.config import QTuningConfig
 from qtuning_fast.functional import explain_backend, prefix_attention
+from qtuning_fast.queue import PromptQueue, dq_pca
 from qtuning_fast.version import __version__
 
-__all__ = ["__version__", "explain_backend", "prefix_attention"]
+if TYPE_CHECKING:
+    from qtuning_fast.lifelong.trainer import LifelongTrainer
+    from qtuning_fast.model import QTuningModel
+
+__all__ = [
+    "LifelongTrainer",
+    "PromptQueue",
+    "QTuningConfig",
+    "QTuningModel",
+    "__version__",
+    "dq_pca",
+    "explain_backend",
+    "prefix_attention",
+]
+
+# What needs transformers is imported when it is first asked for: the operator alone should load fast.
+_LAZY = {"LifelongTrainer": "qtuning_fast.lifelong.trainer", "QTuningModel": "qtuning_fast.model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,17 @@
 """Modules with parameters."""
+
+from qtuning_fast.nn.discriminator import Discriminator, retention_loss
+from qtuning_fast.nn.gate import Gate
+from qtuning_fast.nn.prefix import LayerPrefix, LayerShape
+from qtuning_fast.nn.reparameterization import ResidualReparameterization
+from qtuning_fast.nn.reweighting import Reweighting
+
+__all__ = [
+    "Discriminator",
+    "Gate",
+    "LayerPrefix",
+    "LayerShape",
+    "ResidualReparameterization",
+    "Reweighting",
+    "retention_loss",
+]

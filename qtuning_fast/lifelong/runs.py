@@ -1,0 +1,178 @@
+"""A run on disk: begun from its settings, gone on with, and opened again to evaluate and predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtuning_fast.config import QTuningConfig
+from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.metrics import mean_and_spread
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.own_data import load_task
+from qtuning_fast.lifelong.report import write_report, write_seeds_report
+from qtuning_fast.lifelong.streams import load_stream
+from qtuning_fast.lifelong.tasks import Examples, Task
+from qtuning_fast.lifelong.texts import TokenizedTexts
+from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
+from qtuning_fast.model import QTuningModel
+from qtuning_fast.storage import read_json, write_json
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the tasks come from.
+
+    Args:
+        stream: name of a stream, or None.
+        tasks: one's own data, `name=path` each; exactly one of the two is given.
+        shots: training examples a class; None takes 16 of a stream, and all there are of one's own data.
+        validation_shots: validation examples a class.
+        test_size: test texts a task at most.
+        seed: of the draw.
+    """
+
+    stream: str | None = None
+    tasks: tuple[str, ...] = ()
+    shots: int | None = None
+    validation_shots: int = 16
+    test_size: int = 200
+    seed: int = 0
+
+    def load(self) -> list[Task]:
+        """The tasks in order.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: what is missing or wrong, by name.
+        """
+        if (self.stream is None) == (not self.tasks):
+            raise ValueError("either a stream or tasks of one's own must be named, and not both")
+        sizes = {"validation_shots": self.validation_shots, "test_size": self.test_size, "seed": self.seed}
+        if self.stream is not None:
+            return load_stream(self.stream, shots=16 if self.shots is None else self.shots, **sizes)
+        return [load_task(spec, shots=self.shots, **sizes) for spec in self.tasks]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that makes a run what it is."""
+
+    model: str
+    data: DataOptions
+    method: QTuningConfig
+    training: TrainingOptions
+    forward_transfer: bool = False
+
+    def with_seed(self, seed: int) -> RunSettings:
+        """The same run from another seed, which also draws other examples."""
+        return replace(self, data=replace(self.data, seed=seed), training=replace(self.training, seed=seed))
+
+
+Listening = Callable[[Sequence[Task], str], AbstractContextManager[RunListener]]
+
+
+def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[str, Any]:
+    """Begin the run in `folder`, or go on with it; writes metrics and report.
+
+    Args:
+        settings: of the run.
+        folder: a new one, or that of the same run cut off.
+        listening: makes a listener for a list of tasks and a title.
+
+    Returns:
+        The metrics.
+    """
+    tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
+    base_model, tokenizer = load_base_model(settings.model)
+    title = settings.data.stream or "own data"
+    with listening(tasks, title) as listener:
+        metrics = LifelongTrainer(
+            base_model,
+            tokenizer,
+            settings.method,
+            tasks,
+            settings.training,
+            folder,
+            forward_transfer=settings.forward_transfer,
+            about={"stream": title, "base_model": settings.model, "data": _plain(settings.data)},
+            listener=listener,
+        ).run()
+    write_report(metrics, folder)
+    return metrics
+
+
+def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Listening) -> dict[str, Any]:
+    """The run from several seeds, each in a folder of its own below `folder`.
+
+    Returns:
+        Mean and spread over the seeds.
+    """
+    first = settings.training.seed
+    runs = [
+        execute(settings.with_seed(seed), folder / f"seed-{seed}", listening) for seed in range(first, first + seeds)
+    ]
+    summary = mean_and_spread(runs)
+    write_json(folder / "summary.json", summary)
+    write_seeds_report(runs, summary, folder)
+    return summary
+
+
+def rewrite_report(folder: Path) -> Path:
+    """`report.html` and its pictures again, from `metrics.json`."""
+    return write_report(read_json(_run_folder(folder) / METRICS_FILE), _run_folder(folder))
+
+
+class OpenRun:
+    """A run's stored adapters, ready to evaluate and predict.
+
+    Args:
+        folder: of a run; of a run from several seeds the first seed is taken.
+
+    Raises:
+        FileNotFoundError: there is no run, or no task of it is finished.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = _run_folder(folder)
+        self.settings = read_json(self.folder / RUN_FILE)
+        self.options = TrainingOptions(**self.settings["training"])
+        base_model, self.tokenizer = load_base_model(self.settings["base_model"])
+        self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
+
+    def load_tasks(self) -> list[Task]:
+        """The run's tasks again, the finished ones."""
+        data = self.settings["data"]
+        return DataOptions(**{**data, "tasks": tuple(data["tasks"])}).load()[: len(self.model.tasks)]
+
+    @torch.no_grad()
+    def predict(self, texts: Sequence[str], task: str) -> torch.Tensor:
+        """Probabilities `[texts, classes]` under a task's adapter."""
+        self.model.set_task(task)
+        encoded = TokenizedTexts(Examples(list(texts), [0] * len(texts)), self.tokenizer, self.options.max_length)
+        device = self.model.base_model.device
+        logits = [self.model(**batch).logits for batch in encoded.batches(self.options.eval_batch_size, device)]
+        return torch.cat(logits).softmax(-1).cpu()
+
+    def accuracy(self, examples: Examples, task: str) -> float:
+        """Share of the examples that a task's adapter gets right."""
+        predicted = self.predict(examples.texts, task).argmax(-1)
+        return float((predicted == torch.tensor(examples.labels)).double().mean())
+
+
+def _run_folder(folder: Path) -> Path:
+    seeds = sorted(folder.glob("seed-*/run.json"))
+    if not (folder / RUN_FILE).is_file() and not seeds:
+        raise FileNotFoundError(f"{folder} holds no run")
+    return folder if (folder / RUN_FILE).is_file() else seeds[0].parent
+
+
+def _plain(data: DataOptions) -> dict[str, Any]:
+    return {**asdict(data), "tasks": list(data.tasks)}

@@ -1,0 +1,231 @@
+"""One task on transformers.Trainer: rates per kind of parameter, small checkpoints that are whole or ignored."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.texts import TokenizedTexts
+from qtuning_fast.model import QTuningModel
+from qtuning_fast.storage import CorruptFileError, file_digest, read_json, write_json
+
+_MANIFEST = "manifest.json"
+
+
+class TaskTrainer(Trainer):
+    """Trains the task that `model` has started, and evaluates.
+
+    Args:
+        model: with a task in training.
+        options: budget and rates.
+        folder: for checkpoints.
+        train, validation: the splits; None for evaluation alone.
+        callbacks: told of every step.
+    """
+
+    def __init__(
+        self,
+        model: QTuningModel,
+        options: TrainingOptions,
+        folder: Path,
+        *,
+        train: TokenizedTexts | None = None,
+        validation: TokenizedTexts | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.qtuning = model
+        self.options = options
+        self.folder = folder
+        self.clock = StepClock()
+        self._retention_losses: list[Tensor] = []
+        stopping = [EarlyStoppingCallback(options.patience)] if train is not None and options.patience else []
+        super().__init__(
+            model=model,
+            args=_training_arguments(options, folder, training=train is not None),
+            train_dataset=train,
+            eval_dataset=validation,
+            compute_metrics=_accuracy,
+            callbacks=[self.clock, *stopping, *(callbacks or [])],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with one rate for each kind of parameter."""
+        if self.optimizer is None:
+            groups: dict[float, list[Tensor]] = {}
+            for name, parameter in self.qtuning.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(_rate(name, self.options), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": params, "lr": rate} for rate, params in groups.items()], weight_decay=0.0
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        if outputs.retention_loss is not None:
+            self._retention_losses.append(outputs.retention_loss.detach())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._retention_losses:
+            logs["retention_loss"] = float(torch.stack(self._retention_losses).mean())
+            self._retention_losses.clear()
+        super().log(logs, *args, **kwargs)
+
+    def accuracy(self, texts: TokenizedTexts) -> float:
+        """Share of `texts` that the model, as it stands, gets right."""
+        return self.evaluate(texts)["eval_accuracy"]
+
+    # Checkpoints: the base model is left out, and a manifest, written last, says that a checkpoint is whole.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.cpu().contiguous() for name, value in self.qtuning.trainable_state_dict().items()}
+        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = [name for name in load_result.missing_keys if not name.startswith("base_model.")]
+        if missing or load_result.unexpected_keys:
+            raise CorruptFileError(f"a checkpoint does not fit: missing {missing}, more {load_result.unexpected_keys}")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = self._checkpoint(self.state.global_step)
+            files = sorted(path for path in folder.iterdir() if path.is_file())
+            write_json(folder / _MANIFEST, {"files": {path.name: file_digest(path) for path in files}})
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def _load_best_model(self) -> None:
+        # By its step, not by the path in the state: that one goes stale when the run's folder is moved.
+        assert self.state.best_global_step is not None
+        best = self._checkpoint(self.state.best_global_step)
+        if not _is_whole(best):
+            raise CorruptFileError(f"{best} is damaged, and it holds the best state of the task")
+        self.qtuning.load_trainable_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
+
+    def train_or_resume(self) -> None:
+        """Train the task, from the newest whole checkpoint if there is one, and leave the best state in the model."""
+        checkpoint = latest_checkpoint(self.folder)
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            if self._is_over(state):  # training on would look at further steps than the run that was cut off
+                self.state = state
+                self._load_best_model()
+                return
+        self.train(resume_from_checkpoint=checkpoint)
+
+    def _is_over(self, state: TrainerState) -> bool:
+        callbacks: Any = state.stateful_callbacks  # as JSON here; the annotation tells of live ones
+        stopping = callbacks.get(EarlyStoppingCallback.__name__)
+        stopped = stopping and stopping["attributes"]["early_stopping_patience_counter"] >= self.options.patience
+        return bool(stopped) or state.global_step >= self.options.steps
+
+
+class StepClock(TrainerCallback):
+    """Measures each optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def median(self) -> float | None:
+        return median(self.seconds) if self.seconds else None
+
+
+def latest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in `folder`; those that are not whole are removed."""
+    whole = {}
+    for path in folder.glob("checkpoint-*"):
+        if _is_whole(path):
+            whole[int(path.name.removeprefix("checkpoint-"))] = path
+        else:
+            shutil.rmtree(path)
+    return str(whole[max(whole)]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        files = read_json(checkpoint / _MANIFEST)["files"]
+        return all(file_digest(checkpoint / name) == digest for name, digest in files.items())
+    except (FileNotFoundError, CorruptFileError):
+        return False
+
+
+def _rate(name: str, options: TrainingOptions) -> float:
+    if name.startswith("head."):
+        return options.head_rate
+    if name.startswith(("live.reparameterization.", "discriminator.")):
+        return options.network_rate
+    return options.gate_rate if ".gate." in name else options.prompt_rate
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+
+
+def _training_arguments(options: TrainingOptions, folder: Path, *, training: bool) -> TrainingArguments:
+    every = options.eval_every
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        learning_rate=options.prompt_rate,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, options.steps // 10),
+        eval_strategy="steps" if training else "no",
+        save_strategy="steps" if training else "no",
+        eval_steps=every,
+        save_steps=every,
+        # A log at every checkpoint: what is averaged between two logs would not survive a resume.
+        logging_steps=max(size for size in range(1, 6) if every % size == 0),
+        save_total_limit=2,
+        load_best_model_at_end=training,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        seed=options.seed,
+        data_seed=options.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to=[],
+    )

@@ -1,0 +1,350 @@
+"""LifelongTrainer: a stream of tasks, one after another, that can be cut off anywhere and goes on where it was.
+
+Each stage of a run leaves a file behind and is skipped when that file is there:
+
+    <folder>/run.json                       what the run is; another command in the same folder is refused
+    <folder>/tasks/NN-name/probe.json       the linear probe
+    <folder>/tasks/NN-name/checkpoints/     of the task in training, by transformers.Trainer
+    <folder>/tasks/NN-name/training.json    curves, steps, seconds
+    <folder>/adapter/                       the model after the last finished task
+    <folder>/tasks/NN-name/evaluation.json  every task so far under the live queue, and this one under its adapter
+    <folder>/metrics.json                   all of it, when the stream is over
+
+Everything random in a task starts from the run's seed and the task's number, so a run that was cut off ends as one that
+was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from qtuning_fast.config import QTuningConfig
+from qtuning_fast.integrations.transformers import encoder_of
+from qtuning_fast.lifelong.metrics import evaluation_summary
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.probe import linear_probe
+from qtuning_fast.lifelong.task_trainer import TaskTrainer
+from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.lifelong.texts import TokenizedTexts
+from qtuning_fast.model import QTuningModel
+from qtuning_fast.pretrained import CONFIG_FILE, fingerprint
+from qtuning_fast.storage import read_json, write_json
+from qtuning_fast.version import __version__
+
+RUN_FILE = "run.json"
+
+
+class LifelongTrainer:
+    """Runs a stream of tasks (Q-tuning, arXiv 2404.14607) on transformers.Trainer.
+
+    Args:
+        base_model: what the prompts are attached to.
+        tokenizer: of the base model.
+        config: the method.
+        tasks: the stream, in order.
+        options: budget and rates of each task.
+        folder: of the run; a run that was cut off there goes on.
+        forward_transfer: also learn each task but the first alone, with an empty queue, to compare.
+        about: further entries for the `config` of `metrics.json`, such as the stream's name.
+        listener: is told what happens; see `RunListener`.
+
+    Raises:
+        ValueError: the tasks cannot be run one after another, or the folder holds another run.
+    """
+
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        tokenizer: Any,
+        config: QTuningConfig,
+        tasks: Sequence[Task],
+        options: TrainingOptions,
+        folder: str | Path,
+        *,
+        forward_transfer: bool = False,
+        about: dict[str, Any] | None = None,
+        listener: RunListener | None = None,
+    ) -> None:
+        names = [task.name for task in tasks]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"tasks has the names {names}; it must hold at least one task and no name twice")
+        self.base_model = base_model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.tasks = list(tasks)
+        self.options = options
+        self.folder = Path(folder).absolute()
+        self.forward_transfer = forward_transfer
+        self.about = dict(about or {})
+        self.listener = listener or RunListener()
+        self._splits: dict[str, dict[str, TokenizedTexts]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Train and evaluate whatever is not done yet; returns the metrics, which are also in `metrics.json`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return self._run()
+        except Timeout:
+            raise ValueError(f"{self.folder}: another process is running there") from None
+
+    def _run(self) -> dict[str, Any]:
+        self._claim_folder()
+        model = self._restored_or_new()
+        for number, task in enumerate(self.tasks):
+            self.listener.task_begins(number, task)
+            self._stage(number, "probe", partial(self._probe, model, task))
+            if number >= len(model.tasks):
+                self._train(model, number, task)
+            self._stage(number, "evaluation", partial(self._evaluate, model, number))
+            if self.forward_transfer and number > 0:
+                self._stage(number, "alone", partial(self._learn_alone, number))
+            shutil.rmtree(self._task_folder(number) / "checkpoints", ignore_errors=True)
+            self.listener.task_ends(number, task, self._read(number, "probe"), self._read(number, "evaluation"))
+        model.set_task(None)
+        metrics = self._metrics(model)
+        write_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+    # Stages
+
+    def _claim_folder(self) -> None:
+        """Write `run.json`, or refuse a folder in which another run was begun."""
+        mine = {
+            "method": self.config.to_dict(),
+            "training": self.options.to_dict(),
+            "forward_transfer": self.forward_transfer,
+            "tasks": {task.name: _data_digest(task) for task in self.tasks},
+            "base_model": fingerprint(encoder_of(self.base_model)),
+            **self.about,
+        }
+        path = self.folder / RUN_FILE
+        if not path.exists():
+            if any(entry.name != ".lock" for entry in self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and holds no run; name another folder")
+            write_json(path, mine)
+            return
+        theirs = read_json(path)
+        different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        if different:
+            details = "; ".join(f"{name}: {_difference(theirs.get(name), mine.get(name))}" for name in different)
+            raise ValueError(f"{self.folder} holds another run ({details}); name another folder, or remove that one")
+
+    def _restored_or_new(self) -> QTuningModel:
+        saved = self.folder / "adapter"
+        if (saved / CONFIG_FILE).exists():
+            return QTuningModel.from_pretrained(self.base_model, saved)
+        return self._new_model()
+
+    def _new_model(self) -> QTuningModel:
+        set_seed(self.options.seed)
+        return QTuningModel(self.base_model, self.config)
+
+    def _train(self, model: QTuningModel, number: int, task: Task) -> None:
+        record = self._learn(model, number, self._task_folder(number) / "checkpoints")
+        write_json(self._task_folder(number) / "training.json", record)
+        model.save_pretrained(self.folder / "adapter")
+
+    def _learn(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
+        """Start, train and finish one task."""
+        task = self.tasks[number]
+        began = time.perf_counter()
+        set_seed(_task_seed(self.options.seed, number))
+        previous = model.tasks[-1] if model.tasks else None
+        model.start_task(task.name, label_names=task.label_names)
+        split = self._texts(task)
+        train = split["train"]
+        if model.retains_memory:
+            train.columns["retention_features"] = self._features(model, train, previous)
+        trainer = TaskTrainer(
+            model,
+            replace(self.options, seed=_task_seed(self.options.seed, number)),
+            checkpoints,
+            train=train,
+            validation=split["validation"],
+            callbacks=[self.listener.step_callback(self.options.steps)],
+        )
+        trainer.train_or_resume()
+        train.columns.pop("retention_features", None)
+        adapter = model.finish_task()
+        history = trainer.state.log_history
+        return {
+            "name": task.name,
+            "label_names": list(task.label_names),
+            "num_train": len(task.train.texts),
+            "num_validation": len(task.validation.texts),
+            "num_test": len(task.test.texts),
+            "seconds": time.perf_counter() - began,
+            "steps": trainer.state.global_step,
+            "step_seconds": trainer.clock.median,
+            "best_step": trainer.state.best_global_step,
+            "prefix_rows": adapter.prefix_rows,
+            "loss_curve": _curve(history, "loss"),
+            "retention_curve": _curve(history, "retention_loss"),
+            "validation_curve": _curve(history, "eval_accuracy"),
+            **_state_of(model),
+        }
+
+    def _evaluate(self, model: QTuningModel, number: int) -> dict[str, Any]:
+        """Every task so far under the live prefix; this task under its adapter."""
+        live = [self._accuracy(model, task, live=True) for task in self.tasks[: number + 1]]
+        return {"live_queue": live, "task_adapter": self._accuracy(model, self.tasks[number])}
+
+    def _learn_alone(self, number: int) -> dict[str, Any]:
+        """The task with an empty queue and a fresh shared prompt, with the same budget and seed."""
+        model = self._new_model()
+        folder = self._task_folder(number) / "alone"
+        self._learn(model, number, folder)
+        accuracy = self._accuracy(model, self.tasks[number])
+        model.set_task(None)
+        shutil.rmtree(folder)
+        return {"accuracy": accuracy}
+
+    def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
+        split = self._texts(task)
+        pairs = (
+            (self._features(model, texts, None).numpy(), texts.columns["labels"].numpy())
+            for texts in (split["train"], split["validation"], split["test"])
+        )
+        return linear_probe(*pairs)
+
+    # Pieces
+
+    def _accuracy(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
+        model.set_task(task.name, live=live)
+        return TaskTrainer(model, self.options, self.folder / "tasks").accuracy(self._texts(task)["test"])
+
+    def _features(self, model: QTuningModel, texts: TokenizedTexts, task: str | None) -> Tensor:
+        batches = texts.batches(self.options.eval_batch_size, self.base_model.device)
+        return torch.cat([model.features(batch, task=task).cpu() for batch in batches])
+
+    def _texts(self, task: Task) -> dict[str, TokenizedTexts]:
+        if task.name not in self._splits:
+            self._splits[task.name] = {
+                split: TokenizedTexts(getattr(task, split), self.tokenizer, self.options.max_length)
+                for split in ("train", "validation", "test")
+            }
+        return self._splits[task.name]
+
+    def _task_folder(self, number: int) -> Path:
+        return self.folder / "tasks" / f"{number:02d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.tasks[number].name)}"
+
+    def _stage(self, number: int, stage: str, compute: Callable[[], dict[str, Any]]) -> None:
+        path = self._task_folder(number) / f"{stage}.json"
+        if not path.exists():
+            write_json(path, compute())
+
+    def _read(self, number: int, stage: str) -> dict[str, Any]:
+        return read_json(self._task_folder(number) / f"{stage}.json")
+
+    def _metrics(self, model: QTuningModel) -> dict[str, Any]:
+        numbers = range(len(self.tasks))
+        evaluations = [self._read(number, "evaluation") for number in numbers]
+        at_once = [evaluation["task_adapter"] for evaluation in evaluations]
+        at_the_end = [self._accuracy(model, task) for task in self.tasks]
+        if at_once != at_the_end:
+            raise RuntimeError(f"stored adapters changed: accuracies were {at_once} and are {at_the_end}")
+        alone = [self._read(n, "alone")["accuracy"] if n else None for n in numbers] if self.forward_transfer else None
+        probes = [self._read(number, "probe")["accuracy"] for number in numbers]
+        adapter_rows = [_padded(at_once[: number + 1], len(self.tasks)) for number in numbers]
+        live_rows = [_padded(evaluation["live_queue"], len(self.tasks)) for evaluation in evaluations]
+        return {
+            "tasks": [task.name for task in self.tasks],
+            "per_task": [self._read(number, "training") for number in numbers],
+            "task_adapter": evaluation_summary(adapter_rows, alone),
+            "live_queue": evaluation_summary(live_rows, alone),
+            "baselines": {"linear_probe": {"accuracy": probes, "average_accuracy": float(np.mean(probes))}},
+            "config": {"method": self.config.to_dict(), "training": self.options.to_dict(), **self.about},
+            "versions": versions(),
+            "device": device_name(self.base_model.device),
+            "seed": self.options.seed,
+        }
+
+
+class RunListener:
+    """What a run tells while it goes on; this one listens to nothing."""
+
+    def task_begins(self, number: int, task: Task) -> None: ...
+
+    def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None: ...
+
+    def step_callback(self, steps: int) -> TrainerCallback:
+        """A callback for the training of one task of so many steps."""
+        return TrainerCallback()
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's figures depend on."""
+    return {
+        "qtuning_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _task_seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
+
+
+def _data_digest(task: Task) -> str:
+    splits = [asdict(split) for split in (task.train, task.validation, task.test)]
+    return hashlib.sha256(json.dumps([list(task.label_names), splits]).encode()).hexdigest()[:16]
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = [key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key)]
+        return ", ".join(f"{key} was {theirs.get(key)!r}, now {mine.get(key)!r}" for key in sorted(keys))
+    return f"was {theirs!r}, now {mine!r}"
+
+
+def _padded(row: list[float], length: int) -> list[float | None]:
+    return [*row, *[None] * (length - len(row))]
+
+
+def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
+    return [[entry["step"], entry[name]] for entry in history if name in entry]
+
+
+def _state_of(model: QTuningModel) -> dict[str, Any]:
+    """What the report shows of the queue, the reweighting and the gate after a task."""
+    eviction = model.live.last_eviction
+    gates = [prefix.gate for prefix in model.live.layers if prefix.gate is not None]
+    return {
+        "energy_kept": None if eviction is None else float(np.mean(eviction.energy_kept)),
+        "effective_rank": None if eviction is None else float(np.mean(eviction.effective_rank)),
+        "eviction": None if eviction is None else asdict(eviction),
+        "gate": {
+            "alpha": [gate.alpha.reshape(-1).tolist() for gate in gates],
+            "tau": [gate.tau.reshape(-1).tolist() for gate in gates],
+        }
+        if gates
+        else None,
+        "row_weights": [prefix.row_weights().abs().mean(1).tolist() for prefix in model.live.layers],
+    }

@@ -1,0 +1,416 @@
+"""QTuningModel: a transformers model that learns one task after another through a bounded queue of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from qtuning_fast.adapter import TaskAdapter, bank_arguments
+from qtuning_fast.config import QTuningConfig
+from qtuning_fast.integrations.transformers import AttachedAttention, encoder_of
+from qtuning_fast.live import LivePrefix
+from qtuning_fast.nn import Discriminator, retention_loss
+from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
+
+_BASE = "base_model."
+_QUEUE = "queue."
+
+
+@dataclass
+class QTuningOutput(ModelOutput):
+    """Output of a forward pass under a task.
+
+    Attributes:
+        loss: cross entropy plus η times the retention loss; None without labels.
+        logits: `[B, classes]`; with `task_names` of several tasks `[B, most classes]`, −inf beyond a task's own.
+        retention_loss: `L_MR`; None where memory retention is not due.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    retention_loss: Tensor | None = None
+
+
+class QTuningModel(nn.Module):
+    """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
+
+    Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
+    adapter (`set_task`). With no task set, the base model computes what it always did, by its own functions.
+
+    A base model without a head gets mean pooling, scaled to unit root mean square, and a head per task; of one with a
+    head the encoder is used. The backbone is frozen and stays in eval mode.
+
+    Args:
+        base_model: a text encoder of the BERT family.
+        config: see `QTuningConfig`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, or a layer of the model cannot be attached to.
+        NotImplementedError: a placement, a task type or a kind of model that is not supported yet.
+    """
+
+    accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the encoder and are no loss options
+
+    def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
+        super().__init__()
+        if not isinstance(config, QTuningConfig):
+            raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
+        if config.placement != "prefix":
+            raise NotImplementedError(f"placement={config.placement!r} is not supported yet; use 'prefix'")
+        if config.task_type != "sequence-classification":
+            raise NotImplementedError(
+                f"task_type={config.task_type!r} is not supported yet; use 'sequence-classification'"
+            )
+        self.attention = AttachedAttention(base_model)
+        self.layer_indices = _chosen_layers(config, len(self.attention.layers))
+        shapes = [self.attention.layers[index].shape for index in self.layer_indices]
+        self.live = LivePrefix(shapes, config).to(base_model.device)
+        self.qtuning_config = config
+        self.base_model = base_model
+        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+        self._was_training = [(module, module.training) for module in base_model.modules()]
+        base_model.requires_grad_(False).eval()
+        self.discriminator: Discriminator | None = None
+        self.head: nn.Linear | None = None
+        self.adapters: dict[str, TaskAdapter] = {}
+        self._training_task: tuple[str, tuple[str, ...]] | None = None
+        self._active: tuple[str, bool] | None = None  # name, and whether it runs under the live prefix
+
+    # Tasks
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the finished tasks, in order."""
+        return list(self.adapters)
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The base model, or its encoder where the base model has a head."""
+        return encoder_of(self.base_model)
+
+    @property
+    def retains_memory(self) -> bool:
+        """Whether the loss of the task in training holds the memory retention term: from the first eviction on."""
+        config = self.qtuning_config
+        return self.live.queue.evictions > 0 and config.retention_weight > 0 and config.shared_length > 0
+
+    def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
+        """Make room in the queue and begin a new prompt and head; the model then computes under the new task.
+
+        Args:
+            name: a new task's name.
+            num_labels: classes, at least two; may be left out where `label_names` is given.
+            label_names: one a class.
+
+        Raises:
+            TypeError, ValueError: the name is taken or the labels are not usable.
+            RuntimeError: another task is in training.
+        """
+        labels = self._check_new_task(name, num_labels, label_names)
+        device = self.base_model.device
+        self.live.begin_task(first=not self.tasks)
+        if self.retains_memory and self.discriminator is None:
+            self.discriminator = Discriminator(self.encoder.config.hidden_size)
+        if self.discriminator is not None:
+            self.discriminator.to(device).requires_grad_(True)
+        self.head = nn.Linear(self.encoder.config.hidden_size, len(labels)).to(device)
+        self._training_task = name, labels
+        self.set_task(name)
+
+    def finish_task(self) -> TaskAdapter:
+        """Fold the trained prompt, store the task's adapter and free what only training needed.
+
+        Raises:
+            RuntimeError: no task is in training.
+        """
+        if self._training_task is None or self.head is None:
+            raise RuntimeError("no task is in training; call start_task first")
+        name, labels = self._training_task
+        self.live.finish_task()
+        layers = self.live.layers
+        folded = [layer.folded() for layer in layers]
+        gates = [layer.gate for layer in layers if layer.gate is not None]
+        adapter = TaskAdapter(
+            name=name,
+            label_names=labels,
+            keys=tuple(key.cpu() for key, _ in folded),
+            values=tuple(value.cpu() for _, value in folded),
+            gate=self.qtuning_config.gate,
+            alphas=tuple(gate.alpha.detach().cpu().clone() for gate in gates),
+            taus=tuple(gate.tau.detach().cpu().clone() for gate in gates),
+            head_weight=self.head.weight.detach().cpu().clone(),
+            head_bias=self.head.bias.detach().cpu().clone(),
+        )
+        self.adapters[name] = adapter
+        self.head = None
+        self._training_task = None
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)
+        self.set_task(name)
+        return adapter
+
+    def set_task(self, name: str | None, *, live: bool = False) -> None:
+        """Compute under this task from here on; None for the base model alone, by its own attention.
+
+        Args:
+            name: a finished task, the task in training, or None.
+            live: run a finished task's head under the live prefix `[P* ; P_new ; W ∘ Q_old]` and the live gate instead
+                of the task's own.
+
+        Raises:
+            ValueError: no task of this name.
+        """
+        if name is None:
+            self._active = None
+            self.attention.clear()
+            self.attention.restore()
+            return
+        in_training = self._training_task is not None and name == self._training_task[0]
+        if not in_training:
+            self._adapter(name)
+        self._active = name, live or in_training
+        self.attention.switch()
+        self._place()
+
+    def label_names(self, name: str) -> tuple[str, ...]:
+        """The classes of a finished task."""
+        return self._adapter(name).label_names
+
+    def _adapter(self, name: str) -> TaskAdapter:
+        if name not in self.adapters:
+            raise ValueError(f"task {name!r} is not among the finished tasks: {', '.join(self.tasks) or 'none yet'}")
+        return self.adapters[name]
+
+    def _check_new_task(self, name: object, num_labels: object, label_names: Sequence[str] | None) -> tuple[str, ...]:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"name is {name!r}; it must be a string that is not empty")
+        if self._training_task is not None:
+            raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
+        if name in self.adapters:
+            raise ValueError(f"name is {name!r}, and a task of that name is finished already")
+        if label_names is None:
+            if isinstance(num_labels, bool) or not isinstance(num_labels, int):
+                raise TypeError(f"num_labels is {num_labels!r}; it must be an integer, or label_names must be given")
+            label_names = [str(label) for label in range(num_labels)]
+        elif num_labels not in (None, len(label_names)):
+            raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")
+        if len(label_names) < 2 or len(set(label_names)) < len(label_names):
+            raise ValueError(
+                f"num_labels: task {name!r} has the labels {list(label_names)}; it needs two, all different"
+            )
+        return tuple(label_names)
+
+    # Forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        task_names: Sequence[str] | None = None,
+        retention_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits under the active task, or the base model's own output where no task is set.
+
+        Args:
+            input_ids: `[B, N]` integers.
+            attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
+            labels: `[B]` class indices.
+            task_names: one finished task a sample; each sample then gets its own task's adapter.
+            retention_features: `[B, hidden]`, the features of this batch under the previous task's adapter
+                (`features`), where they were computed beforehand; they are computed here otherwise.
+            **kwargs: for the encoder (`token_type_ids`, `position_ids`, ...).
+
+        Returns:
+            `QTuningOutput`, or what the base model returns.
+        """
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions=True: attention weights are never formed; call the base model after detach()"
+            )
+        if task_names is not None:
+            return self._forward_mixed(task_names, labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self._active is None:
+            labels_or_none = {} if labels is None else {"labels": labels}
+            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **labels_or_none, **kwargs)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        retaining = self.training and labels is not None and self._training_task is not None and self.retains_memory
+        shared_features = None
+        if retaining and _batch_size(inputs) > 1:
+            if retention_features is None:
+                retention_features = self.features(inputs, task=self.tasks[-1])
+            features, shared_features = self._features_with_shared(inputs)
+        else:
+            self._place()
+            features = self._encode(inputs)
+        logits = self._logits(features)
+        if labels is None:
+            return QTuningOutput(logits=logits)
+        loss = F.cross_entropy(logits.float(), labels)
+        retention = None
+        if shared_features is not None and retention_features is not None and self.discriminator is not None:
+            shift = int(torch.randint(1, len(shared_features), ()))
+            retention = retention_loss(self.discriminator, shared_features, retention_features.to(features), shift)
+            loss = loss + self.qtuning_config.retention_weight * retention
+        return QTuningOutput(loss=loss, logits=logits, retention_loss=retention)
+
+    @torch.no_grad()
+    def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
+        """Pooled features `[B, hidden]` under a finished task's adapter, or of the base model alone for None.
+
+        The active task stays what it was.
+        """
+        active = self._active
+        self.set_task(task)
+        try:
+            return self._encode(inputs)
+        finally:
+            self.set_task(*active[:1], live=active[1]) if active else self.set_task(None)
+
+    def _encode(self, inputs: dict[str, Any]) -> Tensor:
+        """Mean over the tokens, scaled to unit root mean square, in float32: `[B, hidden]`."""
+        hidden = self.encoder(**inputs).last_hidden_state.float()
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            pooled = hidden.mean(1)
+        else:
+            weights = mask.to(hidden)[..., None]
+            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return F.rms_norm(pooled, pooled.shape[-1:])
+
+    def _logits(self, features: Tensor) -> Tensor:
+        assert self._active is not None
+        name = self._active[0]
+        if self._training_task is not None and name == self._training_task[0] and self.head is not None:
+            return self.head(features)
+        return self.adapters[name].logits(features)
+
+    def _place(self) -> None:
+        """Put the active task's prefix on the attention layers."""
+        assert self._active is not None
+        name, live = self._active
+        prefixes = self.live.arguments() if live else self.adapters[name].arguments(self.base_model.device)
+        self.attention.place(self.layer_indices, prefixes)
+
+    def _features_with_shared(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Features under the live prefix, and under the shared prompt alone: one pass of twice the batch."""
+        index = torch.arange(2, device=self.base_model.device).repeat_interleave(_batch_size(inputs))
+        self.attention.place(self.layer_indices, self.live.arguments_with_shared(index))
+        doubled = {name: torch.cat([v, v]) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        features, shared_features = self._encode(doubled).chunk(2)
+        return features, shared_features
+
+    def _forward_mixed(self, task_names: Sequence[str], labels: Tensor | None, **inputs: Any) -> QTuningOutput:
+        if len(task_names) != _batch_size(inputs):
+            raise ValueError(f"task_names has {len(task_names)} names for a batch of {_batch_size(inputs)}")
+        names = sorted(set(task_names), key=list(task_names).index)
+        adapters = [self._adapter(name) for name in names]
+        index = torch.tensor([names.index(name) for name in task_names], device=self.base_model.device)
+        active = self._active
+        self.attention.switch()
+        self.attention.place(self.layer_indices, bank_arguments(adapters, index))
+        try:
+            features = self._encode(inputs)
+        finally:
+            self.set_task(*active[:1], live=active[1]) if active else self.set_task(None)
+        widest = max(len(adapter.label_names) for adapter in adapters)
+        logits = features.new_full((len(features), widest), float("-inf"))
+        for position, adapter in enumerate(adapters):
+            rows = index == position
+            logits[rows, : len(adapter.label_names)] = adapter.logits(features[rows])
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return QTuningOutput(loss=loss, logits=logits)
+
+    def train(self, mode: bool = True) -> QTuningModel:
+        """Training mode for the prompts; the backbone stays in eval mode."""
+        super().train(mode)
+        self.base_model.eval()
+        return self
+
+    # State
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """The state of everything but the base model: what a checkpoint within a task needs."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(_BASE)}
+
+    def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `trainable_state_dict` within the same task."""
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not name.startswith(_BASE)]
+        if missing or unexpected:
+            raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the queue and the adapters of all finished tasks into a folder, replacing what was there in one step.
+
+        Raises:
+            RuntimeError: a task is in training.
+        """
+        if self._training_task is not None:
+            raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
+        state = self.trainable_state_dict() | {
+            f"{_QUEUE}{name}": value for name, value in self.live.queue.state_dict().items()
+        }
+        adapters = tuple(self.adapters.values())
+        kind = type(self.base_model).__name__
+        write_saved(Path(folder), SavedModel(self.qtuning_config, fingerprint(self.encoder), kind, adapters, state))
+
+    @classmethod
+    def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path) -> QTuningModel:
+        """Attach what `save_pretrained` wrote to the same base model; no task is set.
+
+        Raises:
+            FileNotFoundError: nothing was saved there.
+            ValueError: the files are damaged, of an unknown format version, or made for another base model.
+        """
+        saved = read_saved(Path(folder))
+        model = cls(base_model, saved.config)
+        if fingerprint(model.encoder) != saved.fingerprint:
+            model.detach()
+            raise ValueError(
+                f"{folder} was made for another base model: a {saved.base_model} with the fingerprint "
+                f"{saved.fingerprint[:12]}, not this {type(base_model).__name__}"
+            )
+        model._restore(saved)
+        return model
+
+    def _restore(self, saved: SavedModel) -> None:
+        self.adapters = {adapter.name: adapter for adapter in saved.adapters}
+        queue = {name: value for name, value in saved.state.items() if name.startswith(_QUEUE)}
+        self.live.queue.load_state_dict({name.removeprefix(_QUEUE): value for name, value in queue.items()})
+        state = {name: value for name, value in saved.state.items() if name not in queue}
+        self.live.begin_prompts(len(state["live._layers.0.prompt"]))
+        if any(name.startswith("discriminator.") for name in state):
+            self.discriminator = Discriminator(self.encoder.config.hidden_size).to(self.base_model.device)
+            self.discriminator.requires_grad_(False)
+        self.live.requires_grad_(False)
+        self.load_trainable_state_dict(state)
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything off the base model and give it back as it was."""
+        self.set_task(None)
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+        for module, training in self._was_training:
+            module.training = training
+        return self.base_model
+
+
+def _chosen_layers(config: QTuningConfig, count: int) -> list[int]:
+    layers = range(count) if config.layers is None else config.layers
+    if max(layers) >= count:
+        raise ValueError(f"layers names layer {max(layers)}, but the model has layers 0 to {count - 1}")
+    return sorted(layers)
+
+
+def _batch_size(inputs: dict[str, Any]) -> int:
+    return next(len(value) for value in inputs.values() if isinstance(value, Tensor))

@@ -1,0 +1,43 @@
+"""Memory retention: a Jensen-Shannon estimate of the information that new features keep of old ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Discriminator(nn.Module):
+    """`F_ω`, which scores a pair of feature vectors (Q-tuning, arXiv 2404.14607, memory retention).
+
+    Args:
+        features: length of each vector.
+        hidden: width of the hidden layer.
+    """
+
+    def __init__(self, features: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.score = nn.Sequential(nn.Linear(2 * features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, z_new: Tensor, z_old: Tensor) -> Tensor:
+        """`[B, features]` twice to `[B]`."""
+        return self.score(torch.cat([z_new, z_old], dim=-1)).squeeze(-1)
+
+
+def retention_loss(discriminator: Discriminator, z_new: Tensor, z_old: Tensor, shift: int) -> Tensor:
+    """`L_MR = −I(z_new, z_old)` by the Jensen-Shannon estimator (Hjelm et al., ICLR 2019).
+
+    Args:
+        z_new: `[B, features]` under the shared prefix prompt alone.
+        z_old: `[B, features]` under the previous task's adapter; no gradient flows into it.
+        shift: in 1..B-1; rolls `z_old` to make product pairs.
+
+    Returns:
+        A scalar; `2 ln 2` for a discriminator that is zero everywhere.
+    """
+    if not 1 <= shift < len(z_new):
+        raise ValueError(f"shift is {shift}; it must be in 1..{len(z_new) - 1}, below the batch size")
+    z_old = z_old.detach()
+    joint = discriminator(z_new, z_old)
+    product = discriminator(z_new, z_old.roll(shift, 0))
+    return F.softplus(-joint).mean() + F.softplus(product).mean()

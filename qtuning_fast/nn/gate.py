@@ -1,0 +1,28 @@
+"""NoRGa's non-linear residual gate on the attention paid to a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Gate(nn.Module):
+    """The parameters of `g(s) = s + α·σ(τ·s)` (Le et al., NeurIPS 2024, arXiv 2405.14124, section 4).
+
+    Args:
+        activation: σ, one of the names that `prefix_attention` takes.
+        num_heads: one (α, τ) pair for each of so many query heads; None for one pair in all.
+
+    Attributes:
+        alpha, tau: `[]` or `[num_heads]`, both 1 at first.
+    """
+
+    def __init__(self, activation: str, num_heads: int | None = None) -> None:
+        super().__init__()
+        shape = () if num_heads is None else (num_heads,)
+        self.activation = activation
+        self.alpha = nn.Parameter(torch.ones(shape))
+        self.tau = nn.Parameter(torch.ones(shape))
+
+    def extra_repr(self) -> str:
+        return f"{self.activation!r}, shape={tuple(self.alpha.shape)}"

@@ -1,0 +1,36 @@
+"""Low-rank reweighting of the older rows of a queue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Reweighting(nn.Module):
+    """`W = U Vᵀ` over rows of shape `[heads, n, width]` (Q-tuning, arXiv 2404.14607; rank 1 in the paper).
+
+    `W` starts at the rows' scale, which is one unless an eviction said otherwise. Components beyond the first start
+    with `U` random and `V` zero: they change nothing yet and differ from each other.
+
+    Args:
+        scale: `[n]`, where the rows start.
+        heads, width: of the rows.
+        rank: R.
+
+    Attributes:
+        U: `[n, R]`; V: `[R, heads, width]`.
+    """
+
+    def __init__(self, scale: Tensor, heads: int, width: int, rank: int) -> None:
+        super().__init__()
+        U = torch.randn(len(scale), rank)
+        U[:, 0] = scale
+        V = torch.zeros(rank, heads, width)
+        V[0] = 1
+        self.U = nn.Parameter(U)
+        self.V = nn.Parameter(V)
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        """`W` as `[heads, n, width]`."""
+        return torch.einsum("nr,rhd->hnd", self.U, self.V)

@@ -1,0 +1,119 @@
+"""A saved model on disk: `adapter_config.json` and safetensors files beside it, never a pickle.
+
+`adapter_config.json` names every other file with its SHA-256 and is written last, in one step: until then the files of
+the older save stay, so that a folder is always one whole save or refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qtuning_fast.adapter import TaskAdapter
+from qtuning_fast.config import QTuningConfig
+from qtuning_fast.storage import TEMPORARY, CorruptFileError, read_json, read_tensors, write_json, write_tensors
+
+CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 1
+
+_SAMPLES = 64  # values of each parameter that go into the fingerprint
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Everything that `QTuningModel.save_pretrained` keeps.
+
+    Attributes:
+        config: of the model.
+        fingerprint: of the base model it belongs to (`fingerprint`).
+        base_model: name of the base model's class, for people.
+        adapters: of the finished tasks, in order.
+        state: the queue, the live prefix and the discriminator, by name.
+    """
+
+    config: QTuningConfig
+    fingerprint: str
+    base_model: str
+    adapters: Sequence[TaskAdapter]
+    state: dict[str, Tensor]
+
+
+def write_saved(folder: Path, saved: SavedModel) -> None:
+    """Write `saved` into `folder`; a save that was there stays valid until this one is whole."""
+    tasks: list[dict[str, Any]] = [
+        {
+            "name": adapter.name,
+            "label_names": list(adapter.label_names),
+            **write_tensors(folder, f"task-{number:03d}", adapter.tensors()),
+        }
+        for number, adapter in enumerate(saved.adapters)
+    ]
+    state = write_tensors(folder, "state", saved.state)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "config": saved.config.to_dict(),
+        "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
+        "tasks": tasks,
+        "state": state,
+    }
+    write_json(folder / CONFIG_FILE, content)
+    named = {entry["file"] for entry in (*tasks, state)}
+    for path in (*folder.glob("*.safetensors"), *folder.glob(f".*{TEMPORARY}")):
+        if path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+def read_saved(folder: Path) -> SavedModel:
+    """What `write_saved` wrote.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+        CorruptFileError: a file is damaged or missing.
+        ValueError: the format version is not this one.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: no Q-tuning model was saved there")
+    content = read_json(path)
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this version of qtuning_fast reads {FORMAT_VERSION}")
+    config = QTuningConfig.from_dict(content["config"])
+    try:
+        adapters = [
+            TaskAdapter.from_tensors(
+                read_tensors(folder, entry), name=entry["name"], label_names=entry["label_names"], gate=config.gate
+            )
+            for entry in content["tasks"]
+        ]
+        state = read_tensors(folder, content["state"])
+    except KeyError as missing:
+        raise CorruptFileError(f"{path} does not hold {missing}") from None
+    base = content["base_model"]
+    return SavedModel(config, base["fingerprint"], base["class"], adapters, state)
+
+
+@torch.no_grad()
+def fingerprint(encoder: PreTrainedModel) -> str:
+    """A hash that tells base models apart: names, shapes and evenly spaced samples of every parameter.
+
+    The samples are rounded to bfloat16, so a model loaded in float32 and in bfloat16 is the same. The pooler is left
+    out: features do not pass through it, and transformers makes a random one where a checkpoint has none.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(encoder.named_parameters()):
+        if name.startswith("pooler."):
+            continue
+        flat = parameter.detach().flatten()
+        picks = torch.linspace(0, max(0, len(flat) - 1), min(_SAMPLES, len(flat)), dtype=torch.float64).long()
+        sample = flat[picks.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(json.dumps([name, list(parameter.shape), sample.tolist()]).encode())
+    return digest.hexdigest()

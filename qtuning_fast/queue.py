@@ -1,0 +1,182 @@
+"""The bounded queue of task prompts, and DQ-PCA, which makes room in it.
+
+Q-tuning (Guo et al., NAACL Findings 2024, arXiv 2404.14607) keeps the prompts of finished tasks in a queue and cuts a
+full queue by a principal component analysis over its rows. A row here is a (key, value) pair across a layer's heads,
+so its feature vector is `[k ; v]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEVEL = 1e-8  # a sum of entries below this says nothing about a vector's sign
+
+
+def dq_pca(rows: Tensor, keep: int, *, center: bool = False) -> Tensor:
+    """The `keep` rows that hold the most of the energy of `rows`: `Uᵀ rows` for its leading left singular vectors.
+
+    Args:
+        rows: `[n, F]`, floating point; the rows of one layer's queue.
+        keep: rows to keep, at most `min(n, F)`.
+        center: take the basis from the centred rows. Their left singular vectors are orthogonal to the vector of
+            ones, so the projection then loses the mean row altogether; the default keeps it.
+
+    Returns:
+        `[keep, F]` in the dtype and on the device of `rows`, largest singular value first. Computed in float64 on the
+        CPU, deterministic: each singular vector has a non-negative sum, or, where that sum vanishes, a positive
+        largest entry.
+
+    Raises:
+        TypeError: `rows` is not a floating-point tensor.
+        ValueError: `rows` is not two-dimensional or not finite, or `keep` is out of range.
+    """
+    return _decompose(rows, keep, center=center)[0]
+
+
+def _decompose(rows: Tensor, keep: int, *, center: bool = False) -> tuple[Tensor, Tensor]:
+    """`dq_pca`'s rows, and the singular values `[min(n, F)]` in float64."""
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        raise TypeError(f"rows is {getattr(rows, 'dtype', type(rows).__name__)}; it must be a floating-point tensor")
+    if rows.ndim != 2:
+        raise ValueError(f"rows has shape {tuple(rows.shape)}; it must be [n, F]")
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"keep is {keep!r}; it must be an integer")
+    if not 0 <= keep <= min(rows.shape):
+        raise ValueError(f"keep is {keep}; it must be in 0..{min(rows.shape)}, the smaller side of rows")
+    exact = rows.detach().to("cpu", torch.float64)
+    if not exact.isfinite().all():
+        raise ValueError("rows holds values that are not finite")
+    basis = exact - exact.mean(0) if center else exact
+    left, singular_values, _ = torch.linalg.svd(basis, full_matrices=False)
+    left = left[:, :keep] * _signs(left[:, :keep])
+    return (left.T @ exact).to(rows.device, rows.dtype), singular_values
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """`[keep]` of ±1: what makes each column's sum, or its first largest entry, positive."""
+    sums = vectors.sum(0)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).squeeze(0)
+    return torch.where(sums.abs() < _LEVEL, largest, sums).sign()
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007)."""
+    p = singular_values[singular_values > 0] / singular_values.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """What one eviction did; each list has one entry a layer."""
+
+    policy: str
+    kept: int
+    energy_kept: list[float]
+    effective_rank: list[float]
+    spectrum: list[list[float]]
+
+
+class PromptQueue:
+    """The queue `Q_old` of one model: for each layer the rows of finished prompts, newest first.
+
+    It holds at most `(capacity - 1) * prompt_length` rows a layer, so that with the prompt in training a prefix never
+    exceeds `capacity` prompts beside the shared one.
+
+    Args:
+        capacity: prompts `C`, counting the one in training; 1 keeps no old rows.
+        prompt_length: rows `l` of one prompt.
+        eviction: `"pca"`, `"fifo"` (the newest rows stay) or `"random"`.
+
+    Attributes:
+        rows: one `[n, F]` float32 tensor a layer; empty before the first prompt.
+        row_scale: one `[n]` tensor a layer: where the reweighting of each row starts. Ones, but after an eviction
+            `min(1, mean row norm before / norm of this row)`: projected rows differ widely in norm.
+        evictions: how many evictions there have been.
+    """
+
+    def __init__(self, capacity: int, prompt_length: int, *, eviction: str = "pca") -> None:
+        self.capacity = capacity
+        self.prompt_length = prompt_length
+        self.eviction = eviction
+        self.rows: list[Tensor] = []
+        self.row_scale: list[Tensor] = []
+        self.evictions = 0
+
+    @property
+    def max_rows(self) -> int:
+        return (self.capacity - 1) * self.prompt_length
+
+    def __len__(self) -> int:
+        """Rows held in each layer."""
+        return len(self.rows[0]) if self.rows else 0
+
+    def push(self, prompt: Sequence[Tensor], weights: Sequence[Tensor], *, seed: int = 0) -> Eviction | None:
+        """Take in a finished prompt (SPEC of the method: Q-tuning, section on the prompt queue).
+
+        While everything fits, the prompt joins as it is and the older rows stay unweighted. Otherwise the older rows
+        take in their weights and all rows together are cut to `max_rows`.
+
+        Args:
+            prompt: `[l, F]` a layer.
+            weights: `[n, F]` a layer: `W` of the rows held so far.
+            seed: of the `"random"` policy.
+
+        Returns:
+            What the eviction did, or None where none was due.
+        """
+        old = self.rows or [rows.new_zeros(0, rows.shape[1]) for rows in prompt]
+        if len(prompt[0]) + len(old[0]) <= self.max_rows:
+            self.rows = [torch.cat([new, held]) for new, held in zip(prompt, old)]
+            self.row_scale = [rows.new_ones(len(rows)) for rows in self.rows]
+            return None
+        full = [torch.cat([new, weight * held]) for new, held, weight in zip(prompt, old, weights)]
+        kept, spectra = zip(*(self._cut(rows, seed) for rows in full))
+        self.rows = list(kept)
+        self.row_scale = [_starting_scale(before, after) for before, after in zip(full, kept)]
+        self.evictions += 1
+        return Eviction(
+            policy=self.eviction,
+            kept=self.max_rows,
+            energy_kept=[_energy_kept(before, after) for before, after in zip(full, kept)],
+            effective_rank=[effective_rank(spectrum) for spectrum in spectra],
+            spectrum=[spectrum.tolist() for spectrum in spectra],
+        )
+
+    def _cut(self, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """`max_rows` rows out of `rows` by the policy, and the spectrum of `rows`."""
+        keep = self.max_rows
+        projected, spectrum = _decompose(rows, keep if self.eviction == "pca" else 0)
+        if self.eviction == "pca":
+            return projected, spectrum
+        if self.eviction == "fifo":
+            return rows[:keep].clone(), spectrum
+        # One draw for all layers, since `seed` is: a row that is kept is kept in every layer.
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:keep].sort().values
+        return rows[chosen.to(rows.device)], spectrum
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by name, for saving."""
+        state = {f"rows.{layer}": rows for layer, rows in enumerate(self.rows)}
+        state |= {f"row_scale.{layer}": scale for layer, scale in enumerate(self.row_scale)}
+        return state | {"evictions": torch.tensor(self.evictions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        layers = sum(name.startswith("rows.") for name in state)
+        self.rows = [state[f"rows.{layer}"] for layer in range(layers)]
+        self.row_scale = [state[f"row_scale.{layer}"] for layer in range(layers)]
+        self.evictions = int(state["evictions"])
+
+
+def _starting_scale(before: Tensor, after: Tensor) -> Tensor:
+    return (before.norm(dim=1).mean() / after.norm(dim=1)).nan_to_num(nan=1.0).clamp(max=1.0)
+
+
+def _energy_kept(before: Tensor, after: Tensor) -> float:
+    total = float(before.double().square().sum())
+    return float(after.double().square().sum()) / total if total else 1.0
