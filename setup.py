@@ -23,7 +23,7 @@ setup(
     # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast.
     # kernels/ has no __init__.py: a top-level package of that name belongs to another project.
     packages=[
-        *find_packages(include=["qtuning_fast", "qtuning_fast.*"], exclude=["qtuning_fast.kernels", "qtuning_fast.bench"]),
+        *find_packages(include=["qtuning_fast", "qtuning_fast.*"]),
         "qtuning_fast.kernels",
         "qtuning_fast.bench",
     ],

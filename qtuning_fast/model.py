@@ -82,6 +82,7 @@ class QTuningModel(nn.Module):
         self.head: nn.Linear | None = None
         self.adapters: dict[str, TaskAdapter] = {}
         self._training_task: tuple[str, tuple[str, ...]] | None = None
+        self._detached = False
         self._active: tuple[str, bool] | None = None  # name, and whether it runs under the live prefix
 
     # Tasks
@@ -154,6 +155,7 @@ class QTuningModel(nn.Module):
         self._training_task = None
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
+        self.zero_grad()
         self.set_task(name)
         return adapter
 
@@ -173,6 +175,7 @@ class QTuningModel(nn.Module):
             self.attention.clear()
             self.attention.restore()
             return
+        self._check_attached()
         in_training = self._training_task is not None and name == self._training_task[0]
         if not in_training:
             self._adapter(name)
@@ -184,12 +187,17 @@ class QTuningModel(nn.Module):
         """The classes of a finished task."""
         return self._adapter(name).label_names
 
+    def _check_attached(self) -> None:
+        if self._detached:
+            raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
+
     def _adapter(self, name: str) -> TaskAdapter:
         if name not in self.adapters:
             raise ValueError(f"task {name!r} is not among the finished tasks: {', '.join(self.tasks) or 'none yet'}")
         return self.adapters[name]
 
     def _check_new_task(self, name: object, num_labels: object, label_names: Sequence[str] | None) -> tuple[str, ...]:
+        self._check_attached()
         if not isinstance(name, str) or not name:
             raise TypeError(f"name is {name!r}; it must be a string that is not empty")
         if self._training_task is not None:
@@ -396,8 +404,9 @@ class QTuningModel(nn.Module):
         self.load_trainable_state_dict(state)
 
     def detach(self) -> PreTrainedModel:
-        """Take everything off the base model and give it back as it was."""
+        """Take everything off the base model and give it back as it was; no task can be set from here on."""
         self.set_task(None)
+        self._detached = True
         for parameter, required in self._required_grad:
             parameter.requires_grad_(required)
         for module, training in self._was_training:
