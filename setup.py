@@ -9,7 +9,7 @@ VERSION = {}
 exec((ROOT / "qtuning_fast" / "version.py").read_text(), VERSION)
 
 LIFELONG = ["accelerate>=1.0", "datasets>=3.0", "jinja2>=3.1", "matplotlib>=3.8", "scikit-learn>=1.4", "typer>=0.15"]
-TEST = ["hypothesis>=6.100", "peft>=0.17", "pytest>=8.0", "pytest-benchmark>=5.0", "pytest-xdist>=3.5"]
+TEST = ["hypothesis>=6.100", "kernels>=0.10", "peft>=0.17", "pytest>=8.0", "pytest-benchmark>=5.0", "pytest-xdist>=3.5"]
 LINT = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9"]
 
 setup(

@@ -1,0 +1,144 @@
+"""`attn_implementation="qtuning_fast"` in whole models, and what can be attached to."""
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+)
+
+from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.integrations.transformers import NAME
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ENCODERS = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES, pad_token_id=1),
+    "electra": ElectraConfig(**SIZES, embedding_size=16),
+    "distilbert": DistilBertConfig(vocab_size=40, dim=32, n_layers=2, n_heads=4, hidden_dim=48),
+}
+DECODERS = {
+    "llama": LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "mistral with a sliding window": MistralForCausalLM(
+        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
+    ),
+}
+
+
+def ours_and_eager(model: Any) -> tuple[Any, Any]:
+    ours, eager = model.eval(), copy.deepcopy(model).eval()
+    ours.set_attn_implementation(NAME)
+    eager.set_attn_implementation("eager")
+    return ours, eager
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_compute_what_eager_does(name: str, batch: dict[str, Tensor]) -> None:
+    ours, eager = ours_and_eager(AutoModel.from_config(ENCODERS[name]))
+    for inputs in (batch, {"input_ids": batch["input_ids"]}):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(**inputs).last_hidden_state, eager(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("padding", [False, True])
+def test_decoders_compute_what_eager_does(name: str, padding: bool) -> None:
+    ours, eager = ours_and_eager(DECODERS[name])
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[0, :4] = 0
+    with torch.no_grad():
+        seen = mask.bool()
+        torch.testing.assert_close(ours(ids, mask).logits[seen], eager(ids, mask).logits[seen])
+        torch.testing.assert_close(ours(ids).logits, eager(ids).logits)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_decoders_generate_what_eager_does(name: str, cache: str) -> None:
+    ours, eager = ours_and_eager(DECODERS[name])
+    ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "pad_token_id": 0, "eos_token_id": None}
+    static = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    assert torch.equal(ours.generate(ids, **options, **static), eager.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_of_the_bert_family_can_be_attached_to(name: str, batch: dict[str, Tensor]) -> None:
+    base = AutoModel.from_config(ENCODERS[name]).eval()
+    with torch.no_grad():
+        expected = base(**batch).last_hidden_state
+    model = QTuningModel(base, QTuningConfig(prompt_length=2, shared_length=1))
+    assert len(model.attention.layers) == 2
+    model.start_task("task", 2)
+    model(**batch, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert torch.equal(model.detach()(**batch).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        (T5Config(vocab_size=40, d_model=32, d_kv=8, num_layers=1, num_heads=4, d_ff=48), NotImplementedError),
+        (
+            ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48),
+            NotImplementedError,
+        ),
+        (GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=4), NotImplementedError),
+        (LlamaConfig(**SIZES), NotImplementedError),
+        (DebertaV2Config(**SIZES), ValueError),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_other_models_are_refused_and_left_as_they_were(config: PretrainedConfig, error: type[Exception]) -> None:
+    base = AutoModel.from_config(config)
+    before = base.config._attn_implementation, base.training, [p.requires_grad for p in base.parameters()]
+    with pytest.raises(error, match=type(base).__name__):
+        QTuningModel(base, QTuningConfig())
+    assert (base.config._attn_implementation, base.training, [p.requires_grad for p in base.parameters()]) == before
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="base_model"):
+        QTuningModel(torch.nn.Linear(2, 2), QTuningConfig())  # type: ignore[arg-type]
+
+
+def test_dropout_is_refused_by_name(tiny_bert: BertModel, batch: dict[str, Tensor]) -> None:
+    tiny_bert.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match="dropout"):
+        tiny_bert.train()(**batch)
+
+
+def test_gradients_are_those_of_eager(batch: dict[str, Tensor]) -> None:
+    ours, eager = ours_and_eager(AutoModel.from_config(ENCODERS["bert"]))
+    for model in (ours, eager):
+        model(**batch).last_hidden_state.square().sum().backward()
+    for (name, mine), theirs in zip(ours.named_parameters(), eager.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_operator_loads_without_transformers() -> None:
+    code = "import sys, qtuning_fast; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
