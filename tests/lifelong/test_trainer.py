@@ -1,0 +1,198 @@
+"""LifelongTrainer on toy tasks: what it reports, that it repeats itself, and that it goes on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from qtuning_fast.lifelong.own_data import load_task
+from transformers import TrainerCallback
+
+from qtuning_fast import LifelongTrainer, QTuningConfig
+from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.task_trainer import latest_checkpoint
+from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.lifelong.trainer import RunListener
+
+METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)
+TRAINING = TrainingOptions(steps=6, batch_size=4, max_length=10, eval_every=2, prompt_rate=0.03, head_rate=0.03)
+TIMES = {"seconds", "step_seconds"}
+
+
+class CutOff(BaseException):
+    """Stands for whatever ends a process."""
+
+
+class CutOffAt(TrainerCallback, RunListener):
+    """Ends the run at one of its events, counted over the whole run."""
+
+    def __init__(self, event: int) -> None:
+        self.left = event
+
+    def _tick(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise CutOff
+
+    def task_begins(self, *_: Any) -> None:
+        self._tick()
+
+    def task_ends(self, *_: Any) -> None:
+        self._tick()
+
+    def step_callback(self, steps: int) -> TrainerCallback:
+        return self
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._tick()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self._tick()
+
+
+@pytest.fixture(scope="module")
+def tasks(toy_files: dict[str, Path]) -> list[Task]:
+    return [load_task(f"{name}={path}", shots=4, validation_shots=3, test_size=12) for name, path in toy_files.items()]
+
+
+def lifelong(model: Path, tasks: list[Task], folder: Path, **changes: Any) -> LifelongTrainer:
+    arguments: dict[str, Any] = {"config": METHOD, "options": TRAINING} | changes
+    return LifelongTrainer(*load_base_model(str(model)), tasks=tasks, folder=folder, **arguments)
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    return metrics | {"per_task": [{k: v for k, v in task.items() if k not in TIMES} for task in metrics["per_task"]]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model_folder: Path, tasks: list[Task], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return lifelong(tiny_model_folder, tasks, tmp_path_factory.mktemp("undisturbed") / "run").run()
+
+
+def test_metrics_hold_what_they_must(undisturbed: dict[str, Any]) -> None:
+    assert undisturbed["tasks"] == ["colours", "animals", "warm", "pets"]
+    for task, name in zip(undisturbed["per_task"], undisturbed["tasks"]):
+        assert task["name"] == name and task["steps"] == 6 and task["seconds"] > task["step_seconds"] > 0
+    assert [task["prefix_rows"] for task in undisturbed["per_task"]] == [4, 6, 8, 8]
+    evictions = [task["energy_kept"] is not None for task in undisturbed["per_task"]]
+    assert evictions == [False, False, False, True]
+    assert [bool(task["retention_curve"]) for task in undisturbed["per_task"]] == evictions
+    for evaluation in ("task_adapter", "live_queue"):
+        summary = undisturbed[evaluation]
+        assert [sum(value is not None for value in row) for row in summary["accuracy_matrix"]] == [1, 2, 3, 4]
+        assert summary["forward_transfer"] is None
+    assert undisturbed["task_adapter"]["forgetting"] == 0
+    probe = undisturbed["baselines"]["linear_probe"]
+    assert probe["average_accuracy"] == pytest.approx(sum(probe["accuracy"]) / 4)
+    assert {"config", "versions", "device"} <= undisturbed.keys()
+    json.dumps(undisturbed, allow_nan=False)
+
+
+def test_a_just_finished_task_answers_alike_in_both_evaluations(undisturbed: dict[str, Any]) -> None:
+    for number in range(4):
+        stored, live = (undisturbed[kind]["accuracy_matrix"][number][number] for kind in ("task_adapter", "live_queue"))
+        assert stored == live
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "a").run()) == without_times(undisturbed)
+    other = lifelong(
+        tiny_model_folder, tasks, tmp_path / "b", options=TrainingOptions(**{**TRAINING.to_dict(), "seed": 1})
+    )
+    assert other.run()["per_task"][0]["loss_curve"] != undisturbed["per_task"][0]["loss_curve"]
+
+
+# A run has 4 beginnings, 4 ends, 24 steps and 12 saves.
+@pytest.mark.parametrize("event", [0, 3, 8, 17, 30, 36, 40, 43])
+def test_cut_off_anywhere_it_goes_on_to_the_same_end(
+    event: int, undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    with pytest.raises(CutOff):
+        lifelong(tiny_model_folder, tasks, tmp_path / "run", listener=CutOffAt(event)).run()
+    assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "run").run()) == without_times(undisturbed)
+
+
+def test_cut_off_again_and_again_and_moved_it_still_ends_the_same(
+    undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run-0"
+    for attempt in range(1, 50):
+        try:
+            metrics = lifelong(tiny_model_folder, tasks, folder, listener=CutOffAt(6)).run()
+            break
+        except CutOff:
+            folder = shutil.move(folder, tmp_path / f"run-{attempt}")
+    assert attempt > 3
+    assert without_times(metrics) == without_times(undisturbed)
+
+
+def test_early_stopping_ends_the_same_when_it_is_cut_off_after_the_stop(
+    tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    stopping = TrainingOptions(**{**TRAINING.to_dict(), "steps": 40, "patience": 1})
+    expected = lifelong(tiny_model_folder, tasks[:1], tmp_path / "a", options=stopping).run()
+    steps = expected["per_task"][0]["steps"]
+    assert steps < 40 and expected["per_task"][0]["best_step"] < steps
+    saves = steps // 2
+    listener = CutOffAt(1 + steps + saves - 1)  # at the very last save
+    with pytest.raises(CutOff):
+        lifelong(tiny_model_folder, tasks[:1], tmp_path / "b", options=stopping, listener=listener).run()
+    again = lifelong(tiny_model_folder, tasks[:1], tmp_path / "b", options=stopping).run()
+    assert without_times(again) == without_times(expected)
+
+
+def test_a_checkpoint_that_is_not_whole_is_never_used(
+    undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    with pytest.raises(CutOff):  # in the first task after the saves at steps 2 and 4
+        lifelong(tiny_model_folder, tasks, tmp_path / "run", listener=CutOffAt(8)).run()
+    checkpoints = next((tmp_path / "run" / "tasks").glob("00-*")) / "checkpoints"
+    latest = Path(latest_checkpoint(checkpoints) or "")
+    damaged = latest / "optimizer.pt"
+    content = bytearray(damaged.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 4
+    damaged.write_bytes(content)
+    assert latest_checkpoint(checkpoints) != str(latest) and not latest.exists()
+    assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "run").run()) == without_times(undisturbed)
+
+
+def test_forward_transfer_compares_with_each_task_learned_alone(
+    undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    metrics = lifelong(tiny_model_folder, tasks[:2], tmp_path / "run", forward_transfer=True).run()
+    alone = lifelong(tiny_model_folder, tasks[:2], tmp_path / "run", forward_transfer=True).run()
+    assert metrics["task_adapter"]["forward_transfer"] is not None
+    assert alone["task_adapter"] == metrics["task_adapter"]
+    expected = undisturbed["task_adapter"]["accuracy_matrix"][1][:2]
+    assert metrics["task_adapter"]["accuracy_matrix"][1] == expected  # asking for it changes nothing else
+
+
+def test_another_run_in_the_same_folder_is_refused(tiny_model_folder: Path, tasks: list[Task], tmp_path: Path) -> None:
+    lifelong(tiny_model_folder, tasks[:1], tmp_path / "run").run()
+    other = TrainingOptions(**{**TRAINING.to_dict(), "steps": 7})
+    with pytest.raises(ValueError, match=r"another run.*steps was 6, now 7"):
+        lifelong(tiny_model_folder, tasks[:1], tmp_path / "run", options=other).run()
+    with pytest.raises(ValueError, match=r"another run.*tasks"):
+        lifelong(tiny_model_folder, tasks[1:2], tmp_path / "run").run()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty"):
+        lifelong(tiny_model_folder, tasks[:1], tmp_path / "mine").run()
+    with pytest.raises(ValueError, match="no name twice"):
+        lifelong(tiny_model_folder, tasks[:1] * 2, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [("steps", 0, ValueError), ("steps", 1.5, TypeError), ("prompt_rate", -1, ValueError), ("seed", True, TypeError)],
+)
+def test_options_are_checked(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=field):
+        TrainingOptions(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,274 @@
+"""The command line: whole runs, killed runs, and inputs that no one should type."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from qtuning_fast.cli import app
+
+FAST = "--steps 6 --batch-size 4 --max-length 10 --eval-every 2 --prompt-length 2 --shared-length 2 --queue-size 2"
+DRAW = "--shots 4 --validation-shots 3 --test-size 12"
+TIMES = {"seconds", "step_seconds"}
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def command(toy_files: dict[str, Path], tiny_model_folder: Path) -> Command:
+    def run_command(out: Path, *more: str, tasks: int = 3) -> list[str]:
+        named = [f"--task={name}={path}" for name, path in list(toy_files.items())[:tasks]]
+        return ["run", f"--out={out}", f"--model={tiny_model_folder}", *named, *FAST.split(), *DRAW.split(), *more]
+
+    return run_command
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="session")
+def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    code, output = call(*command(folder))
+    assert code == 0, output
+    assert "report.html" in output and "colours" in output
+    return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["checksum"]  # of the times, too
+    for task in metrics["per_task"]:
+        for name in TIMES:
+            del task[name]
+    return metrics
+
+
+# What it does
+
+
+def test_a_run_leaves_metrics_a_report_and_pictures(finished: Path) -> None:
+    assert results(finished)["tasks"] == ["colours", "animals", "warm"]
+    assert "<html" in (finished / "report.html").read_text()
+    assert len(list((finished / "plots").glob("*.png"))) >= 8
+
+
+def test_the_same_command_again_trains_nothing(finished: Path, command: Command) -> None:
+    before = results(finished)
+    began = time.perf_counter()
+    code, output = call(*command(finished))
+    assert code == 0, output
+    assert results(finished) == before and time.perf_counter() - began < 60
+
+
+def test_eval_gives_the_accuracies_of_the_run(finished: Path) -> None:
+    code, output = call("eval", f"--run={finished}")
+    assert code == 0, output
+    for accuracy in results(finished)["task_adapter"]["accuracy_matrix"][-1]:
+        assert f"{accuracy:.3f}" in output
+
+
+def test_eval_on_data_of_ones_own(finished: Path, tmp_path: Path) -> None:
+    data = tmp_path / "mine.csv"
+    data.write_text("text,label\nthe red one,red\nthe green one,green\n")
+    code, output = call("eval", f"--run={finished}", "--task=colours", f"--data={data}")
+    assert code == 0 and "colours" in output
+    data.write_text("text,label\nthe red one,red\nthe green one,purple\n")
+    code, output = call("eval", f"--run={finished}", "--task=colours", f"--data={data}")
+    assert code == 2 and "purple" in output
+
+
+def test_predict_under_a_task_and_without_one(finished: Path) -> None:
+    code, output = call("predict", f"--run={finished}", "--task=colours", "the red one", "the green one")
+    assert code == 0 and output.count("colours:") == 2 and "guess" not in output
+    code, output = call("predict", f"--run={finished}", "the red one")
+    assert code == 0 and all(f"{name}:" in output for name in ("colours", "animals", "warm")) and "guess" in output
+
+
+def test_report_writes_the_report_again(finished: Path) -> None:
+    (finished / "report.html").unlink()
+    code, output = call("report", f"--run={finished}")
+    assert code == 0 and (finished / "report.html").is_file(), output
+
+
+def test_info_says_what_there_is() -> None:
+    code, output = call("info")
+    assert code == 0
+    for expected in ("qtuning_fast", "torch", "cpu", "reference", "fused", "composed"):
+        assert expected in output
+
+
+def test_several_seeds_report_mean_and_spread(command: Command, tmp_path: Path) -> None:
+    code, output = call(*command(tmp_path / "run", "--seeds=2", tasks=2))
+    assert code == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    values = [results(tmp_path / "run" / f"seed-{seed}")["task_adapter"]["average_accuracy"] for seed in (0, 1)]
+    assert summary["task_adapter"]["average_accuracy"]["values"] == values
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+# Killed
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    code = "from qtuning_fast.cli import main; main()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the same sums in the same order
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def killed_and_resumed(command: Command, folder: Path, expected: Path, draw: random.Random) -> None:
+    """Kill the run once its folder shows life, after a random while; then let the same command end it."""
+    process = start(command(folder))
+    while not (folder / "run.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 8))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    code, output = call(*command(folder))
+    assert code == 0, output
+    assert results(folder) == results(expected)
+    assert not list(folder.rglob(".*.part")) or (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_killed_at_random_a_run_goes_on(command: Command, finished: Path, tmp_path: Path, trial: int) -> None:
+    killed_and_resumed(command, tmp_path / "run", finished, random.Random(trial))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trial", range(3, 13))
+def test_killed_at_random_a_run_goes_on_soak(command: Command, finished: Path, tmp_path: Path, trial: int) -> None:
+    killed_and_resumed(command, tmp_path / "run", finished, random.Random(trial))
+
+
+def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtuning_fast.lifelong.trainer import LifelongTrainer
+
+    def interrupted(self: LifelongTrainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LifelongTrainer, "run", interrupted)
+    code, output = call(*command(tmp_path / "run"))
+    assert code == 130 and "same command" in output
+
+
+# Inputs that are wrong. Each is refused before anything is written, and the message names the culprit.
+
+BAD_NUMBERS = ["abc", "1.5.2", "", "nan", "-3"]
+WRONG: dict[str, list[str]] = {
+    "--prompt-length": [*BAD_NUMBERS, "0"],
+    "--queue-size": [*BAD_NUMBERS, "0"],
+    "--shared-length": BAD_NUMBERS,
+    "--rank": [*BAD_NUMBERS, "0"],
+    "--gate": ["swish", "", "TANH"],
+    "--gate-per": ["model", ""],
+    "--gate-training": ["never", "first task"],
+    "--layers": ["a", "0,,1", "-1", "0,0", ""],
+    "--reparameterization": ["lstm", ""],
+    "--eviction": ["lru", ""],
+    "--retention-weight": ["abc", "-0.5", "nan", "inf", ""],
+    "--steps": [*BAD_NUMBERS, "0"],
+    "--batch-size": [*BAD_NUMBERS, "0"],
+    "--max-length": [*BAD_NUMBERS, "0"],
+    "--prompt-rate": ["abc", "-1", "nan", "inf"],
+    "--head-rate": ["abc", "-1", "nan", "inf"],
+    "--gate-rate": ["abc", "-1", "nan", "inf"],
+    "--eval-every": [*BAD_NUMBERS, "0"],
+    "--patience": BAD_NUMBERS,
+    "--shots": [*BAD_NUMBERS, "0", "100000"],
+    "--validation-shots": [*BAD_NUMBERS, "100000"],
+    "--test-size": [*BAD_NUMBERS, "0"],
+    "--seed": BAD_NUMBERS,
+    "--seeds": [*BAD_NUMBERS, "0"],
+    "--stream": ["offline-5", "offline-7", ""],  # the first is known, but goes with no task of one's own
+    "--task": ["x=nowhere.csv", "x=", "=", "", "x=/", "x=/dev/null", "colours=other.csv"],
+    "--model": ["no/such/model", "/nowhere", ""],
+    "--out": ["", "/dev/null", "/proc/nothing/here"],
+    "--colour": ["red"],
+}
+
+
+@settings(
+    max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_wrong_inputs_are_refused_by_name(data: st.DataObject, command: Command, tmp_path: Path) -> None:
+    option = data.draw(st.sampled_from(sorted(WRONG)))
+    value = data.draw(st.sampled_from(WRONG[option]) | st.sampled_from(["--", "\x00", "💥"]).filter(lambda v: v != ""))
+    out = tmp_path / "run"
+    code, output = call(*command(out, f"{option}={value}"))
+    assert code == 2, (option, value, output)
+    name = option.removeprefix("--")
+    assert {name, name.replace("-", "_")} & set(_words(output)) or value in output, (option, value, output)
+    assert "Traceback" not in output and not out.exists()
+
+
+def _words(text: str) -> list[str]:
+    return "".join(c if c.isalnum() or c in "-_" else " " for c in text).replace("--", " ").split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run"], "--out"),
+        (["run", "--out={tmp}/x"], "stream"),
+        (["eval"], "--run"),
+        (["eval", "--run={tmp}/nothing"], "nothing"),
+        (["eval", "--run={run}", "--task=nothing"], "nothing"),
+        (["eval", "--run={run}", "--data=x.csv"], "--task"),
+        (["eval", "--run={run}", "--task=colours", "--data=nowhere.csv"], "nowhere"),
+        (["predict", "--run={run}"], "TEXT"),
+        (["predict", "--run={run}", " "], "TEXT"),
+        (["predict", "--run={run}", "--task=nothing", "a text"], "nothing"),
+        (["predict", "--run={tmp}/nothing", "a text"], "nothing"),
+        (["report", "--run={tmp}/nothing"], "nothing"),
+        (["dance"], "dance"),
+    ],
+)
+def test_commands_that_cannot_be_done(arguments: list[str], named: str, finished: Path, tmp_path: Path) -> None:
+    code, output = call(*(argument.format(tmp=tmp_path, run=finished) for argument in arguments))
+    assert code == 2 and named in output, output
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_run_is_refused(damage: str, command: Command, finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    draw = random.Random(damage)
+    for trial, path in enumerate(sorted((finished / "adapter").iterdir())):
+        folder = tmp_path / f"{trial}"
+        shutil.copytree(finished, folder)
+        damaged = folder / "adapter" / path.name
+        content = bytearray(path.read_bytes())
+        if damage == "truncate":
+            content = content[: draw.randrange(len(content))]
+        else:
+            content[draw.randrange(len(content) // 2)] ^= 1
+        damaged.write_bytes(content)
+        code, output = call("predict", f"--run={folder}", "a text")
+        assert code == 2 and "damaged" in output and path.name in output.replace(" ", ""), output
