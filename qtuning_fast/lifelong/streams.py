@@ -114,7 +114,7 @@ STREAMS = {
     ),
     # Kinds alternate, and relatives (four newsgroup tasks, five of sentiment, two of Reuters) stand apart.
     "offline-15": Stream(
-        "fifteen tasks, up to 25 shots: topics, sentiment, questions, spam, authors, readers",
+        "fifteen tasks, up to 30 shots: topics, sentiment, questions, spam, authors, readers",
         (
             _sentiment("movies"),
             _newsgroups("comp"),

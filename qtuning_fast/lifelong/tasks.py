@@ -86,31 +86,22 @@ def few_shot_split(
     if not pool.seen:
         raise ValueError(f"task {name!r}: none of its {len(texts)} training texts holds anything")
 
-    cuts_validation, cuts_test = validation is None and validation_shots > 0, test is None
-    to_validate = [validation_shots if cuts_validation else 0] * len(classes)
-    if shots is None:
-        to_test = [max(1, size // 5) for size in pool.sizes]
-        to_validate = [min(counts) for counts in zip(to_validate, to_test)]
-        needed = {"to train on": 1, "to validate": int(cuts_validation), "to test": int(cuts_test)}
-    else:
-        to_test = [size - shots - count for size, count in zip(pool.sizes, to_validate)]
-        needed = {"to train on": shots, "to validate": cuts_validation * validation_shots, "to test": int(cuts_test)}
-    for label, size in zip(classes, pool.sizes):
-        if size < sum(needed.values()):
-            raise ValueError(
-                f"task {name!r}: class {label!r} has {size} different texts, but {sum(needed.values())} are needed: "
-                + ", ".join(f"{count} {purpose}" for purpose, count in needed.items() if count)
-            )
+    to_validate, to_test = _sizes_to_cut(
+        name, classes, pool.sizes, shots, validation_shots if validation is None else 0, test_is_cut=test is None
+    )
 
     # A test set is cut at the far end, where it stays the same when more examples are asked for at the near one.
-    test_part = (
-        pool.take(balanced_counts(to_test, test_size), at_end=True)
-        if cuts_test
-        else own_test.take(balanced_counts(own_test.sizes, test_size))
-    )
-    validation_part = (
-        pool.take(to_validate) if validation is None else own_validation.take([validation_shots] * len(classes))
-    )
+    if test is None:
+        test_part = pool.take(balanced_counts(to_test, test_size), at_end=True)
+    else:
+        test_part = own_test.take(balanced_counts(own_test.sizes, test_size))
+    if validation is None:
+        validation_part = pool.take(to_validate)
+    else:
+        validation_part = own_validation.take([validation_shots] * len(classes))
+    for split, part, wanted in (("test", test_part, test_size), ("validation", validation_part, validation_shots)):
+        if wanted and not part:
+            raise ValueError(f"task {name!r}: its {split} split has no text of the classes {classes} left to draw")
     train_part = pool.take(pool.sizes if shots is None else [shots] * len(classes))
     return Task(name, classes, train_part, validation_part, test_part, source)
 
@@ -175,3 +166,21 @@ def _check_sizes(name: str, shots: int | None, validation_shots: int, test_size:
     for argument, (value, least) in at_least.items():
         if value is not None and value < least:
             raise ValueError(f"task {name!r}: {argument} is {value}, but must be at least {least}")
+
+
+def _sizes_to_cut(
+    name: str, classes: Sequence[str], sizes: Sequence[int], shots: int | None, to_validate: int, *, test_is_cut: bool
+) -> tuple[list[int], list[int]]:
+    """Of each class, how many texts to cut for validation, and how many can go to the test set at most."""
+    least_to_validate = to_validate if shots is not None else min(to_validate, 1)
+    needed = {"to train on": shots or 1, "to validate": least_to_validate, "to test": int(test_is_cut)}
+    for label, size in zip(classes, sizes):
+        if size < sum(needed.values()):
+            raise ValueError(
+                f"task {name!r}: class {label!r} has {size} different texts, but {sum(needed.values())} are needed: "
+                + ", ".join(f"{count} {purpose}" for purpose, count in needed.items() if count)
+            )
+    if shots is None:
+        fifths = [max(1, size // 5) for size in sizes]
+        return [min(to_validate, fifth) for fifth in fifths], fifths
+    return [to_validate] * len(sizes), [size - shots - to_validate for size in sizes]
