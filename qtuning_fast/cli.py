@@ -101,10 +101,10 @@ def run(
     with _clear_errors():
         from qtuning_fast.lifelong.options import TrainingOptions
         from qtuning_fast.lifelong.runs import DataOptions, RunSettings, execute, execute_seeds
-        from qtuning_fast.lifelong.streams import QUEUE_SIZES
+        from qtuning_fast.lifelong.streams import STREAMS
 
         if queue_size is None:
-            queue_size = QUEUE_SIZES.get(stream or "", _METHOD.queue_size)
+            queue_size = STREAMS[stream].queue_size if stream in STREAMS else _METHOD.queue_size
         settings = RunSettings(
             model=model,
             data=DataOptions(stream, tuple(task or ()), shots, validation_shots, test_size, seed),

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 torch.set_num_threads(1)  # one a worker: two workers share two cores
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 COLOURS = ["red", "green", "blue", "yellow"]
 ANIMALS = ["cat", "dog", "horse", "bird"]

@@ -76,11 +76,17 @@ def _forward_transfer(learned: np.ndarray, alone: Sequence[float | None] | None)
     return float(known.mean()) if known.size else None
 
 
+def results(metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """What the run has to compare, by name: its evaluations, then its baselines."""
+    return {name: metrics[name] for name in EVALUATIONS if name in metrics} | metrics.get("baselines", {})
+
+
 def final_accuracies(metrics: Metrics) -> dict[str, list[float]]:
-    """Accuracy on each task at the end of the run, by evaluation and then by baseline: those the run has."""
-    evaluations = {name: metrics[name]["accuracy_matrix"][-1] for name in EVALUATIONS if name in metrics}
-    baselines = {name: baseline["accuracy"] for name, baseline in metrics.get("baselines", {}).items()}
-    return {**evaluations, **baselines}
+    """Accuracy on each task at the end of the run, by evaluation or baseline."""
+    return {
+        name: result["accuracy_matrix"][-1] if name in EVALUATIONS else result["accuracy"]
+        for name, result in results(metrics).items()
+    }
 
 
 def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ Everything that can be wrong with the data is found here, before any training st
 
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from qtuning_fast.lifelong.tasks import Labelled, Task, few_shot_split
+from qtuning_fast.lifelong.tasks import Examples, Labelled, Task, few_shot_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,11 +59,7 @@ def load_task(
         ValueError: the data cannot be read, or not be used: the message says which, where and why.
     """
     name, path = _name_and_path(spec)
-    try:
-        import datasets  # noqa: F401  (an optional dependency, and slow to import)
-    except ImportError as error:
-        raise ImportError("reading your own data needs the package datasets: pip install datasets") from error
-
+    _require_datasets()
     splits = _read_files(path) if _is_local(path) else _read_hub(path)
     if "train" not in splits:
         raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
@@ -89,6 +86,34 @@ def load_task(
         test=own.get("test"),
         source=path,
     )
+
+
+def load_examples(path: str, label_names: Sequence[str]) -> Examples:
+    """All labelled texts of a file, for a task whose classes are known.
+
+    Args:
+        path: a file as in `load_task`, with the columns `text` and `label`.
+        label_names: the task's classes.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as in `load_task`; also a label that is none of these.
+    """
+    _require_datasets()
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    data = _read_file(file)
+    texts, (labels, _) = _texts(data, "text", path), _labels(data, "label", path)
+    if unknown := sorted(set(labels) - set(label_names)):
+        raise ValueError(f"{path}: label {unknown[0]!r} is none of the task's, which are {', '.join(label_names)}")
+    return Examples(texts, [list(label_names).index(label) for label in labels])
+
+
+def _require_datasets() -> None:
+    try:
+        import datasets  # noqa: F401  (an optional dependency, and slow to import)
+    except ImportError as error:
+        raise ImportError("reading your own data needs the package datasets: pip install datasets") from error
 
 
 def _name_and_path(spec: str) -> tuple[str, str]:

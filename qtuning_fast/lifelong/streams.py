@@ -54,10 +54,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in the order in which they are learned."""
+    """Tasks in the order in which they are learned, and the capacity of the queue they are meant for."""
 
     description: str
     recipes: tuple[Recipe, ...]
+    queue_size: int = 5
 
 
 def _newsgroups(group: str) -> Recipe:
@@ -111,6 +112,7 @@ STREAMS = {
     "offline-5": Stream(
         "five tasks, up to 100 shots: questions, film reviews, science topics, tweets, product reviews",
         (TREC, _sentiment("movies"), _newsgroups("sci"), _sentiment("tweets"), _sentiment("amazon")),
+        queue_size=3,  # so that the queue is full before the stream is over
     ),
     # Kinds alternate, and relatives (four newsgroup tasks, five of sentiment, two of Reuters) stand apart.
     "offline-15": Stream(

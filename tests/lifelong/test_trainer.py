@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qtuning_fast.lifelong.own_data import load_task
 from transformers import TrainerCallback
 
 from qtuning_fast import LifelongTrainer, QTuningConfig
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.own_data import load_task
 from qtuning_fast.lifelong.task_trainer import latest_checkpoint
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.lifelong.trainer import RunListener
