@@ -54,7 +54,8 @@ class DataOptions:
         """
         if (self.stream is None) == (not self.tasks):
             raise ValueError("either a stream or tasks of one's own must be named, and not both")
-        sizes: dict[str, Any] = {"validation_shots": self.validation_shots, "test_size": self.test_size, "seed": self.seed}
+        sizes: dict[str, Any] = {"validation_shots": self.validation_shots, "test_size": self.test_size}
+        sizes["seed"] = self.seed
         if self.stream is not None:
             return load_stream(self.stream, shots=16 if self.shots is None else self.shots, **sizes)
         return [load_task(spec, shots=self.shots, **sizes) for spec in self.tasks]
