@@ -32,8 +32,8 @@ SNIPPET_FILES = {
     "nyt": "nytEditorialSnippets",
     "tweets": "tweets",
 }
-# The corpus does not say which of the collections it joins a text is from; its airline tweets are addressed to one
-# of these six. About one in a hundred names none of them and is lost.
+# The corpus does not say which of the collections it joins a text is from. Of its airline tweets all but a handful
+# name one of these six.
 AIRLINE = re.compile(r"@(?:united|virginamerica|southwestair|jetblue|usairways|americanair)\b", re.IGNORECASE)
 
 
