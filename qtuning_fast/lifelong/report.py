@@ -73,8 +73,8 @@ PICTURES: dict[str, tuple[Picture, ...]] = {
     "Queue": (
         Picture(
             "queue-spectrum",
-            "How much each component of the queue carries, largest first: the steeper the fall, the less is lost with "
-            "the components right of the dashed line. Line: mean over layers; band: their range.",
+            "How much each component of the queue carries, largest first: the steeper the fall, the less PCA loses "
+            "with the components right of its dashed line. Line: mean over layers; band: their range.",
             plots.spectrum,
         ),
         Picture(
