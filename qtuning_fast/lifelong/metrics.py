@@ -1,0 +1,120 @@
+"""What a run over a stream of tasks learned, forgot and carried over, in numbers.
+
+`R[i][j]` is the accuracy on task `j` after training on task `i`; above the diagonal it is not defined (None).
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+Metrics = Mapping[str, Any]  # the content of a run's metrics.json
+
+EVALUATIONS = ("task_adapter", "live_queue")
+MEASURES = ("average_accuracy", "forgetting", "backward_transfer")
+
+
+def evaluation_summary(
+    accuracy_matrix: Sequence[Sequence[float | None]], alone: Sequence[float | None] | None = None
+) -> dict[str, Any]:
+    """One evaluation of a run: the matrix and what it says.
+
+    Args:
+        accuracy_matrix: `T` rows of `T` fractions in [0, 1]; None above the diagonal.
+        alone: `T` accuracies of each task learned alone, with the same budget and seed, an empty queue and a
+            fresh shared prompt; None where it was not measured (the first task never needs it).
+
+    Returns:
+        A dict, ready for JSON:
+
+        - `accuracy_matrix`: the matrix in plain floats.
+        - `average_accuracy`: mean of the last row.
+        - `forgetting`: mean over `j < last` of `max_i R[i][j] - R[last][j]`; 0 for a single task.
+        - `backward_transfer`: mean over `j < last` of `R[last][j] - R[j][j]`; 0 for a single task.
+        - `forward_transfer`: mean over every task but the first of `R[j][j] - alone[j]`, over the tasks that
+          `alone` knows; None where it knows none of them.
+
+    Raises:
+        ValueError: a matrix or a list of another shape, or an accuracy outside [0, 1].
+    """
+    R = _lower_triangle(accuracy_matrix)
+    tasks, final, learned = len(R), R[-1], R.diagonal()
+    lost = np.nanmax(R, axis=0) - final
+    gained = final - learned
+    return {
+        "accuracy_matrix": [[float(R[i, j]) if j <= i else None for j in range(tasks)] for i in range(tasks)],
+        "average_accuracy": float(final.mean()),
+        "forgetting": float(lost[:-1].mean()) if tasks > 1 else 0.0,
+        "backward_transfer": float(gained[:-1].mean()) if tasks > 1 else 0.0,
+        "forward_transfer": _forward_transfer(learned, alone),
+    }
+
+
+def _lower_triangle(accuracy_matrix: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """The matrix as float64 `[T, T]`, NaN above the diagonal."""
+    tasks = len(accuracy_matrix)
+    if tasks == 0 or any(len(row) != tasks for row in accuracy_matrix):
+        lengths = [len(row) for row in accuracy_matrix]
+        raise ValueError(f"accuracy_matrix must be square with at least one row, got rows of length {lengths}")
+    R = np.array(accuracy_matrix, dtype=np.float64)
+    known = R[np.tri(tasks, dtype=bool)]
+    if not np.all((known >= 0) & (known <= 1)):
+        raise ValueError("accuracy_matrix must hold fractions in [0, 1] on and below the diagonal")
+    if not np.all(np.isnan(R[~np.tri(tasks, dtype=bool)])):
+        raise ValueError("accuracy_matrix must be None above the diagonal, where no task has been learned yet")
+    return R
+
+
+def _forward_transfer(learned: np.ndarray, alone: Sequence[float | None] | None) -> float | None:
+    if alone is None:
+        return None
+    if len(alone) != len(learned):
+        raise ValueError(f"alone must hold one entry per task ({len(learned)}), got {len(alone)}")
+    gains = learned[1:] - np.array(alone[1:], dtype=np.float64)
+    known = gains[~np.isnan(gains)]
+    return float(known.mean()) if known.size else None
+
+
+def results(metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """What the run has to compare, by name: its evaluations, then its baselines."""
+    return {name: metrics[name] for name in EVALUATIONS if name in metrics} | metrics.get("baselines", {})
+
+
+def final_accuracies(metrics: Metrics) -> dict[str, list[float]]:
+    """Accuracy on each task at the end of the run, by evaluation or baseline."""
+    return {
+        name: result["accuracy_matrix"][-1] if name in EVALUATIONS else result["accuracy"]
+        for name, result in results(metrics).items()
+    }
+
+
+def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
+    """Several seeds of one run, summed up: the shape of one run's metrics with a spread in place of each number.
+
+    Args:
+        runs: metrics of the same stream and configuration, one per seed.
+
+    Returns:
+        `{"task_adapter": {"average_accuracy": spread, "forgetting": ..., "backward_transfer": ...},
+        "live_queue": {...}, "baselines": {name: {"average_accuracy": spread}}}`, where a spread is
+        `{"mean", "std", "values"}`: `std` is the sample standard deviation, None for a single run.
+
+    Raises:
+        ValueError: no runs.
+    """
+    if not runs:
+        raise ValueError("runs must hold the metrics of at least one run, got none")
+    summary: dict[str, Any] = {
+        evaluation: {measure: _spread([run[evaluation][measure] for run in runs]) for measure in MEASURES}
+        for evaluation in EVALUATIONS
+    }
+    summary["baselines"] = {
+        name: {"average_accuracy": _spread([run["baselines"][name]["average_accuracy"] for run in runs])}
+        for name in runs[0].get("baselines", {})
+    }
+    return summary
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}

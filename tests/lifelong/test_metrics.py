@@ -1,0 +1,115 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtuning_fast.lifelong.metrics import evaluation_summary, final_accuracies, mean_and_spread
+
+MATRIX = [
+    [0.8, None, None],
+    [0.9, 0.6, None],
+    [0.5, 0.7, 0.4],
+]
+
+
+def test_summary_of_a_hand_worked_matrix():
+    summary = evaluation_summary(MATRIX)
+    assert summary["accuracy_matrix"] == MATRIX
+    assert summary["average_accuracy"] == pytest.approx((0.5 + 0.7 + 0.4) / 3)
+    assert summary["forgetting"] == pytest.approx(((0.9 - 0.5) + (0.7 - 0.7)) / 2)
+    assert summary["backward_transfer"] == pytest.approx(((0.5 - 0.8) + (0.7 - 0.6)) / 2)
+    assert summary["forward_transfer"] is None
+
+
+def test_forward_transfer_skips_the_first_task_and_what_was_not_measured():
+    assert evaluation_summary(MATRIX, alone=[0.1, 0.5, 0.6])["forward_transfer"] == pytest.approx((0.1 - 0.2) / 2)
+    assert evaluation_summary(MATRIX, alone=[None, None, 0.6])["forward_transfer"] == pytest.approx(-0.2)
+    assert evaluation_summary(MATRIX, alone=[0.1, None, None])["forward_transfer"] is None
+
+
+def test_a_single_task_neither_forgets_nor_transfers():
+    summary = evaluation_summary([[0.75]], alone=[0.5])
+    assert summary == {
+        "accuracy_matrix": [[0.75]],
+        "average_accuracy": 0.75,
+        "forgetting": 0.0,
+        "backward_transfer": 0.0,
+        "forward_transfer": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("matrix", "complaint"),
+    [
+        ([], "square"),
+        ([[0.5], [0.5, 0.5]], "square"),
+        ([[0.5, 0.5], [0.5, 0.5]], "above the diagonal"),
+        ([[0.5, None], [None, 0.5]], "fractions"),
+        ([[83.0]], "fractions"),
+    ],
+)
+def test_a_malformed_matrix_is_refused(matrix, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        evaluation_summary(matrix)
+
+
+def test_alone_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"alone must hold one entry per task \(3\), got 2"):
+        evaluation_summary(MATRIX, alone=[None, 0.5])
+
+
+fraction = st.floats(0, 1)
+lower_triangle = st.integers(1, 8).flatmap(
+    lambda tasks: st.tuples(
+        *(
+            st.lists(fraction, min_size=i + 1, max_size=i + 1).map(lambda row, t=tasks: row + [None] * (t - len(row)))
+            for i in range(tasks)
+        )
+    )
+)
+
+
+@given(lower_triangle)
+def test_forgetting_covers_what_was_lost_since_learning(matrix):
+    summary = evaluation_summary(matrix)
+    assert 0 <= summary["average_accuracy"] <= 1 + 1e-12
+    assert -1 <= summary["backward_transfer"] <= 1
+    assert summary["forgetting"] >= max(0, -summary["backward_transfer"]) - 1e-12
+
+
+@given(st.lists(fraction, min_size=1, max_size=8))
+def test_constant_columns_are_never_forgotten(learned):
+    matrix = [[a if j <= i else None for j, a in enumerate(learned)] for i in range(len(learned))]
+    summary = evaluation_summary(matrix, alone=learned)
+    assert summary["forgetting"] == summary["backward_transfer"] == 0
+    assert summary["forward_transfer"] in (0, None)
+
+
+def test_final_accuracies_lists_evaluations_before_baselines(make_metrics):
+    metrics = make_metrics(4)
+    final = final_accuracies(metrics)
+    assert list(final) == ["task_adapter", "live_queue", "linear_probe"]
+    assert final["live_queue"] == metrics["live_queue"]["accuracy_matrix"][-1]
+    assert final["linear_probe"] == metrics["baselines"]["linear_probe"]["accuracy"]
+    del metrics["live_queue"], metrics["baselines"]
+    assert list(final_accuracies(metrics)) == ["task_adapter"]
+
+
+def test_mean_and_spread_over_seeds(make_metrics):
+    runs = [make_metrics(3, seed) for seed in range(3)]
+    summary = mean_and_spread(runs)
+    values = [run["live_queue"]["forgetting"] for run in runs]
+    mean = sum(values) / 3
+    spread = summary["live_queue"]["forgetting"]
+    assert spread["values"] == values
+    assert spread["mean"] == pytest.approx(mean)
+    assert spread["std"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / 2))
+    assert summary["task_adapter"]["forgetting"]["mean"] == 0
+    assert len(summary["baselines"]["linear_probe"]["average_accuracy"]["values"]) == 3
+
+
+def test_one_run_has_no_spread(make_metrics):
+    assert mean_and_spread([make_metrics(2)])["live_queue"]["average_accuracy"]["std"] is None
+    with pytest.raises(ValueError, match="at least one run"):
+        mean_and_spread([])
