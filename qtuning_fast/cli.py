@@ -185,7 +185,7 @@ def predict(
     """Classify texts under a stored task."""
     with _clear_errors():
         if not all(each.strip() for each in text):
-            raise ValueError("TEXT is empty; there is nothing to classify")
+            raise ValueError("text is empty; there is nothing to classify")
         _quiet()
         from qtuning_fast.lifelong.runs import OpenRun
 

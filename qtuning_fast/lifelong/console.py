@@ -1,9 +1,12 @@
 """What a run learned, as a table for the terminal."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.table import Table
 from rich.text import Text
 
-from qtuning_fast.lifelong.metrics import MEASURES, Metrics, final_accuracies, results
+from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, final_accuracies, results
 
 
 def summary_table(metrics: Metrics) -> Table:
@@ -25,6 +28,21 @@ def summary_table(metrics: Metrics) -> Table:
         values = [result.get(measure) for result in results(metrics).values()]
         table.add_row(measure.replace("_", " "), *map(_number, values), style="bold")
     return table
+
+
+def seeds_table(summary: Mapping[str, Any]) -> Table:
+    """Mean and sample standard deviation over several seeds, from `mean_and_spread`."""
+    table = Table(title="Mean ± standard deviation over the seeds")
+    table.add_column("")
+    for measure in MEASURES:
+        table.add_column(measure.replace("_", " "), justify="right")
+    for name, spreads in {**{name: summary[name] for name in EVALUATIONS}, **summary["baselines"]}.items():
+        table.add_row(name.replace("_", " "), *(_spread(spreads.get(measure)) for measure in MEASURES))
+    return table
+
+
+def _spread(spread: Mapping[str, Any] | None) -> str:
+    return "–" if spread is None else f"{_number(spread['mean'])} ± {_number(spread['std'])}"
 
 
 def _number(value: float | None) -> str:

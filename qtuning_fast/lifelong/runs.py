@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -90,6 +91,7 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
     Returns:
         The metrics.
     """
+    _check_writable(folder)
     tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
     base_model, tokenizer = load_base_model(settings.model)
     title = settings.data.stream or "own data"
@@ -166,6 +168,13 @@ class OpenRun:
         """Share of the examples that a task's adapter gets right."""
         predicted = self.predict(examples.texts, task).argmax(-1)
         return float((predicted == torch.tensor(examples.labels)).double().mean())
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before anything is loaded; it is made only when the run begins."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"out is {str(folder)!r}, but {existing} is not a folder that can be written to")
 
 
 def _run_folder(folder: Path) -> Path:

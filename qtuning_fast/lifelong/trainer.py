@@ -98,6 +98,7 @@ class LifelongTrainer:
 
     def run(self) -> dict[str, Any]:
         """Train and evaluate whatever is not done yet; returns the metrics, which are also in `metrics.json`."""
+        self._refuse_foreign_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
@@ -125,6 +126,13 @@ class LifelongTrainer:
 
     # Stages
 
+    def _refuse_foreign_folder(self) -> None:
+        if not self.folder.exists() or (self.folder / RUN_FILE).exists():
+            return
+        # Hidden files are what a run leaves that was killed in its first instant.
+        if any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty and holds no run; name another folder")
+
     def _claim_folder(self) -> None:
         """Write `run.json`, or refuse a folder in which another run was begun."""
         mine = {
@@ -137,8 +145,6 @@ class LifelongTrainer:
         }
         path = self.folder / RUN_FILE
         if not path.exists():
-            if any(entry.name != ".lock" for entry in self.folder.iterdir()):
-                raise ValueError(f"{self.folder} is not empty and holds no run; name another folder")
             write_json(path, mine)
             return
         theirs = read_json(path)

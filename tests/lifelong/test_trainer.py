@@ -163,6 +163,15 @@ def test_a_checkpoint_that_is_not_whole_is_never_used(
     assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "run").run()) == without_times(undisturbed)
 
 
+def test_a_run_killed_in_its_first_instant_can_begin_again(
+    tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".run.json.123.part"):
+        (tmp_path / "run" / name).touch()
+    assert lifelong(tiny_model_folder, tasks[:1], tmp_path / "run").run()["tasks"] == ["colours"]
+
+
 def test_forward_transfer_compares_with_each_task_learned_alone(
     undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
@@ -185,6 +194,7 @@ def test_another_run_in_the_same_folder_is_refused(tiny_model_folder: Path, task
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty"):
         lifelong(tiny_model_folder, tasks[:1], tmp_path / "mine").run()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(ValueError, match="no name twice"):
         lifelong(tiny_model_folder, tasks[:1] * 2, tmp_path / "new")
 
