@@ -48,8 +48,8 @@ class ProgressBars(RunListener):
         self.progress.update(self._steps, visible=False)
         live = evaluation["live_queue"]
         self.progress.console.print(
-            f"{number + 1:>2}. {task.name[:24]:<24} adapter {evaluation['task_adapter']:.3f}  "
-            f"probe {probe['accuracy']:.3f}  live queue, mean so far {sum(live) / len(live):.3f}",
+            f"{number + 1:>2}. {task.name[:20]:<20} adapter {evaluation['task_adapter']:.3f}  "
+            f"probe {probe['accuracy']:.3f}  live queue so far {sum(live) / len(live):.3f}",
             highlight=False,
         )
 

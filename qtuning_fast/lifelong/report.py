@@ -58,7 +58,8 @@ PICTURES: dict[str, tuple[Picture, ...]] = {
         ),
         Picture(
             "cost",
-            "Both lines should be flat once the queue is full: a later task costs no more than an earlier one.",
+            "Rows grow until the queue is full. The first eviction switches memory retention on, which runs every "
+            "batch twice. From there on both lines should be flat: a later task costs no more than an earlier one.",
             plots.cost,
         ),
     ),

@@ -128,8 +128,16 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
 
 
 def rewrite_report(folder: Path) -> Path:
-    """`report.html` and its pictures again, from `metrics.json`."""
-    return write_report(read_json(_run_folder(folder) / METRICS_FILE), _run_folder(folder))
+    """`report.html` and its pictures again, from `metrics.json`; with several seeds, those of each seed as well."""
+    if (folder / METRICS_FILE).is_file():
+        return write_report(read_json(folder / METRICS_FILE), folder)
+    runs = [(read_json(path), path.parent) for path in sorted(folder.glob(f"seed-*/{METRICS_FILE}"))]
+    if not runs:
+        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has ended there")
+    for metrics, seed_folder in runs:
+        write_report(metrics, seed_folder)
+    every = [metrics for metrics, _ in runs]
+    return write_seeds_report(every, mean_and_spread(every), folder)
 
 
 class OpenRun:

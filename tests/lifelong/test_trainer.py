@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from qtuning_fast import LifelongTrainer, QTuningConfig
@@ -117,6 +118,23 @@ def test_cut_off_anywhere_it_goes_on_to_the_same_end(
     with pytest.raises(CutOff):
         lifelong(tiny_model_folder, tasks, tmp_path / "run", listener=CutOffAt(event)).run()
     assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "run").run()) == without_times(undisturbed)
+
+
+def test_checkpoints_are_read_without_unpickling(
+    tiny_model_folder: Path, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CutOff):
+        lifelong(tiny_model_folder, tasks, tmp_path / "run", listener=CutOffAt(7)).run()
+    reads = []
+    load = torch.load
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        reads.append(options.get("weights_only"))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    lifelong(tiny_model_folder, tasks, tmp_path / "run").run()
+    assert len(reads) >= 3 and all(reads)  # optimizer, scheduler, random state
 
 
 def test_cut_off_again_and_again_and_moved_it_still_ends_the_same(
