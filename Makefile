@@ -27,7 +27,7 @@ $(STAMP): setup.py pyproject.toml requirements/data.txt Makefile
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/qtuning-fast run --stream offline-5 --out runs/demo --preset demo
+	$(BIN)/qtuning-fast run --stream offline-5 --shots 100 --validation-shots 50 --max-length 48 --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak"

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.lifelong.options import TrainingOptions
 
 app = typer.Typer(
     help="Learn one task after another with a bounded queue of prompts inside attention.",
@@ -28,6 +30,14 @@ app = typer.Typer(
 console = Console()
 
 _METHOD = QTuningConfig()
+_TRAINING = TrainingOptions()
+
+
+def _option(panel: str, text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel)
+
+
+_data, _method, _training = (partial(_option, panel) for panel in ("Data", "Method", "Training of each task"))
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
@@ -65,41 +75,40 @@ def _quiet() -> None:
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run cut off there goes on.")],
-    stream: Annotated[str | None, typer.Option(help="A stream of tasks: offline-5 or offline-15.")] = None,
+    stream: Annotated[str | None, _data("A stream of tasks: offline-5 or offline-15.")] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Your own task, name=path: CSV, JSONL, Parquet, a folder of them, or a hub dataset. Repeat."),
+        _data("Your own task, name=path: CSV, JSONL, Parquet, a folder of them, or a hub dataset. Repeat."),
     ] = None,
-    model: Annotated[str, typer.Option(help="Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
-    shots: Annotated[int | None, typer.Option(help="Training examples a class [16; own data: all].")] = None,
-    validation_shots: Annotated[int, typer.Option(help="Validation examples a class.")] = 16,
-    test_size: Annotated[int, typer.Option(help="Test texts a task at most.")] = 200,
+    model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
+    shots: Annotated[int | None, _data("Training examples a class (without: 16, of own data all).")] = None,
+    validation_shots: Annotated[int, _data("Validation examples a class.")] = 16,
+    test_size: Annotated[int, _data("Test texts a task at most.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the draw of examples and everything random.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option(help="Also learn each task alone, to compare.")] = False,
-    prompt_length: Annotated[int, typer.Option(help="Rows of a task's prompt.")] = _METHOD.prompt_length,
-    queue_size: Annotated[int | None, typer.Option(help="Capacity in prompts [5; offline-5: 3].")] = None,
-    shared_length: Annotated[int, typer.Option(help="Rows of the shared prompt.")] = _METHOD.shared_length,
-    rank: Annotated[int, typer.Option(help="Rank of the reweighting.")] = _METHOD.rank,
-    gate: Annotated[str, typer.Option(help="tanh, sigmoid, gelu, relu, softplus, elu, identity or none.")] = "tanh",
-    gate_per: Annotated[str, typer.Option(help="layer or head.")] = _METHOD.gate_per,
-    gate_training: Annotated[str, typer.Option(help="every-task or first-task.")] = _METHOD.gate_training,
-    layers: Annotated[str | None, typer.Option(help="Layers with a prefix, such as 0,1,2 [all].")] = None,
-    reparameterization: Annotated[str, typer.Option(help="mlp or none.")] = "mlp",
-    eviction: Annotated[str, typer.Option(help="pca, fifo or random.")] = _METHOD.eviction,
-    retention_weight: Annotated[float, typer.Option(help="Of memory retention; 0: off.")] = _METHOD.retention_weight,
-    steps: Annotated[int, typer.Option(help="Steps a task at most.")] = 150,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens a text is cut or padded to.")] = 64,
-    prompt_rate: Annotated[float, typer.Option(help="Learning rate of prompts and reweighting.")] = 1e-2,
-    head_rate: Annotated[float, typer.Option(help="Learning rate of heads.")] = 1e-2,
-    gate_rate: Annotated[float, typer.Option(help="Learning rate of the gate.")] = 1e-3,
-    eval_every: Annotated[int, typer.Option(help="Steps between looks at the validation split.")] = 25,
-    patience: Annotated[int, typer.Option(help="Looks without a gain before a task stops; 0: never.")] = 0,
+    prompt_length: Annotated[int, _method("Rows of a task's prompt.")] = _METHOD.prompt_length,
+    queue_size: Annotated[int | None, _method("Capacity in prompts (without: 5, offline-5: 3).")] = None,
+    shared_length: Annotated[int, _method("Rows of the shared prompt.")] = _METHOD.shared_length,
+    rank: Annotated[int, _method("Rank of the reweighting.")] = _METHOD.rank,
+    gate: Annotated[str, _method("tanh, sigmoid, gelu, relu, softplus, elu, identity or none.")] = "tanh",
+    gate_per: Annotated[str, _method("layer or head.")] = _METHOD.gate_per,
+    gate_training: Annotated[str, _method("every-task or first-task.")] = _METHOD.gate_training,
+    layers: Annotated[str | None, _method("Layers with a prefix, such as 0,1,2 (without: all).")] = None,
+    reparameterization: Annotated[str, _method("mlp or none.")] = "mlp",
+    eviction: Annotated[str, _method("pca, fifo or random.")] = _METHOD.eviction,
+    retention_weight: Annotated[float, _method("Of memory retention; 0: off.")] = _METHOD.retention_weight,
+    steps: Annotated[int, _training("Steps a task at most.")] = _TRAINING.steps,
+    batch_size: Annotated[int, _training("Examples a step.")] = _TRAINING.batch_size,
+    max_length: Annotated[int, _training("Tokens a text is cut or padded to.")] = _TRAINING.max_length,
+    prompt_rate: Annotated[float, _training("Learning rate of prompts and reweighting.")] = _TRAINING.prompt_rate,
+    head_rate: Annotated[float, _training("Learning rate of heads.")] = _TRAINING.head_rate,
+    gate_rate: Annotated[float, _training("Learning rate of the gate.")] = _TRAINING.gate_rate,
+    eval_every: Annotated[int, _training("Steps between looks at the validation split.")] = _TRAINING.eval_every,
+    patience: Annotated[int, _training("Looks without a gain before a task stops; 0: never.")] = _TRAINING.patience,
 ) -> None:
     """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
     with _clear_errors():
-        from qtuning_fast.lifelong.options import TrainingOptions
         from qtuning_fast.lifelong.runs import DataOptions, RunSettings, execute, execute_seeds
         from qtuning_fast.lifelong.streams import STREAMS
 

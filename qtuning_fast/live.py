@@ -59,8 +59,8 @@ class LivePrefix(nn.Module):
             first: whether this is the model's first task, with nothing finished before it.
         """
         if not first:
-            prompts = [layer.prompt.detach() for layer in self.layers]
-            weights = [layer.row_weights() for layer in self.layers]
+            prompts = [layer.prompt.detach().cpu() for layer in self.layers]  # the queue stays on the CPU
+            weights = [layer.row_weights().cpu() for layer in self.layers]
             self.last_eviction = self.queue.push(prompts, weights, seed=int(torch.randint(2**31, ())))
         self.begin_prompts(self.config.prompt_length)
         self._layers.requires_grad_(True)

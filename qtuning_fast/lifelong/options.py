@@ -28,15 +28,15 @@ class TrainingOptions:
         TypeError, ValueError: a field is not what it must be; the message names it.
     """
 
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 16
     eval_batch_size: int = 64
     max_length: int = 64
-    prompt_rate: float = 1e-2
+    prompt_rate: float = 3e-3
     head_rate: float = 1e-2
     gate_rate: float = 1e-3
     network_rate: float = 1e-3
-    eval_every: int = 25
+    eval_every: int = 20
     patience: int = 0
     seed: int = 0
 
