@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtuning_fast.nn.gate import NO_GATE, gate_arguments
+
 
 @dataclass(frozen=True)
 class TaskAdapter:
@@ -40,18 +42,17 @@ class TaskAdapter:
 
     def arguments(self, device: torch.device) -> list[dict[str, Any]]:
         """For each layer the prefix as keyword arguments of `prefix_attention`."""
-        return [
-            {"prefix_key": key.to(device), "prefix_value": value.to(device), **_gate(self.gate, alpha, tau, device)}
-            for key, value, alpha, tau in zip(self.keys, self.values, *self._gates())
-        ]
+        placed = []
+        for layer, (key, value) in enumerate(zip(self.keys, self.values)):
+            gate = NO_GATE
+            if self.gate is not None:
+                gate = gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
+            placed.append({"prefix_key": key.to(device), "prefix_value": value.to(device), **gate})
+        return placed
 
     def logits(self, features: Tensor) -> Tensor:
         """`[B, hidden]` to `[B, classes]`."""
         return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
-
-    def _gates(self) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-        nothing = [None] * len(self.keys)
-        return (self.alphas or nothing), (self.taus or nothing)
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for saving."""
@@ -83,6 +84,27 @@ class TaskAdapter:
         )
 
 
+def checked_labels(name: object, num_labels: object, label_names: Sequence[str] | None) -> tuple[str, ...]:
+    """The label names of a new task, from what `start_task` was given.
+
+    Raises:
+        TypeError, ValueError: the name or the labels are not usable.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; it must be a string")
+    if not name:
+        raise ValueError("name is empty; a task needs one")
+    if label_names is None:
+        if isinstance(num_labels, bool) or not isinstance(num_labels, int):
+            raise TypeError(f"num_labels is {num_labels!r}; it must be an integer, or label_names must be given")
+        label_names = [str(label) for label in range(num_labels)]
+    elif num_labels not in (None, len(label_names)):
+        raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")
+    if len(label_names) < 2 or len(set(label_names)) < len(label_names):
+        raise ValueError(f"num_labels: task {name!r} has the labels {list(label_names)}; it needs two, all different")
+    return tuple(label_names)
+
+
 def bank_arguments(adapters: Sequence[TaskAdapter], index: Tensor) -> list[dict[str, Any]]:
     """For each layer a bank of these adapters' prefixes, as keyword arguments of `prefix_attention`.
 
@@ -97,27 +119,21 @@ def bank_arguments(adapters: Sequence[TaskAdapter], index: Tensor) -> list[dict[
     def stacked(prefixes: Sequence[Tensor]) -> Tensor:
         return torch.stack([F.pad(prefix, (0, 0, 0, longest - prefix.shape[1])) for prefix in prefixes]).to(device)
 
-    bank = []
-    for layer in range(len(adapters[0].keys)):
-        arguments: dict[str, Any] = {
+    def gate(layer: int) -> dict[str, Any]:
+        activation = adapters[0].gate
+        if activation is None:
+            return NO_GATE
+        alpha = torch.stack([adapter.alphas[layer].reshape(-1) for adapter in adapters])
+        tau = torch.stack([adapter.taus[layer].reshape(-1) for adapter in adapters])
+        return gate_arguments(activation, alpha.to(device), tau.to(device))
+
+    return [
+        {
             "prefix_key": stacked([adapter.keys[layer] for adapter in adapters]),
             "prefix_value": stacked([adapter.values[layer] for adapter in adapters]),
             "prefix_index": index,
             "prefix_length": lengths,
+            **gate(layer),
         }
-        gate = adapters[0].gate
-        if gate is None:
-            bank.append(arguments | _gate(None, None, None, device))
-            continue
-        alpha, tau = (
-            torch.stack([getattr(adapter, kind)[layer].reshape(-1) for adapter in adapters])
-            for kind in ("alphas", "taus")
-        )
-        bank.append(arguments | _gate(gate, alpha, tau, device))
-    return bank
-
-
-def _gate(gate: str | None, alpha: Tensor | None, tau: Tensor | None, device: torch.device) -> dict[str, Any]:
-    if gate is None or alpha is None or tau is None:
-        return {"gate": None}
-    return {"gate": gate, "gate_alpha": alpha.to(device), "gate_tau": tau.to(device)}
+        for layer in range(len(adapters[0].keys))
+    ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.nn import LayerPrefix, LayerShape, ResidualReparameterization
 from qtuning_fast.queue import Eviction, PromptQueue
@@ -78,12 +79,25 @@ class LivePrefix(nn.Module):
             layer.begin(prompt_length, *held)
 
     @torch.no_grad()
-    def finish_task(self) -> None:
-        """Fold the reparametrisation into the prompts and freeze them."""
+    def finish_task(self, name: str, label_names: Sequence[str], head: nn.Linear) -> TaskAdapter:
+        """Fold the reparametrisation into the prompts, freeze them, and give what is kept of the task."""
         for layer, prompt in zip(self.layers, self._prompts()):
             layer.prompt = nn.Parameter(prompt.clone())
         self.reparameterization = None
         self._layers.requires_grad_(False)
+        folded = [layer.folded() for layer in self.layers]
+        gates = [layer.gate for layer in self.layers if layer.gate is not None]
+        return TaskAdapter(
+            name=name,
+            label_names=tuple(label_names),
+            keys=_kept(key for key, _ in folded),
+            values=_kept(value for _, value in folded),
+            gate=self.config.gate,
+            alphas=_kept(gate.alpha for gate in gates),
+            taus=_kept(gate.tau for gate in gates),
+            head_weight=head.weight.detach().cpu().clone(),
+            head_bias=head.bias.detach().cpu().clone(),
+        )
 
     def _prompts(self) -> Sequence[Tensor]:
         """The new prompt of each layer, `[l, F]`, through the reparametrisation while there is one."""
@@ -105,6 +119,10 @@ class LivePrefix(nn.Module):
             index: `[B]`, which of the two each sample uses.
         """
         return [_with_shared(live, self.config.shared_length, index) for live in self.arguments()]
+
+
+def _kept(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().cpu().clone() for tensor in tensors)
 
 
 def _with_shared(live: dict[str, Any], shared_length: int, index: Tensor) -> dict[str, Any]:

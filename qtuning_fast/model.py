@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from qtuning_fast.adapter import TaskAdapter, bank_arguments
+from qtuning_fast.adapter import TaskAdapter, bank_arguments, checked_labels
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.integrations.transformers import AttachedAttention, encoder_of
 from qtuning_fast.live import LivePrefix
-from qtuning_fast.nn import Discriminator, retention_loss
+from qtuning_fast.nn import Discriminator, mean_pool, retention_loss
 from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
 
 _BASE = "base_model."
@@ -70,14 +71,15 @@ class QTuningModel(nn.Module):
                 f"task_type={config.task_type!r} is not supported yet; use 'sequence-classification'"
             )
         self.attention = AttachedAttention(base_model)
-        self.layer_indices = _chosen_layers(config, len(self.attention.layers))
-        shapes = [self.attention.layers[index].shape for index in self.layer_indices]
-        self.live = LivePrefix(shapes, config).to(base_model.device)
+        try:
+            self.layer_indices = _chosen_layers(config, len(self.attention.layers))
+            shapes = [self.attention.layers[index].shape for index in self.layer_indices]
+            self.live = LivePrefix(shapes, config).to(base_model.device)
+        except ValueError:
+            self.attention.detach()
+            raise
         self.qtuning_config = config
         self.base_model = base_model
-        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
-        self._was_training = [(module, module.training) for module in base_model.modules()]
-        base_model.requires_grad_(False).eval()
         self.discriminator: Discriminator | None = None
         self.head: nn.Linear | None = None
         self.adapters: dict[str, TaskAdapter] = {}
@@ -115,7 +117,12 @@ class QTuningModel(nn.Module):
             TypeError, ValueError: the name is taken or the labels are not usable.
             RuntimeError: another task is in training.
         """
-        labels = self._check_new_task(name, num_labels, label_names)
+        self._check_attached()
+        if self._training_task is not None:
+            raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
+        if name in self.adapters:
+            raise ValueError(f"name is {name!r}, and a task of that name is finished already")
+        labels = checked_labels(name, num_labels, label_names)
         device = self.base_model.device
         self.live.begin_task(first=not self.tasks)
         if self.retains_memory and self.discriminator is None:
@@ -135,21 +142,7 @@ class QTuningModel(nn.Module):
         if self._training_task is None or self.head is None:
             raise RuntimeError("no task is in training; call start_task first")
         name, labels = self._training_task
-        self.live.finish_task()
-        layers = self.live.layers
-        folded = [layer.folded() for layer in layers]
-        gates = [layer.gate for layer in layers if layer.gate is not None]
-        adapter = TaskAdapter(
-            name=name,
-            label_names=labels,
-            keys=tuple(key.cpu() for key, _ in folded),
-            values=tuple(value.cpu() for _, value in folded),
-            gate=self.qtuning_config.gate,
-            alphas=tuple(gate.alpha.detach().cpu().clone() for gate in gates),
-            taus=tuple(gate.tau.detach().cpu().clone() for gate in gates),
-            head_weight=self.head.weight.detach().cpu().clone(),
-            head_bias=self.head.bias.detach().cpu().clone(),
-        )
+        adapter = self.live.finish_task(name, labels, self.head)
         self.adapters[name] = adapter
         self.head = None
         self._training_task = None
@@ -172,11 +165,10 @@ class QTuningModel(nn.Module):
         """
         if name is None:
             self._active = None
-            self.attention.clear()
             self.attention.restore()
             return
         self._check_attached()
-        in_training = self._training_task is not None and name == self._training_task[0]
+        in_training = self._is_training(name)
         if not in_training:
             self._adapter(name)
         self._active = name, live or in_training
@@ -196,32 +188,15 @@ class QTuningModel(nn.Module):
             raise ValueError(f"task {name!r} is not among the finished tasks: {', '.join(self.tasks) or 'none yet'}")
         return self.adapters[name]
 
-    def _check_new_task(self, name: object, num_labels: object, label_names: Sequence[str] | None) -> tuple[str, ...]:
-        self._check_attached()
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"name is {name!r}; it must be a string that is not empty")
-        if self._training_task is not None:
-            raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
-        if name in self.adapters:
-            raise ValueError(f"name is {name!r}, and a task of that name is finished already")
-        if label_names is None:
-            if isinstance(num_labels, bool) or not isinstance(num_labels, int):
-                raise TypeError(f"num_labels is {num_labels!r}; it must be an integer, or label_names must be given")
-            label_names = [str(label) for label in range(num_labels)]
-        elif num_labels not in (None, len(label_names)):
-            raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")
-        if len(label_names) < 2 or len(set(label_names)) < len(label_names):
-            raise ValueError(
-                f"num_labels: task {name!r} has the labels {list(label_names)}; it needs two, all different"
-            )
-        return tuple(label_names)
-
     # Forward
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         task_names: Sequence[str] | None = None,
         retention_features: Tensor | None = None,
@@ -230,43 +205,49 @@ class QTuningModel(nn.Module):
         """Logits under the active task, or the base model's own output where no task is set.
 
         Args:
-            input_ids: `[B, N]` integers.
+            input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, hidden]`.
             attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
+            token_type_ids, position_ids: as the base model takes them.
             labels: `[B]` class indices.
             task_names: one finished task a sample; each sample then gets its own task's adapter.
             retention_features: `[B, hidden]`, the features of this batch under the previous task's adapter
                 (`features`), where they were computed beforehand; they are computed here otherwise.
-            **kwargs: for the encoder (`token_type_ids`, `position_ids`, ...).
+            **kwargs: for the encoder.
 
         Returns:
             `QTuningOutput`, or what the base model returns.
+
+        Raises:
+            ValueError: attention weights are asked for, or `task_names` does not fit.
         """
         if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions=True: attention weights are never formed; call the base model after detach()"
-            )
+            raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
+        inputs = kwargs | {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         if task_names is not None:
-            return self._forward_mixed(task_names, labels, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self._forward_mixed(task_names, labels, inputs)
         if self._active is None:
-            labels_or_none = {} if labels is None else {"labels": labels}
-            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, **labels_or_none, **kwargs)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        retaining = self.training and labels is not None and self._training_task is not None and self.retains_memory
-        shared_features = None
-        if retaining and _batch_size(inputs) > 1:
-            if retention_features is None:
-                retention_features = self.features(inputs, task=self.tasks[-1])
-            features, shared_features = self._features_with_shared(inputs)
-        else:
-            self._place()
-            features = self._encode(inputs)
+            return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+        if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
+            return self._forward_retaining(labels, retention_features, inputs)
+        if self._active[1]:
+            self._place()  # the live prefix moves with every step
+        logits = self._logits(self._encode(inputs))
+        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
+
+    def _forward_retaining(
+        self, labels: Tensor, retention_features: Tensor | None, inputs: dict[str, Any]
+    ) -> QTuningOutput:
+        """One step with memory retention: the batch under the live prefix and under the shared prompt alone."""
+        if retention_features is None:
+            retention_features = self.features(inputs, task=self.tasks[-1])
+        features, shared_features = self._features_with_shared(inputs)
         logits = self._logits(features)
-        if labels is None:
-            return QTuningOutput(logits=logits)
-        loss = F.cross_entropy(logits.float(), labels)
-        retention = None
-        if shared_features is not None and retention_features is not None and self.discriminator is not None:
-            shift = int(torch.randint(1, len(shared_features), ()))
+        loss, retention = F.cross_entropy(logits.float(), labels), None
+        if len(features) > 1:  # a batch of one has no product pairs
+            assert self.discriminator is not None
+            shift = int(torch.randint(1, len(features), ()))
             retention = retention_loss(self.discriminator, shared_features, retention_features.to(features), shift)
             loss = loss + self.qtuning_config.retention_weight * retention
         return QTuningOutput(loss=loss, logits=logits, retention_loss=retention)
@@ -277,28 +258,33 @@ class QTuningModel(nn.Module):
 
         The active task stays what it was.
         """
-        active = self._active
-        self.set_task(task)
-        try:
+        with self._keeping_task():
+            self.set_task(task)
             return self._encode(inputs)
+
+    @contextmanager
+    def _keeping_task(self) -> Iterator[None]:
+        """After the block the active task is what it was before."""
+        active = self._active
+        try:
+            yield
         finally:
-            self.set_task(*active[:1], live=active[1]) if active else self.set_task(None)
+            if active is None:
+                self.set_task(None)
+            else:
+                self.set_task(active[0], live=active[1])
+
+    def _is_training(self, name: str) -> bool:
+        return self._training_task is not None and name == self._training_task[0]
 
     def _encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Mean over the tokens, scaled to unit root mean square, in float32: `[B, hidden]`."""
-        hidden = self.encoder(**inputs).last_hidden_state.float()
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            pooled = hidden.mean(1)
-        else:
-            weights = mask.to(hidden)[..., None]
-            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return F.rms_norm(pooled, pooled.shape[-1:])
+        return mean_pool(self.encoder(**inputs).last_hidden_state, inputs.get("attention_mask"))
 
     def _logits(self, features: Tensor) -> Tensor:
         assert self._active is not None
         name = self._active[0]
-        if self._training_task is not None and name == self._training_task[0] and self.head is not None:
+        if self._is_training(name):
+            assert self.head is not None
             return self.head(features)
         return self.adapters[name].logits(features)
 
@@ -311,38 +297,73 @@ class QTuningModel(nn.Module):
 
     def _features_with_shared(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Features under the live prefix, and under the shared prompt alone: one pass of twice the batch."""
-        index = torch.arange(2, device=self.base_model.device).repeat_interleave(_batch_size(inputs))
+        batch = _batch_size(inputs)
+        index = torch.arange(2, device=self.base_model.device).repeat_interleave(batch)
         self.attention.place(self.layer_indices, self.live.arguments_with_shared(index))
-        doubled = {name: torch.cat([v, v]) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        doubled = {name: torch.cat([v, v]) if _has_batch(v, batch) else v for name, v in inputs.items()}
         features, shared_features = self._encode(doubled).chunk(2)
         return features, shared_features
 
-    def _forward_mixed(self, task_names: Sequence[str], labels: Tensor | None, **inputs: Any) -> QTuningOutput:
+    def _forward_mixed(self, task_names: Sequence[str], labels: Tensor | None, inputs: dict[str, Any]) -> QTuningOutput:
+        self._check_attached()
         if len(task_names) != _batch_size(inputs):
             raise ValueError(f"task_names has {len(task_names)} names for a batch of {_batch_size(inputs)}")
-        names = sorted(set(task_names), key=list(task_names).index)
+        names = list(dict.fromkeys(task_names))
         adapters = [self._adapter(name) for name in names]
         index = torch.tensor([names.index(name) for name in task_names], device=self.base_model.device)
-        active = self._active
-        self.attention.switch()
-        self.attention.place(self.layer_indices, bank_arguments(adapters, index))
-        try:
+        bank = bank_arguments(adapters, index)
+        with self._keeping_task():
+            self.attention.switch()
+            self.attention.place(self.layer_indices, bank)
             features = self._encode(inputs)
-        finally:
-            self.set_task(*active[:1], live=active[1]) if active else self.set_task(None)
         widest = max(len(adapter.label_names) for adapter in adapters)
         logits = features.new_full((len(features), widest), float("-inf"))
         for position, adapter in enumerate(adapters):
             rows = index == position
             logits[rows, : len(adapter.label_names)] = adapter.logits(features[rows])
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return QTuningOutput(loss=loss, logits=logits)
+        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
     def train(self, mode: bool = True) -> QTuningModel:
-        """Training mode for the prompts; the backbone stays in eval mode."""
+        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint."""
         super().train(mode)
-        self.base_model.eval()
+        self.attention.freeze(training=mode)
         return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the base model's; each backward must come before the next forward."""
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As the base model's."""
+        self.base_model.gradient_checkpointing_disable()
+        self.train(self.training)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> QTuningModel:
+        # to(), cuda(), half(): what stands on the attention layers moves along.
+        super()._apply(*args, **kwargs)
+        if self._active is not None:
+            self._place()
+        return self
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
+
+        `prompt` is the prompts and the reweighting; `network` the reparametrisation and the discriminator.
+        """
+        gates = [layer.gate for layer in self.live.layers]
+        groups: dict[str, list[nn.Module | None]] = {
+            "gate": [*gates],
+            "head": [self.head],
+            "network": [self.live.reparameterization, self.discriminator],
+        }
+        found = {
+            kind: [parameter for module in modules if module is not None for parameter in module.parameters()]
+            for kind, modules in groups.items()
+        }
+        others = {id(parameter) for parameters in found.values() for parameter in parameters}
+        found["prompt"] = [parameter for parameter in self.live.parameters() if id(parameter) not in others]
+        return {kind: [each for each in parameters if each.requires_grad] for kind, parameters in found.items()}
 
     # State
 
@@ -396,7 +417,7 @@ class QTuningModel(nn.Module):
         queue = {name: value for name, value in saved.state.items() if name.startswith(_QUEUE)}
         self.live.queue.load_state_dict({name.removeprefix(_QUEUE): value for name, value in queue.items()})
         state = {name: value for name, value in saved.state.items() if name not in queue}
-        self.live.begin_prompts(len(state["live._layers.0.prompt"]))
+        self.live.begin_prompts(self.qtuning_config.prompt_length if saved.adapters else 0)
         if any(name.startswith("discriminator.") for name in state):
             self.discriminator = Discriminator(self.encoder.config.hidden_size).to(self.base_model.device)
             self.discriminator.requires_grad_(False)
@@ -406,11 +427,8 @@ class QTuningModel(nn.Module):
     def detach(self) -> PreTrainedModel:
         """Take everything off the base model and give it back as it was; no task can be set from here on."""
         self.set_task(None)
+        self.attention.detach()
         self._detached = True
-        for parameter, required in self._required_grad:
-            parameter.requires_grad_(required)
-        for module, training in self._was_training:
-            module.training = training
         return self.base_model
 
 
@@ -419,6 +437,10 @@ def _chosen_layers(config: QTuningConfig, count: int) -> list[int]:
     if max(layers) >= count:
         raise ValueError(f"layers names layer {max(layers)}, but the model has layers 0 to {count - 1}")
     return sorted(layers)
+
+
+def _has_batch(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
 
 def _batch_size(inputs: dict[str, Any]) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EVICTIONS = ("pca", "fifo", "random")
+
 _LEVEL = 1e-8  # a sum of entries below this says nothing about a vector's sign
 
 
@@ -97,9 +99,19 @@ class PromptQueue:
         row_scale: one `[n]` tensor a layer: where the reweighting of each row starts. Ones, but after an eviction
             `min(1, mean row norm before / norm of this row)`: projected rows differ widely in norm.
         evictions: how many evictions there have been.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it.
     """
 
     def __init__(self, capacity: int, prompt_length: int, *, eviction: str = "pca") -> None:
+        for name, value in (("capacity", capacity), ("prompt_length", prompt_length)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; it must be an integer")
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if eviction not in EVICTIONS:
+            raise ValueError(f"eviction is {eviction!r}; it must be one of {', '.join(map(repr, EVICTIONS))}")
         self.capacity = capacity
         self.prompt_length = prompt_length
         self.eviction = eviction
@@ -116,7 +128,7 @@ class PromptQueue:
         return len(self.rows[0]) if self.rows else 0
 
     def push(self, prompt: Sequence[Tensor], weights: Sequence[Tensor], *, seed: int = 0) -> Eviction | None:
-        """Take in a finished prompt (SPEC of the method: Q-tuning, section on the prompt queue).
+        """Take in a finished prompt (Q-tuning, arXiv 2404.14607, the prompt queue).
 
         While everything fits, the prompt joins as it is and the older rows stay unweighted. Otherwise the older rows
         take in their weights and all rows together are cut to `max_rows`.

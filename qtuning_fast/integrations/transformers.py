@@ -6,8 +6,7 @@ Importing this module registers `attn_implementation="qtuning_fast"`. A model lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtuning_fast.functional import prefix_attention
 from qtuning_fast.nn.prefix import LayerShape
@@ -25,6 +25,8 @@ NAME = "qtuning_fast"
 # A plain attribute on each attention module holds its prefix: keyword arguments of prefix_attention. It stays in place
 # after a forward pass, so that gradient checkpointing recomputes what was computed.
 _PREFIX = "qtuning_prefix"
+
+_ATTACHED = "qtuning_attached"  # on a base model that is attached to
 
 _REFUSED = ("softcap", "s_aux", "position_bias")
 
@@ -114,7 +116,7 @@ AttentionMaskInterface.register(NAME, attention_mask)
 
 
 class AttachedAttention:
-    """The attention layers of one model, and the switch between their own attention and ours.
+    """The attention layers of one frozen model, and the switch between their own attention and ours.
 
     Args:
         base_model: a transformers model in which every layer calls the attention interface.
@@ -124,49 +126,63 @@ class AttachedAttention:
 
     Raises:
         TypeError: `base_model` is not a transformers model.
-        ValueError: a layer does not call the interface.
+        ValueError: a layer does not call the interface, or the model is attached to already.
         NotImplementedError: the model is of a kind that is not supported yet.
     """
 
     def __init__(self, base_model: PreTrainedModel) -> None:
         if not isinstance(base_model, PreTrainedModel):
             raise TypeError(f"base_model is a {type(base_model).__name__}; it must be a transformers PreTrainedModel")
-        self._original = [(config, config._attn_implementation) for config in _configs(base_model)]
+        if hasattr(base_model, _ATTACHED):
+            raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
-        try:
-            with self.switched():
-                self.layers = _find_layers(encoder_of(base_model))
-        finally:
-            self.restore()
-
-    @contextmanager
-    def switched(self) -> Iterator[None]:
-        """Our attention inside the block, the original after it."""
+        self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
         self.switch()
         try:
-            yield
+            self.layers = _find_layers(encoder_of(base_model))
         finally:
             self.restore()
+        setattr(base_model, _ATTACHED, True)
+        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+        self._was_training = [(module, module.training) for module in base_model.modules()]
+        base_model.requires_grad_(False)
+        self.freeze(training=False)
 
     def switch(self) -> None:
         """Attention by `prefix_attention` from here on."""
+        if not self._original:
+            self._original = [(config, config._attn_implementation) for config in _configs(self._base_model)]
         for config, _ in self._original:
             config._attn_implementation = NAME
 
     def restore(self) -> None:
-        """The original attention and mask functions from here on."""
+        """The original attention and mask functions from here on, and no prefix anywhere."""
         for config, implementation in self._original:
             config._attn_implementation = implementation
+        self._original = []
+        for layer in getattr(self, "layers", []):
+            layer.module.__dict__.pop(_PREFIX, None)
+
+    def freeze(self, *, training: bool) -> None:
+        """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
+        self._base_model.eval()
+        for module in self._base_model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # which it does in training mode only
+                module.training = training and module.gradient_checkpointing
+
+    def detach(self) -> None:
+        """The base model as it was; another may be attached from here on."""
+        self.restore()
+        self._base_model.__dict__.pop(_ATTACHED, None)
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+        for module, training in self._was_training:
+            module.training = training
 
     def place(self, layers: Sequence[int], prefixes: Sequence[Mapping[str, Any]]) -> None:
         """Give the layers with these indices their prefixes (keyword arguments of `prefix_attention`)."""
         for index, prefix in zip(layers, prefixes):
             setattr(self.layers[index].module, _PREFIX, prefix)
-
-    def clear(self) -> None:
-        """Take all prefixes away."""
-        for layer in self.layers:
-            layer.module.__dict__.pop(_PREFIX, None)
 
 
 def encoder_of(base_model: PreTrainedModel) -> PreTrainedModel:
@@ -201,6 +217,10 @@ def _find_layers(encoder: PreTrainedModel) -> list[AttentionLayer]:
         raise ValueError(
             f"{kind}: {len(found)} of its {expected} layers call transformers' attention interface; "
             "all of them must, or the prefix would silently be left out"
+        )
+    if len({id(layer.module) for layer in found}) < expected:
+        raise NotImplementedError(
+            f"{kind}: its layers share one attention module, so they cannot have prefixes of their own"
         )
     if any(layer.is_causal for layer in found):
         raise NotImplementedError(f"{kind} is causal: only text encoders of the BERT family can be attached to so far")

@@ -2,6 +2,7 @@
 
 from qtuning_fast.nn.discriminator import Discriminator, retention_loss
 from qtuning_fast.nn.gate import Gate
+from qtuning_fast.nn.pooling import mean_pool
 from qtuning_fast.nn.prefix import LayerPrefix, LayerShape
 from qtuning_fast.nn.reparameterization import ResidualReparameterization
 from qtuning_fast.nn.reweighting import Reweighting
@@ -13,5 +14,6 @@ __all__ = [
     "LayerShape",
     "ResidualReparameterization",
     "Reweighting",
+    "mean_pool",
     "retention_loss",
 ]

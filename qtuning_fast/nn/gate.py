@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Gate(nn.Module):
@@ -24,5 +26,17 @@ class Gate(nn.Module):
         self.alpha = nn.Parameter(torch.ones(shape))
         self.tau = nn.Parameter(torch.ones(shape))
 
+    def arguments(self) -> dict[str, Any]:
+        """The gate as keyword arguments of `prefix_attention`."""
+        return gate_arguments(self.activation, self.alpha, self.tau)
+
     def extra_repr(self) -> str:
         return f"{self.activation!r}, shape={tuple(self.alpha.shape)}"
+
+
+NO_GATE: dict[str, Any] = {"gate": None}
+
+
+def gate_arguments(activation: str, alpha: Tensor, tau: Tensor) -> dict[str, Any]:
+    """σ, α and τ as keyword arguments of `prefix_attention`."""
+    return {"gate": activation, "gate_alpha": alpha, "gate_tau": tau}

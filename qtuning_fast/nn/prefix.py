@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtuning_fast.nn.gate import Gate
+from qtuning_fast.nn.gate import NO_GATE, Gate
 from qtuning_fast.nn.reweighting import Reweighting
 
 KEY_STD = 0.5  # keys that start tiny collapse onto one direction
@@ -109,17 +109,10 @@ class LayerPrefix(nn.Module):
             for name, weighting in (("reweight_key", self.reweight_key), ("reweight_value", self.reweight_value)):
                 unweighted = weighting.U.new_zeros(n_shared, self.rank)
                 arguments[name] = (torch.cat([unweighted, weighting.U]), weighting.V)
-        return arguments | gate_arguments(self.gate)
+        return arguments | (NO_GATE if self.gate is None else self.gate.arguments())
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
         """The prefix with `W` baked in: key `[Hkv, P, D]`, value `[Hkv, P, Dv]`."""
         key, value = self.shape.from_rows(torch.cat([self.shared, self.prompt, self.row_weights() * self.old]))
         return key.clone(), value.clone()
-
-
-def gate_arguments(gate: Gate | None) -> dict[str, Any]:
-    """A gate as keyword arguments of `prefix_attention`."""
-    if gate is None:
-        return {"gate": None}
-    return {"gate": gate.activation, "gate_alpha": gate.alpha, "gate_tau": gate.tau}
