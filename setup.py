@@ -8,7 +8,15 @@ ROOT = Path(__file__).parent
 VERSION = {}
 exec((ROOT / "qtuning_fast" / "version.py").read_text(), VERSION)
 
-LIFELONG = ["accelerate>=1.0", "datasets>=3.0", "jinja2>=3.1", "matplotlib>=3.8", "scikit-learn>=1.4", "typer>=0.15"]
+LIFELONG = [
+    "accelerate>=1.0",
+    "datasets>=3.0",
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "rich>=13",
+    "scikit-learn>=1.4",
+    "typer>=0.15",
+]
 TEST = ["hypothesis>=6.100", "kernels>=0.10", "peft>=0.17", "pytest>=8.0", "pytest-benchmark>=5.0", "pytest-xdist>=3.5"]
 LINT = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9"]
 
@@ -29,7 +37,7 @@ setup(
     ],
     package_dir={"qtuning_fast.kernels": "kernels", "qtuning_fast.bench": "bench"},
     package_data={"qtuning_fast": ["py.typed"], "qtuning_fast.lifelong": ["*.html.j2"]},
-    install_requires=["numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
+    install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
     extras_require={
         "lifelong": LIFELONG,
         "triton": ["triton>=3.6"],

@@ -20,6 +20,7 @@ except ImportError as error:  # the operator alone does not need them
 
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.reference import GATES
 
 app = typer.Typer(
     help="Learn one task after another with a bounded queue of prompts inside attention.",
@@ -27,7 +28,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # whoever read along has left; the run goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = _Output()
 
 _METHOD = QTuningConfig()
 _TRAINING = TrainingOptions()
@@ -63,13 +72,12 @@ def _clear_errors() -> Iterator[None]:
 def _quiet() -> None:
     """Libraries' progress and advice stay out of the way of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets.utils.logging
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
 
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.utils.logging.disable_progress_bar()
 
 
 @app.command()
@@ -91,11 +99,11 @@ def run(
     queue_size: Annotated[int | None, _method("Capacity in prompts (without: 5, offline-5: 3).")] = None,
     shared_length: Annotated[int, _method("Rows of the shared prompt.")] = _METHOD.shared_length,
     rank: Annotated[int, _method("Rank of the reweighting.")] = _METHOD.rank,
-    gate: Annotated[str, _method("tanh, sigmoid, gelu, relu, softplus, elu, identity or none.")] = "tanh",
+    gate: Annotated[str, _method(f"{', '.join(GATES)} or none.")] = _METHOD.gate or "none",
     gate_per: Annotated[str, _method("layer or head.")] = _METHOD.gate_per,
     gate_training: Annotated[str, _method("every-task or first-task.")] = _METHOD.gate_training,
     layers: Annotated[str | None, _method("Layers with a prefix, such as 0,1,2 (without: all).")] = None,
-    reparameterization: Annotated[str, _method("mlp or none.")] = "mlp",
+    reparameterization: Annotated[str, _method("mlp or none.")] = _METHOD.reparameterization or "none",
     eviction: Annotated[str, _method("pca, fifo or random.")] = _METHOD.eviction,
     retention_weight: Annotated[float, _method("Of memory retention; 0: off.")] = _METHOD.retention_weight,
     steps: Annotated[int, _training("Steps a task at most.")] = _TRAINING.steps,

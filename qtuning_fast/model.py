@@ -20,6 +20,7 @@ from qtuning_fast.integrations.transformers import AttachedAttention, encoder_of
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, mean_pool, retention_loss
 from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
+from qtuning_fast.storage import CorruptFileError
 
 _BASE = "base_model."
 _QUEUE = "queue."
@@ -47,7 +48,8 @@ class QTuningModel(nn.Module):
     adapter (`set_task`). With no task set, the base model computes what it always did, by its own functions.
 
     A base model without a head gets mean pooling, scaled to unit root mean square, and a head per task; of one with a
-    head the encoder is used. The backbone is frozen and stays in eval mode.
+    head the encoder is used. The backbone is frozen and stays in eval mode. The prefix stands on the attention layers
+    while a model computes: one model serves one thread at a time, and models that share a config switch together.
 
     Args:
         base_model: a text encoder of the BERT family.
@@ -139,6 +141,7 @@ class QTuningModel(nn.Module):
         Raises:
             RuntimeError: no task is in training.
         """
+        self._check_attached()
         if self._training_task is None or self.head is None:
             raise RuntimeError("no task is in training; call start_task first")
         name, labels = self._training_task
@@ -222,6 +225,10 @@ class QTuningModel(nn.Module):
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
+        if self._active is not None and kwargs.get("return_dict") is False:
+            raise ValueError("return_dict=False: under a task the output is a QTuningOutput")
+        if self._active is not None and attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; under a task it must be [B, N]")
         inputs = kwargs | {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -285,7 +292,7 @@ class QTuningModel(nn.Module):
         name = self._active[0]
         if self._is_training(name):
             assert self.head is not None
-            return self.head(features)
+            return self.head(features.to(self.head.weight.dtype))
         return self.adapters[name].logits(features)
 
     def _place(self) -> None:
@@ -320,7 +327,10 @@ class QTuningModel(nn.Module):
         logits = features.new_full((len(features), widest), float("-inf"))
         for position, adapter in enumerate(adapters):
             rows = index == position
-            logits[rows, : len(adapter.label_names)] = adapter.logits(features[rows])
+            logits[rows, : len(adapter.label_names)] = adapter.logits(features[rows]).to(logits.dtype)
+        classes = torch.tensor([len(adapter.label_names) for adapter in adapters], device=index.device)[index]
+        if labels is not None and labels.device.type == "cpu" and (labels >= classes).any():
+            raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {classes.tolist()} classes")
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
     def train(self, mode: bool = True) -> QTuningModel:
@@ -403,13 +413,20 @@ class QTuningModel(nn.Module):
         """
         saved = read_saved(Path(folder))
         model = cls(base_model, saved.config)
-        if fingerprint(model.encoder) != saved.fingerprint:
+        try:
+            if fingerprint(model.encoder) != saved.fingerprint:
+                raise ValueError(
+                    f"{folder} was made for another base model: a {saved.base_model} with the fingerprint "
+                    f"{saved.fingerprint[:12]}, not this {type(base_model).__name__} in {base_model.dtype}"
+                    + (" (load it in float32 or bfloat16)" if base_model.dtype == torch.float16 else "")
+                )
+            model._restore(saved)
+        except (KeyError, RuntimeError) as error:
             model.detach()
-            raise ValueError(
-                f"{folder} was made for another base model: a {saved.base_model} with the fingerprint "
-                f"{saved.fingerprint[:12]}, not this {type(base_model).__name__}"
-            )
-        model._restore(saved)
+            raise CorruptFileError(f"{folder}: what is saved does not fit its own config: {error}") from None
+        except ValueError:
+            model.detach()
+            raise
         return model
 
     def _restore(self, saved: SavedModel) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +25,10 @@ from qtuning_fast.storage import TEMPORARY, CorruptFileError, read_json, read_te
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
+
+_OURS = re.compile(
+    rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
+)
 
 _SAMPLES = 64  # values of each parameter that go into the fingerprint
 
@@ -47,28 +53,33 @@ class SavedModel:
 
 
 def write_saved(folder: Path, saved: SavedModel) -> None:
-    """Write `saved` into `folder`; a save that was there stays valid until this one is whole."""
-    tasks: list[dict[str, Any]] = [
-        {
-            "name": adapter.name,
-            "label_names": list(adapter.label_names),
-            **write_tensors(folder, f"task-{number:03d}", adapter.tensors()),
+    """Write `saved` into `folder`; a save that was there stays valid until this one is whole.
+
+    Files that were there and belong to no save are left alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        tasks: list[dict[str, Any]] = [
+            {
+                "name": adapter.name,
+                "label_names": list(adapter.label_names),
+                **write_tensors(folder, f"task-{number:03d}", adapter.tensors()),
+            }
+            for number, adapter in enumerate(saved.adapters)
+        ]
+        state = write_tensors(folder, "state", saved.state)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "config": saved.config.to_dict(),
+            "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
+            "tasks": tasks,
+            "state": state,
         }
-        for number, adapter in enumerate(saved.adapters)
-    ]
-    state = write_tensors(folder, "state", saved.state)
-    content = {
-        "format_version": FORMAT_VERSION,
-        "config": saved.config.to_dict(),
-        "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
-        "tasks": tasks,
-        "state": state,
-    }
-    write_json(folder / CONFIG_FILE, content)
-    named = {entry["file"] for entry in (*tasks, state)}
-    for path in (*folder.glob("*.safetensors"), *folder.glob(f".*{TEMPORARY}")):
-        if path.name not in named:
-            path.unlink(missing_ok=True)
+        write_json(folder / CONFIG_FILE, content)
+        named = {entry["file"] for entry in (*tasks, state)}
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in named:
+                path.unlink(missing_ok=True)
 
 
 def read_saved(folder: Path) -> SavedModel:
@@ -76,29 +87,49 @@ def read_saved(folder: Path) -> SavedModel:
 
     Raises:
         FileNotFoundError: nothing was saved there.
-        CorruptFileError: a file is damaged or missing.
+        CorruptFileError: a file is damaged or missing, or the index is not one that `write_saved` wrote.
         ValueError: the format version is not this one.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: no Q-tuning model was saved there")
-    content = read_json(path)
+    while True:
+        content = read_json(path)
+        try:
+            return _read_files(folder, content)
+        except CorruptFileError:
+            if read_json(path) == content:  # otherwise it was saved anew while it was read
+                raise
+
+
+def _read_files(folder: Path, content: dict[str, Any]) -> SavedModel:
     version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}; this version of qtuning_fast reads {FORMAT_VERSION}")
-    config = QTuningConfig.from_dict(content["config"])
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has format version {version}; this version of qtuning_fast reads {FORMAT_VERSION}"
+        )
     try:
-        adapters = [
-            TaskAdapter.from_tensors(
-                read_tensors(folder, entry), name=entry["name"], label_names=entry["label_names"], gate=config.gate
-            )
-            for entry in content["tasks"]
-        ]
+        config = QTuningConfig.from_dict(content["config"])
+        adapters = [_read_adapter(folder, entry, config.gate) for entry in content["tasks"]]
+        if len({adapter.name for adapter in adapters}) < len(adapters):
+            raise CorruptFileError(f"{folder / CONFIG_FILE} names a task twice")
         state = read_tensors(folder, content["state"])
-    except KeyError as missing:
-        raise CorruptFileError(f"{path} does not hold {missing}") from None
-    base = content["base_model"]
-    return SavedModel(config, base["fingerprint"], base["class"], adapters, state)
+        base = content["base_model"]
+        return SavedModel(config, base["fingerprint"], base["class"], adapters, state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
+
+
+def _read_adapter(folder: Path, entry: dict[str, Any], gate: str | None) -> TaskAdapter:
+    name, labels = entry["name"], entry["label_names"]
+    if not isinstance(name, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the name or the labels of task {name!r} are no text")
+    adapter = TaskAdapter.from_tensors(read_tensors(folder, entry), name=name, label_names=labels, gate=gate)
+    if len(labels) != len(adapter.head_bias):
+        raise CorruptFileError(
+            f"{folder / CONFIG_FILE}: task {name!r} has {len(labels)} labels, its head another number"
+        )
+    return adapter
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 EVICTIONS = ("pca", "fifo", "random")
 
-_LEVEL = 1e-8  # a sum of entries below this says nothing about a vector's sign
+_LEVEL = 1e-8  # sums of a vector's entries, and differences of their sizes, below this are none
 
 
 def dq_pca(rows: Tensor, keep: int, *, center: bool = False) -> Tensor:
@@ -53,17 +53,22 @@ def _decompose(rows: Tensor, keep: int, *, center: bool = False) -> tuple[Tensor
     exact = rows.detach().to("cpu", torch.float64)
     if not exact.isfinite().all():
         raise ValueError("rows holds values that are not finite")
+    if not exact.numel():  # nothing to decompose, so nothing to keep
+        return rows.new_zeros(0, rows.shape[1]), exact.new_zeros(0)
     basis = exact - exact.mean(0) if center else exact
     left, singular_values, _ = torch.linalg.svd(basis, full_matrices=False)
     left = left[:, :keep] * _signs(left[:, :keep])
-    return (left.T @ exact).to(rows.device, rows.dtype), singular_values
+    kept = (left.T @ exact).to(rows.device, rows.dtype)
+    if not kept.isfinite().all():
+        raise ValueError(f"rows are too large: their projection overflows {rows.dtype}")
+    return kept, singular_values
 
 
 def _signs(vectors: Tensor) -> Tensor:
     """`[keep]` of ±1: what makes each column's sum, or its first largest entry, positive."""
-    sums = vectors.sum(0)
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).squeeze(0)
-    return torch.where(sums.abs() < _LEVEL, largest, sums).sign()
+    sums, sizes = vectors.sum(0), vectors.abs()
+    first_largest = (sizes >= sizes.amax(0) - _LEVEL).int().argmax(0, keepdim=True)
+    return torch.where(sums.abs() < _LEVEL, vectors.gather(0, first_largest).squeeze(0), sums).sign()
 
 
 def effective_rank(singular_values: Tensor) -> float:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop(_CHECKSUM)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CorruptFileError(f"{path} is damaged: it is not the JSON that was written") from None
     if checksum != _json_digest(content):
         raise CorruptFileError(f"{path} is damaged: its content does not match its checksum")
@@ -52,7 +53,7 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor]) -> dict[s
     A name that says what is inside is never written twice with different content, so the files of an older index stay
     valid until the new index is in place.
     """
-    data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    data = _serialized(tensors)
     digest = hashlib.sha256(data).hexdigest()
     name = f"{stem}-{digest[:12]}.safetensors"
     _replace(folder / name, data)
@@ -66,13 +67,28 @@ def read_tensors(folder: Path, entry: dict[str, str]) -> dict[str, Tensor]:
         CorruptFileError: the file is missing or not what was written.
     """
     name = entry["file"]
+    if not isinstance(name, str):
+        raise CorruptFileError(f"{folder}: the index names {name!r}, which is no file name")
     path = folder / name
     if Path(name).name != name or not path.is_file():
         raise CorruptFileError(f"{path} is missing, though the index beside it names it")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise CorruptFileError(f"{path} is damaged: its content does not match its SHA-256")
-    return safetensors.load(data)
+    try:
+        # Cloned: memory aligned as PyTorch aligns it, for sums in a matrix product may depend on that.
+        return {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from None
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors, names and all."""
+    return hashlib.sha256(_serialized(tensors)).hexdigest()
+
+
+def _serialized(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def file_digest(path: Path) -> str:

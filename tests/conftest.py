@@ -30,6 +30,13 @@ ANIMALS = ["cat", "dog", "horse", "bird"]
 WORDS = ["the", "a", "is", "was", "seen", "here", "there", "old", "new", "very"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 def _tiny_config(**changes: Any) -> BertConfig:
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     return BertConfig(**(sizes | {"intermediate_size": 48, "max_position_embeddings": 64} | changes))
@@ -94,9 +101,6 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         lines = ["text,label", *(f"{text},{label}" for text, label in toy_rows(words, 48))]
         files[name].write_text("\n".join(lines))
     return files
-
-
-# Calls of the operator
 
 
 # tests are tiny and run side by side: threads would only wait for each other

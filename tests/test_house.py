@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DRAWING = {"plots.py", "plot_style.py", "report.py"}  # themselves imported only where a report is written
 LAZY_ONLY = {"datasets", "sklearn", "matplotlib"}  # heavy, or absent from some machines
 
 
@@ -40,7 +41,7 @@ def test_kernels_know_nothing_of_the_package() -> None:
 
 def test_heavy_packages_are_imported_where_they_are_used() -> None:
     for path in (ROOT / "qtuning_fast").rglob("*.py"):
-        if path.name != "plots.py":
+        if path.name not in DRAWING:
             assert not imported(path, at_load=True) & {*LAZY_ONLY, "triton"}, path
 
 
@@ -77,3 +78,21 @@ except NotImplementedError as error:
     result = run_python(code, PYTHONPATH=".")
     assert result.returncode == 0, result.stderr
     assert "triton is not installed" in result.stdout
+
+
+def test_reports_are_loaded_only_where_one_is_written() -> None:
+    result = run_python("import sys, qtuning_fast.lifelong.runs; print('matplotlib' in sys.modules)", PYTHONPATH=".")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_the_demo_is_a_command_that_exists() -> None:
+    from typer.testing import CliRunner
+
+    from qtuning_fast.cli import app
+
+    recipe = (ROOT / "Makefile").read_text()
+    [line] = [line for line in recipe.splitlines() if "qtuning-fast run" in line]
+    arguments = line.split("qtuning-fast ")[1].split()
+    arguments[arguments.index("--out") + 1] = "/dev/null"  # the one thing that is wrong with it
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "out is '/dev/null'" in result.output

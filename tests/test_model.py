@@ -1,13 +1,16 @@
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments
 
 from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.pretrained import read_saved
+from qtuning_fast.storage import read_json, write_json
 
 Batch = dict[str, Tensor]
 TinyConfig = Callable[..., BertConfig]
@@ -176,7 +179,6 @@ def test_mixed_batches_give_each_sample_its_own_task(tiny_bert: BertModel, batch
         torch.testing.assert_close(mixed[row, : len(own)], own)
         assert mixed[row, len(own) :].isneginf().all()
     assert model(**batch, task_names=names, labels=LABELS).loss.isfinite()
-    assert torch.equal(logits(model, batch, "task-1"), logits(model, batch, "task-1"))
 
 
 def test_the_task_set_survives_a_mixed_batch(tiny_bert: BertModel, batch: Batch) -> None:
@@ -279,17 +281,51 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch: Batch, tiny_conf
         learn(model, batch, 3)
         model.start_task("last", 2)
         if checkpointing:
-            base.gradient_checkpointing_enable()
-            model.train()
-            for layer in base.encoder.layer:
-                layer.training = True  # checkpointing is for training mode; the layers inside stay in eval mode
-        else:
-            model.train()
+            model.gradient_checkpointing_enable()
+        model.train()
+        assert [layer.training for layer in base.encoder.layer] == [checkpointing] * 3
+        assert not any(dropout.training for dropout in base.modules() if isinstance(dropout, nn.Dropout))
         torch.manual_seed(1)
         model(**batch, labels=LABELS).loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, checkpointed in zip(*found):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_trainable_parameters_are_in_one_group_each(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config(rank=2))
+    learn(model, batch, 3)
+    model.start_task("last", 2)
+    groups = model.parameter_groups()
+    assert all(groups.values()) and set(groups) == {"prompt", "gate", "head", "network"}
+    grouped = [id(parameter) for group in groups.values() for parameter in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("gate" in names[id(parameter)] for parameter in groups["gate"]) and len(groups["gate"]) == 6
+
+
+def test_inputs_that_are_not_of_the_batch_stay_as_they_are(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 3)
+    model.start_task("last", 2)
+    model.train()
+    one_for_all = torch.arange(10)[None]
+    assert model(**batch, labels=LABELS, position_ids=one_for_all).retention_loss is not None
+
+
+def test_embeddings_instead_of_tokens(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 1)
+    embedded = {"inputs_embeds": tiny_bert.embeddings.word_embeddings(batch["input_ids"])}
+    expected = logits(model, batch, "task-0")
+    torch.testing.assert_close(model(**embedded, attention_mask=batch["attention_mask"]).logits, expected)
+
+
+def test_what_stands_on_the_layers_moves_with_the_model(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 1)
+    model.to("meta")
+    assert model.attention.layers[0].module.qtuning_prefix["prefix_key"].device.type == "meta"
 
 
 # Saving
@@ -322,7 +358,57 @@ def test_a_save_replaces_the_one_before_and_leaves_nothing_behind(
     for tasks in (1, 2, 3):
         learn(model, batch, 1)
         model.save_pretrained(tmp_path)
-        assert len(list(tmp_path.iterdir())) == tasks + 2  # tasks, state, index
+        assert len([path for path in tmp_path.iterdir() if path.name != ".lock"]) == tasks + 2  # tasks, state, index
+
+
+def test_a_save_leaves_what_belongs_to_others_alone(tiny_bert: BertModel, batch: Batch, tmp_path: Any) -> None:
+    tiny_bert.save_pretrained(tmp_path)
+    model = QTuningModel(tiny_bert, small_config())
+    for _ in range(2):
+        learn(model, batch, 1)
+        model.save_pretrained(tmp_path)
+    assert {"model.safetensors", "config.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_saves_at_once_leave_a_whole_one(tiny_bert: BertModel, batch: Batch, tmp_path: Any) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 2)
+    saved = []
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(model.save_pretrained, tmp_path) for _ in range(20)]:
+            saved.append(done.result())
+    assert len(saved) == 20 and read_saved(tmp_path).adapters[1].name == "task-1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": None},
+        {"config": {"rank": 3}},
+        {"base_model": "x"},
+        {"tasks": None},
+        {"tasks": ["x"]},
+        {"tasks": [{"name": 5, "label_names": ["a", "b"]}]},
+        {"state": {"file": 3, "sha256": ""}},
+        {"state": {"file": "../state", "sha256": ""}},
+        {"format_version": 2},
+        {"config": {"colour": "red"}},
+    ],
+)
+def test_an_index_that_was_tampered_with_is_refused(
+    tiny_bert: BertModel, batch: Batch, tmp_path: Any, change: dict
+) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 2)
+    model.save_pretrained(tmp_path)
+    index = read_json(tmp_path / "adapter_config.json")
+    write_json(tmp_path / "adapter_config.json", index | change)
+    base = model.detach()
+    with pytest.raises(ValueError, match=r"adapter_config|does not fit|damaged|missing|index|colour"):
+        QTuningModel.from_pretrained(base, tmp_path)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    QTuningModel(base, small_config())
 
 
 def test_another_base_model_is_refused(tiny_bert: BertModel, batch: Batch, tmp_path: Any) -> None:
@@ -361,6 +447,9 @@ def refused() -> Iterator[tuple[str, Any, type[Exception], str]]:
     yield "bool labels", lambda m, b: m.start_task("new", True), TypeError, "num_labels"
     yield "nothing to finish", lambda m, b: m.finish_task(), RuntimeError, "start_task"
     yield "too few names", lambda m, b: m(**b, task_names=["task-0"]), ValueError, "task_names"
+    yield "4-D mask", lambda m, b: m(b["input_ids"], b["attention_mask"][:, None, None]), ValueError, "attention_mask"
+    yield "tuple output", lambda m, b: m(**b, return_dict=False), ValueError, "return_dict"
+    yield "labels of others", lambda m, b: m(**b, labels=LABELS + 1, task_names=["task-0"] * 4), ValueError, "labels"
     yield "unknown among names", lambda m, b: m(**b, task_names=["task-0"] * 3 + ["x"]), ValueError, "'x'"
 
 
@@ -385,6 +474,22 @@ def test_a_detached_model_takes_no_task(tiny_bert: BertModel, batch: Batch) -> N
             call()
 
 
+def test_a_model_that_is_attached_to_is_refused_until_it_is_detached(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 1)
+    with pytest.raises(ValueError, match="attached already"):
+        QTuningModel(tiny_bert, small_config())
+    assert model(**batch).logits.isfinite().all()
+    QTuningModel(model.detach(), small_config()).detach()
+
+
+def test_an_implementation_chosen_in_between_is_kept(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    tiny_bert.set_attn_implementation("eager")
+    learn(model, batch, 1)
+    assert model.detach().config._attn_implementation == "eager"
+
+
 def test_two_tasks_at_once_are_refused(tiny_bert: BertModel) -> None:
     model = QTuningModel(tiny_bert, small_config())
     model.start_task("first", 2)
@@ -406,3 +511,58 @@ def test_configs_that_do_not_fit(tiny_bert: BertModel, changes: dict, error: typ
     with pytest.raises(error, match=named):
         QTuningModel(tiny_bert, small_config(**changes))
     assert attributes(tiny_bert) == before and all(p.requires_grad for p in tiny_bert.parameters())
+
+
+def test_mixed_batches_under_autocast(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(**batch, task_names=["task-0", "task-1"] * 2).logits
+    torch.testing.assert_close(mixed[1], logits(model, batch, "task-1")[1], atol=0.05, rtol=0.05)
+
+
+def test_it_trains_in_another_precision_too(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 3)
+    model.start_task("last", 2)
+    model.to(torch.bfloat16)
+    train(model, batch)
+    assert model.finish_task().prefix_rows == 11
+
+
+# With others
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_trainer_trains_it_with_its_defaults(
+    tiny_bert: BertModel, batch: Batch, tmp_path: Any, checkpointing: bool
+) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 3)
+    model.start_task("last", 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [{name: value[i] for name, value in batch.items()} | {"labels": LABELS[i]} for i in range(4)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], gradient_checkpointing=checkpointing, use_cpu=True, save_strategy="no"
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("base_model."), name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_learns_moves_saves_and_goes_on(tiny_bert: BertModel, batch: Batch, tmp_path: Any) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 2)
+    there = {name: value.cuda() for name, value in batch.items()}
+    expected = logits(model, batch, "task-1")
+    model.cuda()
+    torch.testing.assert_close(logits(model, there, "task-1").cpu(), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = QTuningModel.from_pretrained(model.detach(), tmp_path)
+    for number in range(3):
+        loaded.start_task(f"more-{number}", 2)
+        loaded.train()
+        loaded(**there, labels=LABELS.cuda()).loss.backward()
+        loaded.finish_task()
+    assert logits(loaded, there, "more-2").isfinite().all()

@@ -42,6 +42,21 @@ def test_dq_pca_sign_of_vectors_that_sum_to_zero() -> None:
     assert dq_pca(-rows, 1).tolist() == [[pytest.approx(-3 * 2**0.5), pytest.approx(0)]]
 
 
+def test_dq_pca_signs_of_entries_that_are_equally_large() -> None:
+    # u = ±(1, 0, -1)/√2: its sum vanishes, and of its two largest entries the first decides, not the last bit of either.
+    rows = torch.tensor([[-2.0, 0.0], [0.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    for noise in (0, 1e-16, -1e-16):
+        nudged = rows + noise * torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])
+        assert dq_pca(nudged, 1)[0, 0].item() == pytest.approx(-2 * 2**0.5)
+
+
+def test_dq_pca_of_nothing_and_of_too_much() -> None:
+    assert dq_pca(torch.zeros(0, 4), 0).shape == (0, 4)
+    assert dq_pca(torch.zeros(3, 4), 0).shape == (0, 4)
+    with pytest.raises(ValueError, match="rows"):
+        dq_pca(torch.full((4, 4), 6e4, dtype=torch.float16), 1)
+
+
 def test_dq_pca_centred_loses_the_mean_row() -> None:
     rows = random_rows(6, 10) + 5
     assert dq_pca(rows, 6, center=True)[:5].mean(1).abs().max() < 0.5 * rows.mean()
@@ -142,6 +157,22 @@ def test_a_cut_never_exceeds_its_bound_over_many_tasks() -> None:
         sizes.append(len(queue))
     assert sizes[:3] == [3, 6, 9] and set(sizes[3:]) == {9}
     assert all(rows.isfinite().all() for rows in queue.rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ((0, 3), ValueError, "capacity"),
+        ((1.0, 3), TypeError, "capacity"),
+        ((2, 0), ValueError, "prompt_length"),
+        ((2, True), TypeError, "prompt_length"),
+    ],
+)
+def test_queue_refuses(arguments: tuple, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        PromptQueue(*arguments)
+    with pytest.raises(ValueError, match=r"eviction.*lru"):
+        PromptQueue(2, 3, eviction="lru")
 
 
 def test_state_goes_there_and_back() -> None:

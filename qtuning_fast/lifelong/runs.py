@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.evaluation import accuracy, probabilities
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.own_data import load_task
-from qtuning_fast.lifelong.report import write_report, write_seeds_report
 from qtuning_fast.lifelong.streams import load_stream
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.lifelong.texts import TokenizedTexts
-from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
+from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener, data_digest
 from qtuning_fast.model import QTuningModel
 from qtuning_fast.storage import read_json, write_json
 
@@ -91,6 +91,8 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
     Returns:
         The metrics.
     """
+    from qtuning_fast.lifelong.report import write_report  # draws: evaluating and predicting do without
+
     _check_writable(folder)
     tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
     base_model, tokenizer = load_base_model(settings.model)
@@ -104,7 +106,7 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
             settings.training,
             folder,
             forward_transfer=settings.forward_transfer,
-            about={"stream": title, "base_model": settings.model, "data": _plain(settings.data)},
+            about={"stream": title, "base_model": _anywhere(settings.model), "data": _plain(settings.data)},
             listener=listener,
         ).run()
     write_report(metrics, folder)
@@ -117,6 +119,10 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
     Returns:
         Mean and spread over the seeds.
     """
+    from qtuning_fast.lifelong.report import write_seeds_report
+
+    if (folder / RUN_FILE).exists():
+        raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; name another folder")
     first = settings.training.seed
     runs = [
         execute(settings.with_seed(seed), folder / f"seed-{seed}", listening) for seed in range(first, first + seeds)
@@ -129,9 +135,11 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
 
 def rewrite_report(folder: Path) -> Path:
     """`report.html` and its pictures again, from `metrics.json`; with several seeds, those of each seed as well."""
+    from qtuning_fast.lifelong.report import write_report, write_seeds_report
+
     if (folder / METRICS_FILE).is_file():
         return write_report(read_json(folder / METRICS_FILE), folder)
-    runs = [(read_json(path), path.parent) for path in sorted(folder.glob(f"seed-*/{METRICS_FILE}"))]
+    runs = [(read_json(path), path.parent) for path in _by_seed(folder, METRICS_FILE)]
     if not runs:
         raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has ended there")
     for metrics, seed_folder in runs:
@@ -153,29 +161,45 @@ class OpenRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = _run_folder(folder)
-        self.settings = read_json(self.folder / RUN_FILE)
-        self.options = TrainingOptions(**self.settings["training"])
-        base_model, self.tokenizer = load_base_model(self.settings["base_model"])
+        settings = read_json(self.folder / RUN_FILE)
+        self.options = TrainingOptions(**settings["training"])
+        self._about, self._digests = settings["about"], settings["tasks"]
+        if not {"base_model", "data"} <= self._about.keys():
+            raise ValueError(
+                f"{folder}: this run was begun from Python; open its adapters by QTuningModel.from_pretrained"
+            )
+        base_model, self.tokenizer = load_base_model(self._about["base_model"])
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
 
     def load_tasks(self) -> list[Task]:
-        """The run's tasks again, the finished ones."""
-        data = self.settings["data"]
-        return DataOptions(**{**data, "tasks": tuple(data["tasks"])}).load()[: len(self.model.tasks)]
+        """The run's tasks again, the finished ones.
 
-    @torch.no_grad()
-    def predict(self, texts: Sequence[str], task: str) -> torch.Tensor:
+        Raises:
+            ValueError: a task's data is not what the run learned from.
+        """
+        data = self._about["data"]
+        tasks = DataOptions(**{**data, "tasks": tuple(data["tasks"])}).load()[: len(self.model.tasks)]
+        for task in tasks:
+            if data_digest(task) != self._digests[task.name]:
+                raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
+        return tasks
+
+    def predict(self, texts: Sequence[str], task: str) -> Tensor:
         """Probabilities `[texts, classes]` under a task's adapter."""
         self.model.set_task(task)
-        encoded = TokenizedTexts(Examples(list(texts), [0] * len(texts)), self.tokenizer, self.options.max_length)
-        device = self.model.base_model.device
-        logits = [self.model(**batch).logits for batch in encoded.batches(self.options.eval_batch_size, device)]
-        return torch.cat(logits).softmax(-1).cpu()
+        return probabilities(self.model, self._tokenized(Examples(list(texts), [0] * len(texts))), self._batch_size)
 
     def accuracy(self, examples: Examples, task: str) -> float:
         """Share of the examples that a task's adapter gets right."""
-        predicted = self.predict(examples.texts, task).argmax(-1)
-        return float((predicted == torch.tensor(examples.labels)).double().mean())
+        self.model.set_task(task)
+        return accuracy(self.model, self._tokenized(examples), self._batch_size)
+
+    @property
+    def _batch_size(self) -> int:
+        return self.options.eval_batch_size
+
+    def _tokenized(self, examples: Examples) -> TokenizedTexts:
+        return TokenizedTexts(examples, self.tokenizer, self.options.max_length)
 
 
 def _check_writable(folder: Path) -> None:
@@ -186,11 +210,22 @@ def _check_writable(folder: Path) -> None:
 
 
 def _run_folder(folder: Path) -> Path:
-    seeds = sorted(folder.glob("seed-*/run.json"))
+    seeds = _by_seed(folder, RUN_FILE)
     if not (folder / RUN_FILE).is_file() and not seeds:
         raise FileNotFoundError(f"{folder} holds no run")
     return folder if (folder / RUN_FILE).is_file() else seeds[0].parent
 
 
+def _by_seed(folder: Path, file: str) -> list[Path]:
+    found = [path for path in folder.glob(f"seed-*/{file}") if path.parent.name.removeprefix("seed-").isdigit()]
+    return sorted(found, key=lambda path: int(path.parent.name.removeprefix("seed-")))
+
+
 def _plain(data: DataOptions) -> dict[str, Any]:
-    return {**asdict(data), "tasks": list(data.tasks)}
+    return {**asdict(data), "tasks": [_anywhere(spec) for spec in data.tasks]}
+
+
+def _anywhere(spec: str) -> str:
+    """A path, or `name=path`, that means the same from every folder; other names stay as they are."""
+    name, separator, path = spec.rpartition("=")
+    return f"{name}{separator}{Path(path).absolute()}" if Path(path).exists() else spec

@@ -33,13 +33,13 @@ _MANIFEST = "manifest.json"
 
 
 class TaskTrainer(Trainer):
-    """Trains the task that `model` has started, and evaluates.
+    """Trains the task that `model` has started.
 
     Args:
         model: with a task in training.
         options: budget and rates.
         folder: for checkpoints.
-        train, validation: the splits; None for evaluation alone.
+        train, validation: the splits.
         callbacks: told of every step.
     """
 
@@ -49,8 +49,8 @@ class TaskTrainer(Trainer):
         options: TrainingOptions,
         folder: Path,
         *,
-        train: TokenizedTexts | None = None,
-        validation: TokenizedTexts | None = None,
+        train: TokenizedTexts,
+        validation: TokenizedTexts,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.qtuning = model
@@ -58,27 +58,28 @@ class TaskTrainer(Trainer):
         self.folder = folder
         self.clock = StepClock()
         self._retention_losses: list[Tensor] = []
-        stopping = [EarlyStoppingCallback(options.patience)] if train is not None and options.patience else []
+        stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
         super().__init__(
             model=model,
-            args=_training_arguments(options, folder, training=train is not None),
+            args=_training_arguments(options, folder, model.base_model.device),
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=_accuracy,
-            callbacks=[self.clock, *stopping, *(callbacks or [])],
+            callbacks=[self.clock, Manifest(), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with one rate for each kind of parameter."""
         if self.optimizer is None:
-            groups: dict[float, list[Tensor]] = {}
-            for name, parameter in self.qtuning.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault(_rate(name, self.options), []).append(parameter)
-            self.optimizer = torch.optim.AdamW(
-                [{"params": params, "lr": rate} for rate, params in groups.items()], weight_decay=0.0
-            )
+            rates = {
+                "prompt": self.options.prompt_rate,
+                "head": self.options.head_rate,
+                "gate": self.options.gate_rate,
+                "network": self.options.network_rate,
+            }
+            groups = [{"params": group, "lr": rates[kind]} for kind, group in self.qtuning.parameter_groups().items()]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
 
     def compute_loss(
@@ -95,10 +96,6 @@ class TaskTrainer(Trainer):
             self._retention_losses.clear()
         super().log(logs, *args, **kwargs)
 
-    def accuracy(self, texts: TokenizedTexts) -> float:
-        """Share of `texts` that the model, as it stands, gets right."""
-        return self.evaluate(texts)["eval_accuracy"]
-
     # Checkpoints: the base model is left out, and a manifest, written last, says that a checkpoint is whole.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -111,13 +108,6 @@ class TaskTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if not name.startswith("base_model.")]
         if missing or load_result.unexpected_keys:
             raise CorruptFileError(f"a checkpoint does not fit: missing {missing}, more {load_result.unexpected_keys}")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = self._checkpoint(self.state.global_step)
-            files = sorted(path for path in folder.iterdir() if path.is_file())
-            write_json(folder / _MANIFEST, {"files": {path.name: file_digest(path) for path in files}})
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
@@ -146,6 +136,16 @@ class TaskTrainer(Trainer):
         stopping = callbacks.get(EarlyStoppingCallback.__name__)
         stopped = stopping and stopping["attributes"]["early_stopping_patience_counter"] >= self.options.patience
         return bool(stopped) or state.global_step >= self.options.steps
+
+
+class Manifest(TrainerCallback):
+    """Writes, after everything else of a checkpoint, what it holds."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = sorted(path for path in folder.iterdir() if path.is_file())
+            write_json(folder / _MANIFEST, {"files": {path.name: file_digest(path) for path in files}})
 
 
 class StepClock(TrainerCallback):
@@ -186,21 +186,13 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _rate(name: str, options: TrainingOptions) -> float:
-    if name.startswith("head."):
-        return options.head_rate
-    if name.startswith(("live.reparameterization.", "discriminator.")):
-        return options.network_rate
-    return options.gate_rate if ".gate." in name else options.prompt_rate
-
-
 def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def _training_arguments(options: TrainingOptions, folder: Path, *, training: bool) -> TrainingArguments:
+def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
     every = options.eval_every
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
@@ -210,14 +202,14 @@ def _training_arguments(options: TrainingOptions, folder: Path, *, training: boo
         max_grad_norm=1.0,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, options.steps // 10),
-        eval_strategy="steps" if training else "no",
-        save_strategy="steps" if training else "no",
+        eval_strategy="steps",
+        save_strategy="steps",
         eval_steps=every,
         save_steps=every,
         # A log at every checkpoint: what is averaged between two logs would not survive a resume.
         logging_steps=max(size for size in range(1, 6) if every % size == 0),
         save_total_limit=2,
-        load_best_model_at_end=training,
+        load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
@@ -228,4 +220,8 @@ def _training_arguments(options: TrainingOptions, folder: Path, *, training: boo
         dataloader_pin_memory=False,
         disable_tqdm=True,
         report_to=[],
+        use_cpu=device.type == "cpu",  # the model stays where its owner put it
     )
+    _ = arguments.n_gpu  # sets up the device
+    arguments._n_gpu = 1  # nn.DataParallel would copy the attention layers, and leave the prefixes with the originals
+    return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ class TokenizedTexts(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: column[index] for name, column in self.columns.items()}
+
+    def with_column(self, name: str, column: Tensor) -> TokenizedTexts:
+        """The same examples with one more column, `[examples, ...]`."""
+        extended = copy(self)
+        extended.columns = self.columns | {name: column}
+        return extended
 
     def batches(self, batch_size: int, device: torch.device) -> list[dict[str, Tensor]]:
         """The inputs in order, without labels."""

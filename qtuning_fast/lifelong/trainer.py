@@ -8,6 +8,7 @@ Each stage of a run leaves a file behind and is skipped when that file is there:
     <folder>/tasks/NN-name/training.json    curves, steps, seconds
     <folder>/adapter/                       the model after the last finished task
     <folder>/tasks/NN-name/evaluation.json  every task so far under the live queue, and this one under its adapter
+    <folder>/tasks/NN-name/alone.json       the task learned alone, where that was asked for
     <folder>/metrics.json                   all of it, when the stream is over
 
 Everything random in a task starts from the run's seed and the task's number, so a run that was cut off ends as one that
@@ -22,7 +23,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.integrations.transformers import encoder_of
+from qtuning_fast.lifelong.evaluation import accuracy, features
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.probe import linear_probe
@@ -45,10 +48,11 @@ from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.lifelong.texts import TokenizedTexts
 from qtuning_fast.model import QTuningModel
 from qtuning_fast.pretrained import CONFIG_FILE, fingerprint
-from qtuning_fast.storage import read_json, write_json
+from qtuning_fast.storage import read_json, tensors_digest, write_json
 from qtuning_fast.version import __version__
 
 RUN_FILE = "run.json"
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions begin after the padding token's index
 
 
 class LifelongTrainer:
@@ -85,6 +89,11 @@ class LifelongTrainer:
         names = [task.name for task in tasks]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"tasks has the names {names}; it must hold at least one task and no name twice")
+        for task in tasks:
+            for split in ("train", "validation", "test"):
+                if not len(getattr(task, split)):
+                    raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
+        _check_length(options.max_length, base_model, tokenizer)
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.config = config
@@ -107,20 +116,20 @@ class LifelongTrainer:
             raise ValueError(f"{self.folder}: another process is running there") from None
 
     def _run(self) -> dict[str, Any]:
-        self._claim_folder()
-        model = self._restored_or_new()
-        for number, task in enumerate(self.tasks):
-            self.listener.task_begins(number, task)
-            self._stage(number, "probe", partial(self._probe, model, task))
-            if number >= len(model.tasks):
-                self._train(model, number, task)
-            self._stage(number, "evaluation", partial(self._evaluate, model, number))
-            if self.forward_transfer and number > 0:
-                self._stage(number, "alone", partial(self._learn_alone, number))
-            shutil.rmtree(self._task_folder(number) / "checkpoints", ignore_errors=True)
-            self.listener.task_ends(number, task, self._read(number, "probe"), self._read(number, "evaluation"))
-        model.set_task(None)
-        metrics = self._metrics(model)
+        with self._attached() as model:
+            self._claim_folder()  # not before the model is made: settings that it refuses leave no trace
+            for number, task in enumerate(self.tasks):
+                self.listener.task_begins(number, task)
+                self._stage(number, "probe", partial(self._probe, model, task))
+                if number >= len(model.tasks):
+                    self._train(model, number, task)
+                self._stage(number, "evaluation", partial(self._evaluate, model, number))
+                shutil.rmtree(self._task_folder(number) / "checkpoints", ignore_errors=True)
+                self.listener.task_ends(number, task, self._read(number, "probe"), self._read(number, "evaluation"))
+            self._assert_unchanged(model)
+        for number in range(1, len(self.tasks)) if self.forward_transfer else ():
+            self._stage(number, "alone", partial(self._learn_alone, number))
+        metrics = self._metrics()
         write_json(self.folder / "metrics.json", metrics)
         return metrics
 
@@ -139,9 +148,9 @@ class LifelongTrainer:
             "method": self.config.to_dict(),
             "training": self.options.to_dict(),
             "forward_transfer": self.forward_transfer,
-            "tasks": {task.name: _data_digest(task) for task in self.tasks},
-            "base_model": fingerprint(encoder_of(self.base_model)),
-            **self.about,
+            "tasks": {task.name: data_digest(task) for task in self.tasks},
+            "base_fingerprint": fingerprint(encoder_of(self.base_model)),
+            "about": self.about,
         }
         path = self.folder / RUN_FILE
         if not path.exists():
@@ -153,15 +162,19 @@ class LifelongTrainer:
             details = "; ".join(f"{name}: {_difference(theirs.get(name), mine.get(name))}" for name in different)
             raise ValueError(f"{self.folder} holds another run ({details}); name another folder, or remove that one")
 
-    def _restored_or_new(self) -> QTuningModel:
+    @contextmanager
+    def _attached(self, *, alone: bool = False) -> Iterator[QTuningModel]:
+        """The run's model as far as it has come, or one without a past; taken off the base model after the block."""
         saved = self.folder / "adapter"
-        if (saved / CONFIG_FILE).exists():
-            return QTuningModel.from_pretrained(self.base_model, saved)
-        return self._new_model()
-
-    def _new_model(self) -> QTuningModel:
-        set_seed(self.options.seed)
-        return QTuningModel(self.base_model, self.config)
+        if not alone and (saved / CONFIG_FILE).exists():
+            model = QTuningModel.from_pretrained(self.base_model, saved)
+        else:
+            set_seed(self.options.seed)
+            model = QTuningModel(self.base_model, self.config)
+        try:
+            yield model
+        finally:
+            model.detach()
 
     def _train(self, model: QTuningModel, number: int, task: Task) -> None:
         record = self._learn(model, number, self._task_folder(number) / "checkpoints")
@@ -178,7 +191,7 @@ class LifelongTrainer:
         split = self._texts(task)
         train = split["train"]
         if model.retains_memory:
-            train.columns["retention_features"] = self._features(model, train, previous)
+            train = train.with_column("retention_features", self._features(model, train, previous))
         trainer = TaskTrainer(
             model,
             replace(self.options, seed=_task_seed(self.options.seed, number)),
@@ -188,7 +201,6 @@ class LifelongTrainer:
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
-        train.columns.pop("retention_features", None)
         adapter = model.finish_task()
         history = trainer.state.log_history
         return {
@@ -197,7 +209,7 @@ class LifelongTrainer:
             "num_train": len(task.train.texts),
             "num_validation": len(task.validation.texts),
             "num_test": len(task.test.texts),
-            "seconds": time.perf_counter() - began,
+            "seconds": time.perf_counter() - began,  # of this process: what a run took that was cut off is not in it
             "steps": trainer.state.global_step,
             "step_seconds": trainer.clock.median,
             "best_step": trainer.state.best_global_step,
@@ -210,16 +222,27 @@ class LifelongTrainer:
 
     def _evaluate(self, model: QTuningModel, number: int) -> dict[str, Any]:
         """Every task so far under the live prefix; this task under its adapter."""
+        if len(model.tasks) != number + 1:
+            raise RuntimeError(
+                f"{self.folder}: the evaluation after task {number + 1} is gone, and the queue has moved on"
+            )
         live = [self._accuracy(model, task, live=True) for task in self.tasks[: number + 1]]
-        return {"live_queue": live, "task_adapter": self._accuracy(model, self.tasks[number])}
+        task = self.tasks[number]
+        digest = tensors_digest(model.adapters[task.name].tensors())
+        return {"live_queue": live, "task_adapter": self._accuracy(model, task), "adapter_digest": digest}
+
+    def _assert_unchanged(self, model: QTuningModel) -> None:
+        """That a task under its adapter forgets nothing rests on adapters that never change."""
+        for number, (name, adapter) in enumerate(model.adapters.items()):
+            if tensors_digest(adapter.tensors()) != self._read(number, "evaluation")["adapter_digest"]:
+                raise RuntimeError(f"{self.folder}: the adapter of {name!r} is not the one that was evaluated")
 
     def _learn_alone(self, number: int) -> dict[str, Any]:
         """The task with an empty queue and a fresh shared prompt, with the same budget and seed."""
-        model = self._new_model()
         folder = self._task_folder(number) / "alone"
-        self._learn(model, number, folder)
-        accuracy = self._accuracy(model, self.tasks[number])
-        model.set_task(None)
+        with self._attached(alone=True) as model:
+            self._learn(model, number, folder)
+            accuracy = self._accuracy(model, self.tasks[number])
         shutil.rmtree(folder)
         return {"accuracy": accuracy}
 
@@ -235,11 +258,10 @@ class LifelongTrainer:
 
     def _accuracy(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)
-        return TaskTrainer(model, self.options, self.folder / "tasks").accuracy(self._texts(task)["test"])
+        return accuracy(model, self._texts(task)["test"], self.options.eval_batch_size)
 
     def _features(self, model: QTuningModel, texts: TokenizedTexts, task: str | None) -> Tensor:
-        batches = texts.batches(self.options.eval_batch_size, self.base_model.device)
-        return torch.cat([model.features(batch, task=task).cpu() for batch in batches])
+        return features(model, texts, self.options.eval_batch_size, task=task)
 
     def _texts(self, task: Task) -> dict[str, TokenizedTexts]:
         if task.name not in self._splits:
@@ -260,16 +282,13 @@ class LifelongTrainer:
     def _read(self, number: int, stage: str) -> dict[str, Any]:
         return read_json(self._task_folder(number) / f"{stage}.json")
 
-    def _metrics(self, model: QTuningModel) -> dict[str, Any]:
+    def _metrics(self) -> dict[str, Any]:
         numbers = range(len(self.tasks))
         evaluations = [self._read(number, "evaluation") for number in numbers]
-        at_once = [evaluation["task_adapter"] for evaluation in evaluations]
-        at_the_end = [self._accuracy(model, task) for task in self.tasks]
-        if at_once != at_the_end:
-            raise RuntimeError(f"stored adapters changed: accuracies were {at_once} and are {at_the_end}")
+        stored = [evaluation["task_adapter"] for evaluation in evaluations]
         alone = [self._read(n, "alone")["accuracy"] if n else None for n in numbers] if self.forward_transfer else None
         probes = [self._read(number, "probe")["accuracy"] for number in numbers]
-        adapter_rows = [_padded(at_once[: number + 1], len(self.tasks)) for number in numbers]
+        adapter_rows = [_padded(stored[: number + 1], len(self.tasks)) for number in numbers]
         live_rows = [_padded(evaluation["live_queue"], len(self.tasks)) for evaluation in evaluations]
         return {
             "tasks": [task.name for task in self.tasks],
@@ -314,11 +333,23 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
+def _check_length(max_length: int, base_model: PreTrainedModel, tokenizer: Any) -> None:
+    added = tokenizer.num_special_tokens_to_add()
+    longest = getattr(base_model.config, "max_position_embeddings", None) or max_length
+    if base_model.config.model_type in OFFSET_POSITIONS:
+        longest -= base_model.config.pad_token_id + 1
+    if not added < max_length <= longest:
+        raise ValueError(
+            f"max_length is {max_length}; this model takes at most {longest} tokens, {added} of them not of the text"
+        )
+
+
 def _task_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
 
 
-def _data_digest(task: Task) -> str:
+def data_digest(task: Task) -> str:
+    """A hash that tells whether a task's examples are the same."""
     splits = [asdict(split) for split in (task.train, task.validation, task.test)]
     return hashlib.sha256(json.dumps([list(task.label_names), splits]).encode()).hexdigest()[:16]
 

@@ -21,7 +21,8 @@ class Discriminator(nn.Module):
 
     def forward(self, z_new: Tensor, z_old: Tensor) -> Tensor:
         """`[B, features]` twice to `[B]`."""
-        return self.score(torch.cat([z_new, z_old], dim=-1)).squeeze(-1)
+        pair = torch.cat([z_new, z_old], dim=-1)
+        return self.score(pair.to(next(self.parameters()).dtype)).squeeze(-1)
 
 
 def retention_loss(discriminator: Discriminator, z_new: Tensor, z_old: Tensor, shift: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import random
 import shutil
@@ -17,8 +19,9 @@ from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.own_data import load_task
 from qtuning_fast.lifelong.task_trainer import latest_checkpoint
-from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.lifelong.trainer import RunListener
+from qtuning_fast.storage import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)
 TRAINING = TrainingOptions(steps=6, batch_size=4, max_length=10, eval_every=2, prompt_rate=0.03, head_rate=0.03)
@@ -166,6 +169,21 @@ def test_early_stopping_ends_the_same_when_it_is_cut_off_after_the_stop(
     assert without_times(again) == without_times(expected)
 
 
+@pytest.mark.parametrize("event", [8, 36, 1000])
+def test_after_a_run_or_a_cut_the_base_model_is_what_it_was(
+    event: int, tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    base, tokenizer = load_base_model(str(tiny_model_folder))
+    inputs = tokenizer(["the red cat"], return_tensors="pt")
+    expected = base(**inputs).last_hidden_state
+    arguments = {"config": METHOD, "options": TRAINING, "folder": tmp_path / "run"}
+    with contextlib.suppress(CutOff):
+        LifelongTrainer(base, tokenizer, tasks=tasks, listener=CutOffAt(event), **arguments).run()
+    assert torch.equal(base(**inputs).last_hidden_state, expected)
+    assert all(p.requires_grad for p in base.parameters()) and base.config._attn_implementation == "sdpa"
+    LifelongTrainer(base, tokenizer, tasks=tasks, **arguments).run()  # and the same base goes on
+
+
 def test_a_checkpoint_that_is_not_whole_is_never_used(
     undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
@@ -193,12 +211,30 @@ def test_a_run_killed_in_its_first_instant_can_begin_again(
 def test_forward_transfer_compares_with_each_task_learned_alone(
     undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
-    metrics = lifelong(tiny_model_folder, tasks[:2], tmp_path / "run", forward_transfer=True).run()
-    alone = lifelong(tiny_model_folder, tasks[:2], tmp_path / "run", forward_transfer=True).run()
-    assert metrics["task_adapter"]["forward_transfer"] is not None
-    assert alone["task_adapter"] == metrics["task_adapter"]
-    expected = undisturbed["task_adapter"]["accuracy_matrix"][1][:2]
-    assert metrics["task_adapter"]["accuracy_matrix"][1] == expected  # asking for it changes nothing else
+    metrics = lifelong(tiny_model_folder, tasks[:3], tmp_path / "run", forward_transfer=True).run()
+    learned = [metrics["task_adapter"]["accuracy_matrix"][number][number] for number in range(3)]
+    assert learned == [undisturbed["task_adapter"]["accuracy_matrix"][n][n] for n in range(3)]  # asking changes nothing
+    gains = []
+    for number in (1, 2):
+        stage = next((tmp_path / "run" / "tasks").glob(f"{number:02d}-*")) / "alone.json"
+        gains.append(learned[number] - json.loads(stage.read_text())["accuracy"])
+    assert metrics["task_adapter"]["forward_transfer"] == pytest.approx(sum(gains) / 2)
+    again = lifelong(tiny_model_folder, tasks[:3], tmp_path / "run", forward_transfer=True).run()
+    assert without_times(again) == without_times(metrics)
+
+
+def test_an_adapter_that_changed_is_noticed(tiny_model_folder: Path, tasks: list[Task], tmp_path: Path) -> None:
+    lifelong(tiny_model_folder, tasks[:2], tmp_path / "run").run()
+    path = next((tmp_path / "run" / "tasks").glob("00-*")) / "evaluation.json"
+    write_json(path, read_json(path) | {"adapter_digest": "another"})
+    with pytest.raises(RuntimeError, match="adapter of 'colours'"):
+        lifelong(tiny_model_folder, tasks[:2], tmp_path / "run").run()
+
+
+def test_an_empty_split_is_refused_by_name(tiny_model_folder: Path, tasks: list[Task], tmp_path: Path) -> None:
+    without = [dataclasses.replace(tasks[0], validation=Examples([], []))]
+    with pytest.raises(ValueError, match="'colours' has no validation examples"):
+        lifelong(tiny_model_folder, without, tmp_path / "run")
 
 
 def test_another_run_in_the_same_folder_is_refused(tiny_model_folder: Path, tasks: list[Task], tmp_path: Path) -> None:
