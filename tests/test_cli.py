@@ -125,7 +125,7 @@ def test_eval_refuses_data_that_changed(command: Command, tmp_path: Path) -> Non
     data = tmp_path / "mine.csv"
     rows = [f"{text},{label}" for label in ("x", "y") for text in (f"{word} {label}" for word in "abcdefghijklmnop")]
     data.write_text("\n".join(["text,label", *rows]))
-    arguments = [a for a in command(tmp_path / "run", tasks=0)] + [f"--task=mine={data}"]
+    arguments = [*command(tmp_path / "run", tasks=0), f"--task=mine={data}"]
     assert call(*arguments)[0] == 0 and call("eval", f"--run={tmp_path}/run")[0] == 0
     data.write_text("\n".join(["text,label", *rows, *(f"new {word},a" for word in "abcdefghijklmnop")]))
     code, output = call("eval", f"--run={tmp_path}/run")
@@ -133,10 +133,7 @@ def test_eval_refuses_data_that_changed(command: Command, tmp_path: Path) -> Non
 
 
 def test_a_closed_pipe_does_not_stop_a_run(command: Command, tmp_path: Path) -> None:
-    code = "from qtuning_fast.cli import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *command(tmp_path / "run", tasks=2)], stdout=subprocess.PIPE
-    )
+    process = start(command(tmp_path / "run", tasks=2), stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
     assert process.wait(timeout=300) == 0 and (tmp_path / "run" / "report.html").is_file()
@@ -176,13 +173,13 @@ def test_several_seeds_report_mean_and_spread(command: Command, tmp_path: Path) 
 # Killed
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     code = "from qtuning_fast.cli import main; main()"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the same sums in the same order
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env=environment,
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -312,7 +309,7 @@ def test_a_damaged_run_is_refused(damage: str, command: Command, finished: Path,
     import shutil
 
     draw = random.Random(damage)
-    for trial, path in enumerate(sorted((finished / "adapter").iterdir())):
+    for trial, path in enumerate(sorted((finished / "adapter").glob("[!.]*"))):
         folder = tmp_path / f"{trial}"
         shutil.copytree(finished, folder)
         damaged = folder / "adapter" / path.name

@@ -43,7 +43,7 @@ def test_dq_pca_sign_of_vectors_that_sum_to_zero() -> None:
 
 
 def test_dq_pca_signs_of_entries_that_are_equally_large() -> None:
-    # u = ±(1, 0, -1)/√2: its sum vanishes, and of its two largest entries the first decides, not the last bit of either.
+    # u = ±(1, 0, -1)/√2: its sum vanishes, and of its largest entries the first decides, not the last bit.
     rows = torch.tensor([[-2.0, 0.0], [0.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
     for noise in (0, 1e-16, -1e-16):
         nudged = rows + noise * torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])

@@ -24,7 +24,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,11 @@ class LifelongTrainer:
                 return self._run()
         except Timeout:
             raise ValueError(f"{self.folder}: another process is running there") from None
+        finally:
+            if not (self.folder / RUN_FILE).exists():  # the run was refused: no trace of it stays
+                (self.folder / ".lock").unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
 
     def _run(self) -> dict[str, Any]:
         with self._attached() as model:

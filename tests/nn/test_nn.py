@@ -42,7 +42,7 @@ def test_retention_loss_of_a_discriminator_that_is_zero() -> None:
     torch.nn.init.zeros_(zero.score[-1].weight)
     torch.nn.init.zeros_(zero.score[-1].bias)
     loss = retention_loss(zero, torch.randn(5, 4), torch.randn(5, 4), shift=2)
-    assert float(loss) == pytest.approx(2 * math.log(2))
+    assert loss.item() == pytest.approx(2 * math.log(2))
 
 
 def test_retention_loss_is_the_jensen_shannon_estimate() -> None:
