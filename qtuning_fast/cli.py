@@ -225,9 +225,12 @@ def predict(
 def report(folder: RunFolder) -> None:
     """Write a run's report and pictures again, from its metrics."""
     with _clear_errors():
+        from qtuning_fast.lifelong.console import seeds_table, summary_table
         from qtuning_fast.lifelong.runs import rewrite_report
 
-        console.print(f"Report: {rewrite_report(folder)}", soft_wrap=True, markup=False)
+        page, metrics, is_summary = rewrite_report(folder)
+        console.print(seeds_table(metrics) if is_summary else summary_table(metrics))
+        console.print(f"Report: {page}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -133,19 +133,25 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
     return summary
 
 
-def rewrite_report(folder: Path) -> Path:
-    """`report.html` and its pictures again, from `metrics.json`; with several seeds, those of each seed as well."""
+def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
+    """`report.html` and its pictures again, from `metrics.json`; with several seeds, those of each seed as well.
+
+    Returns:
+        The page, the metrics or the summary that it shows, and whether it is a summary.
+    """
     from qtuning_fast.lifelong.report import write_report, write_seeds_report
 
     if (folder / METRICS_FILE).is_file():
-        return write_report(read_json(folder / METRICS_FILE), folder)
+        metrics = read_json(folder / METRICS_FILE)
+        return write_report(metrics, folder), metrics, False
     runs = [(read_json(path), path.parent) for path in _by_seed(folder, METRICS_FILE)]
     if not runs:
         raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has ended there")
     for metrics, seed_folder in runs:
         write_report(metrics, seed_folder)
     every = [metrics for metrics, _ in runs]
-    return write_seeds_report(every, mean_and_spread(every), folder)
+    summary = mean_and_spread(every)
+    return write_seeds_report(every, summary, folder), summary, True
 
 
 class OpenRun:

@@ -125,7 +125,10 @@ class TaskTrainer(Trainer):
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            if self._is_over(state):  # training on would look at further steps than the run that was cut off
+            if state.best_global_step is not None and not _is_whole(self._checkpoint(state.best_global_step)):
+                shutil.rmtree(self.folder)  # what the task is to end with was lost: it begins again
+                checkpoint = None
+            elif self._is_over(state):  # training on would look at further steps than the run that was cut off
                 self.state = state
                 self._load_best_model()
                 return

@@ -184,18 +184,20 @@ def test_after_a_run_or_a_cut_the_base_model_is_what_it_was(
     LifelongTrainer(base, tokenizer, tasks=tasks, **arguments).run()  # and the same base goes on
 
 
+@pytest.mark.parametrize(("which", "file"), [("latest", "optimizer.pt"), ("best", "model.safetensors")])
 def test_a_checkpoint_that_is_not_whole_is_never_used(
-    undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+    which: str, file: str, undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
     with pytest.raises(CutOff):  # in the first task after the saves at steps 2 and 4
         lifelong(tiny_model_folder, tasks, tmp_path / "run", listener=CutOffAt(8)).run()
     checkpoints = next((tmp_path / "run" / "tasks").glob("00-*")) / "checkpoints"
-    latest = Path(latest_checkpoint(checkpoints) or "")
-    damaged = latest / "optimizer.pt"
-    content = bytearray(damaged.read_bytes())
+    chosen = Path(latest_checkpoint(checkpoints) or "")
+    if which == "best":
+        best = json.loads((chosen / "trainer_state.json").read_text())["best_global_step"]
+        chosen = checkpoints / f"checkpoint-{best}"
+    content = bytearray((chosen / file).read_bytes())
     content[random.Random(0).randrange(len(content))] ^= 4
-    damaged.write_bytes(content)
-    assert latest_checkpoint(checkpoints) != str(latest) and not latest.exists()
+    (chosen / file).write_bytes(content)
     assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "run").run()) == without_times(undisturbed)
 
 
