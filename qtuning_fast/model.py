@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from qtuning_fast.adapter import TaskAdapter, bank_arguments, checked_labels
+from qtuning_fast.attached import AttachedModel
 from qtuning_fast.config import QTuningConfig
-from qtuning_fast.integrations.transformers import AttachedAttention, encoder_of
 from qtuning_fast.live import LivePrefix
-from qtuning_fast.nn import Discriminator, mean_pool, retention_loss
+from qtuning_fast.nn import Discriminator, retention_loss
 from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
 from qtuning_fast.storage import CorruptFileError
 
@@ -41,7 +41,7 @@ class QTuningOutput(ModelOutput):
     retention_loss: Tensor | None = None
 
 
-class QTuningModel(nn.Module):
+class QTuningModel(AttachedModel):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -60,10 +60,10 @@ class QTuningModel(nn.Module):
         NotImplementedError: a placement, a task type or a kind of model that is not supported yet.
     """
 
-    accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the encoder and are no loss options
+    # The task that is set: its name, and whether it runs under the live prefix.
+    _active: tuple[str, bool] | None = None
 
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
-        super().__init__()
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
         if config.placement != "prefix":
@@ -72,22 +72,19 @@ class QTuningModel(nn.Module):
             raise NotImplementedError(
                 f"task_type={config.task_type!r} is not supported yet; use 'sequence-classification'"
             )
-        self.attention = AttachedAttention(base_model)
+        super().__init__(base_model)
         try:
             self.layer_indices = _chosen_layers(config, len(self.attention.layers))
             shapes = [self.attention.layers[index].shape for index in self.layer_indices]
             self.live = LivePrefix(shapes, config).to(base_model.device)
         except ValueError:
-            self.attention.detach()
+            self.detach()
             raise
         self.qtuning_config = config
-        self.base_model = base_model
         self.discriminator: Discriminator | None = None
         self.head: nn.Linear | None = None
         self.adapters: dict[str, TaskAdapter] = {}
         self._training_task: tuple[str, tuple[str, ...]] | None = None
-        self._detached = False
-        self._active: tuple[str, bool] | None = None  # name, and whether it runs under the live prefix
 
     # Tasks
 
@@ -95,11 +92,6 @@ class QTuningModel(nn.Module):
     def tasks(self) -> list[str]:
         """Names of the finished tasks, in order."""
         return list(self.adapters)
-
-    @property
-    def encoder(self) -> PreTrainedModel:
-        """The base model, or its encoder where the base model has a head."""
-        return encoder_of(self.base_model)
 
     @property
     def retains_memory(self) -> bool:
@@ -119,7 +111,7 @@ class QTuningModel(nn.Module):
             TypeError, ValueError: the name is taken or the labels are not usable.
             RuntimeError: another task is in training.
         """
-        self._check_attached()
+        self.check_attached()
         if self._training_task is not None:
             raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
         if name in self.adapters:
@@ -128,10 +120,10 @@ class QTuningModel(nn.Module):
         device = self.base_model.device
         self.live.begin_task(first=not self.tasks)
         if self.retains_memory and self.discriminator is None:
-            self.discriminator = Discriminator(self.encoder.config.hidden_size)
+            self.discriminator = Discriminator(self.hidden_size)
         if self.discriminator is not None:
             self.discriminator.to(device).requires_grad_(True)
-        self.head = nn.Linear(self.encoder.config.hidden_size, len(labels)).to(device)
+        self.head = nn.Linear(self.hidden_size, len(labels)).to(device)
         self._training_task = name, labels
         self.set_task(name)
 
@@ -141,7 +133,7 @@ class QTuningModel(nn.Module):
         Raises:
             RuntimeError: no task is in training.
         """
-        self._check_attached()
+        self.check_attached()
         if self._training_task is None or self.head is None:
             raise RuntimeError("no task is in training; call start_task first")
         name, labels = self._training_task
@@ -170,7 +162,7 @@ class QTuningModel(nn.Module):
             self._active = None
             self.attention.restore()
             return
-        self._check_attached()
+        self.check_attached()
         in_training = self._is_training(name)
         if not in_training:
             self._adapter(name)
@@ -181,10 +173,6 @@ class QTuningModel(nn.Module):
     def label_names(self, name: str) -> tuple[str, ...]:
         """The classes of a finished task."""
         return self._adapter(name).label_names
-
-    def _check_attached(self) -> None:
-        if self._detached:
-            raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
 
     def _adapter(self, name: str) -> TaskAdapter:
         if name not in self.adapters:
@@ -240,7 +228,7 @@ class QTuningModel(nn.Module):
             return self._forward_retaining(labels, retention_features, inputs)
         if self._active[1]:
             self._place()  # the live prefix moves with every step
-        logits = self._logits(self._encode(inputs))
+        logits = self._logits(self.encode(inputs))
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
 
     def _forward_retaining(
@@ -267,7 +255,7 @@ class QTuningModel(nn.Module):
         """
         with self._keeping_task():
             self.set_task(task)
-            return self._encode(inputs)
+            return self.encode(inputs)
 
     @contextmanager
     def _keeping_task(self) -> Iterator[None]:
@@ -283,9 +271,6 @@ class QTuningModel(nn.Module):
 
     def _is_training(self, name: str) -> bool:
         return self._training_task is not None and name == self._training_task[0]
-
-    def _encode(self, inputs: dict[str, Any]) -> Tensor:
-        return mean_pool(self.encoder(**inputs).last_hidden_state, inputs.get("attention_mask"))
 
     def _logits(self, features: Tensor) -> Tensor:
         assert self._active is not None
@@ -308,11 +293,11 @@ class QTuningModel(nn.Module):
         index = torch.arange(2, device=self.base_model.device).repeat_interleave(batch)
         self.attention.place(self.layer_indices, self.live.arguments_with_shared(index))
         doubled = {name: torch.cat([v, v]) if _has_batch(v, batch) else v for name, v in inputs.items()}
-        features, shared_features = self._encode(doubled).chunk(2)
+        features, shared_features = self.encode(doubled).chunk(2)
         return features, shared_features
 
     def _forward_mixed(self, task_names: Sequence[str], labels: Tensor | None, inputs: dict[str, Any]) -> QTuningOutput:
-        self._check_attached()
+        self.check_attached()
         if len(task_names) != _batch_size(inputs):
             raise ValueError(f"task_names has {len(task_names)} names for a batch of {_batch_size(inputs)}")
         names = list(dict.fromkeys(task_names))
@@ -322,7 +307,7 @@ class QTuningModel(nn.Module):
         with self._keeping_task():
             self.attention.switch()
             self.attention.place(self.layer_indices, bank)
-            features = self._encode(inputs)
+            features = self.encode(inputs)
         widest = max(len(adapter.label_names) for adapter in adapters)
         logits = features.new_full((len(features), widest), float("-inf"))
         for position, adapter in enumerate(adapters):
@@ -332,22 +317,6 @@ class QTuningModel(nn.Module):
         if labels is not None and labels.device.type == "cpu" and (labels >= classes).any():
             raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {classes.tolist()} classes")
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
-
-    def train(self, mode: bool = True) -> QTuningModel:
-        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint."""
-        super().train(mode)
-        self.attention.freeze(training=mode)
-        return self
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base model's; each backward must come before the next forward."""
-        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
-        self.train(self.training)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """As the base model's."""
-        self.base_model.gradient_checkpointing_disable()
-        self.train(self.training)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QTuningModel:
         # to(), cuda(), half(): what stands on the attention layers moves along.
@@ -436,17 +405,15 @@ class QTuningModel(nn.Module):
         state = {name: value for name, value in saved.state.items() if name not in queue}
         self.live.begin_prompts(self.qtuning_config.prompt_length if saved.adapters else 0)
         if any(name.startswith("discriminator.") for name in state):
-            self.discriminator = Discriminator(self.encoder.config.hidden_size).to(self.base_model.device)
+            self.discriminator = Discriminator(self.hidden_size).to(self.base_model.device)
             self.discriminator.requires_grad_(False)
         self.live.requires_grad_(False)
         self.load_trainable_state_dict(state)
 
     def detach(self) -> PreTrainedModel:
         """Take everything off the base model and give it back as it was; no task can be set from here on."""
-        self.set_task(None)
-        self.attention.detach()
-        self._detached = True
-        return self.base_model
+        self._active = None
+        return super().detach()
 
 
 def _chosen_layers(config: QTuningConfig, count: int) -> list[int]:
