@@ -114,9 +114,9 @@ class QTuningModel(AttachedModel):
         self.check_attached()
         if self._training_task is not None:
             raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
+        labels = checked_labels(name, num_labels, label_names)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
-        labels = checked_labels(name, num_labels, label_names)
         device = self.base_model.device
         self.live.begin_task(first=not self.tasks)
         if self.retains_memory and self.discriminator is None:

@@ -440,6 +440,7 @@ def refused() -> Iterator[tuple[str, Any, type[Exception], str]]:
     yield "no such task", lambda m, b: m.set_task("nothing"), ValueError, "'nothing'.*task-0"
     yield "same name", lambda m, b: m.start_task("task-0", 2), ValueError, "name.*task-0"
     yield "empty name", lambda m, b: m.start_task("", 2), ValueError, "name"
+    yield "no name", lambda m, b: m.start_task(["a"], 2), TypeError, "name"
     yield "no labels", lambda m, b: m.start_task("new"), TypeError, "num_labels"
     yield "one label", lambda m, b: m.start_task("new", 1), ValueError, "num_labels"
     yield "labels twice", lambda m, b: m.start_task("new", label_names=["a", "a"]), ValueError, "labels"
