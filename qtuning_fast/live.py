@@ -30,6 +30,8 @@ class LivePrefix(nn.Module):
         ValueError: the config does not fit these layers.
     """
 
+    reparameterization: ResidualReparameterization | None
+
     def __init__(self, shapes: Sequence[LayerShape], config: QTuningConfig) -> None:
         super().__init__()
         _check_rows(config, {shape.row_features for shape in shapes})
@@ -45,7 +47,7 @@ class LivePrefix(nn.Module):
             for shape in shapes
         )
         self._layers.requires_grad_(False)
-        self.reparameterization: ResidualReparameterization | None = None
+        self.register_module("reparameterization", None)
         self.queue = PromptQueue(config.queue_size, config.prompt_length, eviction=config.eviction)
         self.last_eviction: Eviction | None = None
 

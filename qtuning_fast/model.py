@@ -60,6 +60,8 @@ class QTuningModel(AttachedModel):
         NotImplementedError: a placement, a task type or a kind of model that is not supported yet.
     """
 
+    discriminator: Discriminator | None
+    head: nn.Linear | None
     # The task that is set: its name, and whether it runs under the live prefix.
     _active: tuple[str, bool] | None = None
 
@@ -81,8 +83,10 @@ class QTuningModel(AttachedModel):
             self.detach()
             raise
         self.qtuning_config = config
-        self.discriminator: Discriminator | None = None
-        self.head: nn.Linear | None = None
+        # Registered now, so that parameters come in one order however a model came to be: sums over them (gradient
+        # clipping) would otherwise differ in the last bits between a run and the same run resumed.
+        self.register_module("discriminator", None)
+        self.register_module("head", None)
         self.adapters: dict[str, TaskAdapter] = {}
         self._training_task: tuple[str, tuple[str, ...]] | None = None
 

@@ -342,13 +342,17 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_happened(
     model.save_pretrained(tmp_path)
     loaded = QTuningModel.from_pretrained(same_base, tmp_path)
     assert loaded.tasks == model.tasks and loaded.qtuning_config == model.qtuning_config
-    continued = []
+    continued, orders = [], []
     for each in (model, loaded):
         torch.manual_seed(7)
+        each.start_task("next", 2)
+        orders.append([name for name, _ in each.named_parameters()])
+        each.finish_task()
         learn(each, batch, 2)
         names = each.tasks
         continued.append([logits(each, batch, name, live=live) for name in names for live in (False, True)])
     assert all(torch.equal(a, b) for a, b in zip(*continued))
+    assert orders[0] == orders[1]
 
 
 def test_a_save_replaces_the_one_before_and_leaves_nothing_behind(

@@ -55,6 +55,9 @@ class LayerPrefix(nn.Module):
     """
 
     old: Tensor
+    reweight_key: Reweighting | None
+    reweight_value: Reweighting | None
+    gate: Gate | None
 
     def __init__(self, shape: LayerShape, *, shared_length: int, rank: int, gate: str | None, per_head: bool) -> None:
         super().__init__()
@@ -63,9 +66,9 @@ class LayerPrefix(nn.Module):
         self.shared = nn.Parameter(self._new_rows(shared_length))
         self.prompt = nn.Parameter(self._new_rows(0))
         self.register_buffer("old", torch.zeros(0, shape.row_features), persistent=False)  # the queue saves its rows
-        self.reweight_key: Reweighting | None = None
-        self.reweight_value: Reweighting | None = None
-        self.gate = None if gate is None else Gate(gate, shape.num_heads if per_head else None)
+        self.register_module("reweight_key", None)
+        self.register_module("reweight_value", None)
+        self.register_module("gate", None if gate is None else Gate(gate, shape.num_heads if per_head else None))
 
     def _new_rows(self, n: int) -> Tensor:
         """`n` rows, keys from N(0, 0.5²) and values from N(0, 0.02²)."""
