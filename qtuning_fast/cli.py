@@ -21,9 +21,9 @@ except ImportError as error:  # the operator alone does not need them
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.reference import GATES
+from qtuning_fast.version import __version__
 
 app = typer.Typer(
-    help="Learn one task after another with a bounded queue of prompts inside attention.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -80,32 +80,45 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"qtuning_fast {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Learn one task after another with a bounded queue of prompts inside attention."""
+
+
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run cut off there goes on.")],
     stream: Annotated[str | None, _data("A stream of tasks: offline-5 or offline-15.")] = None,
     task: Annotated[
         list[str] | None,
-        _data("Your own task, name=path: CSV, JSONL, Parquet, a folder of them, or a hub dataset. Repeat."),
+        _data("Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, a hub dataset. Repeat."),
     ] = None,
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
-    shots: Annotated[int | None, _data("Training examples a class (without: 16, of own data all).")] = None,
+    shots: Annotated[int | None, _data("Training examples a class; default 16, of your own data all.")] = None,
     validation_shots: Annotated[int, _data("Validation examples a class.")] = 16,
     test_size: Annotated[int, _data("Test texts a task at most.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the draw of examples and everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed, of the draw of examples too.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
-    forward_transfer: Annotated[bool, typer.Option(help="Also learn each task alone, to compare.")] = False,
+    forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Learn each task alone, too.")] = False,
     prompt_length: Annotated[int, _method("Rows of a task's prompt.")] = _METHOD.prompt_length,
-    queue_size: Annotated[int | None, _method("Capacity in prompts (without: 5, offline-5: 3).")] = None,
+    queue_size: Annotated[int | None, _method("Capacity in prompts; default 5, for offline-5 3.")] = None,
     shared_length: Annotated[int, _method("Rows of the shared prompt.")] = _METHOD.shared_length,
     rank: Annotated[int, _method("Rank of the reweighting.")] = _METHOD.rank,
     gate: Annotated[str, _method(f"{', '.join(GATES)} or none.")] = _METHOD.gate or "none",
     gate_per: Annotated[str, _method("layer or head.")] = _METHOD.gate_per,
     gate_training: Annotated[str, _method("every-task or first-task.")] = _METHOD.gate_training,
-    layers: Annotated[str | None, _method("Layers with a prefix, such as 0,1,2 (without: all).")] = None,
+    layers: Annotated[str | None, _method("Layers with a prefix, such as 0,1,2; default all.")] = None,
     reparameterization: Annotated[str, _method("mlp or none.")] = _METHOD.reparameterization or "none",
     eviction: Annotated[str, _method("pca, fifo or random.")] = _METHOD.eviction,
-    retention_weight: Annotated[float, _method("Of memory retention; 0: off.")] = _METHOD.retention_weight,
+    retention_weight: Annotated[float, _method("Weight of memory retention; 0: off.")] = _METHOD.retention_weight,
     steps: Annotated[int, _training("Steps a task at most.")] = _TRAINING.steps,
     batch_size: Annotated[int, _training("Examples a step.")] = _TRAINING.batch_size,
     max_length: Annotated[int, _training("Tokens a text is cut or padded to.")] = _TRAINING.max_length,
@@ -117,6 +130,7 @@ def run(
 ) -> None:
     """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
     with _clear_errors():
+        _quiet()
         from qtuning_fast.lifelong.runs import DataOptions, RunSettings, execute, execute_seeds
         from qtuning_fast.lifelong.streams import STREAMS
 
@@ -151,7 +165,6 @@ def run(
             ),
             forward_transfer=forward_transfer,
         )
-        _quiet()
         from qtuning_fast.lifelong.console import seeds_table, summary_table
         from qtuning_fast.lifelong.progress import ProgressBars
 

@@ -60,4 +60,4 @@ def _backends() -> list[tuple[str, str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, prefix = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 16, device=device)
     choice = explain_backend(query, query, query, prefix, prefix)
-    return [(choice.backend, f"used: {choice.reason}"), *choice.rejected.items()]
+    return [(choice.backend, "used"), *choice.rejected.items()]

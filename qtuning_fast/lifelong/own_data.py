@@ -206,7 +206,10 @@ def _reach(endpoint: str, wanted: str) -> None:
 
 def _feature(data: "Dataset", column: str, where: str) -> Any:
     if column not in data.features:
-        raise ValueError(f"{where}: there is no column {column!r}, only {', '.join(map(repr, data.features))}")
+        raise ValueError(
+            f"{where}: there is no column {column!r}, only {', '.join(map(repr, data.features))}; "
+            "rename the columns to text and label"
+        )
     return data.features[column]
 
 

@@ -154,7 +154,7 @@ def training_curves(metrics: Metrics) -> Figure:
         axes.set_ylabel(name)
         if kind != "retention_curve":  # a bound on mutual information, turned over: mostly below zero
             axes.set_ylim(0, 1.02 if kind == "validation_curve" else None)
-    panels[-1].set_xlim(0, ends[-1])
+    panels[-1].set_xlim(0, 1.01 * ends[-1])
     task_ticks(panels[-1].xaxis, metrics["tasks"], at=(starts + ends) / 2)
     panels[-1].set_xlabel("tasks in order, each as wide as its number of steps")
     return figure

@@ -28,6 +28,7 @@ class ProgressBars(RunListener):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console or Console(),
+            speed_estimate_period=3600,  # a task takes minutes, and the stream's bar moves once a task
         )
         self._stream = self.progress.add_task(title, total=tasks)
         self._steps = self.progress.add_task("", total=None, visible=False)
@@ -41,15 +42,19 @@ class ProgressBars(RunListener):
 
     def task_begins(self, number: int, task: Task) -> None:
         self.progress.update(self._stream, completed=number)
-        self.progress.update(self._steps, description=f"  {task.name}"[:28], visible=True, completed=0, total=None)
+        self._task = task.name
+        self.progress.reset(self._steps, total=None, visible=True)
+
+    def stage_begins(self, stage: str) -> None:
+        self.progress.update(self._steps, description=f"  {self._task[:16]}: {stage}")
 
     def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None:
         self.progress.update(self._stream, completed=number + 1)
         self.progress.update(self._steps, visible=False)
         live = evaluation["live_queue"]
         self.progress.console.print(
-            f"{number + 1:>2}. {task.name[:20]:<20} adapter {evaluation['task_adapter']:.3f}  "
-            f"probe {probe['accuracy']:.3f}  live queue so far {sum(live) / len(live):.3f}",
+            f"{number + 1:>2}. {task.name[:14]:<14} adapter {evaluation['task_adapter']:.3f}  "
+            f"probe {probe['accuracy']:.3f}  live queue {live[-1]:.3f}, mean so far {sum(live) / len(live):.3f}",
             highlight=False,
         )
 

@@ -52,8 +52,8 @@ PICTURES: dict[str, tuple[Picture, ...]] = {
     "Training": (
         Picture(
             "training-curves",
-            "The loss should fall within each task and the validation accuracy rise; a dot marks the step that early "
-            "stopping went back to. Retention loss begins with the first eviction, lower meaning more of the old kept.",
+            "The loss should fall within each task and the validation accuracy rise; a dot marks the step whose "
+            "state was kept. Retention loss, where there is one, begins with the first eviction; lower keeps more.",
             plots.training_curves,
         ),
         Picture(

@@ -182,6 +182,7 @@ class LifelongTrainer:
             model.detach()
 
     def _train(self, model: QTuningModel, number: int, task: Task) -> None:
+        self.listener.stage_begins("training")
         record = self._learn(model, number, self._task_folder(number) / "checkpoints")
         write_json(self._task_folder(number) / "training.json", record)
         model.save_pretrained(self.folder / "adapter")
@@ -282,6 +283,7 @@ class LifelongTrainer:
     def _stage(self, number: int, stage: str, compute: Callable[[], dict[str, Any]]) -> None:
         path = self._task_folder(number) / f"{stage}.json"
         if not path.exists():
+            self.listener.stage_begins(stage)
             write_json(path, compute())
 
     def _read(self, number: int, stage: str) -> dict[str, Any]:
@@ -312,6 +314,8 @@ class RunListener:
     """What a run tells while it goes on; this one listens to nothing."""
 
     def task_begins(self, number: int, task: Task) -> None: ...
+
+    def stage_begins(self, stage: str) -> None: ...
 
     def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None: ...
 
