@@ -37,6 +37,7 @@ class Recipe:
     read_test: Callable[[], Labelled] | None = None
 
     def load(self, *, shots: int, validation_shots: int, test_size: int, seed: int) -> Task:
+        """Read and draw the task; raises what `load_stream` raises."""
         texts, labels = self.read()
         return few_shot_split(
             texts,

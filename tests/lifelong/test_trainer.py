@@ -201,6 +201,18 @@ def test_a_checkpoint_that_is_not_whole_is_never_used(
     assert without_times(lifelong(tiny_model_folder, tasks, tmp_path / "run").run()) == without_times(undisturbed)
 
 
+def test_with_a_look_at_the_last_step_only_it_ends_the_same(
+    tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    never = TrainingOptions(**{**TRAINING.to_dict(), "eval_every": 7})
+    expected = lifelong(tiny_model_folder, tasks[:1], tmp_path / "a", options=never).run()
+    assert expected["per_task"][0]["best_step"] == 6  # the last step is always looked at
+    with pytest.raises(CutOff):  # at the one save, after the last step
+        lifelong(tiny_model_folder, tasks[:1], tmp_path / "b", options=never, listener=CutOffAt(7)).run()
+    again = lifelong(tiny_model_folder, tasks[:1], tmp_path / "b", options=never).run()
+    assert without_times(again) == without_times(expected)
+
+
 def test_a_run_killed_in_its_first_instant_can_begin_again(
     tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
