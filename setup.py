@@ -36,7 +36,11 @@ setup(
         "qtuning_fast.bench",
     ],
     package_dir={"qtuning_fast.kernels": "kernels", "qtuning_fast.bench": "bench"},
-    package_data={"qtuning_fast": ["py.typed"], "qtuning_fast.lifelong": ["*.html.j2"]},
+    package_data={
+        "qtuning_fast": ["py.typed"],
+        "qtuning_fast.kernels": ["blocks.json"],
+        "qtuning_fast.lifelong": ["*.html.j2"],
+    },
     install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
     extras_require={
         "lifelong": LIFELONG,

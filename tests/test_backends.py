@@ -30,8 +30,8 @@ def test_explaining_takes_the_arguments_of_the_call(make_call):
 
 
 @pytest.mark.parametrize("attend_or_explain", [prefix_attention, explain_backend])
-@pytest.mark.parametrize(("name", "missing"), [("fused", "Triton kernels"), ("composed", "context and prefix parts")])
-def test_what_is_not_written_is_refused_by_name(make_call, attend_or_explain, name, missing):
+@pytest.mark.parametrize(("name", "missing"), [("fused", "float32"), ("composed", "context and prefix parts")])
+def test_what_a_backend_cannot_do_is_refused_by_name(make_call, attend_or_explain, name, missing):
     with pytest.raises(NotImplementedError, match=f"'{name}'.*{missing}.*: reference"):
         attend_or_explain(**make_call(), backend=name)
 

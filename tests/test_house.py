@@ -21,7 +21,7 @@ def imported(path: Path, *, at_load: bool) -> set[str]:
     for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:  # a relative import stays in the package
             names.add((node.module or "").split(".")[0])
     return names
 

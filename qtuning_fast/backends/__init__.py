@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from qtuning_fast import reference
+from qtuning_fast.backends import fused
 from qtuning_fast.call import PrefixAttentionCall
 
 ENVIRONMENT_VARIABLE = "QTUNING_FAST_BACKEND"
@@ -21,6 +22,7 @@ class Backend:
     name: str
     why_not: Callable[[PrefixAttentionCall], str | None]  # what it cannot do about this call; None: it can do it
     run: Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]  # output, log-sum-exp
+    only_by_name: Callable[[PrefixAttentionCall], str | None] = lambda call: None  # why "auto" passes it by, or None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class BackendChoice:
 
 
 BACKENDS = {
+    "fused": Backend("fused", fused.why_not, fused.attend, fused.only_by_name),
     "reference": Backend("reference", why_not=lambda call: None, run=reference.attend),
 }
 PREFERENCE = ("fused", "composed", "reference")  # the order in which "auto" asks
@@ -57,6 +60,7 @@ def choose(call: PrefixAttentionCall, requested: str) -> BackendChoice:
     obstacles = {name: _why_not(name, call) for name in PREFERENCE}
 
     if requested == "auto":
+        obstacles |= {n: why for n, b in BACKENDS.items() if not obstacles[n] and (why := b.only_by_name(call))}
         backend = next(name for name in PREFERENCE if obstacles[name] is None)
         reason, second_best = f"the first of {', '.join(PREFERENCE)} that can do this call", f"{backend} comes first"
     elif obstacles[requested] is None:
@@ -71,9 +75,8 @@ def choose(call: PrefixAttentionCall, requested: str) -> BackendChoice:
 
 
 def _why_not(name: str, call: PrefixAttentionCall) -> str | None:
-    if name in BACKENDS:
-        return BACKENDS[name].why_not(call)
-    if name == "composed":
+    if name == "composed" and name not in BACKENDS:
         return "its context and prefix parts are not in this version"
-    obstacle = "its Triton kernels are not part of this version"
-    return obstacle if HAS_TRITON else f"{obstacle}, and triton is not installed"
+    if name == "fused" and not HAS_TRITON:
+        return "triton is not installed"
+    return BACKENDS[name].why_not(call)

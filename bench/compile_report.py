@@ -1,0 +1,273 @@
+"""What the compiler makes of the kernels, for GPUs that need not be there: registers, spills, shared memory.
+
+    python -m qtuning_fast.bench.compile_report                    every table entry, for all four targets
+    python -m qtuning_fast.bench.compile_report --target sm_90 --head-size 64 128 --json report.json
+
+Each row is one kernel, launched as a training step with everything trainable launches it: the table's blocks, a
+reweighted float32 prefix with a tanh gate, and the context plain, padded or causal with grouped heads. Exits with 1 if
+a kernel does not compile, wants more shared memory than its target has, or, for 16-bit inputs of head sizes up to 128
+on sm_90, spills registers.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from qtuning_fast.call import PrefixAttentionCall
+from qtuning_fast.kernels import backward, forward
+from qtuning_fast.kernels.blocks import DIRECTIONS
+from qtuning_fast.kernels.launch import Launch
+from qtuning_fast.kernels.target import INTERPRETED
+
+
+@dataclass(frozen=True)
+class Target:
+    gpu: GPUTarget
+    shared_memory: int  # bytes a program may have
+    registers: int  # 32-bit, a multiprocessor or compute unit
+    shared_memory_in_all: int  # bytes, a multiprocessor or compute unit
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, 65536, 164 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 65536, 228 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 65536, 228 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 4 * 512 * 64, 64 * 1024),
+}
+HEAD_SIZES = (32, 64, 128, 256)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CONTEXTS = ("plain", "padded", "causal")
+MAY_NOT_SPILL = {("sm_90", D) for D in (32, 64, 128)}  # for 16-bit inputs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel. Counts of work are those of one tile of queries against one tile of context keys."""
+
+    target: str
+    dtype: str
+    head_size: int
+    context: str
+    kernel: str
+    blocks: str  # queries x keys x prefix
+    warps: int
+    stages: int
+    registers: int = 0  # a thread
+    spilled: int = 0  # bytes a thread
+    shared: int = 0  # bytes a program
+    resident: int = 0  # programs a multiprocessor, as far as registers and shared memory allow
+    flops: int = 0  # of matrix products
+    loaded: int = 0  # bytes of the side that is walked over
+    exponentials: int = 0  # and as many hyperbolic tangents in a tile of the prefix
+    error: str = ""
+
+    @property
+    def fault(self) -> str:
+        """What must not be; empty if all is well."""
+        if self.error:
+            return self.error
+        if self.shared > TARGETS[self.target].shared_memory:
+            return f"{self.shared} bytes of shared memory, {TARGETS[self.target].shared_memory} are there"
+        if self.spilled and self.dtype != "fp32" and (self.target, self.head_size) in MAY_NOT_SPILL:
+            return f"{self.spilled} bytes spilled"
+        return ""
+
+
+class _Driver:
+    """Stands in for the driver of a GPU that is not there; every target is a device of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name].gpu
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttentionCall:
+    """A training step's call, with shapes and no numbers."""
+    B, N, P, Hq = 8, 512, 60, 32
+    Hkv = 8 if context == "causal" else Hq
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def heads(count: int) -> Tensor:
+        return empty(B, N, count, head_size, dtype=dtype).transpose(1, 2)
+
+    def weights() -> tuple[Tensor, Tensor]:
+        return empty(P, 1), empty(1, Hkv, head_size)
+
+    return PrefixAttentionCall(
+        query=heads(Hq),
+        key=heads(Hkv),
+        value=heads(Hkv),
+        prefix_key=empty(Hkv, P, head_size),
+        prefix_value=empty(Hkv, P, head_size),
+        prefix_index=None,
+        prefix_length=None,
+        n_shared=10,
+        reweight_key=weights(),
+        reweight_value=weights(),
+        gate="tanh",
+        gate_alpha=empty(),
+        gate_tau=empty(),
+        padding_mask=empty(B, N, dtype=torch.bool) if context == "padded" else None,
+        attn_mask=None,
+        prefix_bias=None,
+        is_causal=context == "causal",
+        scale=head_size**-0.5,
+    )
+
+
+def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
+    """Every launch of a training step, by name."""
+    output, lse = forward.empty_outputs(call.query, call.value)
+    gradients = backward.empty_gradients(call, [True] * len(backward.INPUTS))
+    all_launches = [forward.launch(call, output, lse), *backward.launches(call, output, lse, output, gradients)]
+    return zip((*DIRECTIONS, "prefix"), all_launches)
+
+
+def report(target: str, dtype: str, head_size: int, context: str) -> list[Row]:
+    """The rows of one configuration."""
+    triton.runtime.driver.set_active(_Driver(target))
+    rows = []
+    for kernel, launch in launches(example(DTYPES[dtype], head_size, context)):
+        variant = launch.arguments.get("variant")
+        blocks, work = "", {}
+        if variant is not None:
+            N, M, P = (block.value for block in (variant.BLOCK_N, variant.BLOCK_M, variant.BLOCK_P))
+            products = {"forward": 2, "queries": 3, "keys": 4}[kernel]
+            blocks = f"{N}x{M}x{P}"
+            work = {
+                "flops": products * 2 * N * M * head_size,
+                "loaded": 2 * (N if kernel == "keys" else M) * head_size * DTYPES[dtype].itemsize,
+                "exponentials": N * M,
+            }
+        shape = {"target": target, "dtype": dtype, "head_size": head_size, "context": context, "kernel": kernel}
+        shape |= {"blocks": blocks, "warps": launch.options["num_warps"], "stages": launch.options["num_stages"]}
+        try:
+            compiled = launch.compile()
+        except Exception as error:  # whatever a compiler may raise is a row of the report
+            rows.append(Row(**shape, error=f"{type(error).__name__}: {error}".splitlines()[0]))
+            continue
+        rows.append(Row(**shape, **work, **resources(compiled, TARGETS[target])))
+    return rows
+
+
+def resources(compiled: Any, target: Target) -> dict[str, int]:
+    if target.gpu.backend == "cuda":
+        registers, spilled = _from_cubin(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers, spilled = _number(r"\.vgpr_count:\s*(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text)
+    threads = compiled.metadata.num_warps * target.gpu.warp_size
+    shared = compiled.metadata.shared
+    resident = target.registers // (threads * max(registers, 1))
+    if shared:
+        resident = min(resident, target.shared_memory_in_all // (shared + 1024))
+    return {"registers": registers, "spilled": spilled, "shared": shared, "resident": resident}
+
+
+def _from_cubin(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text) + _number(r"LOCAL:(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"nothing like {pattern} in the compiler's report")
+    return int(match[1])
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as text, at most 120 columns wide."""
+    titles = (
+        "target",
+        "dtype",
+        "D",
+        "context",
+        "kernel",
+        "blocks",
+        "warps",
+        "stages",
+        "regs",
+        "spill",
+        "shared",
+        "res",
+    )
+    titles += ("MFLOP", "KB", "kEXP", "")
+    cells = [
+        (
+            *(row.target, row.dtype, row.head_size, row.context, row.kernel, row.blocks, row.warps, row.stages),
+            *(row.registers, row.spilled, row.shared, row.resident),
+            *(f"{row.flops / 1e6:.1f}", f"{row.loaded / 1024:.0f}", f"{row.exponentials / 1e3:.0f}", row.fault),
+        )
+        for row in rows
+    ]
+    lines = [titles, *[tuple(map(str, line)) for line in cells]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return "\n".join(" ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--head-size", nargs="+", type=int, default=list(HEAD_SIZES), metavar="D")
+    parser.add_argument("--context", nargs="+", choices=CONTEXTS, default=list(CONTEXTS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+
+    jobs = [
+        (target, dtype, head_size, context)
+        for target in options.target
+        for dtype in options.dtype
+        for head_size in options.head_size
+        for context in options.context
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for rows in pool.map(report, *zip(*jobs)) for row in rows]
+    print(table(rows))
+    print("\nres: programs a multiprocessor. Per tile of queries x context keys: MFLOP of matrix products,")
+    print("KB loaded, thousands of exponentials. KB, shared memory and registers are a program's, spills a thread's.")
+    if options.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        document = {"versions": versions, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    faults = [row for row in rows if row.fault]
+    print(f"{len(rows)} kernels, {len(faults)} with a fault, {sum(row.spilled > 0 for row in rows)} that spill")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

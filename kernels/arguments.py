@@ -1,0 +1,203 @@
+"""What the kernels take: named tuples of pointers and strides, and how they come from tensors.
+
+`call` here and in the launchers is anything with the attributes of `qtuning_fast.call.PrefixAttentionCall`; sizes are
+called as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time", and
+every None, which stands for what a call lacks, is known when a kernel is compiled: one kernel serves all variants.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .target import current_target
+
+_LARGEST_STRIDE = 1 << 22  # between rows: the offset of a row within a tile, at most 256 of them, stays below 2**31
+
+
+class Rows(NamedTuple):
+    """[outer, head, row, D]: outer is the sample, for a prefix its number in the bank."""
+
+    pointer: Any
+    outer: int
+    head: int
+    row: int
+    D: Any  # compile-time
+    BLOCK_D: Any  # compile-time; the power of 2 that holds D
+
+
+class LowRank(NamedTuple):
+    """W = U Vᵀ with U [T, P, R] and V [T, R, Hkv, D]."""
+
+    U: Any
+    U_prefix: int
+    U_row: int
+    V: Any
+    V_prefix: int
+    V_rank: int
+    V_head: int
+    rank: Any  # compile-time
+
+
+class Stored(NamedTuple):
+    """The keys or the values of the prefix as they are stored, and their weights."""
+
+    rows: Rows
+    weights: LowRank | None
+
+
+class Prefix(NamedTuple):
+    key: Stored
+    value: Stored
+    index: Any  # [B], None without a bank
+    length: Any  # [T], None: all P
+    n_prefixes: int  # T
+    n_rows: int  # P
+    n_shared: int
+
+
+class Parameter(NamedTuple):
+    """alpha or tau: a tensor over prefixes and heads, or, with no pointer, one value."""
+
+    pointer: Any
+    prefix: int
+    head: int
+    value: float
+
+
+class Gate(NamedTuple):
+    name: Any  # compile-time; "none": no gate
+    fast_tanh: Any  # compile-time
+    alpha: Parameter
+    tau: Parameter
+
+
+class Overlay(NamedTuple):
+    """What is laid over scores [B, Hq, N, keys]; a dimension that broadcasts has stride 0. uint8 is bool."""
+
+    pointer: Any
+    sample: int
+    head: int
+    query: int
+    key: int
+
+
+class Masks(NamedTuple):
+    padding: Overlay | None  # [B, M]
+    full: Overlay | None
+    bias: Overlay | None  # on the prefix
+
+
+class Sizes(NamedTuple):
+    B: int
+    N: int
+    M: int
+    heads: int  # Hq
+    group: int  # G
+
+
+def attention(call: Any) -> dict[str, Any]:
+    """The arguments that the three attention kernels share, by name."""
+    return {
+        "query": rows(call.query),
+        "key": rows(call.key),
+        "value": rows(call.value),
+        "prefix": prefix(call),
+        "gate": gate(call),
+        "masks": masks(call),
+        "sizes": sizes(call),
+        "scale": call.scale,
+    }
+
+
+def rows(x: Tensor) -> Rows:
+    """A tensor [outer, head, row, D] as kernels read it; what they write has a contiguous last dimension already."""
+    x = _readable(x)
+    D = x.shape[-1]
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2), tl.constexpr(D), tl.constexpr(block_of(D)))
+
+
+def block_of(D: int) -> int:
+    """The power of 2 that holds D; 16 is the least that matrix units take."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def prefix(call: Any) -> Prefix:
+    index, length = call.prefix_index, call.prefix_length
+    return Prefix(
+        key=Stored(rows(_bank(call, call.prefix_key)), _low_rank(call, call.reweight_key)),
+        value=Stored(rows(_bank(call, call.prefix_value)), _low_rank(call, call.reweight_value)),
+        index=None if index is None else index.contiguous(),
+        length=None if length is None else length.contiguous(),
+        n_prefixes=n_prefixes(call),
+        n_rows=call.prefix_key.shape[-2],
+        n_shared=call.n_shared,
+    )
+
+
+def n_prefixes(call: Any) -> int:
+    return 1 if call.prefix_index is None else call.prefix_key.shape[0]
+
+
+def gate(call: Any) -> Gate:
+    fast_tanh = call.query.element_size() == 2 and current_target().startswith("sm_")
+    return Gate(
+        name=tl.constexpr(call.gate or "none"),
+        fast_tanh=tl.constexpr(fast_tanh),
+        alpha=_parameter(call.gate_alpha),
+        tau=_parameter(call.gate_tau),
+    )
+
+
+def masks(call: Any) -> Masks:
+    padding = call.padding_mask
+    return Masks(
+        padding=_overlay(None if padding is None else padding[:, None, None, :]),
+        full=_overlay(call.attn_mask),
+        bias=_overlay(call.prefix_bias),
+    )
+
+
+def sizes(call: Any) -> Sizes:
+    B, Hq, N, _ = call.query.shape
+    _, Hkv, M, _ = call.key.shape
+    return Sizes(B, N, M, Hq, Hq // Hkv)
+
+
+def _readable(x: Tensor) -> Tensor:
+    contiguous = x.stride(-1) == 1 or x.shape[-1] <= 1
+    return x if contiguous and x.stride(-2) <= _LARGEST_STRIDE else x.contiguous()
+
+
+def _bank(call: Any, x: Tensor) -> Tensor:
+    """With the leading T that only a bank has."""
+    return x[None] if call.prefix_index is None else x
+
+
+def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank | None:
+    if pair is None:
+        return None
+    U, V = (_readable(_bank(call, x)) for x in pair)
+    return LowRank(U, U.stride(0), U.stride(1), V, V.stride(0), V.stride(1), V.stride(2), tl.constexpr(U.shape[-1]))
+
+
+def _parameter(x: float | Tensor) -> Parameter:
+    if not isinstance(x, Tensor):
+        return Parameter(None, 0, 0, float(x))
+    by_head = x.reshape((1,) * (2 - x.ndim) + x.shape)  # [] and [Hq] are the same for all prefixes
+    prefix, head = _broadcast_strides(by_head)
+    return Parameter(by_head, prefix, head, 0.0)
+
+
+def _overlay(x: Tensor | None) -> Overlay | None:
+    if x is None:
+        return None
+    if x.dtype == torch.bool:
+        x = x.view(torch.uint8)
+    return Overlay(x, *_broadcast_strides(x))
+
+
+def _broadcast_strides(x: Tensor) -> list[int]:
+    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]

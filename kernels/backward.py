@@ -1,0 +1,77 @@
+"""The backward pass: three launches at most, and of each only what some gradient needs.
+
+backward_queries    δ, dq
+backward_keys       dk, dv; the prefix's gradients in parts
+backward_prefix     the parts added up: dK, dU, dV, dα, dτ
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backward_keys, backward_prefix, backward_queries
+from .launch import Launch
+
+# What may need a gradient, in the order of the operators' arguments.
+INPUTS = (
+    "query", "key", "value", "prefix_key", "prefix_value",
+    "U_key", "V_key", "U_value", "V_value", "gate_alpha", "gate_tau",
+)  # fmt: skip
+
+
+def backward(call: Any, output: Tensor, lse: Tensor, d_output: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients of those INPUTS that `needs` says, in their order, each of its input's shape and dtype."""
+    gradients = empty_gradients(call, needs)
+    for launch in launches(call, output, lse, d_output, gradients):
+        launch.run()
+    return list(gradients.values())
+
+
+def launches(
+    call: Any, output: Tensor, lse: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
+) -> Iterator[Launch]:
+    """What fills the gradients."""
+    delta = torch.empty_like(lse)
+    d_query, d_key, d_value = (gradients.get(name) for name in ("query", "key", "value"))
+    yield backward_queries.launch(call, output, lse, d_output, delta, d_query)
+
+    parts = backward_keys.empty_parts(
+        call,
+        key=not gradients.keys().isdisjoint({"prefix_key", "U_key", "V_key"}),
+        value=not gradients.keys().isdisjoint({"prefix_value", "U_value", "V_value"}),
+        gate=not gradients.keys().isdisjoint({"gate_alpha", "gate_tau"}),
+    )
+    if parts is not None or d_key is not None or d_value is not None:
+        yield backward_keys.launch(call, lse, d_output, delta, d_key, d_value, parts)
+    if parts is not None:
+        yield backward_prefix.launch(call, parts, gradients)
+
+
+def empty_gradients(call: Any, needs: Sequence[bool]) -> dict[str, Tensor]:
+    """Room by name. Query, key and value keep the order of their memory; what belongs to the prefix is contiguous."""
+    inputs = named_inputs(call)
+    return {
+        name: torch.empty_like(inputs[name]) if name in INPUTS[:3] else inputs[name].new_empty(inputs[name].shape)
+        for name, needed in zip(INPUTS, needs)
+        if needed
+    }
+
+
+def named_inputs(call: Any) -> dict[str, Any]:
+    U_key, V_key = call.reweight_key or (None, None)
+    U_value, V_value = call.reweight_value or (None, None)
+    return {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "prefix_key": call.prefix_key,
+        "prefix_value": call.prefix_value,
+        "U_key": U_key,
+        "V_key": V_key,
+        "U_value": U_value,
+        "V_value": V_value,
+        "gate_alpha": call.gate_alpha,
+        "gate_tau": call.gate_tau,
+    }

@@ -1,0 +1,289 @@
+"""The second kernel of the backward pass: dk and dv of the context, and the prefix's gradients in parts.
+
+A program has one tile of keys and walks over queries, its scores transposed, [keys, queries], so that no operand of a
+product is transposed in registers:
+
+    dv = Σ p dO        dk = c Σ p (dO vᵀ - δ) g'(s) q        (g' = 1 in the context)
+    dα = Σ p (dO vᵀ - δ) ∂g/∂α        dτ = Σ p (dO vᵀ - δ) ∂g/∂τ
+
+A tile of context keys belongs to one sample and walks over the queries of its G heads. A tile of prefix rows belongs to
+every sample that uses the prefix: so the query tiles of the whole batch are split into shares, one program each, and
+the shares' sums are added up afterwards, always in the same order (`backward_prefix`). With a bank a program looks
+through its share for the samples that use its prefix. No sum depends on which program came first.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments
+from .backward_queries import negligible_if_blind
+from .forward import query_rows
+from .gate import gated_with_derivatives
+from .launch import Launch, variant_for
+from .tiles import (
+    LOG2E,
+    context_scores,
+    gate_parameter,
+    length_of,
+    load_rows,
+    prefix_of,
+    prefix_rows,
+    prefix_scores,
+    store_rows,
+)
+
+PROGRAMS = 264  # for the prefix, as far as there are query tiles for so many: two on each of 132 multiprocessors
+
+
+class Parts(NamedTuple):
+    """The prefix's gradients before the shares are added up, in float32. None: not needed."""
+
+    key: Any  # [shares, T, Hq, P, D]: c Σ ds q
+    value: Any  # [shares, T, Hq, P, Dv]: Σ p dO
+    alpha: Any  # [shares, T, Hq, tiles of P]
+    tau: Any
+    shares: int
+    tiles: int
+
+
+@triton.jit
+def backward_keys_kernel(
+    query, key, value, prefix, gate, masks, d_output, lse, delta, d_key, d_value, parts, sizes, scale, variant,
+    prefix_programs,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if pid < prefix_programs:
+        if parts is not None:
+            prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, sizes, scale, variant)
+    else:
+        if d_key is not None or d_value is not None:
+            context_tile(
+                pid - prefix_programs, query, key, value, masks, d_output, lse, delta, d_key, d_value, sizes, scale,
+                variant,
+            )  # fmt: skip
+
+
+@triton.jit
+def context_tile(pid, query, key, value, masks, d_output, lse, delta, d_key, d_value, sizes, scale, variant):
+    tiles = tl.cdiv(sizes.M, variant.BLOCK_M)
+    heads = sizes.heads // sizes.group
+    m = pid % tiles * variant.BLOCK_M
+    hk = pid // tiles % heads
+    b = pid // tiles // heads
+    k = load_rows(key, b, hk, m, sizes.M, variant.BLOCK_M)
+    v = load_rows(value, b, hk, m, sizes.M, variant.BLOCK_M)
+    dk = tl.zeros([variant.BLOCK_M, key.BLOCK_D], tl.float32)
+    dv = tl.zeros([variant.BLOCK_M, value.BLOCK_D], tl.float32)
+
+    # One loop runs through the query tiles of all G heads: a loop within a loop costs the registers of both.
+    first, whole, end = query_range(sizes, m, variant)
+    if variant.CAUSAL or variant.HAS_MASK:
+        for step in range(0, (whole - first) * sizes.group):
+            h = hk * sizes.group + step // (whole - first)
+            n = first_query(first + step % (whole - first), variant)
+            q, d_o, L, d = load_queries(query, d_output, lse, delta, sizes, b, h, n, variant)
+            i = tl.arange(0, variant.BLOCK_N)[None, :]
+            j = tl.arange(0, variant.BLOCK_M)[:, None]
+            s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
+            s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, m, j)
+            dk, dv = add_context(dk, dv, tl.exp2(s * LOG2E - L), q, d_o, d, v, d_key, d_value, variant)
+    if not variant.HAS_MASK:
+        for step in range(0, (end - whole) * sizes.group):
+            h = hk * sizes.group + step // (end - whole)
+            n = first_query(whole + step % (end - whole), variant)
+            q, d_o, L, d = load_queries(query, d_output, lse, delta, sizes, b, h, n, variant)
+            s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
+            dk, dv = add_context(dk, dv, tl.exp2(s * (scale * LOG2E) - L), q, d_o, d, v, d_key, d_value, variant)
+
+    if d_key is not None:
+        store_rows(d_key, b, hk, m, sizes.M, dk * scale, variant.BLOCK_M)
+    if d_value is not None:
+        store_rows(d_value, b, hk, m, sizes.M, dv, variant.BLOCK_M)
+
+
+@triton.jit
+def query_range(sizes, m, variant):
+    """Query tiles first..end see some of the keys m..m+BLOCK_M; from tile `whole` on they see them all, unmasked.
+
+    Keys beyond M need no mask here: their rows of dk and dv are not stored.
+    """
+    end = tl.cdiv(sizes.N, variant.BLOCK_N)
+    first = 0
+    whole = 0
+    if variant.CAUSAL:
+        first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N), 0) // variant.BLOCK_N, end)
+        whole = tl.cdiv(tl.maximum(m + variant.BLOCK_M - 1 - (sizes.M - sizes.N), 0), variant.BLOCK_N)
+    if variant.HAS_MASK:
+        whole = end
+    return first, tl.minimum(whole, end), end
+
+
+@triton.jit
+def first_query(tile, variant):
+    return tl.cast(tile, tl.int32) * variant.BLOCK_N  # in the interpreter the counter of a loop is no tensor
+
+
+@triton.jit
+def load_queries(query, d_output, lse, delta, sizes, b, h, n, variant):
+    """q, dO and, as rows [1, BLOCK_N], L and δ of one tile of queries."""
+    q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
+    d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
+    row, exists = query_rows(sizes, b, h, n, variant)
+    L = negligible_if_blind(tl.load(lse + row, mask=exists, other=float("-inf")))
+    d = tl.load(delta + row, mask=exists, other=0.0)
+    return q, d_o, L[None, :], d[None, :]
+
+
+@triton.jit
+def add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant):
+    """dk and dv with one more tile of queries, of weights p [keys, queries]."""
+    if d_value is not None:
+        dv = tl.dot(p.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
+    if d_key is not None:
+        ds = p * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=variant.PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, sizes, scale, variant):
+    p = pid % parts.tiles * variant.BLOCK_P
+    block = pid // parts.tiles  # of [shares, T, Hq]
+    h = block % sizes.heads
+    t = (block // sizes.heads % prefix.n_prefixes).to(tl.int64)
+    share = (block // sizes.heads // prefix.n_prefixes).to(tl.int64)
+    hk = h // sizes.group
+
+    length = length_of(prefix, t)
+    dtype: tl.constexpr = query.pointer.dtype.element_ty
+    k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, dtype, variant.BLOCK_P)
+    v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, dtype, variant.BLOCK_P)
+    alpha = gate_parameter(gate.alpha, t, h)
+    tau = gate_parameter(gate.tau, t, h)
+    dk = tl.zeros([variant.BLOCK_P, query.BLOCK_D], tl.float32)
+    dv = tl.zeros([variant.BLOCK_P, d_output.BLOCK_D], tl.float32)
+    d_alpha = tl.zeros([variant.BLOCK_P], tl.float32)
+    d_tau = tl.zeros([variant.BLOCK_P], tl.float32)
+
+    # The share: tiles first..last of all samples' query tiles, counted through.
+    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
+    first = (share * tiles * sizes.B // parts.shares).to(tl.int32)
+    last = ((share + 1) * tiles * sizes.B // parts.shares).to(tl.int32)
+    if prefix.index is None:
+        for step in range(first, last):
+            dk, dv, d_alpha, d_tau = add_prefix(
+                dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, first_query(step % tiles, variant),
+                p, query, gate, masks, d_output, lse, delta, parts, sizes, scale, variant,
+            )  # fmt: skip
+    else:
+        for b in range(first // tiles, tl.cdiv(last, tiles)):
+            used, _ = prefix_of(prefix, b)
+            end = tl.where(used == t, tl.minimum(last - b * tiles, tiles), 0)
+            for tile in range(tl.maximum(first - b * tiles, 0), end):
+                dk, dv, d_alpha, d_tau = add_prefix(
+                    dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, variant), p,
+                    query, gate, masks, d_output, lse, delta, parts, sizes, scale, variant,
+                )  # fmt: skip
+
+    if parts.key is not None:
+        store_part(parts.key, block, p, prefix.n_rows, dk * scale, query.D)
+    if parts.value is not None:
+        store_part(parts.value, block, p, prefix.n_rows, dv, d_output.D)
+    if parts.alpha is not None:
+        tl.store(parts.alpha + pid, tl.sum(d_alpha, 0))
+        tl.store(parts.tau + pid, tl.sum(d_tau, 0))
+
+
+@triton.jit
+def add_prefix(
+    dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, n, p,
+    query, gate, masks, d_output, lse, delta, parts, sizes, scale, variant,
+):  # fmt: skip
+    """The sums with one more tile of queries."""
+    q, d_o, L, d = load_queries(query, d_output, lse, delta, sizes, b, h, n, variant)
+    i = tl.arange(0, variant.BLOCK_N)[None, :]
+    j = tl.arange(0, variant.BLOCK_P)[:, None]
+    s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION) * scale
+    g, slope, by_alpha, by_tau = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
+    w = tl.exp2(prefix_scores(g, masks, sizes, length, b, h, n, i, p, j) * LOG2E - L)
+    if parts.value is not None:
+        dv = tl.dot(w.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
+    if parts.key is not None or parts.alpha is not None:
+        dg = w * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
+        if parts.alpha is not None:
+            d_alpha += tl.sum(dg * by_alpha, 1)
+            d_tau += tl.sum(dg * by_tau, 1)
+        if parts.key is not None:
+            dk = tl.dot((dg * slope).to(q.dtype), q, dk, input_precision=variant.PRECISION)
+    return dk, dv, d_alpha, d_tau
+
+
+@triton.jit
+def store_part(part, block, p, n_rows, x, D: tl.constexpr):
+    """Rows p.. of the block-th [P, D] of a part."""
+    rows = p + tl.arange(0, x.shape[0])
+    d = tl.arange(0, x.shape[1])
+    inside = (rows < n_rows)[:, None] & (d < D)[None, :]
+    tl.store(part + block.to(tl.int64) * n_rows * D + (rows[:, None] * D + d[None, :]), x, mask=inside)
+
+
+def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts | None:
+    """Room for the parts that are needed."""
+    if not (key or value or gate):
+        return None
+    B, Hq, N, D = call.query.shape
+    T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
+    variant, _ = variant_for(call, "keys")
+    tiles = triton.cdiv(P, variant.BLOCK_P)
+    query_tiles = B * triton.cdiv(N, variant.BLOCK_N)
+    shares = max(1, min(query_tiles, triton.cdiv(PROGRAMS, max(T * Hq * tiles, 1))))
+
+    def part(*shape: int) -> Tensor:
+        return call.query.new_empty(shares, T, Hq, *shape, dtype=torch.float32)
+
+    return Parts(
+        key=part(P, D) if key else None,
+        value=part(P, DV) if value else None,
+        alpha=part(tiles) if gate else None,
+        tau=part(tiles) if gate else None,
+        shares=shares,
+        tiles=tiles,
+    )
+
+
+def launch(
+    call: Any,
+    lse: Tensor,
+    d_output: Tensor,
+    delta: Tensor,
+    d_key: Tensor | None,
+    d_value: Tensor | None,
+    parts: Parts | None,
+) -> Launch:
+    variant, options = variant_for(call, "keys")
+    B, Hkv, M, _ = call.key.shape
+    prefix_programs = context_programs = 0
+    if parts is not None:
+        prefix_programs = parts.shares * parts.tiles * arguments.n_prefixes(call) * call.query.shape[1]
+    if d_key is not None or d_value is not None:
+        context_programs = B * Hkv * triton.cdiv(M, variant.BLOCK_M)
+    return Launch(
+        backward_keys_kernel,
+        programs=prefix_programs + context_programs,
+        arguments={
+            **arguments.attention(call),
+            "d_output": arguments.rows(d_output),
+            "lse": lse,
+            "delta": delta,
+            "d_key": None if d_key is None else arguments.rows(d_key),
+            "d_value": None if d_value is None else arguments.rows(d_value),
+            "parts": parts,
+            "variant": variant.marked(),
+            "prefix_programs": prefix_programs,
+        },
+        options=options,
+    )

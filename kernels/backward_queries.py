@@ -1,0 +1,111 @@
+"""The first kernel of the backward pass: δ, and the gradient of the queries.
+
+A program has one tile of queries of one head, as in the forward pass, and rebuilds the weights from the log-sum-exp L:
+
+    δ = rowsum(dO ∘ O)                p = exp(s - L)                 over prefix (gated scores) and context
+    dq = c Σ_j [p (dO vᵀ - δ)] k      over the context               dq += c Σ_j [p (dO v'ᵀ - δ) g'(s)] k'      prefix
+
+δ is written for the other kernels, so this one runs also where no query needs a gradient.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments
+from .forward import context_range, query_rows, query_tile
+from .gate import gated_with_derivatives
+from .launch import Launch, variant_for
+from .tiles import (
+    LOG2E,
+    context_scores,
+    gate_parameter,
+    load_rows,
+    prefix_of,
+    prefix_rows,
+    prefix_scores,
+    store_rows,
+)
+
+
+@triton.jit
+def backward_queries_kernel(
+    query, key, value, prefix, gate, masks, output, d_output, lse, delta, d_query, sizes, scale, variant
+):
+    b, h, n = query_tile(sizes, variant)
+    row, exists = query_rows(sizes, b, h, n, variant)
+    d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
+    o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
+    d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + row, d, mask=exists)
+
+    if d_query is not None:
+        hk = h // sizes.group
+        i = tl.arange(0, variant.BLOCK_N)[:, None]
+        q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
+        L = negligible_if_blind(tl.load(lse + row, mask=exists, other=float("-inf")))
+        dq = tl.zeros([variant.BLOCK_N, query.BLOCK_D], tl.float32)
+
+        t, length = prefix_of(prefix, b)
+        alpha = gate_parameter(gate.alpha, t, h)
+        tau = gate_parameter(gate.tau, t, h)
+        for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
+            k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+            s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
+            g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
+            g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
+            v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+            dg = score_gradient(d_o, v, d, g, LOG2E, L, variant)
+            dq = tl.dot((dg * slope).to(k.dtype), k, dq, input_precision=variant.PRECISION)
+
+        whole, end = context_range(sizes, n, variant)
+        if not variant.HAS_MASK:
+            for j in range(0, whole, variant.BLOCK_M):
+                k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
+                s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+                v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
+                ds = score_gradient(d_o, v, d, s, scale * LOG2E, L, variant)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
+        for j in range(whole, end, variant.BLOCK_M):
+            k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
+            s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+            s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
+            v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
+            ds = score_gradient(d_o, v, d, s, LOG2E, L, variant)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
+
+        store_rows(d_query, b, h, n, sizes.N, dq * scale, variant.BLOCK_N)
+
+
+@triton.jit
+def negligible_if_blind(lse):
+    """L in powers of 2; +inf for a query that sees nothing (or is not there), so that its weights are 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def score_gradient(d_o, v, d, s, unit, L, variant):
+    """p (dO vᵀ - δ) for scores [queries, keys]."""
+    p = tl.exp2(s * unit - L[:, None])
+    return p * (tl.dot(d_o, tl.trans(v), input_precision=variant.PRECISION) - d[:, None])
+
+
+def launch(call: Any, output: Tensor, lse: Tensor, d_output: Tensor, delta: Tensor, d_query: Tensor | None) -> Launch:
+    B, Hq, N, _ = call.query.shape
+    variant, options = variant_for(call, "queries")
+    return Launch(
+        backward_queries_kernel,
+        programs=B * Hq * triton.cdiv(N, variant.BLOCK_N),
+        arguments={
+            **arguments.attention(call),
+            "output": arguments.rows(output),
+            "d_output": arguments.rows(d_output),
+            "lse": lse,
+            "delta": delta,
+            "d_query": None if d_query is None else arguments.rows(d_query),
+            "variant": variant.marked(),
+        },
+        options=options,
+    )

@@ -1,0 +1,80 @@
+"""The block sizes of the attention kernels, per target, precision, head size and direction: blocks.json.
+
+`python -m qtuning_fast.bench.tune` measures candidates on the GPU at hand and rewrites its entries there; nothing is
+tuned at run time, so that the first call is as fast as the next and the same seed gives the same bits.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+PATH = Path(__file__).with_name("blocks.json")
+DIRECTIONS = ("forward", "queries", "keys")  # the output; delta and dq; dk, dv and the prefix's gradients
+DEFAULT = "default"  # the target of entries for what was never tuned
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One entry."""
+
+    target: str  # "sm_90", "gfx942", "interpreter"; "default" for all others
+    element_size: int  # bytes: 2 or 4
+    head_size: int  # the largest it is for
+    direction: str
+    queries: int  # rows of a query tile
+    keys: int  # rows of a tile of context keys
+    prefix: int  # rows of a tile of the prefix
+    warps: int
+    stages: int
+    measured: str = ""  # on which device, by which versions; empty: never
+
+
+@cache
+def table() -> tuple[Blocks, ...]:
+    return tuple(Blocks(**entry) for entry in json.loads(PATH.read_text()))
+
+
+def blocks_for(target: str, element_size: int, head_size: int, direction: str) -> Blocks:
+    """The entry of the smallest head size that holds this one; of the default target where this one has none."""
+    if direction in _instead:
+        return _instead[direction]
+    return _from_table(target, element_size, head_size, direction)
+
+
+@contextmanager
+def instead(blocks: Blocks) -> Iterator[None]:
+    """Within it, these blocks for every call in their direction: to try them out."""
+    _instead[blocks.direction] = blocks
+    try:
+        yield
+    finally:
+        del _instead[blocks.direction]
+
+
+_instead: dict[str, Blocks] = {}
+
+
+@cache
+def _from_table(target: str, element_size: int, head_size: int, direction: str) -> Blocks:
+    for name in (target, DEFAULT):
+        fitting = [
+            entry
+            for entry in table()
+            if (entry.target, entry.element_size, entry.direction) == (name, element_size, direction)
+            and entry.head_size >= head_size
+        ]
+        if fitting:
+            return min(fitting, key=lambda entry: entry.head_size)
+    raise KeyError(f"no block sizes for {element_size} bytes, head size {head_size}, {direction} in {PATH.name}")
+
+
+def write(entries: Sequence[Blocks]) -> None:
+    """Rewrites the table, one entry a line, in a fixed order."""
+    order = sorted(entries, key=lambda e: (e.target, -e.element_size, e.head_size, DIRECTIONS.index(e.direction)))
+    lines = [json.dumps({name: value for name, value in asdict(entry).items() if value != ""}) for entry in order]
+    PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
+    table.cache_clear()
+    _from_table.cache_clear()

@@ -1,0 +1,144 @@
+"""The forward kernel: softmax([g(c q k'ᵀ), c q kᵀ]) [v' ; v] in one pass, no score ever leaving the chip.
+
+A program has one tile of queries of one head. It walks over the prefix tiles, whose rows it reweights as it loads them
+and whose scores it gates, then over the context tiles, keeping the running maximum m, the running sum l and the
+unnormalised output of the online softmax:
+
+    m' = max(m, max_j s_j)    p_j = exp(s_j - m')    l' = l exp(m - m') + Σ_j p_j    acc' = acc exp(m - m') + p v
+
+Exponentials are powers of 2, with log₂e folded into the scores' unit. Context tiles that every query of the tile sees
+whole come first and need no mask.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments
+from .gate import gated
+from .launch import Launch, variant_for
+from .tiles import (
+    LN2,
+    LOG2E,
+    context_scores,
+    gate_parameter,
+    load_rows,
+    prefix_of,
+    prefix_rows,
+    prefix_scores,
+    store_rows,
+)
+
+
+@triton.jit
+def forward_kernel(query, key, value, prefix, gate, masks, output, lse, sizes, scale, variant):
+    b, h, n = query_tile(sizes, variant)
+    hk = h // sizes.group
+    i = tl.arange(0, variant.BLOCK_N)[:, None]
+    q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
+    acc = tl.zeros([variant.BLOCK_N, value.BLOCK_D], tl.float32)
+    m = tl.full([variant.BLOCK_N], float("-inf"), tl.float32)
+    l = tl.zeros([variant.BLOCK_N], tl.float32)
+
+    t, length = prefix_of(prefix, b)
+    alpha = gate_parameter(gate.alpha, t, h)
+    tau = gate_parameter(gate.tau, t, h)
+    for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
+        k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
+        g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
+        g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
+        v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        acc, m, l = online_softmax(acc, m, l, g, LOG2E, v, variant)
+
+    whole, end = context_range(sizes, n, variant)
+    if not variant.HAS_MASK:
+        for j in range(0, whole, variant.BLOCK_M):
+            k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
+            s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+            v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
+            acc, m, l = online_softmax(acc, m, l, s, scale * LOG2E, v, variant)
+    for j in range(whole, end, variant.BLOCK_M):
+        k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
+        s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+        s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
+        v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
+        acc, m, l = online_softmax(acc, m, l, s, LOG2E, v, variant)
+
+    blind = l == 0.0
+    store_rows(output, b, h, n, sizes.N, acc / tl.where(blind, 1.0, l)[:, None], variant.BLOCK_N)
+    row, exists = query_rows(sizes, b, h, n, variant)
+    tl.store(lse + row, tl.where(blind, float("-inf"), (m + tl.log2(l)) * LN2), mask=exists)
+
+
+@triton.jit
+def query_tile(sizes, variant):
+    """The sample, query head and first query of this program; with causality the longest tiles start first."""
+    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    return head // sizes.heads, head % sizes.heads, tile * variant.BLOCK_N
+
+
+@triton.jit
+def query_rows(sizes, b, h, n, variant):
+    """Where queries n..n+BLOCK_N stand in a tensor [B, Hq, N], and which of them exist."""
+    queries = n + tl.arange(0, variant.BLOCK_N)
+    return (tl.cast(b, tl.int64) * sizes.heads + h) * sizes.N + queries, queries < sizes.N
+
+
+@triton.jit
+def context_range(sizes, n, variant):
+    """Context keys 0..whole need no mask for queries n..n+BLOCK_N; from `end` on none of them sees any."""
+    whole = sizes.M
+    end = sizes.M
+    if variant.CAUSAL:
+        whole = tl.minimum(whole, tl.maximum(n + 1 + sizes.M - sizes.N, 0))
+        end = tl.minimum(end, tl.maximum(n + variant.BLOCK_N + sizes.M - sizes.N, 0))
+    if variant.HAS_MASK:
+        whole = 0
+    return whole // variant.BLOCK_M * variant.BLOCK_M, end
+
+
+@triton.jit
+def online_softmax(acc, m, l, s, unit, v, variant):
+    """One more tile of scores s, times unit in powers of 2, and of values v."""
+    m_new = tl.maximum(m, tl.max(s, 1) * unit)
+    finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+    p = tl.exp2(s * unit - finite[:, None])
+    shrink = tl.exp2(m - finite)
+    l = l * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=variant.PRECISION)
+    return acc, m_new, l
+
+
+def launch(call: Any, output: Tensor, lse: Tensor) -> Launch:
+    B, Hq, N, _ = call.query.shape
+    variant, options = variant_for(call, "forward")
+    return Launch(
+        forward_kernel,
+        programs=B * Hq * triton.cdiv(N, variant.BLOCK_N),
+        arguments={
+            **arguments.attention(call),
+            "output": arguments.rows(output),
+            "lse": lse,
+            "variant": variant.marked(),
+        },
+        options=options,
+    )
+
+
+def forward(call: Any) -> tuple[Tensor, Tensor]:
+    """The output [B, Hq, N, Dv], its memory in the order [B, N, Hq, Dv] that models go on with, and lse [B, Hq, N]."""
+    output, lse = empty_outputs(call.query, call.value)
+    launch(call, output, lse).run()
+    return output, lse
+
+
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    B, Hq, N, _ = query.shape
+    output = query.new_empty(B, N, Hq, value.shape[-1]).transpose(1, 2)
+    return output, query.new_empty(B, Hq, N, dtype=torch.float32)

@@ -1,0 +1,85 @@
+"""The gate on prefix scores, g(s) = s + α·σ(τ·s), and its derivatives (NoRGa: Le et al., arXiv 2405.14124).
+
+    dg/ds = 1 + α τ σ'(τ s)        dg/dα = σ(τ s)        dg/dτ = α s σ'(τ s)
+
+GATE names σ and is known at compile time; "none" means no gate at all, g(s) = s. FAST_TANH takes the hardware's tanh of
+NVIDIA GPUs, one instruction with a relative error below 2⁻¹¹: as much as a 16-bit output keeps.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gated(s, alpha, tau, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
+    """g(s)."""
+    if GATE == "none":
+        return s
+    else:
+        sigma, _ = activation(tau * s, GATE, FAST_TANH)
+        return s + alpha * sigma
+
+
+@triton.jit
+def gated_with_derivatives(s, alpha, tau, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
+    """g(s), dg/ds, dg/dα and dg/dτ."""
+    if GATE == "none":
+        nothing = tl.zeros_like(s)
+        return s, nothing + 1.0, nothing, nothing
+    else:
+        sigma, slope = activation(tau * s, GATE, FAST_TANH)
+        return s + alpha * sigma, 1.0 + alpha * tau * slope, sigma, alpha * s * slope
+
+
+@triton.jit
+def activation(x, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
+    """σ(x) and σ'(x); what is not used of them costs nothing."""
+    tl.static_assert(
+        GATE == "tanh"
+        or GATE == "sigmoid"
+        or GATE == "gelu"
+        or GATE == "relu"
+        or GATE == "softplus"
+        or GATE == "elu"
+        or GATE == "identity"
+    )
+    if GATE == "tanh":
+        sigma = tanh(x, FAST_TANH)
+        slope = 1.0 - sigma * sigma
+    elif GATE == "sigmoid":
+        sigma = sigmoid(x, FAST_TANH)
+        slope = sigma * (1.0 - sigma)
+    elif GATE == "gelu":
+        Phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        sigma = x * Phi
+        slope = Phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif GATE == "relu":
+        sigma = tl.maximum(x, 0.0)
+        slope = tl.where(x > 0, 1.0, 0.0)
+    elif GATE == "softplus":
+        sigma = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+        slope = sigmoid(x, FAST_TANH)
+    elif GATE == "elu":
+        exp = tl.exp(tl.minimum(x, 0.0))
+        sigma = tl.where(x > 0, x, exp - 1.0)
+        slope = tl.where(x > 0, 1.0, exp)
+    else:
+        sigma = x
+        slope = tl.full(x.shape, 1.0, tl.float32)
+    return sigma, slope
+
+
+@triton.jit
+def tanh(x, FAST_TANH: tl.constexpr):
+    if FAST_TANH:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def sigmoid(x, FAST_TANH: tl.constexpr):
+    if FAST_TANH:
+        return 0.5 + 0.5 * tanh(0.5 * x, FAST_TANH)  # one instruction where exponential and quotient are two
+    else:
+        return tl.sigmoid(x)

@@ -1,0 +1,72 @@
+"""How a kernel is launched: with which blocks, and how to compile the same launch without running it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from .arguments import block_of
+from .blocks import blocks_for
+from .target import current_target
+
+
+class Variant(NamedTuple):
+    """What the three attention kernels know when they are compiled, beside head sizes and what is None."""
+
+    CAUSAL: Any
+    HAS_MASK: Any  # on the context
+    PRECISION: Any  # of products of float32
+    BLOCK_N: Any  # queries
+    BLOCK_M: Any  # context keys
+    BLOCK_P: Any  # prefix rows
+
+    def marked(self) -> "Variant":
+        """As kernels take it."""
+        return Variant(*(tl.constexpr(value) for value in self))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, its grid and all it takes."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    options: dict[str, int]  # num_warps, num_stages
+
+    def run(self) -> None:
+        if self.programs:
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+    def compile(self) -> Any:
+        """The kernel compiled for the active driver's target; tensors may be on the meta device."""
+        return self.kernel.warmup(grid=(max(self.programs, 1),), **self.arguments, **self.options)
+
+
+def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
+    """The variant of an attention kernel that a call needs, with the table's blocks, and its launch options."""
+    D, DV = call.query.shape[-1], call.value.shape[-1]
+    N, P = call.query.shape[2], call.prefix_key.shape[-2]
+    head_size = max(block_of(D), block_of(DV))
+    blocks = blocks_for(current_target(), call.query.element_size(), head_size, direction)
+    variant = Variant(
+        CAUSAL=call.is_causal,
+        HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
+        PRECISION=_precision(call.query.dtype),
+        BLOCK_N=_at_most(blocks.queries, N),
+        BLOCK_M=blocks.keys,
+        BLOCK_P=_at_most(blocks.prefix, P),
+    )
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return variant, options
+
+
+def _at_most(block: int, size: int) -> int:
+    """A block no larger than `size` needs."""
+    return min(block, block_of(max(size, 1)))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32: what PyTorch's own matrix products are set to."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

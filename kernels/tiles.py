@@ -1,0 +1,150 @@
+"""Tiles of the operator's tensors: rows of query, key and value, reweighted prefix rows, scores under their masks.
+
+Positions come as a start and an offset within the tile, so that only starts need 64 bits. Offsets `i` of queries and
+`j` of keys are two-dimensional, [BLOCK, 1] and [1, BLOCK] or the other way round: the same functions serve scores
+[queries, keys] and their transpose.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-2e38)  # for finite scores: times LOG2E it is finite still
+
+
+@triton.jit
+def row_pointers(rows, outer, head, start, BLOCK: tl.constexpr):
+    """Pointers [BLOCK, BLOCK_D] to rows start..start+BLOCK of one head."""
+    first = tl.cast(outer, tl.int64) * rows.outer + tl.cast(head, tl.int64) * rows.head
+    first += tl.cast(start, tl.int64) * rows.row
+    return rows.pointer + first + (tl.arange(0, BLOCK)[:, None] * rows.row + tl.arange(0, rows.BLOCK_D)[None, :])
+
+
+@triton.jit
+def row_mask(rows, start, end, BLOCK: tl.constexpr):
+    """Which of them lie before row `end` and column D."""
+    inside = (start + tl.arange(0, BLOCK) < end)[:, None]
+    if rows.D != rows.BLOCK_D:
+        inside = inside & (tl.arange(0, rows.BLOCK_D) < rows.D)[None, :]
+    return inside
+
+
+@triton.jit
+def load_rows(rows, outer, head, start, end, BLOCK: tl.constexpr):
+    """Rows start..start+BLOCK of one head, [BLOCK, BLOCK_D]; zeros from row `end` and from column D on."""
+    return tl.load(row_pointers(rows, outer, head, start, BLOCK), mask=row_mask(rows, start, end, BLOCK), other=0.0)
+
+
+@triton.jit
+def store_rows(rows, outer, head, start, end, x, BLOCK: tl.constexpr):
+    """The counterpart of load_rows, in the tensor's dtype."""
+    x = x.to(rows.pointer.dtype.element_ty)
+    tl.store(row_pointers(rows, outer, head, start, BLOCK), x, mask=row_mask(rows, start, end, BLOCK))
+
+
+@triton.jit
+def prefix_of(prefix, b):
+    """The prefix of sample b and its length. Clamped: on a device no one has checked the values."""
+    if prefix.index is None:
+        t = tl.full([], 0, tl.int64)
+    else:
+        t = tl.load(prefix.index + b).to(tl.int64)
+        t = tl.minimum(tl.maximum(t, 0), prefix.n_prefixes - 1)
+    return t, length_of(prefix, t)
+
+
+@triton.jit
+def length_of(prefix, t):
+    if prefix.length is None:
+        return tl.full([], 0, tl.int32) + prefix.n_rows
+    else:
+        return tl.minimum(tl.maximum(tl.load(prefix.length + t).to(tl.int32), 0), prefix.n_rows)
+
+
+@triton.jit
+def weight_rows(stored, n_shared, t, h, start, length, BLOCK: tl.constexpr):
+    """W = U Vᵀ for rows start..start+BLOCK of one head, [BLOCK, BLOCK_D] in float32; 1 for shared rows."""
+    weights = stored.weights
+    p = start + tl.arange(0, BLOCK)
+    d = tl.arange(0, stored.rows.BLOCK_D)
+    U = weights.U + t * weights.U_prefix + p.to(tl.int64) * weights.U_row
+    V = weights.V + t * weights.V_prefix + tl.cast(h, tl.int64) * weights.V_head + d
+    previous = (p >= n_shared) & (p < length)
+    W = tl.zeros([BLOCK, stored.rows.BLOCK_D], tl.float32)
+    for r in range(weights.rank):
+        u = tl.load(U + r, mask=previous, other=0.0).to(tl.float32)
+        v = tl.load(V + r * weights.V_rank, mask=d < stored.rows.D, other=0.0).to(tl.float32)
+        W += u[:, None] * v[None, :]
+    return tl.where((p < n_shared)[:, None], 1.0, W)
+
+
+@triton.jit
+def prefix_rows(stored, n_shared, t, h, start, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """k' or v': stored rows, reweighted in float32 and rounded once, [BLOCK, BLOCK_D]; zeros from `length` on."""
+    x = load_rows(stored.rows, t, h, start, length, BLOCK)
+    if stored.weights is not None:
+        x = x.to(tl.float32) * weight_rows(stored, n_shared, t, h, start, length, BLOCK)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def gate_parameter(parameter, t, h):
+    """alpha or tau of prefix t and query head h."""
+    if parameter.pointer is None:
+        return parameter.value
+    else:
+        return tl.load(parameter.pointer + t * parameter.prefix + h * parameter.head).to(tl.float32)
+
+
+@triton.jit
+def context_scores(products, scale, masks, sizes, variant, b, h, n, i, m, j):
+    """Scores of context keys m+j for queries n+i, -inf where a query must not see a key."""
+    inside = m + j < sizes.M
+    if variant.CAUSAL:
+        inside = inside & (m + j <= n + i + sizes.M - sizes.N)
+    s = products * scale
+    if masks.padding is not None:
+        s = masked(s, load_overlay(masks.padding, b, 0, 0, i * 0, m, j, inside))
+    if masks.full is not None:
+        s = masked(s, load_overlay(masks.full, b, h, n, i, m, j, inside & (n + i < sizes.N)))
+    return tl.where(inside, s, float("-inf"))
+
+
+@triton.jit
+def prefix_scores(g, masks, sizes, length, b, h, n, i, p, j):
+    """Gated scores of prefix rows p+j under the bias, -inf from `length` on."""
+    inside = p + j < length
+    if masks.bias is not None:
+        g = masked(g, load_overlay(masks.bias, b, h, n, i, p, j, inside & (n + i < sizes.N)))
+    return tl.where(inside, g, float("-inf"))
+
+
+@triton.jit
+def load_overlay(overlay, b, h, n, i, m, j, inside):
+    start = tl.cast(b, tl.int64) * overlay.sample + tl.cast(h, tl.int64) * overlay.head
+    start += tl.cast(n, tl.int64) * overlay.query + tl.cast(m, tl.int64) * overlay.key
+    return tl.load(overlay.pointer + start + (i.to(tl.int64) * overlay.query + j * overlay.key), mask=inside, other=0)
+
+
+@triton.jit
+def masked(s, mask):
+    """Scores under a mask; uint8 is bool. A dtype's most negative finite number means -inf."""
+    if mask.dtype == tl.uint8:
+        return tl.where(mask != 0, s, float("-inf"))
+    else:
+        hidden = mask.to(tl.float32) <= most_negative(mask.dtype)
+        return tl.where(hidden, float("-inf"), tl.maximum(s + mask.to(tl.float32), LOWEST))
+
+
+@triton.jit
+def most_negative(DTYPE: tl.constexpr):
+    """The most negative finite number of a dtype as a float32; of float64, which goes further, -inf."""
+    if DTYPE == tl.float16:
+        return -65504.0
+    elif DTYPE == tl.bfloat16:
+        return -3.3895313892515355e38
+    elif DTYPE == tl.float32:
+        return -3.4028234663852886e38
+    else:
+        return float("-inf")
