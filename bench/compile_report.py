@@ -144,9 +144,9 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
 
 def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
     """Every launch of a training step, by name."""
-    output, lse = forward.empty_outputs(call.query, call.value)
+    outputs = forward.empty_outputs(call.query, call.value)
     gradients = backward.empty_gradients(call, [True] * len(backward.INPUTS))
-    all_launches = [forward.launch(call, output, lse), *backward.launches(call, output, lse, output, gradients)]
+    all_launches = [forward.launch(call, *outputs), *backward.launches(call, *outputs, outputs[0], gradients)]
     return zip((*DIRECTIONS, "prefix"), all_launches)
 
 

@@ -90,6 +90,14 @@ class Masks(NamedTuple):
     bias: Overlay | None  # on the prefix
 
 
+class PerQuery(NamedTuple):
+    """Float32 tensors [B, Hq, N] that the passes hand on."""
+
+    lse: Any  # natural; -inf for a query that sees nothing
+    rest: Any  # what rounding the log-sum-exp left; written for float32 inputs only
+    delta: Any  # rowsum(dO ∘ O); None in the forward pass
+
+
 class Sizes(NamedTuple):
     B: int
     N: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backward_keys, backward_prefix, backward_queries
+from .arguments import PerQuery
 from .launch import Launch
 
 # What may need a gradient, in the order of the operators' arguments.
@@ -21,21 +22,23 @@ INPUTS = (
 )  # fmt: skip
 
 
-def backward(call: Any, output: Tensor, lse: Tensor, d_output: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def backward(
+    call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
     """The gradients of those INPUTS that `needs` says, in their order, each of its input's shape and dtype."""
     gradients = empty_gradients(call, needs)
-    for launch in launches(call, output, lse, d_output, gradients):
+    for launch in launches(call, output, lse, lse_rest, d_output, gradients):
         launch.run()
     return list(gradients.values())
 
 
 def launches(
-    call: Any, output: Tensor, lse: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
+    call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
     """What fills the gradients."""
-    delta = torch.empty_like(lse)
+    per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
     d_query, d_key, d_value = (gradients.get(name) for name in ("query", "key", "value"))
-    yield backward_queries.launch(call, output, lse, d_output, delta, d_query)
+    yield backward_queries.launch(call, output, d_output, per_query, d_query)
 
     parts = backward_keys.empty_parts(
         call,
@@ -44,7 +47,7 @@ def launches(
         gate=not gradients.keys().isdisjoint({"gate_alpha", "gate_tau"}),
     )
     if parts is not None or d_key is not None or d_value is not None:
-        yield backward_keys.launch(call, lse, d_output, delta, d_key, d_value, parts)
+        yield backward_keys.launch(call, d_output, per_query, d_key, d_value, parts)
     if parts is not None:
         yield backward_prefix.launch(call, parts, gradients)
 

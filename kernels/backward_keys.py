@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .backward_queries import negligible_if_blind
+from .arguments import PerQuery
 from .forward import query_rows
 from .gate import gated_with_derivatives
 from .launch import Launch, variant_for
@@ -29,11 +29,14 @@ from .tiles import (
     context_scores,
     gate_parameter,
     length_of,
+    load_lse,
     load_rows,
     prefix_of,
     prefix_rows,
     prefix_scores,
+    softmax_weights,
     store_rows,
+    unmasked_scores,
 )
 
 PROGRAMS = 264  # for the prefix, as far as there are query tiles for so many: two on each of 132 multiprocessors
@@ -52,23 +55,23 @@ class Parts(NamedTuple):
 
 @triton.jit
 def backward_keys_kernel(
-    query, key, value, prefix, gate, masks, d_output, lse, delta, d_key, d_value, parts, sizes, scale, variant,
+    query, key, value, prefix, gate, masks, d_output, per_query, d_key, d_value, parts, sizes, scale, variant,
     prefix_programs,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < prefix_programs:
         if parts is not None:
-            prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, sizes, scale, variant)
+            prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, sizes, scale, variant)
     else:
         if d_key is not None or d_value is not None:
             context_tile(
-                pid - prefix_programs, query, key, value, masks, d_output, lse, delta, d_key, d_value, sizes, scale,
+                pid - prefix_programs, query, key, value, masks, d_output, per_query, d_key, d_value, sizes, scale,
                 variant,
             )  # fmt: skip
 
 
 @triton.jit
-def context_tile(pid, query, key, value, masks, d_output, lse, delta, d_key, d_value, sizes, scale, variant):
+def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_value, sizes, scale, variant):
     tiles = tl.cdiv(sizes.M, variant.BLOCK_M)
     heads = sizes.heads // sizes.group
     m = pid % tiles * variant.BLOCK_M
@@ -85,19 +88,22 @@ def context_tile(pid, query, key, value, masks, d_output, lse, delta, d_key, d_v
         for step in range(0, (whole - first) * sizes.group):
             h = hk * sizes.group + step // (whole - first)
             n = first_query(first + step % (whole - first), variant)
-            q, d_o, L, d = load_queries(query, d_output, lse, delta, sizes, b, h, n, variant)
+            q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
             i = tl.arange(0, variant.BLOCK_N)[None, :]
             j = tl.arange(0, variant.BLOCK_M)[:, None]
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
             s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, m, j)
-            dk, dv = add_context(dk, dv, tl.exp2(s * LOG2E - L), q, d_o, d, v, d_key, d_value, variant)
+            p = softmax_weights(s, LOG2E, L, rest, variant)
+            dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
     if not variant.HAS_MASK:
         for step in range(0, (end - whole) * sizes.group):
             h = hk * sizes.group + step // (end - whole)
             n = first_query(whole + step % (end - whole), variant)
-            q, d_o, L, d = load_queries(query, d_output, lse, delta, sizes, b, h, n, variant)
+            q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
-            dk, dv = add_context(dk, dv, tl.exp2(s * (scale * LOG2E) - L), q, d_o, d, v, d_key, d_value, variant)
+            s, unit = unmasked_scores(s, scale, variant)
+            p = softmax_weights(s, unit, L, rest, variant)
+            dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
 
     if d_key is not None:
         store_rows(d_key, b, hk, m, sizes.M, dk * scale, variant.BLOCK_M)
@@ -128,14 +134,14 @@ def first_query(tile, variant):
 
 
 @triton.jit
-def load_queries(query, d_output, lse, delta, sizes, b, h, n, variant):
-    """q, dO and, as rows [1, BLOCK_N], L and δ of one tile of queries."""
+def load_queries(query, d_output, per_query, sizes, b, h, n, variant):
+    """q, dO and, as rows [1, BLOCK_N], the log-sum-exp with its rest and δ of one tile of queries."""
     q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
     row, exists = query_rows(sizes, b, h, n, variant)
-    L = negligible_if_blind(tl.load(lse + row, mask=exists, other=float("-inf")))
-    d = tl.load(delta + row, mask=exists, other=0.0)
-    return q, d_o, L[None, :], d[None, :]
+    L, rest = load_lse(per_query, row, exists, variant)
+    d = tl.load(per_query.delta + row, mask=exists, other=0.0)
+    return q, d_o, L[None, :], rest[None, :], d[None, :]
 
 
 @triton.jit
@@ -150,7 +156,7 @@ def add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant):
 
 
 @triton.jit
-def prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, sizes, scale, variant):
+def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, sizes, scale, variant):
     p = pid % parts.tiles * variant.BLOCK_P
     block = pid // parts.tiles  # of [shares, T, Hq]
     h = block % sizes.heads
@@ -170,14 +176,14 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, si
     d_tau = tl.zeros([variant.BLOCK_P], tl.float32)
 
     # The share: tiles first..last of all samples' query tiles, counted through.
-    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
+    tiles = tl.maximum(tl.cdiv(sizes.N, variant.BLOCK_N), 1)
     first = (share * tiles * sizes.B // parts.shares).to(tl.int32)
     last = ((share + 1) * tiles * sizes.B // parts.shares).to(tl.int32)
     if prefix.index is None:
         for step in range(first, last):
             dk, dv, d_alpha, d_tau = add_prefix(
                 dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, first_query(step % tiles, variant),
-                p, query, gate, masks, d_output, lse, delta, parts, sizes, scale, variant,
+                p, query, gate, masks, d_output, per_query, parts, sizes, scale, variant,
             )  # fmt: skip
     else:
         for b in range(first // tiles, tl.cdiv(last, tiles)):
@@ -186,7 +192,7 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, si
             for tile in range(tl.maximum(first - b * tiles, 0), end):
                 dk, dv, d_alpha, d_tau = add_prefix(
                     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, variant), p,
-                    query, gate, masks, d_output, lse, delta, parts, sizes, scale, variant,
+                    query, gate, masks, d_output, per_query, parts, sizes, scale, variant,
                 )  # fmt: skip
 
     if parts.key is not None:
@@ -201,15 +207,16 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, lse, delta, parts, si
 @triton.jit
 def add_prefix(
     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, n, p,
-    query, gate, masks, d_output, lse, delta, parts, sizes, scale, variant,
+    query, gate, masks, d_output, per_query, parts, sizes, scale, variant,
 ):  # fmt: skip
     """The sums with one more tile of queries."""
-    q, d_o, L, d = load_queries(query, d_output, lse, delta, sizes, b, h, n, variant)
+    q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     j = tl.arange(0, variant.BLOCK_P)[:, None]
     s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION) * scale
     g, slope, by_alpha, by_tau = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
-    w = tl.exp2(prefix_scores(g, masks, sizes, length, b, h, n, i, p, j) * LOG2E - L)
+    g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, j)
+    w = softmax_weights(g, LOG2E, L, rest, variant)
     if parts.value is not None:
         dv = tl.dot(w.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
     if parts.key is not None or parts.alpha is not None:
@@ -257,9 +264,8 @@ def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts | Non
 
 def launch(
     call: Any,
-    lse: Tensor,
     d_output: Tensor,
-    delta: Tensor,
+    per_query: PerQuery,
     d_key: Tensor | None,
     d_value: Tensor | None,
     parts: Parts | None,
@@ -277,8 +283,7 @@ def launch(
         arguments={
             **arguments.attention(call),
             "d_output": arguments.rows(d_output),
-            "lse": lse,
-            "delta": delta,
+            "per_query": per_query,
             "d_key": None if d_key is None else arguments.rows(d_key),
             "d_value": None if d_value is None else arguments.rows(d_value),
             "parts": parts,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
+from .arguments import PerQuery
 from .forward import context_range, query_rows, query_tile
 from .gate import gated_with_derivatives
 from .launch import Launch, variant_for
@@ -22,30 +23,33 @@ from .tiles import (
     LOG2E,
     context_scores,
     gate_parameter,
+    load_lse,
     load_rows,
     prefix_of,
     prefix_rows,
     prefix_scores,
+    softmax_weights,
     store_rows,
+    unmasked_scores,
 )
 
 
 @triton.jit
 def backward_queries_kernel(
-    query, key, value, prefix, gate, masks, output, d_output, lse, delta, d_query, sizes, scale, variant
+    query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, sizes, scale, variant
 ):
     b, h, n = query_tile(sizes, variant)
     row, exists = query_rows(sizes, b, h, n, variant)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
     o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
     d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + row, d, mask=exists)
+    tl.store(per_query.delta + row, d, mask=exists)
 
     if d_query is not None:
         hk = h // sizes.group
         i = tl.arange(0, variant.BLOCK_N)[:, None]
         q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
-        L = negligible_if_blind(tl.load(lse + row, mask=exists, other=float("-inf")))
+        L, rest = load_lse(per_query, row, exists, variant)
         dq = tl.zeros([variant.BLOCK_N, query.BLOCK_D], tl.float32)
 
         t, length = prefix_of(prefix, b)
@@ -57,7 +61,7 @@ def backward_queries_kernel(
             g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
             g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
             v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
-            dg = score_gradient(d_o, v, d, g, LOG2E, L, variant)
+            dg = score_gradient(d_o, v, d, g, LOG2E, L, rest, variant)
             dq = tl.dot((dg * slope).to(k.dtype), k, dq, input_precision=variant.PRECISION)
 
         whole, end = context_range(sizes, n, variant)
@@ -65,34 +69,35 @@ def backward_queries_kernel(
             for j in range(0, whole, variant.BLOCK_M):
                 k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
                 s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+                s, unit = unmasked_scores(s, scale, variant)
                 v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
-                ds = score_gradient(d_o, v, d, s, scale * LOG2E, L, variant)
+                ds = score_gradient(d_o, v, d, s, unit, L, rest, variant)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
         for j in range(whole, end, variant.BLOCK_M):
             k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
             s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
             s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
             v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
-            ds = score_gradient(d_o, v, d, s, LOG2E, L, variant)
+            ds = score_gradient(d_o, v, d, s, LOG2E, L, rest, variant)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
 
         store_rows(d_query, b, h, n, sizes.N, dq * scale, variant.BLOCK_N)
 
 
 @triton.jit
-def negligible_if_blind(lse):
-    """L in powers of 2; +inf for a query that sees nothing (or is not there), so that its weights are 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def score_gradient(d_o, v, d, s, unit, L, variant):
+def score_gradient(d_o, v, d, s, unit, L, rest, variant):
     """p (dO vᵀ - δ) for scores [queries, keys]."""
-    p = tl.exp2(s * unit - L[:, None])
+    p = softmax_weights(s, unit, L[:, None], rest[:, None], variant)
     return p * (tl.dot(d_o, tl.trans(v), input_precision=variant.PRECISION) - d[:, None])
 
 
-def launch(call: Any, output: Tensor, lse: Tensor, d_output: Tensor, delta: Tensor, d_query: Tensor | None) -> Launch:
+def launch(
+    call: Any,
+    output: Tensor,
+    d_output: Tensor,
+    per_query: PerQuery,
+    d_query: Tensor | None,
+) -> Launch:
     B, Hq, N, _ = call.query.shape
     variant, options = variant_for(call, "queries")
     return Launch(
@@ -102,8 +107,7 @@ def launch(call: Any, output: Tensor, lse: Tensor, d_output: Tensor, delta: Tens
             **arguments.attention(call),
             "output": arguments.rows(output),
             "d_output": arguments.rows(d_output),
-            "lse": lse,
-            "delta": delta,
+            "per_query": per_query,
             "d_query": None if d_query is None else arguments.rows(d_query),
             "variant": variant.marked(),
         },

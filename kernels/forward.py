@@ -6,8 +6,11 @@ unnormalised output of the online softmax:
 
     m' = max(m, max_j s_j)    p_j = exp(s_j - m')    l' = l exp(m - m') + Σ_j p_j    acc' = acc exp(m - m') + p v
 
-Exponentials are powers of 2, with log₂e folded into the scores' unit. Context tiles that every query of the tile sees
-whole come first and need no mask.
+Context tiles that every query of the tile sees whole come first and need no mask.
+
+Exponentials are powers of 2. For 16-bit inputs log₂e is folded into the scores' unit, and m counts powers of 2. In
+float32 that would round large scores once more, and so would the log-sum-exp: m stays natural there, s - m comes
+first, and the log-sum-exp is stored with the rest that its rounding leaves.
 """
 
 from typing import Any
@@ -30,11 +33,12 @@ from .tiles import (
     prefix_rows,
     prefix_scores,
     store_rows,
+    unmasked_scores,
 )
 
 
 @triton.jit
-def forward_kernel(query, key, value, prefix, gate, masks, output, lse, sizes, scale, variant):
+def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, sizes, scale, variant):
     b, h, n = query_tile(sizes, variant)
     hk = h // sizes.group
     i = tl.arange(0, variant.BLOCK_N)[:, None]
@@ -59,8 +63,9 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, lse, sizes, s
         for j in range(0, whole, variant.BLOCK_M):
             k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
             s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+            s, unit = unmasked_scores(s, scale, variant)
             v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
-            acc, m, l = online_softmax(acc, m, l, s, scale * LOG2E, v, variant)
+            acc, m, l = online_softmax(acc, m, l, s, unit, v, variant)
     for j in range(whole, end, variant.BLOCK_M):
         k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
         s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
@@ -71,7 +76,13 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, lse, sizes, s
     blind = l == 0.0
     store_rows(output, b, h, n, sizes.N, acc / tl.where(blind, 1.0, l)[:, None], variant.BLOCK_N)
     row, exists = query_rows(sizes, b, h, n, variant)
-    tl.store(lse + row, tl.where(blind, float("-inf"), (m + tl.log2(l)) * LN2), mask=exists)
+    log_l = tl.log2(tl.where(blind, 1.0, l))
+    if variant.EXACT:
+        total = m + log_l * LN2
+        tl.store(per_query.rest + row, tl.where(blind, 0.0, m - total + log_l * LN2), mask=exists)
+    else:
+        total = (m + log_l) * LN2
+    tl.store(per_query.lse + row, tl.where(blind, float("-inf"), total), mask=exists)
 
 
 @triton.jit
@@ -106,16 +117,22 @@ def context_range(sizes, n, variant):
 @triton.jit
 def online_softmax(acc, m, l, s, unit, v, variant):
     """One more tile of scores s, times unit in powers of 2, and of values v."""
-    m_new = tl.maximum(m, tl.max(s, 1) * unit)
-    finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
-    p = tl.exp2(s * unit - finite[:, None])
-    shrink = tl.exp2(m - finite)
+    if variant.EXACT:
+        m_new = tl.maximum(m, tl.max(s, 1))
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+        p = tl.exp2((s - finite[:, None]) * LOG2E)
+        shrink = tl.exp2((m - finite) * LOG2E)
+    else:
+        m_new = tl.maximum(m, tl.max(s, 1) * unit)
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * unit - finite[:, None])
+        shrink = tl.exp2(m - finite)
     l = l * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=variant.PRECISION)
     return acc, m_new, l
 
 
-def launch(call: Any, output: Tensor, lse: Tensor) -> Launch:
+def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
     B, Hq, N, _ = call.query.shape
     variant, options = variant_for(call, "forward")
     return Launch(
@@ -124,21 +141,24 @@ def launch(call: Any, output: Tensor, lse: Tensor) -> Launch:
         arguments={
             **arguments.attention(call),
             "output": arguments.rows(output),
-            "lse": lse,
+            "per_query": arguments.PerQuery(lse, lse_rest, None),
             "variant": variant.marked(),
         },
         options=options,
     )
 
 
-def forward(call: Any) -> tuple[Tensor, Tensor]:
-    """The output [B, Hq, N, Dv], its memory in the order [B, N, Hq, Dv] that models go on with, and lse [B, Hq, N]."""
-    output, lse = empty_outputs(call.query, call.value)
-    launch(call, output, lse).run()
-    return output, lse
+def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and what rounding the latter left; see empty_outputs."""
+    outputs = empty_outputs(call.query, call.value)
+    launch(call, *outputs).run()
+    return outputs
 
 
-def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the output [B, Hq, N, Dv], its memory in the order [B, N, Hq, Dv] that models go on with, for the
+    log-sum-exp [B, Hq, N], and for its rest, of that shape for float32 and else empty."""
     B, Hq, N, _ = query.shape
     output = query.new_empty(B, N, Hq, value.shape[-1]).transpose(1, 2)
-    return output, query.new_empty(B, Hq, N, dtype=torch.float32)
+    lse = query.new_empty(B, Hq, N, dtype=torch.float32)
+    return output, lse, torch.empty_like(lse) if query.dtype == torch.float32 else lse.new_empty(0)

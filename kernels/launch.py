@@ -17,6 +17,7 @@ class Variant(NamedTuple):
     CAUSAL: Any
     HAS_MASK: Any  # on the context
     PRECISION: Any  # of products of float32
+    EXACT: Any  # float32: rounding of large scores must not add to their own; see online_softmax
     BLOCK_N: Any  # queries
     BLOCK_M: Any  # context keys
     BLOCK_P: Any  # prefix rows
@@ -54,6 +55,7 @@ def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
         CAUSAL=call.is_causal,
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
         PRECISION=_precision(call.query.dtype),
+        EXACT=call.query.dtype == torch.float32,
         BLOCK_N=_at_most(blocks.queries, N),
         BLOCK_M=blocks.keys,
         BLOCK_P=_at_most(blocks.prefix, P),

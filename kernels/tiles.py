@@ -98,6 +98,40 @@ def gate_parameter(parameter, t, h):
 
 
 @triton.jit
+def unmasked_scores(products, scale, variant):
+    """Scores where no mask is, and the factor that makes them powers of 2."""
+    if variant.EXACT:
+        return products * scale, LOG2E
+    else:
+        return products, scale * LOG2E
+
+
+@triton.jit
+def softmax_weights(s, unit, L, rest, variant):
+    """exp(s - log-sum-exp) of scores times unit, from what load_lse gives, broadcast to the scores' shape."""
+    if variant.EXACT:
+        return tl.exp2((s - L - rest) * LOG2E)
+    else:
+        return tl.exp2(s * unit - L)
+
+
+@triton.jit
+def load_lse(per_query, row, exists, variant):
+    """The log-sum-exp of queries, natural and with what its rounding took if EXACT, else in powers of 2.
+
+    +inf for a query that sees nothing or is not there: its weights are 0.
+    """
+    L = tl.load(per_query.lse + row, mask=exists, other=float("-inf"))
+    blind = L == float("-inf")
+    if variant.EXACT:
+        rest = tl.load(per_query.rest + row, mask=exists, other=0.0)
+    else:
+        L *= LOG2E
+        rest = tl.zeros_like(L)
+    return tl.where(blind, float("inf"), L), rest
+
+
+@triton.jit
 def context_scores(products, scale, masks, sizes, variant, b, h, n, i, m, j):
     """Scores of context keys m+j for queries n+i, -inf where a query must not see a key."""
     inside = m + j < sizes.M

@@ -55,7 +55,7 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     if call.scale <= 0:  # the kernels' running maximum wants a positive scale
         sign = -1.0 if call.scale < 0 else 0.0
         call = replace(call, query=call.query * sign, scale=abs(call.scale) or 1.0)
-    output, lse = _attention(*_unpack(call))
+    output, lse, _ = _attention(*_unpack(call))
     return output, lse.detach()
 
 
@@ -147,8 +147,8 @@ _CALL = (
 _DIFFERENTIABLE = 11  # the first so many arguments, in the order of kernels.backward.INPUTS
 
 
-@torch.library.custom_op("qtuning_fast::attention", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor)")
-def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("qtuning_fast::attention", mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor)")
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from qtuning_fast.kernels.forward import forward
 
     call = _pack(*arguments)
@@ -157,7 +157,7 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @_attention.register_fake
-def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from qtuning_fast.kernels.forward import empty_outputs
 
     call = _pack(*arguments)
@@ -167,44 +167,44 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "qtuning_fast::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor output, Tensor lse, Tensor d_output, bool[] needs, {_CALL}) -> Tensor[]",
+    schema=f"(Tensor output, Tensor lse, Tensor lse_rest, Tensor d_output, bool[] needs, {_CALL}) -> Tensor[]",
 )
 def _attention_backward(
-    output: Tensor, lse: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
+    output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     """The gradients that `needs` says, in the order of kernels.backward.INPUTS."""
     from qtuning_fast.kernels.backward import backward
 
     call = _pack(*arguments)
     with _device_of(call.query):
-        return backward(call, output, lse, d_output, needs)
+        return backward(call, output, lse, lse_rest, d_output, needs)
 
 
 @_attention_backward.register_fake
 def _attention_backward_fake(
-    output: Tensor, lse: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
+    output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
 ) -> list[Tensor]:
     from qtuning_fast.kernels.backward import empty_gradients
 
     return list(empty_gradients(_pack(*arguments), needs).values())
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
     ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
 
 
-def _backward(ctx: Any, d_output: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_output: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     nothing = (None,) * len(ctx.is_tensor)
     if d_output is None or not any(needs):
         return nothing
-    *tensors, output, lse = ctx.saved_tensors
+    *tensors, output, lse, lse_rest = ctx.saved_tensors
     tensors, others = iter(tensors), iter(ctx.others)
     inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-    gradients = iter(_attention_backward(output, lse, d_output, needs, *inputs))
+    gradients = iter(_attention_backward(output, lse, lse_rest, d_output, needs, *inputs))
     return (*(next(gradients) if needed else None for needed in needs), *nothing[_DIFFERENTIABLE:])
 
 

@@ -1,0 +1,162 @@
+"""How exact a backend must be: as exact as plain PyTorch in the same precision, within a factor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtuning_fast import prefix_attention, reference
+from qtuning_fast.call import PrefixAttentionCall
+from qtuning_fast.validation import validate
+
+Arguments = dict[str, Any]
+
+RATIO = 2.0  # to the largest error of plain PyTorch
+FLOOR = 1e-6
+LONG_SUM = 8.0  # times epsilon and Σ|terms|, for alpha, tau, U and V: a small error of every term adds up there
+DRAWS = 16  # of plain PyTorch's error: in a small tensor the largest is a matter of luck
+
+
+def _call_of(arguments: Arguments) -> PrefixAttentionCall:
+    bound = inspect.signature(prefix_attention).bind(**arguments)
+    bound.apply_defaults()
+    return validate(**bound.arguments)
+
+
+def _mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """A call with every tensor changed; what required a gradient does so again."""
+
+    def changed(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(changed(half) for half in x)
+        return change(x.detach()).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    return {name: changed(x) for name, x in arguments.items()}
+
+
+def _in_float64(arguments: Arguments) -> Arguments:
+    return _mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _noise(x: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+
+def _results(arguments: Arguments, backend: str, leaves: Callable[[Arguments], dict[str, Tensor]], seed: int):
+    """Output, log-sum-exp and all gradients, by name."""
+    named = leaves(arguments)
+    output, lse = prefix_attention(**arguments, return_lse=True, backend=backend)
+    d_output = _noise(output, seed).to(arguments["query"].dtype)
+    grads = torch.autograd.grad(output, list(named.values()), d_output, allow_unused=True, materialize_grads=True)
+    return {"output": output.detach(), "lse": lse, **dict(zip(named, grads))}, d_output
+
+
+def _by_delta(arguments: Arguments, leaves: Callable[[Arguments], dict[str, Tensor]], d_output: Tensor):
+    """Gradients that pass through scores, in plain PyTorch as fused kernels compute them: p (dO vᵀ - δ), δ = Σ dO ∘ O.
+
+    Autograd's way, through p ∘ dp - p Σ p dp, is exactly 0 where a query sees one key; this one rounds there.
+    """
+    call = _call_of(arguments)
+    k, v = (
+        reference._prefix_rows(call, rows, weights)
+        for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
+    )
+    g, s = reference._prefix_scores(call, k), reference._context_scores(call)
+    output, lse = reference.attend(call)
+    delta = (d_output.to(g) * output.to(g)).sum(-1, keepdim=True)
+    gradients = [
+        (scores - lse[..., None]).exp().nan_to_num(0.0) * (reference._products(d_output, values) - delta)
+        for scores, values in ((g, v), (s, call.value))
+    ]
+    named = {name: x for name, x in leaves(arguments).items() if "value" not in name}
+    inputs = list(named.values())
+    found = torch.autograd.grad([g, s], inputs, [x.detach() for x in gradients], allow_unused=True)
+    return {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(named.items(), found)}
+
+
+def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Tensor]:
+    """Σ|terms| of the gradients of alpha, tau, U and V: one term per score, or per score and column."""
+    call = _call_of(arguments)
+    k, v = (
+        reference._prefix_rows(call, rows, weights).detach()
+        for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
+    )
+    s = (call.scale * reference._products(call.query, k)).detach().requires_grad_()
+    factors = [torch.zeros_like(s) + reference._per_head(call, x, s.dtype) for x in (call.gate_alpha, call.gate_tau)]
+    alpha, tau = (x.detach().requires_grad_() for x in factors)
+    with torch.no_grad():
+        output, lse = reference.attend(call)
+        weights = (reference._prefix_scores(call, k) - lse[..., None]).exp().nan_to_num(0.0)
+        delta = (d_output * output).sum(-1, keepdim=True)
+        dg = weights * (reference._products(d_output, v) - delta)
+    g = s if call.gate is None else s + alpha * reference.GATES[call.gate](tau * s)
+    ds, d_alpha, d_tau = (
+        torch.zeros_like(s) if x is None else x.abs()
+        for x in torch.autograd.grad(g, [s, alpha, tau], dg, allow_unused=True)
+    )
+
+    bank = call.prefix_index is not None
+    T = call.prefix_key.shape[0] if bank else 1
+    index = reference._bank_index(call) if bank else torch.zeros(len(s), dtype=torch.long, device=s.device)
+
+    def by_prefix(x: Tensor) -> Tensor:  # [B, ...] -> [T, ...]
+        return x.new_zeros(T, *x.shape[1:]).index_add_(0, index, x)
+
+    sums = {}
+    for name, terms in (("gate_alpha", d_alpha), ("gate_tau", d_tau)):
+        if isinstance(arguments[name], Tensor):
+            shape = arguments[name].shape
+            sums[name] = by_prefix(terms.sum((-1, -2))).sum_to_size((1,) * (2 - len(shape)) + shape).reshape(shape)
+    for name, pair, rows, terms in (
+        ("reweight_key", call.reweight_key, call.prefix_key, call.scale * ds.mT @ call.query.abs()),
+        ("reweight_value", call.reweight_value, call.prefix_value, weights.mT @ d_output.abs()),
+    ):
+        if pair is not None:
+            terms = by_prefix(terms.detach().abs().unflatten(1, (rows.shape[-3], -1)).sum(2))  # [T, Hkv, P, D]
+            U, V, K = (x.detach().abs().nan_to_num(0.0) for x in (*pair, rows))
+            U, V, K = U.reshape(T, *U.shape[-2:]), V.reshape(T, *V.shape[-3:]), K.reshape(T, *K.shape[-3:])
+            sums[f"{name}[0]"] = torch.einsum("thpd,thpd,trhd->tpr", terms, K, V).reshape(pair[0].shape)
+            sums[f"{name}[1]"] = torch.einsum("thpd,thpd,tpr->trhd", terms, K, U).reshape(pair[1].shape)
+    return sums
+
+
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item() if error.numel() else 0.0
+
+
+@pytest.fixture(scope="session")
+def assert_accurate(make_call, leaves):
+    """Checks one call on a backend, made by make_call's options: output, log-sum-exp and every gradient."""
+
+    def check(backend: str, *, device: str = "cpu", seed: int = 0, draws: int = DRAWS, **options: Any) -> None:
+        largest: dict[str, float] = {}
+        for draw in range(draws):
+            arguments = _mapped(make_call(seed=seed + draw, **options), lambda x: x.to(device))
+            exact, d_output = _results(_in_float64(arguments), "reference", leaves, seed + draw)
+            plain, _ = _results(arguments, "reference", leaves, seed + draw)
+            for name, x in (*plain.items(), *_by_delta(arguments, leaves, d_output).items()):
+                largest[name] = max(largest.get(name, 0.0), _largest(_distance(x, exact[name])))
+            if draw == 0:
+                actual, _ = _results(arguments, backend, leaves, seed)
+                errors = {name: _distance(x, exact[name]) for name, x in actual.items()}
+                sums = _sums_of_magnitudes(_in_float64(arguments), d_output.double())
+        epsilon = torch.finfo(arguments["query"].dtype).eps
+        for name, error in errors.items():
+            assert actual[name].dtype == plain[name].dtype and actual[name].shape == plain[name].shape, name
+            allowed = RATIO * largest[name] + FLOOR + LONG_SUM * epsilon * sums.get(name, torch.zeros(()))
+            excess = (error - allowed).clamp(min=0)
+            assert not excess.any(), f"{name}: error {_largest(error):.3g}, plain PyTorch's {largest[name]:.3g}"
+
+    return check
+
+
+def _distance(x: Tensor, exact: Tensor) -> Tensor:
+    """|x - exact|, 0 where both are the same infinity; a NaN is infinitely far."""
+    x = x.double()
+    return (x - exact).abs().where(x != exact, 0.0).nan_to_num(torch.inf, posinf=torch.inf)
