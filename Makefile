@@ -36,7 +36,7 @@ soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
 
 test-gpu:
-	PYTHONPATH=. python -m pytest -m gpu
+	PYTHONPATH=. python -m pytest -m gpu tests/backends tests/integrations
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -121,10 +121,21 @@ def attention(call: Any) -> dict[str, Any]:
 
 
 def rows(x: Tensor) -> Rows:
-    """A tensor [outer, head, row, D] as kernels read it; what they write has a contiguous last dimension already."""
-    x = _readable(x)
+    """A tensor [outer, head, row, D] as kernels read it: in place, or, if its strides are none for them, a copy."""
+    return written_rows(x if _in_reach(x) else x.contiguous())
+
+
+def written_rows(x: Tensor) -> Rows:
+    """A tensor [outer, head, row, D] as kernels write it."""
+    assert _in_reach(x), f"kernels cannot write strides {x.stride()}"
     D = x.shape[-1]
     return Rows(x, x.stride(0), x.stride(1), x.stride(2), tl.constexpr(D), tl.constexpr(block_of(D)))
+
+
+def empty_rows_like(x: Tensor) -> Tensor:
+    """Room for a gradient, its memory in the order of x if kernels can write that."""
+    room = torch.empty_like(x)
+    return room if _in_reach(room) else x.new_empty(x.shape)
 
 
 def block_of(D: int) -> int:
@@ -174,9 +185,8 @@ def sizes(call: Any) -> Sizes:
     return Sizes(B, N, M, Hq, Hq // Hkv)
 
 
-def _readable(x: Tensor) -> Tensor:
-    contiguous = x.stride(-1) == 1 or x.shape[-1] <= 1
-    return x if contiguous and x.stride(-2) <= _LARGEST_STRIDE else x.contiguous()
+def _in_reach(x: Tensor) -> bool:
+    return (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(-2) <= _LARGEST_STRIDE or x.shape[-2] == 1)
 
 
 def _bank(call: Any, x: Tensor) -> Tensor:
@@ -187,7 +197,7 @@ def _bank(call: Any, x: Tensor) -> Tensor:
 def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank | None:
     if pair is None:
         return None
-    U, V = (_readable(_bank(call, x)) for x in pair)
+    U, V = (_bank(call, x if _in_reach(x) else x.contiguous()) for x in pair)
     return LowRank(U, U.stride(0), U.stride(1), V, V.stride(0), V.stride(1), V.stride(2), tl.constexpr(U.shape[-1]))
 
 

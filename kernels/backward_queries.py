@@ -108,7 +108,7 @@ def launch(
             "output": arguments.rows(output),
             "d_output": arguments.rows(d_output),
             "per_query": per_query,
-            "d_query": None if d_query is None else arguments.rows(d_query),
+            "d_query": None if d_query is None else arguments.written_rows(d_query),
             "variant": variant.marked(),
         },
         options=options,

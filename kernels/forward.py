@@ -140,7 +140,7 @@ def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
         programs=B * Hq * triton.cdiv(N, variant.BLOCK_N),
         arguments={
             **arguments.attention(call),
-            "output": arguments.rows(output),
+            "output": arguments.written_rows(output),
             "per_query": arguments.PerQuery(lse, lse_rest, None),
             "variant": variant.marked(),
         },
