@@ -84,6 +84,15 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
 
     # One loop runs through the query tiles of all G heads: a loop within a loop costs the registers of both.
     first, whole, end = query_range(sizes, m, variant)
+    if not variant.HAS_MASK:
+        for step in range(0, (end - whole) * sizes.group):
+            h = hk * sizes.group + step // (end - whole)
+            n = first_query(whole + step % (end - whole), variant)
+            q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
+            s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
+            s, unit = unmasked_scores(s, scale, variant)
+            p = softmax_weights(s, unit, L, rest, variant)
+            dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
     if variant.CAUSAL or variant.HAS_MASK:
         for step in range(0, (whole - first) * sizes.group):
             h = hk * sizes.group + step // (whole - first)
@@ -94,15 +103,6 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
             s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, m, j)
             p = softmax_weights(s, LOG2E, L, rest, variant)
-            dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
-    if not variant.HAS_MASK:
-        for step in range(0, (end - whole) * sizes.group):
-            h = hk * sizes.group + step // (end - whole)
-            n = first_query(whole + step % (end - whole), variant)
-            q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
-            s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
-            s, unit = unmasked_scores(s, scale, variant)
-            p = softmax_weights(s, unit, L, rest, variant)
             dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
 
     if d_key is not None:

@@ -44,11 +44,9 @@ def activation(x, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
         or GATE == "identity"
     )
     if GATE == "tanh":
-        sigma = tanh(x, FAST_TANH)
-        slope = 1.0 - sigma * sigma
+        sigma, slope = tanh(x, FAST_TANH)
     elif GATE == "sigmoid":
-        sigma = sigmoid(x, FAST_TANH)
-        slope = sigma * (1.0 - sigma)
+        sigma, slope = sigmoid(x, FAST_TANH)
     elif GATE == "gelu":
         Phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         sigma = x * Phi
@@ -58,7 +56,7 @@ def activation(x, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
         slope = tl.where(x > 0, 1.0, 0.0)
     elif GATE == "softplus":
         sigma = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-        slope = sigmoid(x, FAST_TANH)
+        slope, _ = sigmoid(x, FAST_TANH)
     elif GATE == "elu":
         exp = tl.exp(tl.minimum(x, 0.0))
         sigma = tl.where(x > 0, x, exp - 1.0)
@@ -71,15 +69,24 @@ def activation(x, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
 
 @triton.jit
 def tanh(x, FAST_TANH: tl.constexpr):
+    """tanh(x) and its derivative, which 1 - tanh² would lose where tanh is near 1."""
     if FAST_TANH:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return t, 1.0 - t * t
     else:
-        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        e = tl.exp(-2.0 * tl.abs(x))
+        r = 1.0 / (1.0 + e)
+        t = (1.0 - e) * r
+        return tl.where(x < 0, -t, t), 4.0 * e * r * r
 
 
 @triton.jit
 def sigmoid(x, FAST_TANH: tl.constexpr):
+    """1 / (1 + exp(-x)) and its derivative."""
     if FAST_TANH:
-        return 0.5 + 0.5 * tanh(0.5 * x, FAST_TANH)  # one instruction where exponential and quotient are two
+        t, slope = tanh(0.5 * x, FAST_TANH)  # one instruction where exponential and quotient are two
+        return 0.5 + 0.5 * t, 0.25 * slope
     else:
-        return tl.sigmoid(x)
+        e = tl.exp(-tl.abs(x))
+        r = 1.0 / (1.0 + e)
+        return tl.where(x < 0, e * r, r), e * r * r

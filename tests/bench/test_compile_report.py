@@ -1,0 +1,55 @@
+"""The kernels through the real compiler, for GPUs that are not there: no spills, and shared memory that suffices."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qtuning_fast.bench import compile_report
+from qtuning_fast.bench.compile_report import Row, table
+
+ROOT = Path(__file__).parent.parent.parent
+ROW = Row("sm_90", "bf16", 64, "plain", "forward", "64x64x64", 4, 2, registers=200, shared=1000)
+
+
+def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
+    """The report of a run of its own: in this one kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "qtuning_fast.bench.compile_report", "--json", str(tmp_path / "report.json")]
+    result = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((tmp_path / "report.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("context", ["padded", "causal"])
+def test_nothing_spills_on_hopper(tmp_path, context):
+    rows = compiled(
+        tmp_path, "--target", "sm_90", "--dtype", "bf16", "--head-size", "32", "64", "128", "--context", context
+    )
+    assert len(rows) == 12 and all(row["registers"] > 0 and row["spilled"] == 0 for row in rows)
+    assert {row["kernel"] for row in rows} == {"forward", "queries", "keys", "prefix"}
+
+
+def test_every_target_compiles(tmp_path):
+    rows = compiled(tmp_path, "--dtype", "bf16", "--head-size", "64", "--context", "padded")
+    assert {row["target"] for row in rows} == set(compile_report.TARGETS) and all(row["registers"] > 0 for row in rows)
+
+
+def test_faults_are_named():
+    assert ROW.fault == ""
+    assert replace(ROW, spilled=8).fault == "8 bytes spilled"
+    assert replace(ROW, spilled=8, dtype="fp32").fault == replace(ROW, spilled=8, target="sm_80").fault == ""
+    assert "shared memory" in replace(ROW, shared=10**6).fault
+    assert replace(ROW, error="no such instruction").fault == "no such instruction"
+    assert max(map(len, table([ROW, replace(ROW, dtype="fp32")]).splitlines())) <= 120
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "INTERPRETED", True)
+    with pytest.raises(SystemExit):
+        compile_report.main([])
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
