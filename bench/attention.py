@@ -57,12 +57,12 @@ def measure_shape(name: str, peers: Sequence[str], device: str, rounds: int, cei
     """Everything about one shape, as JSON has it."""
     shape, gpu = SHAPES[name], torch.device(device)
     dtype = torch.bfloat16 if gpu.type == "cuda" else torch.float32
-    first = shapes.inputs(shape, dtype=dtype, device=device)
-    sets = [first, *shapes.input_sets(shape, sets_for(first.nbytes, gpu), dtype=dtype, device=device)[1:]]
+    count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
+    sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
     started = time.perf_counter()
 
     rows = {peer: Row(peer) for peer in peers}
-    reference = Reference(shape, first)
+    reference = Reference(shape, sets[0])
     setups: dict[str, Callable[[], list[Call]]] = {}
     for peer, row in rows.items():
         try:
@@ -182,7 +182,7 @@ def table(result: dict[str, Any]) -> str:
         worst = max(row["gradient_errors"], key=row["gradient_errors"].__getitem__, default="")
         errors = [row["output_error"], row["gradient_errors"].get(worst)]
         note = "WRONG? " if any(e is not None and e > SUSPICIOUS for e in errors) else ""
-        cells = [forward and forward.median, forward and forward.spread, step and step.median, step and step.spread]
+        cells = [x for timing in (forward, step) for x in ((timing.median, timing.spread) if timing else (None, None))]
         line = f"  {name:<23}" + "".join(_number(x, w, 4) for x, w in zip(cells, (9, 8, 9, 8))) + _number(ratio, 7, 2)
         line += "".join(_number(x, 9, 3) for x in eager) + "".join(_number(x, 9, 5) for x in errors)
         lines.append(f"{line}  {note}{worst}"[:120].rstrip())

@@ -249,6 +249,7 @@ def _flex_context(query: Tensor, key: Tensor, value: Tensor, block_mask: Any) ->
     output, aux = flex_attention(
         query, key, value, block_mask=block_mask, enable_gqa=grouped, return_aux=AuxRequest(lse=True)
     )
+    assert aux.lse is not None
     return output, aux.lse
 
 

@@ -25,7 +25,6 @@ Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs o
 
 CACHES = 3  # the sets of inputs hold so many times what the last cache does
 FEWEST_SETS, MOST_SETS = 4, 16
-WARM_UPS = 3
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ def _compare(
                 candidate.replay = captured(candidate.calls, gpu, pool)
             except Exception as error:
                 candidate.graph_error = first_line(error)
+                pool = torch.cuda.graph_pool_handle()  # the allocator may take the other one for still in use
 
     replays = {name: c.replay for name, c in candidates.items() if c.replay is not None}
     passes = {name: c.run_all for name, c in candidates.items() if c.calls and eager}
@@ -238,8 +238,8 @@ class _Candidate:
 
 
 def _warm_up(calls: Sequence[Call], gpu: torch.device | None) -> None:
-    """Loads and compiles all there is to load and compile."""
-    for call in [*calls[:1] * (WARM_UPS - 1), *calls]:
+    """Loads and compiles all there is to load and compile, and lets the allocator find what memory it takes."""
+    for call in (*calls, *calls):
         call()
     if gpu is not None:
         torch.cuda.synchronize(gpu)
