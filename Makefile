@@ -13,7 +13,7 @@ STAMP := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test soak test-gpu lint format clean setup
+.PHONY: demo test soak test-gpu tune bench-attention lint format clean setup
 
 setup: $(STAMP)
 
@@ -37,6 +37,12 @@ soak: $(STAMP)
 
 test-gpu:
 	PYTHONPATH=. python -m pytest -m gpu tests/backends tests/integrations
+
+tune:
+	PYTHONPATH=. python -m qtuning_fast.bench.tune --out runs/bench/tuning.json
+
+bench-attention:
+	PYTHONPATH=. python -m qtuning_fast.bench.attention --out runs/bench/attention.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

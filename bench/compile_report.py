@@ -88,7 +88,7 @@ class Row:
         return ""
 
 
-class _Driver:
+class AbsentDriver:
     """Stands in for the driver of a GPU that is not there; every target is a device of its own."""
 
     def __init__(self, name: str) -> None:
@@ -153,7 +153,7 @@ def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
 
 def report(target: str, dtype: str, head_size: int, context: str) -> list[Row]:
     """The rows of one configuration."""
-    triton.runtime.driver.set_active(_Driver(target))
+    triton.runtime.driver.set_active(AbsentDriver(target))
     rows = []
     for kernel, launch in launches(example(DTYPES[dtype], head_size, context)):
         variant = launch.arguments.get("variant")

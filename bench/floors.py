@@ -1,0 +1,101 @@
+"""What a shape costs at the least: matrix products, bytes and special functions, over what the device can do.
+
+Matrix products are counted as if every score were computed once a pass: 2 products forward (q kᵀ, p v), 5 backward
+(q kᵀ once more, dO vᵀ, dq, dk, dv), over the pairs of query and key that causality leaves. Each input of a pass is read
+once and each of its results written once. A pair takes one exponential, a pair with a prefix row also a tanh.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.timing import compare
+
+SPECIAL_A_CLOCK = 16  # exponentials or tanh a multiprocessor, on NVIDIA's architectures 8 and 9
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device does at most; measured, but for the special functions."""
+
+    flops: float  # of 16-bit matrix products, a second
+    bytes: float  # read plus written, a second
+    special: float  # exponentials a second, by the data sheet's clock; 0: unknown
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass has to do."""
+
+    flops: int
+    bytes: int
+    special: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.special + other.special)
+
+    def floor(self, ceilings: Ceilings) -> tuple[float, str]:
+        """Milliseconds, and what they go to."""
+        seconds = {"products": self.flops / ceilings.flops, "bytes": self.bytes / ceilings.bytes}
+        if ceilings.special:
+            seconds["special functions"] = self.special / ceilings.special
+        limit = max(seconds, key=lambda name: seconds[name])
+        return seconds[limit] * 1e3, limit
+
+
+def forward_work(shape: Shape, element_size: int = 2) -> Work:
+    context_pairs = shape.N * (shape.N + 1) // 2 if shape.is_causal else shape.N**2
+    prefix_pairs = shape.N * shape.P
+    heads = shape.B * shape.Hq
+    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.N
+    read = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape)
+    written = queries * (shape.D * element_size + 4)  # the output and a float32 log-sum-exp
+    return Work(
+        flops=4 * heads * (context_pairs + prefix_pairs) * shape.D,
+        bytes=read + written,
+        special=heads * (context_pairs + 2 * prefix_pairs),
+    )
+
+
+def backward_work(shape: Shape, element_size: int = 2) -> Work:
+    forward = forward_work(shape, element_size)
+    heads = shape.B * shape.Hq
+    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.N
+    read = (3 * queries + 2 * keys) * shape.D * element_size + queries * 4 + _prefix_bytes(shape)  # also o, dO and lse
+    written = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape)
+    return Work(flops=forward.flops * 5 // 2, bytes=read + written, special=forward.special)
+
+
+def _prefix_bytes(shape: Shape) -> int:
+    """Rows, U and V of keys and values, alpha and tau, all float32."""
+    return 4 * (2 * (shape.Hkv * shape.P * shape.D + shape.P + shape.Hkv * shape.D) + 2 * shape.Hq)
+
+
+def measured_ceilings(device: torch.device, *, rounds: int = 10) -> Ceilings:
+    """By a large product of random 16-bit matrices, and a large copy."""
+    on_gpu = device.type == "cuda"
+    size, copied = (8192, 1 << 32) if on_gpu else (256, 1 << 22)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.randint(255, (copied,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = compare(
+        {
+            "product": lambda: [lambda: torch.mm(a, b, out=product)],
+            "copy": lambda: [lambda: target.copy_(source)],
+        },
+        device=device,
+        rounds=rounds,
+        eager=not on_gpu,
+    )
+    if errors := {name: m.error or m.graph_error for name, m in times.items() if m.best is None}:
+        raise RuntimeError(f"the ceilings could not be measured: {errors}")
+    seconds = {name: m.best.median / 1e3 for name, m in times.items() if m.best}
+    special = 0.0
+    if on_gpu:
+        device_properties = torch.cuda.get_device_properties(device)
+        clock = getattr(device_properties, "clock_rate", 0) * 1e3  # kHz, the highest
+        special = SPECIAL_A_CLOCK * device_properties.multi_processor_count * clock
+    return Ceilings(2 * size**3 / seconds["product"], 2 * copied / seconds["copy"], special)

@@ -1,0 +1,253 @@
+"""How long things take, several candidates side by side: by CUDA-graph replay, and as the host's clock sees it.
+
+What makes the figures honest:
+
+- A candidate does the same work on several sets of inputs in turn (`sets_for`: together more than any cache holds).
+- Candidates take turns, and each round begins with another one: a clock that drifts hits all alike.
+- Under graph replay nothing is measured but the GPU's work; the eager figure holds all that the host does as well.
+- Medians and interquartile ranges; a difference within them is noise.
+- What goes wrong (out of memory, not supported) is a result like any other: the error's first line.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs of it take
+
+CACHES = 3  # the sets of inputs hold so many times what the last cache does
+FEWEST_SETS, MOST_SETS = 4, 16
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call."""
+
+    median: float
+    spread: float  # the interquartile range
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is known of one candidate; errors are first lines, empty where there was none."""
+
+    graph: Timing | None = None  # CUDA-graph replay; None on a CPU
+    eager: Timing | None = None  # the host's clock
+    graph_error: str = ""
+    error: str = ""
+
+    @property
+    def best(self) -> Timing | None:
+        """The GPU's own time where there is one."""
+        return self.graph or self.eager
+
+
+def sets_for(set_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs, of so many bytes each, no cache holds."""
+    if device.type != "cuda":
+        return FEWEST_SETS
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(FEWEST_SETS, math.ceil(CACHES * cache / max(set_bytes, 1))), MOST_SETS)
+
+
+def first_line(error: BaseException) -> str:
+    """An error as a cell of a table has room for it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def compare(
+    setups: Mapping[str, Callable[[], Sequence[Call]]],
+    *,
+    device: torch.device,
+    rounds: int,
+    eager: bool = True,
+    sample_ms: float = 1.0,
+) -> dict[str, Measurement]:
+    """Measures candidates by turns.
+
+    Args:
+        setups: by name, what makes a candidate's calls: the same work, one call for each set of inputs.
+        device: where they run. On a CPU there is no graph, and the eager figure is all.
+        rounds: how often each has its turn.
+        eager: also by the host's clock, where there is a graph.
+        sample_ms: how long a turn lasts at least, in milliseconds.
+    """
+    if device.type != "cuda":
+        return _compare(setups, None, rounds=rounds, eager=True, sample_ms=sample_ms)
+    # Autograd runs a backward pass on the stream of the forward pass, and memory is kept by stream: so all that is done
+    # here, warm-up, capture and replay, is done on one, which is not the default one, for that cannot be captured.
+    stream = torch.cuda.Stream(device)
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        measurements = _compare(setups, device, rounds=rounds, eager=eager, sample_ms=sample_ms)
+    stream.synchronize()
+    return measurements
+
+
+def _compare(
+    setups: Mapping[str, Callable[[], Sequence[Call]]],
+    gpu: torch.device | None,
+    *,
+    rounds: int,
+    eager: bool,
+    sample_ms: float,
+) -> dict[str, Measurement]:
+    candidates = {name: _Candidate() for name in setups}
+    pool = None if gpu is None else torch.cuda.graph_pool_handle()  # shared: no graph's result is ever read
+    for name, setup in setups.items():
+        candidate = candidates[name]
+        try:
+            candidate.calls = list(setup())
+            _warm_up(candidate.calls, gpu)
+        except Exception as error:  # whatever it is, the others go on
+            candidate.fail(error)
+            continue
+        if gpu is not None:
+            try:
+                candidate.replay = captured(candidate.calls, gpu, pool)
+            except Exception as error:
+                candidate.graph_error = first_line(error)
+                pool = torch.cuda.graph_pool_handle()  # the allocator may take the other one for still in use
+
+    replays = {name: c.replay for name, c in candidates.items() if c.replay is not None}
+    passes = {name: c.run_all for name, c in candidates.items() if c.calls and eager}
+    for kind, runs, stopwatch in (
+        ("graph", replays, device_milliseconds),
+        ("eager", passes, host_milliseconds if gpu is None else synchronized_milliseconds),
+    ):
+        samples, errors = round_robin(runs, stopwatch, rounds=rounds, sample_ms=sample_ms)
+        for name, milliseconds in samples.items():
+            candidates[name].timings[kind] = _timing([ms / len(candidates[name].calls) for ms in milliseconds])
+        for name, error_line in errors.items():
+            candidates[name].error = error_line
+    return {name: candidate.measurement() for name, candidate in candidates.items()}
+
+
+def round_robin(
+    runs: Mapping[str, Call], stopwatch: Stopwatch, *, rounds: int, sample_ms: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The milliseconds of a run, one figure a round; and the errors of those that failed, who then have no figures."""
+    samples: dict[str, list[float]] = {}
+    errors: dict[str, str] = {}
+    times: dict[str, int] = {}
+    names = list(runs)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # as timeit does
+    try:
+        for turn in range(-1, rounds):  # the round before the first finds out how many runs make a sample
+            first = turn % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                if name in errors:
+                    continue
+                try:
+                    milliseconds = stopwatch(runs[name], times.get(name, 1)) / times.get(name, 1)
+                except Exception as error:
+                    errors[name] = first_line(error)
+                    samples.pop(name, None)
+                    continue
+                if turn < 0:
+                    times[name] = min(max(1, math.ceil(sample_ms / max(milliseconds, 1e-6))), 1000)
+                else:
+                    samples.setdefault(name, []).append(milliseconds)
+    finally:
+        if collecting:
+            gc.enable()
+    return samples, errors
+
+
+def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
+    """All calls, one after the other, as a CUDA graph of the current stream; what is returned replays it."""
+    if torch.cuda.memory_reserved(gpu) > torch.cuda.get_device_properties(gpu).total_memory // 3:
+        torch.cuda.empty_cache()  # while it captures the allocator cannot give memory back
+    graph = torch.cuda.CUDAGraph()
+    # Not torch.cuda.graph: it empties the allocator's cache each time, and tuning captures hundreds of graphs.
+    graph.capture_begin(pool)
+    try:
+        for call in calls:
+            call()
+    except BaseException:
+        with suppress(Exception):  # an invalid capture ends with an error of its own; the first one says why
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    graph.replay()
+    torch.cuda.synchronize(gpu)
+    return graph.replay
+
+
+def device_milliseconds(run: Call, times: int) -> float:
+    """By events on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def host_milliseconds(run: Call, times: int) -> float:
+    """By the host's clock."""
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def synchronized_milliseconds(run: Call, times: int) -> float:
+    """By the host's clock, from an idle device to an idle device."""
+    torch.cuda.synchronize()
+
+    def to_the_end() -> None:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+
+    return host_milliseconds(to_the_end, 1)
+
+
+@dataclass
+class _Candidate:
+    calls: list[Call] = field(default_factory=list)
+    replay: Call | None = None
+    timings: dict[str, Timing] = field(default_factory=dict)
+    graph_error: str = ""
+    error: str = ""
+
+    def fail(self, error: BaseException) -> None:
+        self.calls = []
+        self.error = first_line(error)
+
+    def run_all(self) -> None:
+        for call in self.calls:
+            call()
+
+    def measurement(self) -> Measurement:
+        return Measurement(self.timings.get("graph"), self.timings.get("eager"), self.graph_error, self.error)
+
+
+def _warm_up(calls: Sequence[Call], gpu: torch.device | None) -> None:
+    """Loads and compiles all there is to load and compile, and lets the allocator find what memory it takes."""
+    for call in (*calls, *calls):
+        call()
+    if gpu is not None:
+        torch.cuda.synchronize(gpu)
+
+
+def _timing(milliseconds: Sequence[float]) -> Timing:
+    spread = 0.0
+    if len(milliseconds) > 1:
+        lower, _, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
+        spread = upper - lower
+    return Timing(statistics.median(milliseconds), spread, len(milliseconds))

@@ -1,0 +1,330 @@
+"""Measures block sizes of the attention kernels on the GPU at hand, and writes the best into kernels/blocks.json.
+
+    python -m qtuning_fast.bench.tune                                       bfloat16, all head sizes and directions
+    python -m qtuning_fast.bench.tune --head-size 64 --direction keys --dry-run --out tuning.json
+
+Candidates are compiled first, by several processes; those that spill too many registers or want too much
+shared memory are dropped. Each of the others must reproduce what the incumbent computes, and is then timed, by
+CUDA-graph replay, on shapes of models in use. The winner has the least geometric mean over the shapes; the incumbent
+stays unless it is beaten by more than noise. Table and FILE are written after each head size and direction: a run that
+is cut off counts as far as it got.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from qtuning_fast.bench import shapes
+from qtuning_fast.bench.candidates import candidates, compile_for, obstacle
+from qtuning_fast.bench.compile_report import TARGETS
+from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, VIT_B16, WIDE, Inputs, Shape
+from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
+from qtuning_fast.kernels import backward, blocks, forward
+from qtuning_fast.kernels.blocks import DEFAULT, DIRECTIONS, Blocks, blocks_for, instead
+from qtuning_fast.kernels.launch import Launch
+from qtuning_fast.kernels.target import INTERPRETED, current_target
+
+SHAPES: dict[int, tuple[Shape, ...]] = {  # by head size, the most used first
+    64: (BERT_BASE, BERT_BASE_512, VIT_B16),
+    32: (MINILM,),
+    128: (LLAMA_8B,),
+    256: (WIDE,),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # entries for bfloat16 are those for all 16-bit types
+TOLERANCE = {2: 2**-6, 4: 1e-4}  # by bytes of an element; what another order of sums changes stays well below
+NOISE = 0.01  # by how much the incumbent must be beaten
+ROUNDS = 15
+SHOWN = 6
+
+
+class Job(NamedTuple):
+    """What one entry of the table is for."""
+
+    dtype: str
+    head_size: int
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} D{self.head_size} {self.direction}"
+
+
+@dataclass
+class Trial:
+    """One candidate. With an error it is out of the running."""
+
+    entry: Blocks
+    resources: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, Timing] = field(default_factory=dict)  # by shape
+    error: str = ""
+
+    def mean(self) -> float:
+        """The geometric mean over the shapes, in milliseconds; infinite when there is none."""
+        if self.error or not self.times:
+            return math.inf
+        return statistics.geometric_mean(timing.median for timing in self.times.values())
+
+    def name(self) -> str:
+        e = self.entry
+        return f"{e.queries}x{e.keys}x{e.prefix} w{e.warps} s{e.stages}"
+
+
+class Pass:
+    """One direction on one set of inputs: what goes before it is computed, and what it computes has room."""
+
+    def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
+        self.direction, self.d_output = direction, x.d_output
+        self.call = shapes.training_call(shape, x)
+        self.output, self.lse = forward.empty_outputs(self.call.query, self.call.value)
+        self.gradients = backward.empty_gradients(self.call, [True] * len(backward.INPUTS))
+        forward.launch(self.call, self.output, self.lse).run()
+
+    def launches(self, entry: Blocks) -> list[Launch]:
+        """What is timed. With the keys goes the launch after them: how much it has to add up is up to their blocks."""
+        with instead(entry):
+            if self.direction == "forward":
+                return [forward.launch(self.call, self.output, self.lse)]
+            queries, *others = backward.launches(self.call, self.output, self.lse, self.d_output, self.gradients)
+        if self.direction == "queries":
+            return [queries]
+        queries.run()  # writes the delta that the others read
+        return others
+
+    def results(self, launches: Sequence[Launch]) -> dict[str, Tensor]:
+        """What the launches write."""
+        if self.direction == "forward":
+            return {"output": self.output, "lse": self.lse}
+        if self.direction == "queries":
+            return {"delta": launches[0].arguments["delta"], "query": self.gradients["query"]}
+        return {name: x for name, x in self.gradients.items() if name != "query"}
+
+    def compute(self, entry: Blocks) -> dict[str, Tensor]:
+        """The results by an entry. What it does not write is NaN."""
+        launches = self.launches(entry)
+        results = self.results(launches)
+        parts = [x for x in launches[0].arguments.get("parts") or () if isinstance(x, Tensor)]
+        for x in (*results.values(), *parts):
+            x.fill_(math.nan)
+        for launch in launches:
+            launch.run()
+        return {name: x.clone() for name, x in results.items()}
+
+
+def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest ‖found − expected‖ / ‖expected‖, and whose it is; NaN counts as infinite."""
+    ratios = {}
+    for name, x in expected.items():
+        ratio = ((found[name].float() - x.float()).norm() / x.float().norm()).item()
+        ratios[name] = math.inf if math.isnan(ratio) else ratio
+    worst = max(ratios, key=ratios.__getitem__)
+    return ratios[worst], worst
+
+
+def measure(trials: Sequence[Trial], shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
+    """Checks the trials against the first, the incumbent, and times them on one shape."""
+    incumbent = trials[0].entry
+    count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, device)
+    passes = [Pass(shape, x, incumbent.direction) for x in shapes.input_sets(shape, count, dtype=dtype, device=device)]
+    expected = passes[0].compute(incumbent)
+
+    setups: dict[str, Callable[[], list[Call]]] = {}
+    for trial in trials:
+        if trial.error:
+            continue
+        try:
+            ratio, name = difference(passes[0].compute(trial.entry), expected)
+        except Exception as error:  # the others go on
+            trial.error = first_line(error)
+            continue
+        if ratio > TOLERANCE[incumbent.element_size]:
+            trial.error = f"wrong: {name} is off by {ratio:.2g} on {shape.name}"
+            continue
+        setups[trial.name()] = partial(_calls, passes, trial.entry)
+    times = compare(setups, device=device, rounds=rounds, eager=False)
+    for trial in trials:
+        if not trial.error:
+            found = times[trial.name()]
+            trial.error = found.error or found.graph_error
+            if found.best is not None:
+                trial.times[shape.name] = found.best
+
+
+def _calls(passes: Sequence[Pass], entry: Blocks) -> list[Call]:
+    return [partial(_run, one.launches(entry)) for one in passes]
+
+
+def _run(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def winner(trials: Sequence[Trial]) -> Trial | None:
+    """The fastest; the first, the incumbent, unless it is beaten by more than noise. None: nothing ran."""
+    best = min(trials, key=Trial.mean)
+    if best.mean() == math.inf:
+        return None
+    return best if best.mean() < trials[0].mean() * (1 - NOISE) else trials[0]
+
+
+def with_entry(entries: Sequence[Blocks], entry: Blocks) -> list[Blocks]:
+    """A table with an entry in its place.
+
+    A target that has none yet gets all the default ones as well: else this one would serve smaller heads, too.
+    """
+    if not any(e.target == entry.target for e in entries):
+        entries = [*entries, *(replace(e, target=entry.target, measured="") for e in entries if e.target == DEFAULT)]
+    return [e for e in entries if _place(e) != _place(entry)] + [entry]
+
+
+def _place(entry: Blocks) -> tuple[Any, ...]:
+    return entry.target, entry.element_size, entry.head_size, entry.direction
+
+
+def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
+    """The fastest candidates, and the incumbent, as text of at most 120 columns."""
+    timed = sorted((t for t in trials if t.mean() < math.inf), key=Trial.mean)
+    spilled = sum(t.error.startswith("spills") for t in trials)
+    wrong = [t for t in trials if t.error.startswith("wrong")]
+    others = len(trials) - len(timed) - spilled - len(wrong)
+    lines = [f"{job}: {len(timed)} timed, {spilled} spill, {len(wrong)} wrong, {others} otherwise out"]
+    names = list(timed[0].times) if timed else []
+    title = f"  {'queries x keys x prefix':<24}{'regs':>5}{'shared':>8}{'mean ms':>9}{'gain':>8}"
+    lines.append(title + "".join(f"{name:>15}" for name in names) + f"{'±iqr':>8}")
+    shown = timed[:SHOWN] + [t for t in timed[SHOWN:] if t is trials[0]]
+    for trial in shown:
+        gain = trials[0].mean() / trial.mean() - 1
+        mark = "*" if trial is best else " "
+        cells = (
+            f"{mark} {trial.name():<24}{trial.resources.get('registers', 0):>5}{trial.resources.get('shared', 0):>8}"
+        )
+        cells += f"{trial.mean():>9.4f}{'' if math.isinf(gain) else f'{gain:+.1%}':>8}"
+        cells += "".join(f"{trial.times[name].median:>15.4f}" for name in names)
+        cells += f"{max(t.spread for t in trial.times.values()):>8.4f}"
+        lines.append(cells + (" incumbent" if trial is trials[0] else ""))
+    lines.extend(f"  {t.name()}: {t.error}"[:120] for t in wrong)
+    if trials[0].error:
+        lines.append(f"  the incumbent, {trials[0].name()}: {trials[0].error}"[:120])
+    return "\n".join(lines)
+
+
+def as_json(job: Job, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
+    return {
+        **job._asdict(),
+        "winner": best and asdict(best.entry),
+        "gain": best and trials[0].mean() < math.inf and trials[0].mean() / best.mean() - 1,
+        "trials": [asdict(t) | {"mean": None if t.mean() == math.inf else t.mean()} for t in trials],
+    }
+
+
+def incumbent_of(target: str, job: Job) -> Blocks:
+    """What the table has for a job, as an entry for this target and head size."""
+    found = blocks_for(target, DTYPES[job.dtype].itemsize, job.head_size, job.direction)
+    return replace(found, target=target, head_size=job.head_size, measured="")
+
+
+def tune(
+    jobs: Sequence[Job],
+    compiling: Callable[..., Future[dict[str, Any]]],
+    *,
+    target: str,
+    device: torch.device,
+    budget_seconds: float,
+    finished: Callable[[Job, list[Trial], Trial | None], None],
+    rounds: int = ROUNDS,
+) -> list[Job]:
+    """Measures job after job, hands each to `finished`, and returns those for which no time was left."""
+    end = time.monotonic() + budget_seconds
+    work = []
+    for job in jobs:
+        trials = [Trial(entry) for entry in candidates(incumbent_of(target, job))]
+        on = SHAPES[job.head_size]
+        work.append((job, trials, [compiling(compile_for, target, DTYPES[job.dtype], t.entry, on) for t in trials]))
+    for i, (job, trials, futures) in enumerate(work):
+        for trial, future in zip(trials, futures):
+            try:
+                trial.resources = future.result(timeout=max(0.0, end - time.monotonic()))
+                trial.error = obstacle(trial.entry, trial.resources, trials[0].resources)
+            except Exception as error:  # no time left, or the compiler took its process with it
+                trial.error = first_line(error)
+        if time.monotonic() > end:
+            return [job for job, _, _ in work[i:]]
+        if trials[0].error:  # the others are measured against it: where it does not compile, no verdict counts
+            for trial in trials:
+                trial.error = ""
+        for shape in SHAPES[job.head_size]:
+            try:
+                measure(trials, shape, DTYPES[job.dtype], device, rounds)
+            except Exception as error:  # the incumbent itself does not run
+                for trial in trials:
+                    trial.error = trial.error or first_line(error)
+        finished(job, trials, winner(trials))
+    return []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--budget-seconds", type=float, default=540.0, help="begin nothing new after so many")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/tuning.json"), metavar="FILE")
+    parser.add_argument("--dry-run", action="store_true", help="leave kernels/blocks.json as it is")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() or INTERPRETED:
+        parser.error("it takes a GPU, and TRITON_INTERPRET not set")
+    target = current_target()
+    if target not in TARGETS:
+        parser.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/compile_report.py")
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    measured = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    document: dict[str, Any] = {"measured": measured, "target": target, "rounds": ROUNDS, "jobs": [], "left_out": []}
+
+    def finished(job: Job, trials: list[Trial], best: Trial | None) -> None:
+        print(f"\n{report(job, trials, best)}", flush=True)
+        document["jobs"].append(as_json(job, trials, best))
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        if best is not None and not options.dry_run:
+            blocks.write(with_entry(blocks.table(), replace(best.entry, measured=measured)))
+
+    jobs = [Job(*job) for job in _product(options.dtype, options.head_size, options.direction)]
+    print(f"{measured}, {target}; gain over the incumbent, ms a launch by CUDA-graph replay, * wins")
+    spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn)
+    try:
+        left_out = tune(
+            jobs,
+            pool.submit,
+            target=target,
+            device=torch.device("cuda"),
+            budget_seconds=options.budget_seconds,
+            finished=finished,
+        )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    document["left_out"] = [str(job) for job in left_out]
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"\nno time left for: {', '.join(document['left_out'])}" if left_out else "\nall measured")
+    return 0
+
+
+def _product(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [(dtype, D, direction) for dtype in dtypes for D in head_sizes for direction in directions]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
