@@ -3,10 +3,11 @@
     python -m qtuning_fast.bench.compile_report                    every table entry, for all targets
     python -m qtuning_fast.bench.compile_report --target sm_90 --head-size 64 128 --json report.json
 
-Each row is one kernel, launched as a training step with everything trainable launches it: the table's blocks, a
-reweighted float32 prefix with a tanh gate, and the context plain, padded or causal with grouped heads. Exits with 1 if
-a kernel does not compile, wants more shared memory than its target has, or, for 16-bit inputs of head sizes up to 128
-on sm_90, spills registers.
+Each row is one kernel, launched as a training step launches it: the table's blocks, a reweighted float32 prefix with a
+tanh gate, everything trainable, and the context plain, padded or causal with grouped heads. Of the two others, "biased"
+has additive masks on context and prefix, and "bank" a bank with lengths, a sigmoid gate that is frozen, and sizes of 1.
+Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, for 16-bit inputs of head
+sizes up to 128 on sm_90, spills registers.
 """
 
 import argparse
@@ -51,7 +52,7 @@ TARGETS = {
 }
 HEAD_SIZES = (32, 64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CONTEXTS = ("plain", "padded", "causal")
+CONTEXTS = ("plain", "padded", "causal", "biased", "bank")
 MAY_NOT_SPILL = {("sm_90", D) for D in (32, 64, 128)}  # for 16-bit inputs
 
 
@@ -111,6 +112,7 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
     """A training step's call, with shapes and no numbers."""
     B, N, P, Hq = 8, 512, 60, 32
     Hkv = 8 if context == "causal" else Hq
+    bank = (1,) if context == "bank" else ()
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -119,25 +121,25 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
         return empty(B, N, count, head_size, dtype=dtype).transpose(1, 2)
 
     def weights() -> tuple[Tensor, Tensor]:
-        return empty(P, 1), empty(1, Hkv, head_size)
+        return empty(*bank, P, 1), empty(*bank, 1, Hkv, head_size)
 
     return PrefixAttentionCall(
         query=heads(Hq),
         key=heads(Hkv),
         value=heads(Hkv),
-        prefix_key=empty(Hkv, P, head_size),
-        prefix_value=empty(Hkv, P, head_size),
-        prefix_index=None,
-        prefix_length=None,
+        prefix_key=empty(*bank, Hkv, P, head_size),
+        prefix_value=empty(*bank, Hkv, P, head_size),
+        prefix_index=empty(B, dtype=torch.int64) if bank else None,
+        prefix_length=empty(1, dtype=torch.int32) if bank else None,
         n_shared=10,
         reweight_key=weights(),
         reweight_value=weights(),
-        gate="tanh",
-        gate_alpha=empty(),
-        gate_tau=empty(),
+        gate="sigmoid" if bank else "tanh",
+        gate_alpha=empty(*bank, *bank),
+        gate_tau=empty(*bank, *bank),
         padding_mask=empty(B, N, dtype=torch.bool) if context == "padded" else None,
-        attn_mask=None,
-        prefix_bias=None,
+        attn_mask=empty(1, Hq, N, N, dtype=dtype) if context == "biased" else None,
+        prefix_bias=empty(1, Hq, N, P) if context == "biased" else None,
         is_causal=context == "causal",
         scale=head_size**-0.5,
     )
@@ -145,8 +147,9 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
 
 def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
     """Every launch of a training step, by name."""
-    outputs = forward.empty_outputs(call.query, call.value)
-    gradients = backward.empty_gradients(call, [True] * len(backward.INPUTS))
+    outputs = forward.empty_outputs(call)
+    frozen = {"gate_alpha", "gate_tau"} if call.prefix_index is not None else set()
+    gradients = backward.empty_gradients(call, [name not in frozen for name in backward.INPUTS])
     all_launches = [forward.launch(call, *outputs), *backward.launches(call, *outputs, outputs[0], gradients)]
     return zip((*DIRECTIONS, "prefix"), all_launches)
 

@@ -89,16 +89,16 @@ class Pass:
     def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
         self.direction, self.d_output = direction, x.d_output
         self.call = shapes.training_call(shape, x)
-        self.output, self.lse = forward.empty_outputs(self.call.query, self.call.value)
+        self.outputs = forward.empty_outputs(self.call)
         self.gradients = backward.empty_gradients(self.call, [True] * len(backward.INPUTS))
-        forward.launch(self.call, self.output, self.lse).run()
+        forward.launch(self.call, *self.outputs).run()
 
     def launches(self, entry: Blocks) -> list[Launch]:
         """What is timed. With the keys goes the launch after them: how much it has to add up is up to their blocks."""
         with instead(entry):
             if self.direction == "forward":
-                return [forward.launch(self.call, self.output, self.lse)]
-            queries, *others = backward.launches(self.call, self.output, self.lse, self.d_output, self.gradients)
+                return [forward.launch(self.call, *self.outputs)]
+            queries, *others = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
         if self.direction == "queries":
             return [queries]
         queries.run()  # writes the delta that the others read
@@ -107,9 +107,9 @@ class Pass:
     def results(self, launches: Sequence[Launch]) -> dict[str, Tensor]:
         """What the launches write."""
         if self.direction == "forward":
-            return {"output": self.output, "lse": self.lse}
+            return {"output": self.outputs[0], "lse": self.outputs[1]}
         if self.direction == "queries":
-            return {"delta": launches[0].arguments["delta"], "query": self.gradients["query"]}
+            return {"delta": launches[0].arguments["per_query"].delta, "query": self.gradients["query"]}
         return {name: x for name, x in self.gradients.items() if name != "query"}
 
     def compute(self, entry: Blocks) -> dict[str, Tensor]:

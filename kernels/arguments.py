@@ -1,8 +1,9 @@
 """What the kernels take: named tuples of pointers and strides, and how they come from tensors.
 
 `call` here and in the launchers is anything with the attributes of `qtuning_fast.call.PrefixAttentionCall`; sizes are
-called as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time", and
-every None, which stands for what a call lacks, is known when a kernel is compiled: one kernel serves all variants.
+called as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time" is known
+when a kernel is compiled, and so is a pointer that is None, which stands for what a call lacks: one kernel serves all
+variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare every tuple with None.)
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ _LARGEST_STRIDE = 1 << 22  # between rows: the offset of a row within a tile, at
 
 
 class Rows(NamedTuple):
-    """[outer, head, row, D]: outer is the sample, for a prefix its number in the bank."""
+    """[outer, head, row, D]: outer is the sample, for a prefix its number in the bank. No pointer: not needed."""
 
     pointer: Any
     outer: int
@@ -29,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """W = U Vᵀ with U [T, P, R] and V [T, R, Hkv, D]."""
+    """W = U Vᵀ with U [T, P, R] and V [T, R, Hkv, D]. No pointers: all ones."""
 
     U: Any
     U_prefix: int
@@ -45,7 +46,7 @@ class Stored(NamedTuple):
     """The keys or the values of the prefix as they are stored, and their weights."""
 
     rows: Rows
-    weights: LowRank | None
+    weights: LowRank
 
 
 class Prefix(NamedTuple):
@@ -75,7 +76,7 @@ class Gate(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """What is laid over scores [B, Hq, N, keys]; a dimension that broadcasts has stride 0. uint8 is bool."""
+    """What is laid over scores [B, Hq, N, keys]: a dimension that broadcasts has stride 0; uint8 is bool."""
 
     pointer: Any
     sample: int
@@ -85,16 +86,16 @@ class Overlay(NamedTuple):
 
 
 class Masks(NamedTuple):
-    padding: Overlay | None  # [B, M]
-    full: Overlay | None
-    bias: Overlay | None  # on the prefix
+    padding: Overlay  # [B, M]
+    full: Overlay
+    bias: Overlay  # on the prefix
 
 
 class PerQuery(NamedTuple):
     """Float32 tensors [B, Hq, N] that the passes hand on."""
 
     lse: Any  # natural; -inf for a query that sees nothing
-    rest: Any  # what rounding the log-sum-exp left; written for float32 inputs only
+    rest: Any  # what rounding the log-sum-exp left; there if EXACT
     delta: Any  # rowsum(dO ∘ O); None in the forward pass
 
 
@@ -125,8 +126,10 @@ def rows(x: Tensor) -> Rows:
     return written_rows(x if _in_reach(x) else x.contiguous())
 
 
-def written_rows(x: Tensor) -> Rows:
+def written_rows(x: Tensor | None) -> Rows:
     """A tensor [outer, head, row, D] as kernels write it."""
+    if x is None:
+        return Rows(None, 0, 0, 0, tl.constexpr(1), tl.constexpr(16))
     assert _in_reach(x), f"kernels cannot write strides {x.stride()}"
     D = x.shape[-1]
     return Rows(x, x.stride(0), x.stride(1), x.stride(2), tl.constexpr(D), tl.constexpr(block_of(D)))
@@ -194,9 +197,9 @@ def _bank(call: Any, x: Tensor) -> Tensor:
     return x[None] if call.prefix_index is None else x
 
 
-def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank | None:
+def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank:
     if pair is None:
-        return None
+        return LowRank(None, 0, 0, None, 0, 0, 0, tl.constexpr(0))
     U, V = (_bank(call, x if _in_reach(x) else x.contiguous()) for x in pair)
     return LowRank(U, U.stride(0), U.stride(1), V, V.stride(0), V.stride(1), V.stride(2), tl.constexpr(U.shape[-1]))
 
@@ -209,9 +212,9 @@ def _parameter(x: float | Tensor) -> Parameter:
     return Parameter(by_head, prefix, head, 0.0)
 
 
-def _overlay(x: Tensor | None) -> Overlay | None:
+def _overlay(x: Tensor | None) -> Overlay:
     if x is None:
-        return None
+        return Overlay(None, 0, 0, 0, 0)
     if x.dtype == torch.bool:
         x = x.view(torch.uint8)
     return Overlay(x, *_broadcast_strides(x))

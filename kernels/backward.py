@@ -46,9 +46,9 @@ def launches(
         value=not gradients.keys().isdisjoint({"prefix_value", "U_value", "V_value"}),
         gate=not gradients.keys().isdisjoint({"gate_alpha", "gate_tau"}),
     )
-    if parts is not None or d_key is not None or d_value is not None:
+    if parts.needed or d_key is not None or d_value is not None:
         yield backward_keys.launch(call, d_output, per_query, d_key, d_value, parts)
-    if parts is not None:
+    if parts.needed:
         yield backward_prefix.launch(call, parts, gradients)
 
 

@@ -52,6 +52,10 @@ class Parts(NamedTuple):
     shares: int
     tiles: int
 
+    @property
+    def needed(self) -> bool:
+        return not (self.key is self.value is self.alpha is None)
+
 
 @triton.jit
 def backward_keys_kernel(
@@ -60,10 +64,10 @@ def backward_keys_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < prefix_programs:
-        if parts is not None:
+        if parts.key is not None or parts.value is not None or parts.alpha is not None:
             prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, sizes, scale, variant)
     else:
-        if d_key is not None or d_value is not None:
+        if d_key.pointer is not None or d_value.pointer is not None:
             context_tile(
                 pid - prefix_programs, query, key, value, masks, d_output, per_query, d_key, d_value, sizes, scale,
                 variant,
@@ -105,9 +109,9 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
             p = softmax_weights(s, LOG2E, L, rest, variant)
             dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
 
-    if d_key is not None:
+    if d_key.pointer is not None:
         store_rows(d_key, b, hk, m, sizes.M, dk * scale, variant.BLOCK_M)
-    if d_value is not None:
+    if d_value.pointer is not None:
         store_rows(d_value, b, hk, m, sizes.M, dv, variant.BLOCK_M)
 
 
@@ -147,9 +151,9 @@ def load_queries(query, d_output, per_query, sizes, b, h, n, variant):
 @triton.jit
 def add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant):
     """dk and dv with one more tile of queries, of weights p [keys, queries]."""
-    if d_value is not None:
+    if d_value.pointer is not None:
         dv = tl.dot(p.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
-    if d_key is not None:
+    if d_key.pointer is not None:
         ds = p * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=variant.PRECISION)
     return dk, dv
@@ -238,10 +242,8 @@ def store_part(part, block, p, n_rows, x, D: tl.constexpr):
     tl.store(part + block.to(tl.int64) * n_rows * D + (rows[:, None] * D + d[None, :]), x, mask=inside)
 
 
-def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts | None:
+def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts:
     """Room for the parts that are needed."""
-    if not (key or value or gate):
-        return None
     B, Hq, N, D = call.query.shape
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
     variant, _ = variant_for(call, "keys")
@@ -268,12 +270,12 @@ def launch(
     per_query: PerQuery,
     d_key: Tensor | None,
     d_value: Tensor | None,
-    parts: Parts | None,
+    parts: Parts,
 ) -> Launch:
     variant, options = variant_for(call, "keys")
     B, Hkv, M, _ = call.key.shape
     prefix_programs = context_programs = 0
-    if parts is not None:
+    if parts.needed:
         prefix_programs = parts.shares * parts.tiles * arguments.n_prefixes(call) * call.query.shape[1]
     if d_key is not None or d_value is not None:
         context_programs = B * Hkv * triton.cdiv(M, variant.BLOCK_M)
@@ -284,8 +286,8 @@ def launch(
             **arguments.attention(call),
             "d_output": arguments.rows(d_output),
             "per_query": per_query,
-            "d_key": None if d_key is None else arguments.written_rows(d_key),
-            "d_value": None if d_value is None else arguments.written_rows(d_value),
+            "d_key": arguments.written_rows(d_key),
+            "d_value": arguments.written_rows(d_value),
             "parts": parts,
             "variant": variant.marked(),
             "prefix_programs": prefix_programs,

@@ -45,12 +45,12 @@ def backward_prefix_kernel(d_key, d_value, d_alpha, d_tau, parts, prefix, sizes)
     pid = tl.program_id(0)
     pid = one_side(pid, d_key, prefix.key, parts.key, parts.shares, prefix, sizes)
     pid = one_side(pid, d_value, prefix.value, parts.value, parts.shares, prefix, sizes)
-    if d_alpha is not None:
+    if d_alpha.pointer is not None:
         count = d_alpha.prefixes * d_alpha.heads
         if (pid >= 0) & (pid < count):
             gate_entry(pid, d_alpha, parts.alpha, parts, prefix, sizes)
         pid -= count
-    if d_tau is not None:
+    if d_tau.pointer is not None:
         count = d_tau.prefixes * d_tau.heads
         if (pid >= 0) & (pid < count):
             gate_entry(pid, d_tau, parts.tau, parts, prefix, sizes)
@@ -102,7 +102,7 @@ def row_of_rows(pid, gradients, stored, part, shares, prefix, sizes):
         x = part_rows(part, index // sizes.group, t, h, p, d, prefix, sizes, stored.rows.D)
         total += tl.load(x, mask=inside, other=0.0)
     row = tl.sum(total, 0)[None, :]
-    if stored.weights is not None:
+    if stored.weights.U is not None:
         row *= weight_rows(stored, prefix.n_shared, t, hk, p, length_of(prefix, t), 1)
     row = row.to(gradients.rows.dtype.element_ty)
     tl.store(gradients.rows + pid.to(tl.int64) * stored.rows.D + d, row, mask=d < stored.rows.D)
@@ -193,7 +193,7 @@ def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
         if d_side.V is not None:
             *outer, D = d_side.V.shape
             programs += torch.Size(outer).numel() * triton.cdiv(D, COLUMNS.value)
-    programs += sum(d.prefixes * d.heads for d in (d_alpha, d_tau) if d is not None)
+    programs += sum(d.prefixes * d.heads for d in (d_alpha, d_tau))
     return Launch(
         backward_prefix_kernel,
         programs=programs,
@@ -210,8 +210,8 @@ def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
     )
 
 
-def _gate_gradient(gradient: Tensor | None) -> GateGradient | None:
+def _gate_gradient(gradient: Tensor | None) -> GateGradient:
     if gradient is None:
-        return None
+        return GateGradient(None, 0, 0)
     prefixes, heads = (1,) * (2 - gradient.ndim) + gradient.shape
     return GateGradient(gradient, prefixes, heads)

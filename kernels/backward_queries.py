@@ -45,7 +45,7 @@ def backward_queries_kernel(
     d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(per_query.delta + row, d, mask=exists)
 
-    if d_query is not None:
+    if d_query.pointer is not None:
         hk = h // sizes.group
         i = tl.arange(0, variant.BLOCK_N)[:, None]
         q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
@@ -108,7 +108,7 @@ def launch(
             "output": arguments.rows(output),
             "d_output": arguments.rows(d_output),
             "per_query": per_query,
-            "d_query": None if d_query is None else arguments.written_rows(d_query),
+            "d_query": arguments.written_rows(d_query),
             "variant": variant.marked(),
         },
         options=options,

@@ -8,9 +8,10 @@ unnormalised output of the online softmax:
 
 Context tiles that every query of the tile sees whole come first and need no mask.
 
-Exponentials are powers of 2. For 16-bit inputs log₂e is folded into the scores' unit, and m counts powers of 2. In
-float32 that would round large scores once more, and so would the log-sum-exp: m stays natural there, s - m comes
-first, and the log-sum-exp is stored with the rest that its rounding leaves.
+Exponentials are powers of 2. For 16-bit inputs log₂e is folded into the scores' unit, and m counts powers of 2: one
+multiply-add a score. What that rounds shows in float32, and under an additive mask, whose numbers may be of any size
+(at -1e9 the rounding of m alone is worth a factor of 2^64). There m stays natural, s - m comes first, and the
+log-sum-exp is stored with the rest that its own rounding leaves: EXACT.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from . import arguments
 from .gate import gated
-from .launch import Launch, variant_for
+from .launch import Launch, is_exact, variant_for
 from .tiles import (
     LN2,
     LOG2E,
@@ -150,15 +151,15 @@ def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and what rounding the latter left; see empty_outputs."""
-    outputs = empty_outputs(call.query, call.value)
+    outputs = empty_outputs(call)
     launch(call, *outputs).run()
     return outputs
 
 
-def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the output [B, Hq, N, Dv], its memory in the order [B, N, Hq, Dv] that models go on with, for the
-    log-sum-exp [B, Hq, N], and for its rest, of that shape for float32 and else empty."""
-    B, Hq, N, _ = query.shape
-    output = query.new_empty(B, N, Hq, value.shape[-1]).transpose(1, 2)
-    lse = query.new_empty(B, Hq, N, dtype=torch.float32)
-    return output, lse, torch.empty_like(lse) if query.dtype == torch.float32 else lse.new_empty(0)
+    log-sum-exp [B, Hq, N], and for its rest: of that shape if EXACT, else empty."""
+    B, Hq, N, _ = call.query.shape
+    output = call.query.new_empty(B, N, Hq, call.value.shape[-1]).transpose(1, 2)
+    lse = call.query.new_empty(B, Hq, N, dtype=torch.float32)
+    return output, lse, torch.empty_like(lse) if is_exact(call) else lse.new_empty(0)

@@ -17,7 +17,7 @@ class Variant(NamedTuple):
     CAUSAL: Any
     HAS_MASK: Any  # on the context
     PRECISION: Any  # of products of float32
-    EXACT: Any  # float32: rounding of large scores must not add to their own; see online_softmax
+    EXACT: Any  # s - m before anything is multiplied; see forward.py
     BLOCK_N: Any  # queries
     BLOCK_M: Any  # context keys
     BLOCK_P: Any  # prefix rows
@@ -55,7 +55,7 @@ def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
         CAUSAL=call.is_causal,
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
         PRECISION=_precision(call.query.dtype),
-        EXACT=call.query.dtype == torch.float32,
+        EXACT=is_exact(call),
         BLOCK_N=_at_most(blocks.queries, N),
         BLOCK_M=blocks.keys,
         BLOCK_P=_at_most(blocks.prefix, P),
@@ -64,11 +64,19 @@ def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
     return variant, options
 
 
+def is_exact(call: Any) -> bool:
+    """Whether scores may be large: in float32, and under what is added to them."""
+    overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
+    return call.query.dtype == torch.float32 or any(x is not None and x.dtype != torch.bool for x in overlays)
+
+
 def _at_most(block: int, size: int) -> int:
     """A block no larger than `size` needs."""
     return min(block, block_of(max(size, 1)))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32: what PyTorch's own matrix products are set to."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """Of products of float32: what PyTorch's own matrix products are set to, where the hardware has it."""
+    has_tf32 = current_target().startswith(("sm_", "gfx942"))
+    wants_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if has_tf32 and wants_tf32 else "ieee"

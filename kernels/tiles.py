@@ -10,7 +10,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-2e38)  # for finite scores: times LOG2E it is finite still
 
 
 @triton.jit
@@ -83,7 +82,7 @@ def weight_rows(stored, n_shared, t, h, start, length, BLOCK: tl.constexpr):
 def prefix_rows(stored, n_shared, t, h, start, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """k' or v': stored rows, reweighted in float32 and rounded once, [BLOCK, BLOCK_D]; zeros from `length` on."""
     x = load_rows(stored.rows, t, h, start, length, BLOCK)
-    if stored.weights is not None:
+    if stored.weights.U is not None:
         x = x.to(tl.float32) * weight_rows(stored, n_shared, t, h, start, length, BLOCK)
     return x.to(DTYPE)
 
@@ -138,9 +137,9 @@ def context_scores(products, scale, masks, sizes, variant, b, h, n, i, m, j):
     if variant.CAUSAL:
         inside = inside & (m + j <= n + i + sizes.M - sizes.N)
     s = products * scale
-    if masks.padding is not None:
+    if masks.padding.pointer is not None:
         s = masked(s, load_overlay(masks.padding, b, 0, 0, i * 0, m, j, inside))
-    if masks.full is not None:
+    if masks.full.pointer is not None:
         s = masked(s, load_overlay(masks.full, b, h, n, i, m, j, inside & (n + i < sizes.N)))
     return tl.where(inside, s, float("-inf"))
 
@@ -149,7 +148,7 @@ def context_scores(products, scale, masks, sizes, variant, b, h, n, i, m, j):
 def prefix_scores(g, masks, sizes, length, b, h, n, i, p, j):
     """Gated scores of prefix rows p+j under the bias, -inf from `length` on."""
     inside = p + j < length
-    if masks.bias is not None:
+    if masks.bias.pointer is not None:
         g = masked(g, load_overlay(masks.bias, b, h, n, i, p, j, inside & (n + i < sizes.N)))
     return tl.where(inside, g, float("-inf"))
 
@@ -158,7 +157,8 @@ def prefix_scores(g, masks, sizes, length, b, h, n, i, p, j):
 def load_overlay(overlay, b, h, n, i, m, j, inside):
     start = tl.cast(b, tl.int64) * overlay.sample + tl.cast(h, tl.int64) * overlay.head
     start += tl.cast(n, tl.int64) * overlay.query + tl.cast(m, tl.int64) * overlay.key
-    return tl.load(overlay.pointer + start + (i.to(tl.int64) * overlay.query + j * overlay.key), mask=inside, other=0)
+    within = i.to(tl.int64) * overlay.query + j.to(tl.int64) * overlay.key
+    return tl.load(overlay.pointer + start + within, mask=inside, other=0)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def masked(s, mask):
         return tl.where(mask != 0, s, float("-inf"))
     else:
         hidden = mask.to(tl.float32) <= most_negative(mask.dtype)
-        return tl.where(hidden, float("-inf"), tl.maximum(s + mask.to(tl.float32), LOWEST))
+        return tl.where(hidden, float("-inf"), s + mask.to(tl.float32))
 
 
 @triton.jit

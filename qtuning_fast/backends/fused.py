@@ -51,10 +51,12 @@ def _interpreted() -> bool:
 
 
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; the former differentiable once."""
+    """Output and log-sum-exp; the former differentiable once, in reverse mode."""
     if call.scale <= 0:  # the kernels' running maximum wants a positive scale
         sign = -1.0 if call.scale < 0 else 0.0
         call = replace(call, query=call.query * sign, scale=abs(call.scale) or 1.0)
+    if call.gate is None:
+        call = replace(call, gate_alpha=1.0, gate_tau=1.0)  # they play no part, and get no gradient
     output, lse, _ = _attention(*_unpack(call))
     return output, lse.detach()
 
@@ -161,7 +163,7 @@ def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from qtuning_fast.kernels.forward import empty_outputs
 
     call = _pack(*arguments)
-    return empty_outputs(call.query, call.value)
+    return empty_outputs(call)
 
 
 @torch.library.custom_op(

@@ -236,9 +236,9 @@ def test_only_what_is_needed_is_launched(arguments, needed, launched):
     if "keys" in launched:
         keys = launches[1].arguments
         assert (launches[1].programs > keys["prefix_programs"]) == bool(needed & {"key", "value"})
-        assert (keys["d_key"] is not None) == ("key" in needed)
-        assert (keys["parts"] is not None) == bool(needed - {"query", "key", "value"})
-    assert (launches[0].arguments["d_query"] is not None) == ("query" in needed)
+        assert (keys["d_key"].pointer is not None) == ("key" in needed)
+        assert (keys["parts"].needed) == bool(needed - {"query", "key", "value"})
+    assert (launches[0].arguments["d_query"].pointer is not None) == ("query" in needed)
 
 
 def test_operators_pass_pytorchs_own_checks(arguments):
@@ -335,3 +335,31 @@ def test_what_it_cannot_do_it_refuses_by_name(make_call, options, complaint):
 def test_auto_leaves_the_interpreter_alone(arguments):
     choice = explain_backend(**arguments)
     assert choice.backend == "reference" and "interpreter" in choice.rejected["fused"]
+
+
+@pytest.mark.parametrize("far", [-1e4, -1e9, -1e30, -3e38, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_additive_masks_of_any_size(assert_accurate, make_call, dtype, far):
+    """Keys that are far below all others, in whole tiles, and queries that see nothing else."""
+    arguments = make_call(**BASE | {"dtype": dtype, "P": 0, "M": 70, "G": 1})
+    mask = torch.zeros(1, 1, 17, 70)
+    mask[..., :66] = far
+    mask[:, :, 5] = far
+    arguments["attn_mask"] = mask
+    output, lse = prefix_attention(**arguments, return_lse=True, backend="fused")
+    grads = torch.autograd.grad(output.sum(), [arguments[name] for name in ("query", "key", "value")])
+    exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    expected, expected_lse = prefix_attention(**exact, return_lse=True, backend="reference")
+    tolerance = 4e-3 if dtype == torch.float16 else 2e-5
+    seeing = [n for n in range(17) if n != 5]  # so far out float32 cannot tell apart the scores of query 5
+    torch.testing.assert_close(output[:, :, seeing].double(), expected[:, :, seeing], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-4)
+    assert all(x.isfinite().all() for x in (output, lse, *grads))
+    # What a query gives to the values adds up to what it was given: no weight is lost or made up.
+    torch.testing.assert_close(grads[2].double().sum(), output.new_tensor(output.numel()).double(), rtol=5e-3, atol=0)
+
+
+def test_without_a_gate_alpha_and_tau_get_no_gradient(make_call):
+    arguments = make_call(**BASE | WHOLE | {"gate": None})
+    output = run(arguments)
+    assert torch.autograd.grad(output.sum(), arguments["gate_alpha"], allow_unused=True) == (None,)
