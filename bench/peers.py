@@ -7,7 +7,7 @@ unless its name says otherwise. What FlexAttention needs is compiled with it, so
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,14 @@ def _own(backend: str, gated: bool, reweighted: bool) -> Peer:
         return Prepared(lambda: operator(backend, x, shape, **which), leaves(x, **which))
 
     return Peer(prepare, gated, reweighted)
+
+
+def fused_prefix_only(shape: Shape, x: Inputs) -> Prepared:
+    """As in the lowest layer with a prefix of a frozen model: query, key and value need no gradient."""
+    frozen = {name: getattr(x, name).detach() for name in ("query", "key", "value")}
+    x = replace(x, **frozen)
+    trained = {name: leaf for name, leaf in x.trained().items() if name not in frozen}
+    return Prepared(lambda: operator("fused", x, shape), trained)
 
 
 # Pieces in plain PyTorch
@@ -266,6 +274,7 @@ def flex_merged(shape: Shape, x: Inputs) -> Prepared:
 PEERS = {
     "fused": _own("fused", gated=True, reweighted=True),
     "fused-ungated": _own("fused", gated=False, reweighted=False),
+    "fused-prefix-only": Peer(fused_prefix_only),
     "eager": _own("reference", gated=True, reweighted=True),
     "eager-16bit": Peer(eager_16bit),
     "sdpa-ungated": Peer(sdpa_ungated, gated=False),
