@@ -266,8 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("KB loaded, thousands of exponentials. KB, shared memory and registers are a program's, spills a thread's.")
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
-        document = {"versions": versions, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # a row a line, so that a change shows which
+        options.json.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
     faults = [row for row in rows if row.fault]
     print(f"{len(rows)} kernels, {len(faults)} with a fault, {sum(row.spilled > 0 for row in rows)} that spill")
     return 1 if faults else 0
