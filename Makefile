@@ -35,8 +35,12 @@ test: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
 
+# Most of the time goes into compiling kernels, and needs no GPU: so in several processes side by side.
+GPU_SHARDS ?= 8
+
 test-gpu:
-	PYTHONPATH=. python -m pytest -m gpu tests/backends tests/integrations
+	seq 0 $$(($(GPU_SHARDS) - 1)) | PYTHONPATH=. xargs -P $(GPU_SHARDS) -I{} \
+		python -m pytest -q -m gpu --shard {}/$(GPU_SHARDS) tests/backends tests/kernels tests/bench tests/test_model.py
 
 tune:
 	PYTHONPATH=. python -m qtuning_fast.bench.tune --out runs/bench/tuning.json

@@ -34,7 +34,13 @@ ANIMALS = ["cat", "dog", "horse", "bird"]
 WORDS = ["the", "a", "is", "was", "seen", "here", "there", "old", "new", "very"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="0/1", metavar="I/N", help="every N-th test from the I-th on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[shard::shards]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
