@@ -37,16 +37,18 @@ soak: $(STAMP)
 
 # Most of the time goes into compiling kernels, and needs no GPU: so in several processes side by side.
 GPU_SHARDS ?= 8
+OUT ?= runs/bench
 
 test-gpu:
 	seq 0 $$(($(GPU_SHARDS) - 1)) | PYTHONPATH=. xargs -P $(GPU_SHARDS) -I{} \
 		python -m pytest -q -m gpu --shard {}/$(GPU_SHARDS) tests/backends tests/kernels tests/bench tests/test_model.py
 
 tune:
-	PYTHONPATH=. python -m qtuning_fast.bench.tune --out runs/bench/tuning.json
+	PYTHONPATH=. python -m qtuning_fast.bench.tune --out $(OUT)/tuning.json
+	cp kernels/blocks.json $(OUT)/
 
 bench-attention:
-	PYTHONPATH=. python -m qtuning_fast.bench.attention --out runs/bench/attention.json
+	PYTHONPATH=. python -m qtuning_fast.bench.attention --budget-seconds 420 --out $(OUT)/attention.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -149,6 +149,9 @@ def sdpa_ungated(shape: Shape, x: Inputs) -> Prepared:
 
 
 def sdpa_ungated_cudnn(shape: Shape, x: Inputs) -> Prepared:
+    if shape.is_causal:
+        raise NotImplementedError("cuDNN knows no bottom-right causality")
+
     def forward() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return sdpa_ungated(shape, x).forward()

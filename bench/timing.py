@@ -172,6 +172,7 @@ def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
         torch.cuda.empty_cache()  # while it captures the allocator cannot give memory back
     graph = torch.cuda.CUDAGraph()
     # Not torch.cuda.graph: it empties the allocator's cache each time, and tuning captures hundreds of graphs.
+    gc.disable()  # a graph that is collected now would be destroyed amid this one's capture
     graph.capture_begin(pool)
     try:
         for call in calls:
@@ -180,6 +181,8 @@ def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
         with suppress(Exception):  # an invalid capture ends with an error of its own; the first one says why
             graph.capture_end()
         raise
+    finally:
+        gc.enable()
     graph.capture_end()
     graph.replay()
     torch.cuda.synchronize(gpu)

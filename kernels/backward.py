@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backward_keys, backward_prefix, backward_queries
+from . import arguments, backward_keys, backward_prefix, backward_queries
 from .arguments import PerQuery, empty_rows_like
 from .launch import Launch
 
@@ -36,9 +36,10 @@ def launches(
     call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
     """What fills the gradients."""
+    shared = arguments.attention(call)
     per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
     d_query, d_key, d_value = (gradients.get(name) for name in ("query", "key", "value"))
-    yield backward_queries.launch(call, output, d_output, per_query, d_query)
+    yield backward_queries.launch(call, shared, output, d_output, per_query, d_query)
 
     parts = backward_keys.empty_parts(
         call,
@@ -47,9 +48,9 @@ def launches(
         gate=not gradients.keys().isdisjoint({"gate_alpha", "gate_tau"}),
     )
     if parts.needed or d_key is not None or d_value is not None:
-        yield backward_keys.launch(call, d_output, per_query, d_key, d_value, parts)
+        yield backward_keys.launch(call, shared, d_output, per_query, d_key, d_value, parts)
     if parts.needed:
-        yield backward_prefix.launch(call, parts, gradients)
+        yield backward_prefix.launch(call, shared, parts, gradients)
 
 
 def empty_gradients(call: Any, needs: Sequence[bool]) -> dict[str, Tensor]:

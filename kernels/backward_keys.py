@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import arguments
 from .arguments import PerQuery
-from .forward import query_rows
 from .gate import gated_with_derivatives
 from .launch import Launch, variant_for
 from .tiles import (
@@ -34,6 +33,7 @@ from .tiles import (
     prefix_of,
     prefix_rows,
     prefix_scores,
+    query_rows,
     softmax_weights,
     store_rows,
     unmasked_scores,
@@ -95,8 +95,8 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
             q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
             s, unit = unmasked_scores(s, scale, variant)
-            p = softmax_weights(s, unit, L, rest, variant)
-            dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
+            w = softmax_weights(s, unit, L, rest, variant)
+            dk, dv = add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant)
     if variant.CAUSAL or variant.HAS_MASK:
         for step in range(0, (whole - first) * sizes.group):
             h = hk * sizes.group + step // (whole - first)
@@ -106,8 +106,8 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
             j = tl.arange(0, variant.BLOCK_M)[:, None]
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
             s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, m, j)
-            p = softmax_weights(s, LOG2E, L, rest, variant)
-            dk, dv = add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant)
+            w = softmax_weights(s, LOG2E, L, rest, variant)
+            dk, dv = add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant)
 
     if d_key.pointer is not None:
         store_rows(d_key, b, hk, m, sizes.M, dk * scale, variant.BLOCK_M)
@@ -149,12 +149,12 @@ def load_queries(query, d_output, per_query, sizes, b, h, n, variant):
 
 
 @triton.jit
-def add_context(dk, dv, p, q, d_o, d, v, d_key, d_value, variant):
-    """dk and dv with one more tile of queries, of weights p [keys, queries]."""
+def add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant):
+    """dk and dv with one more tile of queries, of weights w [keys, queries]."""
     if d_value.pointer is not None:
-        dv = tl.dot(p.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
+        dv = tl.dot(w.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
     if d_key.pointer is not None:
-        ds = p * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
+        ds = w * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=variant.PRECISION)
     return dk, dv
 
@@ -249,7 +249,8 @@ def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts:
     variant, _ = variant_for(call, "keys")
     tiles = triton.cdiv(P, variant.BLOCK_P)
     query_tiles = B * triton.cdiv(N, variant.BLOCK_N)
-    shares = max(1, min(query_tiles, triton.cdiv(PROGRAMS, max(T * Hq * tiles, 1))))
+    in_use = max(min(T, B) * Hq * tiles, 1)  # programs a share; prefixes that no sample uses have nothing to do
+    shares = max(1, min(query_tiles, triton.cdiv(PROGRAMS, in_use)))
 
     def part(*shape: int) -> Tensor:
         return call.query.new_empty(shares, T, Hq, *shape, dtype=torch.float32)
@@ -266,6 +267,7 @@ def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts:
 
 def launch(
     call: Any,
+    shared: dict[str, Any],
     d_output: Tensor,
     per_query: PerQuery,
     d_key: Tensor | None,
@@ -283,7 +285,7 @@ def launch(
         backward_keys_kernel,
         programs=prefix_programs + context_programs,
         arguments={
-            **arguments.attention(call),
+            **shared,
             "d_output": arguments.rows(d_output),
             "per_query": per_query,
             "d_key": arguments.written_rows(d_key),

@@ -180,7 +180,7 @@ def gate_entry(pid, gradient, part, parts, prefix, sizes):
     tl.store(gradient.pointer + pid, tl.sum(total, 0).to(gradient.pointer.dtype.element_ty))
 
 
-def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
+def launch(call: Any, shared: dict[str, Any], parts: Parts, gradients: dict[str, Tensor]) -> Launch:
     T, Hkv, P = arguments.n_prefixes(call), call.key.shape[1], call.prefix_key.shape[-2]
     d_key = Gradients(gradients.get("prefix_key"), gradients.get("U_key"), gradients.get("V_key"))
     d_value = Gradients(gradients.get("prefix_value"), gradients.get("U_value"), gradients.get("V_value"))
@@ -203,8 +203,8 @@ def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
             "d_alpha": d_alpha,
             "d_tau": d_tau,
             "parts": parts,
-            "prefix": arguments.prefix(call),
-            "sizes": arguments.sizes(call),
+            "prefix": shared["prefix"],
+            "sizes": shared["sizes"],
         },
         options={"num_warps": 4, "num_stages": 1},
     )

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from . import arguments
 from .arguments import PerQuery
-from .forward import context_range, query_rows, query_tile
 from .gate import gated_with_derivatives
 from .launch import Launch, variant_for
 from .tiles import (
     LOG2E,
+    context_range,
     context_scores,
     gate_parameter,
     load_lse,
@@ -28,6 +28,8 @@ from .tiles import (
     prefix_of,
     prefix_rows,
     prefix_scores,
+    query_rows,
+    query_tile,
     softmax_weights,
     store_rows,
     unmasked_scores,
@@ -93,6 +95,7 @@ def score_gradient(d_o, v, d, s, unit, L, rest, variant):
 
 def launch(
     call: Any,
+    shared: dict[str, Any],
     output: Tensor,
     d_output: Tensor,
     per_query: PerQuery,
@@ -104,7 +107,7 @@ def launch(
         backward_queries_kernel,
         programs=B * Hq * triton.cdiv(N, variant.BLOCK_N),
         arguments={
-            **arguments.attention(call),
+            **shared,
             "output": arguments.rows(output),
             "d_output": arguments.rows(d_output),
             "per_query": per_query,

@@ -27,12 +27,15 @@ from .launch import Launch, is_exact, variant_for
 from .tiles import (
     LN2,
     LOG2E,
+    context_range,
     context_scores,
     gate_parameter,
     load_rows,
     prefix_of,
     prefix_rows,
     prefix_scores,
+    query_rows,
+    query_tile,
     store_rows,
     unmasked_scores,
 )
@@ -53,10 +56,10 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
     tau = gate_parameter(gate.tau, t, h)
     for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
         k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
         s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
-        v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
         acc, m, l = online_softmax(acc, m, l, g, LOG2E, v, variant)
 
     whole, end = context_range(sizes, n, variant)
@@ -84,35 +87,6 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
     else:
         total = (m + log_l) * LN2
     tl.store(per_query.lse + row, tl.where(blind, float("-inf"), total), mask=exists)
-
-
-@triton.jit
-def query_tile(sizes, variant):
-    """The sample, query head and first query of this program; with causality the longest tiles start first."""
-    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
-    return head // sizes.heads, head % sizes.heads, tile * variant.BLOCK_N
-
-
-@triton.jit
-def query_rows(sizes, b, h, n, variant):
-    """Where queries n..n+BLOCK_N stand in a tensor [B, Hq, N], and which of them exist."""
-    queries = n + tl.arange(0, variant.BLOCK_N)
-    return (tl.cast(b, tl.int64) * sizes.heads + h) * sizes.N + queries, queries < sizes.N
-
-
-@triton.jit
-def context_range(sizes, n, variant):
-    """Context keys 0..whole need no mask for queries n..n+BLOCK_N; from `end` on none of them sees any."""
-    whole = sizes.M
-    end = sizes.M
-    if variant.CAUSAL:
-        whole = tl.minimum(whole, tl.maximum(n + 1 + sizes.M - sizes.N, 0))
-        end = tl.minimum(end, tl.maximum(n + variant.BLOCK_N + sizes.M - sizes.N, 0))
-    if variant.HAS_MASK:
-        whole = 0
-    return whole // variant.BLOCK_M * variant.BLOCK_M, end
 
 
 @triton.jit

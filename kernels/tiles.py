@@ -13,6 +13,35 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def query_tile(sizes, variant):
+    """The sample, query head and first query of this program; with causality the longest tiles start first."""
+    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles
+    return head // sizes.heads, head % sizes.heads, tile * variant.BLOCK_N
+
+
+@triton.jit
+def query_rows(sizes, b, h, n, variant):
+    """Where queries n..n+BLOCK_N stand in a tensor [B, Hq, N], and which of them exist."""
+    queries = n + tl.arange(0, variant.BLOCK_N)
+    return (tl.cast(b, tl.int64) * sizes.heads + h) * sizes.N + queries, queries < sizes.N
+
+
+@triton.jit
+def context_range(sizes, n, variant):
+    """Context keys 0..whole need no mask for queries n..n+BLOCK_N; from `end` on none of them sees any."""
+    whole = sizes.M
+    end = sizes.M
+    if variant.CAUSAL:
+        whole = tl.minimum(whole, tl.maximum(n + 1 + sizes.M - sizes.N, 0))
+        end = tl.minimum(end, tl.maximum(n + variant.BLOCK_N + sizes.M - sizes.N, 0))
+    if variant.HAS_MASK:
+        whole = 0
+    return whole // variant.BLOCK_M * variant.BLOCK_M, end
+
+
+@triton.jit
 def row_pointers(rows, outer, head, start, BLOCK: tl.constexpr):
     """Pointers [BLOCK, BLOCK_D] to rows start..start+BLOCK of one head."""
     first = tl.cast(outer, tl.int64) * rows.outer + tl.cast(head, tl.int64) * rows.head
@@ -49,6 +78,7 @@ def prefix_of(prefix, b):
         t = tl.full([], 0, tl.int64)
     else:
         t = tl.load(prefix.index + b).to(tl.int64)
+        tl.device_assert((t >= 0) & (t < prefix.n_prefixes), "prefix_index out of range")  # with TRITON_DEBUG=1
         t = tl.minimum(tl.maximum(t, 0), prefix.n_prefixes - 1)
     return t, length_of(prefix, t)
 
@@ -138,7 +168,7 @@ def context_scores(products, scale, masks, sizes, variant, b, h, n, i, m, j):
         inside = inside & (m + j <= n + i + sizes.M - sizes.N)
     s = products * scale
     if masks.padding.pointer is not None:
-        s = masked(s, load_overlay(masks.padding, b, 0, 0, i * 0, m, j, inside))
+        s = masked(s, load_overlay(masks.padding, b, 0, 0, j * 0, m, j, m + j < sizes.M))  # once for all queries
     if masks.full.pointer is not None:
         s = masked(s, load_overlay(masks.full, b, h, n, i, m, j, inside & (n + i < sizes.N)))
     return tl.where(inside, s, float("-inf"))

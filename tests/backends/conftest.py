@@ -19,6 +19,7 @@ Arguments = dict[str, Any]
 RATIO = 2.0  # to the largest error of plain PyTorch
 FLOOR = 1e-6
 LONG_SUM = 8.0  # times epsilon and Σ|terms|, for alpha, tau, U and V: a small error of every term adds up there
+TF32_RATIO = 4.0  # to what rounding the arguments alone loses: kernels round weights and their gradients, too
 DRAWS = 16  # of plain PyTorch's error: in a small tensor the largest is a matter of luck
 
 
@@ -41,6 +42,11 @@ def _mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Argumen
 
 def _in_float64(arguments: Arguments) -> Arguments:
     return _mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _to_tf32(x: Tensor) -> Tensor:
+    """Truncated to 10 bits after the point, as matrix units read float32."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
 
 
 def _noise(x: Tensor, seed: int) -> Tensor:
@@ -136,20 +142,23 @@ def assert_accurate(make_call, leaves):
 
     def check(backend: str, *, device: str = "cpu", seed: int = 0, draws: int = DRAWS, **options: Any) -> None:
         largest: dict[str, float] = {}
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and options["dtype"] == torch.float32
         for draw in range(draws):
             arguments = _mapped(make_call(seed=seed + draw, **options), lambda x: x.to(device))
             exact, d_output = _results(_in_float64(arguments), "reference", leaves, seed + draw)
-            plain, _ = _results(arguments, "reference", leaves, seed + draw)
+            rounded = _mapped(arguments, _to_tf32) if tf32 else arguments
+            plain, _ = _results(rounded, "reference", leaves, seed + draw)
             for name, x in (*plain.items(), *_by_delta(arguments, leaves, d_output).items()):
                 largest[name] = max(largest.get(name, 0.0), _largest(_distance(x, exact[name])))
             if draw == 0:
                 actual, _ = _results(arguments, backend, leaves, seed)
                 errors = {name: _distance(x, exact[name]) for name, x in actual.items()}
                 sums = _sums_of_magnitudes(_in_float64(arguments), d_output.double())
-        epsilon = torch.finfo(arguments["query"].dtype).eps
+        epsilon = 2.0**-10 if tf32 else torch.finfo(arguments["query"].dtype).eps
+        ratio = TF32_RATIO if tf32 else RATIO
         for name, error in errors.items():
             assert actual[name].dtype == plain[name].dtype and actual[name].shape == plain[name].shape, name
-            allowed = RATIO * largest[name] + FLOOR + LONG_SUM * epsilon * sums.get(name, torch.zeros(()))
+            allowed = ratio * largest[name] + FLOOR + LONG_SUM * epsilon * sums.get(name, torch.zeros(()))
             excess = (error - allowed).clamp(min=0)
             assert not excess.any(), f"{name}: error {_largest(error):.3g}, plain PyTorch's {largest[name]:.3g}"
 

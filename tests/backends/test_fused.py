@@ -185,8 +185,7 @@ def test_what_is_not_contiguous_is_copied(make_call, gradients):
         assert torch.equal(grad, grads[name]), name
 
 
-NEEDS = ["query", "key", "value", "prefix_key", "prefix_value", "U_key", "V_key", "U_value", "V_value"]
-NEEDS += ["gate_alpha", "gate_tau"]
+NEEDS = backward.INPUTS
 
 
 @pytest.mark.parametrize(

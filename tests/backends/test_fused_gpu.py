@@ -78,8 +78,10 @@ def test_every_gate(assert_accurate, gate, dtype):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_every_mask(assert_accurate, mask, is_causal, dtype):
-    assert_accurate("fused", device="cuda", dtype=dtype, mask=mask, is_causal=is_causal, bias=True, **BASE | WHOLE)
+def test_every_mask(assert_accurate, mask, is_causal):
+    assert_accurate(
+        "fused", device="cuda", dtype=torch.bfloat16, mask=mask, is_causal=is_causal, bias=True, **BASE | WHOLE
+    )
 
 
 @pytest.mark.parametrize("D", [16, 24, 32, 40, 64, 80, 96, 128, 192, 256])
@@ -87,14 +89,15 @@ def test_every_head_size(assert_accurate, D, dtype):
     assert_accurate("fused", device="cuda", dtype=dtype, is_causal=True, **BASE | WHOLE | {"D": D, "Dv": D})
 
 
-@pytest.mark.parametrize("N", [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000])
-@pytest.mark.parametrize(("M", "P"), [(0, 65), (1, 127), (63, 0), (129, 1), (300, 64), (128, 129)])
+@pytest.mark.parametrize("N", [0, 1, 15, 17, 64, 65, 128, 1000])
+@pytest.mark.parametrize(("M", "P"), [(0, 65), (1, 127), (129, 1), (300, 64)])
 def test_odd_sizes(assert_accurate, N, M, P):
     sizes = {"N": N, "M": M, "P": P, "Dv": 32, "n_shared": min(2, P), "is_causal": N % 2 == 0}
     assert_accurate("fused", device="cuda", dtype=torch.bfloat16, **BASE | WHOLE | sizes)
 
 
 @pytest.mark.parametrize("gate_shape", ["float", "scalar", "head", "task", "task, head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_banks(assert_accurate, gate_shape, dtype):
     sizes = {"B": 9, "T": 4, "lengths": True, "mask": "padding bool", "gate_shape": gate_shape}
     assert_accurate("fused", device="cuda", dtype=dtype, **BASE | WHOLE | sizes)
@@ -102,7 +105,7 @@ def test_banks(assert_accurate, gate_shape, dtype):
 
 @pytest.mark.parametrize("shape", REAL)
 def test_real_shapes(assert_accurate, shape, dtype):
-    assert_accurate("fused", device="cuda", draws=1, dtype=dtype, **WHOLE | {"n_shared": 10} | REAL[shape])
+    assert_accurate("fused", device="cuda", draws=4, dtype=dtype, **WHOLE | {"n_shared": 10} | REAL[shape])
 
 
 def test_auto_picks_it(on_gpu):
@@ -175,7 +178,7 @@ def test_a_row_of_70000_tokens(on_gpu, leaves):
     results = step(arguments, leaves)
     assert all(x.isfinite().all() for x in results)
     last = arguments | {"query": arguments["query"][:, :, -64:], "backend": "reference"}
-    torch.testing.assert_close(results[0][:, :, -64:], prefix_attention(**last), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(results[0][:, :, -64:], prefix_attention(**last), rtol=2e-2, atol=2e-4)
 
 
 def test_offsets_beyond_32_bits(on_gpu):
