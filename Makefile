@@ -39,9 +39,13 @@ soak: $(STAMP)
 GPU_SHARDS ?= 8
 OUT ?= runs/bench
 
+# The harness that takes times is tested alone, since processes that share a GPU disturb each other.
 test-gpu:
-	seq 0 $$(($(GPU_SHARDS) - 1)) | PYTHONPATH=. xargs -P $(GPU_SHARDS) -I{} \
-		python -m pytest -q -m gpu --shard {}/$(GPU_SHARDS) tests/backends tests/kernels tests/bench tests/test_model.py
+	export PYTHONPATH=.; \
+	python -m pytest -q -m gpu tests/bench; alone=$$?; \
+	seq 0 $$(($(GPU_SHARDS) - 1)) | xargs -P $(GPU_SHARDS) -I{} \
+		python -m pytest -q -m gpu --shard {}/$(GPU_SHARDS) tests/backends tests/kernels tests/test_model.py \
+		&& exit $$alone
 
 tune:
 	PYTHONPATH=. python -m qtuning_fast.bench.tune --out $(OUT)/tuning.json

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import arguments
 from .arguments import PerQuery
 from .gate import gated_with_derivatives
-from .launch import Launch, variant_for
+from .launch import Launch, over_queries
 from .tiles import (
     LOG2E,
     context_range,
@@ -101,18 +101,10 @@ def launch(
     per_query: PerQuery,
     d_query: Tensor | None,
 ) -> Launch:
-    B, Hq, N, _ = call.query.shape
-    variant, options = variant_for(call, "queries")
-    return Launch(
-        backward_queries_kernel,
-        programs=B * Hq * triton.cdiv(N, variant.BLOCK_N),
-        arguments={
-            **shared,
-            "output": arguments.rows(output),
-            "d_output": arguments.rows(d_output),
-            "per_query": per_query,
-            "d_query": arguments.written_rows(d_query),
-            "variant": variant.marked(),
-        },
-        options=options,
-    )
+    own = {
+        "output": arguments.rows(output),
+        "d_output": arguments.rows(d_output),
+        "per_query": per_query,
+        "d_query": arguments.written_rows(d_query),
+    }
+    return over_queries(backward_queries_kernel, call, "queries", shared | own)

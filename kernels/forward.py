@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import arguments
 from .gate import gated
-from .launch import Launch, is_exact, variant_for
+from .launch import Launch, is_exact, over_queries
 from .tiles import (
     LN2,
     LOG2E,
@@ -108,19 +108,8 @@ def online_softmax(acc, m, l, s, unit, v, variant):
 
 
 def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
-    B, Hq, N, _ = call.query.shape
-    variant, options = variant_for(call, "forward")
-    return Launch(
-        forward_kernel,
-        programs=B * Hq * triton.cdiv(N, variant.BLOCK_N),
-        arguments={
-            **arguments.attention(call),
-            "output": arguments.written_rows(output),
-            "per_query": arguments.PerQuery(lse, lse_rest, None),
-            "variant": variant.marked(),
-        },
-        options=options,
-    )
+    own = {"output": arguments.written_rows(output), "per_query": arguments.PerQuery(lse, lse_rest, None)}
+    return over_queries(forward_kernel, call, "forward", arguments.attention(call) | own)
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 
 from .arguments import block_of
@@ -43,6 +44,14 @@ class Launch:
     def compile(self) -> Any:
         """The kernel compiled for the active driver's target; tensors may be on the meta device."""
         return self.kernel.warmup(grid=(max(self.programs, 1),), **self.arguments, **self.options)
+
+
+def over_queries(kernel: Any, call: Any, direction: str, arguments: dict[str, Any]) -> Launch:
+    """A kernel whose programs each have one tile of queries of one head (`tiles.query_tile`)."""
+    B, Hq, N, _ = call.query.shape
+    variant, options = variant_for(call, direction)
+    programs = B * Hq * triton.cdiv(N, variant.BLOCK_N)
+    return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
 
 
 def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
