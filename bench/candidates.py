@@ -31,6 +31,7 @@ TILES_OF_KEYS = TILES | {
     (2, 256): [(16, 16, 4), (32, 16, 4), (32, 16, 8), (32, 32, 8), (64, 16, 8), (64, 32, 8)],
 }
 PREFIX = {(2, 256): (16, 32), (4, 64): (16, 32), (4, 128): (16, 32), (4, 256): (16,)}  # rows of a tile of the prefix
+WALKED_PREFIX = (16, 32, 64)  # where no context is walked over, and nothing is pipelined
 STAGES = {(2, 256): (1, 2), (4, 32): (2,), (4, 64): (2,), (4, 128): (1, 2), (4, 256): (1, 2)}
 SPILLED = 512  # bytes a thread; where nothing does without (float32, wide heads), a few may still be the fastest
 
@@ -39,11 +40,13 @@ def candidates(incumbent: Blocks) -> list[Blocks]:
     """The incumbent, and what might be faster in its place."""
     size = incumbent.element_size, incumbent.head_size
     found = [incumbent]
-    of_keys = incumbent.direction == "keys"
+    of_keys, of_prefix = incumbent.direction == "keys", incumbent.direction in ("merge", "prefix-queries")
     for own, walked, warps in (TILES_OF_KEYS if of_keys else TILES)[size]:
         queries, keys = (walked, own) if of_keys else (own, walked)
-        for prefix in PREFIX.get(size, (32, 64)):
-            for stages in STAGES.get(size, (2, 3)):
+        if of_prefix:
+            keys = 0
+        for prefix in WALKED_PREFIX if of_prefix else PREFIX.get(size, (32, 64)):
+            for stages in (1,) if of_prefix else STAGES.get(size, (2, 3)):
                 found.append(replace(incumbent, queries=queries, keys=keys, prefix=prefix, warps=warps, stages=stages))
     return list(dict.fromkeys(found))
 

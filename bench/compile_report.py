@@ -4,8 +4,10 @@
     python -m qtuning_fast.bench.compile_report --target sm_90 --head-size 64 128 --json report.json
 
 Each row is one kernel, launched as a training step launches it: the table's blocks, a reweighted float32 prefix with a
-tanh gate, everything trainable, and the context plain, padded or causal with grouped heads. Of the two others, "biased"
-has additive masks on context and prefix, and "bank" a bank with lengths, a sigmoid gate that is frozen, and sizes of 1.
+tanh gate, everything trainable, and the context plain, padded or causal with grouped heads. Of the others, "biased" has
+additive masks on context and prefix, "bank" a bank with lengths, a sigmoid gate that is frozen, and sizes of 1, and
+"tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of "decode",
+one query a sample, there is only the first.
 Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, in bf16 and for head sizes
 up to 128 on sm_90, spills registers.
 """
@@ -29,8 +31,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from qtuning_fast.call import PrefixAttentionCall
-from qtuning_fast.kernels import backward, forward
-from qtuning_fast.kernels.blocks import DIRECTIONS
+from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -52,20 +53,25 @@ TARGETS = {
 }
 HEAD_SIZES = (32, 64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CONTEXTS = ("plain", "padded", "causal", "biased", "bank")
+CONTEXTS = ("plain", "padded", "causal", "biased", "bank", "tasks", "decode")
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "merge": 2, "prefix-queries": 3}
 MAY_NOT_SPILL = {("sm_90", D) for D in (32, 64, 128)}  # in bf16
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. Counts of work are those of one tile of queries against one tile of context keys."""
+    """One compiled kernel.
+
+    Counts of work are those of one tile of queries against one tile of context keys; of the prefix in kernels that read
+    no context.
+    """
 
     target: str
     dtype: str
     head_size: int
     context: str
     kernel: str
-    blocks: str  # queries x keys x prefix
+    blocks: str  # queries x keys x prefix; 0 keys: it reads no context
     warps: int
     stages: int
     registers: int = 0  # a thread
@@ -110,9 +116,9 @@ class AbsentDriver:
 
 def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttentionCall:
     """A training step's call, with shapes and no numbers."""
-    B, N, P, Hq = 8, 512, 60, 32
-    Hkv = 8 if context == "causal" else Hq
-    bank = (1,) if context == "bank" else ()
+    B, N, P, Hq = (64, 1, 512, 32) if context == "decode" else (8, 512, 60, 32)
+    Hkv = 8 if context in ("causal", "decode") else Hq
+    bank = {"bank": (1,), "tasks": (4,)}.get(context, ())
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -130,13 +136,13 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
         prefix_key=empty(*bank, Hkv, P, head_size),
         prefix_value=empty(*bank, Hkv, P, head_size),
         prefix_index=empty(B, dtype=torch.int64) if bank else None,
-        prefix_length=empty(1, dtype=torch.int32) if bank else None,
+        prefix_length=empty(*bank, dtype=torch.int32) if bank else None,
         n_shared=10,
         reweight_key=weights(),
         reweight_value=weights(),
         gate="sigmoid" if bank else "tanh",
-        gate_alpha=empty(*bank, *bank),
-        gate_tau=empty(*bank, *bank),
+        gate_alpha=empty(*bank, *(1 for _ in bank)),
+        gate_tau=empty(*bank, *(1 for _ in bank)),
         padding_mask=empty(B, N, dtype=torch.bool) if context == "padded" else None,
         attn_mask=empty(1, Hq, N, N, dtype=dtype) if context == "biased" else None,
         prefix_bias=empty(1, Hq, N, P) if context == "biased" else None,
@@ -146,12 +152,18 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
 
 
 def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a training step, by name."""
+    """Every launch of a training step, by name; and of one whose context others compute, what is its own."""
     outputs = forward.empty_outputs(call)
+    if call.query.shape[2] == 1:
+        yield "merge", prefix_forward.launch(call, *outputs)
+        return
     frozen = {"gate_alpha", "gate_tau"} if call.prefix_index is not None else set()
     gradients = backward.empty_gradients(call, [name not in frozen for name in backward.INPUTS])
-    all_launches = [forward.launch(call, *outputs), *backward.launches(call, *outputs, outputs[0], gradients)]
-    return zip((*DIRECTIONS, "prefix"), all_launches)
+    yield "forward", forward.launch(call, *outputs)
+    yield from zip(("queries", "keys", "prefix"), backward.launches(call, *outputs, outputs[0], gradients))
+    yield "merge", prefix_forward.launch(call, *outputs)
+    added_to = gradients["query"]
+    yield "prefix-queries", next(prefix_part.launches(call, *outputs, outputs[0], added_to, gradients={}))
 
 
 def report(target: str, dtype: str, head_size: int, context: str) -> list[Row]:
@@ -163,12 +175,12 @@ def report(target: str, dtype: str, head_size: int, context: str) -> list[Row]:
         blocks, work = "", {}
         if variant is not None:
             N, M, P = (block.value for block in (variant.BLOCK_N, variant.BLOCK_M, variant.BLOCK_P))
-            products = {"forward": 2, "queries": 3, "keys": 4}[kernel]
             blocks = f"{N}x{M}x{P}"
+            keys, element = (M, DTYPES[dtype].itemsize) if M else (P, 4)
             work = {
-                "flops": products * 2 * N * M * head_size,
-                "loaded": 2 * (N if kernel == "keys" else M) * head_size * DTYPES[dtype].itemsize,
-                "exponentials": N * M,
+                "flops": PRODUCTS[kernel] * 2 * N * keys * head_size,
+                "loaded": 2 * (N if kernel == "keys" else keys) * head_size * element,
+                "exponentials": N * keys,
             }
         shape = {"target": target, "dtype": dtype, "head_size": head_size, "context": context, "kernel": kernel}
         shape |= {"blocks": blocks, "warps": launch.options["num_warps"], "stages": launch.options["num_stages"]}
@@ -262,8 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(report, *zip(*jobs)) for row in rows]
     print(table(rows))
-    print("\nres: programs a multiprocessor. Per tile of queries x context keys: MFLOP of matrix products,")
-    print("KB loaded, thousands of exponentials. KB, shared memory and registers are a program's, spills a thread's.")
+    print("\nres: programs a multiprocessor. MFLOP of matrix products, KB loaded and thousands of exponentials")
+    print("are those of a tile of queries x context keys (merge, prefix-queries: x prefix rows). KB, shared memory")
+    print("and registers are a program's, spills a thread's.")
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # a row a line, so that a change shows which

@@ -34,7 +34,7 @@ from qtuning_fast.bench.candidates import candidates, compile_for, obstacle
 from qtuning_fast.bench.compile_report import TARGETS
 from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, VIT_B16, WIDE, Inputs, Shape
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
-from qtuning_fast.kernels import backward, blocks, forward
+from qtuning_fast.kernels import backward, blocks, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.blocks import DEFAULT, DIRECTIONS, Blocks, blocks_for, instead
 from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED, current_target
@@ -84,7 +84,11 @@ class Trial:
 
 
 class Pass:
-    """One direction on one set of inputs: what goes before it is computed, and what it computes has room."""
+    """One direction on one set of inputs: what goes before it is computed, and what it computes has room.
+
+    Of the two directions that only see the prefix, "merge" and "prefix-queries", the results are what they are given,
+    with something added: they start at 0, as attention to a context of one key with a value of 0.
+    """
 
     def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
         self.direction, self.d_output = direction, x.d_output
@@ -98,6 +102,11 @@ class Pass:
         with instead(entry):
             if self.direction == "forward":
                 return [forward.launch(self.call, *self.outputs)]
+            if self.direction == "merge":
+                return [prefix_forward.launch(self.call, *self.outputs)]
+            if self.direction == "prefix-queries":
+                d_query = self.gradients["query"]
+                return [*prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})]
             queries, *others = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
         if self.direction == "queries":
             return [queries]
@@ -106,19 +115,19 @@ class Pass:
 
     def results(self, launches: Sequence[Launch]) -> dict[str, Tensor]:
         """What the launches write."""
-        if self.direction == "forward":
+        if self.direction in ("forward", "merge"):
             return {"output": self.outputs[0], "lse": self.outputs[1]}
-        if self.direction == "queries":
+        if self.direction in ("queries", "prefix-queries"):
             return {"delta": launches[0].arguments["per_query"].delta, "query": self.gradients["query"]}
         return {name: x for name, x in self.gradients.items() if name != "query"}
 
     def compute(self, entry: Blocks) -> dict[str, Tensor]:
-        """The results by an entry. What it does not write is NaN."""
+        """The results by an entry. What it does not write is NaN, or 0 where it adds to what is there."""
         launches = self.launches(entry)
         results = self.results(launches)
         parts = [x for x in launches[0].arguments.get("parts") or () if isinstance(x, Tensor)]
         for x in (*results.values(), *parts):
-            x.fill_(math.nan)
+            x.fill_(0.0 if self.direction in ("merge", "prefix-queries") else math.nan)
         for launch in launches:
             launch.run()
         return {name: x.clone() for name, x in results.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .target import current_target
 
+LARGEST_TILE = 128  # queries of one
 _LARGEST_STRIDE = 1 << 22  # between rows: the offset of a row within a tile, at most 256 of them, stays below 2**31
 
 
@@ -121,16 +122,39 @@ def attention(call: Any) -> dict[str, Any]:
     }
 
 
+def attention_to_prefix(call: Any) -> dict[str, Any]:
+    """The same for the kernels that leave out the context."""
+    return {
+        "query": rows(call.query),
+        "prefix": prefix(call),
+        "gate": gate(call),
+        "masks": Masks(padding=_overlay(None), full=_overlay(None), bias=_overlay(call.prefix_bias)),
+        "sizes": sizes(call),
+        "scale": call.scale,
+    }
+
+
+def samples_by_prefix(call: Any) -> Tensor | None:
+    """The samples [B] in the order of their prefixes; None: as they are. The host does not wait for it.
+
+    They are so without a bank, and where a sample alone fills tiles, so that few of them have rows of several.
+    """
+    Hq, N = call.query.shape[1:3]
+    if call.prefix_index is None or Hq // call.key.shape[1] * N >= LARGEST_TILE:
+        return None
+    return torch.argsort(call.prefix_index.long().clamp(0, n_prefixes(call) - 1), stable=True)
+
+
 def rows(x: Tensor) -> Rows:
     """A tensor [outer, head, row, D] as kernels read it: in place, or, if its strides are none for them, a copy."""
-    return written_rows(x if _in_reach(x) else x.contiguous())
+    return written_rows(x if in_reach(x) else x.contiguous())
 
 
 def written_rows(x: Tensor | None) -> Rows:
     """A tensor [outer, head, row, D] as kernels write it."""
     if x is None:
         return Rows(None, 0, 0, 0, tl.constexpr(1), tl.constexpr(16))
-    assert _in_reach(x), f"kernels cannot write strides {x.stride()}"
+    assert in_reach(x), f"kernels cannot write strides {x.stride()}"
     D = x.shape[-1]
     return Rows(x, x.stride(0), x.stride(1), x.stride(2), tl.constexpr(D), tl.constexpr(block_of(D)))
 
@@ -138,7 +162,7 @@ def written_rows(x: Tensor | None) -> Rows:
 def empty_rows_like(x: Tensor) -> Tensor:
     """Room for a gradient, its memory in the order of x if kernels can write that."""
     room = torch.empty_like(x)
-    return room if _in_reach(room) else x.new_empty(x.shape)
+    return room if in_reach(room) else x.new_empty(x.shape)
 
 
 def block_of(D: int) -> int:
@@ -189,7 +213,7 @@ def sizes(call: Any) -> Sizes:
     return Sizes(B, N, M, Hq, Hq // Hkv)
 
 
-def _in_reach(x: Tensor) -> bool:
+def in_reach(x: Tensor) -> bool:
     return (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(-2) <= _LARGEST_STRIDE or x.shape[-2] == 1)
 
 
@@ -201,7 +225,7 @@ def _bank(call: Any, x: Tensor) -> Tensor:
 def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank:
     if pair is None:
         return LowRank(None, 0, 0, None, 0, 0, 0, tl.constexpr(0))
-    U, V = (_bank(call, x if _in_reach(x) else x.contiguous()) for x in pair)
+    U, V = (_bank(call, x if in_reach(x) else x.contiguous()) for x in pair)
     return LowRank(U, U.stride(0), U.stride(1), V, V.stride(0), V.stride(1), V.stride(2), tl.constexpr(U.shape[-1]))
 
 

@@ -38,9 +38,15 @@ def launches(
     """What fills the gradients."""
     shared = arguments.attention(call)
     per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
-    d_query, d_key, d_value = (gradients.get(name) for name in ("query", "key", "value"))
-    yield backward_queries.launch(call, shared, output, d_output, per_query, d_query)
+    yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
+    yield from launches_over_keys(call, shared, d_output, per_query, gradients)
 
+
+def launches_over_keys(
+    call: Any, shared: dict[str, Any], d_output: Tensor, per_query: PerQuery, gradients: dict[str, Tensor]
+) -> Iterator[Launch]:
+    """What fills all gradients but the queries', once their δ is there."""
+    d_key, d_value = gradients.get("key"), gradients.get("value")
     parts = backward_keys.empty_parts(
         call,
         key=not gradients.keys().isdisjoint({"prefix_key", "U_key", "V_key"}),

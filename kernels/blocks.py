@@ -12,7 +12,13 @@ from functools import cache
 from pathlib import Path
 
 PATH = Path(__file__).with_name("blocks.json")
-DIRECTIONS = ("forward", "queries", "keys")  # the output; delta and dq; dk, dv and the prefix's gradients
+DIRECTIONS = (
+    "forward",  # the output
+    "queries",  # delta and dq
+    "keys",  # dk, dv and the prefix's gradients
+    "merge",  # the prefix into the context's output
+    "prefix-queries",  # delta and the prefix's part of dq
+)
 DEFAULT = "default"  # the target of entries for what was never tuned
 
 
@@ -24,8 +30,8 @@ class Blocks:
     element_size: int  # bytes: 2 or 4
     head_size: int  # the largest it is for
     direction: str
-    queries: int  # rows of a query tile
-    keys: int  # rows of a tile of context keys
+    queries: int  # rows of a query tile; the last two directions halve it where there are few
+    keys: int  # rows of a tile of context keys; 0 in the last two directions, which read none
     prefix: int  # rows of a tile of the prefix
     warps: int
     stages: int

@@ -25,7 +25,6 @@ from . import arguments
 from .gate import gated
 from .launch import Launch, is_exact, over_queries
 from .tiles import (
-    LN2,
     LOG2E,
     context_range,
     context_scores,
@@ -36,6 +35,7 @@ from .tiles import (
     prefix_scores,
     query_rows,
     query_tile,
+    store_lse,
     store_rows,
     unmasked_scores,
 )
@@ -77,16 +77,9 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
         v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
         acc, m, l = online_softmax(acc, m, l, s, LOG2E, v, variant)
 
-    blind = l == 0.0
-    store_rows(output, b, h, n, sizes.N, acc / tl.where(blind, 1.0, l)[:, None], variant.BLOCK_N)
+    store_rows(output, b, h, n, sizes.N, acc / tl.where(l == 0.0, 1.0, l)[:, None], variant.BLOCK_N)
     row, exists = query_rows(sizes, b, h, n, variant)
-    log_l = tl.log2(tl.where(blind, 1.0, l))
-    if variant.EXACT:
-        total = m + log_l * LN2
-        tl.store(per_query.rest + row, tl.where(blind, 0.0, m - total + log_l * LN2), mask=exists)
-    else:
-        total = (m + log_l) * LN2
-    tl.store(per_query.lse + row, tl.where(blind, float("-inf"), total), mask=exists)
+    store_lse(per_query, row, exists, m, l, 0.0, variant)
 
 
 @triton.jit

@@ -8,19 +8,23 @@ import triton
 import triton.language as tl
 
 from .arguments import block_of
-from .blocks import blocks_for
+from .blocks import Blocks, blocks_for
 from .target import current_target
+
+MULTIPROCESSORS = 132  # of an H100, and near enough for others: a tile more or less to each costs little
+MOST_PREFIX_ROWS = 32  # of a tile that was made lower
+SMALLEST = 16  # rows of a tile: the least that matrix units take
 
 
 class Variant(NamedTuple):
-    """What the three attention kernels know when they are compiled, beside head sizes and what is None."""
+    """What the attention kernels know when they are compiled, beside head sizes and what is None."""
 
     CAUSAL: Any
     HAS_MASK: Any  # on the context
     PRECISION: Any  # of products of float32
     EXACT: Any  # s - m before anything is multiplied; see forward.py
     BLOCK_N: Any  # queries
-    BLOCK_M: Any  # context keys
+    BLOCK_M: Any  # context keys; 0 where none are read
     BLOCK_P: Any  # prefix rows
 
     def marked(self) -> "Variant":
@@ -54,12 +58,34 @@ def over_queries(kernel: Any, call: Any, direction: str, arguments: dict[str, An
     return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
 
 
+def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[str, Any]) -> Launch:
+    """A kernel over the prefix whose programs each have one tile of a key head's queries (`tiles.stacked_rows`)."""
+    B, Hq, N, _ = call.query.shape
+    Hkv = call.key.shape[1]
+    count = B * (Hq // Hkv) * N
+    blocks = _blocks(call, direction)
+    queries = _filling(blocks.queries, count, Hkv)
+    # Where there are fewer queries in a tile there is room for more of the prefix: fewer steps one after the other.
+    prefix = min(blocks.prefix * blocks.queries // queries, MOST_PREFIX_ROWS)
+    variant = Variant(
+        CAUSAL=False,
+        HAS_MASK=False,
+        PRECISION=_precision(call.query.dtype),
+        EXACT=is_exact(call),
+        BLOCK_N=queries,
+        BLOCK_M=0,
+        BLOCK_P=_at_most(max(prefix, blocks.prefix), call.prefix_key.shape[-2]),
+    )
+    warps = min(blocks.warps, max(4, blocks.warps * queries // blocks.queries))
+    options = {"num_warps": warps, "num_stages": blocks.stages}
+    programs = Hkv * triton.cdiv(count, queries)
+    return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
+
+
 def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
     """The variant of an attention kernel that a call needs, with the table's blocks, and its launch options."""
-    D, DV = call.query.shape[-1], call.value.shape[-1]
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
-    head_size = max(block_of(D), block_of(DV))
-    blocks = blocks_for(current_target(), call.query.element_size(), head_size, direction)
+    blocks = _blocks(call, direction)
     variant = Variant(
         CAUSAL=call.is_causal,
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
@@ -77,6 +103,18 @@ def is_exact(call: Any) -> bool:
     """Whether scores may be large: in float32, and under what is added to them."""
     overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
     return call.query.dtype == torch.float32 or any(x is not None and x.dtype != torch.bool for x in overlays)
+
+
+def _blocks(call: Any, direction: str) -> Blocks:
+    head_size = max(block_of(call.query.shape[-1]), block_of(call.value.shape[-1]))
+    return blocks_for(current_target(), call.query.element_size(), head_size, direction)
+
+
+def _filling(block: int, count: int, heads: int) -> int:
+    """A block of `count` rows a head so small that every multiprocessor has one, as far as there are so many rows."""
+    while block > SMALLEST and heads * triton.cdiv(count, block) < MULTIPROCESSORS:
+        block //= 2
+    return block
 
 
 def _at_most(block: int, size: int) -> int:

@@ -29,6 +29,12 @@ def query_rows(sizes, b, h, n, variant):
 
 
 @triton.jit
+def stacked_per_query(sizes, b, h, n):
+    """Where rows of a stack stand in a tensor [B, Hq, N]."""
+    return (tl.cast(b, tl.int64) * sizes.heads + h) * sizes.N + n
+
+
+@triton.jit
 def context_range(sizes, n, variant):
     """Context keys 0..whole need no mask for queries n..n+BLOCK_N; from `end` on none of them sees any."""
     whole = sizes.M
@@ -42,6 +48,44 @@ def context_range(sizes, n, variant):
 
 
 @triton.jit
+def stacked_rows(sizes, order, variant):
+    """The key head of this program, and of each of its rows the sample, query head and query, and whether it exists.
+
+    All queries of a key head's G heads stand in one list, a sample's together, the samples in `order` if there is one.
+    Rows beyond its end repeat the last.
+    """
+    count = sizes.B * sizes.group * sizes.N
+    tiles = tl.cdiv(count, variant.BLOCK_N)
+    hk = tl.program_id(0) // tiles
+    r = tl.program_id(0) % tiles * variant.BLOCK_N + tl.arange(0, variant.BLOCK_N)
+    exists = r < count
+    r = tl.minimum(r, count - 1)
+    b = r // sizes.N // sizes.group
+    if order is not None:
+        b = tl.load(order + b)
+    return hk, b, hk * sizes.group + r // sizes.N % sizes.group, r % sizes.N, exists
+
+
+@triton.jit
+def stacked_pointers(rows, b, h, n):
+    """Pointers [BLOCK, BLOCK_D] to a row each of sample b, head h and query n, all [BLOCK]."""
+    first = tl.cast(b, tl.int64) * rows.outer + tl.cast(h, tl.int64) * rows.head + tl.cast(n, tl.int64) * rows.row
+    return rows.pointer + first[:, None] + tl.arange(0, rows.BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_stacked(rows, b, h, n, exists):
+    """Those rows; zeros where there is none and from column D on."""
+    return tl.load(stacked_pointers(rows, b, h, n), mask=row_mask(rows, exists), other=0.0)
+
+
+@triton.jit
+def store_stacked(rows, b, h, n, exists, x):
+    """The counterpart of load_stacked, in the tensor's dtype."""
+    tl.store(stacked_pointers(rows, b, h, n), x.to(rows.pointer.dtype.element_ty), mask=row_mask(rows, exists))
+
+
+@triton.jit
 def row_pointers(rows, outer, head, start, BLOCK: tl.constexpr):
     """Pointers [BLOCK, BLOCK_D] to rows start..start+BLOCK of one head."""
     first = tl.cast(outer, tl.int64) * rows.outer + tl.cast(head, tl.int64) * rows.head
@@ -50,9 +94,9 @@ def row_pointers(rows, outer, head, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_mask(rows, start, end, BLOCK: tl.constexpr):
-    """Which of them lie before row `end` and column D."""
-    inside = (start + tl.arange(0, BLOCK) < end)[:, None]
+def row_mask(rows, exists):
+    """Which numbers of a tile are there: of rows that exist, those before column D."""
+    inside = exists[:, None]
     if rows.D != rows.BLOCK_D:
         inside = inside & (tl.arange(0, rows.BLOCK_D) < rows.D)[None, :]
     return inside
@@ -61,14 +105,15 @@ def row_mask(rows, start, end, BLOCK: tl.constexpr):
 @triton.jit
 def load_rows(rows, outer, head, start, end, BLOCK: tl.constexpr):
     """Rows start..start+BLOCK of one head, [BLOCK, BLOCK_D]; zeros from row `end` and from column D on."""
-    return tl.load(row_pointers(rows, outer, head, start, BLOCK), mask=row_mask(rows, start, end, BLOCK), other=0.0)
+    inside = row_mask(rows, start + tl.arange(0, BLOCK) < end)
+    return tl.load(row_pointers(rows, outer, head, start, BLOCK), mask=inside, other=0.0)
 
 
 @triton.jit
 def store_rows(rows, outer, head, start, end, x, BLOCK: tl.constexpr):
     """The counterpart of load_rows, in the tensor's dtype."""
-    x = x.to(rows.pointer.dtype.element_ty)
-    tl.store(row_pointers(rows, outer, head, start, BLOCK), x, mask=row_mask(rows, start, end, BLOCK))
+    inside = row_mask(rows, start + tl.arange(0, BLOCK) < end)
+    tl.store(row_pointers(rows, outer, head, start, BLOCK), x.to(rows.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -89,6 +134,12 @@ def length_of(prefix, t):
         return tl.full([], 0, tl.int32) + prefix.n_rows
     else:
         return tl.minimum(tl.maximum(tl.load(prefix.length + t).to(tl.int32), 0), prefix.n_rows)
+
+
+@triton.jit
+def next_prefix(prefix, task, t):
+    """The next after t of the prefixes that rows use, `task`; their number T if there is none."""
+    return tl.min(tl.where(task > t, task, prefix.n_prefixes))
 
 
 @triton.jit
@@ -158,6 +209,22 @@ def load_lse(per_query, row, exists, variant):
         L *= LOG2E
         rest = tl.zeros_like(L)
     return tl.where(blind, float("inf"), L), rest
+
+
+@triton.jit
+def store_lse(per_query, row, exists, m, l, rest, variant):
+    """The counterpart of load_lse: from the running maximum and sum of an online softmax; -inf where l = 0.
+
+    If EXACT, plus `rest`.
+    """
+    blind = l == 0.0
+    log_l = tl.log2(tl.where(blind, 1.0, l))
+    if variant.EXACT:
+        total = m + (log_l * LN2 + rest)
+        tl.store(per_query.rest + row, tl.where(blind, 0.0, m - total + (log_l * LN2 + rest)), mask=exists)
+    else:
+        total = (m + log_l) * LN2
+    tl.store(per_query.lse + row, tl.where(blind, float("-inf"), total), mask=exists)
 
 
 @triton.jit

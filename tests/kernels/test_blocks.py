@@ -32,7 +32,9 @@ def test_blocks_are_what_kernels_take():
     for entry in table():
         key = (entry.target, entry.element_size, entry.head_size, entry.direction)
         assert key not in seen and not seen.add(key)
-        for size in (entry.queries, entry.keys, entry.prefix):
+        of_prefix = entry.direction in ("merge", "prefix-queries")
+        assert not of_prefix or entry.keys == 0
+        for size in (entry.queries, *([] if of_prefix else [entry.keys]), entry.prefix):
             assert 16 <= size <= 256 and triton.next_power_of_2(size) == size
         assert entry.warps in (1, 2, 4, 8, 16) and 1 <= entry.stages <= 5 and entry.direction in DIRECTIONS
 

@@ -1,0 +1,77 @@
+"""The prefix's part of attention whose context others compute: one launch forward, at most three backward.
+
+prefix_forward      the prefix joins the context's output and log-sum-exp
+prefix_queries      δ, and what the prefix adds to dq
+backward_keys       the prefix's gradients in parts
+backward_prefix     the parts added up: dK, dU, dV, dα, dτ
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, prefix_forward, prefix_queries
+from .arguments import PerQuery
+from .backward import INPUTS, empty_gradients, launches_over_keys
+from .launch import Launch, is_exact
+
+CONTEXT_INPUTS = INPUTS[:3]  # their gradients are for others to compute
+
+
+def keeps_rest(call: Any) -> bool:
+    """Whether what rounding the log-sum-exp leaves is kept."""
+    return is_exact(call)
+
+
+def merge(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
+    """Turns attention over the context alone into attention over both, in place.
+
+    Args:
+        output: `[B, Hq, N, Dv]` of query's dtype, its last dimension contiguous; 0 where a query sees no context.
+        lse: `[B, Hq, N]`, contiguous, float32, natural; -inf where a query sees no context.
+        lse_rest: what rounding lse left, of its shape if `keeps_rest`, else empty.
+
+    A query that sees nothing at all keeps 0 and -inf.
+    """
+    prefix_forward.launch(call, output, lse, lse_rest).run()
+
+
+def backward(
+    call: Any,
+    output: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    d_output: Tensor,
+    d_query: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of those of the prefix's inputs, INPUTS[3:], that `needs` says, which has a place for all INPUTS.
+
+    Output, log-sum-exp and its rest are those over both, after `merge`. To `d_query`, `[B, Hq, N, D]` of query's dtype,
+    its last dimension contiguous, the prefix's part of that gradient is added in place.
+    """
+    gradients = empty_gradients(call, [False] * len(CONTEXT_INPUTS) + list(needs[len(CONTEXT_INPUTS) :]))
+    for launch in launches(call, output, lse, lse_rest, d_output, d_query, gradients):
+        launch.run()
+    return list(gradients.values())
+
+
+def launches(
+    call: Any,
+    output: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    d_output: Tensor,
+    d_query: Tensor | None,
+    gradients: dict[str, Tensor],
+) -> Iterator[Launch]:
+    """What adds to d_query and fills the gradients, none of them of CONTEXT_INPUTS."""
+    if d_query is None and not gradients:
+        return
+    shared = arguments.attention_to_prefix(call)
+    per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
+    yield prefix_queries.launch(call, shared, output, d_output, per_query, d_query)
+    absent = arguments.written_rows(None)
+    yield from launches_over_keys(call, shared | {"key": absent, "value": absent}, d_output, per_query, gradients)
