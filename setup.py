@@ -38,6 +38,7 @@ setup(
     package_dir={"qtuning_fast.kernels": "kernels", "qtuning_fast.bench": "bench"},
     package_data={
         "qtuning_fast": ["py.typed"],
+        "qtuning_fast.backends": ["choice.json"],
         "qtuning_fast.kernels": ["blocks.json"],
         "qtuning_fast.lifelong": ["*.html.j2"],
     },

@@ -70,7 +70,8 @@ def prefix_attention(
         scale: c, any finite number; None means 1 / sqrt(D).
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "auto", or one of "fused", "composed", "reference". With "auto" the environment variable
-            QTUNING_FAST_BACKEND, where it is set, stands in.
+            QTUNING_FAST_BACKEND, where it is set, stands in. "fused" and "composed" are differentiable once, in reverse
+            mode; "reference" as often and in any way that PyTorch knows.
 
     Returns:
         The output [B, Hq, N, Dv] in query's dtype. With return_lse also the log-sum-exp [B, Hq, N], natural, of prefix
@@ -105,7 +106,7 @@ def prefix_attention(
         return_lse=return_lse,
         backend=backend,
     )
-    run = backends.BACKENDS[backends.choose(call, backend).backend].run
+    run = backends.BACKENDS[backends.choose(call, backend)].run
     device = query.device.type
     # Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast.
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
@@ -121,7 +122,7 @@ def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:
     arguments = _SIGNATURE.bind(*args, **kwargs)
     arguments.apply_defaults()
     call = validate(*arguments.args, **arguments.kwargs)
-    return backends.choose(call, arguments.arguments["backend"])
+    return backends.explain(call, arguments.arguments["backend"])
 
 
 _SIGNATURE = inspect.signature(prefix_attention)

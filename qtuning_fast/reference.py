@@ -38,8 +38,8 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     Returns the output [B, Hq, N, Dv] in query's dtype and, detached, the log-sum-exp [B, Hq, N] in the scores' dtype.
     A query that sees nothing at all gets 0 and -inf, and passes no gradient.
     """
-    prefix_key = _prefix_rows(call, call.prefix_key, call.reweight_key)
-    prefix_value = _prefix_rows(call, call.prefix_value, call.reweight_value)
+    prefix_key = prefix_rows(call, call.prefix_key, call.reweight_key)
+    prefix_value = prefix_rows(call, call.prefix_value, call.reweight_value)
     s_pre = _prefix_scores(call, prefix_key)  # [B, Hq, N, P]
     s_ctx = _context_scores(call)  # [B, Hq, N, M]
     scores = torch.cat([s_pre, s_ctx], dim=-1)
@@ -52,9 +52,9 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     return output.to(call.query.dtype), lse
 
 
-def _prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor, Tensor] | None) -> Tensor:
+def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor, Tensor] | None) -> Tensor:
     """The stored rows reweighted in their own precision, then rounded: [Hkv, P, D], from a bank [B, Hkv, P, D]."""
-    stored = None if call.prefix_length is None else _stored(call)
+    stored = None if call.prefix_length is None else stored_rows(call)
     if stored is not None:  # what lies beyond a prefix's length may be anything, NaN included
         rows = rows.where(stored[:, None, :, None], 0)
     if reweight is not None:
@@ -66,7 +66,7 @@ def _prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor
         shared, previous = rows.tensor_split([call.n_shared], dim=-2)
         rows = torch.cat([shared.to(precision), W * previous], dim=-2)
     if call.prefix_index is not None:
-        rows = rows[_bank_index(call)]
+        rows = rows[bank_index(call)]
     return _rounded(rows, call.query.dtype)
 
 
@@ -78,9 +78,9 @@ def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
         tau = _per_head(call, call.gate_tau, s.dtype)
         s = s + alpha * GATES[call.gate](tau * s)
     if call.prefix_bias is not None:
-        s = _masked(s, call.prefix_bias)
+        s = masked(s, call.prefix_bias)
     if call.prefix_length is not None:
-        s = _masked(s, _stored(call)[_bank_index(call)][:, None, None, :])
+        s = masked(s, stored_rows(call)[bank_index(call)][:, None, None, :])
     return s
 
 
@@ -88,22 +88,22 @@ def _context_scores(call: PrefixAttentionCall) -> Tensor:
     """c · q kᵀ + mask; -inf for what a query must not see."""
     s = call.scale * _products(call.query, call.key)
     if call.padding_mask is not None:
-        s = _masked(s, call.padding_mask[:, None, None, :])
+        s = masked(s, call.padding_mask[:, None, None, :])
     if call.attn_mask is not None:
-        s = _masked(s, call.attn_mask)
+        s = masked(s, call.attn_mask)
     if call.is_causal:
         N, M = s.shape[-2:]
-        s = _masked(s, torch.ones(N, M, dtype=torch.bool, device=s.device).tril(M - N))
+        s = masked(s, torch.ones(N, M, dtype=torch.bool, device=s.device).tril(M - N))
     return s
 
 
-def _stored(call: PrefixAttentionCall) -> Tensor:
+def stored_rows(call: PrefixAttentionCall) -> Tensor:
     """[T, P]: which rows of a bank lie within their prefix's length."""
     assert call.prefix_length is not None
     return torch.arange(call.prefix_key.shape[-2], device=call.query.device) < call.prefix_length[:, None]
 
 
-def _bank_index(call: PrefixAttentionCall) -> Tensor:
+def bank_index(call: PrefixAttentionCall) -> Tensor:
     """[B]: which prefix each sample uses. Clamped, as in kernels: on an accelerator no one has checked the range."""
     assert call.prefix_index is not None
     return call.prefix_index.long().clamp(0, call.prefix_key.shape[0] - 1)
@@ -114,20 +114,25 @@ def _per_head(call: PrefixAttentionCall, parameter: float | Tensor, dtype: torch
     if not isinstance(parameter, Tensor):
         return parameter
     if parameter.ndim == 2:  # one row a prefix of the bank
-        parameter = parameter[_bank_index(call)]
+        parameter = parameter[bank_index(call)]
     return parameter.to(dtype)[..., None, None]
 
 
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+def masked(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores under a mask, bool (True: attend) or additive (the dtype's most negative finite number means -inf)."""
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf).to(scores.dtype)
 
 
+def score_dtype(query: Tensor) -> torch.dtype:
+    """In which scores, gate and softmax are computed."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 def _products(query: Tensor, keys: Tensor) -> Tensor:
     """q kᵀ in the scores' dtype: [B, Hq, N, M], for keys [B, Hkv, M, D] or, the same for all samples, [Hkv, M, D]."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = score_dtype(query)
     batch = "b" if keys.ndim == 4 else ""
     grouped = _by_group(query.to(dtype), keys.shape[-3])
     return torch.einsum(f"bhgnd,{batch}hmd->bhgnm", grouped, keys.to(dtype)).flatten(1, 2)

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from qtuning_fast import reference
-from qtuning_fast.backends import fused
+from qtuning_fast.backends import choice, composed, fused
+from qtuning_fast.backends.choice import PREFERENCE
 from qtuning_fast.call import PrefixAttentionCall
 
 ENVIRONMENT_VARIABLE = "QTUNING_FAST_BACKEND"
@@ -23,6 +24,8 @@ class Backend:
     why_not: Callable[[PrefixAttentionCall], str | None]  # what it cannot do about this call; None: it can do it
     run: Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]  # output, log-sum-exp
     only_by_name: Callable[[PrefixAttentionCall], str | None] = lambda call: None  # why "auto" passes it by, or None
+    needs_triton: Callable[[PrefixAttentionCall], bool] = lambda call: False
+    how: Callable[[PrefixAttentionCall], str] = lambda call: ""  # what else there is to say of how it does a call
 
 
 @dataclass(frozen=True)
@@ -39,44 +42,72 @@ class BackendChoice:
 
 
 BACKENDS = {
-    "fused": Backend("fused", fused.why_not, fused.attend, fused.only_by_name),
+    "fused": Backend("fused", fused.why_not, fused.attend, fused.only_by_name, needs_triton=lambda call: True),
+    "composed": Backend(
+        "composed",
+        composed.why_not,
+        composed.attend,
+        composed.only_by_name,
+        needs_triton=lambda call: call.query.is_cuda,
+        how=composed.how,
+    ),
     "reference": Backend("reference", why_not=lambda call: None, run=reference.attend),
 }
-PREFERENCE = ("fused", "composed", "reference")  # the order in which "auto" asks
 NAMES = ("auto", *PREFERENCE)
 
 
-def choose(call: PrefixAttentionCall, requested: str) -> BackendChoice:
-    """The backend for a call: the one requested, or for "auto" the first that can do it.
+def choose(call: PrefixAttentionCall, requested: str) -> str:
+    """The backend for a call: the one requested, or for "auto" the fastest, by the table in `choice`, that can do it.
 
     Raises NotImplementedError when the one requested cannot do it, ValueError when QTUNING_FAST_BACKEND, which
     stands in for "auto", names none.
     """
-    asked_by = "asked for by name"
-    if requested == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
-        requested, asked_by = os.environ[ENVIRONMENT_VARIABLE], f"asked for by {ENVIRONMENT_VARIABLE}"
-        if requested not in NAMES:
-            raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {requested!r}")
-    obstacles = {name: _why_not(name, call) for name in PREFERENCE}
-
+    requested, asked_by = _requested(requested)
     if requested == "auto":
-        obstacles |= {n: why for n, b in BACKENDS.items() if not obstacles[n] and (why := b.only_by_name(call))}
-        backend = next(name for name in PREFERENCE if obstacles[name] is None)
-        reason, second_best = f"the first of {', '.join(PREFERENCE)} that can do this call", f"{backend} comes first"
-    elif obstacles[requested] is None:
-        backend, reason, second_best = requested, asked_by, f"{requested} was {asked_by}"
-    else:
-        able = [name for name in PREFERENCE if obstacles[name] is None]
-        raise NotImplementedError(
-            f"backend {requested!r}, {asked_by}, cannot do this call: {obstacles[requested]}. "
-            f"What can do it: {', '.join(able)}"
+        order = choice.in_order(call)
+        return next(n for n in order if _why_not(n, call) is None and BACKENDS[n].only_by_name(call) is None)
+    obstacle = _why_not(requested, call)
+    if obstacle is None:
+        return requested
+    able = [name for name in PREFERENCE if _why_not(name, call) is None]
+    raise NotImplementedError(
+        f"backend {requested!r}, {asked_by}, cannot do this call: {obstacle}. What can do it: {', '.join(able)}"
+    )
+
+
+def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
+    """What `choose` answers, and why; raises what it raises."""
+    backend = choose(call, requested)
+    requested, reason = _requested(requested)
+    obstacles = {name: _why_not(name, call) for name in PREFERENCE}
+    second_best = f"{backend} was {reason}"
+    if requested == "auto":
+        obstacles = {name: why or BACKENDS[name].only_by_name(call) for name, why in obstacles.items()}
+        rule, order = choice.rule_for(call), choice.in_order(call)
+        reason = (
+            f"the fastest by its table: {rule}" if rule else f"the first of {', '.join(order)} that can do this call"
         )
-    return BackendChoice(backend, reason, {n: obstacles[n] or second_best for n in PREFERENCE if n != backend})
+        if backend != order[0]:
+            others = ", ".join(order[1:])
+            reason = f"{order[0]} would be {reason}; of {others} it is the first that can do this call"
+        second_best = f"{backend} comes first"
+    how = BACKENDS[backend].how(call)
+    rejected = {name: obstacles[name] or second_best for name in PREFERENCE if name != backend}
+    return BackendChoice(backend, f"{reason}; {how}" if how else reason, rejected)
+
+
+def _requested(name: str) -> tuple[str, str]:
+    """What is asked for, the environment standing in for "auto", and by whom."""
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name != "auto" or not override:
+        return name, "asked for by name"
+    if override not in NAMES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {override!r}")
+    return override, f"asked for by {ENVIRONMENT_VARIABLE}"
 
 
 def _why_not(name: str, call: PrefixAttentionCall) -> str | None:
-    if name == "composed" and name not in BACKENDS:
-        return "its context and prefix parts are not in this version"
-    if name == "fused" and not HAS_TRITON:
+    backend = BACKENDS[name]
+    if backend.needs_triton(call) and not HAS_TRITON:
         return "triton is not installed"
-    return BACKENDS[name].why_not(call)
+    return backend.why_not(call)

@@ -20,7 +20,9 @@ RATIO = 2.0  # to the largest error of plain PyTorch
 FLOOR = 1e-6
 LONG_SUM = 8.0  # times epsilon and Σ|terms|, for alpha, tau, U and V: a small error of every term adds up there
 TF32_RATIO = 4.0  # to what rounding the arguments alone loses: kernels round weights and their gradients, too
-DRAWS = 16  # of plain PyTorch's error: in a small tensor the largest is a matter of luck
+CPU_FLASH_ULPS = 20.0  # PyTorch's flash attention for CPUs takes exponentials to 20 units in the last place
+LSE_SHARE = 2.0**-4  # of epsilon: in 16 bits weights are rounded by half an epsilon, whatever the log-sum-exp says
+DRAWS = 24  # of plain PyTorch's error: in a small tensor the largest is a matter of luck
 
 
 def _call_of(arguments: Arguments) -> PrefixAttentionCall:
@@ -70,7 +72,7 @@ def _by_delta(arguments: Arguments, leaves: Callable[[Arguments], dict[str, Tens
     """
     call = _call_of(arguments)
     k, v = (
-        reference._prefix_rows(call, rows, weights)
+        reference.prefix_rows(call, rows, weights)
         for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
     )
     g, s = reference._prefix_scores(call, k), reference._context_scores(call)
@@ -90,7 +92,7 @@ def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Ten
     """Σ|terms| of the gradients of alpha, tau, U and V: one term per score, or per score and column."""
     call = _call_of(arguments)
     k, v = (
-        reference._prefix_rows(call, rows, weights).detach()
+        reference.prefix_rows(call, rows, weights).detach()
         for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
     )
     s = (call.scale * reference._products(call.query, k)).detach().requires_grad_()
@@ -109,7 +111,7 @@ def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Ten
 
     bank = call.prefix_index is not None
     T = call.prefix_key.shape[0] if bank else 1
-    index = reference._bank_index(call) if bank else torch.zeros(len(s), dtype=torch.long, device=s.device)
+    index = reference.bank_index(call) if bank else torch.zeros(len(s), dtype=torch.long, device=s.device)
 
     def by_prefix(x: Tensor) -> Tensor:  # [B, ...] -> [T, ...]
         return x.new_zeros(T, *x.shape[1:]).index_add_(0, index, x)
@@ -137,6 +139,11 @@ def _largest(error: Tensor) -> float:
 
 
 @pytest.fixture(scope="session")
+def call_of():
+    return _call_of
+
+
+@pytest.fixture(scope="session")
 def assert_accurate(make_call, leaves):
     """Checks one call on a backend, made by make_call's options: output, log-sum-exp and every gradient."""
 
@@ -151,14 +158,20 @@ def assert_accurate(make_call, leaves):
             for name, x in (*plain.items(), *_by_delta(arguments, leaves, d_output).items()):
                 largest[name] = max(largest.get(name, 0.0), _largest(_distance(x, exact[name])))
             if draw == 0:
+                first = exact
                 actual, _ = _results(arguments, backend, leaves, seed)
                 errors = {name: _distance(x, exact[name]) for name, x in actual.items()}
                 sums = _sums_of_magnitudes(_in_float64(arguments), d_output.double())
-        epsilon = 2.0**-10 if tf32 else torch.finfo(arguments["query"].dtype).eps
+        dtype = arguments["query"].dtype
+        epsilon = 2.0**-10 if tf32 else torch.finfo(dtype).eps
         ratio = TF32_RATIO if tf32 else RATIO
         for name, error in errors.items():
             assert actual[name].dtype == plain[name].dtype and actual[name].shape == plain[name].shape, name
             allowed = ratio * largest[name] + FLOOR + LONG_SUM * epsilon * sums.get(name, torch.zeros(()))
+            if name == "lse":
+                allowed += LSE_SHARE * epsilon if dtype in (torch.float16, torch.bfloat16) else 0.0
+            elif (backend, device, dtype) == ("composed", "cpu", torch.float32):
+                allowed += CPU_FLASH_ULPS * epsilon * _largest(first[name])
             excess = (error - allowed).clamp(min=0)
             assert not excess.any(), f"{name}: error {_largest(error):.3g}, plain PyTorch's {largest[name]:.3g}"
 

@@ -3,11 +3,13 @@
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from qtuning_fast import backends, explain_backend, prefix_attention
-from qtuning_fast.backends import Backend
+from qtuning_fast.backends import Backend, choice
+from qtuning_fast.backends.choice import Rule
 from qtuning_fast.reference import attend
 
 
@@ -17,10 +19,11 @@ def no_override(monkeypatch):
 
 
 def test_auto_says_what_it_picks_and_why_not_the_others(make_call):
-    choice = explain_backend(**make_call())
-    assert choice.backend == "reference" and choice.rejected.keys() == {"fused", "composed"}
+    choice = explain_backend(**make_call(N=300, M=300))
+    assert choice.backend == "composed" and choice.rejected.keys() == {"fused", "reference"}
     text = str(choice)
-    assert text.startswith("reference: the first of ") and "not fused: its Triton kernels" in text
+    assert text.startswith("composed: the fastest by its table: on cpu") and "not fused: its Triton kernels" in text
+    assert "context by PyTorch's flash attention for CPUs" in text and "not reference: composed comes first" in text
 
 
 def test_explaining_takes_the_arguments_of_the_call(make_call):
@@ -30,10 +33,9 @@ def test_explaining_takes_the_arguments_of_the_call(make_call):
 
 
 @pytest.mark.parametrize("attend_or_explain", [prefix_attention, explain_backend])
-@pytest.mark.parametrize(("name", "missing"), [("fused", "float32"), ("composed", "context and prefix parts")])
-def test_what_a_backend_cannot_do_is_refused_by_name(make_call, attend_or_explain, name, missing):
-    with pytest.raises(NotImplementedError, match=f"'{name}'.*{missing}.*: reference"):
-        attend_or_explain(**make_call(), backend=name)
+def test_what_a_backend_cannot_do_is_refused_by_name(make_call, attend_or_explain):
+    with pytest.raises(NotImplementedError, match=r"'fused'.*float32.*: composed, reference"):
+        attend_or_explain(**make_call(), backend="fused")
 
 
 def test_fused_says_when_triton_is_missing_too(make_call, monkeypatch):
@@ -50,7 +52,7 @@ def test_importing_the_package_does_not_import_triton():
 def test_the_environment_stands_in_for_auto_only(make_call, monkeypatch):
     monkeypatch.setenv("QTUNING_FAST_BACKEND", "reference")
     assert "QTUNING_FAST_BACKEND" in explain_backend(**make_call()).reason
-    monkeypatch.setenv("QTUNING_FAST_BACKEND", "composed")
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "fused")
     with pytest.raises(NotImplementedError, match="QTUNING_FAST_BACKEND"):
         prefix_attention(**make_call())
     assert explain_backend(**make_call(), backend="reference").reason == "asked for by name"
@@ -58,10 +60,10 @@ def test_the_environment_stands_in_for_auto_only(make_call, monkeypatch):
     with pytest.raises(ValueError, match=r"QTUNING_FAST_BACKEND must be one of auto, fused.*'fastest'"):
         prefix_attention(**make_call())
     monkeypatch.setenv("QTUNING_FAST_BACKEND", "")
-    assert explain_backend(**make_call()).backend == "reference"
+    assert "by its table" in explain_backend(**make_call()).reason
 
 
-def test_auto_takes_the_first_that_can_do_the_call(make_call, monkeypatch):
+def test_auto_takes_the_next_when_the_fastest_cannot_do_the_call(make_call, monkeypatch):
     def no_causal(call):
         return "it knows no causality" if call.is_causal else None
 
@@ -69,12 +71,62 @@ def test_auto_takes_the_first_that_can_do_the_call(make_call, monkeypatch):
         output, lse = attend(call)
         return output * 0, lse
 
+    monkeypatch.setattr(choice, "TABLE", (Rule("cpu", "composed"),))
     monkeypatch.setitem(backends.BACKENDS, "composed", Backend("composed", no_causal, all_zero))
-    choice = explain_backend(**make_call())
-    assert choice.backend == "composed" and choice.rejected["reference"] == "composed comes first"
+    explained = explain_backend(**make_call())
+    assert explained.backend == "composed" and explained.rejected["reference"] == "composed comes first"
     assert (prefix_attention(**make_call()) == 0).all() and (prefix_attention(**make_call(is_causal=True)) != 0).all()
-    assert explain_backend(**make_call(is_causal=True)).rejected["composed"] == "it knows no causality"
+    causal = explain_backend(**make_call(is_causal=True))
+    assert causal.rejected["composed"] == "it knows no causality" and causal.reason.startswith("composed would be")
     with pytest.raises(NotImplementedError, match="it knows no causality"):
         prefix_attention(**make_call(is_causal=True), backend="composed")
     by_name = explain_backend(**make_call(), backend="reference")
     assert by_name.rejected["composed"] == "reference was asked for by name"
+
+
+def test_on_a_gpu_the_composed_backend_needs_triton(monkeypatch):
+    call = SimpleNamespace(query=SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    assert backends._why_not("composed", call) == "triton is not installed"
+
+
+RULES = (
+    Rule("cpu", "reference", most_scores=100, measured="this machine"),
+    Rule("cpu", "composed", most_queries=2),
+    Rule("cpu", "fused", least_keys=50),
+    Rule("default", "reference"),
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    [
+        ({"N": 5, "M": 2, "P": 3}, 0),  # 5 · (2 + 3) · 4 = 100 scores
+        ({"N": 5, "M": 3, "P": 3}, None),
+        ({"N": 2, "M": 99, "P": 3}, 1),
+        ({"N": 3, "M": 50, "P": 3}, 2),
+        ({"N": 3, "M": 49, "P": 3}, None),
+    ],
+)
+def test_the_first_rule_whose_bounds_hold(make_call, call_of, monkeypatch, sizes, rule):
+    monkeypatch.setattr(choice, "TABLE", RULES)
+    call = call_of(make_call(B=1, **sizes))
+    assert choice.rule_for(call) == (None if rule is None else RULES[rule])
+    order = choice.in_order(call)
+    assert sorted(order) == sorted(choice.PREFERENCE)
+    assert order[0] == ("fused" if rule is None else RULES[rule].backend)
+
+
+def test_a_device_without_rules_of_its_own_gets_the_default(make_call, call_of, monkeypatch):
+    monkeypatch.setattr(choice, "TABLE", RULES)
+    monkeypatch.setattr(choice, "device_name", lambda device: "sm_123")
+    assert choice.rule_for(call_of(make_call())) == RULES[-1]
+
+
+def test_the_table_is_read_and_rewritten_as_it_was(tmp_path, monkeypatch):
+    text = choice.PATH.read_text()
+    rules = choice.TABLE
+    assert {rule.backend for rule in rules} <= set(choice.PREFERENCE) and "default" in {r.device for r in rules}
+    monkeypatch.setattr(choice, "PATH", tmp_path / "choice.json")
+    choice.write(rules)
+    assert choice.PATH.read_text() == text and choice.read() == rules

@@ -134,7 +134,7 @@ def test_dropout_is_refused_by_name(tiny_bert: BertModel, batch: dict[str, Tenso
 
 
 def test_gradients_are_those_of_eager(batch: dict[str, Tensor]) -> None:
-    ours, eager = ours_and_eager(AutoModel.from_config(ENCODERS["bert"]))
+    ours, eager = (model.double() for model in ours_and_eager(AutoModel.from_config(ENCODERS["bert"])))
     for model in (ours, eager):
         model(**batch).last_hidden_state.square().sum().backward()
     for (name, mine), theirs in zip(ours.named_parameters(), eager.parameters()):

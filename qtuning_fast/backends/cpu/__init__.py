@@ -1,0 +1,1 @@
+"""The composed backend's prefix part on a CPU."""

@@ -1,0 +1,175 @@
+"""Backends whose passes are custom operators: deterministic, and good operators of PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from qtuning_fast import prefix_attention
+from qtuning_fast.backends.operator import INPUTS, arguments_of
+from qtuning_fast.kernels.target import INTERPRETED
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
+
+BASE = {"dtype": torch.float32, "B": 1, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
+WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
+
+
+@pytest.fixture(params=[pytest.param("fused", marks=interpreted), "composed"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def arguments(make_call, backend):
+    return make_call(**BASE | WHOLE, mask="padding bool") | {"backend": backend}
+
+
+def run(arguments):
+    return prefix_attention(**arguments)
+
+
+def test_the_same_bits_again(make_call, backend, gradients):
+    sizes = {"B": 5, "T": 2, "N": 70, "P": 20, "G": 1, "lengths": True, "gate_shape": "task, head"}
+    arguments = make_call(**BASE | WHOLE | sizes) | {"backend": backend}
+    d_output = torch.ones_like(prefix_attention(**arguments))
+    first, second = gradients(arguments, d_output), gradients(arguments, d_output)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_strides_are_read_in_place_and_the_output_needs_no_copy(make_call, backend, monkeypatch):
+    """The transposed views that models hand over, keys as a slice of a larger tensor, an expanded prefix."""
+    arguments = make_call(**BASE | {"Hkv": 2, "B": 2}) | {"backend": backend}
+    expected = run(arguments)
+    for name in ("query", "key", "value"):
+        x = arguments[name].detach()
+        larger = torch.full((*x.shape[:2], x.shape[2] + 3, 2 * x.shape[3]), torch.nan).transpose(1, 2).contiguous()
+        view = larger.transpose(1, 2)[:, :, 2:-1, : x.shape[3]]
+        arguments[name] = view.copy_(x).requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    output = run(arguments)
+    assert torch.equal(output, expected)
+    B, Hq, N, Dv = output.shape
+    assert output.transpose(1, 2).reshape(B, N, Hq * Dv).data_ptr() == output.data_ptr()
+    grad = torch.autograd.grad(output, arguments["query"], torch.ones(()).expand(output.shape).clone())[0]
+    assert grad.shape == arguments["query"].shape
+
+
+def test_what_is_not_contiguous_is_copied(make_call, backend, gradients):
+    options = {"T": 2, "B": 2, "lengths": True, "gate_shape": "task, head"}
+    arguments = make_call(**BASE | WHOLE | options) | {"backend": backend}
+    expected = run(arguments)
+    d_output = torch.ones(()).expand(expected.shape)  # what output.sum() hands back
+    grads = gradients(arguments, d_output)
+
+    def scattered(x):
+        return x.detach().mT.contiguous().mT if x.ndim > 1 and x.is_floating_point() else x.detach()
+
+    for name, x in arguments.items():
+        if isinstance(x, tuple):
+            arguments[name] = tuple(scattered(half).requires_grad_() for half in x)
+        elif isinstance(x, torch.Tensor):
+            arguments[name] = scattered(x).requires_grad_(x.requires_grad)
+    arguments["prefix_index"] = torch.stack([arguments["prefix_index"]] * 2, dim=1).to(torch.uint8)[:, 0]
+    assert torch.equal(run(arguments), expected)
+    for name, grad in gradients(arguments, d_output).items():
+        assert torch.equal(grad, grads[name]), name
+
+
+@pytest.mark.parametrize(
+    "needed", [[name] for name in INPUTS] + [["key", "prefix_value"], ["V_key", "gate_alpha"]], ids=str
+)
+def test_a_gradient_does_not_depend_on_which_others_are_needed(arguments, call_of, needed):
+    inputs = dict(zip(INPUTS, arguments_of(call_of(arguments))))
+    everything = dict(zip(INPUTS, torch.autograd.grad(run(arguments).sum(), list(inputs.values()))))
+    for name, x in inputs.items():
+        x.requires_grad_(name in needed)
+    some = torch.autograd.grad(run(arguments).sum(), [inputs[name] for name in sorted(needed)])
+    for name, grad in zip(sorted(needed), some):
+        torch.testing.assert_close(grad, everything[name], rtol=1e-6, atol=1e-6)
+
+
+def test_operators_pass_pytorchs_own_checks(arguments, call_of):
+    inputs = arguments_of(call_of(arguments))
+    name = {"fused": "attention", "composed": "composed_attention"}[arguments["backend"]]
+    forward, backward = (getattr(torch.ops.qtuning_fast, x).default for x in (name, f"{name}_backward"))
+    torch.library.opcheck(forward, inputs)
+    with torch.no_grad():
+        saved = forward(*inputs)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    needs = [True] * len(INPUTS)
+    torch.library.opcheck(
+        backward,
+        (*saved, torch.ones_like(saved[0]), needs, *detached),
+        test_utils=("test_schema", "test_faketensor"),  # it has no gradient of its own
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_call_is_one_graph(arguments, gradients, leaves, dynamic):
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    output = compiled(arguments)
+    expected = run(arguments)
+    assert torch.equal(output, expected)
+    inputs = list(leaves(arguments).values())
+    for grad, want in zip(torch.autograd.grad(output.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        assert torch.equal(grad, want)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(arguments, leaves, use_reentrant):
+    inputs = list(leaves(arguments).values())
+    expected = torch.autograd.grad(run(arguments).sum(), inputs)
+    if use_reentrant:
+        query = arguments["query"]
+        output = checkpoint(lambda q: run(arguments | {"query": q}), query, use_reentrant=True)
+        output.sum().backward()
+        found = [x.grad for x in inputs]
+    else:
+        found = torch.autograd.grad(checkpoint(run, arguments, use_reentrant=False).sum(), inputs)
+    assert all(torch.equal(grad, want) for grad, want in zip(found, expected))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, arguments):
+        super().__init__()
+        self.arguments = arguments
+        self.prefix_key = torch.nn.Parameter(arguments["prefix_key"].detach().clone())
+
+    def forward(self, query):
+        return run(self.arguments | {"query": query, "prefix_key": self.prefix_key})
+
+
+def test_functional_call(arguments):
+    layer, query = Layer(arguments), arguments["query"].detach()
+    other = {"prefix_key": layer.prefix_key.detach() + 1.0}
+    output = torch.func.functional_call(layer, other, (query,))
+    assert torch.equal(output, run(arguments | {"query": query} | other))
+
+    parameter = other["prefix_key"].requires_grad_()
+    (grad,) = torch.autograd.grad(torch.func.functional_call(layer, other, (query,)).sum(), parameter)
+    expected = run(arguments | {"query": query} | other)
+    assert torch.equal(grad, torch.autograd.grad(expected.sum(), parameter)[0])
+
+
+def test_autocast_changes_nothing(arguments, leaves):
+    expected = run(arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = run(arguments)
+        grads = torch.autograd.grad(output.sum(), list(leaves(arguments).values()))
+    assert torch.equal(output, expected)
+    for grad, want in zip(grads, torch.autograd.grad(expected.sum(), list(leaves(arguments).values()))):
+        assert torch.equal(grad, want)
+
+
+def test_second_derivatives_are_refused(arguments):
+    (grad,) = torch.autograd.grad(run(arguments).sum(), arguments["query"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_without_a_gate_alpha_and_tau_get_no_gradient(make_call, backend):
+    arguments = make_call(**BASE | WHOLE | {"gate": None}) | {"backend": backend}
+    output = run(arguments)
+    assert torch.autograd.grad(output.sum(), arguments["gate_alpha"], allow_unused=True) == (None,)
