@@ -13,7 +13,7 @@ STAMP := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test soak test-gpu tune bench-attention lint format clean setup
+.PHONY: demo test soak test-gpu tune choose bench-attention bench-decode lint format clean setup
 
 setup: $(STAMP)
 
@@ -51,8 +51,15 @@ tune:
 	PYTHONPATH=. python -m qtuning_fast.bench.tune --out $(OUT)/tuning.json
 	cp kernels/blocks.json $(OUT)/
 
+choose:
+	PYTHONPATH=. python -m qtuning_fast.bench.choose --out $(OUT)/choose.json
+	cp qtuning_fast/backends/choice.json $(OUT)/
+
 bench-attention:
 	PYTHONPATH=. python -m qtuning_fast.bench.attention --budget-seconds 420 --out $(OUT)/attention.json
+
+bench-decode:
+	PYTHONPATH=. python -m qtuning_fast.bench.decode --out $(OUT)/decode.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,10 @@
-"""The fused operator beside its peers: forward, and forward with backward, of one layer in training.
+"""The operator beside its peers: forward, and forward with backward, of one layer in training.
 
     python -m qtuning_fast.bench.attention                          all shapes, all peers
     python -m qtuning_fast.bench.attention --shape bert-base llama-8b --quick --out FILE
 
 Query, key, value, the prefix, U, V, alpha and tau are all trained; what belongs to the prefix is float32, the rest
-bfloat16 (float32 on a CPU, where small shapes show that all is put together as it should be). Before a peer is timed
+bfloat16 (float32 on a CPU). Before a peer is timed
 its output and its gradients are compared with a float64 reference on part of the batch. Peers without a gate compute
 less: they are compared with what they compute, and show what a gate costs.
 
@@ -30,12 +30,15 @@ from torch import Tensor
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work, measured_ceilings
+from qtuning_fast.bench.memory import step_peak
 from qtuning_fast.bench.peers import PEERS, Peer, Prepared, leaves, operator
 from qtuning_fast.bench.shapes import SHAPES, Inputs, Shape
 from qtuning_fast.bench.timing import Call, Measurement, Timing, compare, first_line, sets_for
 
-ON_GPU = ("bert-base", "vit-b16", "minilm", "bert-base-512", "llama-8b")
-ON_CPU = ("tiny", "tiny-causal")
+ON_GPU = ("bert-base", "llama-8b-4096", "vit-b16", "minilm", "bert-base-512", "llama-8b", "long")
+ON_CPU = ("cpu-128", "cpu-512", "cpu-2048", "cpu-4096")
+PEERS_ON_CPU = ("composed", "composed-ungated", "eager", "sdpa-ungated", "sdpa-ungated-no-concat", "flex")
+OURS = ("fused", "composed")  # the first that is measured is what ratios are to
 ROUNDS, QUICK_ROUNDS = 40, 8
 LARGEST_REFERENCE = 1 << 28  # scores in float64: 2 GiB, of which the reference holds several
 SUSPICIOUS = 0.05  # a relative error that no rounding to 16 bits explains
@@ -50,6 +53,7 @@ class Row:
     gradient_errors: dict[str, float] = field(default_factory=dict)
     forward: Measurement = field(default_factory=Measurement)
     step: Measurement = field(default_factory=Measurement)  # forward and backward
+    step_peak: int | None = None  # bytes that it takes at the most, beyond its inputs; see bench.memory
     error: str = ""
 
 
@@ -82,6 +86,8 @@ def measure_shape(name: str, peers: Sequence[str], device: str, rounds: int, cei
     for peer, row in rows.items():
         row.forward = times.get(f"{peer} forward", row.forward)
         row.step = times.get(f"{peer} step", row.step)
+        if row.step.best is not None:
+            row.step_peak = _step_peak(shape, peer, device)
         row.error = row.error or row.forward.error or row.step.error or row.forward.graph_error or row.step.graph_error
 
     forward, backward = forward_work(shape, dtype.itemsize), backward_work(shape, dtype.itemsize)
@@ -94,6 +100,10 @@ def measure_shape(name: str, peers: Sequence[str], device: str, rounds: int, cei
         "rows": [asdict(row) for row in rows.values()],
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _step_peak(shape: Shape, peer: str, device: str) -> int | None:
+    return step_peak(shape, peer, device) if device == "cuda" else in_a_process(step_peak, shape, peer, device)
 
 
 def _prepared(peer: Peer, shape: Shape, sets: Sequence[Inputs]) -> Callable[[], list[tuple[Prepared, Tensor]]]:
@@ -171,10 +181,10 @@ def table(result: dict[str, Any]) -> str:
         f"{shape}, {result['dtype']}, {result['sets_of_inputs']} sets of inputs",
         f"  floor: {', '.join(floors)}",
         f"  {'peer':<23}{'forward':>9}{'±iqr':>8}{'step':>9}{'±iqr':>8}{'ratio':>7}{'eager f':>9}{'eager s':>9}"
-        f"{'err out':>9}{'err grad':>9}  worst",
+        f"{'peak MB':>9}{'err out':>9}{'err grad':>9} worst",
     ]
     rows = {row["peer"]: row for row in result["rows"]}
-    ours = _median(rows["fused"], "step") if "fused" in rows else None
+    ours = next((_median(rows[name], "step") for name in OURS if name in rows), None)
     for name, row in rows.items():
         forward, step = (_best(row[part]) for part in ("forward", "step"))
         ratio = step.median / ours if step and ours else None
@@ -184,23 +194,39 @@ def table(result: dict[str, Any]) -> str:
         note = "WRONG? " if any(e is not None and e > SUSPICIOUS for e in errors) else ""
         cells = [x for timing in (forward, step) for x in ((timing.median, timing.spread) if timing else (None, None))]
         line = f"  {name:<23}" + "".join(_number(x, w, 4) for x, w in zip(cells, (9, 8, 9, 8))) + _number(ratio, 7, 2)
-        line += "".join(_number(x, 9, 3) for x in eager) + "".join(_number(x, 9, 5) for x in errors)
-        lines.append(f"{line}  {note}{worst}"[:120].rstrip())
+        peak = None if row["step_peak"] is None else row["step_peak"] / 2**20
+        line += "".join(_number(x, 9, 3) for x in eager) + _number(peak, 9, 1)
+        line += "".join(_number(x, 9, 5) for x in errors)
+        lines.append(f"{line} {note}{worst}"[:120].rstrip())
         if row["error"]:
             lines.append(f"    {row['error']}"[:120])
-    lines.extend(_cost_of_the_gate(rows))
+    lines.extend(line for name in OURS if name in rows for line in _standing(name, rows))
     return "\n".join(lines)
 
 
-def _cost_of_the_gate(rows: dict[str, Any]) -> list[str]:
-    if not {"fused", "fused-ungated"} <= rows.keys():
-        return []
+def _standing(name: str, rows: dict[str, Any]) -> list[str]:
+    """How ours stands to eager, to the lower bound, and to itself without a gate."""
+    lines = []
+    ours = rows[name]
+    if "eager" in rows and (speedup := _ratio(rows["eager"], ours, "step")):
+        lines.append(f"  {name}: {speedup:.2f} times as fast as eager")
+    if "sdpa-ungated" in rows and (slowdown := _ratio(ours, rows["sdpa-ungated"], "step")):
+        peaks = ours["step_peak"], rows["sdpa-ungated"]["step_peak"]
+        memory = f", {peaks[0] / peaks[1]:.2f} times its memory" if all(peaks) else ""
+        lines.append(f"  {name}: {slowdown:.2f} times the step of sdpa-ungated, the lower bound{memory}")
     costs = []
     for part in ("forward", "step"):
-        gated, plain = (_median(rows[name], part) for name in ("fused", "fused-ungated"))
-        if gated and plain:
-            costs.append(f"{part} {gated - plain:+.4f} ms ({gated / plain - 1:+.1%})")
-    return [f"  gate and reweighting cost: {', '.join(costs)}"] if costs else []
+        plain = rows.get(f"{name}-ungated")
+        if plain and (ratio := _ratio(ours, plain, part)):
+            costs.append(f"{part} {_median(ours, part) - _median(plain, part):+.4f} ms ({ratio - 1:+.1%})")
+    if costs:
+        lines.append(f"  {name}: gate and reweighting cost {', '.join(costs)}")
+    return lines
+
+
+def _ratio(row: dict[str, Any], other: dict[str, Any], part: str) -> float | None:
+    a, b = _median(row, part), _median(other, part)
+    return a / b if a and b else None
 
 
 def _best(measurement: dict[str, Any]) -> Timing | None:
@@ -220,11 +246,24 @@ def _number(x: float | None, width: int, digits: int) -> str:
 def device_facts(device: str) -> tuple[Ceilings, dict[str, str]]:
     """What the device can do; and its name, with the versions of what runs on it."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "device": device}
+    if device == "cpu":
+        versions |= {"device": _cpu_name(), "threads": str(torch.get_num_threads())}
     if device == "cuda":
         import triton
 
         versions |= {"triton": triton.__version__, "device": torch.cuda.get_device_name()}
     return measured_ceilings(torch.device(device)), versions
+
+
+def _takes_seconds(shape: Shape, device: str) -> bool:
+    return device == "cpu" and shape.B * shape.Hq * shape.N * (shape.N + shape.P) > 1 << 24
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -237,28 +276,28 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=ON_GPU if device == "cuda" else ON_CPU)
-    parser.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--peer", nargs="+", choices=PEERS, default=list(PEERS) if device == "cuda" else list(PEERS_ON_CPU)
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="begin no shape after so many")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/attention.json"), metavar="FILE")
     options = parser.parse_args(arguments)
-    rounds = QUICK_ROUNDS if options.quick else ROUNDS
     started = time.perf_counter()
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     ceilings, versions = in_a_process(device_facts, device)
-    document: dict[str, Any] = {"versions": versions, "ceilings": asdict(ceilings), "rounds": rounds}
+    document: dict[str, Any] = {"versions": versions, "ceilings": asdict(ceilings)}
     document |= {"shapes": [], "errors": {}}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"ceilings: {ceilings.flops / 1e12:.2f} TFLOP/s, {ceilings.bytes / 1e12:.2f} TB/s")
-    print(
-        "ms a call, by CUDA-graph replay; ratio: step over fused's; eager: by the host's clock; errors: against float64"
-    )
+    print("ms a call, on a GPU by graph replay; eager: by the host's clock; ratio: to ours; errors: against float64")
     for name in options.shape:
         if time.perf_counter() - started > options.budget_seconds:
             document["errors"][name] = "left out: the budget was spent"
         else:
             try:
+                rounds = QUICK_ROUNDS if options.quick or _takes_seconds(SHAPES[name], device) else ROUNDS
                 result = in_a_process(measure_shape, name, options.peer, device, rounds, ceilings)
                 document["shapes"].append(result)
                 print(f"\n{table(result)}", flush=True)

@@ -278,6 +278,8 @@ PEERS = {
     "fused": _own("fused", gated=True, reweighted=True),
     "fused-ungated": _own("fused", gated=False, reweighted=False),
     "fused-prefix-only": Peer(fused_prefix_only),
+    "composed": _own("composed", gated=True, reweighted=True),
+    "composed-ungated": _own("composed", gated=False, reweighted=False),
     "eager": _own("reference", gated=True, reweighted=True),
     "eager-16bit": Peer(eager_16bit),
     "sdpa-ungated": Peer(sdpa_ungated, gated=False),

@@ -34,13 +34,23 @@ VIT_B16 = Shape("vit-b16", B=128, Hq=12, Hkv=12, N=197, D=64, P=20)
 MINILM = Shape("minilm", B=64, Hq=12, Hkv=12, N=128, D=32, P=60)
 BERT_BASE_512 = Shape("bert-base-512", B=16, Hq=12, Hkv=12, N=512, D=64, P=60)
 LLAMA_8B = Shape("llama-8b", B=4, Hq=32, Hkv=8, N=2048, D=128, P=100, is_causal=True)
+LLAMA_8B_4096 = Shape("llama-8b-4096", B=4, Hq=32, Hkv=8, N=4096, D=128, P=100, is_causal=True)
+LONG = Shape("long", B=1, Hq=32, Hkv=8, N=16384, D=128, P=512, is_causal=True)
 WIDE = Shape("wide", B=4, Hq=8, Hkv=8, N=1024, D=256, P=60)
+
+# For a CPU: batches of MiniLM's and of BERT's heads, and long sequences.
+CPU_128 = Shape("cpu-128", B=16, Hq=12, Hkv=12, N=128, D=32, P=50)
+CPU_512 = Shape("cpu-512", B=8, Hq=12, Hkv=12, N=512, D=32, P=50)
+CPU_2048 = Shape("cpu-2048", B=2, Hq=12, Hkv=12, N=2048, D=64, P=100)
+CPU_4096 = Shape("cpu-4096", B=1, Hq=8, Hkv=8, N=4096, D=64, P=100)
 
 # Small twins, which show on a CPU that all is put together as it should be.
 TINY = Shape("tiny", B=3, Hq=2, Hkv=2, N=24, D=16, P=13)
 TINY_CAUSAL = Shape("tiny-causal", B=2, Hq=4, Hkv=2, N=24, D=16, P=13, is_causal=True)
 
-SHAPES = {s.name: s for s in (BERT_BASE, VIT_B16, MINILM, BERT_BASE_512, LLAMA_8B, WIDE, TINY, TINY_CAUSAL)}
+_ALL = (BERT_BASE, VIT_B16, MINILM, BERT_BASE_512, LLAMA_8B, LLAMA_8B_4096, LONG, WIDE)
+_ALL += (CPU_128, CPU_512, CPU_2048, CPU_4096, TINY, TINY_CAUSAL)
+SHAPES = {shape.name: shape for shape in _ALL}
 
 
 @dataclass(frozen=True, eq=False)

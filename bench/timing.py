@@ -25,6 +25,7 @@ Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs o
 
 CACHES = 3  # the sets of inputs hold so many times what the last cache does
 FEWEST_SETS, MOST_SETS = 4, 16
+CPU_CACHE = 32 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Measurement:
 def sets_for(set_bytes: int, device: torch.device) -> int:
     """How many sets of inputs, of so many bytes each, no cache holds."""
     if device.type != "cuda":
-        return FEWEST_SETS
+        return min(FEWEST_SETS, math.ceil(CACHES * CPU_CACHE / max(set_bytes, 1)))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(max(FEWEST_SETS, math.ceil(CACHES * cache / max(set_bytes, 1))), MOST_SETS)
 

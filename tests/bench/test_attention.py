@@ -6,13 +6,22 @@ import math
 import pytest
 import torch
 
-from qtuning_fast.bench import attention, peers
+from qtuning_fast.bench import attention, memory, peers
 from qtuning_fast.bench.attention import Reference, Row, check, measure_shape, table
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.peers import PEERS, Prepared, merged, operator
-from qtuning_fast.bench.shapes import N_SHARED, SHAPES, TINY, TINY_CAUSAL, Shape, inputs
+from qtuning_fast.bench.shapes import CPU_128, N_SHARED, SHAPES, TINY, TINY_CAUSAL, Shape, inputs
 
-ON_CPU = ("fused", "fused-ungated", "eager", "eager-16bit", "sdpa-ungated", "sdpa-ungated-no-concat")
+ON_CPU = (
+    "fused",
+    "fused-ungated",
+    "composed",
+    "composed-ungated",
+    "eager",
+    "eager-16bit",
+    "sdpa-ungated",
+    "sdpa-ungated-no-concat",
+)
 CLOSE = 1e-5  # float32 against float64: a hundred times its eps
 CEILINGS = Ceilings(flops=1e12, bytes=1e11, special=1e11)
 
@@ -59,6 +68,11 @@ def test_flex_attention_computes_the_operator(name, shape, monkeypatch):
     assert (output - expected).norm() / expected.norm() < CLOSE
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(attention, "in_a_process", lambda function, *arguments: function(*arguments))
+
+
 def test_what_a_peer_cannot_do_is_its_row():
     result = measure_shape("tiny", ["eager", "flex"], "cpu", 2, CEILINGS)
     eager, flex = result["rows"]
@@ -98,8 +112,35 @@ def test_the_table_compares_with_fused_and_shows_what_the_gate_costs():
         row["peer"] = name
         row["forward"]["eager"] = row["step"]["eager"] = {"median": ms, "spread": 0.1, "rounds": 1}
     text = table(result)
-    assert "step +1.0000 ms (+50.0%)" in text
-    assert [line.split()[5] for line in text.splitlines() if line.startswith("  fused")] == ["1.00", "0.67"]
+    assert "fused: gate and reweighting cost forward +1.0000 ms (+50.0%), step +1.0000 ms (+50.0%)" in text
+    assert [line.split()[5] for line in text.splitlines() if line.startswith(("  fused ", "  fused-"))] == [
+        "1.00",
+        "0.67",
+    ]
+
+
+def test_the_table_says_how_ours_stands_to_eager_and_to_the_lower_bound():
+    result = measure_shape("tiny", ["eager", "sdpa-ungated", "composed"], "cpu", 1, CEILINGS)
+    for row, ms, peak in zip(result["rows"], (9.0, 2.0, 3.0), (90, 20, 25)):
+        row["step"]["eager"] = {"median": ms, "spread": 0.1, "rounds": 1}
+        row["step_peak"] = peak
+    text = table(result)
+    assert "composed: 3.00 times as fast as eager" in text
+    assert "composed: 1.50 times the step of sdpa-ungated, the lower bound, 1.25 times its memory" in text
+
+
+def test_the_peak_of_a_step_counts_what_is_taken_and_given_back(monkeypatch):
+    def greedy(shape, x):
+        right = peers.eager_16bit(shape, x)
+        return Prepared(
+            lambda: right.forward() + torch.ones(32 << 20 if shape is CPU_128 else 1).sum() * 0, right.leaves
+        )
+
+    monkeypatch.setitem(PEERS, "eager-16bit", peers.Peer(greedy))
+    modest = memory.step_peak(CPU_128, "composed", "cpu")
+    if modest is None:
+        pytest.skip("no /proc/self/clear_refs")
+    assert memory.step_peak(CPU_128, "eager-16bit", "cpu") > 128 << 20 > modest
 
 
 def test_work_is_counted_by_hand():
@@ -127,7 +168,6 @@ def test_inputs_are_strided_as_models_hand_them_over():
 
 
 def test_a_run_writes_after_each_shape_and_stops_at_its_budget(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(attention, "in_a_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(attention, "device_facts", lambda device: (CEILINGS, {"torch": "1"}))
     monkeypatch.setattr(attention.torch.cuda, "is_available", lambda: False)
     out = tmp_path / "new" / "attention.json"

@@ -1,0 +1,139 @@
+"""Measures which backend is the fastest from which size on, on the device at hand, and writes the rules for it.
+
+    python -m qtuning_fast.bench.choose              rewrites the device's lines in qtuning_fast/backends/choice.json
+    python -m qtuning_fast.bench.choose --dry-run    only says what it would write
+
+A training step, forward and backward, is measured at growing sizes: on a CPU with the composed backend beside the
+reference, by the number of scores; on a GPU beside the fused one, by the number of context keys. The bound is put where
+the composed backend is last slower, in the geometric middle between that size and the next.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qtuning_fast.backends import choice
+from qtuning_fast.backends.choice import Rule
+from qtuning_fast.backends.vendors import FEW_QUERIES
+from qtuning_fast.bench import shapes
+from qtuning_fast.bench.attention import device_facts
+from qtuning_fast.bench.peers import PEERS, Prepared
+from qtuning_fast.bench.shapes import Inputs, Shape
+from qtuning_fast.bench.timing import Call, compare
+
+SETS = 2
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Point:
+    """Two backends at one size; milliseconds."""
+
+    size: int  # scores on a CPU, context keys on a GPU
+    shape: Shape
+    composed: float
+    other: float
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.size:,}: composed {self.composed:.3f} ms, other {self.other:.3f} ms"
+
+
+def training_shapes(device: str) -> list[Shape]:
+    """MiniLM's heads from four tokens of one sample on; on a GPU BERT-base's and Llama's."""
+    if device == "cpu":
+        sizes = [(1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (4, 32), (8, 32), (8, 64), (16, 64), (16, 128)]
+        return [Shape(f"B{B} N{N}", B=B, Hq=12, Hkv=12, N=N, D=32, P=50) for B, N in sizes]
+    lengths = [2**n for n in range(7, 14)]
+    bert = [Shape(f"N{N}", B=max(4096 // N, 1), Hq=12, Hkv=12, N=N, D=64, P=60) for N in lengths]
+    llama = [
+        Shape(f"N{N} causal", B=max(4096 // N, 1), Hq=32, Hkv=8, N=N, D=128, P=100, is_causal=True) for N in lengths
+    ]
+    return bert + llama
+
+
+def measure(device: str, rounds: int, shapes_measured: Sequence[Shape]) -> list[Point]:
+    """Each shape, the smallest first."""
+    gpu = torch.device(device)
+    dtype = torch.bfloat16 if gpu.type == "cuda" else torch.float32
+    points = []
+    for shape in shapes_measured:
+        sets = shapes.input_sets(shape, SETS, dtype=dtype, device=device)
+        other = "fused" if gpu.type == "cuda" else "eager"
+        setups = {peer: partial(_steps, peer, shape, sets) for peer in ("composed", other)}
+        times = compare(setups, device=gpu, rounds=rounds)
+        composed, beside = (x.best for x in times.values())
+        if composed is None or beside is None:
+            print(f"{shape}: left out, {'; '.join(x.error for x in times.values() if x.error)}", flush=True)
+            continue
+        scores = shape.B * shape.Hq * shape.N * (shape.N + shape.P)
+        size = scores if gpu.type == "cpu" else shape.N
+        points.append(Point(size, shape, composed.median, beside.median))
+        print(points[-1], flush=True)
+    return sorted(points, key=lambda point: point.size)
+
+
+def _steps(peer: str, shape: Shape, sets: Sequence[Inputs]) -> list[Call]:
+    prepared: list[tuple[Prepared, Inputs]] = [(PEERS[peer].prepare(shape, x.tracked()), x) for x in sets]
+    return [partial(p.step, x.d_output) for p, x in prepared]
+
+
+def crossing(points: Sequence[Point]) -> int:
+    """The size from which on the composed backend is never slower; beyond the largest measured if it always is."""
+    slower = [point.size for point in points if point.composed > point.other]
+    if not slower:
+        return 0
+    faster = [point.size for point in points if point.size > max(slower)]
+    return round(math.sqrt(max(slower) * min(faster))) if faster else 2 * max(slower)
+
+
+def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
+    """The lines of the table for the device at hand."""
+    name, bound = choice.device_name(torch.device(device)), crossing(points)
+    composed = Rule(name, "composed", measured=measured)
+    if device == "cpu":
+        small = Rule(name, "reference", most_scores=bound, measured=measured)
+        return [small, composed] if bound else [composed]
+    if not bound:
+        return [composed]
+    decoding = Rule(name, "composed", most_queries=FEW_QUERIES)  # taken over from the default
+    long = Rule(name, "composed", least_keys=bound, measured=measured)
+    return [decoding, long, Rule(name, "fused", measured=measured)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, versions = device_facts(device)
+    measured = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
+
+    points = measure(device, options.rounds, training_shapes(device))
+    if not points:
+        print("nothing was measured: the table stays as it is")
+        return 1
+    found = rules(device, points, measured)
+    print(*found, sep="\n")
+    if options.out:
+        figures = [
+            {"size": p.size, "shape": str(p.shape), "composed_ms": p.composed, "other_ms": p.other} for p in points
+        ]
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"versions": versions, "points": figures}, indent=1) + "\n")
+    if not options.dry_run:
+        others = [rule for rule in choice.TABLE if rule.device != found[0].device]
+        choice.write([*found, *others])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

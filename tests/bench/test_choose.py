@@ -1,0 +1,76 @@
+"""The rules that are written are those that the figures ask for."""
+
+import json
+
+import pytest
+
+from qtuning_fast.backends import choice
+from qtuning_fast.backends.choice import Rule
+from qtuning_fast.bench import choose
+from qtuning_fast.bench.choose import Point, crossing, rules
+from qtuning_fast.bench.peers import Peer
+from qtuning_fast.bench.shapes import TINY
+
+
+def points(*times):
+    return [Point(size, TINY, composed, other) for size, composed, other in times]
+
+
+@pytest.mark.parametrize(
+    ("measured", "bound"),
+    [
+        (points((100, 2.0, 1.0), (400, 1.0, 2.0)), 200),
+        (points((100, 1.0, 2.0), (400, 2.0, 1.0), (900, 1.0, 2.0), (1600, 1.0, 2.0)), 600),
+        (points((100, 1.0, 1.0)), 0),
+        (points((100, 2.0, 1.0)), 200),
+    ],
+    ids=["one crossing", "the last of two", "never slower", "always slower"],
+)
+def test_the_bound_lies_where_the_composed_backend_is_last_slower(measured, bound):
+    assert crossing(measured) == bound
+
+
+def test_on_a_cpu_the_reference_does_what_is_small():
+    small, rest = rules("cpu", points((100, 2.0, 1.0), (400, 1.0, 2.0)), "here")
+    assert (small.backend, small.most_scores, rest.backend, rest.most_scores) == ("reference", 200, "composed", None)
+    assert rules("cpu", points((100, 1.0, 2.0)), "here") == [Rule("cpu", "composed", measured="here")]
+
+
+def test_on_a_gpu_the_composed_backend_does_what_is_long_and_decoding(monkeypatch):
+    monkeypatch.setattr(choice, "device_name", lambda device: "sm_90")
+    found = rules("cuda", points((128, 2.0, 1.0), (512, 1.0, 2.0)), "there")
+    assert [(r.device, r.backend, r.most_queries, r.least_keys) for r in found] == [
+        ("sm_90", "composed", choose.FEW_QUERIES, None),
+        ("sm_90", "composed", None, 256),
+        ("sm_90", "fused", None, None),
+    ]
+    assert not found[0].measured and found[1].measured == "there"
+
+
+def test_a_run_replaces_the_lines_of_its_device_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choice, "PATH", tmp_path / "choice.json")
+    monkeypatch.setattr(choice, "TABLE", (Rule("cpu", "fused"), Rule("sm_1", "composed"), Rule("default", "fused")))
+    monkeypatch.setattr(choose.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(choose, "device_facts", lambda device: (None, {"torch": "1", "python": "3"}))
+    monkeypatch.setattr(choose, "training_shapes", lambda device: [TINY])
+    out = tmp_path / "new" / "choose.json"
+    assert choose.main(["--rounds", "1", "--dry-run"]) == 0 and not choice.PATH.exists()
+    assert choose.main(["--rounds", "1", "--out", str(out)]) == 0
+    written = choice.read()
+    assert [rule.device for rule in written if rule.device != "cpu"] == ["sm_1", "default"]
+    assert written[0].device == "cpu" and written[0].measured == "torch 1" and written[-1] == Rule("default", "fused")
+    assert len(json.loads(out.read_text())["points"]) == 1
+
+
+def test_what_fails_is_said_and_writes_no_rule(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choice, "PATH", tmp_path / "choice.json")
+    monkeypatch.setattr(choose.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(choose, "device_facts", lambda device: (None, {"torch": "1"}))
+    monkeypatch.setattr(choose, "training_shapes", lambda device: [TINY])
+
+    def broken(shape, x):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setitem(choose.PEERS, "composed", Peer(broken))
+    assert choose.main(["--rounds", "1"]) == 1 and not choice.PATH.exists()
+    assert "left out, RuntimeError: out of order" in capsys.readouterr().out
