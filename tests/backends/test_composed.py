@@ -178,3 +178,10 @@ def test_masks_of_moderate_size_reach_a_vendor_as_they_are(make_call, call_of):
     call = call_of(make_call(N=3, M=4, dtype=torch.bfloat16) | {"attn_mask": mask[None, None].bfloat16()})
     additive, shift = context._additive(call)
     assert torch.equal(additive, mask[None, None].bfloat16().float()) and not shift.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_as_exact_where_sums_are_long(assert_accurate, dtype):
+    """PyTorch's flash attention for CPUs adds gradients up tile by tile."""
+    sizes = {"B": 1, "Hkv": 1, "G": 1, "N": 600, "M": 600, "D": 32, "Dv": 32, "dtype": dtype}
+    assert_accurate("composed", draws=6, **LONG | sizes)

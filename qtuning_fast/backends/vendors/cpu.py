@@ -24,12 +24,14 @@ def _forward(x: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = of_one_head_size(x)
-    output, d_output = (padded(y, v.shape[-1]) for y in (output, d_output))
+    """In float32 at least: in 16 bits it adds dk and dv up in 16 bits, tile by tile."""
+    wide = torch.promote_types(x.query.dtype, torch.float32)
+    q, k, v = (y.to(wide) for y in of_one_head_size(x))
+    output, d_output = (padded(y, v.shape[-1]).to(wide) for y in (output, d_output))
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_output, q, k, v, output, lse, 0.0, x.is_causal, attn_mask=x.mask, scale=x.scale
     )
-    return cut(x, *gradients)
+    return cut(x, *(d.to(x.query.dtype) for d in gradients))
 
 
 CPU_FLASH = Vendor(
