@@ -133,7 +133,7 @@ def call_options(draw):
 
 @every_way
 @settings(
-    max_examples=12,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],  # shrinking would take an hour
