@@ -138,6 +138,17 @@ def _largest(error: Tensor) -> float:
     return error.abs().max().item() if error.numel() else 0.0
 
 
+@pytest.fixture
+def on_gpu(make_call, request):
+    """make_call, on the GPU, for the backend that the test file is about; bfloat16 unless it says otherwise."""
+
+    def make(**options: Any) -> Arguments:
+        arguments = make_call(**{"dtype": torch.bfloat16} | options)
+        return _mapped(arguments, lambda x: x.cuda()) | {"backend": request.module.BACKEND}
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def call_of():
     return _call_of

@@ -10,6 +10,7 @@ from qtuning_fast import explain_backend, prefix_attention
 from qtuning_fast.reference import GATES
 
 pytestmark = pytest.mark.gpu
+BACKEND = "composed"
 
 BASE = {"B": 2, "Hkv": 2, "G": 2, "N": 65, "M": 63, "P": 17, "D": 64, "Dv": 64}
 WHOLE = {"rank_key": 1, "rank_value": 1, "n_shared": 2, "gate_shape": "head", "prefix_dtype": torch.float32}
@@ -34,22 +35,6 @@ REAL = {
     "decode-tasks": {"B": 64, "T": 16, "Hkv": 8, "G": 4, "N": 1, "M": 300, "D": 128, "Dv": 128, "P": 512},
     "speculative": {"B": 8, "T": 4, "Hkv": 8, "G": 4, "N": 5, "M": 300, "P": 100, "is_causal": True},
 }
-
-
-@pytest.fixture
-def on_gpu(make_call):
-    """make_call, on the GPU."""
-
-    def make(**options):
-        def moved(x):
-            if isinstance(x, tuple):
-                return tuple(moved(half) for half in x)
-            return x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-
-        options = {"dtype": torch.bfloat16} | options
-        return {name: moved(x) for name, x in make_call(**options).items()} | {"backend": "composed"}
-
-    return make
 
 
 @pytest.fixture

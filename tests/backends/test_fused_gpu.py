@@ -9,6 +9,7 @@ from qtuning_fast import explain_backend, prefix_attention
 from qtuning_fast.reference import GATES
 
 pytestmark = pytest.mark.gpu
+BACKEND = "fused"
 
 PRECISIONS = {
     "bfloat16": (torch.bfloat16, "highest"),
@@ -48,21 +49,6 @@ def dtype(request):
     torch.set_float32_matmul_precision(precision)
     yield chosen
     torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture
-def on_gpu(make_call):
-    """make_call, on the GPU."""
-
-    def make(**options):
-        def moved(x):
-            if isinstance(x, tuple):
-                return tuple(moved(half) for half in x)
-            return x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-
-        return {name: moved(x) for name, x in make_call(**options).items()} | {"backend": "fused"}
-
-    return make
 
 
 def step(arguments, leaves, d_output=None):
