@@ -148,6 +148,7 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
         prefix_bias=empty(1, Hq, N, P) if context == "biased" else None,
         is_causal=context == "causal",
         scale=head_size**-0.5,
+        softcap=None,
     )
 
 

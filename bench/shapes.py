@@ -150,4 +150,5 @@ def training_call(shape: Shape, x: Inputs) -> PrefixAttentionCall:
         prefix_bias=None,
         is_causal=shape.is_causal,
         scale=shape.D**-0.5,
+        softcap=None,
     )

@@ -31,3 +31,4 @@ class PrefixAttentionCall:
     prefix_bias: Tensor | None  # 4-D, each dimension of [B, Hq, N, P] or 1, additive
     is_causal: bool  # bottom-right: query i sees context key j when j <= i + M - N
     scale: float
+    softcap: float | None  # positive: scores are capped, softly, before gate and masks

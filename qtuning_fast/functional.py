@@ -31,6 +31,7 @@ def prefix_attention(
     prefix_bias: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | Any:  # Any: the pair that return_lse asks for
@@ -41,6 +42,8 @@ def prefix_attention(
 
         o = softmax([g(c q k'ᵀ) + prefix_bias, c q kᵀ + attn_mask]) [v' ; v],    g(s) = s + alpha σ(tau s)
         k' = (U Vᵀ) ∘ prefix_key,  v' = (U Vᵀ) ∘ prefix_value                    each with its own U and V
+
+    With softcap, s -> softcap tanh(s / softcap) comes between the products c q kᵀ and c q k'ᵀ and all the rest.
 
     Every query sees every row of its prefix: masks and causality are about the context. A query that sees no context
     attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
@@ -68,6 +71,8 @@ def prefix_attention(
             Gets no gradient.
         is_causal: query i sees context key j when j <= i + M - N, so the last query sees all.
         scale: c, any finite number; None means 1 / sqrt(D).
+        softcap: a positive number that caps scaled scores, context's and prefix's alike, before gate, masks and bias
+            (Gemma 2, arXiv 2408.00118); None does not. So far "reference" alone computes it.
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "auto", or one of "fused", "composed", "reference". With "auto" the environment variable
             QTUNING_FAST_BACKEND, where it is set, stands in. "fused" and "composed" are differentiable once, in reverse
@@ -103,6 +108,7 @@ def prefix_attention(
         prefix_bias=prefix_bias,
         is_causal=is_causal,
         scale=scale,
+        softcap=softcap,
         return_lse=return_lse,
         backend=backend,
     )

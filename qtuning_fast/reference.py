@@ -1,9 +1,10 @@
 """Prefix attention by definition: plain PyTorch, which every other backend is tested against.
 
-For one query head, with scale c (Le et al., arXiv 2405.14124, for the gate; Guo et al., arXiv 2404.14607, for W):
+For one query head, with scale c (Le et al., arXiv 2405.14124, for the gate; Guo et al., arXiv 2404.14607, for W; Gemma
+2, arXiv 2408.00118, for the cap κ, without which cap(s) = s):
 
-    s_ctx = c · q kᵀ + mask                                       over the M context keys
-    s_pre = g(c · q k'ᵀ) + bias,    g(s) = s + α·σ(τ·s)           over the P prefix rows
+    s_ctx = cap(c · q kᵀ) + mask,   cap(s) = κ·tanh(s/κ)          over the M context keys
+    s_pre = g(cap(c · q k'ᵀ)) + bias,   g(s) = s + α·σ(τ·s)       over the P prefix rows
     k' = W_K ∘ K,  v' = W_V ∘ V,    W = U Vᵀ                      the stored rows, reweighted
     o  = softmax([s_pre, s_ctx]) [v' ; v]                         one softmax over both
 
@@ -71,8 +72,8 @@ def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor,
 
 
 def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
-    """g(c · q k'ᵀ) + bias; -inf for what lies beyond a prefix's length."""
-    s = call.scale * _products(call.query, prefix_key)
+    """g(cap(c · q k'ᵀ)) + bias; -inf for what lies beyond a prefix's length."""
+    s = _capped(call, call.scale * _products(call.query, prefix_key))
     if call.gate is not None:
         alpha = _per_head(call, call.gate_alpha, s.dtype)
         tau = _per_head(call, call.gate_tau, s.dtype)
@@ -85,8 +86,8 @@ def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
 
 
 def _context_scores(call: PrefixAttentionCall) -> Tensor:
-    """c · q kᵀ + mask; -inf for what a query must not see."""
-    s = call.scale * _products(call.query, call.key)
+    """cap(c · q kᵀ) + mask; -inf for what a query must not see."""
+    s = _capped(call, call.scale * _products(call.query, call.key))
     if call.padding_mask is not None:
         s = masked(s, call.padding_mask[:, None, None, :])
     if call.attn_mask is not None:
@@ -95,6 +96,11 @@ def _context_scores(call: PrefixAttentionCall) -> Tensor:
         N, M = s.shape[-2:]
         s = masked(s, torch.ones(N, M, dtype=torch.bool, device=s.device).tril(M - N))
     return s
+
+
+def _capped(call: PrefixAttentionCall, s: Tensor) -> Tensor:
+    """Scaled scores within ±κ, before gate and masks: what a mask hides stays hidden."""
+    return s if call.softcap is None else call.softcap * torch.tanh(s / call.softcap)
 
 
 def stored_rows(call: PrefixAttentionCall) -> Tensor:

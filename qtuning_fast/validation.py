@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qtuning_fast import backends
 from qtuning_fast.call import PrefixAttentionCall
-from qtuning_fast.reference import GATES
+from qtuning_fast.reference import GATES, score_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -38,6 +38,7 @@ def validate(
     prefix_bias: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    softcap: float | None,
     return_lse: bool,
     backend: str,
 ) -> PrefixAttentionCall:
@@ -88,6 +89,7 @@ def validate(
         prefix_bias=prefix_bias,
         is_causal=is_causal,
         scale=query.shape[-1] ** -0.5 if scale is None else _number("scale", scale, "None or "),
+        softcap=None if softcap is None else _cap(query, softcap),
     )
 
 
@@ -202,6 +204,16 @@ def _pair(
     U = known.tensor(f"{name}[0]", pair[0], "query's or float32", (*bank, "P", rank))
     V = known.tensor(f"{name}[1]", pair[1], "query's or float32", (*bank, rank, "Hkv", size))
     return U, V
+
+
+def _cap(query: Tensor, softcap: float) -> float:
+    cap, scores = _number("softcap", softcap, "None or "), torch.finfo(score_dtype(query))
+    if not scores.tiny <= cap <= scores.max:  # beyond, it rounds to 0 or infinity, and scores to NaN
+        raise ValueError(
+            f"softcap must be None or positive, in {scores.tiny:.3g}..{scores.max:.3g} for scores in {scores.dtype}, "
+            f"got {_brief(softcap)}"
+        )
+    return cap
 
 
 def _refuse_gradient(name: str, x: Tensor) -> None:

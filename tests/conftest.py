@@ -140,6 +140,7 @@ def _make_call(
     bias: bool = False,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Arguments:
     """Random arguments; every tensor that may require a gradient does."""
     generator = torch.Generator().manual_seed(seed)
@@ -171,6 +172,7 @@ def _make_call(
         "gate_tau": 1.3 if parameter_shape is None else trained(*parameter_shape),
         "is_causal": is_causal,
         "scale": scale,
+        "softcap": softcap,
     }
     if T is not None:
         arguments["prefix_index"] = integers(T, B)

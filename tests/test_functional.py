@@ -53,6 +53,55 @@ def test_lse_is_that_of_the_scores_in_place_and_has_no_gradient(make_call, gate)
     assert torch.equal(prefix_attention(**arguments), output)
 
 
+def test_a_cap_comes_before_gate_bias_and_masks(make_call, leaves, gradients):
+    """Scores of both parts written out, one softmax over them, and autograd through it."""
+    arguments = make_call(G=1, N=4, M=5, P=3, mask="full float", bias=True, is_causal=True, scale=1.5, softcap=0.9)
+    q, k, v, K, V = (arguments[name] for name in ("query", "key", "value", "prefix_key", "prefix_value"))
+
+    def capped(s):
+        return 0.9 * torch.tanh(s / 0.9)
+
+    s_pre = capped(1.5 * q @ K.mT)
+    s_pre = s_pre + 0.7 * torch.tanh(1.3 * s_pre) + arguments["prefix_bias"]
+    future = torch.ones(4, 5, dtype=torch.bool).triu(2)  # the last of 4 queries sees all of 5 keys
+    s_ctx = (capped(1.5 * q @ k.mT) + arguments["attn_mask"]).masked_fill(future, -torch.inf)
+    weights = torch.cat([s_pre, s_ctx], dim=-1).softmax(-1)
+    expected = weights[..., :3] @ V + weights[..., 3:] @ v
+    close(prefix_attention(**arguments), expected, tolerance=1e-10)
+    inputs = leaves(arguments)
+    found = gradients(arguments, torch.ones_like(expected))
+    for name, grad in zip(inputs, torch.autograd.grad(expected.sum(), list(inputs.values()))):
+        close(found[name], grad, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cap_far_above_all_scores_changes_nothing(make_call, gradients, dtype):
+    arguments = make_call(dtype=dtype, rank_key=1, gate_shape="head", mask="padding bool")
+    expected = prefix_attention(**arguments)
+    expected_grads = gradients(arguments, torch.ones_like(expected))
+    for softcap in (1e9, 1e30):
+        tolerance = 16 * torch.finfo(dtype).eps  # s / cap and back
+        close(prefix_attention(**arguments | {"softcap": softcap}), expected, tolerance)
+        for name, grad in gradients(arguments | {"softcap": softcap}, torch.ones_like(expected)).items():
+            close(grad, expected_grads[name], tolerance * max(1.0, expected_grads[name].abs().max().item()))
+    without = {name: x for name, x in arguments.items() if name != "softcap"}
+    close(prefix_attention(**without), expected, tolerance=0)
+
+
+def test_no_score_is_beyond_the_cap(make_call, gradients):
+    """Not even of the largest numbers; and what a mask hides stays hidden."""
+    arguments = make_call(dtype=torch.float16, gate=None, mask="padding bool", softcap=2.0)
+    for name in ("query", "key", "prefix_key"):
+        largest = arguments[name].detach().sign() * torch.finfo(torch.float16).max
+        arguments[name] = largest.requires_grad_()
+    arguments["attn_mask"][0], arguments["attn_mask"][1] = False, True
+    output, lse = prefix_attention(**arguments, return_lse=True)
+    for b, keys in enumerate((3, 3 + 4)):
+        assert (lse[b].exp() / keys).log().abs().max() <= 2.0 + 1e-6
+    assert output.isfinite().all()
+    assert (gradients(arguments, torch.ones_like(output))["value"][0] == 0).all()
+
+
 @pytest.mark.parametrize("empty", [{"B": 0}, {"N": 0}, {"M": 0}, {"P": 0}, {"M": 0, "P": 0}, dict.fromkeys("BNMP", 0)])
 @pytest.mark.parametrize("T", [None, 2])
 def test_empty_dimensions(make_call, gradients, empty, T):
@@ -239,7 +288,7 @@ def test_autocast_changes_nothing(make_call, dtype):
 
 
 def test_compiles_as_one_graph(make_call):
-    arguments = make_call(T=2, lengths=True, rank_key=1, mask="padding bool", is_causal=True)
+    arguments = make_call(T=2, lengths=True, rank_key=1, mask="padding bool", is_causal=True, softcap=2.0)
     compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
     close(compiled(**arguments), prefix_attention(**arguments))
 

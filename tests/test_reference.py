@@ -47,12 +47,13 @@ class ByHand:
     A call without a bank is treated as one with a bank of one prefix. Nothing here is vectorised beyond a dot product.
     """
 
-    def __init__(self, *, query, key, value, prefix_key, prefix_value, gate, is_causal, scale, **options):
+    def __init__(self, *, query, key, value, prefix_key, prefix_value, gate, is_causal, scale, softcap, **options):
         self.q, self.k, self.v, self.gate, self.is_causal = array(query), array(key), array(value), gate, is_causal
         self.options = options
         self.banked = prefix_key.ndim == 4
         self.K, self.V = (array(x)[(...,) if self.banked else None] for x in (prefix_key, prefix_value))
         self.c = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
+        self.softcap = softcap
         self.W_K, self.W_V = self.weights("reweight_key", self.K), self.weights("reweight_value", self.V)
 
         (B, Hq, N, _), (T, Hkv, P, _), M = self.q.shape, self.K.shape, self.k.shape[2]
@@ -94,23 +95,30 @@ class ByHand:
         (B, Hq, N, _), M = self.q.shape, self.k.shape[2]
         self.output = np.zeros((B, Hq, N, self.v.shape[-1]))
         self.lse = np.full((B, Hq, N), -np.inf)
-        self.seen = {}  # (b, h, i) -> prefix rows, context keys, scores before the gate, softmax weights of both parts
+        self.seen = {}  # (b, h, i) -> prefix rows, context keys, their scores before gate and mask, softmax weights
         for b, h, i in np.ndindex(B, Hq, N):
             t, kv = self.task[b], h // self.G
             rows = list(range(self.length[t]))
             keys = [j for j in range(M) if not self.is_causal or j <= i + M - N]
-            s = [self.c * self.q[b, h, i] @ (self.W_K[t, kv, p] * self.K[t, kv, p]) for p in rows]
+            s = [self.capped(self.c * self.q[b, h, i] @ (self.W_K[t, kv, p] * self.K[t, kv, p])) for p in rows]
+            s_ctx = [self.capped(self.c * self.q[b, h, i] @ self.k[b, kv, j]) for j in keys]
             scores = [self.g(x, t, h) + self.bias[b, h, i, p] for x, p in zip(s, rows)]
-            scores += [self.c * self.q[b, h, i] @ self.k[b, kv, j] + self.mask[b, h, i, j] for j in keys]
+            scores += [x + self.mask[b, h, i, j] for x, j in zip(s_ctx, keys)]
             if max(scores, default=-np.inf) == -np.inf:
                 continue
             self.lse[b, h, i] = max(scores) + math.log(sum(math.exp(x - max(scores)) for x in scores))
             p = np.exp(np.array(scores) - self.lse[b, h, i])
-            self.seen[b, h, i] = rows, keys, s, p[: len(rows)], p[len(rows) :]
+            self.seen[b, h, i] = rows, keys, s, s_ctx, p[: len(rows)], p[len(rows) :]
             for weight, row in zip(p, rows):
                 self.output[b, h, i] += weight * self.W_V[t, kv, row] * self.V[t, kv, row]
             for weight, j in zip(p[len(rows) :], keys):
                 self.output[b, h, i] += weight * self.v[b, kv, j]
+
+    def capped(self, s):
+        return s if self.softcap is None else self.softcap * math.tanh(s / self.softcap)
+
+    def slope_of_cap(self, capped):
+        return 1.0 if self.softcap is None else 1 - (capped / self.softcap) ** 2
 
     def g(self, s, t, h):
         if self.gate is None:
@@ -118,31 +126,32 @@ class ByHand:
         return s + self.alpha[t, h] * SIGMA[self.gate][0](self.tau[t, h] * s)
 
     def backward(self, d_output):
-        """Gradients by argument, from their formulas for one query (p softmax weight, s score before the gate):
+        """Gradients by argument, from their formulas for one query (p softmax weight, s capped score before the gate):
 
-        dg = p (dO·v' - δ),  δ = dO·o,  ds = dg (1 + α τ σ'(τ s)),  dα = Σ dg σ(τ s),  dτ = Σ dg α s σ'(τ s).
+        dg = p (dO·v' - δ),  δ = dO·o,  ds = dg (1 + α τ σ'(τ s)),  dα = Σ dg σ(τ s),  dτ = Σ dg α s σ'(τ s),
+        and what reaches the products below a cap κ is ds (1 - (s / κ)²), of the context's scores too.
         Those of the prefix have a leading T, and those of alpha and tau are [T, Hq], whatever shape the argument has.
         """
         d_output = array(d_output)
         dq, dk, dv, dk_, dv_ = map(np.zeros_like, (self.q, self.k, self.v, self.K, self.V))
         d_alpha, d_tau = np.zeros(self.alpha.shape), np.zeros(self.alpha.shape)
         sigma, slope = SIGMA[self.gate or "identity"]
-        for (b, h, i), (rows, keys, scores, p_pre, p_ctx) in self.seen.items():
+        for (b, h, i), (rows, keys, s_pre, s_ctx, p_pre, p_ctx) in self.seen.items():
             t, kv = self.task[b], h // self.G
             alpha, tau = (self.alpha[t, h], self.tau[t, h]) if self.gate else (0.0, 0.0)
             q, do = self.q[b, h, i], d_output[b, h, i]
             delta = do @ self.output[b, h, i]
-            for p, s, weight in zip(rows, scores, p_pre):
+            for p, s, weight in zip(rows, s_pre, p_pre):
                 dg = weight * (do @ (self.W_V[t, kv, p] * self.V[t, kv, p]) - delta)
-                ds = dg * (1 + alpha * tau * slope(tau * s))
+                ds = dg * (1 + alpha * tau * slope(tau * s)) * self.slope_of_cap(s)
                 dq[b, h, i] += self.c * ds * self.W_K[t, kv, p] * self.K[t, kv, p]
                 dk_[t, kv, p] += self.c * ds * q
                 dv_[t, kv, p] += weight * do
                 if self.gate:
                     d_alpha[t, h] += dg * sigma(tau * s)
                     d_tau[t, h] += dg * alpha * s * slope(tau * s)
-            for j, weight in zip(keys, p_ctx):
-                ds = weight * (do @ self.v[b, kv, j] - delta)
+            for j, s, weight in zip(keys, s_ctx, p_ctx):
+                ds = weight * (do @ self.v[b, kv, j] - delta) * self.slope_of_cap(s)
                 dq[b, h, i] += self.c * ds * self.k[b, kv, j]
                 dk[b, kv, j] += self.c * ds * q
                 dv[b, kv, j] += weight * do
@@ -174,11 +183,11 @@ def assert_as_by_hand(arguments, gradients):
 
 @pytest.mark.parametrize("gate", [*GATES, None])
 @pytest.mark.parametrize("bank", [False, True])
-def test_output_and_all_gradients_follow_the_formulas(make_call, gradients, gate, bank):
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_output_and_all_gradients_follow_the_formulas(make_call, gradients, gate, bank, softcap):
     options = {"T": 3, "B": 4, "lengths": True, "gate_shape": "task, head"} if bank else {"gate_shape": "head"}
-    arguments = make_call(
-        seed=3, gate=gate, P=5, n_shared=1, rank_key=2, rank_value=3, mask="padding bool", is_causal=True, **options
-    )
+    options |= {"P": 5, "n_shared": 1, "rank_key": 2, "rank_value": 3, "mask": "padding bool", "is_causal": True}
+    arguments = make_call(seed=3, gate=gate, softcap=softcap, **options)
     assert_as_by_hand(arguments, gradients)
 
 
@@ -208,6 +217,7 @@ def call_options(draw):
         "bias": draw(st.booleans()),
         "is_causal": draw(st.booleans()),
         "scale": draw(st.none() | st.sampled_from([1.0, -0.3, 0.0])),
+        "softcap": draw(st.none() | st.sampled_from([0.1, 1, 50.0])),
     }
 
 
@@ -232,12 +242,13 @@ REST = [
     {"rank_key": 3, "rank_value": 1, "gate_shape": "scalar", "n_shared": 1},
     {"rank_key": 1, "rank_value": 1, "gate_shape": "task, head", "T": 2, "n_shared": 1},
     {"rank_key": 3, "rank_value": 3, "gate_shape": "task", "T": 2, "lengths": True},
+    {"rank_key": 1, "rank_value": 1, "gate_shape": "head", "softcap": 0.8},
 ]
 
 
 @pytest.mark.parametrize(("i", "j"), list(product(range(len(GATES) + 1), range(len(MASKS)))))
 def test_gradients_agree_with_finite_differences(make_call, leaves, i, j):
-    """Every gate with every mask; ranks and banks go round, so that each meets each gate and each mask."""
+    """Every gate with every mask; ranks, banks and a cap go round, so that each meets each gate and each mask."""
     gate, mask = [*GATES, None][i], [*MASKS.values()][j]
     sizes = {"B": 2, "Hkv": 1, "G": 2, "N": 2, "M": 3, "P": 2, "D": 2, "Dv": 1}
     arguments = make_call(seed=10 * i + j, gate=gate, **sizes, **mask, **REST[(i + j) % len(REST)])

@@ -57,6 +57,7 @@ def call_options(draw):
         "mask": draw(st.none() | st.sampled_from(["padding bool", "padding float", "full bool", "full float"])),
         "bias": draw(st.booleans()),
         "is_causal": draw(st.booleans()),
+        "softcap": draw(st.none() | st.sampled_from([2, 0.5, 1e30])),
     }
 
 
@@ -159,8 +160,11 @@ def heads_no_multiple(draw, arguments):
 
 
 def bad_number(draw, arguments):
-    name = draw(st.sampled_from(["gate_alpha", "gate_tau", "scale"]))
-    arguments[name] = draw(st.sampled_from([math.nan, math.inf, -math.inf, 10**400, -(10**400), 1j, "1", True, [1.0]]))
+    name = draw(st.sampled_from(["gate_alpha", "gate_tau", "scale", "softcap"]))
+    bad = [math.nan, math.inf, -math.inf, 10**400, -(10**400), 1j, "1", True, [1.0]]
+    if name == "softcap":
+        bad += [0, 0.0, -1, -30.0, 5e-324, torch.tensor(30.0)]
+    arguments[name] = draw(st.sampled_from(bad))
     return {name}
 
 
@@ -251,6 +255,12 @@ def test_a_complaint_says_what_must_be_and_what_was(make_call):
         "ValueError: prefix_index must lie in 0..1, got values in 0..2"
     )
     assert complaint(call, scale="wide") == "TypeError: scale must be None or a number, got str 'wide'"
+    assert complaint(call, softcap=torch.tensor(30.0)) == (
+        "TypeError: softcap must be None or a number, got a torch.float32 tensor of shape []"
+    )
+    assert complaint(call, softcap=-30) == (
+        "ValueError: softcap must be None or positive, in 2.23e-308..1.8e+308 for scores in float64, got int -30"
+    )
     assert complaint(call, gate_tau=torch.ones(3)) == (
         "ValueError: gate_tau must be [], [Hq] or, with a bank, [T, 1] or [T, Hq], here one of [], [4], got shape [3]"
     )
@@ -291,6 +301,15 @@ def test_what_backends_get(make_call):
     padded, masked = normalised(make_call(D=4, mask="padding bool")), normalised(make_call(mask="full float", scale=2))
     assert padded.padding_mask is not None and padded.attn_mask is None and padded.scale == 0.5
     assert masked.padding_mask is None and masked.attn_mask is not None and masked.scale == 2.0
+
+
+def test_a_cap_is_a_float_that_scores_can_hold(make_call):
+    assert normalised(make_call()).softcap is None
+    cap = normalised(make_call(softcap=30)).softcap
+    assert cap == 30.0 and isinstance(cap, float)
+    assert normalised(make_call(softcap=1e300)).softcap == 1e300
+    for cap in (1e39, 1e-39):  # infinite, and without its digits, in float32
+        assert "softcap must be" in complaint(make_call(dtype=torch.float16), softcap=cap)
 
 
 def test_values_are_looked_at_on_the_cpu_only(make_call):

@@ -26,6 +26,8 @@ from qtuning_fast.call import PrefixAttentionCall
 
 def why_not(call: PrefixAttentionCall) -> str | None:
     """What keeps it from a call."""
+    if call.softcap is not None:
+        return "softcap: it does not cap scores"
     if call.query.is_cuda:
         from qtuning_fast.backends import fused
 

@@ -20,6 +20,8 @@ LARGEST_HEAD_SIZE = 256
 def why_not(call: PrefixAttentionCall) -> str | None:
     """What the kernels cannot do about a call."""
     query = call.query
+    if call.softcap is not None:
+        return "softcap: its Triton kernels do not cap scores"
     if query.device.type == "cpu" and not _interpreted():
         return "its Triton kernels need a GPU, and query is on the CPU"
     if query.device.type not in ("cpu", "cuda"):

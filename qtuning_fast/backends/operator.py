@@ -102,6 +102,7 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
 
 def arguments_of(call: PrefixAttentionCall) -> tuple[Any, ...]:
     """A call as the arguments of the operators."""
+    assert call.softcap is None, "no pass knows it: a backend refuses such a call"
     U_key, V_key = call.reweight_key or (None, None)
     U_value, V_value = call.reweight_value or (None, None)
     alpha, tau = call.gate_alpha, call.gate_tau
@@ -175,6 +176,7 @@ def _call_of(
         prefix_bias=prefix_bias,
         is_causal=is_causal,
         scale=scale,
+        softcap=None,
     )
 
 

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qtuning_fast import backends, explain_backend, prefix_attention
 from qtuning_fast.backends import Backend, choice
@@ -36,6 +37,18 @@ def test_explaining_takes_the_arguments_of_the_call(make_call):
 def test_what_a_backend_cannot_do_is_refused_by_name(make_call, attend_or_explain):
     with pytest.raises(NotImplementedError, match=r"'fused'.*float32.*: composed, reference"):
         attend_or_explain(**make_call(), backend="fused")
+
+
+@pytest.mark.parametrize("backend", ["fused", "composed"])
+def test_a_cap_on_scores_is_left_to_the_reference(make_call, monkeypatch, backend):
+    capped = make_call(softcap=30, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match=rf"'{backend}', .*: softcap: .*: reference$"):
+        prefix_attention(**capped, backend=backend)
+    monkeypatch.setattr(choice, "TABLE", (Rule("cpu", backend),))
+    explained = explain_backend(**capped)
+    assert explained.backend == "reference" and explained.reason.startswith(f"{backend} would be the fastest")
+    assert all(why.startswith("softcap: ") for why in explained.rejected.values()) and len(explained.rejected) == 2
+    assert torch.equal(prefix_attention(**capped), prefix_attention(**capped, backend="reference"))
 
 
 def test_fused_says_when_triton_is_missing_too(make_call, monkeypatch):

@@ -30,6 +30,11 @@ def run(arguments):
     return prefix_attention(**arguments)
 
 
+def test_no_operator_is_handed_a_cap_that_it_would_ignore(make_call, call_of):
+    with pytest.raises(AssertionError, match="refuses such a call"):
+        arguments_of(call_of(make_call(softcap=2.0)))
+
+
 def test_the_same_bits_again(make_call, backend, gradients):
     sizes = {"B": 5, "T": 2, "N": 70, "P": 20, "G": 1, "lengths": True, "gate_shape": "task, head"}
     arguments = make_call(**BASE | WHOLE | sizes) | {"backend": backend}

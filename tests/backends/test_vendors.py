@@ -69,6 +69,7 @@ def call_of(
         prefix_bias=None,
         is_causal=is_causal,
         scale=0.3,
+        softcap=None,
     )
 
 
