@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtuning_fast.nn import Prefix
 from qtuning_fast.nn.gate import NO_GATE, gate_arguments
 
 
@@ -19,11 +20,13 @@ class TaskAdapter:
 
     Attributes:
         name: of the task.
-        label_names: one a class.
-        keys, values: the folded prefix, `[Hkv, P, D]` and `[Hkv, P, Dv]` a layer.
+        label_names: one a class; empty where a task has none.
+        keys, values: the folded prefix, `[Hkv, P, D]` and `[Hkv, P, Dv]` a layer; empty where there are embeddings.
+        embeddings: the folded prompt `[P, E]` in front of the input, or None.
         gate: NoRGa's activation, or None.
         alphas, taus: `[]` or `[Hq]` a layer; empty without a gate.
-        head_weight, head_bias: `[classes, hidden]` and `[classes]`.
+        head_weight, head_bias: `[classes, hidden]` and `[classes]`; None without a head.
+        position_shift: by how much the context's position ids are larger than without the adapter.
     """
 
     name: str
@@ -33,37 +36,58 @@ class TaskAdapter:
     gate: str | None
     alphas: tuple[Tensor, ...]
     taus: tuple[Tensor, ...]
-    head_weight: Tensor
-    head_bias: Tensor
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    embeddings: Tensor | None = None
+    position_shift: int = 0
 
     @property
     def prefix_rows(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[1] if self.embeddings is None else len(self.embeddings)
 
-    def arguments(self, device: torch.device) -> list[dict[str, Any]]:
-        """For each layer the prefix as keyword arguments of `prefix_attention`."""
-        placed = []
-        for layer, (key, value) in enumerate(zip(self.keys, self.values)):
-            gate = NO_GATE
-            if self.gate is not None:
-                gate = gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
-            placed.append({"prefix_key": key.to(device), "prefix_value": value.to(device), **gate})
-        return placed
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def prefix(self, device: torch.device, *, num_layers: int) -> Prefix:
+        """The stored prefix, ready to be placed on this many layers."""
+        layers = [self._rows(layer, device) | self._gate(layer, device) for layer in range(num_layers)]
+        shift = torch.tensor([self.position_shift], device=device) if self.position_shift else None
+        return Prefix(layers, None if self.embeddings is None else self.embeddings.to(device), shift)
+
+    def _rows(self, layer: int, device: torch.device) -> dict[str, Any]:
+        if self.embeddings is not None:
+            return {}
+        return {"prefix_key": self.keys[layer].to(device), "prefix_value": self.values[layer].to(device)}
+
+    def _gate(self, layer: int, device: torch.device) -> dict[str, Any]:
+        if self.gate is None:
+            return NO_GATE
+        return gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
 
     def logits(self, features: Tensor) -> Tensor:
         """`[B, hidden]` to `[B, classes]`."""
+        assert self.head_weight is not None and self.head_bias is not None
         return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for saving."""
-        named = {"head.weight": self.head_weight, "head.bias": self.head_bias}
+        single = {"head.weight": self.head_weight, "head.bias": self.head_bias, "embeddings": self.embeddings}
+        named = {name: tensor for name, tensor in single.items() if tensor is not None}
         for kind in ("keys", "values", "alphas", "taus"):
             named |= {f"{kind}.{layer}": tensor for layer, tensor in enumerate(getattr(self, kind))}
         return named
 
     @classmethod
     def from_tensors(
-        cls, tensors: dict[str, Tensor], *, name: str, label_names: Sequence[str], gate: str | None
+        cls,
+        tensors: dict[str, Tensor],
+        *,
+        name: str,
+        label_names: Sequence[str],
+        gate: str | None,
+        position_shift: int = 0,
     ) -> TaskAdapter:
         """What `tensors` gave."""
 
@@ -76,16 +100,23 @@ class TaskAdapter:
             label_names=tuple(label_names),
             keys=layers("keys"),
             values=layers("values"),
+            embeddings=tensors.get("embeddings"),
             gate=gate,
             alphas=layers("alphas"),
             taus=layers("taus"),
-            head_weight=tensors["head.weight"],
-            head_bias=tensors["head.bias"],
+            head_weight=tensors.get("head.weight"),
+            head_bias=tensors.get("head.bias"),
+            position_shift=position_shift,
         )
 
 
-def checked_labels(name: object, num_labels: object, label_names: Sequence[str] | None) -> tuple[str, ...]:
+def checked_labels(
+    name: object, num_labels: object, label_names: Sequence[str] | None, *, required: bool
+) -> tuple[str, ...]:
     """The label names of a new task, from what `start_task` was given.
+
+    Args:
+        required: whether the task needs labels; otherwise it may have none.
 
     Raises:
         TypeError, ValueError: the name or the labels are not usable.
@@ -94,6 +125,8 @@ def checked_labels(name: object, num_labels: object, label_names: Sequence[str] 
         raise TypeError(f"name is {name!r}; it must be a string")
     if not name:
         raise ValueError("name is empty; a task needs one")
+    if label_names is None and num_labels is None and not required:
+        return ()
     if label_names is None:
         if isinstance(num_labels, bool) or not isinstance(num_labels, int):
             raise TypeError(f"num_labels is {num_labels!r}; it must be an integer, or label_names must be given")
@@ -105,35 +138,55 @@ def checked_labels(name: object, num_labels: object, label_names: Sequence[str] 
     return tuple(label_names)
 
 
-def bank_arguments(adapters: Sequence[TaskAdapter], index: Tensor) -> list[dict[str, Any]]:
-    """For each layer a bank of these adapters' prefixes, as keyword arguments of `prefix_attention`.
+def bank_of(adapters: Sequence[TaskAdapter], index: Tensor, *, num_layers: int) -> Prefix:
+    """A bank of these adapters' prefixes, ready to be placed on this many layers.
 
     Args:
         adapters: T adapters of one model.
         index: `[B]`, which of them each sample uses.
+
+    Raises:
+        ValueError: they have different gates.
     """
     device = index.device
-    lengths = torch.tensor([adapter.prefix_rows for adapter in adapters], device=device)
+    gates = {adapter.gate for adapter in adapters} - {None}
+    if len(gates) > 1:
+        raise ValueError(f"adapters with the gates {sorted(map(str, gates))} cannot be used in one batch")
+    placed = {
+        "prefix_index": index,
+        "prefix_length": torch.tensor([adapter.prefix_rows for adapter in adapters], device=device),
+    }
     longest = max(adapter.prefix_rows for adapter in adapters)
 
-    def stacked(prefixes: Sequence[Tensor]) -> Tensor:
-        return torch.stack([F.pad(prefix, (0, 0, 0, longest - prefix.shape[1])) for prefix in prefixes]).to(device)
+    def stacked(rows: Sequence[Tensor]) -> Tensor:
+        return torch.stack([F.pad(each, (0, 0, 0, longest - each.shape[-2])) for each in rows]).to(device)
 
-    def gate(layer: int) -> dict[str, Any]:
-        activation = adapters[0].gate
-        if activation is None:
-            return NO_GATE
-        alpha = torch.stack([adapter.alphas[layer].reshape(-1) for adapter in adapters])
-        tau = torch.stack([adapter.taus[layer].reshape(-1) for adapter in adapters])
-        return gate_arguments(activation, alpha.to(device), tau.to(device))
+    def layer(number: int) -> dict[str, Any]:
+        arguments = placed | gate_of_bank(adapters, number, next(iter(gates), None), device)
+        if adapters[0].embeddings is None:
+            arguments["prefix_key"] = stacked([adapter.keys[number] for adapter in adapters])
+            arguments["prefix_value"] = stacked([adapter.values[number] for adapter in adapters])
+        return arguments
 
-    return [
-        {
-            "prefix_key": stacked([adapter.keys[layer] for adapter in adapters]),
-            "prefix_value": stacked([adapter.values[layer] for adapter in adapters]),
-            "prefix_index": index,
-            "prefix_length": lengths,
-            **gate(layer),
-        }
-        for layer in range(len(adapters[0].keys))
+    embeddings = [adapter.embeddings for adapter in adapters if adapter.embeddings is not None]
+    shifts = torch.tensor([adapter.position_shift for adapter in adapters], device=device)
+    return Prefix(
+        [layer(number) for number in range(num_layers)],
+        stacked(embeddings) if embeddings else None,
+        shifts if any(adapter.position_shift for adapter in adapters) else None,
+    )
+
+
+def gate_of_bank(
+    adapters: Sequence[TaskAdapter], layer: int, activation: str | None, device: torch.device
+) -> dict[str, Any]:
+    """One layer's gates, one a task; a task without a gate has alpha 0 beside tasks with one."""
+    if activation is None:
+        return NO_GATE
+    pairs = [
+        (adapter.alphas[layer], adapter.taus[layer]) if adapter.gate else (torch.zeros(1), torch.ones(1))
+        for adapter in adapters
     ]
+    heads = max(alpha.numel() for alpha, _ in pairs)
+    alphas, taus = (torch.stack([each.reshape(-1).expand(heads) for each in kind]) for kind in zip(*pairs))
+    return gate_arguments(activation, alphas.to(device), taus.to(device))

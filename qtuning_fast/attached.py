@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers import AttachedAttention, encoder_of
-from qtuning_fast.nn import mean_pool
+from qtuning_fast.integrations.transformers import AttachedAttention
+from qtuning_fast.nn import first_token, last_token, mean_pool
 
 Attached = TypeVar("Attached", bound="AttachedModel")
 
@@ -23,18 +24,26 @@ class AttachedModel(nn.Module):
         TypeError, ValueError, NotImplementedError: the model cannot be attached to; the message says why.
     """
 
-    accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the encoder and are no loss options
+    base_model: PreTrainedModel
+    accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the base model and are no loss options
 
     def __init__(self, base_model: PreTrainedModel) -> None:
         super().__init__()
-        self.attention = AttachedAttention(base_model)
-        self.base_model = base_model
+        self._given = (base_model,)  # in a tuple, since it may be a wrapper around what is registered below
+        inner = cast(Any, base_model).get_base_model() if _is_peft_model(base_model) else base_model
+        self.attention = AttachedAttention(inner)
+        self.base_model = inner
         self._detached = False
 
     @property
     def encoder(self) -> PreTrainedModel:
-        """The base model, or its encoder where the base model has a head."""
-        return encoder_of(self.base_model)
+        """The stack that reads the input, without a head."""
+        return self.attention.encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base_model.device
 
     @property
     def hidden_size(self) -> int:
@@ -42,8 +51,16 @@ class AttachedModel(nn.Module):
         return self.encoder.config.hidden_size
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Pooled features `[B, hidden]` under what stands on the attention layers."""
-        return mean_pool(self.encoder(**inputs).last_hidden_state, inputs.get("attention_mask"))
+        """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers.
+
+        The mean over the tokens; in a causal model the last token, in an image model the class token.
+        """
+        encoder, causal = self.encoder, self.attention.is_causal
+        output = encoder(**inputs, **({"use_cache": False} if causal else {}))
+        hidden = output.last_hidden_state[:, self.attention.prompt_tokens :]
+        image = encoder.main_input_name == "pixel_values"
+        pool = first_token if image else last_token if causal else mean_pool
+        return pool(hidden, inputs.get("attention_mask"))
 
     def train(self: Attached, mode: bool = True) -> Attached:
         """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint."""
@@ -52,7 +69,7 @@ class AttachedModel(nn.Module):
         return self
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base model's; each backward must come before the next forward."""
+        """As the base model's, with either kind of checkpoint."""
         self.base_model.gradient_checkpointing_enable(*args, **kwargs)
         self.train(self.training)
 
@@ -65,9 +82,14 @@ class AttachedModel(nn.Module):
         """Take everything off the base model and give it back as it was; no task can be set from here on."""
         self.attention.detach()
         self._detached = True
-        return self.base_model
+        return self._given[0]
 
     def check_attached(self) -> None:
         """Raise a `RuntimeError` after `detach`."""
         if self._detached:
             raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
+
+
+def _is_peft_model(model: Any) -> bool:
+    """Whether it is peft's wrapper around a transformers model, told without importing peft."""
+    return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") and hasattr(model, "peft_config")

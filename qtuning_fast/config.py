@@ -14,7 +14,9 @@ GATE_PER = ("layer", "head")
 GATE_TRAINING = ("every-task", "first-task")
 PLACEMENTS = ("prefix", "input")
 REPARAMETERIZATIONS = ("mlp", None)
-TASK_TYPES = ("sequence-classification", "text-to-text", "causal-lm", "image-classification")
+STACKS = ("encoder", "decoder", "both")
+HEAD_TASK_TYPES = ("sequence-classification", "image-classification")  # a head for each task
+TASK_TYPES = (*HEAD_TASK_TYPES, "text-to-text", "causal-lm")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,13 @@ class QTuningConfig:
         placement: `"prefix"`, rows are keys and values in attention layers; `"input"`, rows are embeddings in front
             of the input.
         layers: indices of the attention layers that get a prefix; None for all of them.
+        stack: where an encoder-decoder gets its prefixes: self-attention of the `"encoder"` (Q-tuning's own), of the
+            `"decoder"`, or `"both"`. Models with one stack have only that one.
         reparameterization: `"mlp"`, one residual two-layer MLP shared by all layers while a prompt trains; or None.
         eviction: how a full queue makes room: `"pca"` (DQ-PCA), `"fifo"` or `"random"`.
         retention_weight: weight η of the memory retention loss; 0 switches it off.
-        task_type: what the heads do.
+        task_type: `"sequence-classification"` and `"image-classification"` give each task a head on pooled features;
+            `"text-to-text"` (encoder-decoders) and `"causal-lm"` use the base model's own language modelling head.
 
     Raises:
         TypeError, ValueError: a field is not what it must be; the message names it.
@@ -53,6 +58,7 @@ class QTuningConfig:
     gate_training: str = "every-task"
     placement: str = "prefix"
     layers: tuple[int, ...] | None = None
+    stack: str = "encoder"
     reparameterization: str | None = "mlp"
     eviction: str = "pca"
     retention_weight: float = 0.1
@@ -66,6 +72,7 @@ class QTuningConfig:
             ("gate_per", GATE_PER),
             ("gate_training", GATE_TRAINING),
             ("placement", PLACEMENTS),
+            ("stack", STACKS),
             ("reparameterization", REPARAMETERIZATIONS),
             ("eviction", EVICTIONS),
             ("task_type", TASK_TYPES),
@@ -80,6 +87,13 @@ class QTuningConfig:
         if not 0 <= weight < float("inf"):
             raise ValueError(f"retention_weight is {weight}; it must be finite and not negative")
         object.__setattr__(self, "retention_weight", float(weight))
+        if self.placement == "input":
+            for name, only in (("layers", None), ("stack", "encoder")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}; with placement='input' it must be {only!r}, since prompts "
+                        "pass through all layers as tokens"
+                    )
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from qtuning_fast.adapter import TaskAdapter, bank_arguments, checked_labels
+from qtuning_fast.adapter import TaskAdapter, bank_of, checked_labels
 from qtuning_fast.attached import AttachedModel
-from qtuning_fast.config import QTuningConfig
+from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.integrations.transformers import AttentionLayer
 from qtuning_fast.live import LivePrefix
-from qtuning_fast.nn import Discriminator, retention_loss
+from qtuning_fast.nn import Discriminator, Prefix, retention_loss
 from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
 from qtuning_fast.storage import CorruptFileError
 
@@ -47,17 +48,20 @@ class QTuningModel(AttachedModel):
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
     adapter (`set_task`). With no task set, the base model computes what it always did, by its own functions.
 
-    A base model without a head gets mean pooling, scaled to unit root mean square, and a head per task; of one with a
-    head the encoder is used. The backbone is frozen and stays in eval mode. The prefix stands on the attention layers
-    while a model computes: one model serves one thread at a time, and models that share a config switch together.
+    For classification each task has a head on pooled features (`encode`), scaled to unit root mean square; of a base
+    model with a head of its own only what is below it is used. For language modelling the base model's head is used,
+    and `forward` returns what the base model returns. The backbone is frozen and stays in eval mode. The prefix stands
+    on the attention layers while a model computes: one model serves one thread at a time, and models that share a
+    config switch together.
 
     Args:
-        base_model: a text encoder of the BERT family.
+        base_model: a transformers model whose layers call the attention interface (docs/models.md), or peft's wrapper
+            around one.
         config: see `QTuningConfig`.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or a layer of the model cannot be attached to.
-        NotImplementedError: a placement, a task type or a kind of model that is not supported yet.
+        TypeError, ValueError: an argument is not what it must be, or the config does not fit the model.
+        NotImplementedError: the model's attention cannot take a prefix; the message says why.
     """
 
     discriminator: Discriminator | None
@@ -68,18 +72,16 @@ class QTuningModel(AttachedModel):
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
-        if config.placement != "prefix":
-            raise NotImplementedError(f"placement={config.placement!r} is not supported yet; use 'prefix'")
-        if config.task_type != "sequence-classification":
-            raise NotImplementedError(
-                f"task_type={config.task_type!r} is not supported yet; use 'sequence-classification'"
-            )
         super().__init__(base_model)
         try:
-            self.layer_indices = _chosen_layers(config, len(self.attention.layers))
+            _check_task_type(config.task_type, self.base_model)
+            self.layer_indices = _chosen_layers(config, self.attention.layers)
             shapes = [self.attention.layers[index].shape for index in self.layer_indices]
-            self.live = LivePrefix(shapes, config).to(base_model.device)
-        except ValueError:
+            words = self.encoder.get_input_embeddings()
+            vocabulary = words if isinstance(words, nn.Embedding) else None
+            size = self.hidden_size if vocabulary is None else vocabulary.embedding_dim
+            self.live = LivePrefix(shapes, config, vocabulary=vocabulary, embedding_size=size).to(self.device)
+        except (ValueError, NotImplementedError):
             self.detach()
             raise
         self.qtuning_config = config
@@ -98,6 +100,11 @@ class QTuningModel(AttachedModel):
         return list(self.adapters)
 
     @property
+    def has_heads(self) -> bool:
+        """Whether each task has a head of its own; otherwise the base model's language modelling head is used."""
+        return self.qtuning_config.task_type in HEAD_TASK_TYPES
+
+    @property
     def retains_memory(self) -> bool:
         """Whether the loss of the task in training holds the memory retention term: from the first eviction on."""
         config = self.qtuning_config
@@ -108,8 +115,9 @@ class QTuningModel(AttachedModel):
 
         Args:
             name: a new task's name.
-            num_labels: classes, at least two; may be left out where `label_names` is given.
-            label_names: one a class.
+            num_labels: classes, at least two; may be left out where `label_names` is given. Language modelling tasks
+                need neither.
+            label_names: one a class; the words that stand for the classes where there are no heads.
 
         Raises:
             TypeError, ValueError: the name is taken or the labels are not usable.
@@ -118,16 +126,16 @@ class QTuningModel(AttachedModel):
         self.check_attached()
         if self._training_task is not None:
             raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
-        labels = checked_labels(name, num_labels, label_names)
+        labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
-        device = self.base_model.device
+        device = self.device
         self.live.begin_task(first=not self.tasks)
         if self.retains_memory and self.discriminator is None:
             self.discriminator = Discriminator(self.hidden_size)
         if self.discriminator is not None:
             self.discriminator.to(device).requires_grad_(True)
-        self.head = nn.Linear(self.hidden_size, len(labels)).to(device)
+        self.head = nn.Linear(self.hidden_size, len(labels)).to(device) if self.has_heads else None
         self._training_task = name, labels
         self.set_task(name)
 
@@ -138,7 +146,7 @@ class QTuningModel(AttachedModel):
             RuntimeError: no task is in training.
         """
         self.check_attached()
-        if self._training_task is None or self.head is None:
+        if self._training_task is None:
             raise RuntimeError("no task is in training; call start_task first")
         name, labels = self._training_task
         adapter = self.live.finish_task(name, labels, self.head)
@@ -192,6 +200,9 @@ class QTuningModel(AttachedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         task_names: Sequence[str] | None = None,
         retention_features: Tensor | None = None,
@@ -200,56 +211,86 @@ class QTuningModel(AttachedModel):
         """Logits under the active task, or the base model's own output where no task is set.
 
         Args:
-            input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, hidden]`.
+            input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, E]`, or `pixel_values`.
             attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
-            token_type_ids, position_ids: as the base model takes them.
-            labels: `[B]` class indices.
+            token_type_ids, position_ids, decoder_input_ids, decoder_attention_mask: as the base model takes them.
+            labels: `[B]` class indices; for language modelling token ids, as the base model takes them.
             task_names: one finished task a sample; each sample then gets its own task's adapter.
             retention_features: `[B, hidden]`, the features of this batch under the previous task's adapter
                 (`features`), where they were computed beforehand; they are computed here otherwise.
-            **kwargs: for the encoder.
+            **kwargs: for the base model.
 
         Returns:
-            `QTuningOutput`, or what the base model returns.
+            `QTuningOutput` for classification, else what the base model returns. Its `retention_loss` is set where
+            memory retention is due, and part of its `loss`.
 
         Raises:
             ValueError: attention weights are asked for, or `task_names` does not fit.
         """
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
-        if self._active is not None and kwargs.get("return_dict") is False:
-            raise ValueError("return_dict=False: under a task the output is a QTuningOutput")
-        if self._active is not None and attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; under a task it must be [B, N]")
-        inputs = kwargs | {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }
+        inputs = kwargs | {name: value for name, value in named.items() if value is not None}
+        self._check_inputs(inputs, under_a_task=self._active is not None or task_names is not None)
         if task_names is not None:
-            return self._forward_mixed(task_names, labels, inputs)
+            with self.using(task_names, _batch_size(inputs)):
+                return self._compute(inputs, labels, task_names)
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
         if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
-            return self._forward_retaining(labels, retention_features, inputs)
+            return self._compute_retaining(inputs, labels, retention_features)
         if self._active[1]:
             self._place()  # the live prefix moves with every step
-        logits = self._logits(self.encode(inputs))
+        return self._compute(inputs, labels)
+
+    def _check_inputs(self, inputs: dict[str, Any], *, under_a_task: bool) -> None:
+        if inputs.get("output_attentions"):
+            raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
+        if not under_a_task:
+            return
+        if inputs.get("return_dict") is False:
+            raise ValueError("return_dict=False: under a task the output has names")
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; under a task it must be [B, N]")
+
+    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, task_names: Sequence[str] | None = None) -> Any:
+        """Loss and logits under what stands on the attention layers."""
+        if not self.has_heads:
+            return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+        features = self.encode(inputs)
+        logits = self._logits(features) if task_names is None else self._logits_mixed(features, task_names, labels)
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
 
-    def _forward_retaining(
-        self, labels: Tensor, retention_features: Tensor | None, inputs: dict[str, Any]
-    ) -> QTuningOutput:
+    def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
         """One step with memory retention: the batch under the live prefix and under the shared prompt alone."""
         if retention_features is None:
             retention_features = self.features(inputs, task=self.tasks[-1])
-        features, shared_features = self._features_with_shared(inputs)
-        logits = self._logits(features)
-        loss, retention = F.cross_entropy(logits.float(), labels), None
-        if len(features) > 1:  # a batch of one has no product pairs
+        if self.has_heads:
+            features, shared_features = self._features_with_shared(inputs)
+            logits = self._logits(features)
+            output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
+        else:
+            index = torch.ones(_batch_size(inputs), dtype=torch.long, device=self.device)
+            self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
+            shared_features = self.encode(self._read(inputs))
+            self._place()
+            output = self._compute(inputs, labels)
+        if len(shared_features) > 1:  # a batch of one has no product pairs
             assert self.discriminator is not None
-            shift = int(torch.randint(1, len(features), ()))
-            retention = retention_loss(self.discriminator, shared_features, retention_features.to(features), shift)
-            loss = loss + self.qtuning_config.retention_weight * retention
-        return QTuningOutput(loss=loss, logits=logits, retention_loss=retention)
+            shift = int(torch.randint(1, len(shared_features), ()))
+            old = retention_features.to(shared_features)
+            retention = retention_loss(self.discriminator, shared_features, old, shift)
+            output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
+            output["retention_loss"] = retention
+        return output
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
@@ -259,7 +300,11 @@ class QTuningModel(AttachedModel):
         """
         with self._keeping_task():
             self.set_task(task)
-            return self.encode(inputs)
+            return self.encode(self._read(inputs))
+
+    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What of the inputs the stack takes that reads them."""
+        return {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "logits_to_keep"))}
 
     @contextmanager
     def _keeping_task(self) -> Iterator[None]:
@@ -273,6 +318,53 @@ class QTuningModel(AttachedModel):
             else:
                 self.set_task(active[0], live=active[1])
 
+    @contextmanager
+    def using(self, task_names: Sequence[str], batch: int) -> Iterator[None]:
+        """Within the block each sample of a batch of this size computes under its own finished task.
+
+        Raises:
+            ValueError: a task is unknown, or there is not one name a sample.
+        """
+        self.check_attached()
+        if isinstance(task_names, str) or len(task_names) != batch:
+            raise ValueError(f"task_names is {task_names!r}; it must hold one name for each of the {batch} samples")
+        names = list(dict.fromkeys(task_names))
+        adapters = [self._adapter(name) for name in names]
+        index = torch.tensor([names.index(name) for name in task_names], device=self.device)
+        prefix = bank_of(adapters, index, num_layers=len(self.layer_indices))
+        with self._keeping_task():
+            self.attention.switch()
+            self.attention.place(self.layer_indices, prefix)
+            yield
+
+    def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate` under the active task, or under one finished task a sample.
+
+        The prefix is in no cache and, with `placement="prefix"`, takes no positions.
+
+        Args:
+            *args, **kwargs: as the base model takes them.
+            task_names: one finished task a sample.
+
+        Raises:
+            ValueError: the base model cannot generate, or `task_names` does not fit.
+        """
+        if not self.base_model.can_generate():
+            raise ValueError(f"{type(self.base_model).__name__} has no language modelling head and cannot generate")
+        generate: Callable[..., Any] = self.base_model.generate  # type: ignore[assignment]
+        was_training = self.training
+        self.eval()  # layers that checkpoint would not use the cache
+        try:
+            if task_names is None:
+                if self._active is not None:
+                    self._place()
+                return generate(*args, **kwargs)
+            batch = len(args[0]) if args else _batch_size(kwargs)
+            with torch.no_grad(), self.using(task_names, batch):
+                return generate(*args, **kwargs)
+        finally:
+            self.train(was_training)
+
     def _is_training(self, name: str) -> bool:
         return self._training_task is not None and name == self._training_task[0]
 
@@ -284,43 +376,36 @@ class QTuningModel(AttachedModel):
             return self.head(features.to(self.head.weight.dtype))
         return self.adapters[name].logits(features)
 
+    def _logits_mixed(self, features: Tensor, task_names: Sequence[str], labels: Tensor | None) -> Tensor:
+        """`[B, most classes]`, each sample by its own task's head, −inf beyond its classes."""
+        counts = [len(self.label_names(name)) for name in task_names]
+        logits = features.new_full((len(features), max(counts)), float("-inf"))
+        for name in dict.fromkeys(task_names):
+            rows = torch.tensor([each == name for each in task_names], device=features.device)
+            logits[rows, : len(self.label_names(name))] = self.adapters[name].logits(features[rows]).to(logits.dtype)
+        classes = torch.tensor(counts)
+        if labels is not None and labels.device.type == "cpu" and (labels >= classes).any():
+            raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {counts} classes")
+        return logits
+
     def _place(self) -> None:
         """Put the active task's prefix on the attention layers."""
         assert self._active is not None
-        name, live = self._active
-        prefixes = self.live.arguments() if live else self.adapters[name].arguments(self.base_model.device)
-        self.attention.place(self.layer_indices, prefixes)
+        self.attention.place(self.layer_indices, self._prefix(*self._active))
+
+    def _prefix(self, name: str, live: bool) -> Prefix:
+        if live:
+            return self.live.prefix()
+        return self.adapters[name].prefix(self.device, num_layers=len(self.layer_indices))
 
     def _features_with_shared(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Features under the live prefix, and under the shared prompt alone: one pass of twice the batch."""
         batch = _batch_size(inputs)
-        index = torch.arange(2, device=self.base_model.device).repeat_interleave(batch)
-        self.attention.place(self.layer_indices, self.live.arguments_with_shared(index))
+        index = torch.arange(2, device=self.device).repeat_interleave(batch)
+        self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
         doubled = {name: torch.cat([v, v]) if _has_batch(v, batch) else v for name, v in inputs.items()}
         features, shared_features = self.encode(doubled).chunk(2)
         return features, shared_features
-
-    def _forward_mixed(self, task_names: Sequence[str], labels: Tensor | None, inputs: dict[str, Any]) -> QTuningOutput:
-        self.check_attached()
-        if len(task_names) != _batch_size(inputs):
-            raise ValueError(f"task_names has {len(task_names)} names for a batch of {_batch_size(inputs)}")
-        names = list(dict.fromkeys(task_names))
-        adapters = [self._adapter(name) for name in names]
-        index = torch.tensor([names.index(name) for name in task_names], device=self.base_model.device)
-        bank = bank_arguments(adapters, index)
-        with self._keeping_task():
-            self.attention.switch()
-            self.attention.place(self.layer_indices, bank)
-            features = self.encode(inputs)
-        widest = max(len(adapter.label_names) for adapter in adapters)
-        logits = features.new_full((len(features), widest), float("-inf"))
-        for position, adapter in enumerate(adapters):
-            rows = index == position
-            logits[rows, : len(adapter.label_names)] = adapter.logits(features[rows]).to(logits.dtype)
-        classes = torch.tensor([len(adapter.label_names) for adapter in adapters], device=index.device)[index]
-        if labels is not None and labels.device.type == "cpu" and (labels >= classes).any():
-            raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {classes.tolist()} classes")
-        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
     def _apply(self, *args: Any, **kwargs: Any) -> QTuningModel:
         # to(), cuda(), half(): what stands on the attention layers moves along.
@@ -334,9 +419,8 @@ class QTuningModel(AttachedModel):
 
         `prompt` is the prompts and the reweighting; `network` the reparametrisation and the discriminator.
         """
-        gates = [layer.gate for layer in self.live.layers]
         groups: dict[str, list[nn.Module | None]] = {
-            "gate": [*gates],
+            "gate": [*self.live.gates],
             "head": [self.head],
             "network": [self.live.reparameterization, self.discriminator],
         }
@@ -374,7 +458,9 @@ class QTuningModel(AttachedModel):
         }
         adapters = tuple(self.adapters.values())
         kind = type(self.base_model).__name__
-        write_saved(Path(folder), SavedModel(self.qtuning_config, fingerprint(self.encoder), kind, adapters, state))
+        write_saved(
+            Path(folder), SavedModel(self.qtuning_config, fingerprint(self.attention.model), kind, adapters, state)
+        )
 
     @classmethod
     def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path) -> QTuningModel:
@@ -387,7 +473,7 @@ class QTuningModel(AttachedModel):
         saved = read_saved(Path(folder))
         model = cls(base_model, saved.config)
         try:
-            if fingerprint(model.encoder) != saved.fingerprint:
+            if fingerprint(model.attention.model) != saved.fingerprint:
                 raise ValueError(
                     f"{folder} was made for another base model: a {saved.base_model} with the fingerprint "
                     f"{saved.fingerprint[:12]}, not this {type(base_model).__name__} in {base_model.dtype}"
@@ -409,7 +495,7 @@ class QTuningModel(AttachedModel):
         state = {name: value for name, value in saved.state.items() if name not in queue}
         self.live.begin_prompts(self.qtuning_config.prompt_length if saved.adapters else 0)
         if any(name.startswith("discriminator.") for name in state):
-            self.discriminator = Discriminator(self.hidden_size).to(self.base_model.device)
+            self.discriminator = Discriminator(self.hidden_size).to(self.device)
             self.discriminator.requires_grad_(False)
         self.live.requires_grad_(False)
         self.load_trainable_state_dict(state)
@@ -420,11 +506,30 @@ class QTuningModel(AttachedModel):
         return super().detach()
 
 
-def _chosen_layers(config: QTuningConfig, count: int) -> list[int]:
-    layers = range(count) if config.layers is None else config.layers
-    if max(layers) >= count:
-        raise ValueError(f"layers names layer {max(layers)}, but the model has layers 0 to {count - 1}")
-    return sorted(layers)
+def _chosen_layers(config: QTuningConfig, layers: Sequence[AttentionLayer]) -> list[int]:
+    """Indices of the layers that get a prefix."""
+    stacks = {layer.stack for layer in layers}
+    there = [i for i, layer in enumerate(layers) if len(stacks) == 1 or config.stack in (layer.stack, "both")]
+    if config.layers is None:
+        return there
+    if max(config.layers) >= len(there):
+        raise ValueError(f"layers names layer {max(config.layers)}, but the model has layers 0 to {len(there) - 1}")
+    return [there[index] for index in sorted(config.layers)]
+
+
+def _check_task_type(task_type: str, base_model: PreTrainedModel) -> None:
+    """Raise a ValueError where the model is not of the kind that the task type needs."""
+    reads = "images" if base_model.main_input_name == "pixel_values" else "text"
+    two_stacks, writes = base_model.config.is_encoder_decoder, base_model.can_generate()
+    needs = {
+        "sequence-classification": ("a model that reads text", reads == "text"),
+        "image-classification": ("a model that reads images", reads == "images"),
+        "text-to-text": ("an encoder-decoder with a language modelling head", two_stacks and writes),
+        "causal-lm": ("a decoder with a language modelling head", not two_stacks and writes),
+    }
+    needed, fits = needs[task_type]
+    if not fits:
+        raise ValueError(f"task_type={task_type!r} needs {needed}, which a {type(base_model).__name__} is not")
 
 
 def _has_batch(value: Any, batch: int) -> bool:

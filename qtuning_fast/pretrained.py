@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.reference import GATES
 from qtuning_fast.storage import TEMPORARY, CorruptFileError, read_json, read_tensors, write_json, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _OURS = re.compile(
     rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
@@ -63,6 +64,8 @@ def write_saved(folder: Path, saved: SavedModel) -> None:
             {
                 "name": adapter.name,
                 "label_names": list(adapter.label_names),
+                "gate": adapter.gate,
+                "position_shift": adapter.position_shift,
                 **write_tensors(folder, f"task-{number:03d}", adapter.tensors()),
             }
             for number, adapter in enumerate(saved.adapters)
@@ -110,7 +113,7 @@ def _read_files(folder: Path, content: dict[str, Any]) -> SavedModel:
         )
     try:
         config = QTuningConfig.from_dict(content["config"])
-        adapters = [_read_adapter(folder, entry, config.gate) for entry in content["tasks"]]
+        adapters = [_read_adapter(folder, entry) for entry in content["tasks"]]
         if len({adapter.name for adapter in adapters}) < len(adapters):
             raise CorruptFileError(f"{folder / CONFIG_FILE} names a task twice")
         state = read_tensors(folder, content["state"])
@@ -120,12 +123,20 @@ def _read_files(folder: Path, content: dict[str, Any]) -> SavedModel:
         raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
 
 
-def _read_adapter(folder: Path, entry: dict[str, Any], gate: str | None) -> TaskAdapter:
+def _read_adapter(folder: Path, entry: dict[str, Any]) -> TaskAdapter:
     name, labels = entry["name"], entry["label_names"]
     if not isinstance(name, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
         raise CorruptFileError(f"{folder / CONFIG_FILE}: the name or the labels of task {name!r} are no text")
-    adapter = TaskAdapter.from_tensors(read_tensors(folder, entry), name=name, label_names=labels, gate=gate)
-    if len(labels) != len(adapter.head_bias):
+    if entry["gate"] not in (None, *GATES) or not isinstance(entry["position_shift"], int):
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the gate or the position_shift of task {name!r} is none")
+    adapter = TaskAdapter.from_tensors(
+        read_tensors(folder, entry),
+        name=name,
+        label_names=labels,
+        gate=entry["gate"],
+        position_shift=entry["position_shift"],
+    )
+    if adapter.head_bias is not None and len(labels) != len(adapter.head_bias):
         raise CorruptFileError(
             f"{folder / CONFIG_FILE}: task {name!r} has {len(labels)} labels, its head another number"
         )
@@ -133,14 +144,14 @@ def _read_adapter(folder: Path, entry: dict[str, Any], gate: str | None) -> Task
 
 
 @torch.no_grad()
-def fingerprint(encoder: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """A hash that tells base models apart: names, shapes and evenly spaced samples of every parameter.
 
     The samples are rounded to bfloat16, so a model loaded in float32 and in bfloat16 is the same. The pooler is left
     out: features do not pass through it, and transformers makes a random one where a checkpoint has none.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(encoder.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         if name.startswith("pooler."):
             continue
         flat = parameter.detach().flatten()

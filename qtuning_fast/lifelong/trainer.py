@@ -38,7 +38,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from qtuning_fast.config import QTuningConfig
-from qtuning_fast.integrations.transformers import encoder_of
+from qtuning_fast.integrations.transformers import without_head
+from qtuning_fast.integrations.transformers.positions import first_position
 from qtuning_fast.lifelong.evaluation import accuracy, features
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
@@ -52,7 +53,6 @@ from qtuning_fast.storage import read_json, tensors_digest, write_json
 from qtuning_fast.version import __version__
 
 RUN_FILE = "run.json"
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions begin after the padding token's index
 
 
 class LifelongTrainer:
@@ -154,7 +154,7 @@ class LifelongTrainer:
             "training": self.options.to_dict(),
             "forward_transfer": self.forward_transfer,
             "tasks": {task.name: data_digest(task) for task in self.tasks},
-            "base_fingerprint": fingerprint(encoder_of(self.base_model)),
+            "base_fingerprint": fingerprint(without_head(self.base_model)),
             "about": self.about,
         }
         path = self.folder / RUN_FILE
@@ -345,8 +345,7 @@ def device_name(device: torch.device) -> str:
 def _check_length(max_length: int, base_model: PreTrainedModel, tokenizer: Any) -> None:
     added = tokenizer.num_special_tokens_to_add()
     longest = getattr(base_model.config, "max_position_embeddings", None) or max_length
-    if base_model.config.model_type in OFFSET_POSITIONS:
-        longest -= base_model.config.pad_token_id + 1
+    longest -= first_position(base_model)
     if not added < max_length <= longest:
         raise ValueError(
             f"max_length is {max_length}; this model takes at most {longest} tokens, {added} of them not of the text"
@@ -381,7 +380,7 @@ def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
 def _state_of(model: QTuningModel) -> dict[str, Any]:
     """What the report shows of the queue, the reweighting and the gate after a task."""
     eviction = model.live.last_eviction
-    gates = [prefix.gate for prefix in model.live.layers if prefix.gate is not None]
+    gates = model.live.gates
     return {
         "energy_kept": None if eviction is None else float(np.mean(eviction.energy_kept)),
         "effective_rank": None if eviction is None else float(np.mean(eviction.effective_rank)),
@@ -392,5 +391,5 @@ def _state_of(model: QTuningModel) -> dict[str, Any]:
         }
         if gates
         else None,
-        "row_weights": [prefix.row_weights().abs().mean(1).tolist() for prefix in model.live.layers],
+        "row_weights": [rows.row_weights().detach().abs().mean(1).tolist() for rows in model.live.rows],
     }

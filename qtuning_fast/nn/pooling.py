@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,4 +23,23 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     else:
         weights = attention_mask.to(hidden)[..., None]
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return _scaled(pooled)
+
+
+def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last token that is no padding, wherever the padding is; arguments and result as in `mean_pool`."""
+    hidden = hidden.float()
+    if attention_mask is None:
+        return _scaled(hidden[:, -1])
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (places * (attention_mask != 0)).argmax(1)
+    return _scaled(hidden[torch.arange(len(hidden), device=hidden.device), last])
+
+
+def first_token(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The first token, which in image models is the class token; arguments and result as in `mean_pool`."""
+    return _scaled(hidden[:, 0].float())
+
+
+def _scaled(pooled: Tensor) -> Tensor:
     return F.rms_norm(pooled, pooled.shape[-1:])

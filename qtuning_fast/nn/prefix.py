@@ -1,4 +1,4 @@
-"""What one attention layer attends to before its context: `[P* ; P_new ; W ∘ Q_old]`, and the gate."""
+"""The trainable rows in front of a context, `[P* ; P_new ; W ∘ Q_old]`: keys and values of a layer, or embeddings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtuning_fast.nn.gate import NO_GATE, Gate
 from qtuning_fast.nn.reweighting import Reweighting
 
 KEY_STD = 0.5  # keys that start tiny collapse onto one direction
 VALUE_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the layers of a model attend to in front of their context, ready to be placed.
+
+    Attributes:
+        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate; of a bank also
+            `prefix_index` and `prefix_length`. Where there are embeddings, no rows.
+        embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
+        position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
+    """
+
+    layers: list[dict[str, Any]]
+    embeddings: Tensor | None = None
+    position_shift: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[1]`, or `[T]` of a bank: how many rows of embeddings there are."""
+        assert self.embeddings is not None
+        lengths = self.layers[0].get("prefix_length")
+        if lengths is not None:
+            return lengths
+        *bank, P, _ = self.embeddings.shape
+        return torch.full(bank or (1,), P, device=self.embeddings.device)
 
 
 @dataclass(frozen=True)
@@ -41,66 +66,84 @@ class LayerShape:
         return key.reshape(heads).transpose(0, 1), value.reshape(heads).transpose(0, 1)
 
 
-class LayerPrefix(nn.Module):
-    """The trainable prefix of one attention layer (Q-tuning, arXiv 2404.14607; gate: NoRGa, arXiv 2405.14124).
+class PromptRows(nn.Module):
+    """Trainable rows `[P* ; P_new ; W ∘ Q_old]` (Q-tuning, arXiv 2404.14607).
 
-    Rows are kept as feature vectors `[n, F]`, `F = Hkv * (D + Dv)`, the shape in which the queue holds them.
+    Rows are kept as feature vectors `[n, F]`, the shape in which the queue holds them.
 
     Attributes:
         shared: `[S, F]`, the prefix prompt `P*` of all tasks.
         prompt: `[l, F]`, the prompt of the task in training; none before the first task.
         old: `[n, F]`, the queue's rows, frozen.
-        reweight_key, reweight_value: `W` of the old rows; none while there are no old rows.
-        gate: None for plain prefix tuning.
     """
 
     old: Tensor
+
+    def __init__(self, features: int, *, shared_length: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.shared = nn.Parameter(self.new_rows(shared_length))
+        self.prompt = nn.Parameter(self.new_rows(0))
+        self.register_buffer("old", torch.zeros(0, features), persistent=False)  # the queue saves its rows
+
+    def new_rows(self, n: int) -> Tensor:
+        """`n` rows `[n, F]` as a prompt starts."""
+        raise NotImplementedError
+
+    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
+        """A new prompt in front of the queue's rows, whose reweighting starts at `row_scale` (`[n]`)."""
+        device = self.shared.device
+        self.prompt = nn.Parameter(self.new_rows(prompt_length).to(device))
+        self.old = old.to(device)
+
+    def no_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows and scale of an empty queue."""
+        return self.old.new_zeros(0, self.old.shape[1]), self.old.new_zeros(0)
+
+    def row_weights(self) -> Tensor:
+        """`W` of the old rows as `[n, F]`."""
+        raise NotImplementedError
+
+
+class LayerPrefix(PromptRows):
+    """The rows of one attention layer: keys and values beside those of its context, `F = Hkv * (D + Dv)`.
+
+    Attributes:
+        reweight_key, reweight_value: `W` of the old rows; none while there are no old rows.
+    """
+
     reweight_key: Reweighting | None
     reweight_value: Reweighting | None
-    gate: Gate | None
 
-    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int, gate: str | None, per_head: bool) -> None:
-        super().__init__()
+    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int) -> None:
         self.shape = shape
-        self.rank = rank
-        self.shared = nn.Parameter(self._new_rows(shared_length))
-        self.prompt = nn.Parameter(self._new_rows(0))
-        self.register_buffer("old", torch.zeros(0, shape.row_features), persistent=False)  # the queue saves its rows
+        super().__init__(shape.row_features, shared_length=shared_length, rank=rank)
         self.register_module("reweight_key", None)
         self.register_module("reweight_value", None)
-        self.register_module("gate", None if gate is None else Gate(gate, shape.num_heads if per_head else None))
 
-    def _new_rows(self, n: int) -> Tensor:
+    def new_rows(self, n: int) -> Tensor:
         """`n` rows, keys from N(0, 0.5²) and values from N(0, 0.02²)."""
         shape = self.shape
         keys = KEY_STD * torch.randn(n, shape.num_kv_heads * shape.key_size)
         values = VALUE_STD * torch.randn(n, shape.num_kv_heads * shape.value_size)
         return torch.cat([keys, values], dim=1)
 
-    def no_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows and scale of an empty queue."""
-        return self.old.new_zeros(0, self.shape.row_features), self.old.new_zeros(0)
-
     def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
-        """A new prompt in front of the queue's rows, whose reweighting starts at `row_scale` (`[n]`)."""
-        device = self.shared.device
+        super().begin(prompt_length, old, row_scale)
         shape = self.shape
-        self.prompt = nn.Parameter(self._new_rows(prompt_length).to(device))
-        self.old = old.to(device)
         self.reweight_key = self.reweight_value = None
         if len(old):
-            heads = shape.num_kv_heads
+            heads, device = shape.num_kv_heads, self.shared.device
             self.reweight_key = Reweighting(row_scale, heads, shape.key_size, self.rank).to(device)
             self.reweight_value = Reweighting(row_scale, heads, shape.value_size, self.rank).to(device)
 
     def row_weights(self) -> Tensor:
-        """`W` of the old rows as `[n, F]`."""
         if self.reweight_key is None or self.reweight_value is None:
             return torch.ones_like(self.old)
-        return self.shape.to_rows(self.reweight_key.weights(), self.reweight_value.weights())
+        return self.shape.to_rows(self.reweight_key(), self.reweight_value())
 
     def arguments(self, prompt: Tensor) -> dict[str, Any]:
-        """The prefix as keyword arguments of `prefix_attention`.
+        """The rows as keyword arguments of `prefix_attention`, which reweights them as it goes.
 
         Args:
             prompt: `[l, F]`, the new prompt as it is or after a reparametrisation.
@@ -112,10 +155,54 @@ class LayerPrefix(nn.Module):
             for name, weighting in (("reweight_key", self.reweight_key), ("reweight_value", self.reweight_value)):
                 unweighted = weighting.U.new_zeros(n_shared, self.rank)
                 arguments[name] = (torch.cat([unweighted, weighting.U]), weighting.V)
-        return arguments | (NO_GATE if self.gate is None else self.gate.arguments())
+        return arguments
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
         """The prefix with `W` baked in: key `[Hkv, P, D]`, value `[Hkv, P, Dv]`."""
         key, value = self.shape.from_rows(torch.cat([self.shared, self.prompt, self.row_weights() * self.old]))
         return key.clone(), value.clone()
+
+
+class InputPrompt(PromptRows):
+    """Rows that are embeddings in front of the input, `F = E`: Q-tuning's own placement.
+
+    Args:
+        vocabulary: the base model's embedding of words, of which new rows are random ones (Lester et al., EMNLP 2021,
+            section 3.2); without one, in image models, rows start from N(0, 0.02²).
+        features: E.
+    """
+
+    reweight: Reweighting | None
+
+    def __init__(self, vocabulary: nn.Embedding | None, features: int, *, shared_length: int, rank: int) -> None:
+        self._vocabulary = () if vocabulary is None else (vocabulary,)  # in a tuple: no part of this module
+        self._features = features
+        super().__init__(features, shared_length=shared_length, rank=rank)
+        self.register_module("reweight", None)
+
+    @torch.no_grad()
+    def new_rows(self, n: int) -> Tensor:
+        """`n` embeddings of random words."""
+        if not self._vocabulary:
+            return VALUE_STD * torch.randn(n, self._features)
+        words = self._vocabulary[0]
+        picked = torch.randint(words.num_embeddings, (n,))
+        return words(picked.to(words.weight.device)).to("cpu", torch.float32)
+
+    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
+        super().begin(prompt_length, old, row_scale)
+        self.reweight = None
+        if len(old):
+            self.reweight = Reweighting(row_scale, 1, self._features, self.rank).to(self.shared.device)
+
+    def row_weights(self) -> Tensor:
+        return torch.ones_like(self.old) if self.reweight is None else self.reweight().squeeze(0)
+
+    def embeddings(self, prompt: Tensor) -> Tensor:
+        """`[P, E]`, reweighted.
+
+        Args:
+            prompt: `[l, E]`, the new prompt as it is or after a reparametrisation.
+        """
+        return torch.cat([self.shared, prompt, self.row_weights() * self.old])

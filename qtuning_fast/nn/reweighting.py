@@ -30,7 +30,6 @@ class Reweighting(nn.Module):
         self.U = nn.Parameter(U)
         self.V = nn.Parameter(V)
 
-    @torch.no_grad()
-    def weights(self) -> Tensor:
+    def forward(self) -> Tensor:
         """`W` as `[heads, n, width]`."""
         return torch.einsum("nr,rhd->hnd", self.U, self.V)

@@ -1,0 +1,10 @@
+"""Prefix attention inside transformers models.
+
+Importing this registers `attn_implementation="qtuning_fast"` with transformers' attention and mask interfaces.
+"""
+
+from qtuning_fast.integrations.transformers.attached import AttachedAttention
+from qtuning_fast.integrations.transformers.attention import NAME
+from qtuning_fast.integrations.transformers.layers import AttentionLayer, without_head
+
+__all__ = ["NAME", "AttachedAttention", "AttentionLayer", "without_head"]

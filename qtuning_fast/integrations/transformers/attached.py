@@ -1,0 +1,168 @@
+"""The attention layers of one frozen model, and the switch between their own attention and prefix attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from qtuning_fast.integrations.transformers.attention import NAME, PREFIX, watched
+from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
+from qtuning_fast.integrations.transformers.layers import AttentionLayer, configs_of, find_layers, without_head
+from qtuning_fast.integrations.transformers.positions import shift_positions, takes_positions
+from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
+from qtuning_fast.nn.prefix import Prefix
+
+_ATTACHED = "qtuning_attached"  # on a base model that is attached to
+
+
+class AttachedAttention:
+    """The self-attention layers of one frozen model, and the switch between their own attention and ours.
+
+    Args:
+        base_model: a transformers model in which every layer calls the attention interface.
+
+    Attributes:
+        layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
+
+    Raises:
+        TypeError: `base_model` is not a transformers model.
+        ValueError: the model is attached to already.
+        NotImplementedError: a layer does not call the interface, or needs what prefix attention cannot do.
+    """
+
+    def __init__(self, base_model: PreTrainedModel) -> None:
+        if not isinstance(base_model, PreTrainedModel):
+            raise TypeError(f"base_model is a {type(base_model).__name__}; it must be a transformers PreTrainedModel")
+        if hasattr(base_model, _ATTACHED):
+            raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
+        self._base_model = base_model
+        self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
+        self._hooks: list[RemovableHandle] = []
+        self.layers: list[AttentionLayer] = []
+        self.prompt_tokens = 0  # that stand in front of the sequence now
+        self.switch()
+        try:
+            self.layers = find_layers(base_model)
+        finally:
+            self.restore()
+        setattr(base_model, _ATTACHED, True)
+        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+        self._was_training = [(module, module.training) for module in base_model.modules()]
+        base_model.requires_grad_(False)
+        self.freeze(training=False)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model below the head."""
+        return without_head(self._base_model)
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The stack that reads the input: an encoder-decoder's encoder, or all there is below the head."""
+        # Some models keep their one stack within another module, and their heads call it there.
+        return self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model.get_decoder()
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the stack that reads the input is causal."""
+        return self.layers[0].is_causal
+
+    def switch(self) -> None:
+        """Attention by `prefix_attention` from here on."""
+        if not self._original:
+            self._original = [(config, config._attn_implementation) for config in configs_of(self._base_model)]
+        for config, _ in self._original:
+            config._attn_implementation = NAME
+
+    def restore(self) -> None:
+        """The original attention and mask functions from here on, and no prefix anywhere."""
+        for config, implementation in self._original:
+            config._attn_implementation = implementation
+        self._original = []
+        self._clear()
+
+    def freeze(self, *, training: bool) -> None:
+        """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
+        self._base_model.eval()
+        carry_prefixes(self._base_model)
+        for layer in checkpointing_layers(self._base_model):  # which they do in training mode only
+            layer.training = training
+
+    def detach(self) -> None:
+        """The base model as it was; another may be attached from here on."""
+        self.restore()
+        leave_prefixes(self._base_model)
+        self._base_model.__dict__.pop(_ATTACHED, None)
+        for parameter, required in self._required_grad:
+            parameter.requires_grad_(required)
+        for module, training in self._was_training:
+            module.training = training
+
+    def place(self, layers: Sequence[int], prefix: Prefix) -> None:
+        """From here on the layers with these indices attend to `prefix`, whichever stood there before."""
+        self._clear()
+        arguments, shift = prefix.layers, prefix.position_shift
+        if prefix.embeddings is not None and self.is_causal:
+            rows = self._rows_of_prompt(layers, prefix.embeddings)
+            arguments = [each | row for each, row in zip(arguments, rows)]
+            shift = prefix.lengths
+        elif prefix.embeddings is not None:
+            bank = prefix.layers[0]
+            index, lengths = bank.get("prefix_index"), bank.get("prefix_length")
+            prompt = Prompt(_at_the_end(prefix.embeddings, lengths), index, lengths)
+            self._hooks = put_in_front(self.model, self.encoder, prompt)
+            self.prompt_tokens = prompt.tokens
+            arguments = [each | {"prompt_tokens": prompt.tokens} for each in arguments]
+        if shift is not None and takes_positions(self.encoder):
+            index = prefix.layers[0].get("prefix_index")
+            self._hooks.append(shift_positions(self.encoder, shift if index is None else shift[index.to(shift.device)]))
+        for index, each in zip(layers, arguments):
+            setattr(self.layers[index].module, PREFIX, each)
+
+    def _clear(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.prompt_tokens = 0
+        for layer in self.layers:
+            layer.module.__dict__.pop(PREFIX, None)
+
+    def _rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[dict[str, Tensor]]:
+        """For each layer the keys and values of a prompt `[P, E]` or of a bank of them, `[T, P, E]`.
+
+        In a causal model they do not depend on what follows, so one pass over the prompt serves all samples.
+        """
+        found: dict[int, dict[str, Tensor]] = {}
+
+        def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+            bank = embeddings.ndim == 3
+            found[id(module)] = {
+                "prefix_key": key if bank else key.squeeze(0),
+                "prefix_value": value if bank else value.squeeze(0),
+            }
+
+        checkpointing = [layer for layer in checkpointing_layers(self.model) if layer.training]
+        for layer in checkpointing:
+            layer.training = False  # a few tokens; and what a checkpoint computes within it keeps to itself
+        try:
+            with watched(keep):
+                batch = embeddings if embeddings.ndim == 3 else embeddings[None]
+                self.encoder(inputs_embeds=batch.to(self.model.dtype), use_cache=False)
+        finally:
+            for layer in checkpointing:
+                layer.training = True
+        return [found[id(self.layers[index].module)] for index in layers]
+
+
+def _at_the_end(bank: Tensor, lengths: Tensor | None) -> Tensor:
+    """Prompts `[T, P, E]` with what fills up the shorter ones in front, so that they end next to the context."""
+    if lengths is None:
+        return bank
+    P = bank.shape[1]
+    places = (torch.arange(P, device=bank.device) - (P - lengths.to(bank.device)[:, None])) % P
+    return bank.gather(1, places[..., None].expand(-1, -1, bank.shape[2]))

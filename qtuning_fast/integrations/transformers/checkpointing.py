@@ -1,0 +1,75 @@
+"""Gradient checkpointing of layers that hold a prefix: the prefix is an input of the layer, as the hidden states are.
+
+A checkpoint computes its layer a second time in the backward pass. What stands on the attention modules by then may be
+another prefix, and the reentrant kind of checkpoint passes gradients to the layer's inputs only. So both kinds are
+given the prefix's tensors, and put them back in place when they recompute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qtuning_fast.integrations.transformers.attention import PREFIX
+
+_FUNCTION = "_gradient_checkpointing_func"
+_BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours is in its place
+
+
+def checkpointing_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
+    """The layers of a model that would checkpoint their activations in training mode."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            yield module
+
+
+def carry_prefixes(model: nn.Module) -> None:
+    """Checkpoints of the model's layers take prefixes as inputs from here on."""
+    for layer in checkpointing_layers(model):
+        if not hasattr(layer, _BEFORE):
+            before = getattr(layer, _FUNCTION)
+            setattr(layer, _BEFORE, before)
+            setattr(layer, _FUNCTION, _carrying(layer, before))
+
+
+def leave_prefixes(model: nn.Module) -> None:
+    """Undo `carry_prefixes`."""
+    for layer in model.modules():
+        if hasattr(layer, _BEFORE):
+            setattr(layer, _FUNCTION, layer.__dict__.pop(_BEFORE))
+
+
+def _carrying(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def carrying(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        modules = [module for module in layer.modules() if hasattr(module, PREFIX)]
+        leaves, structure = tree_flatten([getattr(module, PREFIX) for module in modules])
+
+        def run(*inputs: Any) -> Any:
+            prefixes = tree_unflatten(inputs[: len(leaves)], structure)
+            with _in_place(modules, prefixes):
+                return function(*inputs[len(leaves) :])
+
+        return checkpoint(run, *leaves, *args, **kwargs)
+
+    return carrying
+
+
+@contextmanager
+def _in_place(modules: Sequence[nn.Module], prefixes: Sequence[Any]) -> Iterator[None]:
+    """Within the block these prefixes stand on these modules."""
+    before = [getattr(module, PREFIX, None) for module in modules]
+    try:
+        for module, prefix in zip(modules, prefixes):
+            setattr(module, PREFIX, prefix)
+        yield
+    finally:
+        for module, prefix in zip(modules, before):
+            if prefix is None:
+                module.__dict__.pop(PREFIX, None)
+            else:
+                setattr(module, PREFIX, prefix)

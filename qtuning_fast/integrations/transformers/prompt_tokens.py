@@ -1,0 +1,147 @@
+"""`placement="input"` in bidirectional models: a prompt's rows stand in front of the input as tokens (Q-tuning).
+
+A causal model needs none of this: there the prompt's keys and values do not depend on what comes after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from qtuning_fast.integrations.transformers.attention import for_batch
+from qtuning_fast.integrations.transformers.positions import by_name, first_position, own_positions, takes_positions
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The rows that stand in front of a batch.
+
+    Attributes:
+        embeddings: `[P, E]`, or a bank `[T, P, E]` whose shorter prompts fill the last rows.
+        index: `[B]` with a bank: which of them each sample uses.
+        lengths: `[T]` with a bank whose prompts differ in length.
+    """
+
+    embeddings: Tensor
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.embeddings.shape[-2]
+
+    def rows(self, like: Tensor) -> Tensor:
+        """`[B, P, E]`, for inputs `like` these, `[B, N, E]`."""
+        rows = self.embeddings.to(like)
+        if self.index is None:
+            return rows.expand(len(like), -1, -1)
+        return rows[for_batch(self.index.to(rows.device), len(like))]
+
+    def absent(self, batch: int, device: torch.device) -> Tensor | None:
+        """`[B]`, how many of the first rows are none; None where all are there."""
+        if self.lengths is None or self.index is None:
+            return None
+        return self.tokens - for_batch(self.lengths[self.index].to(device), batch)
+
+    def mask(self, batch: int, device: torch.device) -> Tensor | None:
+        """`[B, P]` bool, False for rows that are none; None where all are there."""
+        absent = self.absent(batch, device)
+        return None if absent is None else torch.arange(self.tokens, device=device) >= absent[:, None]
+
+
+def put_in_front(model: PreTrainedModel, encoder: PreTrainedModel, prompt: Prompt) -> list[RemovableHandle]:
+    """From here on the prompt stands in front of what `encoder` of `model` is given, until the handles are removed.
+
+    Raises:
+        NotImplementedError: an image model without a module of the name `embeddings`.
+    """
+    if encoder.main_input_name == "pixel_values":
+        return [_in_front_of_patches(encoder, prompt)]
+    handles = [_in_front_of_tokens(encoder, prompt)]
+    if model.config.is_encoder_decoder:
+        handles.append(_in_front_of_memory(model.get_decoder(), prompt))
+    positions = getattr(encoder, "embed_positions", None)
+    if prompt.lengths is not None and isinstance(positions, nn.Module) and not takes_positions(encoder):
+        handles.append(_positions_without_absent_rows(positions, prompt))
+    return handles
+
+
+def _in_front_of_tokens(encoder: PreTrainedModel, prompt: Prompt) -> RemovableHandle:
+    def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        inputs = by_name(encoder, args, kwargs)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            embeds = encoder.get_input_embeddings()(inputs["input_ids"])
+        rows = prompt.rows(embeds)
+        B, P, device = len(embeds), prompt.tokens, embeds.device
+        longer = inputs | {"input_ids": None, "inputs_embeds": torch.cat([rows, embeds], dim=1)}
+        longer["attention_mask"] = _extended_mask(inputs.get("attention_mask"), prompt, B, embeds.shape[1], device)
+        if inputs.get("token_type_ids") is not None:
+            longer["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (P, 0))
+        if takes_positions(encoder):
+            absent, slots = prompt.absent(B, device), torch.arange(P, device=device)[None]
+            shift = P if absent is None else P - absent[:, None]
+            own = own_positions(encoder, inputs) + shift
+            places = slots if absent is None else (slots - absent[:, None]).clamp(min=0)
+            front = (places + first_position(encoder)).expand(len(own), -1)
+            longer["position_ids"] = torch.cat([front, own], dim=1)
+        return (), longer
+
+    return encoder.register_forward_pre_hook(extended, with_kwargs=True)
+
+
+def _in_front_of_memory(decoder: PreTrainedModel, prompt: Prompt) -> RemovableHandle:
+    """Cross-attention sees the prompt's rows of the encoder's output too, so its padding mask grows with them."""
+
+    def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        inputs = by_name(decoder, args, kwargs)
+        memory, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
+        if memory is not None:
+            N = memory.shape[1] - prompt.tokens
+            inputs["encoder_attention_mask"] = _extended_mask(mask, prompt, len(memory), N, memory.device)
+        return (), inputs
+
+    return decoder.register_forward_pre_hook(extended, with_kwargs=True)
+
+
+def _in_front_of_patches(encoder: PreTrainedModel, prompt: Prompt) -> RemovableHandle:
+    modules = (module for name, module in encoder.named_modules() if name.split(".")[-1] == "embeddings")
+    embeddings = next(modules, None)
+    if embeddings is None:
+        raise NotImplementedError(f"{type(encoder).__name__} has no module `embeddings`; use placement='prefix'")
+
+    def extended(module: Any, args: Any, output: Tensor) -> Tensor:
+        return torch.cat([prompt.rows(output), output], dim=1)
+
+    return embeddings.register_forward_hook(extended)
+
+
+def _positions_without_absent_rows(embed_positions: nn.Module, prompt: Prompt) -> RemovableHandle:
+    """Where positions follow the sequence, each sample's first row that is there takes the first position."""
+
+    def moved(module: Any, args: Any, output: Tensor) -> Tensor:
+        assert prompt.index is not None
+        batch = max(len(output), len(prompt.index))
+        absent = prompt.absent(batch, output.device)
+        assert absent is not None
+        places = (torch.arange(output.shape[1], device=output.device) - absent[:, None]).clamp(min=0)
+        return output.expand(batch, -1, -1).gather(1, places[..., None].expand(-1, -1, output.shape[2]))
+
+    return embed_positions.register_forward_hook(moved)
+
+
+def _extended_mask(mask: Tensor | None, prompt: Prompt, B: int, N: int, device: torch.device) -> Tensor | None:
+    """The padding mask `[B, N]` with the prompt's rows in front, `[B, P + N]`; None stays None where all are seen."""
+    front = prompt.mask(B, device)
+    if mask is None and front is None:
+        return None
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with placement='input' it must be [B, N]")
+    mask = torch.ones(B, N, dtype=torch.long, device=device) if mask is None else mask
+    front = torch.ones(B, prompt.tokens, dtype=torch.bool, device=device) if front is None else front
+    return torch.cat([front.to(mask.dtype), mask.to(device)], dim=1)
