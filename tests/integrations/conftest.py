@@ -50,10 +50,23 @@ _WORDS = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id"
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _IMAGE = {**_SIZES, "image_size": 16, "patch_size": 8}
 _GROUPED = {"num_key_value_heads": 2}
-_T5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "d_ff": 48}
-_T5 = {**_T5, "vocab_size": 40, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_T5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 48}
+_T5 = {
+    **_T5,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4}
-_BART = {**_BART, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+_BART = {
+    **_BART,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "forced_eos_token_id": None,
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +93,10 @@ class Family:
         factory = {"encoder-decoder": AutoModelForSeq2SeqLM, "decoder": AutoModelForCausalLM}.get(self.kind, AutoModel)
         model = factory.from_config(copy.deepcopy(self.config)).eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.add_(torch.randn_like(parameter) * (0.05 if self.kind == "encoder-decoder" else 0.15))
+            for name, parameter in model.named_parameters():
+                unscaled = name.endswith(("Attention.q.weight", "Attention.k.weight"))  # T5's scores
+                if parameter.ndim > 1 and not unscaled:
+                    parameter.add_(torch.randn_like(parameter) * 0.15)
         return model
 
     def batch(self, seed: int = 0, size: int = 3) -> dict[str, Tensor]:
@@ -151,6 +165,17 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.task_type in ("text-to-text", "causal-lm")])
+def writer(request: pytest.FixtureRequest) -> Family:
+    """A family that generates."""
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.kind == "decoder"])
+def decoder(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
 

@@ -101,7 +101,7 @@ def compare(family: Any, by_hand: Any, **changes: Any) -> None:
         mine = of_tokens(model(**inputs).logits, family, inputs)
     answers, gradients = [mine], []
     parameters = {name: p for name, p in model.live.named_parameters() if p.requires_grad}
-    cotangent = torch.randn(mine.shape, generator=torch.Generator().manual_seed(3))
+    cotangent = torch.randn(mine.shape, generator=torch.Generator().manual_seed(3)) / mine.numel() ** 0.5
     for ours in (True, False):
         if ours:
             logits = model(**inputs).logits
