@@ -11,9 +11,11 @@ from qtuning_fast.version import __version__
 if TYPE_CHECKING:
     from qtuning_fast.lifelong.trainer import LifelongTrainer
     from qtuning_fast.model import QTuningModel
+    from qtuning_fast.nn.multihead import PrefixMultiheadAttention
 
 __all__ = [
     "LifelongTrainer",
+    "PrefixMultiheadAttention",
     "PromptQueue",
     "QTuningConfig",
     "QTuningModel",
@@ -23,8 +25,12 @@ __all__ = [
     "prefix_attention",
 ]
 
-# What needs transformers is imported when it is first asked for: the operator alone should load fast.
-_LAZY = {"LifelongTrainer": "qtuning_fast.lifelong.trainer", "QTuningModel": "qtuning_fast.model"}
+# Imported when it is first asked for: the operator alone should load fast, and without transformers.
+_LAZY = {
+    "LifelongTrainer": "qtuning_fast.lifelong.trainer",
+    "PrefixMultiheadAttention": "qtuning_fast.nn.multihead",
+    "QTuningModel": "qtuning_fast.model",
+}
 
 
 def __getattr__(name: str) -> Any:
