@@ -9,6 +9,7 @@ from qtuning_fast.queue import PromptQueue, dq_pca
 from qtuning_fast.version import __version__
 
 if TYPE_CHECKING:
+    from qtuning_fast.integrations.modules import replace_attention, restore_attention
     from qtuning_fast.lifelong.trainer import LifelongTrainer
     from qtuning_fast.model import QTuningModel
     from qtuning_fast.nn.multihead import PrefixMultiheadAttention
@@ -23,6 +24,8 @@ __all__ = [
     "dq_pca",
     "explain_backend",
     "prefix_attention",
+    "replace_attention",
+    "restore_attention",
 ]
 
 # Imported when it is first asked for: the operator alone should load fast, and without transformers.
@@ -30,6 +33,8 @@ _LAZY = {
     "LifelongTrainer": "qtuning_fast.lifelong.trainer",
     "PrefixMultiheadAttention": "qtuning_fast.nn.multihead",
     "QTuningModel": "qtuning_fast.model",
+    "replace_attention": "qtuning_fast.integrations.modules",
+    "restore_attention": "qtuning_fast.integrations.modules",
 }
 
 
