@@ -9,11 +9,14 @@ from qtuning_fast.queue import PromptQueue, dq_pca
 from qtuning_fast.version import __version__
 
 if TYPE_CHECKING:
+    from qtuning_fast.integrations.modules import replace_attention, restore_attention
     from qtuning_fast.lifelong.trainer import LifelongTrainer
     from qtuning_fast.model import QTuningModel
+    from qtuning_fast.nn.multihead import PrefixMultiheadAttention
 
 __all__ = [
     "LifelongTrainer",
+    "PrefixMultiheadAttention",
     "PromptQueue",
     "QTuningConfig",
     "QTuningModel",
@@ -21,10 +24,18 @@ __all__ = [
     "dq_pca",
     "explain_backend",
     "prefix_attention",
+    "replace_attention",
+    "restore_attention",
 ]
 
-# What needs transformers is imported when it is first asked for: the operator alone should load fast.
-_LAZY = {"LifelongTrainer": "qtuning_fast.lifelong.trainer", "QTuningModel": "qtuning_fast.model"}
+# Imported when it is first asked for: the operator alone should load fast, and without transformers.
+_LAZY = {
+    "LifelongTrainer": "qtuning_fast.lifelong.trainer",
+    "PrefixMultiheadAttention": "qtuning_fast.nn.multihead",
+    "QTuningModel": "qtuning_fast.model",
+    "replace_attention": "qtuning_fast.integrations.modules",
+    "restore_attention": "qtuning_fast.integrations.modules",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,15 @@
 """prefix_attention: checks its arguments, picks a backend, calls it."""
 
 import inspect
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qtuning_fast import backends
+from qtuning_fast import backends, reference
 from qtuning_fast.backends import BackendChoice
 from qtuning_fast.validation import validate
 
@@ -113,11 +115,47 @@ def prefix_attention(
         backend=backend,
     )
     run = backends.BACKENDS[backends.choose(call, backend)].run
-    device = query.device.type
-    # Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast.
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with _no_autocast(query.device.type):
         output, lse = run(call)
     return (output, lse) if return_lse else output
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """`prefix_attention` by definition, with what the fused operator has not: weights, dropout and learned masks.
+
+    Args:
+        query, key, value: as `prefix_attention` takes them.
+        attn_mask: likewise, but a floating one may require a gradient.
+        dropout: probability with which a weight is dropped, those of the prefix too.
+        arguments: the other arguments of `prefix_attention`.
+
+    Returns:
+        The output `[B, Hq, N, Dv]` and the weights over the context `[B, Hq, N, M]`, after dropout, both in query's
+        dtype. What the weights of a query lack to 1 (without dropout) is the share of its prefix.
+    """
+    bound = _SIGNATURE.bind(query, key, value, attn_mask=None if attn_mask is None else attn_mask.detach(), **arguments)
+    bound.apply_defaults()
+    call = validate(*bound.args, **bound.kwargs)
+    if attn_mask is not None and attn_mask.requires_grad:
+        call = replace(call, padding_mask=attn_mask) if attn_mask.ndim == 2 else replace(call, attn_mask=attn_mask)
+    with _no_autocast(query.device.type):
+        weights, _ = reference.attention_weights(call)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        return reference.weighted_values(call, weights), weights[..., weights.shape[-1] - key.shape[-2] :]
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:

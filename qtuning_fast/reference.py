@@ -39,8 +39,13 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     Returns the output [B, Hq, N, Dv] in query's dtype and, detached, the log-sum-exp [B, Hq, N] in the scores' dtype.
     A query that sees nothing at all gets 0 and -inf, and passes no gradient.
     """
+    weights, lse = attention_weights(call)
+    return weighted_values(call, weights), lse
+
+
+def attention_weights(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+    """The softmax weights [B, Hq, N, P + M] in query's dtype, those of the prefix in front, and the log-sum-exp."""
     prefix_key = prefix_rows(call, call.prefix_key, call.reweight_key)
-    prefix_value = prefix_rows(call, call.prefix_value, call.reweight_value)
     s_pre = _prefix_scores(call, prefix_key)  # [B, Hq, N, P]
     s_ctx = _context_scores(call)  # [B, Hq, N, M]
     scores = torch.cat([s_pre, s_ctx], dim=-1)
@@ -48,9 +53,17 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
     blind = lse.isneginf().unsqueeze(-1)  # softmax would answer NaN, and so would its gradient
     weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
-    w_pre, w_ctx = weights.to(call.query.dtype).split([s_pre.shape[-1], s_ctx.shape[-1]], dim=-1)
-    output = _weighted_sum(w_pre, prefix_value, lse.dtype) + _weighted_sum(w_ctx, call.value, lse.dtype)
-    return output.to(call.query.dtype), lse
+    return weights.to(call.query.dtype), lse
+
+
+def weighted_values(call: PrefixAttentionCall, weights: Tensor) -> Tensor:
+    """The output [B, Hq, N, Dv] in query's dtype, from the weights of prefix and context."""
+    prefix_value = prefix_rows(call, call.prefix_value, call.reweight_value)
+    M = call.key.shape[-2]
+    w_pre, w_ctx = weights.split([weights.shape[-1] - M, M], dim=-1)
+    dtype = score_dtype(call.query)
+    output = _weighted_sum(w_pre, prefix_value, dtype) + _weighted_sum(w_ctx, call.value, dtype)
+    return output.to(call.query.dtype)
 
 
 def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor, Tensor] | None) -> Tensor:
