@@ -264,7 +264,9 @@ class QTuningModel(AttachedModel):
     def _compute(self, inputs: dict[str, Any], labels: Tensor | None, task_names: Sequence[str] | None = None) -> Any:
         """Loss and logits under what stands on the attention layers."""
         if not self.has_heads:
-            return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+            # A checkpoint computes layers twice, which would write twice into a cache.
+            cache = {"use_cache": False} if self.training else {}
+            return self.base_model(**(cache | inputs), **({} if labels is None else {"labels": labels}))
         features = self.encode(inputs)
         logits = self._logits(features) if task_names is None else self._logits_mixed(features, task_names, labels)
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)

@@ -87,6 +87,8 @@ def attention_forward(
         "scale": scaling,
         "softcap": kwargs.get("softcap"),
     }
+    if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+        position_bias = position_bias.detach()  # a reentrant checkpoint lets it require a gradient, which nobody takes
     call = _Call(query, key, value, attention_mask, position_bias, options)
     prefix: Arguments | None = getattr(module, PREFIX, None)
     if prefix is None:

@@ -1,0 +1,63 @@
+"""Training with what people train with: checkpoints, torch.compile, autocast, transformers.Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from qtuning_fast import QTuningConfig, QTuningModel
+
+SMALL = {"prompt_length": 2, "queue_size": 2, "shared_length": 1}
+PLACEMENTS = ["prefix", "input"]
+
+
+def in_training(family: Any, **changes: Any) -> QTuningModel:
+    """A model in its third task, so that an eviction has been and memory retention is due."""
+    torch.manual_seed(0)
+    base = family.base_model()
+    model = QTuningModel(base, QTuningConfig(**(SMALL | {"task_type": family.task_type} | changes)))
+    for task in ("first", "second", "third"):
+        model.start_task(task, 3)
+        if task != "third":
+            model.finish_task()
+    return model.train()
+
+
+def labelled(family: Any, size: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """A batch with labels: classes, or for language modelling token ids."""
+    inputs = family.batch(seed, size)
+    if family.kind == "decoder":
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    else:
+        labels = inputs.pop("decoder_input_ids", torch.arange(size) % 3)
+    return inputs | {"labels": labels}
+
+
+def step(model: QTuningModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(5)  # the shift of memory retention
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_checkpoints_of_either_kind_give_the_same_gradients(family: Any, placement: str, reentrant: bool) -> None:
+    model, batch = in_training(family, placement=placement), labelled(family)
+    loss, gradients = step(model, batch)
+    assert all(gradient is not None for gradient in gradients.values())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpointed_loss, checkpointed = step(model, batch)
+    torch.testing.assert_close(checkpointed_loss, loss, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            checkpointed[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    model.gradient_checkpointing_disable()
+    assert torch.equal(step(model, batch)[0], loss)
