@@ -61,3 +61,65 @@ def test_checkpoints_of_either_kind_give_the_same_gradients(family: Any, placeme
         )
     model.gradient_checkpointing_disable()
     assert torch.equal(step(model, batch)[0], loss)
+
+
+def test_two_forward_passes_may_come_before_a_backward(family: Any) -> None:
+    model, batch = in_training(family, retention_weight=0.0), labelled(family)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, alone = step(model, batch)
+    loss = model(**batch).loss
+    model.features(family.batch(1), task="first")
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, alone[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+# transformers.Trainer
+
+
+def losses(family: Any, folder: Any, **options: Any) -> Tensor:
+    """The loss of each of four steps of a Trainer run."""
+    model = in_training(family, retention_weight=0.0)
+    rows = labelled(family, size=16)
+    dataset = [{name: value[i] for name, value in rows.items()} for i in range(16)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+    trainer.train()
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+FOUR_KINDS = ["BERT", "ViT", "T5", "Llama"]
+
+
+@pytest.fixture(params=FOUR_KINDS)
+def one_of_each_kind(request: pytest.FixtureRequest, families: Any) -> Any:
+    return families[request.param]
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-4),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-4),
+        ({"bf16": True}, 2e-2),
+    ],
+    ids=["checkpointing", "compile", "bf16"],
+)
+def test_a_trainer_run_has_the_losses_of_the_plain_one(
+    one_of_each_kind: Any, tmp_path: Any, options: dict[str, Any], tolerance: float
+) -> None:
+    plain = losses(one_of_each_kind, tmp_path)
+    assert len(plain) == 4 and len(set(plain.tolist())) == 4
+    torch.testing.assert_close(losses(one_of_each_kind, tmp_path, **options), plain, atol=tolerance, rtol=tolerance)

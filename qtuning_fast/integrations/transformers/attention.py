@@ -89,6 +89,7 @@ def attention_forward(
     }
     if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
         position_bias = position_bias.detach()  # a reentrant checkpoint lets it require a gradient, which nobody takes
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
     call = _Call(query, key, value, attention_mask, position_bias, options)
     prefix: Arguments | None = getattr(module, PREFIX, None)
     if prefix is None:
