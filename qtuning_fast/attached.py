@@ -19,6 +19,7 @@ class AttachedModel(nn.Module):
 
     Args:
         base_model: see `QTuningModel`.
+        placement: see `QTuningConfig`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: the model cannot be attached to; the message says why.
@@ -27,11 +28,11 @@ class AttachedModel(nn.Module):
     base_model: PreTrainedModel
     accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the base model and are no loss options
 
-    def __init__(self, base_model: PreTrainedModel) -> None:
+    def __init__(self, base_model: PreTrainedModel, placement: str) -> None:
         super().__init__()
         self._given = (base_model,)  # in a tuple, since it may be a wrapper around what is registered below
         inner = cast(Any, base_model).get_base_model() if _is_peft_model(base_model) else base_model
-        self.attention = AttachedAttention(inner)
+        self.attention = AttachedAttention(inner, placement)
         self.base_model = inner
         self._detached = False
 

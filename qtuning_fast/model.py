@@ -72,7 +72,7 @@ class QTuningModel(AttachedModel):
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
-        super().__init__(base_model)
+        super().__init__(base_model, config.placement)
         try:
             _check_task_type(config.task_type, self.base_model)
             self.layer_indices = _chosen_layers(config, self.attention.layers)

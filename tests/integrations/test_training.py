@@ -123,3 +123,23 @@ def test_a_trainer_run_has_the_losses_of_the_plain_one(
     plain = losses(one_of_each_kind, tmp_path)
     assert len(plain) == 4 and len(set(plain.tolist())) == 4
     torch.testing.assert_close(losses(one_of_each_kind, tmp_path, **options), plain, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_training_step_compiles_into_one_graph(one_of_each_kind: Any, placement: str) -> None:
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = in_training(one_of_each_kind, placement=placement, retention_weight=0.0)
+        batch = labelled(one_of_each_kind)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = call(**batch).loss
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(torch.stack(found[3:]), torch.stack(found[:3]), atol=1e-5, rtol=1e-5)

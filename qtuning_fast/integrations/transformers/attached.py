@@ -25,6 +25,7 @@ class AttachedAttention:
 
     Args:
         base_model: a transformers model in which every layer calls the attention interface.
+        placement: `"prefix"` or `"input"`, as in `QTuningConfig`.
 
     Attributes:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
@@ -35,19 +36,23 @@ class AttachedAttention:
         NotImplementedError: a layer does not call the interface, or needs what prefix attention cannot do.
     """
 
-    def __init__(self, base_model: PreTrainedModel) -> None:
+    def __init__(self, base_model: PreTrainedModel, placement: str = "prefix") -> None:
         if not isinstance(base_model, PreTrainedModel):
             raise TypeError(f"base_model is a {type(base_model).__name__}; it must be a transformers PreTrainedModel")
         if hasattr(base_model, _ATTACHED):
             raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
         self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
+        self._placement = placement
         self._hooks: list[RemovableHandle] = []
+        self._prompt: Prompt | None = None  # that stands in front of the sequence now
+        self._shift: Tensor | None = None  # of the position ids now, [1 or B]
         self.layers: list[AttentionLayer] = []
-        self.prompt_tokens = 0  # that stand in front of the sequence now
         self.switch()
         try:
             self.layers = find_layers(base_model)
+            self.restore()
+            self.switch()  # with the hooks that the layers ask for
         finally:
             self.restore()
         setattr(base_model, _ATTACHED, True)
@@ -72,18 +77,37 @@ class AttachedAttention:
         """Whether the stack that reads the input is causal."""
         return self.layers[0].is_causal
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens stand in front of the sequence now."""
+        return 0 if self._prompt is None else self._prompt.tokens
+
     def switch(self) -> None:
         """Attention by `prefix_attention` from here on."""
         if not self._original:
             self._original = [(config, config._attn_implementation) for config in configs_of(self._base_model)]
+            if self.layers:
+                self._hooks = self._new_hooks()
         for config, _ in self._original:
             config._attn_implementation = NAME
+
+    def _new_hooks(self) -> list[RemovableHandle]:
+        """On the stack that reads the input; they do nothing while there is no prompt in front and no shift."""
+        hooks = []
+        if self._placement == "input" and not self.is_causal:
+            hooks += put_in_front(self.model, self.encoder, lambda: self._prompt)
+        if takes_positions(self.encoder):
+            hooks.append(shift_positions(self.encoder, lambda: self._shift))
+        return hooks
 
     def restore(self) -> None:
         """The original attention and mask functions from here on, and no prefix anywhere."""
         for config, implementation in self._original:
             config._attn_implementation = implementation
         self._original = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._clear()
 
     def freeze(self, *, training: bool) -> None:
@@ -114,21 +138,16 @@ class AttachedAttention:
         elif prefix.embeddings is not None:
             bank = prefix.layers[0]
             index, lengths = bank.get("prefix_index"), bank.get("prefix_length")
-            prompt = Prompt(_at_the_end(prefix.embeddings, lengths), index, lengths)
-            self._hooks = put_in_front(self.model, self.encoder, prompt)
-            self.prompt_tokens = prompt.tokens
-            arguments = [each | {"prompt_tokens": prompt.tokens} for each in arguments]
-        if shift is not None and takes_positions(self.encoder):
+            self._prompt = Prompt(_at_the_end(prefix.embeddings, lengths), index, lengths)
+            arguments = [each | {"prompt_tokens": self.prompt_tokens} for each in arguments]
+        if shift is not None:
             index = prefix.layers[0].get("prefix_index")
-            self._hooks.append(shift_positions(self.encoder, shift if index is None else shift[index.to(shift.device)]))
+            self._shift = shift if index is None else shift[index.to(shift.device)]
         for index, each in zip(layers, arguments):
             setattr(self.layers[index].module, PREFIX, each)
 
     def _clear(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.prompt_tokens = 0
+        self._prompt = self._shift = None
         for layer in self.layers:
             layer.module.__dict__.pop(PREFIX, None)
 
@@ -150,7 +169,7 @@ class AttachedAttention:
         for layer in checkpointing:
             layer.training = False  # a few tokens; and what a checkpoint computes within it keeps to itself
         try:
-            with watched(keep):
+            with watched(self.encoder, keep):
                 batch = embeddings if embeddings.ndim == 3 else embeddings[None]
                 self.encoder(inputs_embeds=batch.to(self.model.dtype), use_cache=False)
         finally:

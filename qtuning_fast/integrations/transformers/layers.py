@@ -88,7 +88,7 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with watched(lambda *call: calls.append(call)):
+        with watched(model, lambda *call: calls.append(call)):
             model(**inputs)
     except Exception as error:
         raise NotImplementedError(f"{kind} does not compute by prefix attention: {error}") from error

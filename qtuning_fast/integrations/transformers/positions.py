@@ -47,16 +47,18 @@ def own_positions(stack: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device)[None] + past + first_position(stack)
 
 
-def shift_positions(stack: PreTrainedModel, shift: Tensor) -> RemovableHandle:
-    """From here on the stack computes with position ids that are larger by `shift`, `[1 or B]`, until removed."""
+def shift_positions(stack: PreTrainedModel, shift: Callable[[], Tensor | None]) -> RemovableHandle:
+    """From here on the stack's position ids are larger by `shift()`, `[1 or B]`, until the handle is removed."""
 
-    def shifted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    def shifted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        by = shift()
+        if by is None:
+            return None
         inputs = by_name(stack, args, kwargs)
         own = own_positions(stack, inputs)
-        batch = max(len(value) for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if value is not None)
-        return (), inputs | {
-            "position_ids": own + for_batch(shift.to(own.device), batch if len(shift) > 1 else 1)[:, None]
-        }
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        each = by.to(own.device) if len(by) == 1 else for_batch(by.to(own.device), len(tokens))
+        return (), inputs | {"position_ids": own + each[:, None]}
 
     return stack.register_forward_pre_hook(shifted, with_kwargs=True)
 
