@@ -51,6 +51,13 @@ class AttachedModel(nn.Module):
         """Length of a feature vector."""
         return self.encoder.config.hidden_size
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` need not keep equal: the frozen backbone is, and may be sharded (FSDP2)."""
+        frozen = [name for name, parameter in self.base_model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in self.base_model.named_buffers()]
+        return [f"base_model.{name}" for name in (*frozen, *buffers)]
+
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers.
 
@@ -89,6 +96,11 @@ class AttachedModel(nn.Module):
         """Raise a `RuntimeError` after `detach`."""
         if self._detached:
             raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
+        if hasattr(type(self), "unshard"):  # FSDP2 changes the class of what it shards
+            raise RuntimeError(
+                "fully_shard was called with the QTuningModel; call it with the base model before attaching, for the "
+                "prompts change from task to task and stay whole"
+            )
 
 
 def _is_peft_model(model: Any) -> bool:

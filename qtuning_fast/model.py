@@ -20,6 +20,7 @@ from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.integrations.transformers import AttentionLayer
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
+from qtuning_fast.nn.distributed import agree
 from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
 from qtuning_fast.storage import CorruptFileError
 
@@ -137,6 +138,7 @@ class QTuningModel(AttachedModel):
             self.discriminator.to(device).requires_grad_(True)
         self.head = nn.Linear(self.hidden_size, len(labels)).to(device) if self.has_heads else None
         self._training_task = name, labels
+        agree([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.set_task(name)
 
     def finish_task(self) -> TaskAdapter:
@@ -244,6 +246,7 @@ class QTuningModel(AttachedModel):
                 return self._compute(inputs, labels, task_names)
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+        self.check_attached()
         if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active[1]:

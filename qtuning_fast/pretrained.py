@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.nn.distributed import whole
 from qtuning_fast.reference import GATES
 from qtuning_fast.storage import TEMPORARY, CorruptFileError, read_json, read_tensors, write_json, write_tensors
 
@@ -154,7 +155,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if name.startswith("pooler."):
             continue
-        flat = parameter.detach().flatten()
+        flat = whole(parameter.detach()).flatten()
         picks = torch.linspace(0, max(0, len(flat) - 1), min(_SAMPLES, len(flat)), dtype=torch.float64).long()
         sample = flat[picks.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(json.dumps([name, list(parameter.shape), sample.tolist()]).encode())

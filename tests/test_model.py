@@ -470,6 +470,14 @@ def test_calls_that_are_refused_change_nothing(
     assert torch.equal(model(**batch).logits, expected) and model.tasks == ["task-0"]
 
 
+def test_a_model_that_was_sharded_as_a_whole_says_what_to_shard(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    model.start_task("task", 2)
+    model.__class__ = type("FSDPQTuningModel", (QTuningModel,), {"unshard": None})  # as fully_shard does
+    with pytest.raises(RuntimeError, match="call it with the base model before attaching"):
+        model(**batch, labels=LABELS)
+
+
 def test_a_detached_model_takes_no_task(tiny_bert: BertModel, batch: Batch) -> None:
     model = QTuningModel(tiny_bert, small_config())
     learn(model, batch, 1)

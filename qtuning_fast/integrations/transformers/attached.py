@@ -48,17 +48,19 @@ class AttachedAttention:
         self._prompt: Prompt | None = None  # that stands in front of the sequence now
         self._shift: Tensor | None = None  # of the position ids now, [1 or B]
         self.layers: list[AttentionLayer] = []
+        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+        self._was_training = [(module, module.training) for module in base_model.modules()]
+        base_model.requires_grad_(False)  # before it computes: FSDP2 looks then what requires gradients
         self.switch()
         try:
             self.layers = find_layers(base_model)
             self.restore()
             self.switch()  # with the hooks that the layers ask for
-        finally:
-            self.restore()
+        except Exception:
+            self.detach()
+            raise
+        self.restore()
         setattr(base_model, _ATTACHED, True)
-        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
-        self._was_training = [(module, module.training) for module in base_model.modules()]
-        base_model.requires_grad_(False)
         self.freeze(training=False)
 
     @property
