@@ -58,6 +58,12 @@ class AttachedModel(nn.Module):
         buffers = [name for name, _ in self.base_model.named_buffers()]
         return [f"base_model.{name}" for name in (*frozen, *buffers)]
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        everything, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        print(f"trainable: {trainable:,} of {everything:,} parameters, {trainable / max(1, everything):.2%}")
+
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers.
 

@@ -292,6 +292,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch: Batch, tiny_conf
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_what_trains_is_counted(tiny_bert: BertModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model = QTuningModel(tiny_bert, small_config(reparameterization=None))
+    model.start_task("task", 2)
+    model.print_trainable_parameters()
+    rows, head = 3 * 5 * 64, 2 * 33
+    assert f"trainable: {rows + 6 + head:,} of" in capsys.readouterr().out  # six: an alpha and a tau a layer
+
+
 def test_trainable_parameters_are_in_one_group_each(tiny_bert: BertModel, batch: Batch) -> None:
     model = QTuningModel(tiny_bert, small_config(rank=2))
     learn(model, batch, 3)

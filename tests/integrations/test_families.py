@@ -208,3 +208,21 @@ def test_mixed_batches_answer_as_each_task_alone(family: Any, placement: str) ->
             alone = model(**inputs).logits[row]
             seen = inputs["attention_mask"][row].bool() if family.kind == "decoder" else slice(None)
             torch.testing.assert_close(mixed[row][seen], alone[seen], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "GPT-2", "OPT", "BART"])
+def test_prompts_that_leave_too_few_positions_are_refused_with_the_number(families: Any, name: str) -> None:
+    family = copy.deepcopy(families[name])
+    family.config.max_position_embeddings = longest = 20
+    if name == "RoBERTa":
+        longest -= 2
+    model = learned(family.base_model(), family, placement="input")
+    for tokens, fits in ((longest - 5, True), (longest - 4, False)):
+        inputs = {"input_ids": torch.full((1, tokens), 7)}
+        if family.kind == "encoder-decoder":
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :2]
+        if fits:
+            model(**inputs)
+        else:
+            with pytest.raises(ValueError, match=rf"{tokens} tokens and the prompt takes 5 positions.* has {longest} "):
+                model(**inputs)

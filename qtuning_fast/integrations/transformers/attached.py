@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers.attention import NAME, PREFIX, watched
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
 from qtuning_fast.integrations.transformers.layers import AttentionLayer, configs_of, find_layers, without_head
-from qtuning_fast.integrations.transformers.positions import shift_positions, takes_positions
+from qtuning_fast.integrations.transformers.positions import Shift, shift_positions, takes_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
 from qtuning_fast.nn.prefix import Prefix
 
@@ -46,7 +46,7 @@ class AttachedAttention:
         self._placement = placement
         self._hooks: list[RemovableHandle] = []
         self._prompt: Prompt | None = None  # that stands in front of the sequence now
-        self._shift: Tensor | None = None  # of the position ids now, [1 or B]
+        self._shift: Shift | None = None  # of the position ids now
         self.layers: list[AttentionLayer] = []
         self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
         self._was_training = [(module, module.training) for module in base_model.modules()]
@@ -144,7 +144,8 @@ class AttachedAttention:
             arguments = [each | {"prompt_tokens": self.prompt_tokens} for each in arguments]
         if shift is not None:
             index = prefix.layers[0].get("prefix_index")
-            self._shift = shift if index is None else shift[index.to(shift.device)]
+            by = shift if index is None else shift[index.to(shift.device)]
+            self._shift = Shift(by, int(shift.max()) if prefix.embeddings is None else prefix.embeddings.shape[-2])
         for index, each in zip(layers, arguments):
             setattr(self.layers[index].module, PREFIX, each)
 

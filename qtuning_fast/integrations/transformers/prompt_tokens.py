@@ -16,7 +16,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import for_batch
-from qtuning_fast.integrations.transformers.positions import by_name, first_position, own_positions, takes_positions
+from qtuning_fast.integrations.transformers.positions import (
+    by_name,
+    check_room,
+    first_position,
+    own_positions,
+    takes_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def _in_front_of_tokens(encoder: PreTrainedModel, placed: Placed) -> RemovableHa
             embeds = encoder.get_input_embeddings()(inputs["input_ids"])
         longer = inputs | {"input_ids": None, "inputs_embeds": torch.cat([prompt.rows(embeds), embeds], dim=1)}
         B, N, _ = embeds.shape
+        check_room(encoder, N, prompt.tokens)
         longer["attention_mask"] = _extended_mask(inputs.get("attention_mask"), prompt, B, N, embeds.device)
         if inputs.get("token_type_ids") is not None:
             longer["token_type_ids"] = F.pad(inputs["token_type_ids"], (prompt.tokens, 0))
