@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers import AttachedAttention
+from qtuning_fast.integrations.transformers import AttachedAttention, input_device
 from qtuning_fast.nn import first_token, last_token, mean_pool
 
 Attached = TypeVar("Attached", bound="AttachedModel")
@@ -43,7 +43,7 @@ class AttachedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.base_model.device
+        return input_device(self.base_model)
 
     @property
     def hidden_size(self) -> int:

@@ -17,10 +17,11 @@ from transformers.utils import ModelOutput
 from qtuning_fast.adapter import TaskAdapter, bank_of, checked_labels
 from qtuning_fast.attached import AttachedModel
 from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.integrations.transformers import AttentionLayer
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
-from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
+from qtuning_fast.pretrained import SavedModel, read_saved, write_saved
 from qtuning_fast.storage import CorruptFileError
 
 _BASE = "base_model."

@@ -51,7 +51,12 @@ class AttachedAttention:
         finally:
             self.restore()
         setattr(base_model, _ATTACHED, True)
-        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+        # By module and name: accelerate puts new parameters in place of those that it moves.
+        self._required_grad = [
+            (module, name, parameter.requires_grad)
+            for module in base_model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
         self._was_training = [(module, module.training) for module in base_model.modules()]
         base_model.requires_grad_(False)
         self.freeze(training=False)
@@ -98,8 +103,10 @@ class AttachedAttention:
         self.restore()
         leave_prefixes(self._base_model)
         self._base_model.__dict__.pop(_ATTACHED, None)
-        for parameter, required in self._required_grad:
-            parameter.requires_grad_(required)
+        for module, name, required in self._required_grad:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(required)
         for module, training in self._was_training:
             module.training = training
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtuning_fast.integrations.transformers.attention import watched
+from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.nn.prefix import LayerShape
 
 _TOKENS = 5  # of the dummy input
@@ -99,7 +100,7 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
 
 
 def _dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    kind, device = type(model).__name__, model.device
+    kind, device = type(model).__name__, input_device(model)
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", None)
         if not isinstance(size, (int, list, tuple)):
