@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class AttachedModel(nn.Module):
     def __init__(self, base_model: PreTrainedModel) -> None:
         super().__init__()
         self._given = (base_model,)  # in a tuple, since it may be a wrapper around what is registered below
-        inner = cast(Any, base_model).get_base_model() if _is_peft_model(base_model) else base_model
+        inner = _unwrapped(base_model)
         self.attention = AttachedAttention(inner)
         self.base_model = inner
         self._detached = False
@@ -90,6 +90,18 @@ class AttachedModel(nn.Module):
             raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
 
 
-def _is_peft_model(model: Any) -> bool:
-    """Whether it is peft's wrapper around a transformers model, told without importing peft."""
-    return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model within peft's wrapper, told without importing peft, or the model itself.
+
+    Raises:
+        ValueError: the wrapper holds prompts, which would be lost: they are no layers of the model within.
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
+        return model
+    for name, settings in model.peft_config.items():
+        if settings.is_prompt_learning:
+            raise ValueError(
+                f"base_model is a PeftModel whose adapter {name!r} holds prompts ({settings.peft_type.value}); attach "
+                "to its get_base_model() and convert the adapter by qtuning_fast.integrations.peft.adapter_from_peft"
+            )
+    return model.get_base_model()
