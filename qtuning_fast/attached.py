@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -77,6 +78,16 @@ class AttachedModel(nn.Module):
         """As the base model's."""
         self.base_model.gradient_checkpointing_disable()
         self.train(self.training)
+
+    def check_gradient(self, layers: Sequence[int]) -> None:
+        """Raise a `RuntimeError` where none reaches prompts: heads would learn alone, and no one would notice."""
+        passes = self.attention.passes_gradient(layers)
+        self.train(self.training)
+        if not passes:
+            raise RuntimeError(
+                f"no gradient reaches the prompts: layers of this {type(self.base_model).__name__} pass none, as those "
+                "do that quantise activations too; quantise weights alone, or use finished tasks only"
+            )
 
     def detach(self) -> PreTrainedModel:
         """Take everything off the base model and give it back as it was; no task can be set from here on."""

@@ -122,7 +122,7 @@ class QTuningModel(AttachedModel):
 
         Raises:
             TypeError, ValueError: the name is taken or the labels are not usable.
-            RuntimeError: another task is in training.
+            RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self.check_attached()
         if self._training_task is not None:
@@ -130,6 +130,8 @@ class QTuningModel(AttachedModel):
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
+        with self._keeping_task():
+            self.check_gradient(self.layer_indices)
         device = self.device
         self.live.begin_task(first=not self.tasks)
         if self.retains_memory and self.discriminator is None:
@@ -441,8 +443,9 @@ class QTuningModel(AttachedModel):
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `trainable_state_dict` within the same task."""
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not name.startswith(_BASE)]
+        # Not through the base model: its layers may insist on finding their own state, as quantised ones do.
+        own = nn.ModuleDict({name: module for name, module in self.named_children() if f"{name}." != _BASE})
+        missing, unexpected = own.load_state_dict(state, strict=False)
         if missing or unexpected:
             raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
 

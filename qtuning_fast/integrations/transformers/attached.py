@@ -12,9 +12,17 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import NAME, PREFIX, watched
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.layers import AttentionLayer, configs_of, find_layers, without_head
+from qtuning_fast.integrations.transformers.layers import (
+    AttentionLayer,
+    configs_of,
+    dummy_inputs,
+    find_layers,
+    without_head,
+)
+from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.integrations.transformers.positions import shift_positions, takes_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
+from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.nn.prefix import Prefix
 
 _ATTACHED = "qtuning_attached"  # on a base model that is attached to
@@ -130,6 +138,26 @@ class AttachedAttention:
             self._hooks.append(shift_positions(self.encoder, shift if index is None else shift[index.to(shift.device)]))
         for index, each in zip(layers, arguments):
             setattr(self.layers[index].module, PREFIX, each)
+
+    def passes_gradient(self, layers: Sequence[int]) -> bool:
+        """Whether gradients reach prefixes on all of these layers; no prefix stands anywhere afterwards.
+
+        Layers that quantise what passes through them stop gradients, some without an error. So this tries it out.
+        """
+        shapes, device = [self.layers[index].shape for index in layers], input_device(self.model)
+        keys = [torch.zeros(shape.num_kv_heads, 1, shape.key_size, device=device) for shape in shapes]
+        values = [torch.zeros(shape.num_kv_heads, 1, shape.value_size, device=device) for shape in shapes]
+        rows = [{"prefix_key": k, "prefix_value": v.requires_grad_(), **NO_GATE} for k, v in zip(keys, values)]
+        self.freeze(training=False)
+        self.switch()
+        self.place(layers, Prefix(rows))
+        try:
+            with torch.enable_grad():
+                output = self.model(**dummy_inputs(self.model))[0]
+            found = torch.autograd.grad(output.sum(), values, allow_unused=True) if output.requires_grad else [None]
+        finally:
+            self.restore()
+        return all(gradient is not None for gradient in found)
 
     def _clear(self) -> None:
         for hook in self._hooks:

@@ -85,7 +85,7 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
     kind = type(model).__name__
     if model.config.model_type in _OWN_ATTENTION:
         raise NotImplementedError(f"{kind} cannot take a prefix: {_OWN_ATTENTION[model.config.model_type]}")
-    inputs = _dummy_inputs(model)
+    inputs = dummy_inputs(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -99,7 +99,8 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
     return calls
 
 
-def _dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A few tokens, or an image, as the model takes them."""
     kind, device = type(model).__name__, input_device(model)
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", None)

@@ -15,18 +15,13 @@ from transformers import PreTrainedModel
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device on which a model takes its inputs.
-
-    Raises:
-        ValueError: the model's weights are on the meta device and nowhere else.
-    """
-    if model.device.type != "meta":
-        return model.device
-    for module in model.modules():
-        for hook in _hooks(module):
-            if getattr(hook, "execution_device", None) is not None:
-                return torch.device(hook.execution_device)
-    raise ValueError(f"{type(model).__name__}: its weights are on the meta device; load them first")
+    """The device on which a model takes its inputs."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            for hook in _hooks(module):
+                if getattr(hook, "execution_device", None) is not None:
+                    return torch.device(hook.execution_device)
+    return model.device
 
 
 def loaded(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
