@@ -35,6 +35,8 @@ class AttachedModel(nn.Module):
         self.attention = AttachedAttention(inner)
         self.base_model = inner
         self._detached = False
+        if hasattr(inner, "hf_device_map"):  # tells transformers.Trainer not to move what stands on several devices
+            self.hf_device_map = inner.hf_device_map
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -64,7 +66,10 @@ class AttachedModel(nn.Module):
         return pool(hidden, inputs.get("attention_mask"))
 
     def train(self: Attached, mode: bool = True) -> Attached:
-        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint."""
+        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint.
+
+        So dropout within it is off, LoRA's included, also where LoRA's weights are trained beside the prompts.
+        """
         super().train(mode)
         self.attention.freeze(training=mode)
         return self

@@ -270,6 +270,23 @@ def test_a_converted_adapter_works_beside_one_with_a_gate(name: str, families: A
     assert model.adapters["theirs"].position_shift == P
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT", "GPT-NeoX"])
+def test_generation_goes_on_as_the_forward_pass_of_peft_says(name: str, families: Any) -> None:
+    family = families[name]
+    base = family.base_model()
+    reference = with_prefix(family, base)
+    model = attached(family, base, adapter_from_peft(reference, "theirs"))
+    model.set_task("theirs")
+    ids = family.batch()["input_ids"][1:]
+    words = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    for _ in range(6):  # one word more each time, without a cache
+        with torch.no_grad():
+            scores = reference(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        scores[:, 3] = -torch.inf  # the end, which generation was told not to come to
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(words, ids)
+
+
 def test_the_head_of_peft_stays_with_the_base_model(families: Any, tmp_path: Path) -> None:
     family = families["BERT"]
     torch.manual_seed(0)

@@ -304,6 +304,7 @@ def test_prompts_train_while_weights_are_elsewhere(
     given = offloaded(copy.deepcopy(base))
     assert any(parameter.is_meta for parameter in given.parameters())
     model = attach(plain, given, placement=placement)
+    assert getattr(model, "hf_device_map", None) == getattr(given, "hf_device_map", None)
     same_as(model, attach(plain, base, placement=placement), plain)
     model = saved_and_loaded(model, plain, tmp_path / "saved")
     assert mark(given) == mark(base)
