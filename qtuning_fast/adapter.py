@@ -67,8 +67,13 @@ class TaskAdapter:
         return gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
 
     def logits(self, features: Tensor) -> Tensor:
-        """`[B, hidden]` to `[B, classes]`."""
-        assert self.head_weight is not None and self.head_bias is not None
+        """`[B, hidden]` to `[B, classes]`.
+
+        Raises:
+            RuntimeError: the task has no head.
+        """
+        if self.head_weight is None or self.head_bias is None:
+            raise RuntimeError(f"task {self.name!r} has no head, only a prompt: it gives features, but no logits")
         return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -17,11 +17,12 @@ from transformers.utils import ModelOutput
 from qtuning_fast.adapter import TaskAdapter, bank_of, checked_labels
 from qtuning_fast.attached import AttachedModel
 from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.integrations.transformers import AttentionLayer
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
 from qtuning_fast.nn.distributed import agree
-from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
+from qtuning_fast.pretrained import SavedModel, read_saved, write_saved
 from qtuning_fast.storage import CorruptFileError
 
 _BASE = "base_model."
@@ -122,7 +123,7 @@ class QTuningModel(AttachedModel):
 
         Raises:
             TypeError, ValueError: the name is taken or the labels are not usable.
-            RuntimeError: another task is in training.
+            RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self.check_attached()
         if self._training_task is not None:
@@ -130,6 +131,8 @@ class QTuningModel(AttachedModel):
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
+        with self._keeping_task():
+            self.check_gradient(self.layer_indices)
         device = self.device
         self.live.begin_task(first=not self.tasks)
         if self.retains_memory and self.discriminator is None:
@@ -268,7 +271,7 @@ class QTuningModel(AttachedModel):
         """Loss and logits under what stands on the attention layers."""
         if not self.has_heads:
             # A checkpoint computes layers twice, which would write twice into a cache.
-            cache = {"use_cache": False} if self.training else {}
+            cache = {"use_cache": False} if self.attention.checkpoints else {}
             return self.base_model(**(cache | inputs), **({} if labels is None else {"labels": labels}))
         features = self.encode(inputs)
         logits = self._logits(features) if task_names is None else self._logits_mixed(features, task_names, labels)
@@ -445,8 +448,9 @@ class QTuningModel(AttachedModel):
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `trainable_state_dict` within the same task."""
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not name.startswith(_BASE)]
+        # Not through the base model: its layers may insist on finding their own state, as quantised ones do.
+        own = nn.ModuleDict({name: module for name, module in self.named_children() if f"{name}." != _BASE})
+        missing, unexpected = own.load_state_dict(state, strict=False)
         if missing or unexpected:
             raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
 

@@ -6,22 +6,17 @@ the older save stay, so that a folder is always one whole save or refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.config import QTuningConfig
-from qtuning_fast.nn.distributed import whole
 from qtuning_fast.reference import GATES
 from qtuning_fast.storage import TEMPORARY, CorruptFileError, read_json, read_tensors, write_json, write_tensors
 
@@ -32,8 +27,6 @@ _OURS = re.compile(
     rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
 )
 
-_SAMPLES = 64  # values of each parameter that go into the fingerprint
-
 
 @dataclass(frozen=True)
 class SavedModel:
@@ -41,7 +34,7 @@ class SavedModel:
 
     Attributes:
         config: of the model.
-        fingerprint: of the base model it belongs to (`fingerprint`).
+        fingerprint: of the base model it belongs to (`qtuning_fast.fingerprint`).
         base_model: name of the base model's class, for people.
         adapters: of the finished tasks, in order.
         state: the queue, the live prefix and the discriminator, by name.
@@ -142,21 +135,3 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> TaskAdapter:
             f"{folder / CONFIG_FILE}: task {name!r} has {len(labels)} labels, its head another number"
         )
     return adapter
-
-
-@torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells base models apart: names, shapes and evenly spaced samples of every parameter.
-
-    The samples are rounded to bfloat16, so a model loaded in float32 and in bfloat16 is the same. The pooler is left
-    out: features do not pass through it, and transformers makes a random one where a checkpoint has none.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith("pooler."):
-            continue
-        flat = whole(parameter.detach()).flatten()
-        picks = torch.linspace(0, max(0, len(flat) - 1), min(_SAMPLES, len(flat)), dtype=torch.float64).long()
-        sample = flat[picks.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(json.dumps([name, list(parameter.shape), sample.tolist()]).encode())
-    return digest.hexdigest()

@@ -188,7 +188,9 @@ class InputPrompt(PromptRows):
             return VALUE_STD * torch.randn(n, self._features)
         words = self._vocabulary[0]
         picked = torch.randint(words.num_embeddings, (n,))
-        return words(picked.to(words.weight.device)).to("cpu", torch.float32)
+        # An offloaded embedding brings its input to where it computes itself.
+        placed = picked if words.weight.is_meta else picked.to(words.weight.device)
+        return words(placed).to("cpu", torch.float32)
 
     def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
         super().begin(prompt_length, old, row_scale)

@@ -163,6 +163,11 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(scope="session")
+def families() -> dict[str, Family]:
+    return FAMILIES
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
@@ -262,8 +267,3 @@ def compute_by_hand(model: nn.Module) -> None:
 def by_hand() -> Any:
     """Attention with prefixes put in by hand: `Hand` on a module's `by_hand`, and `compute(model)` to use it."""
     return SimpleNamespace(Hand=Hand, compute=compute_by_hand)
-
-
-@pytest.fixture
-def families() -> dict[str, Family]:
-    return FAMILIES

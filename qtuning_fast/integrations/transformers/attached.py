@@ -12,9 +12,17 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import NAME, PREFIX, watched
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.layers import AttentionLayer, configs_of, find_layers, without_head
+from qtuning_fast.integrations.transformers.layers import (
+    AttentionLayer,
+    configs_of,
+    dummy_inputs,
+    find_layers,
+    without_head,
+)
+from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.integrations.transformers.positions import Shift, shift_positions, takes_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
+from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.nn.prefix import Prefix
 
 _ATTACHED = "qtuning_attached"  # on a base model that is attached to
@@ -48,7 +56,12 @@ class AttachedAttention:
         self._prompt: Prompt | None = None  # that stands in front of the sequence now
         self._shift: Shift | None = None  # of the position ids now
         self.layers: list[AttentionLayer] = []
-        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+        # By module and name: accelerate puts new parameters in place of those that it moves.
+        self._required_grad = [
+            (module, name, parameter.requires_grad)
+            for module in base_model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
         self._was_training = [(module, module.training) for module in base_model.modules()]
         base_model.requires_grad_(False)  # before it computes: FSDP2 looks then what requires gradients
         self.switch()
@@ -78,6 +91,11 @@ class AttachedAttention:
     def is_causal(self) -> bool:
         """Whether the stack that reads the input is causal."""
         return self.layers[0].is_causal
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether layers checkpoint their activations now."""
+        return any(layer.training for layer in checkpointing_layers(self._base_model))
 
     @property
     def prompt_tokens(self) -> int:
@@ -124,8 +142,10 @@ class AttachedAttention:
         self.restore()
         leave_prefixes(self._base_model)
         self._base_model.__dict__.pop(_ATTACHED, None)
-        for parameter, required in self._required_grad:
-            parameter.requires_grad_(required)
+        for module, name, required in self._required_grad:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(required)
         for module, training in self._was_training:
             module.training = training
 
@@ -148,6 +168,26 @@ class AttachedAttention:
             self._shift = Shift(by, int(shift.max()) if prefix.embeddings is None else prefix.embeddings.shape[-2])
         for index, each in zip(layers, arguments):
             setattr(self.layers[index].module, PREFIX, each)
+
+    def passes_gradient(self, layers: Sequence[int]) -> bool:
+        """Whether gradients reach prefixes on all of these layers; no prefix stands anywhere afterwards.
+
+        Layers that quantise what passes through them stop gradients, some without an error. So this tries it out.
+        """
+        shapes, device = [self.layers[index].shape for index in layers], input_device(self.model)
+        keys = [torch.zeros(shape.num_kv_heads, 1, shape.key_size, device=device) for shape in shapes]
+        values = [torch.zeros(shape.num_kv_heads, 1, shape.value_size, device=device) for shape in shapes]
+        rows = [{"prefix_key": k, "prefix_value": v.requires_grad_(), **NO_GATE} for k, v in zip(keys, values)]
+        self.freeze(training=False)
+        self.switch()
+        self.place(layers, Prefix(rows))
+        try:
+            with torch.enable_grad():
+                output = self.model(**dummy_inputs(self.model))[0]
+            found = torch.autograd.grad(output.sum(), values, allow_unused=True) if output.requires_grad else [None]
+        finally:
+            self.restore()
+        return all(gradient is not None for gradient in found)
 
     def _clear(self) -> None:
         self._prompt = self._shift = None
