@@ -11,6 +11,7 @@ from qtuning_fast.version import __version__
 if TYPE_CHECKING:
     from qtuning_fast.lifelong.trainer import LifelongTrainer
     from qtuning_fast.model import QTuningModel
+    from qtuning_fast.scoring import answer_scores
 
 __all__ = [
     "LifelongTrainer",
@@ -18,13 +19,18 @@ __all__ = [
     "QTuningConfig",
     "QTuningModel",
     "__version__",
+    "answer_scores",
     "dq_pca",
     "explain_backend",
     "prefix_attention",
 ]
 
 # What needs transformers is imported when it is first asked for: the operator alone should load fast.
-_LAZY = {"LifelongTrainer": "qtuning_fast.lifelong.trainer", "QTuningModel": "qtuning_fast.model"}
+_LAZY = {
+    "LifelongTrainer": "qtuning_fast.lifelong.trainer",
+    "QTuningModel": "qtuning_fast.model",
+    "answer_scores": "qtuning_fast.scoring",
+}
 
 
 def __getattr__(name: str) -> Any:
