@@ -117,7 +117,7 @@ class QTuningModel(AttachedModel):
             name: a new task's name.
             num_labels: classes, at least two; may be left out where `label_names` is given. Language modelling tasks
                 need neither.
-            label_names: one a class; the words that stand for the classes where there are no heads.
+            label_names: one a class.
 
         Raises:
             TypeError, ValueError: the name is taken or the labels are not usable.

@@ -41,7 +41,7 @@ def open_image(file: Path) -> Image:
     Raises:
         ImportError: Pillow is missing.
         FileNotFoundError: there is no such file.
-        ValueError: it is no image, or not a whole one.
+        ValueError: it is no image, not a whole one, or has more than 8 bits a channel.
     """
     try:
         from PIL import Image, ImageOps
@@ -49,6 +49,8 @@ def open_image(file: Path) -> Image:
         raise ImportError("images need the package Pillow: pip install pillow") from None
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # made RGB they would be white
+                raise ValueError("it has more than 8 bits a channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None
