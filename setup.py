@@ -13,6 +13,7 @@ LIFELONG = [
     "datasets>=3.0",
     "jinja2>=3.1",
     "matplotlib>=3.8",
+    "pillow>=10",
     "rich>=13",
     "scikit-learn>=1.4",
     "typer>=0.15",

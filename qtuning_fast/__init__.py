@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qtuning_fast.lifelong.trainer import LifelongTrainer
     from qtuning_fast.model import QTuningModel
     from qtuning_fast.nn.multihead import PrefixMultiheadAttention
+    from qtuning_fast.scoring import answer_scores
 
 __all__ = [
     "LifelongTrainer",
@@ -21,6 +22,7 @@ __all__ = [
     "QTuningConfig",
     "QTuningModel",
     "__version__",
+    "answer_scores",
     "dq_pca",
     "explain_backend",
     "prefix_attention",
@@ -35,6 +37,7 @@ _LAZY = {
     "QTuningModel": "qtuning_fast.model",
     "replace_attention": "qtuning_fast.integrations.modules",
     "restore_attention": "qtuning_fast.integrations.modules",
+    "answer_scores": "qtuning_fast.scoring",
 }
 
 

@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
-from qtuning_fast.config import QTuningConfig
+from qtuning_fast.config import TASK_TYPES, QTuningConfig
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.reference import GATES
 from qtuning_fast.version import __version__
@@ -99,15 +99,16 @@ def run(
     stream: Annotated[str | None, _data("A stream of tasks: offline-5 or offline-15.")] = None,
     task: Annotated[
         list[str] | None,
-        _data("Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, a hub dataset. Repeat."),
+        _data("Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat."),
     ] = None,
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
     shots: Annotated[int | None, _data("Training examples a class; default 16, of your own data all.")] = None,
     validation_shots: Annotated[int, _data("Validation examples a class.")] = 16,
-    test_size: Annotated[int, _data("Test texts a task at most.")] = 200,
+    test_size: Annotated[int, _data("Test examples a task at most.")] = 200,
     seed: Annotated[int, typer.Option(help="Random seed, of the draw of examples too.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Learn each task alone, too.")] = False,
+    task_type: Annotated[str, _method(f"{', '.join(TASK_TYPES)}.")] = _METHOD.task_type,
     prompt_length: Annotated[int, _method("Rows of a task's prompt.")] = _METHOD.prompt_length,
     queue_size: Annotated[int | None, _method("Capacity in prompts; default 5, for offline-5 3.")] = None,
     shared_length: Annotated[int, _method("Rows of the shared prompt.")] = _METHOD.shared_length,
@@ -151,6 +152,7 @@ def run(
                 reparameterization=_or_none(reparameterization),
                 eviction=eviction,
                 retention_weight=retention_weight,
+                task_type=task_type,
             ),
             training=TrainingOptions(
                 steps=steps,
@@ -182,9 +184,9 @@ def run(
 def evaluate(
     folder: RunFolder,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
-    data: Annotated[str | None, typer.Option(help="Labelled texts of your own instead of the test split.")] = None,
+    data: Annotated[str | None, typer.Option(help="Labelled examples of your own instead of the test split.")] = None,
 ) -> None:
-    """Evaluate the stored adapters, on the run's test splits or on labelled texts of your own."""
+    """Evaluate the stored adapters, on the run's test splits or on labelled examples of your own."""
     with _clear_errors():
         if data is not None and task is None:
             raise ValueError("--data needs --task, to say which adapter")
@@ -200,19 +202,19 @@ def evaluate(
             if task is not None:
                 opened.model.label_names(task)  # an unknown task is an error here
                 tests = {task: tests[task]}
-        table = Table("task", "texts", "accuracy")
+        table = Table("task", "examples", "accuracy")
         for name, examples in tests.items():
-            table.add_row(name, str(len(examples.texts)), f"{opened.accuracy(examples, name):.3f}")
+            table.add_row(name, str(len(examples)), f"{opened.accuracy(examples, name):.3f}")
         console.print(table)
 
 
 @app.command()
 def predict(
     folder: RunFolder,
-    text: Annotated[list[str], typer.Argument(help="Texts to classify.")],
+    text: Annotated[list[str], typer.Argument(help="Texts to classify, or paths of images.")],
     task: Annotated[str | None, typer.Option(help="The task they belong to; all tasks answer without it.")] = None,
 ) -> None:
-    """Classify texts under a stored task."""
+    """Classify texts or images under a stored task."""
     with _clear_errors():
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; there is nothing to classify")

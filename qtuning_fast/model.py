@@ -76,7 +76,7 @@ class QTuningModel(AttachedModel):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
         super().__init__(base_model, config.placement)
         try:
-            _check_task_type(config.task_type, self.base_model)
+            _check_task_type(config.task_type, self.base_model, causal=self.attention.is_causal)
             self.layer_indices = _chosen_layers(config, self.attention.layers)
             shapes = [self.attention.layers[index].shape for index in self.layer_indices]
             words = self.encoder.get_input_embeddings()
@@ -119,7 +119,7 @@ class QTuningModel(AttachedModel):
             name: a new task's name.
             num_labels: classes, at least two; may be left out where `label_names` is given. Language modelling tasks
                 need neither.
-            label_names: one a class; the words that stand for the classes where there are no heads.
+            label_names: one a class.
 
         Raises:
             TypeError, ValueError: the name is taken or the labels are not usable.
@@ -526,7 +526,7 @@ def _chosen_layers(config: QTuningConfig, layers: Sequence[AttentionLayer]) -> l
     return [there[index] for index in sorted(config.layers)]
 
 
-def _check_task_type(task_type: str, base_model: PreTrainedModel) -> None:
+def _check_task_type(task_type: str, base_model: PreTrainedModel, *, causal: bool) -> None:
     """Raise a ValueError where the model is not of the kind that the task type needs."""
     reads = "images" if base_model.main_input_name == "pixel_values" else "text"
     two_stacks, writes = base_model.config.is_encoder_decoder, base_model.can_generate()
@@ -534,7 +534,7 @@ def _check_task_type(task_type: str, base_model: PreTrainedModel) -> None:
         "sequence-classification": ("a model that reads text", reads == "text"),
         "image-classification": ("a model that reads images", reads == "images"),
         "text-to-text": ("an encoder-decoder with a language modelling head", two_stacks and writes),
-        "causal-lm": ("a decoder with a language modelling head", not two_stacks and writes),
+        "causal-lm": ("a decoder with a language modelling head", causal and not two_stacks and writes),
     }
     needed, fits = needs[task_type]
     if not fits:

@@ -229,6 +229,7 @@ WRONG: dict[str, list[str]] = {
     "--queue-size": [*BAD_NUMBERS, "0", "90"],
     "--shared-length": BAD_NUMBERS,
     "--rank": [*BAD_NUMBERS, "0"],
+    "--task-type": ["translation", "", "text-to-text", "causal-lm", "image-classification"],  # the model is a BERT
     "--gate": ["swish", "", "TANH"],
     "--gate-per": ["model", ""],
     "--gate-training": ["never", "first task"],

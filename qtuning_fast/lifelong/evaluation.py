@@ -5,25 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtuning_fast.lifelong.texts import TokenizedTexts
+from qtuning_fast.lifelong.encoded import EncodedExamples
 from qtuning_fast.model import QTuningModel
+from qtuning_fast.scoring import Answers, answer_scores
 
 
 @torch.no_grad()
-def probabilities(model: QTuningModel, texts: TokenizedTexts, batch_size: int) -> Tensor:
-    """`[texts, classes]` on the CPU, under the task that is set."""
+def probabilities(
+    model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None
+) -> Tensor:
+    """`[examples, classes]` on the CPU, under the task that is set.
+
+    A language model chooses among `answers`, one a class: their probabilities, scaled to sum to one.
+    """
     model.eval()
-    batches = texts.batches(batch_size, model.device)
-    return torch.cat([model(**batch).logits.softmax(-1).cpu() for batch in batches])
+    scores = (
+        model(**batch).logits if answers is None else answer_scores(model, batch, answers)
+        for batch in examples.batches(batch_size, model.device)
+    )
+    return torch.cat([each.softmax(-1).cpu() for each in scores])
 
 
-def accuracy(model: QTuningModel, texts: TokenizedTexts, batch_size: int) -> float:
-    """Share of the texts that the model, under the task that is set, gets right."""
-    answers = probabilities(model, texts, batch_size).argmax(-1)
-    return float((answers == texts.columns["labels"]).double().mean())
+def accuracy(model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None) -> float:
+    """Share of the examples that the model, under the task that is set, gets right; arguments as above."""
+    chosen = probabilities(model, examples, batch_size, answers).argmax(-1)
+    return float((chosen == examples.columns["labels"]).double().mean())
 
 
-def features(model: QTuningModel, texts: TokenizedTexts, batch_size: int, *, task: str | None) -> Tensor:
-    """Pooled features `[texts, hidden]` on the CPU, under a finished task or of the base model alone."""
-    batches = texts.batches(batch_size, model.device)
+def features(model: QTuningModel, examples: EncodedExamples, batch_size: int, *, task: str | None) -> Tensor:
+    """Pooled features `[examples, hidden]` on the CPU, under a finished task or of the base model alone."""
+    batches = examples.batches(batch_size, model.device)
     return torch.cat([model.features(batch, task=task).cpu() for batch in batches])

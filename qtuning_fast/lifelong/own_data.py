@@ -1,4 +1,4 @@
-"""A task from a user's own data: a file, a folder of files, or a data set on the Hugging Face hub.
+"""A task from a user's own data: a file, a folder of files or of images, or a data set on the Hugging Face hub.
 
 Everything that can be wrong with the data is found here, before any training starts.
 """
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from qtuning_fast.lifelong.tasks import Examples, Labelled, Task, few_shot_split
+from qtuning_fast.lifelong.own_images import check_images, images_by_class, is_image_folder, read_image_folder
+from qtuning_fast.lifelong.tasks import Examples, Input, Labelled, Task, few_shot_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,35 +47,26 @@ def load_task(
         spec: `path` or `name=path`. A path leads to a file (.csv, .tsv, .json, .jsonl, .parquet), or to a folder with
             `train.*` and, where there are any, `validation.*` and `test.*` of these kinds. What is no path here is
             a data set on the Hugging Face hub: `name`, `organisation/name`, with `:config` where it has several.
-            A split that is missing, or whose labels the hub keeps secret, is cut from the training texts.
+            Images are a folder with a folder of files (.png, .jpg, ...) for each class, or with `train`, and maybe
+            `validation` and `test`, of such folders. Each image that is drawn is opened once, to see that it can be.
+            A split that is missing, or whose labels the hub keeps secret, is cut from the training examples.
         shots: training examples a class; None takes all.
         validation_shots, test_size, seed: see `few_shot_split`; splits of the data's own are drawn from too, and
             taken whole where these numbers are large enough.
         text_column, label_column: texts must be strings; labels strings, integers, booleans or a `ClassLabel`.
 
     Raises:
-        ImportError: the package `datasets` is missing.
+        ImportError: the package `datasets`, or for images Pillow, is missing.
         FileNotFoundError: no such path, or a folder without training data.
         ConnectionError: the hub does not answer.
         ValueError: the data cannot be read, or not be used: the message says which, where and why.
     """
     name, path = _name_and_path(spec)
-    _require_datasets()
-    splits = _read_files(path) if _is_local(path) else _read_hub(path)
-    if "train" not in splits:
-        raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
-    texts = _texts(splits["train"], text_column, f"train of {path}")
-    labels, label_names = _labels(splits["train"], label_column, f"train of {path}")
-    own: dict[str, Labelled] = {}
-    for split in ("validation", "test"):
-        where = f"{split} of {path}"
-        if split in splits and not _is_unlabelled(splits[split], label_column, where):
-            split_labels, _ = _labels(splits[split], label_column, where)
-            if unknown := sorted(set(split_labels) - set(label_names)):
-                raise ValueError(f"{where}: label {unknown[0]!r} does not occur in train, which has {label_names}")
-            own[split] = _texts(splits[split], text_column, where), split_labels
-    return few_shot_split(
-        texts,
+    images = is_image_folder(Path(path).expanduser())
+    splits, label_names = read_image_folder(path) if images else _read_texts(path, text_column, label_column)
+    inputs, labels = splits["train"]
+    task = few_shot_split(
+        inputs,
         labels,
         name=name,
         shots=shots,
@@ -82,31 +74,58 @@ def load_task(
         test_size=test_size,
         seed=seed,
         label_names=label_names,
-        validation=own.get("validation"),
-        test=own.get("test"),
+        validation=splits.get("validation"),
+        test=splits.get("test"),
         source=path,
     )
+    if images:
+        check_images([*task.train.inputs, *task.validation.inputs, *task.test.inputs])
+    return task
+
+
+def _read_texts(path: str, text_column: str, label_column: str) -> tuple[dict[str, Labelled], list[str]]:
+    """The labelled texts of each split, and the names of the classes."""
+    _require_datasets()
+    splits = _read_files(path) if _is_local(path) else _read_hub(path)
+    if "train" not in splits:
+        raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
+    texts = _texts(splits["train"], text_column, f"train of {path}")
+    labels, label_names = _labels(splits["train"], label_column, f"train of {path}")
+    own: dict[str, Labelled] = {"train": (texts, labels)}
+    for split in ("validation", "test"):
+        where = f"{split} of {path}"
+        if split in splits and not _is_unlabelled(splits[split], label_column, where):
+            split_labels, _ = _labels(splits[split], label_column, where)
+            if unknown := sorted(set(split_labels) - set(label_names)):
+                raise ValueError(f"{where}: label {unknown[0]!r} does not occur in train, which has {label_names}")
+            own[split] = _texts(splits[split], text_column, where), split_labels
+    return own, label_names
 
 
 def load_examples(path: str, label_names: Sequence[str]) -> Examples:
-    """All labelled texts of a file, for a task whose classes are known.
+    """All labelled texts of a file or images of a folder, for a task whose classes are known.
 
     Args:
-        path: a file as in `load_task`, with the columns `text` and `label`.
+        path: a file as in `load_task`, with the columns `text` and `label`; or a folder with one of images a class.
         label_names: the task's classes.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: as in `load_task`; also a label that is none of these.
     """
-    _require_datasets()
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    data = _read_file(file)
-    texts, (labels, _) = _texts(data, "text", path), _labels(data, "label", path)
+    inputs: Sequence[Input]
+    if is_image_folder(file):
+        inputs, labels = images_by_class(file)
+        check_images(inputs)
+    else:
+        _require_datasets()
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        data = _read_file(file)
+        inputs, labels = _texts(data, "text", path), _labels(data, "label", path)[0]
     if unknown := sorted(set(labels) - set(label_names)):
         raise ValueError(f"{path}: label {unknown[0]!r} is none of the task's, which are {', '.join(label_names)}")
-    return Examples(texts, [list(label_names).index(label) for label in labels])
+    return Examples(inputs, [list(label_names).index(label) for label in labels])
 
 
 def _require_datasets() -> None:
@@ -154,7 +173,9 @@ def _read_files(path: str) -> "dict[str, Dataset]":
             found[split] = _read_file(candidates[0])
         elif split == "train":
             holds = ", ".join(sorted(child.name for child in file.iterdir())) or "nothing"
-            raise FileNotFoundError(f"{file} has no file train{{{','.join(LOADERS)}}}; it holds {holds}")
+            raise FileNotFoundError(
+                f"{file} has no file train{{{','.join(LOADERS)}}} and no folders of images; it holds {holds}"
+            )
     return found
 
 

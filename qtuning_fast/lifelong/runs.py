@@ -17,10 +17,10 @@ from qtuning_fast.lifelong.evaluation import accuracy, probabilities
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.own_data import load_task
+from qtuning_fast.lifelong.reading import Answers, ExampleReader
 from qtuning_fast.lifelong.streams import load_stream
-from qtuning_fast.lifelong.tasks import Examples, Task
-from qtuning_fast.lifelong.texts import TokenizedTexts
-from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener, data_digest
+from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
+from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
 from qtuning_fast.model import QTuningModel
 from qtuning_fast.storage import read_json, write_json
 
@@ -36,7 +36,7 @@ class DataOptions:
         tasks: one's own data, `name=path` each; exactly one of the two is given.
         shots: training examples a class; None takes 16 of a stream, and all there are of one's own data.
         validation_shots: validation examples a class.
-        test_size: test texts a task at most.
+        test_size: test examples a task at most.
         seed: of the draw.
     """
 
@@ -95,12 +95,12 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
 
     _check_writable(folder)
     tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
-    base_model, tokenizer = load_base_model(settings.model)
+    base_model, processor = load_base_model(settings.model, settings.method.task_type)
     title = settings.data.stream or "own data"
     with listening(tasks, title) as listener:
         metrics = LifelongTrainer(
             base_model,
-            tokenizer,
+            processor,
             settings.method,
             tasks,
             settings.training,
@@ -170,11 +170,14 @@ class OpenRun:
         settings = read_json(self.folder / RUN_FILE)
         self.options = TrainingOptions(**settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
+        self._words = settings.get("label_words", {})
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
                 f"{folder}: this run was begun from Python; open its adapters by QTuningModel.from_pretrained"
             )
-        base_model, self.tokenizer = load_base_model(self._about["base_model"])
+        task_type = settings["method"]["task_type"]
+        base_model, processor = load_base_model(self._about["base_model"], task_type)
+        self.reader = ExampleReader(processor, task_type, self.options.max_length)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
 
     def load_tasks(self) -> list[Task]:
@@ -190,22 +193,27 @@ class OpenRun:
                 raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
         return tasks
 
-    def predict(self, texts: Sequence[str], task: str) -> Tensor:
-        """Probabilities `[texts, classes]` under a task's adapter."""
+    def predict(self, inputs: Sequence[str], task: str) -> Tensor:
+        """Probabilities `[inputs, classes]` of texts, or of images by their paths, under a task's adapter.
+
+        A language model chooses among the words for the classes.
+        """
         self.model.set_task(task)
-        return probabilities(self.model, self._tokenized(Examples(list(texts), [0] * len(texts))), self._batch_size)
+        given = [Path(each) if self.reader.reads_images else each for each in inputs]
+        questions = self.reader.questions(Examples(given, [0] * len(given)))
+        return probabilities(self.model, questions, self._batch_size, self._answers(task))
 
     def accuracy(self, examples: Examples, task: str) -> float:
         """Share of the examples that a task's adapter gets right."""
         self.model.set_task(task)
-        return accuracy(self.model, self._tokenized(examples), self._batch_size)
+        return accuracy(self.model, self.reader.questions(examples), self._batch_size, self._answers(task))
 
     @property
     def _batch_size(self) -> int:
         return self.options.eval_batch_size
 
-    def _tokenized(self, examples: Examples) -> TokenizedTexts:
-        return TokenizedTexts(examples, self.tokenizer, self.options.max_length)
+    def _answers(self, task: str) -> Answers | None:
+        return self.reader.answers(self._words.get(task, ()), task=task)
 
 
 def _check_writable(folder: Path) -> None:

@@ -24,9 +24,10 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from qtuning_fast.lifelong.encoded import EncodedExamples
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.texts import TokenizedTexts
 from qtuning_fast.model import QTuningModel
+from qtuning_fast.scoring import Answers, answer_scores
 from qtuning_fast.storage import CorruptFileError, file_digest, read_json, write_json
 
 _MANIFEST = "manifest.json"
@@ -39,7 +40,9 @@ class TaskTrainer(Trainer):
         model: with a task in training.
         options: budget and rates.
         folder: for checkpoints.
-        train, validation: the splits.
+        train, validation: what is learned from, and what is asked.
+        answers: where a language model answers, its answers, one a class: it is right when the right one is the most
+            probable of them.
         callbacks: told of every step.
     """
 
@@ -49,13 +52,15 @@ class TaskTrainer(Trainer):
         options: TrainingOptions,
         folder: Path,
         *,
-        train: TokenizedTexts,
-        validation: TokenizedTexts,
+        train: EncodedExamples,
+        validation: EncodedExamples,
+        answers: Answers | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.qtuning = model
         self.options = options
         self.folder = folder
+        self.answers = answers
         self.clock = StepClock()
         self._retention_losses: list[Tensor] = []
         stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
@@ -86,9 +91,17 @@ class TaskTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs)
-        if outputs.retention_loss is not None:
-            self._retention_losses.append(outputs.retention_loss.detach())
+        retention = outputs.get("retention_loss")
+        if retention is not None:
+            self._retention_losses.append(retention.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.answers is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        return None, answer_scores(self.qtuning, inputs, self.answers), labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._retention_losses:

@@ -1,31 +1,47 @@
-"""A task: labelled texts in three disjoint splits, and how they are drawn from a pool of texts.
+"""A task: labelled texts or images in three disjoint splits, and how they are drawn from a pool.
 
-A draw is decided by the texts themselves: within a class they are ordered by a digest of seed, task name and text.
-So it is the same in every process and on every machine, whatever the order of the files and of the other tasks.
+A draw is decided by the examples themselves: within a class they are ordered by a digest of seed, task name and text
+or file content. So it is the same in every process and on every machine, whatever the order of the files and of the
+other tasks.
 """
 
+import json
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
-Labelled = tuple[Sequence[str], Sequence[str]]
-"""Texts, and the name of the class of each."""
+from qtuning_fast.storage import file_digest
+
+Input = str | Path
+"""A text, or the path of an image file."""
+
+Labelled = tuple[Sequence[Input], Sequence[str]]
+"""Texts or images, and the name of the class of each."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, and the class of each as an index into the task's `label_names`."""
+    """Texts or images, and the class of each as an index into the task's `label_names`."""
 
-    texts: list[str]
+    inputs: Sequence[Input]
     labels: list[int]
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.inputs)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a stream. No text occurs twice in it; `source` says where its texts come from."""
+    """One task of a stream. No text or image occurs twice in it; `source` says where its examples come from.
+
+    Where a language model answers, `label_words` are its answers, one a class; None for the names of the classes with
+    spaces for underscores and hyphens. They are used as they are written, upper and lower case too.
+
+    Raises:
+        ValueError: there is not one label word a class, or one is empty.
+    """
 
     name: str
     label_names: list[str]
@@ -33,10 +49,48 @@ class Task:
     validation: Examples
     test: Examples
     source: str
+    label_words: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        words = self.label_words
+        if words is not None and (len(words) != len(self.label_names) or not all(word.strip() for word in words)):
+            raise ValueError(
+                f"task {self.name!r}: label_words is {words}; there must be one for each of {self.label_names}"
+            )
+
+    @property
+    def answers(self) -> list[str]:
+        """The words for the classes, in their order."""
+        if self.label_words is not None:
+            return list(self.label_words)
+        return [" ".join(name.replace("_", " ").replace("-", " ").split()) or name for name in self.label_names]
+
+    @property
+    def holds_images(self) -> bool:
+        return _kind(self.train.inputs) == "images"
+
+
+def data_digest(task: Task) -> str:
+    """A hash that tells whether a task's examples are the same; of images the contents count, not where they are."""
+    kind = _kind(task.train.inputs)
+    splits = [
+        {kind: [_content(each) if isinstance(each, Path) else each for each in split.inputs], "labels": split.labels}
+        for split in (task.train, task.validation, task.test)
+    ]
+    return sha256(json.dumps([list(task.label_names), splits]).encode()).hexdigest()[:16]
+
+
+def _kind(inputs: Sequence[Input]) -> str:
+    return "images" if inputs and isinstance(inputs[0], Path) else "texts"
+
+
+def _content(each: Input) -> str:
+    """What makes an example the same as another: its text with white space normalised, or a digest of the file."""
+    return file_digest(each) if isinstance(each, Path) else " ".join(each.split())
 
 
 def few_shot_split(
-    texts: Sequence[str],
+    inputs: Sequence[Input],
     labels: Sequence[str],
     *,
     name: str,
@@ -53,20 +107,20 @@ def few_shot_split(
 
     Before anything is drawn, texts that differ in white space alone become one, empty ones are dropped, and one that
     occurs under two labels is dropped altogether. A text of the test split leaves the other two, one of the
-    validation split leaves the training texts.
+    validation split leaves the training texts. With images it is the same, and files of the same content are one.
 
     The draws are nested: with the same seed, the training examples of fewer `shots` are among those of more, the
     validation examples are the same, and so is the test set where texts are plentiful.
 
     Args:
-        texts, labels: the training texts and the class of each, by name.
+        inputs, labels: the training texts, or paths of image files, and the class of each, by name.
         shots: training examples a class; None takes every text that is not held out.
         validation_shots: validation examples a class (0: none). With `shots=None`, at most a fifth of a class.
         test_size: at most so many test texts in all, spread over the classes as evenly as these allow. With
             `shots=None`, at most a fifth of a class.
         label_names: the classes of the task, in order; texts of other classes are left out. None: all, sorted.
         validation, test: the source's own splits. What is drawn from them is at most as large, but may be smaller;
-            a split that is not given is cut from `texts`.
+            a split that is not given is cut from `inputs`.
 
     Raises:
         ValueError: a size out of range, texts and labels that do not pair up, no text that is not empty, fewer than
@@ -77,17 +131,19 @@ def few_shot_split(
     if len(set(classes)) < 2:
         raise ValueError(f"task {name!r}: a task needs at least two classes, but it has {classes}")
 
-    def rank(text: str) -> bytes:
-        return sha256(f"{seed}\n{name}\n{text}".encode()).digest()
+    def rank(content: str) -> bytes:
+        return sha256(f"{seed}\n{name}\n{content}".encode()).digest()
+
+    kind = _kind(inputs)
 
     own_test = _Pool(test or ((), ()), classes, rank)
     own_validation = _Pool(validation or ((), ()), classes, rank, without=own_test.seen)
-    pool = _Pool((texts, labels), classes, rank, without=own_validation.seen | own_test.seen)
+    pool = _Pool((inputs, labels), classes, rank, without=own_validation.seen | own_test.seen)
     if not pool.seen:
-        raise ValueError(f"task {name!r}: none of its {len(texts)} training texts holds anything")
+        raise ValueError(f"task {name!r}: none of its {len(inputs)} training {kind} holds anything")
 
     to_validate, to_test = _sizes_to_cut(
-        name, classes, pool.sizes, shots, validation_shots if validation is None else 0, test_is_cut=test is None
+        name, kind, classes, pool.sizes, shots, validation_shots if validation is None else 0, test_is_cut=test is None
     )
 
     # A test set is cut at the far end, where it stays the same when more examples are asked for at the near one.
@@ -101,7 +157,7 @@ def few_shot_split(
         validation_part = own_validation.take([validation_shots] * len(classes))
     for split, part, wanted in (("test", test_part, test_size), ("validation", validation_part, validation_shots)):
         if wanted and not part:
-            raise ValueError(f"task {name!r}: its {split} split has no text of the classes {classes} left to draw")
+            raise ValueError(f"task {name!r}: its {split} split has no {kind} of the classes {classes} left to draw")
     train_part = pool.take(pool.sizes if shots is None else [shots] * len(classes))
     return Task(name, classes, train_part, validation_part, test_part, source)
 
@@ -116,22 +172,22 @@ def balanced_counts(available: Sequence[int], total: int) -> list[int]:
 
 
 class _Pool:
-    """The different texts of one split, by class, each class in the order in which it is drawn."""
+    """The different examples of one split, by class, each class in the order in which it is drawn."""
 
     def __init__(
         self, labelled: Labelled, classes: Sequence[str], rank: Callable[[str], bytes], without: Set[str] = frozenset()
     ) -> None:
-        texts, labels = labelled
-        if len(texts) != len(labels):
-            raise ValueError(f"there are {len(texts)} texts, but {len(labels)} labels")
+        inputs, labels = labelled
+        if len(inputs) != len(labels):
+            raise ValueError(f"there are {len(inputs)} {_kind(inputs)}, but {len(labels)} labels")
         self.rank = rank
-        self.written: dict[str, str] = {}  # by the text with its white space normalised
+        self.written: dict[str, Any] = {}  # by content
         label_of: dict[str, str | None] = {}  # None: it occurs under two labels
-        for text, label in zip(texts, labels):
-            key = " ".join(text.split())
+        for each, label in zip(inputs, labels):
+            key = _content(each)
             if key:
-                # Of two that differ in white space the lesser stays, so that the order of the files means nothing.
-                self.written[key] = min(text, self.written.get(key, text))
+                # Of two with the same content the lesser stays, so that the order of the files means nothing.
+                self.written[key] = min(each, self.written.get(key, each))
                 label_of[key] = label if label_of.get(key, label) == label else None
         self.by_class: list[list[str]] = [[] for _ in classes]
         index = {label: number for number, label in enumerate(classes)}
@@ -143,7 +199,7 @@ class _Pool:
 
     @property
     def seen(self) -> Set[str]:
-        """All its texts, those under two labels or of other classes too."""
+        """The contents of all its examples, those under two labels or of other classes too."""
         return self.written.keys()
 
     @property
@@ -151,7 +207,7 @@ class _Pool:
         return [len(members) for members in self.by_class]
 
     def take(self, counts: Sequence[int], *, at_end: bool = False) -> Examples:
-        """Take so many texts of each class out of the pool, fewer where there are fewer, the classes mixed."""
+        """Take so many examples of each class out of the pool, fewer where there are fewer, the classes mixed."""
         taken: list[tuple[str, int]] = []
         for label, (members, count) in enumerate(zip(self.by_class, counts)):
             part = slice(len(members) - count, None) if at_end else slice(count)
@@ -169,15 +225,22 @@ def _check_sizes(name: str, shots: int | None, validation_shots: int, test_size:
 
 
 def _sizes_to_cut(
-    name: str, classes: Sequence[str], sizes: Sequence[int], shots: int | None, to_validate: int, *, test_is_cut: bool
+    name: str,
+    kind: str,
+    classes: Sequence[str],
+    sizes: Sequence[int],
+    shots: int | None,
+    to_validate: int,
+    *,
+    test_is_cut: bool,
 ) -> tuple[list[int], list[int]]:
-    """Of each class, how many texts to cut for validation, and how many can go to the test set at most."""
+    """Of each class, how many examples to cut for validation, and how many can go to the test set at most."""
     least_to_validate = to_validate if shots is not None else min(to_validate, 1)
     needed = {"to train on": shots or 1, "to validate": least_to_validate, "to test": int(test_is_cut)}
     for label, size in zip(classes, sizes):
         if size < sum(needed.values()):
             raise ValueError(
-                f"task {name!r}: class {label!r} has {size} different texts, but {sum(needed.values())} are needed: "
+                f"task {name!r}: class {label!r} has {size} different {kind}, but {sum(needed.values())} are needed: "
                 + ", ".join(f"{count} {purpose}" for purpose, count in needed.items() if count)
             )
     if shots is None:

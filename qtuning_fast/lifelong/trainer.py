@@ -17,8 +17,6 @@ was not.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import re
 import shutil
@@ -37,17 +35,17 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from qtuning_fast.config import QTuningConfig
+from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.integrations.transformers import without_head
-from qtuning_fast.integrations.transformers.positions import first_position
+from qtuning_fast.lifelong.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import accuracy, features
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.probe import linear_probe
+from qtuning_fast.lifelong.reading import Answers, ExampleReader
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
-from qtuning_fast.lifelong.tasks import Task
-from qtuning_fast.lifelong.texts import TokenizedTexts
+from qtuning_fast.lifelong.tasks import Task, data_digest
 from qtuning_fast.model import QTuningModel
 from qtuning_fast.pretrained import CONFIG_FILE
 from qtuning_fast.storage import read_json, tensors_digest, write_json
@@ -59,9 +57,12 @@ RUN_FILE = "run.json"
 class LifelongTrainer:
     """Runs a stream of tasks (Q-tuning, arXiv 2404.14607) on transformers.Trainer.
 
+    Tasks are of the config's `task_type`: texts or images sorted by heads, or texts that a language model answers with
+    the words for the classes (`Task.answers`).
+
     Args:
         base_model: what the prompts are attached to.
-        tokenizer: of the base model.
+        processor: the base model's tokenizer, or its image processor.
         config: the method.
         tasks: the stream, in order.
         options: budget and rates of each task.
@@ -71,13 +72,14 @@ class LifelongTrainer:
         listener: is told what happens; see `RunListener`.
 
     Raises:
-        ValueError: the tasks cannot be run one after another, or the folder holds another run.
+        TypeError, ValueError: the tasks cannot be run one after another, or not with this model and processor, or the
+            folder holds another run.
     """
 
     def __init__(
         self,
         base_model: PreTrainedModel,
-        tokenizer: Any,
+        processor: Any,
         config: QTuningConfig,
         tasks: Sequence[Task],
         options: TrainingOptions,
@@ -94,9 +96,9 @@ class LifelongTrainer:
             for split in ("train", "validation", "test"):
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
-        _check_length(options.max_length, base_model, tokenizer)
+        self.reader = ExampleReader(processor, config.task_type, options.max_length)
+        self.reader.check(base_model, tasks)
         self.base_model = base_model
-        self.tokenizer = tokenizer
         self.config = config
         self.tasks = list(tasks)
         self.options = options
@@ -104,7 +106,7 @@ class LifelongTrainer:
         self.forward_transfer = forward_transfer
         self.about = dict(about or {})
         self.listener = listener or RunListener()
-        self._splits: dict[str, dict[str, TokenizedTexts]] = {}
+        self._splits: dict[str, dict[str, EncodedExamples]] = {}
 
     def run(self) -> dict[str, Any]:
         """Train and evaluate whatever is not done yet; returns the metrics, which are also in `metrics.json`."""
@@ -158,6 +160,8 @@ class LifelongTrainer:
             "base_fingerprint": fingerprint(without_head(self.base_model)),
             "about": self.about,
         }
+        if self.config.task_type not in HEAD_TASK_TYPES:
+            mine["label_words"] = {task.name: task.answers for task in self.tasks}
         path = self.folder / RUN_FILE
         if not path.exists():
             write_json(path, mine)
@@ -195,8 +199,8 @@ class LifelongTrainer:
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
         model.start_task(task.name, label_names=task.label_names)
-        split = self._texts(task)
-        train = split["train"]
+        split, answers = self._questions(task), self._answers(task)
+        train = split["train"] if answers is None else self.reader.lessons(task.train, answers)
         if model.retains_memory:
             train = train.with_column("retention_features", self._features(model, train, previous))
         trainer = TaskTrainer(
@@ -205,6 +209,7 @@ class LifelongTrainer:
             checkpoints,
             train=train,
             validation=split["validation"],
+            answers=answers,
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
@@ -213,9 +218,9 @@ class LifelongTrainer:
         return {
             "name": task.name,
             "label_names": list(task.label_names),
-            "num_train": len(task.train.texts),
-            "num_validation": len(task.validation.texts),
-            "num_test": len(task.test.texts),
+            "num_train": len(task.train),
+            "num_validation": len(task.validation),
+            "num_test": len(task.test),
             "seconds": time.perf_counter() - began,  # of this process: what a run took that was cut off is not in it
             "steps": trainer.state.global_step,
             "step_seconds": trainer.clock.median,
@@ -254,10 +259,10 @@ class LifelongTrainer:
         return {"accuracy": accuracy}
 
     def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
-        split = self._texts(task)
+        split = self._questions(task)
         pairs = (
-            (self._features(model, texts, None).numpy(), texts.columns["labels"].numpy())
-            for texts in (split["train"], split["validation"], split["test"])
+            (self._features(model, part, None).numpy(), part.columns["labels"].numpy())
+            for part in (split["train"], split["validation"], split["test"])
         )
         return linear_probe(*pairs)
 
@@ -265,17 +270,19 @@ class LifelongTrainer:
 
     def _accuracy(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)
-        return accuracy(model, self._texts(task)["test"], self.options.eval_batch_size)
+        test = self._questions(task)["test"]
+        return accuracy(model, test, self.options.eval_batch_size, self._answers(task))
 
-    def _features(self, model: QTuningModel, texts: TokenizedTexts, task: str | None) -> Tensor:
-        return features(model, texts, self.options.eval_batch_size, task=task)
+    def _features(self, model: QTuningModel, examples: EncodedExamples, task: str | None) -> Tensor:
+        return features(model, examples, self.options.eval_batch_size, task=task)
 
-    def _texts(self, task: Task) -> dict[str, TokenizedTexts]:
+    def _answers(self, task: Task) -> Answers | None:
+        return self.reader.answers(task.answers, task=task.name)
+
+    def _questions(self, task: Task) -> dict[str, EncodedExamples]:
         if task.name not in self._splits:
-            self._splits[task.name] = {
-                split: TokenizedTexts(getattr(task, split), self.tokenizer, self.options.max_length)
-                for split in ("train", "validation", "test")
-            }
+            splits = ("train", "validation", "test")
+            self._splits[task.name] = {split: self.reader.questions(getattr(task, split)) for split in splits}
         return self._splits[task.name]
 
     def _task_folder(self, number: int) -> Path:
@@ -343,24 +350,8 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def _check_length(max_length: int, base_model: PreTrainedModel, tokenizer: Any) -> None:
-    added = tokenizer.num_special_tokens_to_add()
-    longest = getattr(base_model.config, "max_position_embeddings", None) or max_length
-    longest -= first_position(base_model)
-    if not added < max_length <= longest:
-        raise ValueError(
-            f"max_length is {max_length}; this model takes at most {longest} tokens, {added} of them not of the text"
-        )
-
-
 def _task_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
-
-
-def data_digest(task: Task) -> str:
-    """A hash that tells whether a task's examples are the same."""
-    splits = [asdict(split) for split in (task.train, task.validation, task.test)]
-    return hashlib.sha256(json.dumps([list(task.label_names), splits]).encode()).hexdigest()[:16]
 
 
 def _difference(theirs: Any, mine: Any) -> str:

@@ -1,10 +1,25 @@
-"""Metrics of runs that never happened, in the shape of a real run's metrics.json."""
+"""Metrics of runs that never happened, and tiny models with toy tasks for every type of task."""
 
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from qtuning_fast.lifelong.metrics import evaluation_summary
 
@@ -88,3 +103,93 @@ def _below(matrix: np.ndarray) -> list[list[float | None]]:
 @pytest.fixture(name="make_metrics")
 def make_metrics_fixture() -> Callable[..., dict[str, Any]]:
     return make_metrics
+
+
+# Tiny models that write, or see
+
+WORDS = ["red", "green", "blue", "cat", "dog", "the", "a", "is", "was", "old", "new", "very"]
+SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]
+
+
+def make_tokenizer(*, decoder: bool, ends: bool = True) -> PreTrainedTokenizerFast:
+    """Whole words. For decoders it begins with <s> and has no padding; with `ends` there is a token that ends."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = "<s> $A" if decoder else "$A </s>" if ends else "$A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 3), ("</s>", 1)])
+    special = {"unk_token": "<unk>"} | ({"eos_token": "</s>"} if ends else {})
+    special |= {"bos_token": "<s>"} if decoder else {"pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(name="make_tokenizer", scope="session")
+def make_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerFast]:
+    return make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def folders_of_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny T5, Llama and ViT by their type of task, as save_pretrained writes them."""
+    folder = tmp_path_factory.mktemp("models")
+    ids = {"vocab_size": len(SPECIAL) + len(WORDS), "eos_token_id": 1}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    t5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 48}
+    torch.manual_seed(1)
+    writers = {
+        "text-to-text": T5ForConditionalGeneration(T5Config(**t5, **ids, pad_token_id=0, decoder_start_token_id=0)),
+        "causal-lm": LlamaForCausalLM(
+            LlamaConfig(
+                **sizes,
+                **ids,
+                bos_token_id=3,
+                pad_token_id=None,
+                max_position_embeddings=32,
+                initializer_range=0.3,
+                tie_word_embeddings=True,
+            )
+        ),
+        "image-classification": ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.2)),
+    }
+    with torch.no_grad():
+        for parameter in writers["text-to-text"].parameters():
+            if parameter.ndim > 1:  # weights large enough for prompts to make a difference
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    for task_type, model in writers.items():
+        model.save_pretrained(folder / task_type)
+    make_tokenizer(decoder=False).save_pretrained(folder / "text-to-text")
+    make_tokenizer(decoder=True).save_pretrained(folder / "causal-lm")
+    size = {"height": 16, "width": 16}
+    ViTImageProcessorPil(size=size).save_pretrained(folder / "image-classification")
+    return {task_type: folder / task_type for task_type in writers}
+
+
+@pytest.fixture(scope="session")
+def toy_texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tasks as CSV files: the last word of a text is its label, or tells it."""
+    folder, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
+    labels = {"colours": {"red": "red", "green": "green"}, "pets": {"cat": "old_cat", "dog": "new-dog"}}
+    for name, label_of in labels.items():
+        texts = {
+            " ".join([*draw.choices(WORDS[5:], k=6), last]): label for last, label in label_of.items() for _ in "a" * 40
+        }
+        lines = ["text,label", *(f"{text},{label}" for text, label in texts.items())]
+        (folder / f"{name}.csv").write_text("\n".join(lines))
+    return {name: folder / f"{name}.csv" for name in labels}
+
+
+@pytest.fixture(scope="session")
+def toy_images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tasks as folders of images: which colour, and whether the upper or the lower half is bright."""
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    classes = {"colours": ["red", "green"], "halves": ["lower", "upper"]}
+    for name, labels in classes.items():
+        for number, label in enumerate(labels):
+            for count in range(24):
+                pixels = draw.integers(0, 90, (20, 18, 3))
+                bright = (..., number) if name == "colours" else (slice(10) if number else slice(10, None),)
+                pixels[bright] += 160
+                file = folder / name / label / f"{count}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(file)
+    return {name: folder / name for name in classes}

@@ -46,7 +46,7 @@ def test_files(tmp_path, ending):
     assert Counter(task.train.labels) == {0: 18, 1: 18}
     wanted = {row["text"]: row["label"] for row in ROWS}
     for part in (task.train, task.validation, task.test):
-        assert all(wanted[text] == task.label_names[label] for text, label in zip(part.texts, part.labels))
+        assert all(wanted[text] == task.label_names[label] for text, label in zip(part.inputs, part.labels))
 
 
 def test_shots_and_name(tmp_path):
@@ -64,16 +64,16 @@ def test_folder_with_its_own_splits(tmp_path):
     write(folder / "validation.jsonl", ROWS[:4])
     write(folder / "test.parquet", [{"text": "unseen", "label": "good"}, ROWS[5]])
     task = load_task(str(folder))
-    assert task.name == "a=b" and set(task.test.texts) == {"unseen", ROWS[5]["text"]}
-    assert set(task.validation.texts) == {row["text"] for row in ROWS[:4]}
-    assert set(task.train.texts) == {row["text"] for row in ROWS[4:]} - {ROWS[5]["text"]}
+    assert task.name == "a=b" and set(task.test.inputs) == {"unseen", ROWS[5]["text"]}
+    assert set(task.validation.inputs) == {row["text"] for row in ROWS[:4]}
+    assert set(task.train.inputs) == {row["text"] for row in ROWS[4:]} - {ROWS[5]["text"]}
 
 
 def test_missing_splits_are_cut_from_train(tmp_path):
     write(tmp_path / "train.tsv")
     write(tmp_path / "test.tsv", [{"text": "unseen", "label": "good"}])
     task = load_task(str(tmp_path))
-    assert task.test.texts == ["unseen"] and len(task.validation) == 12 and len(task.train) == 48
+    assert task.test.inputs == ["unseen"] and len(task.validation) == 12 and len(task.train) == 48
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_missing_splits_are_cut_from_train(tmp_path):
 def test_kinds_of_labels(tmp_path, labels, names, ending):
     task = load_task(write(tmp_path / f"data{ending}", labelled(labels, "kind")), label_column="kind")
     assert task.label_names == names
-    texts = dict(zip(task.train.texts, task.train.labels))
+    texts = dict(zip(task.train.inputs, task.train.labels))
     assert all(str(labels[int(text.split()[1])]) == names[label] for text, label in texts.items())
 
 

@@ -54,7 +54,7 @@ def test_sizes_and_balance(name, tasks, shots):
 
 def test_no_text_is_in_two_splits(fifteen):
     for task in fifteen:
-        texts = [" ".join(text.split()) for part in (task.train, task.validation, task.test) for text in part.texts]
+        texts = [" ".join(text.split()) for part in (task.train, task.validation, task.test) for text in part.inputs]
         assert all(texts) and len(texts) == len(set(texts)), task.name
 
 
@@ -62,7 +62,7 @@ def test_no_text_is_in_two_tasks(fifteen):
     seen: dict[str, str] = {}
     for task in fifteen:
         for part in (task.train, task.validation, task.test):
-            for text in part.texts:
+            for text in part.inputs:
                 assert seen.setdefault(" ".join(text.split()), task.name) == task.name
 
 

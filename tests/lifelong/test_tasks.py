@@ -21,7 +21,7 @@ def split(texts, labels, **changes) -> Task:
 
 
 def normalised(task: Task) -> list[str]:
-    return [" ".join(text.split()) for part in (task.train, task.validation, task.test) for text in part.texts]
+    return [" ".join(text.split()) for part in (task.train, task.validation, task.test) for text in part.inputs]
 
 
 def test_sizes_and_labels():
@@ -31,7 +31,7 @@ def test_sizes_and_labels():
     assert Counter(task.validation.labels) == {0: 3, 1: 3, 2: 3}
     assert len(task.test) == 10 and set(Counter(task.test.labels).values()) == {3, 4}
     for part in (task.train, task.validation, task.test):
-        assert all(text.startswith(task.label_names[label]) for text, label in zip(part.texts, part.labels))
+        assert all(text.startswith(task.label_names[label]) for text, label in zip(part.inputs, part.labels))
     assert task.train.labels != sorted(task.train.labels), "the classes are mixed"
 
 
@@ -69,7 +69,7 @@ def test_every_split_is_refused_or_sound(examples, shots, validation_shots, test
     drawn = normalised(task)
     assert len(drawn) == len(set(drawn)), "no text twice"
     for part in (task.train, task.validation, task.test):
-        for text, label in zip(part.texts, part.labels):
+        for text, label in zip(part.inputs, part.labels):
             assert labels_of[" ".join(text.split())] == {task.label_names[label]}
     assert 1 <= len(task.test) <= test_size
     counts = Counter(task.train.labels)
@@ -100,7 +100,7 @@ def test_seed_and_name_decide_the_draw():
 def test_draws_of_more_shots_contain_those_of_fewer():
     texts, labels = made_up({"a": 60, "b": 80})
     few, many = split(texts, labels, shots=4), split(texts, labels, shots=20)
-    assert set(few.train.texts) < set(many.train.texts)
+    assert set(few.train.inputs) < set(many.train.inputs)
     assert few.validation == many.validation and few.test == many.test
 
 
@@ -126,9 +126,9 @@ def test_own_splits_are_drawn_from_and_kept_apart():
         validation=(["v1", "v2", "a  text 1", "b text 2"], ["a", "b", "a", "b"]),
         test=(["t1", "t2", "a text 0", "b text\t2", "v2"], ["a", "b", "a", "a", "b"]),
     )
-    assert set(task.test.texts) == {"t1", "t2", "a text 0", "b text\t2", "v2"}
-    assert set(task.validation.texts) == {"v1", "a  text 1"}
-    assert set(task.train.texts) == set(texts) - {"a text 0", "a text 1", "b text 2"}
+    assert set(task.test.inputs) == {"t1", "t2", "a text 0", "b text\t2", "v2"}
+    assert set(task.validation.inputs) == {"v1", "a  text 1"}
+    assert set(task.train.inputs) == set(texts) - {"a text 0", "a text 1", "b text 2"}
 
 
 def test_chosen_classes_in_their_order():
