@@ -9,12 +9,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.ready
+DOCS_STAMP := $(VENV)/.docs-ready
 OLDEST := $(VENV)/oldest-transformers
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+# The theme's notice about its successor, at every build:
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-oldest soak test-gpu tune choose bench-attention bench-decode lint format clean setup
+.PHONY: demo test test-oldest soak test-gpu tune choose bench-attention bench-decode lint format \
+	docs docs-serve models-table clean setup
 
 setup: $(STAMP)
 
@@ -82,5 +86,20 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in site/. Warnings are errors.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(DOCS_STAMP)
+	$(BIN)/python -m mkdocs serve
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+# Runs the tests of every family of models and writes what they found into docs/models.md.
+models-table: $(STAMP)
+	PYTHONPATH=tests/integrations $(BIN)/python -m pytest -n 2 -p models_table tests/integrations
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

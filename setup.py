@@ -20,6 +20,7 @@ LIFELONG = [
 ]
 TEST = ["hypothesis>=6.100", "kernels>=0.10", "peft>=0.17", "pytest>=8.0", "pytest-benchmark>=5.0", "pytest-xdist>=3.5"]
 LINT = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 
 setup(
     name="qtuning_fast",
@@ -49,6 +50,7 @@ setup(
         "triton": ["triton>=3.6"],
         "test": LIFELONG + TEST,
         "dev": LIFELONG + TEST + LINT,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["qtuning-fast = qtuning_fast.cli:main"]},
     classifiers=[

@@ -96,15 +96,3 @@ def test_the_demo_is_a_command_that_exists() -> None:
     arguments[arguments.index("--out") + 1] = "/dev/null"  # the one thing that is wrong with it
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "out is '/dev/null'" in result.output
-
-
-def test_the_readme_is_whole_and_its_python_runs(tiny_model_folder: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert "@@" not in readme
-    snippets = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    assert len(snippets) == 2
-    for snippet in snippets:
-        code = snippet.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_model_folder))
-        code = code.replace('"adapters"', repr(str(tiny_model_folder / "adapters")))
-        result = run_python(code, PYTHONPATH=".")
-        assert result.returncode == 0, result.stderr

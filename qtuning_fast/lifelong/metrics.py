@@ -32,8 +32,7 @@ def evaluation_summary(
         - `average_accuracy`: mean of the last row.
         - `forgetting`: mean over `j < last` of `max_i R[i][j] - R[last][j]`; 0 for a single task.
         - `backward_transfer`: mean over `j < last` of `R[last][j] - R[j][j]`; 0 for a single task.
-        - `forward_transfer`: mean over every task but the first of `R[j][j] - alone[j]`, over the tasks that
-          `alone` knows; None where it knows none of them.
+        - `forward_transfer`: mean over the tasks that `alone` knows of `R[j][j] - alone[j]`; None where it knows none.
 
     Raises:
         ValueError: a matrix or a list of another shape, or an accuracy outside [0, 1].

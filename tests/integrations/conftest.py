@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
     AttentionInterface,
     AttentionMaskInterface,
     AutoModel,
@@ -19,14 +20,17 @@ from transformers import (
     BartConfig,
     BertConfig,
     CLIPVisionConfig,
+    DebertaV2Config,
     DeiTConfig,
     Dinov2Config,
     DistilBertConfig,
     ElectraConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
@@ -39,6 +43,7 @@ from transformers import (
     RobertaConfig,
     T5Config,
     ViTConfig,
+    Wav2Vec2Config,
 )
 from transformers.masking_utils import eager_mask
 
@@ -161,6 +166,29 @@ FAMILIES = {
         Family("GPT-NeoX", "decoder", GPTNeoXConfig(**_SIZES, **_WORDS)),
     )
 }
+
+# What cannot take a prefix, and what the error has to say of it.
+REFUSED = {
+    "DeBERTa": (DebertaV2Config(**_SIZES, vocab_size=40), "cannot take a prefix.*disentangled"),
+    "Falcon": (
+        FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        "cannot take a prefix.*itself",
+    ),
+    "ALBERT": (AlbertConfig(**_SIZES, vocab_size=40, embedding_size=16), "share one attention module"),
+    "GPT-OSS": (
+        GptOssConfig(**_SIZES, vocab_size=40, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        "attention sinks",
+    ),
+    "wav2vec 2.0": (
+        Wav2Vec2Config(**_SIZES, vocab_size=40, conv_dim=(8,), conv_stride=(2,), conv_kernel=(2,)),
+        "input_values",
+    ),
+}
+
+
+@pytest.fixture
+def refused() -> dict[str, tuple[PretrainedConfig, str]]:
+    return REFUSED
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,95 @@
+"""README and docs/: their Python runs, their links lead somewhere, the reference names what is public."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NEEDS = re.compile(r"<!-- needs (\S+) -->")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str) -> list[tuple[int, str]]:
+    """The Python of a page, each block with the line above it."""
+    text = (ROOT / page).read_text()
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in BLOCK.finditer(text)]
+
+
+@pytest.fixture
+def as_a_reader(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:  # what a block that is copied from a page meets, but for the model, which is tiny here
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+    def run(page: str) -> None:
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        for line, block in blocks(page):
+            code = block.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_model_folder))
+            exec(compile("\n" * line + code, str(ROOT / page), "exec"), namespace)
+
+    return run
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_the_python_of_a_page_runs(page: str, as_a_reader: Any) -> None:
+    for needed in NEEDS.findall((ROOT / page).read_text()):
+        if find_spec(needed) is None:
+            pytest.skip(f"needs {needed}")
+    as_a_reader(page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target, anchor in LINK.findall(without_code((ROOT / page).read_text())):
+        if "://" in target:
+            continue
+        there = (ROOT / page).parent / target if target else ROOT / page
+        assert there.exists(), f"{page}: {target}"
+        if page != "README.md":  # the site holds docs/ alone
+            assert there.resolve().is_relative_to(DOCS), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", each.lower()).strip().replace(" ", "-") for each in headings}
+            assert anchor in anchors, f"{page}: {target}#{anchor}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(f"docs/{page}" for page in listed) == PAGES[1:]
+
+
+def test_the_reference_names_all_that_is_public() -> None:
+    text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    named = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute).__doc__, name
+    public = {
+        f"{module}.{name}"
+        for module in ("qtuning_fast", "qtuning_fast.nn", "qtuning_fast.integrations.transformers")
+        for name in import_module(module).__all__
+    }
+    short = {name.rpartition(".")[2] for name in named}
+    missing = {name for name in public if name.rpartition(".")[2] not in short | {"__version__", "NAME"}}
+    assert not missing
+
+
+def test_no_page_is_left_with_a_gap() -> None:
+    for page in PAGES:
+        assert "@@" not in (ROOT / page).read_text(), page
