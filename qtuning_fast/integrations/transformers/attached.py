@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -43,6 +43,7 @@ class AttachedAttention:
         self._base_model = base_model
         self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
         self._hooks: list[RemovableHandle] = []
+        self._placed: tuple[Sequence[int], Prefix] | None = None
         self.layers: list[AttentionLayer] = []
         self.prompt_tokens = 0  # that stand in front of the sequence now
         self.switch()
@@ -86,6 +87,19 @@ class AttachedAttention:
         self._original = []
         self._clear()
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """After the block the prefix stands that stood before it, or the model computes by its own attention."""
+        before = self._placed
+        try:
+            yield
+        finally:
+            if before is None:
+                self.restore()
+            else:
+                self.switch()
+                self.place(*before)
+
     def freeze(self, *, training: bool) -> None:
         """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
         self._base_model.eval()
@@ -106,15 +120,14 @@ class AttachedAttention:
     def place(self, layers: Sequence[int], prefix: Prefix) -> None:
         """From here on the layers with these indices attend to `prefix`, whichever stood there before."""
         self._clear()
-        arguments, shift = prefix.layers, prefix.position_shift
         if prefix.embeddings is not None and self.is_causal:
-            rows = self._rows_of_prompt(layers, prefix.embeddings)
-            arguments = [each | row for each, row in zip(arguments, rows)]
-            shift = prefix.lengths
-        elif prefix.embeddings is not None:
+            rows = self.rows_of_prompt(layers, prefix.embeddings)
+            prefix = Prefix([each | row for each, row in zip(prefix.layers, rows)], position_shift=prefix.lengths)
+        self._placed = layers, prefix
+        arguments, shift = prefix.layers, prefix.position_shift
+        if prefix.embeddings is not None:
             bank = prefix.layers[0]
-            index, lengths = bank.get("prefix_index"), bank.get("prefix_length")
-            prompt = Prompt(_at_the_end(prefix.embeddings, lengths), index, lengths)
+            prompt = Prompt(prefix.embeddings, bank.get("prefix_index"), bank.get("prefix_length"))
             self._hooks = put_in_front(self.model, self.encoder, prompt)
             self.prompt_tokens = prompt.tokens
             arguments = [each | {"prompt_tokens": prompt.tokens} for each in arguments]
@@ -128,15 +141,18 @@ class AttachedAttention:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._placed = None
         self.prompt_tokens = 0
         for layer in self.layers:
             layer.module.__dict__.pop(PREFIX, None)
 
-    def _rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[dict[str, Tensor]]:
+    def rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[dict[str, Tensor]]:
         """For each layer the keys and values of a prompt `[P, E]` or of a bank of them, `[T, P, E]`.
 
-        In a causal model they do not depend on what follows, so one pass over the prompt serves all samples.
+        In a causal model they do not depend on what follows, so one pass over the prompt serves all samples. What
+        stood on the layers is taken off.
         """
+        self._clear()
         found: dict[int, dict[str, Tensor]] = {}
 
         def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -157,12 +173,3 @@ class AttachedAttention:
             for layer in checkpointing:
                 layer.training = True
         return [found[id(self.layers[index].module)] for index in layers]
-
-
-def _at_the_end(bank: Tensor, lengths: Tensor | None) -> Tensor:
-    """Prompts `[T, P, E]` with what fills up the shorter ones in front, so that they end next to the context."""
-    if lengths is None:
-        return bank
-    P = bank.shape[1]
-    places = (torch.arange(P, device=bank.device) - (P - lengths.to(bank.device)[:, None])) % P
-    return bank.gather(1, places[..., None].expand(-1, -1, bank.shape[2]))
