@@ -67,9 +67,13 @@ def check_adapter(
         fitting = wanted.get(name, [None])
         if found not in fitting:
             raise ValueError(
-                f"adapter {adapter.name!r} does not fit this model: {name} is {found or 'not there'}, it must be "
-                + " or ".join("left out" if shape is None else str(shape) for shape in fitting)
+                f"adapter {adapter.name!r} does not fit this model: {name} is {_said(found)}, it must be "
+                + " or ".join(map(_said, fitting))
             )
+
+
+def _said(shape: list[int] | None) -> str:
+    return "left out" if shape is None else str(shape)
 
 
 def _shapes(
