@@ -30,6 +30,7 @@ from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD
 
 ROUNDS = 20
 SAMPLES, TOKENS, ROWS, TASKS = 64, 64, 40, 16
+FIRST_WORD = 1000  # of the vocabulary; before it stand special tokens
 TOLERANCE = 1e-4  # of the largest difference of two logits, which are about 1
 
 
@@ -62,7 +63,7 @@ def model_with_tasks(base_model: Any, rows: int, tasks: int) -> QTuningModel:
 
 
 def random_batch(model: QTuningModel, samples: int, tokens: int) -> dict[str, Tensor]:
-    ids = torch.randint(1000, model.vocabulary.num_embeddings, (samples, tokens))
+    ids = torch.randint(FIRST_WORD, model.vocabulary.num_embeddings, (samples, tokens))
     return {name: x.to(model.device) for name, x in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}
 
 
