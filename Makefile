@@ -9,11 +9,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.ready
+OLDEST := $(VENV)/oldest-transformers
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test soak test-gpu tune choose bench-attention bench-decode lint format clean setup
+.PHONY: demo test test-oldest soak test-gpu tune choose bench-attention bench-decode lint format clean setup
 
 setup: $(STAMP)
 
@@ -31,6 +32,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak"
+
+# What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
+test-oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak" \
+		-k "not compile and not graph and not processes" tests/integrations tests/test_model.py
+
+$(OLDEST)/.ready: $(STAMP) requirements/oldest.txt
+	$(PIP) --no-deps --upgrade --target $(OLDEST) -r requirements/oldest.txt
+	@touch $@
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak

@@ -13,6 +13,8 @@ from torch import Tensor
 from qtuning_fast.nn import Prefix
 from qtuning_fast.nn.gate import NO_GATE, gate_arguments
 
+NO_HEAD = "task {!r} has no head, only a prompt: it gives features, but no logits"
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -21,6 +23,7 @@ class AdapterInfo:
     Attributes:
         gate_per: `"layer"` or `"head"`, how many pairs (alpha, tau) a layer has; None without a gate.
         prefix_rows: P.
+        classes: of the head; 0 without one.
         bytes: of all tensors.
     """
 
@@ -30,6 +33,7 @@ class AdapterInfo:
     gate_per: str | None
     position_shift: int
     prefix_rows: int
+    classes: int
     bytes: int
 
 
@@ -75,6 +79,7 @@ class TaskAdapter:
             gate_per=None if self.gate is None else "head" if per_head else "layer",
             position_shift=self.position_shift,
             prefix_rows=self.prefix_rows,
+            classes=0 if self.head_bias is None else len(self.head_bias),
             bytes=sum(tensor.nbytes for tensor in self.tensors().values()),
         )
 
@@ -82,7 +87,8 @@ class TaskAdapter:
         """The stored prefix, ready to be placed on this many layers."""
         layers = [self._rows(layer, device) | self._gate(layer, device) for layer in range(num_layers)]
         shift = torch.tensor([self.position_shift], device=device) if self.position_shift else None
-        return Prefix(layers, None if self.embeddings is None else self.embeddings.to(device), shift)
+        embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        return Prefix(layers, embeddings, shift, self.position_shift)
 
     def _rows(self, layer: int, device: torch.device) -> dict[str, Any]:
         if self.embeddings is not None:
@@ -95,8 +101,13 @@ class TaskAdapter:
         return gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
 
     def logits(self, features: Tensor) -> Tensor:
-        """`[B, hidden]` to `[B, classes]`."""
-        assert self.head_weight is not None and self.head_bias is not None
+        """`[B, hidden]` to `[B, classes]`.
+
+        Raises:
+            RuntimeError: the task has no head.
+        """
+        if self.head_weight is None or self.head_bias is None:
+            raise RuntimeError(NO_HEAD.format(self.name))
         return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
 
     def tensors(self) -> dict[str, Tensor]:

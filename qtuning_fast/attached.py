@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers import AttachedAttention
+from qtuning_fast.integrations.transformers import AttachedAttention, input_device
 from qtuning_fast.nn import first_token, last_token, mean_pool
 
 Attached = TypeVar("Attached", bound="AttachedModel")
@@ -19,6 +20,7 @@ class AttachedModel(nn.Module):
 
     Args:
         base_model: see `QTuningModel`.
+        placement: see `QTuningConfig`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: the model cannot be attached to; the message says why.
@@ -27,13 +29,15 @@ class AttachedModel(nn.Module):
     base_model: PreTrainedModel
     accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the base model and are no loss options
 
-    def __init__(self, base_model: PreTrainedModel) -> None:
+    def __init__(self, base_model: PreTrainedModel, placement: str) -> None:
         super().__init__()
         self._given = (base_model,)  # in a tuple, since it may be a wrapper around what is registered below
-        inner = cast(Any, base_model).get_base_model() if _is_peft_model(base_model) else base_model
-        self.attention = AttachedAttention(inner)
+        inner = _unwrapped(base_model)
+        self.attention = AttachedAttention(inner, placement)
         self.base_model = inner
         self._detached = False
+        if hasattr(inner, "hf_device_map"):  # tells transformers.Trainer not to move what stands on several devices
+            self.hf_device_map = inner.hf_device_map
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -43,12 +47,25 @@ class AttachedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.base_model.device
+        return input_device(self.base_model)
 
     @property
     def hidden_size(self) -> int:
         """Length of a feature vector."""
         return self.encoder.config.hidden_size
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` need not keep equal: the frozen backbone is, and may be sharded (FSDP2)."""
+        frozen = [name for name, parameter in self.base_model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in self.base_model.named_buffers()]
+        return [f"base_model.{name}" for name in (*frozen, *buffers)]
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        everything, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        print(f"trainable: {trainable:,} of {everything:,} parameters, {trainable / max(1, everything):.2%}")
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers.
@@ -63,7 +80,10 @@ class AttachedModel(nn.Module):
         return pool(hidden, inputs.get("attention_mask"))
 
     def train(self: Attached, mode: bool = True) -> Attached:
-        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint."""
+        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint.
+
+        So dropout within it is off, LoRA's included, also where LoRA's weights are trained beside the prompts.
+        """
         super().train(mode)
         self.attention.freeze(training=mode)
         return self
@@ -78,6 +98,16 @@ class AttachedModel(nn.Module):
         self.base_model.gradient_checkpointing_disable()
         self.train(self.training)
 
+    def check_gradient(self, layers: Sequence[int]) -> None:
+        """Raise a `RuntimeError` where none reaches prompts: heads would learn alone, and no one would notice."""
+        passes = self.attention.passes_gradient(layers)
+        self.train(self.training)
+        if not passes:
+            raise RuntimeError(
+                f"no gradient reaches the prompts: layers of this {type(self.base_model).__name__} pass none, as those "
+                "do that quantise activations too; quantise weights alone, or use finished tasks only"
+            )
+
     def detach(self) -> PreTrainedModel:
         """Take everything off the base model and give it back as it was; no task can be set from here on."""
         self.attention.detach()
@@ -88,8 +118,25 @@ class AttachedModel(nn.Module):
         """Raise a `RuntimeError` after `detach`."""
         if self._detached:
             raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
+        if hasattr(type(self), "unshard"):  # FSDP2 changes the class of what it shards
+            raise RuntimeError(
+                "fully_shard was called with the QTuningModel; call it with the base model before attaching, for the "
+                "prompts change from task to task and stay whole"
+            )
 
 
-def _is_peft_model(model: Any) -> bool:
-    """Whether it is peft's wrapper around a transformers model, told without importing peft."""
-    return not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") and hasattr(model, "peft_config")
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model within peft's wrapper, told without importing peft, or the model itself.
+
+    Raises:
+        ValueError: the wrapper holds prompts, which would be lost: they are no layers of the model within.
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
+        return model
+    for name, settings in model.peft_config.items():
+        if settings.is_prompt_learning:
+            raise ValueError(
+                f"base_model is a PeftModel whose adapter {name!r} holds prompts ({settings.peft_type.value}); attach "
+                "to its get_base_model() and convert the adapter by qtuning_fast.integrations.peft.adapter_from_peft"
+            )
+    return model.get_base_model()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtuning_fast.adapter import AdapterInfo, TaskAdapter
+from qtuning_fast.adapter import NO_HEAD, AdapterInfo, TaskAdapter
 from qtuning_fast.attached import AttachedModel
 from qtuning_fast.nn import Prefix
 from qtuning_fast.nn.gate import NO_GATE, gate_arguments
@@ -30,20 +30,28 @@ class MixedBatch:
 
     Attributes:
         prefix: the bank's prefixes with the samples' `prefix_index`, ready to be placed.
-        classes: of each sample's task.
+        names: each sample's task.
+        classes: of each sample's task; 0 where it has no head.
         index: `[B]`, each sample's slot.
         head_weight, head_bias: `[slots, most classes, hidden]` and `[slots, most classes]`, −inf beyond a task's own;
             None without heads.
     """
 
     prefix: Prefix
+    names: tuple[str, ...]
     classes: tuple[int, ...]
     index: Tensor
     head_weight: Tensor | None = None
     head_bias: Tensor | None = None
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features `[B, hidden]` to `[B, most classes]`, by each sample's own head; −inf beyond its classes."""
+        """Features `[B, hidden]` to `[B, most classes]`, by each sample's own head; −inf beyond its classes.
+
+        Raises:
+            RuntimeError: a task has no head.
+        """
+        if 0 in self.classes:
+            raise RuntimeError(NO_HEAD.format(self.names[self.classes.index(0)]))
         assert self.head_weight is not None and self.head_bias is not None
         most = max(self.classes)
         weight = self.head_weight[:, :most][self.index].to(features)  # [B, most classes, hidden]
@@ -71,7 +79,7 @@ class _SlotSize:
         infos = list(infos)
         return cls(
             max((info.prefix_rows for info in infos), default=0),
-            max((len(info.label_names) for info in infos), default=0),
+            max((info.classes for info in infos), default=0),
             any(info.gate_per == "head" for info in infos),
         )
 
@@ -183,7 +191,8 @@ class AdapterBank:
         index = self._index([self._held[name][1] for name in names])
         return MixedBatch(
             prefix=self._prefix(index, infos, next(iter(gates), None)),
-            classes=tuple(len(entries[name].info.label_names) for name in names),
+            names=tuple(names),
+            classes=tuple(entries[name].info.classes for name in names),
             index=index,
             head_weight=self._slots.get("head.weight"),
             head_bias=self._slots.get("head.bias"),
@@ -288,6 +297,7 @@ class AdapterBank:
         return torch.tensor(slots, pin_memory=True).to(device, non_blocking=True)  # so that the host goes on at once
 
     def _prefix(self, index: Tensor, infos: Sequence[AdapterInfo], gate: str | None) -> Prefix:
+        longest = max(info.prefix_rows for info in infos)
         slots, shared = self._slots, {"prefix_index": index, "prefix_length": self._slots["length"]}
         layers: list[dict[str, Any]] = []
         for layer in range(len(self._layers)):
@@ -297,12 +307,13 @@ class AdapterBank:
                 arguments |= {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
             layers.append(arguments)
         if self._embedding_size is not None and self._keeps_rows:
-            return Prefix(layers, position_shift=slots["length"])
-        longest = max(info.prefix_rows for info in infos)
+            return Prefix(layers, None, slots["length"], longest)
+        shift = max(info.position_shift for info in infos)
         return Prefix(
             layers,
             None if self._keeps_rows else slots["embeddings"][:, :longest],  # rows cost time, as tokens do
-            slots["position_shift"] if any(info.position_shift for info in infos) else None,
+            slots["position_shift"] if shift else None,
+            shift,
         )
 
 

@@ -55,7 +55,7 @@ def check_adapter(
     """
     if not isinstance(adapter, TaskAdapter):
         raise TypeError(f"adapter is a {type(adapter).__name__}; it must be a TaskAdapter")
-    checked_labels(adapter.name, None, adapter.label_names or None, required=hidden_size is not None)
+    checked_labels(adapter.name, None, adapter.label_names or None, required=False)
     if adapter.gate not in (None, *GATES):
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"
@@ -90,7 +90,7 @@ def _shapes(
             wanted[f"alphas.{layer}"] = wanted[f"taus.{layer}"] = [[], [shape.num_heads]]
     if embedding_size is not None:
         wanted["embeddings"] = [[rows, embedding_size]]
-    if hidden_size is not None:
+    if hidden_size is not None and (adapter.label_names or adapter.head_weight is not None):  # else a prompt alone
         classes = len(adapter.label_names)
         wanted |= {"head.weight": [[classes, hidden_size]], "head.bias": [[classes]]}
     return wanted

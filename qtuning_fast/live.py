@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.nn import Gate, InputPrompt, LayerPrefix, LayerShape, Prefix, PromptRows, ResidualReparameterization
+from qtuning_fast.nn.distributed import agree
 from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.queue import Eviction, PromptQueue
 
@@ -87,7 +88,9 @@ class LivePrefix(nn.Module):
         if not first:
             prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
             weights = [rows.row_weights().detach().cpu() for rows in self.rows]
-            self.last_eviction = self.queue.push(prompts, weights, seed=int(torch.randint(2**31, ())))
+            seed = torch.randint(2**31, ())
+            agree([seed])
+            self.last_eviction = self.queue.push(prompts, weights, seed=int(seed))
         self.begin_prompts(self.config.prompt_length)
         self._rows.requires_grad_(True)
         self._gates.requires_grad_(first or self.config.gate_training == "every-task")

@@ -17,9 +17,11 @@ from transformers.utils import ModelOutput
 from qtuning_fast.adapter import TaskAdapter, checked_labels
 from qtuning_fast.bank import MixedBatch
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
-from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved, write_saved
+from qtuning_fast.nn.distributed import agree
+from qtuning_fast.pretrained import SavedModel, read_saved, write_saved
 from qtuning_fast.serving import ServingModel
 from qtuning_fast.storage import CorruptFileError
 
@@ -107,7 +109,7 @@ class QTuningModel(ServingModel):
 
         Raises:
             TypeError, ValueError: the name is taken or the labels are not usable.
-            RuntimeError: another task is in training.
+            RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self.check_attached()
         if self._training_task is not None:
@@ -115,6 +117,8 @@ class QTuningModel(ServingModel):
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
+        with self._keeping_task():
+            self.check_gradient(self.layer_indices)
         device = self.device
         self.live.begin_task(first=not self.live.prompt_length)
         if self.retains_memory and self.discriminator is None:
@@ -123,6 +127,7 @@ class QTuningModel(ServingModel):
             self.discriminator.to(device).requires_grad_(True)
         self.head = nn.Linear(self.hidden_size, len(labels)).to(device) if self.has_heads else None
         self._training_task = name, labels
+        agree([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.set_task(name)
 
     def finish_task(self) -> TaskAdapter:
@@ -249,6 +254,7 @@ class QTuningModel(ServingModel):
                 return self._compute(inputs, labels, mixed)
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+        self.check_attached()
         if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active[1]:
@@ -269,7 +275,9 @@ class QTuningModel(ServingModel):
     def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
         """Loss and logits under what stands on the attention layers."""
         if not self.has_heads:
-            return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+            # A checkpoint computes layers twice, which would write twice into a cache.
+            cache = {"use_cache": False} if self.attention.checkpoints else {}
+            return self.base_model(**(cache | inputs), **({} if labels is None else {"labels": labels}))
         features = self.encode(inputs)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
         if mixed is not None and labels is not None:
@@ -414,8 +422,9 @@ class QTuningModel(ServingModel):
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore `trainable_state_dict` within the same task."""
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not name.startswith(_BASE)]
+        # Not through the base model: its layers may insist on finding their own state, as quantised ones do.
+        own = nn.ModuleDict({name: module for name, module in self.named_children() if f"{name}." != _BASE})
+        missing, unexpected = own.load_state_dict(state, strict=False)
         if missing or unexpected:
             raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
 

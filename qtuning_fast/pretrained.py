@@ -6,17 +6,13 @@ the older save stay, so that a folder is always one whole save or refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import AdapterInfo
 from qtuning_fast.config import GATE_PER, QTuningConfig
@@ -31,8 +27,6 @@ _OURS = re.compile(
     rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
 )
 
-_SAMPLES = 64  # values of each parameter that go into the fingerprint
-
 
 @dataclass(frozen=True)
 class SavedModel:
@@ -40,7 +34,7 @@ class SavedModel:
 
     Attributes:
         config: of the model.
-        fingerprint: of the base model it belongs to (`fingerprint`).
+        fingerprint: of the base model it belongs to (`qtuning_fast.fingerprint`).
         base_model: name of the base model's class, for people.
         adapters: of the finished tasks, in order.
         state: the queue, the live prefix and the discriminator, by name.
@@ -150,26 +144,8 @@ def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:
     name, labels = entry["name"], entry["label_names"]
     if not isinstance(name, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
         raise CorruptFileError(f"{folder / CONFIG_FILE}: the name or the labels of task {name!r} are no text")
-    numbers = {key: entry[key] for key in ("position_shift", "prefix_rows", "bytes")}
+    numbers = {key: entry[key] for key in ("position_shift", "prefix_rows", "classes", "bytes")}
     kinds = entry["gate"] in (None, *GATES) and entry["gate_per"] in (None, *GATE_PER)
     if not kinds or not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
         raise CorruptFileError(f"{folder / CONFIG_FILE}: the gate or the sizes of task {name!r} are none")
     return AdapterInfo(name=name, label_names=tuple(labels), gate=entry["gate"], gate_per=entry["gate_per"], **numbers)
-
-
-@torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells base models apart: names, shapes and evenly spaced samples of every parameter.
-
-    The samples are rounded to bfloat16, so a model loaded in float32 and in bfloat16 is the same. The pooler is left
-    out: features do not pass through it, and transformers makes a random one where a checkpoint has none.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith("pooler."):
-            continue
-        flat = parameter.detach().flatten()
-        picks = torch.linspace(0, max(0, len(flat) - 1), min(_SAMPLES, len(flat)), dtype=torch.float64).long()
-        sample = flat[picks.to(flat.device)].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(json.dumps([name, list(parameter.shape), sample.tolist()]).encode())
-    return digest.hexdigest()

@@ -15,8 +15,9 @@ from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.attached import AttachedModel
 from qtuning_fast.bank import AdapterBank, MixedBatch
 from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.fit import check_adapter, check_task_type, chosen_layers
-from qtuning_fast.pretrained import SavedModel, fingerprint, read_saved
+from qtuning_fast.pretrained import SavedModel, read_saved
 from qtuning_fast.store import AdapterStore
 
 
@@ -34,7 +35,7 @@ class ServingModel(AttachedModel):
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
-        super().__init__(base_model)
+        super().__init__(base_model, config.placement)
         try:
             check_task_type(config.task_type, self.base_model)
             self.layer_indices = chosen_layers(config, self.attention.layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,7 @@ class AdapterFile:
         try:
             tensors = read_tensors(self.folder, {"file": self.file, "sha256": self.sha256})
             adapter = TaskAdapter.from_tensors(tensors, info)
-            classes = None if adapter.head_bias is None else len(adapter.head_bias)
-            if adapter.info != info or classes not in (None, len(info.label_names)):
+            if adapter.info != info or info.classes not in (0, len(info.label_names)):
                 raise CorruptFileError(f"{self.folder / self.file} does not hold what its index says, {info}")
         except (CorruptFileError, LookupError, AttributeError, OSError) as error:
             raise CorruptFileError(f"the adapter of task {info.name!r} cannot be read: {error}") from None
@@ -88,6 +87,10 @@ class AdapterStore(MutableMapping[str, TaskAdapter]):
     def __delitem__(self, name: str) -> None:
         with self._lock:
             self._in_memory.pop(self._entries.pop(name), None)
+
+    def __ior__(self, others: Mapping[str, TaskAdapter]) -> AdapterStore:
+        self.update(others)
+        return self
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

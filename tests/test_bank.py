@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.adapter import TaskAdapter
@@ -15,6 +15,9 @@ from qtuning_fast.bank import AdapterBank
 
 Batch = dict[str, Tensor]
 SMALL = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def learned(base: Any, tasks: int, seed: int = 1, **changes: Any) -> QTuningModel:
@@ -133,6 +136,32 @@ def test_gates_in_one_batch(tiny_bert: BertModel, batch: Batch) -> None:
     assert_as_by_itself(model, batch, ["plain"] * 4)
     with pytest.raises(ValueError, match=r"gelu.*tanh"):
         logits(model, batch, ["task-0", "other"] * 2)
+
+
+def test_a_task_without_a_head_gives_features_alone(tiny_bert: BertModel, batch: Batch) -> None:
+    model = learned(tiny_bert, 2)
+    bare = replace(model.adapters["task-1"], name="bare", label_names=(), head_weight=None, head_bias=None)
+    model.add_task(bare)
+    names = ["task-0", "bare"] * 2
+    with pytest.raises(RuntimeError, match="'bare' has no head"):
+        logits(model, batch, names)
+    with model.using(names, 4):
+        found = model.encode(batch)
+    torch.testing.assert_close(found[1], model.features(batch, task="task-1")[1])
+
+
+def test_positions_are_those_of_the_samples_tasks() -> None:
+    """A task that is in a slot, but not in the batch, takes no positions."""
+    base = BertModel(BertConfig(**SIZES, max_position_embeddings=14)).eval()
+    model = learned(base, 2)
+    batch = {"input_ids": torch.arange(5, 15).expand(4, 10), "attention_mask": torch.ones(4, 10, dtype=torch.long)}
+    for shift in (3, 4, 9):
+        model.add_task(replace(model.adapters["task-1"], name=f"shifted-{shift}", position_shift=shift))
+    assert_as_by_itself(model, batch, ["shifted-3", "task-0", "shifted-4", "task-1"])
+    with pytest.raises(ValueError, match="takes 9 positions"):
+        logits(model, batch, ["shifted-3", "task-0", "shifted-9", "task-1"])
+    assert "shifted-9" in model.bank.held
+    assert_as_by_itself(model, batch, ["shifted-3", "task-0", "shifted-4", "task-1"])
 
 
 @pytest.mark.parametrize("placement", ["prefix", "input"])

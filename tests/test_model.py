@@ -292,6 +292,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch: Batch, tiny_conf
         torch.testing.assert_close(plain, checkpointed)
 
 
+def test_what_trains_is_counted(tiny_bert: BertModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model = QTuningModel(tiny_bert, small_config(reparameterization=None))
+    model.start_task("task", 2)
+    model.print_trainable_parameters()
+    rows, head = 3 * 5 * 64, 2 * 33
+    assert f"trainable: {rows + 6 + head:,} of" in capsys.readouterr().out  # six: an alpha and a tau a layer
+
+
 def test_trainable_parameters_are_in_one_group_each(tiny_bert: BertModel, batch: Batch) -> None:
     model = QTuningModel(tiny_bert, small_config(rank=2))
     learn(model, batch, 3)
@@ -468,6 +476,14 @@ def test_calls_that_are_refused_change_nothing(
     with pytest.raises(error, match=named):
         call(model, batch)
     assert torch.equal(model(**batch).logits, expected) and model.tasks == ["task-0"]
+
+
+def test_a_model_that_was_sharded_as_a_whole_says_what_to_shard(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    model.start_task("task", 2)
+    model.__class__ = type("FSDPQTuningModel", (QTuningModel,), {"unshard": None})  # as fully_shard does
+    with pytest.raises(RuntimeError, match="call it with the base model before attaching"):
+        model(**batch, labels=LABELS)
 
 
 def test_a_detached_model_takes_no_task(tiny_bert: BertModel, batch: Batch) -> None:

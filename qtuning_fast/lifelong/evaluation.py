@@ -13,7 +13,7 @@ from qtuning_fast.model import QTuningModel
 def probabilities(model: QTuningModel, texts: TokenizedTexts, batch_size: int) -> Tensor:
     """`[texts, classes]` on the CPU, under the task that is set."""
     model.eval()
-    batches = texts.batches(batch_size, model.base_model.device)
+    batches = texts.batches(batch_size, model.device)
     return torch.cat([model(**batch).logits.softmax(-1).cpu() for batch in batches])
 
 
@@ -25,5 +25,5 @@ def accuracy(model: QTuningModel, texts: TokenizedTexts, batch_size: int) -> flo
 
 def features(model: QTuningModel, texts: TokenizedTexts, batch_size: int, *, task: str | None) -> Tensor:
     """Pooled features `[texts, hidden]` on the CPU, under a finished task or of the base model alone."""
-    batches = texts.batches(batch_size, model.base_model.device)
+    batches = texts.batches(batch_size, model.device)
     return torch.cat([model.features(batch, task=task).cpu() for batch in batches])

@@ -61,7 +61,7 @@ class TaskTrainer(Trainer):
         stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
         super().__init__(
             model=model,
-            args=_training_arguments(options, folder, model.base_model.device),
+            args=_training_arguments(options, folder, model.device),
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=_accuracy,

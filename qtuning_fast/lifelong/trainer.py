@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.integrations.transformers import without_head
 from qtuning_fast.integrations.transformers.positions import first_position
 from qtuning_fast.lifelong.evaluation import accuracy, features
@@ -48,7 +49,7 @@ from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.lifelong.texts import TokenizedTexts
 from qtuning_fast.model import QTuningModel
-from qtuning_fast.pretrained import CONFIG_FILE, fingerprint
+from qtuning_fast.pretrained import CONFIG_FILE
 from qtuning_fast.storage import read_json, tensors_digest, write_json
 from qtuning_fast.version import __version__
 

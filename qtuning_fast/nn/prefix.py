@@ -23,11 +23,13 @@ class Prefix:
             `prefix_index` and `prefix_length`. Where there are embeddings, no rows.
         embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
         position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
+        largest_shift: the largest of those that samples have, as a number: no one need wait for the device to say it.
     """
 
     layers: list[dict[str, Any]]
     embeddings: Tensor | None = None
     position_shift: Tensor | None = None
+    largest_shift: int = 0
 
     @property
     def lengths(self) -> Tensor:
@@ -188,7 +190,9 @@ class InputPrompt(PromptRows):
             return VALUE_STD * torch.randn(n, self._features)
         words = self._vocabulary[0]
         picked = torch.randint(words.num_embeddings, (n,))
-        return words(picked.to(words.weight.device)).to("cpu", torch.float32)
+        # An offloaded embedding brings its input to where it computes itself.
+        placed = picked if words.weight.is_meta else picked.to(words.weight.device)
+        return words(placed).to("cpu", torch.float32)
 
     def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
         super().begin(prompt_length, old, row_scale)

@@ -163,6 +163,11 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(scope="session")
+def families() -> dict[str, Family]:
+    return FAMILIES
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]

@@ -130,3 +130,99 @@ def test_logits_and_gradients_are_those_of_a_prefix_put_in_by_hand(
         pytest.skip("soft-capping is done by the reference alone")
     monkeypatch.setenv("QTUNING_FAST_BACKEND", backend)
     compare(family, by_hand, placement=placement)
+
+
+# What a user relies on whatever the family
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_after_detach_the_base_model_answers_as_before(family: Any, placement: str) -> None:
+    base, inputs = family.base_model(), family.batch()
+    state = copy.deepcopy(base.state_dict())
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            output = base(**inputs)
+        return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+    expected = answer()
+    model = learned(base, family, placement=placement)
+    with torch.no_grad():
+        model(**inputs)
+    model.finish_task()
+    model.set_task(None)
+    assert torch.equal(answer(), expected)
+    model.set_task("first")
+    assert model.detach() is base
+    assert torch.equal(answer(), expected)
+    assert all(torch.equal(value, state[name]) for name, value in base.state_dict().items())
+    assert not any(name.startswith("qtuning") for module in base.modules() for name in vars(module))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
+
+
+def test_placements_of_an_encoder_decoder(by_hand: Any, families: Any) -> None:
+    for stack in ("decoder", "both"):
+        for name in ("T5", "BART"):
+            compare(families[name], by_hand, stack=stack)
+    model = learned(families["BART"].base_model(), families["BART"], stack="both")
+    assert len(model.layer_indices) == 2 + 3
+    chosen = learned(families["T5"].base_model(), families["T5"], stack="decoder", layers=[1])
+    assert [chosen.attention.layers[i].stack for i in chosen.layer_indices] == ["decoder"]
+
+
+@pytest.mark.parametrize("gate", [None, "sigmoid", "gelu"])
+@pytest.mark.parametrize("gate_per", ["layer", "head"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_other_gates(by_hand: Any, families: Any, placement: str, gate_per: str, gate: str | None) -> None:
+    for name in ("BERT", "Llama"):
+        compare(families[name], by_hand, placement=placement, gate_per=gate_per, gate=gate)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_classifiers_on_text_of_every_kind(by_hand: Any, families: Any, placement: str) -> None:
+    """Sequence classification reads an encoder's mean, a decoder's last token and an encoder-decoder's encoder."""
+    for name in ("BERT", "Llama", "T5"):
+        family = families[name]
+        inputs = {key: value for key, value in family.batch().items() if not key.startswith("decoder_")}
+        if family.kind == "decoder":  # padding on the left takes no positions, as in generate
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        model = learned(family.base_model(), family, placement=placement, task_type="sequence-classification")
+        assert model(**inputs).logits.shape == (3, LABELS)
+        turned = {key: value.flip(0) for key, value in inputs.items()}
+        torch.testing.assert_close(model(**turned).logits, model(**inputs).logits.flip(0))
+        bare = {"input_ids": inputs["input_ids"][:1, inputs["attention_mask"][0].bool()]}
+        torch.testing.assert_close(model(**bare).logits, model(**inputs).logits[:1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_mixed_batches_answer_as_each_task_alone(family: Any, placement: str) -> None:
+    model, inputs = learned(family.base_model(), family, placement=placement), family.batch()
+    model.finish_task()
+    names = ["second", "first", "second"]
+    lengths = {adapter.prefix_rows for adapter in model.adapters.values()}
+    assert len(lengths) == 2
+    with torch.no_grad():
+        mixed = model(**inputs, task_names=names).logits
+        for row, name in enumerate(names):
+            model.set_task(name)
+            alone = model(**inputs).logits[row]
+            seen = inputs["attention_mask"][row].bool() if family.kind == "decoder" else slice(None)
+            torch.testing.assert_close(mixed[row][seen], alone[seen], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "GPT-2", "OPT", "BART"])
+def test_prompts_that_leave_too_few_positions_are_refused_with_the_number(families: Any, name: str) -> None:
+    family = copy.deepcopy(families[name])
+    family.config.max_position_embeddings = longest = 20
+    if name == "RoBERTa":
+        longest -= 2
+    model = learned(family.base_model(), family, placement="input")
+    for tokens, fits in ((longest - 5, True), (longest - 4, False)):
+        inputs = {"input_ids": torch.full((1, tokens), 7)}
+        if family.kind == "encoder-decoder":
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :2]
+        if fits:
+            model(**inputs)
+        else:
+            with pytest.raises(ValueError, match=rf"{tokens} tokens and the prompt takes 5 positions.* has {longest} "):
+                model(**inputs)

@@ -6,5 +6,6 @@ Importing this registers `attn_implementation="qtuning_fast"` with transformers'
 from qtuning_fast.integrations.transformers.attached import AttachedAttention
 from qtuning_fast.integrations.transformers.attention import NAME
 from qtuning_fast.integrations.transformers.layers import AttentionLayer, without_head
+from qtuning_fast.integrations.transformers.offload import input_device, loaded
 
-__all__ = ["NAME", "AttachedAttention", "AttentionLayer", "without_head"]
+__all__ = ["NAME", "AttachedAttention", "AttentionLayer", "input_device", "loaded", "without_head"]

@@ -6,15 +6,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import NAME, PREFIX, watched
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.layers import AttentionLayer, configs_of, find_layers, without_head
-from qtuning_fast.integrations.transformers.positions import shift_positions, takes_positions
+from qtuning_fast.integrations.transformers.layers import (
+    AttentionLayer,
+    configs_of,
+    dummy_inputs,
+    find_layers,
+    without_head,
+)
+from qtuning_fast.integrations.transformers.offload import input_device
+from qtuning_fast.integrations.transformers.positions import Shift, shift_positions, takes_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
+from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.nn.prefix import Prefix
 
 _ATTACHED = "qtuning_attached"  # on a base model that is attached to
@@ -25,6 +34,7 @@ class AttachedAttention:
 
     Args:
         base_model: a transformers model in which every layer calls the attention interface.
+        placement: `"prefix"` or `"input"`, as in `QTuningConfig`.
 
     Attributes:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
@@ -35,26 +45,37 @@ class AttachedAttention:
         NotImplementedError: a layer does not call the interface, or needs what prefix attention cannot do.
     """
 
-    def __init__(self, base_model: PreTrainedModel) -> None:
+    def __init__(self, base_model: PreTrainedModel, placement: str = "prefix") -> None:
         if not isinstance(base_model, PreTrainedModel):
             raise TypeError(f"base_model is a {type(base_model).__name__}; it must be a transformers PreTrainedModel")
         if hasattr(base_model, _ATTACHED):
             raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
         self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
+        self._placement = placement
         self._hooks: list[RemovableHandle] = []
         self._placed: tuple[Sequence[int], Prefix] | None = None
+        self._prompt: Prompt | None = None  # that stands in front of the sequence now
+        self._shift: Shift | None = None  # of the position ids now
         self.layers: list[AttentionLayer] = []
-        self.prompt_tokens = 0  # that stand in front of the sequence now
+        # By module and name: accelerate puts new parameters in place of those that it moves.
+        self._required_grad = [
+            (module, name, parameter.requires_grad)
+            for module in base_model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        self._was_training = [(module, module.training) for module in base_model.modules()]
+        base_model.requires_grad_(False)  # before it computes: FSDP2 looks then what requires gradients
         self.switch()
         try:
             self.layers = find_layers(base_model)
-        finally:
             self.restore()
+            self.switch()  # with the hooks that the layers ask for
+        except Exception:
+            self.detach()
+            raise
+        self.restore()
         setattr(base_model, _ATTACHED, True)
-        self._required_grad = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
-        self._was_training = [(module, module.training) for module in base_model.modules()]
-        base_model.requires_grad_(False)
         self.freeze(training=False)
 
     @property
@@ -73,18 +94,42 @@ class AttachedAttention:
         """Whether the stack that reads the input is causal."""
         return self.layers[0].is_causal
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether layers checkpoint their activations now."""
+        return any(layer.training for layer in checkpointing_layers(self._base_model))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens stand in front of the sequence now."""
+        return 0 if self._prompt is None else self._prompt.tokens
+
     def switch(self) -> None:
         """Attention by `prefix_attention` from here on."""
         if not self._original:
             self._original = [(config, config._attn_implementation) for config in configs_of(self._base_model)]
+            if self.layers:
+                self._hooks = self._new_hooks()
         for config, _ in self._original:
             config._attn_implementation = NAME
+
+    def _new_hooks(self) -> list[RemovableHandle]:
+        """On the stack that reads the input; they do nothing while there is no prompt in front and no shift."""
+        hooks = []
+        if self._placement == "input" and not self.is_causal:
+            hooks += put_in_front(self.model, self.encoder, lambda: self._prompt)
+        if takes_positions(self.encoder):
+            hooks.append(shift_positions(self.encoder, lambda: self._shift))
+        return hooks
 
     def restore(self) -> None:
         """The original attention and mask functions from here on, and no prefix anywhere."""
         for config, implementation in self._original:
             config._attn_implementation = implementation
         self._original = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._clear()
 
     @contextmanager
@@ -112,8 +157,10 @@ class AttachedAttention:
         self.restore()
         leave_prefixes(self._base_model)
         self._base_model.__dict__.pop(_ATTACHED, None)
-        for parameter, required in self._required_grad:
-            parameter.requires_grad_(required)
+        for module, name, required in self._required_grad:
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(required)
         for module, training in self._was_training:
             module.training = training
 
@@ -122,27 +169,43 @@ class AttachedAttention:
         self._clear()
         if prefix.embeddings is not None and self.is_causal:
             rows = self.rows_of_prompt(layers, prefix.embeddings)
-            prefix = Prefix([each | row for each, row in zip(prefix.layers, rows)], position_shift=prefix.lengths)
+            layers_with_rows = [each | row for each, row in zip(prefix.layers, rows)]
+            prefix = Prefix(layers_with_rows, None, prefix.lengths, prefix.embeddings.shape[-2])
         self._placed = layers, prefix
         arguments, shift = prefix.layers, prefix.position_shift
         if prefix.embeddings is not None:
             bank = prefix.layers[0]
-            prompt = Prompt(prefix.embeddings, bank.get("prefix_index"), bank.get("prefix_length"))
-            self._hooks = put_in_front(self.model, self.encoder, prompt)
-            self.prompt_tokens = prompt.tokens
-            arguments = [each | {"prompt_tokens": prompt.tokens} for each in arguments]
-        if shift is not None and takes_positions(self.encoder):
+            self._prompt = Prompt(prefix.embeddings, bank.get("prefix_index"), bank.get("prefix_length"))
+            arguments = [each | {"prompt_tokens": self.prompt_tokens} for each in arguments]
+        if shift is not None:
             index = prefix.layers[0].get("prefix_index")
-            self._hooks.append(shift_positions(self.encoder, shift if index is None else shift[index.to(shift.device)]))
+            by = shift if index is None else shift[index.to(shift.device)]
+            self._shift = Shift(by, prefix.largest_shift)
         for index, each in zip(layers, arguments):
             setattr(self.layers[index].module, PREFIX, each)
 
+    def passes_gradient(self, layers: Sequence[int]) -> bool:
+        """Whether gradients reach prefixes on all of these layers; no prefix stands anywhere afterwards.
+
+        Layers that quantise what passes through them stop gradients, some without an error. So this tries it out.
+        """
+        shapes, device = [self.layers[index].shape for index in layers], input_device(self.model)
+        keys = [torch.zeros(shape.num_kv_heads, 1, shape.key_size, device=device) for shape in shapes]
+        values = [torch.zeros(shape.num_kv_heads, 1, shape.value_size, device=device) for shape in shapes]
+        rows = [{"prefix_key": k, "prefix_value": v.requires_grad_(), **NO_GATE} for k, v in zip(keys, values)]
+        self.freeze(training=False)
+        self.switch()
+        self.place(layers, Prefix(rows))
+        try:
+            with torch.enable_grad():
+                output = self.model(**dummy_inputs(self.model))[0]
+            found = torch.autograd.grad(output.sum(), values, allow_unused=True) if output.requires_grad else [None]
+        finally:
+            self.restore()
+        return all(gradient is not None for gradient in found)
+
     def _clear(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._placed = None
-        self.prompt_tokens = 0
+        self._placed = self._prompt = self._shift = None
         for layer in self.layers:
             layer.module.__dict__.pop(PREFIX, None)
 
@@ -166,7 +229,7 @@ class AttachedAttention:
         for layer in checkpointing:
             layer.training = False  # a few tokens; and what a checkpoint computes within it keeps to itself
         try:
-            with watched(keep):
+            with watched(self.encoder, keep):
                 batch = embeddings if embeddings.ndim == 3 else embeddings[None]
                 self.encoder(inputs_embeds=batch.to(self.model.dtype), use_cache=False)
         finally:

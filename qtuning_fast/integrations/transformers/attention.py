@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,17 +35,20 @@ _ALL = slice(None)
 
 Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
-_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+_WATCHER = "qtuning_watcher"  # an attribute too, since torch.compile follows no context variables
 
 
 @contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Within the block `watcher(module, query, key, value)` is told of every call of the attention function."""
-    token = _watcher.set(watcher)
+    modules = list(model.modules())
+    for module in modules:
+        setattr(module, _WATCHER, watcher)
     try:
         yield
     finally:
-        _watcher.reset(token)
+        for module in modules:
+            delattr(module, _WATCHER)
 
 
 def attention_forward(
@@ -78,7 +80,7 @@ def attention_forward(
     for name, what in _NOT_DONE.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention has not")
-    watcher = _watcher.get()
+    watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
         watcher(module, query, key, value)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
@@ -87,6 +89,9 @@ def attention_forward(
         "scale": scaling,
         "softcap": kwargs.get("softcap"),
     }
+    if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+        position_bias = position_bias.detach()  # a reentrant checkpoint lets it require a gradient, which nobody takes
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
     call = _Call(query, key, value, attention_mask, position_bias, options)
     prefix: Arguments | None = getattr(module, PREFIX, None)
     if prefix is None:

@@ -3,6 +3,9 @@
 A checkpoint computes its layer a second time in the backward pass. What stands on the attention modules by then may be
 another prefix, and the reentrant kind of checkpoint passes gradients to the layer's inputs only. So both kinds are
 given the prefix's tensors, and put them back in place when they recompute.
+
+transformers checkpoints layers in training mode only, in which some layers drop activations. A frozen layer is in
+training mode up to the checkpoint, and in eval mode within.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def _carrying(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[...,
 
         def run(*inputs: Any) -> Any:
             prefixes = tree_unflatten(inputs[: len(leaves)], structure)
-            with _in_place(modules, prefixes):
+            with _in_place(modules, prefixes), _in_eval_mode(layer):
                 return function(*inputs[len(leaves) :])
 
         return checkpoint(run, *leaves, *args, **kwargs)
@@ -73,3 +76,12 @@ def _in_place(modules: Sequence[nn.Module], prefixes: Sequence[Any]) -> Iterator
                 module.__dict__.pop(PREFIX, None)
             else:
                 setattr(module, PREFIX, prefix)
+
+
+@contextmanager
+def _in_eval_mode(layer: nn.Module) -> Iterator[None]:
+    training, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = training

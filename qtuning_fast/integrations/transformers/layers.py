@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtuning_fast.integrations.transformers.attention import watched
+from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.nn.prefix import LayerShape
 
 _TOKENS = 5  # of the dummy input
@@ -84,11 +85,11 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
     kind = type(model).__name__
     if model.config.model_type in _OWN_ATTENTION:
         raise NotImplementedError(f"{kind} cannot take a prefix: {_OWN_ATTENTION[model.config.model_type]}")
-    inputs = _dummy_inputs(model)
+    inputs = dummy_inputs(model)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with watched(lambda *call: calls.append(call)):
+        with watched(model, lambda *call: calls.append(call)):
             model(**inputs)
     except Exception as error:
         raise NotImplementedError(f"{kind} does not compute by prefix attention: {error}") from error
@@ -98,8 +99,9 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
     return calls
 
 
-def _dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    kind, device = type(model).__name__, model.device
+def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A few tokens, or an image, as the model takes them."""
+    kind, device = type(model).__name__, input_device(model)
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", None)
         if not isinstance(size, (int, list, tuple)):

@@ -5,16 +5,24 @@ A causal model needs none of this: there the prompt's keys and values do not dep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import for_batch
-from qtuning_fast.integrations.transformers.positions import by_name, first_position, own_positions, takes_positions
+from qtuning_fast.integrations.transformers.positions import (
+    by_name,
+    check_room,
+    first_position,
+    own_positions,
+    takes_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -59,78 +67,94 @@ class Prompt:
         return None if absent is None else torch.arange(self.tokens, device=device) >= absent[:, None]
 
 
-def put_in_front(model: PreTrainedModel, encoder: PreTrainedModel, prompt: Prompt) -> list[RemovableHandle]:
-    """From here on the prompt stands in front of what `encoder` of `model` is given, until the handles are removed.
+Placed = Callable[[], Prompt | None]
+"""The prompt that stands in front of the input now, if any. Hooks ask for it at each call and stay where they are."""
+
+
+def put_in_front(model: PreTrainedModel, encoder: PreTrainedModel, placed: Placed) -> list[RemovableHandle]:
+    """From here on the placed prompt stands in front of what `encoder` of `model` is given, until handles are removed.
 
     Raises:
         NotImplementedError: an image model without a module of the name `embeddings`.
     """
     if encoder.main_input_name == "pixel_values":
-        return [_in_front_of_patches(encoder, prompt)]
-    handles = [_in_front_of_tokens(encoder, prompt)]
+        return [_in_front_of_patches(encoder, placed)]
+    handles = [_in_front_of_tokens(encoder, placed)]
     if model.config.is_encoder_decoder:
-        handles.append(_in_front_of_memory(model.get_decoder(), prompt))
+        handles.append(_in_front_of_memory(model.get_decoder(), placed))
     positions = getattr(encoder, "embed_positions", None)
-    if prompt.lengths is not None and isinstance(positions, nn.Module) and not takes_positions(encoder):
-        handles.append(_positions_without_absent_rows(positions, prompt))
+    if isinstance(positions, nn.Module) and not takes_positions(encoder):
+        handles.append(_positions_without_absent_rows(positions, placed))
     return handles
 
 
-def _in_front_of_tokens(encoder: PreTrainedModel, prompt: Prompt) -> RemovableHandle:
-    def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+def _in_front_of_tokens(encoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
+    def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        prompt = placed()
+        if prompt is None:
+            return None
         inputs = by_name(encoder, args, kwargs)
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = encoder.get_input_embeddings()(inputs["input_ids"])
-        rows = prompt.rows(embeds)
-        B, P, device = len(embeds), prompt.tokens, embeds.device
-        longer = inputs | {"input_ids": None, "inputs_embeds": torch.cat([rows, embeds], dim=1)}
-        longer["attention_mask"] = _extended_mask(inputs.get("attention_mask"), prompt, B, embeds.shape[1], device)
+        longer = inputs | {"input_ids": None, "inputs_embeds": torch.cat([prompt.rows(embeds), embeds], dim=1)}
+        B, N, _ = embeds.shape
+        check_room(encoder, N, prompt.tokens)
+        longer["attention_mask"] = _extended_mask(inputs.get("attention_mask"), prompt, B, N, embeds.device)
         if inputs.get("token_type_ids") is not None:
-            longer["token_type_ids"] = torch.nn.functional.pad(inputs["token_type_ids"], (P, 0))
+            longer["token_type_ids"] = F.pad(inputs["token_type_ids"], (prompt.tokens, 0))
         if takes_positions(encoder):
-            absent, slots = prompt.absent(B, device), torch.arange(P, device=device)[None]
-            shift = P if absent is None else P - absent[:, None]
-            own = own_positions(encoder, inputs) + shift
-            places = slots if absent is None else (slots - absent[:, None]).clamp(min=0)
-            front = (places + first_position(encoder)).expand(len(own), -1)
-            longer["position_ids"] = torch.cat([front, own], dim=1)
+            longer["position_ids"] = _extended_positions(encoder, inputs, prompt, B, embeds.device)
         return (), longer
 
     return encoder.register_forward_pre_hook(extended, with_kwargs=True)
 
 
-def _in_front_of_memory(decoder: PreTrainedModel, prompt: Prompt) -> RemovableHandle:
+def _extended_positions(
+    encoder: PreTrainedModel, inputs: dict[str, Any], prompt: Prompt, B: int, device: torch.device
+) -> Tensor:
+    """Positions `[1 or B, P + N]`: the prompt's rows take the first ones, and the context follows."""
+    absent = prompt.absent(B, device)
+    missing = 0 if absent is None else absent[:, None]
+    own = own_positions(encoder, inputs) + prompt.tokens - missing
+    front = (torch.arange(prompt.tokens, device=device)[None] - missing).clamp(min=0) + first_position(encoder)
+    return torch.cat([front.expand(len(own), -1), own], dim=1)
+
+
+def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
     """Cross-attention sees the prompt's rows of the encoder's output too, so its padding mask grows with them."""
 
-    def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        inputs = by_name(decoder, args, kwargs)
+    def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        prompt, inputs = placed(), by_name(decoder, args, kwargs)
         memory, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
-        if memory is not None:
-            N = memory.shape[1] - prompt.tokens
-            inputs["encoder_attention_mask"] = _extended_mask(mask, prompt, len(memory), N, memory.device)
-        return (), inputs
+        if prompt is None or memory is None:
+            return None
+        N = memory.shape[1] - prompt.tokens
+        return (), inputs | {"encoder_attention_mask": _extended_mask(mask, prompt, len(memory), N, memory.device)}
 
     return decoder.register_forward_pre_hook(extended, with_kwargs=True)
 
 
-def _in_front_of_patches(encoder: PreTrainedModel, prompt: Prompt) -> RemovableHandle:
+def _in_front_of_patches(encoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
     modules = (module for name, module in encoder.named_modules() if name.split(".")[-1] == "embeddings")
     embeddings = next(modules, None)
     if embeddings is None:
         raise NotImplementedError(f"{type(encoder).__name__} has no module `embeddings`; use placement='prefix'")
 
     def extended(module: Any, args: Any, output: Tensor) -> Tensor:
-        return torch.cat([prompt.rows(output), output], dim=1)
+        prompt = placed()
+        return output if prompt is None else torch.cat([prompt.rows(output), output], dim=1)
 
     return embeddings.register_forward_hook(extended)
 
 
-def _positions_without_absent_rows(embed_positions: nn.Module, prompt: Prompt) -> RemovableHandle:
+def _positions_without_absent_rows(embed_positions: nn.Module, placed: Placed) -> RemovableHandle:
     """Where positions follow the sequence, each sample's first row that is there takes the first position."""
 
     def moved(module: Any, args: Any, output: Tensor) -> Tensor:
-        assert prompt.index is not None
+        prompt = placed()
+        if prompt is None or prompt.index is None or prompt.lengths is None:
+            return output
         batch = max(len(output), len(prompt.index))
         absent = prompt.absent(batch, output.device)
         assert absent is not None
