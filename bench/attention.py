@@ -245,6 +245,11 @@ def _number(x: float | None, width: int, digits: int) -> str:
 
 def device_facts(device: str) -> tuple[Ceilings, dict[str, str]]:
     """What the device can do; and its name, with the versions of what runs on it."""
+    return measured_ceilings(torch.device(device)), versions_on(device)
+
+
+def versions_on(device: str) -> dict[str, str]:
+    """The device's name and the versions of what runs on it."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "device": device}
     if device == "cpu":
         versions |= {"device": _cpu_name(), "threads": str(torch.get_num_threads())}
@@ -252,7 +257,7 @@ def device_facts(device: str) -> tuple[Ceilings, dict[str, str]]:
         import triton
 
         versions |= {"triton": triton.__version__, "device": torch.cuda.get_device_name()}
-    return measured_ceilings(torch.device(device)), versions
+    return versions
 
 
 def _takes_seconds(shape: Shape, device: str) -> bool:

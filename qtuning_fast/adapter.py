@@ -13,6 +13,29 @@ from torch import Tensor
 from qtuning_fast.nn import Prefix
 from qtuning_fast.nn.gate import NO_GATE, gate_arguments
 
+NO_HEAD = "task {!r} has no head, only a prompt: it gives features, but no logits"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is known of an adapter without its tensors; see `TaskAdapter`.
+
+    Attributes:
+        gate_per: `"layer"` or `"head"`, how many pairs (alpha, tau) a layer has; None without a gate.
+        prefix_rows: P.
+        classes: of the head; 0 without one.
+        bytes: of all tensors.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    gate: str | None
+    gate_per: str | None
+    position_shift: int
+    prefix_rows: int
+    classes: int
+    bytes: int
+
 
 @dataclass(frozen=True)
 class TaskAdapter:
@@ -46,15 +69,26 @@ class TaskAdapter:
         return self.keys[0].shape[1] if self.embeddings is None else len(self.embeddings)
 
     @property
-    def bytes(self) -> int:
-        """Of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+    def info(self) -> AdapterInfo:
+        """What is known without the tensors."""
+        per_head = any(alpha.ndim > 0 for alpha in self.alphas)
+        return AdapterInfo(
+            name=self.name,
+            label_names=self.label_names,
+            gate=self.gate,
+            gate_per=None if self.gate is None else "head" if per_head else "layer",
+            position_shift=self.position_shift,
+            prefix_rows=self.prefix_rows,
+            classes=0 if self.head_bias is None else len(self.head_bias),
+            bytes=sum(tensor.nbytes for tensor in self.tensors().values()),
+        )
 
     def prefix(self, device: torch.device, *, num_layers: int) -> Prefix:
         """The stored prefix, ready to be placed on this many layers."""
         layers = [self._rows(layer, device) | self._gate(layer, device) for layer in range(num_layers)]
         shift = torch.tensor([self.position_shift], device=device) if self.position_shift else None
-        return Prefix(layers, None if self.embeddings is None else self.embeddings.to(device), shift)
+        embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        return Prefix(layers, embeddings, shift, self.position_shift)
 
     def _rows(self, layer: int, device: torch.device) -> dict[str, Any]:
         if self.embeddings is not None:
@@ -73,7 +107,7 @@ class TaskAdapter:
             RuntimeError: the task has no head.
         """
         if self.head_weight is None or self.head_bias is None:
-            raise RuntimeError(f"task {self.name!r} has no head, only a prompt: it gives features, but no logits")
+            raise RuntimeError(NO_HEAD.format(self.name))
         return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,33 +119,25 @@ class TaskAdapter:
         return named
 
     @classmethod
-    def from_tensors(
-        cls,
-        tensors: dict[str, Tensor],
-        *,
-        name: str,
-        label_names: Sequence[str],
-        gate: str | None,
-        position_shift: int = 0,
-    ) -> TaskAdapter:
-        """What `tensors` gave."""
+    def from_tensors(cls, tensors: dict[str, Tensor], info: AdapterInfo) -> TaskAdapter:
+        """What `tensors` gave, with the name, labels, gate and position shift of `info`."""
 
         def layers(kind: str) -> tuple[Tensor, ...]:
             count = sum(key.startswith(f"{kind}.") for key in tensors)
             return tuple(tensors[f"{kind}.{layer}"] for layer in range(count))
 
         return cls(
-            name=name,
-            label_names=tuple(label_names),
+            name=info.name,
+            label_names=info.label_names,
             keys=layers("keys"),
             values=layers("values"),
             embeddings=tensors.get("embeddings"),
-            gate=gate,
+            gate=info.gate,
             alphas=layers("alphas"),
             taus=layers("taus"),
             head_weight=tensors.get("head.weight"),
             head_bias=tensors.get("head.bias"),
-            position_shift=position_shift,
+            position_shift=info.position_shift,
         )
 
 
@@ -141,57 +167,3 @@ def checked_labels(
     if len(label_names) < 2 or len(set(label_names)) < len(label_names):
         raise ValueError(f"num_labels: task {name!r} has the labels {list(label_names)}; it needs two, all different")
     return tuple(label_names)
-
-
-def bank_of(adapters: Sequence[TaskAdapter], index: Tensor, *, num_layers: int) -> Prefix:
-    """A bank of these adapters' prefixes, ready to be placed on this many layers.
-
-    Args:
-        adapters: T adapters of one model.
-        index: `[B]`, which of them each sample uses.
-
-    Raises:
-        ValueError: they have different gates.
-    """
-    device = index.device
-    gates = {adapter.gate for adapter in adapters} - {None}
-    if len(gates) > 1:
-        raise ValueError(f"adapters with the gates {sorted(map(str, gates))} cannot be used in one batch")
-    placed = {
-        "prefix_index": index,
-        "prefix_length": torch.tensor([adapter.prefix_rows for adapter in adapters], device=device),
-    }
-    longest = max(adapter.prefix_rows for adapter in adapters)
-
-    def stacked(rows: Sequence[Tensor]) -> Tensor:
-        return torch.stack([F.pad(each, (0, 0, 0, longest - each.shape[-2])) for each in rows]).to(device)
-
-    def layer(number: int) -> dict[str, Any]:
-        arguments = placed | gate_of_bank(adapters, number, next(iter(gates), None), device)
-        if adapters[0].embeddings is None:
-            arguments["prefix_key"] = stacked([adapter.keys[number] for adapter in adapters])
-            arguments["prefix_value"] = stacked([adapter.values[number] for adapter in adapters])
-        return arguments
-
-    embeddings = [adapter.embeddings for adapter in adapters if adapter.embeddings is not None]
-    shifts = torch.tensor([adapter.position_shift for adapter in adapters], device=device)
-    return Prefix(
-        [layer(number) for number in range(num_layers)],
-        stacked(embeddings) if embeddings else None,
-        shifts if any(adapter.position_shift for adapter in adapters) else None,
-    )
-
-
-def gate_of_bank(
-    adapters: Sequence[TaskAdapter], layer: int, activation: str | None, device: torch.device
-) -> dict[str, Any]:
-    """One layer's gates, one a task; a task without a gate has alpha 0 beside tasks with one."""
-    if activation is None:
-        return NO_GATE
-    pairs = [
-        (adapter.alphas[layer], adapter.taus[layer]) if adapter.gate else (torch.zeros(1), torch.ones(1))
-        for adapter in adapters
-    ]
-    heads = max(alpha.numel() for alpha, _ in pairs)
-    alphas, taus = (torch.stack([each.reshape(-1).expand(heads) for each in kind]) for kind in zip(*pairs))
-    return gate_arguments(activation, alphas.to(device), taus.to(device))

@@ -74,6 +74,11 @@ class LivePrefix(nn.Module):
         """One a layer; empty without a gate."""
         return cast("list[Gate]", list(self._gates))
 
+    @property
+    def prompt_length(self) -> int:
+        """Rows of the newest prompt; 0 before the first task."""
+        return len(self.rows[0].prompt)
+
     def begin_task(self, *, first: bool) -> None:
         """Take the finished prompt into the queue and begin a new one; everything but old rows is trainable.
 

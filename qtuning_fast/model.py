@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from qtuning_fast.adapter import TaskAdapter, bank_of, checked_labels
-from qtuning_fast.attached import AttachedModel
-from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.adapter import TaskAdapter, checked_labels
+from qtuning_fast.bank import MixedBatch
+from qtuning_fast.config import QTuningConfig
 from qtuning_fast.fingerprint import fingerprint
-from qtuning_fast.integrations.transformers import AttentionLayer
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
 from qtuning_fast.nn.distributed import agree
 from qtuning_fast.pretrained import SavedModel, read_saved, write_saved
+from qtuning_fast.serving import ServingModel
 from qtuning_fast.storage import CorruptFileError
 
 _BASE = "base_model."
@@ -44,7 +44,7 @@ class QTuningOutput(ModelOutput):
     retention_loss: Tensor | None = None
 
 
-class QTuningModel(AttachedModel):
+class QTuningModel(ServingModel):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -72,45 +72,31 @@ class QTuningModel(AttachedModel):
     _active: tuple[str, bool] | None = None
 
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
-        if not isinstance(config, QTuningConfig):
-            raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
-        super().__init__(base_model, config.placement)
+        super().__init__(base_model, config)
+        shapes = [self.attention.layers[index].shape for index in self.layer_indices]
+        size = self.embedding_size
         try:
-            _check_task_type(config.task_type, self.base_model, causal=self.attention.is_causal)
-            self.layer_indices = _chosen_layers(config, self.attention.layers)
-            shapes = [self.attention.layers[index].shape for index in self.layer_indices]
-            words = self.encoder.get_input_embeddings()
-            vocabulary = words if isinstance(words, nn.Embedding) else None
-            size = self.hidden_size if vocabulary is None else vocabulary.embedding_dim
-            self.live = LivePrefix(shapes, config, vocabulary=vocabulary, embedding_size=size).to(self.device)
-        except (ValueError, NotImplementedError):
+            self.live = LivePrefix(shapes, config, vocabulary=self.vocabulary, embedding_size=size).to(self.device)
+        except ValueError:
             self.detach()
             raise
-        self.qtuning_config = config
         # Registered now, so that parameters come in one order however a model came to be: sums over them (gradient
         # clipping) would otherwise differ in the last bits between a run and the same run resumed.
         self.register_module("discriminator", None)
         self.register_module("head", None)
-        self.adapters: dict[str, TaskAdapter] = {}
         self._training_task: tuple[str, tuple[str, ...]] | None = None
+        self._last_learned: str | None = None
 
     # Tasks
 
     @property
-    def tasks(self) -> list[str]:
-        """Names of the finished tasks, in order."""
-        return list(self.adapters)
-
-    @property
-    def has_heads(self) -> bool:
-        """Whether each task has a head of its own; otherwise the base model's language modelling head is used."""
-        return self.qtuning_config.task_type in HEAD_TASK_TYPES
-
-    @property
     def retains_memory(self) -> bool:
         """Whether the loss of the task in training holds the memory retention term: from the first eviction on."""
-        config = self.qtuning_config
-        return self.live.queue.evictions > 0 and config.retention_weight > 0 and config.shared_length > 0
+        return self.live.queue.evictions > 0 and self._may_retain
+
+    @property
+    def _may_retain(self) -> bool:
+        return self.qtuning_config.retention_weight > 0 and self.qtuning_config.shared_length > 0
 
     def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
         """Make room in the queue and begin a new prompt and head; the model then computes under the new task.
@@ -134,7 +120,7 @@ class QTuningModel(AttachedModel):
         with self._keeping_task():
             self.check_gradient(self.layer_indices)
         device = self.device
-        self.live.begin_task(first=not self.tasks)
+        self.live.begin_task(first=not self.live.prompt_length)
         if self.retains_memory and self.discriminator is None:
             self.discriminator = Discriminator(self.hidden_size)
         if self.discriminator is not None:
@@ -156,6 +142,7 @@ class QTuningModel(AttachedModel):
         name, labels = self._training_task
         adapter = self.live.finish_task(name, labels, self.head)
         self.adapters[name] = adapter
+        self._last_learned = name
         self.head = None
         self._training_task = None
         if self.discriminator is not None:
@@ -182,19 +169,37 @@ class QTuningModel(AttachedModel):
         self.check_attached()
         in_training = self._is_training(name)
         if not in_training:
-            self._adapter(name)
+            self._check_finished(name)
         self._active = name, live or in_training
         self.attention.switch()
         self._place()
 
-    def label_names(self, name: str) -> tuple[str, ...]:
-        """The classes of a finished task."""
-        return self._adapter(name).label_names
+    def remove_task(self, name: str) -> None:
+        """Forget a finished task; one of the same name may come in its place. Other tasks stay as they are.
 
-    def _adapter(self, name: str) -> TaskAdapter:
-        if name not in self.adapters:
-            raise ValueError(f"task {name!r} is not among the finished tasks: {', '.join(self.tasks) or 'none yet'}")
-        return self.adapters[name]
+        What the queue has of its prompt stays there.
+
+        Raises:
+            ValueError: no finished task of this name.
+            RuntimeError: it is in training, or set, or the next task's memory retention will need it.
+        """
+        if self._is_training(name):
+            raise RuntimeError(f"task {name!r} is in training; finish_task comes first")
+        if self._active is not None and name == self._active[0]:
+            raise RuntimeError(f"task {name!r} is set; set_task, to another or to None, comes first")
+        if name == self._last_learned and self._may_retain:
+            raise RuntimeError(
+                f"task {name!r} was learned last: the next one's memory retention is held against its adapter; with "
+                "retention_weight=0 it could go"
+            )
+        super().remove_task(name)
+        if name == self._last_learned:
+            self._last_learned = None
+
+    def _check_new(self, adapter: TaskAdapter) -> None:
+        super()._check_new(adapter)
+        if self._is_training(adapter.name):
+            raise ValueError(f"a task {adapter.name!r} is in training; another needs another name")
 
     # Forward
 
@@ -245,8 +250,8 @@ class QTuningModel(AttachedModel):
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
         self._check_inputs(inputs, under_a_task=self._active is not None or task_names is not None)
         if task_names is not None:
-            with self.using(task_names, _batch_size(inputs)):
-                return self._compute(inputs, labels, task_names)
+            with self.using(task_names, _batch_size(inputs)) as mixed:
+                return self._compute(inputs, labels, mixed)
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
         self.check_attached()
@@ -267,20 +272,22 @@ class QTuningModel(AttachedModel):
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; under a task it must be [B, N]")
 
-    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, task_names: Sequence[str] | None = None) -> Any:
+    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
         """Loss and logits under what stands on the attention layers."""
         if not self.has_heads:
             # A checkpoint computes layers twice, which would write twice into a cache.
             cache = {"use_cache": False} if self.attention.checkpoints else {}
             return self.base_model(**(cache | inputs), **({} if labels is None else {"labels": labels}))
         features = self.encode(inputs)
-        logits = self._logits(features) if task_names is None else self._logits_mixed(features, task_names, labels)
+        logits = self._logits(features) if mixed is None else mixed.logits(features)
+        if mixed is not None and labels is not None:
+            mixed.check_labels(labels)
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
 
     def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
         """One step with memory retention: the batch under the live prefix and under the shared prompt alone."""
         if retention_features is None:
-            retention_features = self.features(inputs, task=self.tasks[-1])
+            retention_features = self.features(inputs, task=self._last_learned)
         if self.has_heads:
             features, shared_features = self._features_with_shared(inputs)
             logits = self._logits(features)
@@ -319,31 +326,10 @@ class QTuningModel(AttachedModel):
         """After the block the active task is what it was before."""
         active = self._active
         try:
-            yield
+            with self.attention.keeping():
+                yield
         finally:
-            if active is None:
-                self.set_task(None)
-            else:
-                self.set_task(active[0], live=active[1])
-
-    @contextmanager
-    def using(self, task_names: Sequence[str], batch: int) -> Iterator[None]:
-        """Within the block each sample of a batch of this size computes under its own finished task.
-
-        Raises:
-            ValueError: a task is unknown, or there is not one name a sample.
-        """
-        self.check_attached()
-        if isinstance(task_names, str) or len(task_names) != batch:
-            raise ValueError(f"task_names is {task_names!r}; it must hold one name for each of the {batch} samples")
-        names = list(dict.fromkeys(task_names))
-        adapters = [self._adapter(name) for name in names]
-        index = torch.tensor([names.index(name) for name in task_names], device=self.device)
-        prefix = bank_of(adapters, index, num_layers=len(self.layer_indices))
-        with self._keeping_task():
-            self.attention.switch()
-            self.attention.place(self.layer_indices, prefix)
-            yield
+            self._active = active
 
     def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate` under the active task, or under one finished task a sample.
@@ -383,18 +369,6 @@ class QTuningModel(AttachedModel):
             assert self.head is not None
             return self.head(features.to(self.head.weight.dtype))
         return self.adapters[name].logits(features)
-
-    def _logits_mixed(self, features: Tensor, task_names: Sequence[str], labels: Tensor | None) -> Tensor:
-        """`[B, most classes]`, each sample by its own task's head, −inf beyond its classes."""
-        counts = [len(self.label_names(name)) for name in task_names]
-        logits = features.new_full((len(features), max(counts)), float("-inf"))
-        for name in dict.fromkeys(task_names):
-            rows = torch.tensor([each == name for each in task_names], device=features.device)
-            logits[rows, : len(self.label_names(name))] = self.adapters[name].logits(features[rows]).to(logits.dtype)
-        classes = torch.tensor(counts)
-        if labels is not None and labels.device.type == "cpu" and (labels >= classes).any():
-            raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {counts} classes")
-        return logits
 
     def _place(self) -> None:
         """Put the active task's prefix on the attention layers."""
@@ -465,29 +439,28 @@ class QTuningModel(AttachedModel):
         state = self.trainable_state_dict() | {
             f"{_QUEUE}{name}": value for name, value in self.live.queue.state_dict().items()
         }
-        adapters = tuple(self.adapters.values())
         kind = type(self.base_model).__name__
-        write_saved(
-            Path(folder), SavedModel(self.qtuning_config, fingerprint(self.attention.model), kind, adapters, state)
-        )
+        base = fingerprint(self.attention.model)
+        write_saved(Path(folder), SavedModel(self.qtuning_config, base, kind, self.adapters, state, self._last_learned))
 
     @classmethod
-    def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path) -> QTuningModel:
+    def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path, *, lazy: bool = False) -> QTuningModel:
         """Attach what `save_pretrained` wrote to the same base model; no task is set.
+
+        Args:
+            base_model: as the adapters were made for.
+            folder: where they are.
+            lazy: read each adapter when it is first needed. The files must be there then; one that is damaged is
+                refused then.
 
         Raises:
             FileNotFoundError: nothing was saved there.
             ValueError: the files are damaged, of an unknown format version, or made for another base model.
         """
-        saved = read_saved(Path(folder))
+        saved = read_saved(Path(folder), lazy=lazy)
         model = cls(base_model, saved.config)
         try:
-            if fingerprint(model.attention.model) != saved.fingerprint:
-                raise ValueError(
-                    f"{folder} was made for another base model: a {saved.base_model} with the fingerprint "
-                    f"{saved.fingerprint[:12]}, not this {type(base_model).__name__} in {base_model.dtype}"
-                    + (" (load it in float32 or bfloat16)" if base_model.dtype == torch.float16 else "")
-                )
+            model._check_base_model(saved, Path(folder))
             model._restore(saved)
         except (KeyError, RuntimeError) as error:
             model.detach()
@@ -498,11 +471,12 @@ class QTuningModel(AttachedModel):
         return model
 
     def _restore(self, saved: SavedModel) -> None:
-        self.adapters = {adapter.name: adapter for adapter in saved.adapters}
+        self._use(saved.adapters)
+        self._last_learned = saved.last_learned
         queue = {name: value for name, value in saved.state.items() if name.startswith(_QUEUE)}
         self.live.queue.load_state_dict({name.removeprefix(_QUEUE): value for name, value in queue.items()})
         state = {name: value for name, value in saved.state.items() if name not in queue}
-        self.live.begin_prompts(self.qtuning_config.prompt_length if saved.adapters else 0)
+        self.live.begin_prompts(len(state["live._rows.0.prompt"]))
         if any(name.startswith("discriminator.") for name in state):
             self.discriminator = Discriminator(self.hidden_size).to(self.device)
             self.discriminator.requires_grad_(False)
@@ -513,32 +487,6 @@ class QTuningModel(AttachedModel):
         """Take everything off the base model and give it back as it was; no task can be set from here on."""
         self._active = None
         return super().detach()
-
-
-def _chosen_layers(config: QTuningConfig, layers: Sequence[AttentionLayer]) -> list[int]:
-    """Indices of the layers that get a prefix."""
-    stacks = {layer.stack for layer in layers}
-    there = [i for i, layer in enumerate(layers) if len(stacks) == 1 or config.stack in (layer.stack, "both")]
-    if config.layers is None:
-        return there
-    if max(config.layers) >= len(there):
-        raise ValueError(f"layers names layer {max(config.layers)}, but the model has layers 0 to {len(there) - 1}")
-    return [there[index] for index in sorted(config.layers)]
-
-
-def _check_task_type(task_type: str, base_model: PreTrainedModel, *, causal: bool) -> None:
-    """Raise a ValueError where the model is not of the kind that the task type needs."""
-    reads = "images" if base_model.main_input_name == "pixel_values" else "text"
-    two_stacks, writes = base_model.config.is_encoder_decoder, base_model.can_generate()
-    needs = {
-        "sequence-classification": ("a model that reads text", reads == "text"),
-        "image-classification": ("a model that reads images", reads == "images"),
-        "text-to-text": ("an encoder-decoder with a language modelling head", two_stacks and writes),
-        "causal-lm": ("a decoder with a language modelling head", causal and not two_stacks and writes),
-    }
-    needed, fits = needs[task_type]
-    if not fits:
-        raise ValueError(f"task_type={task_type!r} needs {needed}, which a {type(base_model).__name__} is not")
 
 
 def _has_batch(value: Any, batch: int) -> bool:

@@ -69,6 +69,10 @@ def weighted_values(call: PrefixAttentionCall, weights: Tensor) -> Tensor:
 def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor, Tensor] | None) -> Tensor:
     """The stored rows reweighted in their own precision, then rounded: [Hkv, P, D], from a bank [B, Hkv, P, D]."""
     stored = None if call.prefix_length is None else stored_rows(call)
+    if call.prefix_index is not None:  # before all else: a bank may hold far more prefixes than the samples use
+        index = bank_index(call)
+        rows, reweight = rows[index], None if reweight is None else (reweight[0][index], reweight[1][index])
+        stored = None if stored is None else stored[index]
     if stored is not None:  # what lies beyond a prefix's length may be anything, NaN included
         rows = rows.where(stored[:, None, :, None], 0)
     if reweight is not None:
@@ -79,8 +83,6 @@ def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor,
         W = torch.einsum("...pr,...rhd->...hpd", U[..., call.n_shared :, :].to(precision), V.to(precision))
         shared, previous = rows.tensor_split([call.n_shared], dim=-2)
         rows = torch.cat([shared.to(precision), W * previous], dim=-2)
-    if call.prefix_index is not None:
-        rows = rows[bank_index(call)]
     return _rounded(rows, call.query.dtype)
 
 

@@ -23,11 +23,13 @@ class Prefix:
             `prefix_index` and `prefix_length`. Where there are embeddings, no rows.
         embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
         position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
+        largest_shift: the largest of those that samples have, as a number: no one need wait for the device to say it.
     """
 
     layers: list[dict[str, Any]]
     embeddings: Tensor | None = None
     position_shift: Tensor | None = None
+    largest_shift: int = 0
 
     @property
     def lengths(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class AttachedAttention:
         self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
         self._placement = placement
         self._hooks: list[RemovableHandle] = []
+        self._placed: tuple[Sequence[int], Prefix] | None = None
         self._prompt: Prompt | None = None  # that stands in front of the sequence now
         self._shift: Shift | None = None  # of the position ids now
         self.layers: list[AttentionLayer] = []
@@ -130,6 +132,19 @@ class AttachedAttention:
         self._hooks = []
         self._clear()
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """After the block the prefix stands that stood before it, or the model computes by its own attention."""
+        before = self._placed
+        try:
+            yield
+        finally:
+            if before is None:
+                self.restore()
+            else:
+                self.switch()
+                self.place(*before)
+
     def freeze(self, *, training: bool) -> None:
         """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
         self._base_model.eval()
@@ -152,20 +167,20 @@ class AttachedAttention:
     def place(self, layers: Sequence[int], prefix: Prefix) -> None:
         """From here on the layers with these indices attend to `prefix`, whichever stood there before."""
         self._clear()
-        arguments, shift = prefix.layers, prefix.position_shift
         if prefix.embeddings is not None and self.is_causal:
-            rows = self._rows_of_prompt(layers, prefix.embeddings)
-            arguments = [each | row for each, row in zip(arguments, rows)]
-            shift = prefix.lengths
-        elif prefix.embeddings is not None:
+            rows = self.rows_of_prompt(layers, prefix.embeddings)
+            layers_with_rows = [each | row for each, row in zip(prefix.layers, rows)]
+            prefix = Prefix(layers_with_rows, None, prefix.lengths, prefix.embeddings.shape[-2])
+        self._placed = layers, prefix
+        arguments, shift = prefix.layers, prefix.position_shift
+        if prefix.embeddings is not None:
             bank = prefix.layers[0]
-            index, lengths = bank.get("prefix_index"), bank.get("prefix_length")
-            self._prompt = Prompt(_at_the_end(prefix.embeddings, lengths), index, lengths)
+            self._prompt = Prompt(prefix.embeddings, bank.get("prefix_index"), bank.get("prefix_length"))
             arguments = [each | {"prompt_tokens": self.prompt_tokens} for each in arguments]
         if shift is not None:
             index = prefix.layers[0].get("prefix_index")
             by = shift if index is None else shift[index.to(shift.device)]
-            self._shift = Shift(by, int(shift.max()) if prefix.embeddings is None else prefix.embeddings.shape[-2])
+            self._shift = Shift(by, prefix.largest_shift)
         for index, each in zip(layers, arguments):
             setattr(self.layers[index].module, PREFIX, each)
 
@@ -190,15 +205,17 @@ class AttachedAttention:
         return all(gradient is not None for gradient in found)
 
     def _clear(self) -> None:
-        self._prompt = self._shift = None
+        self._placed = self._prompt = self._shift = None
         for layer in self.layers:
             layer.module.__dict__.pop(PREFIX, None)
 
-    def _rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[dict[str, Tensor]]:
+    def rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[dict[str, Tensor]]:
         """For each layer the keys and values of a prompt `[P, E]` or of a bank of them, `[T, P, E]`.
 
-        In a causal model they do not depend on what follows, so one pass over the prompt serves all samples.
+        In a causal model they do not depend on what follows, so one pass over the prompt serves all samples. What
+        stood on the layers is taken off.
         """
+        self._clear()
         found: dict[int, dict[str, Tensor]] = {}
 
         def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -219,12 +236,3 @@ class AttachedAttention:
             for layer in checkpointing:
                 layer.training = True
         return [found[id(self.layers[index].module)] for index in layers]
-
-
-def _at_the_end(bank: Tensor, lengths: Tensor | None) -> Tensor:
-    """Prompts `[T, P, E]` with what fills up the shorter ones in front, so that they end next to the context."""
-    if lengths is None:
-        return bank
-    P = bank.shape[1]
-    places = (torch.arange(P, device=bank.device) - (P - lengths.to(bank.device)[:, None])) % P
-    return bank.gather(1, places[..., None].expand(-1, -1, bank.shape[2]))

@@ -30,9 +30,9 @@ class Prompt:
     """The rows that stand in front of a batch.
 
     Attributes:
-        embeddings: `[P, E]`, or a bank `[T, P, E]` whose shorter prompts fill the last rows.
+        embeddings: `[P, E]`, or a bank `[T, P, E]`.
         index: `[B]` with a bank: which of them each sample uses.
-        lengths: `[T]` with a bank whose prompts differ in length.
+        lengths: `[T]` with a bank whose prompts differ in length; shorter ones stand next to the context.
     """
 
     embeddings: Tensor
@@ -45,10 +45,15 @@ class Prompt:
 
     def rows(self, like: Tensor) -> Tensor:
         """`[B, P, E]`, for inputs `like` these, `[B, N, E]`."""
-        rows = self.embeddings.to(like)
+        rows = self.embeddings
         if self.index is None:
-            return rows.expand(len(like), -1, -1)
-        return rows[for_batch(self.index.to(rows.device), len(like))]
+            return rows.to(like).expand(len(like), -1, -1)
+        index = for_batch(self.index.to(rows.device), len(like))
+        absent = self.absent(len(like), rows.device)
+        if absent is None:
+            return rows[index].to(like)
+        places = (torch.arange(self.tokens, device=rows.device) - absent[:, None]) % self.tokens
+        return rows[index[:, None], places].to(like)
 
     def absent(self, batch: int, device: torch.device) -> Tensor | None:
         """`[B]`, how many of the first rows are none; None where all are there."""
