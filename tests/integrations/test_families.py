@@ -92,8 +92,8 @@ def of_tokens(logits: Tensor, family: Any, inputs: dict[str, Tensor]) -> Tensor:
     return logits[inputs["attention_mask"].bool()] if family.kind == "decoder" else logits
 
 
-def compare(family: Any, by_hand: Any, **changes: Any) -> None:
-    base, inputs = family.base_model(), family.batch()
+def compare(family: Any, by_hand: Any, samples: int = 3, **changes: Any) -> None:
+    base, inputs = family.base_model(), family.batch(size=samples)
     eager = copy.deepcopy(base)
     by_hand.compute(eager)
     model = learned(base, family, **changes)
@@ -130,6 +130,17 @@ def test_logits_and_gradients_are_those_of_a_prefix_put_in_by_hand(
         pytest.skip("soft-capping is done by the reference alone")
     monkeypatch.setenv("QTUNING_FAST_BACKEND", backend)
     compare(family, by_hand, placement=placement)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", ["BERT", "ViT", "T5", "Llama"])
+def test_the_fused_kernels_compute_it_too(
+    families: Any, by_hand: Any, name: str, placement: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One family of each kind, in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "fused")
+    compare(families[name], by_hand, samples=1, placement=placement)
 
 
 # What a user relies on whatever the family
