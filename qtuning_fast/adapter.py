@@ -88,7 +88,7 @@ class TaskAdapter:
         layers = [self._rows(layer, device) | self._gate(layer, device) for layer in range(num_layers)]
         shift = torch.tensor([self.position_shift], device=device) if self.position_shift else None
         embeddings = None if self.embeddings is None else self.embeddings.to(device)
-        return Prefix(layers, embeddings, shift, self.position_shift)
+        return Prefix(layers, embeddings, position_shift=shift, largest_shift=self.position_shift)
 
     def _rows(self, layer: int, device: torch.device) -> dict[str, Any]:
         if self.embeddings is not None:

@@ -297,23 +297,26 @@ class AdapterBank:
         return torch.tensor(slots, pin_memory=True).to(device, non_blocking=True)  # so that the host goes on at once
 
     def _prefix(self, index: Tensor, infos: Sequence[AdapterInfo], gate: str | None) -> Prefix:
-        longest = max(info.prefix_rows for info in infos)
-        slots, shared = self._slots, {"prefix_index": index, "prefix_length": self._slots["length"]}
+        slots, longest = self._slots, max(info.prefix_rows for info in infos)
         layers: list[dict[str, Any]] = []
         for layer in range(len(self._layers)):
             alpha, tau = slots[f"alphas.{layer}"], slots[f"taus.{layer}"]
-            arguments = shared | (NO_GATE if gate is None else gate_arguments(gate, alpha, tau))
+            arguments = NO_GATE if gate is None else gate_arguments(gate, alpha, tau)
             if self._keeps_rows:
-                arguments |= {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
+                arguments = arguments | {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
             layers.append(arguments)
-        if self._embedding_size is not None and self._keeps_rows:
-            return Prefix(layers, None, slots["length"], longest)
-        shift = max(info.position_shift for info in infos)
+        if self._keeps_rows and self._embedding_size is not None:
+            shift, largest = slots["length"], longest  # behind a prompt that has become keys and values
+        else:
+            shift, largest = slots["position_shift"], max(info.position_shift for info in infos)
         return Prefix(
             layers,
-            None if self._keeps_rows else slots["embeddings"][:, :longest],  # rows cost time, as tokens do
-            slots["position_shift"] if shift else None,
-            shift,
+            # Rows cost time, as tokens do: no more than the batch needs.
+            embeddings=None if self._keeps_rows else slots["embeddings"][:, :longest],
+            index=index,
+            lengths=slots["length"],
+            position_shift=shift if largest else None,
+            largest_shift=largest,
         )
 
 

@@ -97,6 +97,11 @@ class QTuningConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
 
+    @property
+    def longest_prompt(self) -> int:
+        """The most rows that a task's prefix ever has."""
+        return self.shared_length + self.queue_size * self.prompt_length
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         values = asdict(self)

@@ -60,6 +60,11 @@ def check_adapter(
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"
         )
+    if adapter.position_shift < 0 or (adapter.position_shift and adapter.embeddings is not None):
+        raise ValueError(
+            f"adapter {adapter.name!r} has position_shift={adapter.position_shift}; it must not be negative, and 0 "
+            "beside embeddings, which take their positions themselves"
+        )
     tensors = adapter.tensors()
     wanted = _shapes(adapter, shapes, embedding_size, hidden_size)
     for name in [*wanted, *tensors]:

@@ -155,9 +155,8 @@ class LivePrefix(nn.Module):
         live = self.prefix()
         rows = sum(len(part) for part in (self.rows[0].shared, self.rows[0].prompt, self.rows[0].old))
         lengths = torch.tensor([rows, self.config.shared_length], device=index.device)
-        placed = {"prefix_index": index, "prefix_length": lengths}
         embeddings = None if live.embeddings is None else torch.stack([live.embeddings, live.embeddings])
-        return Prefix([_twice(layer) | placed for layer in live.layers], embeddings)
+        return Prefix([_twice(layer) for layer in live.layers], embeddings, index, lengths)
 
 
 def _kept(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -141,7 +141,7 @@ class QTuningModel(ServingModel):
             raise RuntimeError("no task is in training; call start_task first")
         name, labels = self._training_task
         adapter = self.live.finish_task(name, labels, self.head)
-        self.adapters[name] = adapter
+        self.adapters.add(adapter.info, adapter=adapter)
         self._last_learned = name
         self.head = None
         self._training_task = None
@@ -289,13 +289,15 @@ class QTuningModel(ServingModel):
         if retention_features is None:
             retention_features = self.features(inputs, task=self._last_learned)
         if self.has_heads:
-            features, shared_features = self._features_with_shared(inputs)
+            with self.attention.keeping():
+                features, shared_features = self._features_with_shared(inputs)
             logits = self._logits(features)
             output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
         else:
             index = torch.ones(_batch_size(inputs), dtype=torch.long, device=self.device)
-            self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
-            shared_features = self.encode(self._read(inputs))
+            with self.attention.keeping():
+                self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
+                shared_features = self.encode(self._read(inputs))
             self._place()
             output = self._compute(inputs, labels)
         if len(shared_features) > 1:  # a batch of one has no product pairs
@@ -493,5 +495,11 @@ def _has_batch(value: Any, batch: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
 
+_COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
+
+
 def _batch_size(inputs: dict[str, Any]) -> int:
-    return next(len(value) for value in inputs.values() if isinstance(value, Tensor))
+    for name in _COUNTED:
+        if isinstance(inputs.get(name), Tensor):
+            return len(inputs[name])
+    raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, by which the samples of a batch are counted")

@@ -86,7 +86,7 @@ class ServingModel(AttachedModel):
         """
         self._check_new(adapter)
         tensors = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
-        self.adapters[adapter.name] = TaskAdapter.from_tensors(tensors, adapter.info)
+        self.adapters.add(adapter.info, adapter=TaskAdapter.from_tensors(tensors, adapter.info))
 
     def load_task(self, folder: str | Path, name: str) -> None:
         """Take in one adapter of a model that `save_pretrained` wrote, of the same base model, as a finished task.
@@ -119,7 +119,7 @@ class ServingModel(AttachedModel):
             ValueError: no finished task of this name.
         """
         self._check_finished(name)
-        del self.adapters[name]
+        self.adapters.remove(name)
         self.bank.discard(name)
 
     def set_memory_limits(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ class StoredAdapter:
         self.adapter = adapter
 
 
-class AdapterStore(MutableMapping[str, TaskAdapter]):
+class AdapterStore(Mapping[str, TaskAdapter]):
     """Adapters by the names of their tasks, in the order in which they came.
 
-    A mapping like a dict. What has a file is read, checksum and all, when it is first asked for; under a bound on
-    memory the least recently used ones that have a file are dropped again. What has none stays. Several threads may use
-    a store at once.
+    A mapping to read; `QTuningModel` has `add_task` and `remove_task`, which see to it that all fits. What has a file
+    is read, checksum and all, when it is first asked for; under a bound on memory the least recently used ones that
+    have a file are dropped again. What has none stays. Several threads may use a store at once.
 
     Args:
         host_bytes: how many bytes of adapters are kept in memory; None: any number.
@@ -78,19 +78,6 @@ class AdapterStore(MutableMapping[str, TaskAdapter]):
 
     def __getitem__(self, name: str) -> TaskAdapter:
         return self.load(self.entry(name))
-
-    def __setitem__(self, name: str, adapter: TaskAdapter) -> None:
-        if name != adapter.name:
-            raise ValueError(f"the adapter of task {adapter.name!r} cannot stand under the name {name!r}")
-        self.add(adapter.info, adapter=adapter)
-
-    def __delitem__(self, name: str) -> None:
-        with self._lock:
-            self._in_memory.pop(self._entries.pop(name), None)
-
-    def __ior__(self, others: Mapping[str, TaskAdapter]) -> AdapterStore:
-        self.update(others)
-        return self
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -144,6 +131,11 @@ class AdapterStore(MutableMapping[str, TaskAdapter]):
                 self._in_memory[entry] = None
                 self._make_room()
         return entry
+
+    def remove(self, name: str) -> None:
+        """Without this task from here on; a KeyError where there is none."""
+        with self._lock:
+            self._in_memory.pop(self._entries.pop(name), None)
 
     def load(self, entry: StoredAdapter, *, keep: bool = True) -> TaskAdapter:
         """The adapter of an entry, read if need be.

@@ -180,8 +180,9 @@ def test_tasks_come_and_go_while_it_serves(tiny_bert: BertModel, batch: Batch, p
     assert_as_by_itself(model, batch, names)
     after = logits(model, batch, names)
     assert torch.equal(after[[0, 2]], before[[0, 2]]) and not torch.equal(after[1], before[1])
-    del model.adapters["task-1"]  # as in a dict, and the bank knows
-    model.adapters["task-1"] = replace(model.adapters["task-0"], name="task-1")
+    model.adapters.remove("task-1")  # behind the model's back, and the bank knows
+    again = replace(model.adapters["task-0"], name="task-1")
+    model.adapters.add(again.info, adapter=again)
     assert_as_by_itself(model, batch, names)
 
 

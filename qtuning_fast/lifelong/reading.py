@@ -50,8 +50,11 @@ class ExampleReader:
             needed = "an image processor" if self.reads_images else "a tokenizer"
             raise TypeError(f"processor is a {type(processor).__name__}; task_type={task_type!r} needs {needed}")
 
-    def check(self, base_model: PreTrainedModel, tasks: Sequence[Task]) -> None:
+    def check(self, base_model: PreTrainedModel, tasks: Sequence[Task], *, prompt_tokens: int = 0) -> None:
         """Refuse what would fail later.
+
+        Args:
+            prompt_tokens: at most so many stand in front of a text.
 
         Raises:
             ValueError: the tasks are texts where images are needed, or the other way round; the texts are too long for
@@ -69,10 +72,11 @@ class ExampleReader:
         after = max(longest, default=0) if self.task_type == "causal-lm" else 0
         added = self.processor.num_special_tokens_to_add()
         limit = getattr(base_model.config, "max_position_embeddings", None) or self.max_length + after
-        limit -= first_position(base_model) + after
+        limit -= first_position(base_model) + prompt_tokens + after
         if not added < self.max_length <= limit:
             raise ValueError(
                 f"max_length is {self.max_length}; this model takes at most {limit} tokens"
+                + (f" behind the {prompt_tokens} of a prompt" if prompt_tokens else "")
                 + (f" and the {after} of an answer" if after else "")
                 + f", {added} of them not of the text"
             )

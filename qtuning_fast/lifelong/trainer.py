@@ -97,7 +97,7 @@ class LifelongTrainer:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
         self.reader = ExampleReader(processor, config.task_type, options.max_length)
-        self.reader.check(base_model, tasks)
+        self.reader.check(base_model, tasks, prompt_tokens=config.longest_prompt if config.placement == "input" else 0)
         self.base_model = base_model
         self.config = config
         self.tasks = list(tasks)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,30 +17,38 @@ VALUE_STD = 0.02
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the layers of a model attend to in front of their context, ready to be placed.
+    """What the layers of a model attend to in front of their context, ready to be placed; one, or a bank of T.
 
     Attributes:
-        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate; of a bank also
-            `prefix_index` and `prefix_length`. Where there are embeddings, no rows.
+        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate. Where there are
+            embeddings, no rows.
         embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
+        index: `[B]` with a bank: which of them each sample uses.
+        lengths: `[T]` with a bank: how many rows of each there are.
         position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
-        largest_shift: the largest of those that samples have, as a number: no one need wait for the device to say it.
+        largest_shift: the largest of these as a number, known without asking the device.
     """
 
     layers: list[dict[str, Any]]
     embeddings: Tensor | None = None
+    index: Tensor | None = None
+    lengths: Tensor | None = None
     position_shift: Tensor | None = None
     largest_shift: int = 0
 
-    @property
-    def lengths(self) -> Tensor:
-        """`[1]`, or `[T]` of a bank: how many rows of embeddings there are."""
+    def with_rows(self, rows: Sequence[dict[str, Tensor]]) -> Prefix:
+        """In a causal model: the keys and values that the embeddings became, behind which the context stands."""
         assert self.embeddings is not None
-        lengths = self.layers[0].get("prefix_length")
-        if lengths is not None:
-            return lengths
-        *bank, P, _ = self.embeddings.shape
-        return torch.full(bank or (1,), P, device=self.embeddings.device)
+        P = self.embeddings.shape[-2]
+        shift = torch.tensor([P], device=self.embeddings.device) if self.lengths is None else self.lengths
+        layers = [layer | row for layer, row in zip(self.layers, rows)]
+        return replace(self, layers=layers, embeddings=None, position_shift=shift, largest_shift=P)
+
+    def arguments(self) -> list[dict[str, Any]]:
+        """For each layer all keyword arguments of `prefix_attention`."""
+        bank = {"prefix_index": self.index, "prefix_length": self.lengths}
+        bank = {name: value for name, value in bank.items() if value is not None}
+        return [layer | bank for layer in self.layers]
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def randomize(module: nn.Module) -> None:
 def attached(family: Any, base: Any, *adapters: TaskAdapter, **changes: Any) -> QTuningModel:
     settings = {"gate": None, "prompt_length": P, "queue_size": 1, "shared_length": 0, "task_type": family.task_type}
     model = QTuningModel(base, QTuningConfig(**(settings | {"reparameterization": None} | changes)))
-    model.adapters |= {adapter.name: adapter for adapter in adapters}
+    for adapter in adapters:
+        model.add_task(adapter)
     return model
 
 
@@ -252,7 +253,7 @@ def test_a_converted_adapter_works_beside_one_with_a_gate(name: str, families: A
     model.start_task("ours", 3)
     randomize(model.live)
     model.finish_task()
-    model.adapters["theirs"] = adapter
+    model.add_task(adapter)
     expected = answer(reference, family, inputs)
     torch.testing.assert_close(under(model, "theirs", family, inputs), expected, **EXACT)
     names = ["ours", "theirs", "ours"]

@@ -263,7 +263,7 @@ def test_layers_that_pass_no_gradient_are_named_before_anything_trains(plain: An
     learned = attach(plain, plain.base_model())
     step(learned, plain)
     learned.eval()
-    model.adapters["reviews"] = learned.finish_task()
+    model.add_task(learned.finish_task())
     answers = []
     for each in (learned, model):
         each.set_task("reviews")

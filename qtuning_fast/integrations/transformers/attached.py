@@ -69,8 +69,8 @@ class AttachedAttention:
         self.switch()
         try:
             self.layers = find_layers(base_model)
-            self.restore()
-            self.switch()  # with the hooks that the layers ask for
+            for hook in self._new_hooks():  # which refuse here what cannot stand in front
+                hook.remove()
         except Exception:
             self.detach()
             raise
@@ -168,21 +168,16 @@ class AttachedAttention:
         """From here on the layers with these indices attend to `prefix`, whichever stood there before."""
         self._clear()
         if prefix.embeddings is not None and self.is_causal:
-            rows = self.rows_of_prompt(layers, prefix.embeddings)
-            layers_with_rows = [each | row for each, row in zip(prefix.layers, rows)]
-            prefix = Prefix(layers_with_rows, None, prefix.lengths, prefix.embeddings.shape[-2])
+            prefix = prefix.with_rows(self.rows_of_prompt(layers, prefix.embeddings))
         self._placed = layers, prefix
-        arguments, shift = prefix.layers, prefix.position_shift
+        arguments, shift, index = prefix.arguments(), prefix.position_shift, prefix.index
         if prefix.embeddings is not None:
-            bank = prefix.layers[0]
-            self._prompt = Prompt(prefix.embeddings, bank.get("prefix_index"), bank.get("prefix_length"))
+            self._prompt = Prompt(prefix.embeddings, index, prefix.lengths)
             arguments = [each | {"prompt_tokens": self.prompt_tokens} for each in arguments]
         if shift is not None:
-            index = prefix.layers[0].get("prefix_index")
-            by = shift if index is None else shift[index.to(shift.device)]
-            self._shift = Shift(by, prefix.largest_shift)
-        for index, each in zip(layers, arguments):
-            setattr(self.layers[index].module, PREFIX, each)
+            self._shift = Shift(shift if index is None else shift[index.to(shift.device)], prefix.largest_shift)
+        for layer, each in zip(layers, arguments):
+            setattr(self.layers[layer].module, PREFIX, each)
 
     def passes_gradient(self, layers: Sequence[int]) -> bool:
         """Whether gradients reach prefixes on all of these layers; no prefix stands anywhere afterwards.

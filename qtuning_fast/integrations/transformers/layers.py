@@ -91,7 +91,7 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
         model.eval()
         with watched(model, lambda *call: calls.append(call)):
             model(**inputs)
-    except Exception as error:
+    except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise NotImplementedError(f"{kind} does not compute by prefix attention: {error}") from error
     finally:
         for module, training in modes:

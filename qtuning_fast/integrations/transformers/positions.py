@@ -13,9 +13,6 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import for_batch
 
-# Their positions start behind the padding token's and count the tokens that are not padding.
-OFFSET_POSITIONS = ("camembert", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
-
 
 def takes_positions(stack: PreTrainedModel) -> bool:
     """Whether the stack's forward takes `position_ids`; otherwise positions follow the sequence."""
@@ -24,25 +21,39 @@ def takes_positions(stack: PreTrainedModel) -> bool:
 
 def first_position(stack: PreTrainedModel) -> int:
     """The position id of the first token."""
-    return stack.config.pad_token_id + 1 if stack.config.model_type in OFFSET_POSITIONS else 0
+    padding = _padding_position(stack)
+    return 0 if padding is None else padding + 1
+
+
+def free_positions(stack: PreTrainedModel) -> int | None:
+    """How many tokens the stack has positions for; None where positions are no table that ends."""
+    limit = getattr(stack.config, "max_position_embeddings", None)
+    return None if limit is None or _position_table(stack) is None else limit - first_position(stack)
 
 
 def check_room(stack: PreTrainedModel, tokens: int, taken: int) -> None:
     """Raise a ValueError where the stack has no positions for so many tokens beside those that a prompt takes."""
-    limit = getattr(stack.config, "max_position_embeddings", None)
-    if limit is None or not any(_is_position_table(name, module) for name, module in stack.named_modules()):
-        return
-    limit -= first_position(stack)
-    if tokens + taken > limit:
+    limit = free_positions(stack)
+    if limit is not None and tokens + taken > limit:
         raise ValueError(
             f"the input has {tokens} tokens and the prompt takes {taken} positions, but {type(stack).__name__} has "
             f"{limit} in all; use shorter inputs, or placement='prefix', which takes none"
         )
 
 
-def _is_position_table(name: str, module: nn.Module) -> bool:
-    last = name.split(".")[-1]
-    return isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last)
+def _position_table(stack: PreTrainedModel) -> nn.Embedding | None:
+    """The learned embedding of positions, where there is one."""
+    for name, module in stack.named_modules():
+        last = name.split(".")[-1]
+        if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last):
+            return module
+    return None
+
+
+def _padding_position(stack: PreTrainedModel) -> int | None:
+    """The position of padding where positions start behind it and count what is no padding, as in RoBERTa."""
+    table = _position_table(stack)
+    return None if table is None else table.padding_idx
 
 
 def own_positions(stack: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
@@ -53,11 +64,12 @@ def own_positions(stack: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
     assert tokens is not None
-    kind, mask = stack.config.model_type, inputs.get("attention_mask")
-    if kind in OFFSET_POSITIONS and ids is not None:
-        seen = (ids != stack.config.pad_token_id).long()
-        return seen.cumsum(1) * seen + stack.config.pad_token_id
-    if kind == "opt" and mask is not None and mask.ndim == 2:
+    padding, mask = _padding_position(stack), inputs.get("attention_mask")
+    if padding is not None and ids is not None:
+        seen = (ids != padding).long()
+        return seen.cumsum(1) * seen + padding
+    # OPT too leaves padding out, but by the mask, and its table starts two places late without saying so.
+    if stack.config.model_type == "opt" and mask is not None and mask.ndim == 2:
         seen = mask.long()
         return (seen.cumsum(1) * seen - 1)[:, -tokens.shape[1] :]
     return torch.arange(tokens.shape[1], device=tokens.device)[None] + past_tokens(inputs) + first_position(stack)
