@@ -24,6 +24,7 @@ _OWN_ATTENTION = {
     "deberta": _DISENTANGLED,
     "deberta-v2": _DISENTANGLED,
     "falcon": "its modelling code computes attention itself, beside transformers' interface",
+    "nllb-moe": "its experts leave tokens out by the values of the additive mask of eager attention",
 }
 
 
