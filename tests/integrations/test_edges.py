@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSeq2SeqLM, Inkling2TextConfig, NllbMoeConfig
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    Inkling2TextConfig,
+    NllbMoeConfig,
+)
 
 from qtuning_fast import QTuningConfig, QTuningModel
 
@@ -29,3 +34,47 @@ def test_experts_that_read_the_mask_of_eager_attention_are_refused() -> None:
     model = AutoModelForSeq2SeqLM.from_config(NllbMoeConfig(**STACKS, **WORDS, num_experts=4))
     with pytest.raises(NotImplementedError, match="experts"):
         QTuningModel(model, QTuningConfig(task_type="text-to-text"))
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+def test_an_error_while_a_task_is_set_leaves_the_one_before(families: Any, placement: str) -> None:
+    """The prefix of a prompt is made by a pass through the model, which can fail, and adapters are read from disk."""
+    family = families["Llama"]
+    model, inputs = two_tasks(family, placement), family.batch()
+    expected = model(**inputs).logits
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    handle = model.attention.layers[1].module.register_forward_pre_hook(fail)
+    model.adapters.add(model.adapters.entry("first").info, file=Missing())  # type: ignore[arg-type]
+    for act in (lambda: model.set_task("first"), lambda: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(MemoryError):
+            act()
+    handle.remove()
+    assert torch.equal(model(**inputs).logits, expected)
+    model.set_task(None)
+    base = model(**inputs).logits
+    with pytest.raises(MemoryError):
+        model.set_task("first")
+    assert torch.equal(model(**inputs).logits, base)
+
+
+class Missing:
+    """An adapter's file that cannot be read."""
+
+    def read(self, info: Any) -> None:
+        raise MemoryError
+
+
+def two_tasks(family: Any, placement: str, **changes: Any) -> QTuningModel:
+    """Two finished tasks with prefixes at random; the second is set."""
+    config = QTuningConfig(**(SMALL | {"placement": placement, "task_type": family.task_type} | changes))
+    model = QTuningModel(family.base_model(), config)
+    for name in ("first", "second"):
+        model.start_task(name, 3)
+        with torch.no_grad():
+            for parameter in model.live.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        model.finish_task()
+    return model.eval()

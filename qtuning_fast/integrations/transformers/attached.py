@@ -135,15 +135,24 @@ class AttachedAttention:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """After the block the prefix stands that stood before it, or the model computes by its own attention."""
-        before = self._placed
+        before = self.placed
         try:
             yield
         finally:
-            if before is None:
-                self.restore()
-            else:
-                self.switch()
-                self.place(*before)
+            self.put_back(before)
+
+    @property
+    def placed(self) -> tuple[Sequence[int], Prefix] | None:
+        """What stands on the layers now, for `put_back`; None while the model computes by its own attention."""
+        return self._placed
+
+    def put_back(self, placed: tuple[Sequence[int], Prefix] | None) -> None:
+        """What stood on the layers stands there again."""
+        if placed is None:
+            self.restore()
+        else:
+            self.switch()
+            self.place(*placed)
 
     def freeze(self, *, training: bool) -> None:
         """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
