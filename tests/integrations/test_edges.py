@@ -9,7 +9,12 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
+    CLIPConfig,
+    CLIPVisionConfig,
+    CodeGenConfig,
     Inkling2TextConfig,
+    LlamaConfig,
+    LlavaConfig,
     NllbMoeConfig,
 )
 
@@ -78,3 +83,16 @@ def two_tasks(family: Any, placement: str, **changes: Any) -> QTuningModel:
                 parameter.add_(torch.randn_like(parameter) * 0.5)
         model.finish_task()
     return model.eval()
+
+
+def test_models_whose_config_is_not_of_one_stack_of_text_are_refused() -> None:
+    text = {**SIZES, "vocab_size": 40, "eos_token_id": 3}
+    clip = CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 16, "patch_size": 8})
+    llava = LlavaConfig(
+        text_config=LlamaConfig(**SIZES, vocab_size=40),
+        vision_config=CLIPVisionConfig(**SIZES, image_size=16, patch_size=8),
+    )
+    codegen = CodeGenConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    for config in (clip, llava, codegen):
+        with pytest.raises(NotImplementedError):
+            QTuningModel(AutoModel.from_config(config), QTuningConfig())
