@@ -12,6 +12,8 @@ from transformers import (
     CLIPConfig,
     CLIPVisionConfig,
     CodeGenConfig,
+    CTRLConfig,
+    CTRLLMHeadModel,
     Inkling2TextConfig,
     LlamaConfig,
     LlavaConfig,
@@ -96,3 +98,17 @@ def test_models_whose_config_is_not_of_one_stack_of_text_are_refused() -> None:
     for config in (clip, llava, codegen):
         with pytest.raises(NotImplementedError):
             QTuningModel(AutoModel.from_config(config), QTuningConfig())
+
+
+def test_models_that_scale_embeddings_in_place_leave_the_adapters_alone() -> None:
+    torch.manual_seed(0)
+    base = CTRLLMHeadModel(CTRLConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=30)).eval()
+    model = QTuningModel(base, QTuningConfig(**SMALL, placement="input", task_type="causal-lm"))
+    model.start_task("first")
+    stored = model.finish_task().embeddings
+    assert stored is not None
+    before, ids = stored.clone(), torch.randint(5, 40, (2, 6))
+    expected = model(input_ids=ids).logits
+    model.set_task("first")
+    assert torch.equal(stored, before)
+    assert torch.equal(model(input_ids=ids).logits, expected)

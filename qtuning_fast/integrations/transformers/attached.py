@@ -240,7 +240,8 @@ class AttachedAttention:
         try:
             with watched(self.encoder, keep):
                 batch = embeddings if embeddings.ndim == 3 else embeddings[None]
-                self.encoder(inputs_embeds=batch.to(self.model.dtype), use_cache=False)
+                # Cloned, since some models (CTRL) scale what they are given in place.
+                self.encoder(inputs_embeds=batch.to(self.model.dtype).clone(), use_cache=False)
         finally:
             for layer in checkpointing:
                 layer.training = True
