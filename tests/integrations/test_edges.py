@@ -112,3 +112,12 @@ def test_models_that_scale_embeddings_in_place_leave_the_adapters_alone() -> Non
     model.set_task("first")
     assert torch.equal(stored, before)
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_task_may_start_where_gradients_are_off(families: Any) -> None:
+    family = families["BERT"]
+    model = QTuningModel(family.base_model(), QTuningConfig(**SMALL))
+    with torch.no_grad():
+        model.start_task("first", 2)
+    model.train()
+    model(**family.batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
