@@ -170,9 +170,10 @@ class QTuningModel(ServingModel):
         in_training = self._is_training(name)
         if not in_training:
             self._check_finished(name)
-        self._active = name, live or in_training
-        self.attention.switch()
-        self._place()
+        with self._undone_by_errors():
+            self._active = name, live or in_training
+            self.attention.switch()
+            self._place()
 
     def remove_task(self, name: str) -> None:
         """Forget a finished task; one of the same name may come in its place. Other tasks stay as they are.
@@ -372,10 +373,22 @@ class QTuningModel(ServingModel):
             return self.head(features.to(self.head.weight.dtype))
         return self.adapters[name].logits(features)
 
+    @contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        """An error in the block leaves the task that was set before, and its prefix in place."""
+        active, placed = self._active, self.attention.placed
+        try:
+            yield
+        except BaseException:
+            self._active = active
+            self.attention.put_back(placed)
+            raise
+
     def _place(self) -> None:
         """Put the active task's prefix on the attention layers."""
         assert self._active is not None
-        self.attention.place(self.layer_indices, self._prefix(*self._active))
+        with self._undone_by_errors():
+            self.attention.place(self.layer_indices, self._prefix(*self._active))
 
     def _prefix(self, name: str, live: bool) -> Prefix:
         if live:

@@ -135,15 +135,24 @@ class AttachedAttention:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """After the block the prefix stands that stood before it, or the model computes by its own attention."""
-        before = self._placed
+        before = self.placed
         try:
             yield
         finally:
-            if before is None:
-                self.restore()
-            else:
-                self.switch()
-                self.place(*before)
+            self.put_back(before)
+
+    @property
+    def placed(self) -> tuple[Sequence[int], Prefix] | None:
+        """What stands on the layers now, for `put_back`; None while the model computes by its own attention."""
+        return self._placed
+
+    def put_back(self, placed: tuple[Sequence[int], Prefix] | None) -> None:
+        """What stood on the layers stands there again."""
+        if placed is None:
+            self.restore()
+        else:
+            self.switch()
+            self.place(*placed)
 
     def freeze(self, *, training: bool) -> None:
         """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
@@ -193,8 +202,8 @@ class AttachedAttention:
         self.place(layers, Prefix(rows))
         try:
             with torch.enable_grad():
-                output = self.model(**dummy_inputs(self.model))[0]
-            found = torch.autograd.grad(output.sum(), values, allow_unused=True) if output.requires_grad else [None]
+                output = self.model(**dummy_inputs(self.model))[0].sum()
+            found = torch.autograd.grad(output, values, allow_unused=True) if output.requires_grad else [None]
         finally:
             self.restore()
         return all(gradient is not None for gradient in found)
@@ -226,7 +235,8 @@ class AttachedAttention:
         try:
             with watched(self.encoder, keep):
                 batch = embeddings if embeddings.ndim == 3 else embeddings[None]
-                self.encoder(inputs_embeds=batch.to(self.model.dtype), use_cache=False)
+                # Cloned, since some models (CTRL) scale what they are given in place.
+                self.encoder(inputs_embeds=batch.to(self.model.dtype).clone(), use_cache=False)
         finally:
             for layer in checkpointing:
                 layer.training = True

@@ -29,7 +29,7 @@ Arguments = Mapping[str, Any]
 # `prompt_tokens=P` and no rows, the first P tokens of the sequence are the prefix.
 PREFIX = "qtuning_prefix"
 
-_NOT_DONE = {"s_aux": "attention sinks"}
+_NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
 _ALL = slice(None)
 

@@ -24,6 +24,7 @@ _OWN_ATTENTION = {
     "deberta": _DISENTANGLED,
     "deberta-v2": _DISENTANGLED,
     "falcon": "its modelling code computes attention itself, beside transformers' interface",
+    "nllb-moe": "its experts leave tokens out by the values of the additive mask of eager attention",
 }
 
 
@@ -112,7 +113,8 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     if model.main_input_name != "input_ids":
         raise NotImplementedError(f"{kind} takes {model.main_input_name}; text and image models can be attached to")
     # The token must not be padding: with nothing to see some models take other ways.
-    token = next(i for i in range(3) if i not in (model.config.pad_token_id, getattr(model.config, "eos_token_id", 0)))
+    not_these = [getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id")]
+    token = next(i for i in range(3) if i not in not_these)
     inputs = {"input_ids": torch.full((1, _TOKENS), token, device=device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.full((1, _DECODER_TOKENS), token, device=device)
@@ -136,7 +138,10 @@ def _check_all_call(model: PreTrainedModel, found: list[AttentionLayer]) -> None
 
 def _layer_counts(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     if not model.config.is_encoder_decoder:
-        yield "model", model.config.num_hidden_layers
+        count = getattr(model.config, "num_hidden_layers", None)
+        if count is None:
+            raise NotImplementedError(f"{type(model).__name__}: its config names no num_hidden_layers")
+        yield "model", count
         return
     for stack, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
         yield stack, sum(isinstance(module, GradientCheckpointingLayer) for module in part.modules())

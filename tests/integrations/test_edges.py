@@ -1,0 +1,123 @@
+"""Families beside those of the table, and what happens when something goes wrong halfway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    CLIPConfig,
+    CLIPVisionConfig,
+    CodeGenConfig,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    Inkling2TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    NllbMoeConfig,
+)
+
+from qtuning_fast import QTuningConfig, QTuningModel
+
+SMALL = {"prompt_length": 2, "queue_size": 2, "shared_length": 1, "reparameterization": None}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WORDS = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+STACKS = {
+    **{f"{stack}_{what}": n for stack in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))},
+    **{"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+}
+
+
+def test_sinks_by_another_name_are_refused() -> None:
+    config = Inkling2TextConfig(**SIZES, **WORDS, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16)
+    with pytest.raises(NotImplementedError, match="attention sinks"):
+        QTuningModel(AutoModel.from_config(config), QTuningConfig())
+
+
+def test_experts_that_read_the_mask_of_eager_attention_are_refused() -> None:
+    model = AutoModelForSeq2SeqLM.from_config(NllbMoeConfig(**STACKS, **WORDS, num_experts=4))
+    with pytest.raises(NotImplementedError, match="experts"):
+        QTuningModel(model, QTuningConfig(task_type="text-to-text"))
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+def test_an_error_while_a_task_is_set_leaves_the_one_before(families: Any, placement: str) -> None:
+    """The prefix of a prompt is made by a pass through the model, which can fail, and adapters are read from disk."""
+    family = families["Llama"]
+    model, inputs = two_tasks(family, placement), family.batch()
+    expected = model(**inputs).logits
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    handle = model.attention.layers[1].module.register_forward_pre_hook(fail)
+    model.adapters.add(model.adapters.entry("first").info, file=Missing())  # type: ignore[arg-type]
+    for act in (lambda: model.set_task("first"), lambda: model.generate(**inputs, max_new_tokens=2)):
+        with pytest.raises(MemoryError):
+            act()
+    handle.remove()
+    assert torch.equal(model(**inputs).logits, expected)
+    model.set_task(None)
+    base = model(**inputs).logits
+    with pytest.raises(MemoryError):
+        model.set_task("first")
+    assert torch.equal(model(**inputs).logits, base)
+
+
+class Missing:
+    """An adapter's file that cannot be read."""
+
+    def read(self, info: Any) -> None:
+        raise MemoryError
+
+
+def two_tasks(family: Any, placement: str, **changes: Any) -> QTuningModel:
+    """Two finished tasks with prefixes at random; the second is set."""
+    config = QTuningConfig(**(SMALL | {"placement": placement, "task_type": family.task_type} | changes))
+    model = QTuningModel(family.base_model(), config)
+    for name in ("first", "second"):
+        model.start_task(name, 3)
+        with torch.no_grad():
+            for parameter in model.live.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        model.finish_task()
+    return model.eval()
+
+
+def test_models_whose_config_is_not_of_one_stack_of_text_are_refused() -> None:
+    text = {**SIZES, "vocab_size": 40, "eos_token_id": 3}
+    clip = CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 16, "patch_size": 8})
+    llava = LlavaConfig(
+        text_config=LlamaConfig(**SIZES, vocab_size=40),
+        vision_config=CLIPVisionConfig(**SIZES, image_size=16, patch_size=8),
+    )
+    codegen = CodeGenConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    for config in (clip, llava, codegen):
+        with pytest.raises(NotImplementedError):
+            QTuningModel(AutoModel.from_config(config), QTuningConfig())
+
+
+def test_models_that_scale_embeddings_in_place_leave_the_adapters_alone() -> None:
+    torch.manual_seed(0)
+    base = CTRLLMHeadModel(CTRLConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=30)).eval()
+    model = QTuningModel(base, QTuningConfig(**SMALL, placement="input", task_type="causal-lm"))
+    model.start_task("first")
+    stored = model.finish_task().embeddings
+    assert stored is not None
+    before, ids = stored.clone(), torch.randint(5, 40, (2, 6))
+    expected = model(input_ids=ids).logits
+    model.set_task("first")
+    assert torch.equal(stored, before)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_task_may_start_where_gradients_are_off(families: Any) -> None:
+    family = families["BERT"]
+    model = QTuningModel(family.base_model(), QTuningConfig(**SMALL))
+    with torch.no_grad():
+        model.start_task("first", 2)
+    model.train()
+    model(**family.batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
