@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.adapter import NO_HEAD, AdapterInfo, TaskAdapter
-from qtuning_fast.attached import AttachedModel
+from qtuning_fast.frozen import FrozenModel
 from qtuning_fast.nn import Prefix
 from qtuning_fast.nn.gate import NO_GATE, gate_arguments
 from qtuning_fast.store import AdapterStore, StoredAdapter
@@ -119,7 +119,7 @@ class AdapterBank:
     def __init__(
         self,
         store: AdapterStore,
-        model: AttachedModel,
+        model: FrozenModel,
         layers: Sequence[int],
         *,
         embedding_size: int | None,
@@ -320,7 +320,7 @@ class AdapterBank:
         )
 
 
-def _place_of(module: nn.Module, model: AttachedModel) -> tuple[torch.dtype, torch.device]:
+def _place_of(module: nn.Module, model: FrozenModel) -> tuple[torch.dtype, torch.device]:
     """In which precision and where an attention module computes, as far as its parameters tell."""
     for parameter in module.parameters():
         if parameter.is_floating_point() and not parameter.is_meta:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from qtuning_fast.nn.gate import GATE_PER
 from qtuning_fast.queue import EVICTIONS
 from qtuning_fast.reference import GATES
 
-GATE_PER = ("layer", "head")
 GATE_TRAINING = ("every-task", "first-task")
 PLACEMENTS = ("prefix", "input")
 REPARAMETERIZATIONS = ("mlp", None)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from qtuning_fast.distributed import whole
 from qtuning_fast.integrations.transformers import loaded
-from qtuning_fast.nn.distributed import whole
 
 _SAMPLES = 64  # values of each tensor that go into the fingerprint
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.distributed import agree
 from qtuning_fast.nn import Gate, InputPrompt, LayerPrefix, LayerShape, Prefix, PromptRows, ResidualReparameterization
-from qtuning_fast.nn.distributed import agree
 from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.queue import Eviction, PromptQueue
 
@@ -79,12 +79,9 @@ class LivePrefix(nn.Module):
         """Rows of the newest prompt; 0 before the first task."""
         return len(self.rows[0].prompt)
 
-    def begin_task(self, *, first: bool) -> None:
-        """Take the finished prompt into the queue and begin a new one; everything but old rows is trainable.
-
-        Args:
-            first: whether this is the model's first task, with nothing finished before it.
-        """
+    def begin_task(self) -> None:
+        """Take the finished prompt into the queue and begin a new one; everything but old rows is trainable."""
+        first = not self.prompt_length
         if not first:
             prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
             weights = [rows.row_weights().detach().cpu() for rows in self.rows]

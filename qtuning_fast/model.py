@@ -17,12 +17,12 @@ from transformers.utils import ModelOutput
 from qtuning_fast.adapter import TaskAdapter, checked_labels
 from qtuning_fast.bank import MixedBatch
 from qtuning_fast.config import QTuningConfig
+from qtuning_fast.distributed import agree
 from qtuning_fast.fingerprint import fingerprint
+from qtuning_fast.finished import FinishedTasksModel
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
-from qtuning_fast.nn.distributed import agree
 from qtuning_fast.pretrained import SavedModel, read_saved, write_saved
-from qtuning_fast.serving import ServingModel
 from qtuning_fast.storage import CorruptFileError
 
 _BASE = "base_model."
@@ -44,7 +44,7 @@ class QTuningOutput(ModelOutput):
     retention_loss: Tensor | None = None
 
 
-class QTuningModel(ServingModel):
+class QTuningModel(FinishedTasksModel):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -120,7 +120,7 @@ class QTuningModel(ServingModel):
         with self._keeping_task():
             self.check_gradient(self.layer_indices)
         device = self.device
-        self.live.begin_task(first=not self.live.prompt_length)
+        self.live.begin_task()
         if self.retains_memory and self.discriminator is None:
             self.discriminator = Discriminator(self.hidden_size)
         if self.discriminator is not None:
@@ -349,18 +349,14 @@ class QTuningModel(ServingModel):
         if not self.base_model.can_generate():
             raise ValueError(f"{type(self.base_model).__name__} has no language modelling head and cannot generate")
         generate: Callable[..., Any] = self.base_model.generate  # type: ignore[assignment]
-        was_training = self.training
-        self.eval()  # layers that checkpoint would not use the cache
-        try:
+        with torch.no_grad(), self.evaluating():
             if task_names is None:
                 if self._active is not None:
                     self._place()
                 return generate(*args, **kwargs)
             batch = len(args[0]) if args else _batch_size(kwargs)
-            with torch.no_grad(), self.using(task_names, batch):
+            with self.using(task_names, batch):
                 return generate(*args, **kwargs)
-        finally:
-            self.train(was_training)
 
     def _is_training(self, name: str) -> bool:
         return self._training_task is not None and name == self._training_task[0]

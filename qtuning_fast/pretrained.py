@@ -15,7 +15,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from qtuning_fast.adapter import AdapterInfo
-from qtuning_fast.config import GATE_PER, QTuningConfig
+from qtuning_fast.config import QTuningConfig
+from qtuning_fast.nn.gate import GATE_PER
 from qtuning_fast.reference import GATES
 from qtuning_fast.storage import TEMPORARY, CorruptFileError, read_json, read_tensors, write_json, write_tensors
 from qtuning_fast.store import AdapterFile, AdapterStore, StoredAdapter

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from qtuning_fast.integrations.transformers.positions import takes_positions
 from qtuning_fast.model import QTuningModel
 
-Answers = Sequence[Sequence[int]]
+Answers = Sequence[list[int]]
 """The token ids of each answer, with the token that ends it where there is one."""
 
 
@@ -51,9 +51,7 @@ def answer_scores(
         task_type = model.qtuning_config.task_type
         raise ValueError(f"task_type is {task_type!r}; only text-to-text and causal-lm have answers to score")
     _check_answers(answers, model.base_model.get_output_embeddings().weight.shape[0])
-    was_training = model.training
-    model.eval()  # layers that checkpoint would not use the cache
-    try:
+    with model.evaluating():
         begun = _Begun(model, inputs, task_names)
         scores = torch.empty(begun.samples, len(answers), device=begun.first.device)
         by_length = sorted(range(len(answers)), key=lambda number: len(answers[number]))
@@ -62,8 +60,6 @@ def answer_scores(
             chosen = by_length[start : start + at_once]
             scores[:, chosen] = begun.scores([answers[number] for number in chosen])
         return scores
-    finally:
-        model.train(was_training)
 
 
 class _Begun:

@@ -9,7 +9,7 @@ from torch import nn
 
 from qtuning_fast.integrations.timm import PrefixTimmAttention, attention_class
 from qtuning_fast.nn.multihead import PrefixMultiheadAttention
-from qtuning_fast.nn.prefixed import PrefixedAttention, check_prefix
+from qtuning_fast.nn.prefixed_attention import PrefixedAttention, check_prefix
 
 _BEFORE = "qtuning_before"  # on a model whose attention is replaced
 

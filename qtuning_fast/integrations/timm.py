@@ -6,7 +6,7 @@ import sys
 
 from torch import Tensor, nn
 
-from qtuning_fast.nn.prefixed import PrefixedAttention
+from qtuning_fast.nn.prefixed_attention import PrefixedAttention
 
 _HOMES = ("timm.layers.attention", "timm.models.vision_transformer")  # newer and older versions
 _PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}

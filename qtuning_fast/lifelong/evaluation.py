@@ -18,12 +18,12 @@ def probabilities(
 
     A language model chooses among `answers`, one a class: their probabilities, scaled to sum to one.
     """
-    model.eval()
-    scores = (
-        model(**batch).logits if answers is None else answer_scores(model, batch, answers)
-        for batch in examples.batches(batch_size, model.device)
-    )
-    return torch.cat([each.softmax(-1).cpu() for each in scores])
+    with model.evaluating():
+        scores = (
+            model(**batch).logits if answers is None else answer_scores(model, batch, answers)
+            for batch in examples.batches(batch_size, model.device)
+        )
+        return torch.cat([each.softmax(-1).cpu() for each in scores])
 
 
 def accuracy(model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None) -> float:

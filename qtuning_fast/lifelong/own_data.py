@@ -12,7 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from qtuning_fast.lifelong.own_images import check_images, images_by_class, is_image_folder, read_image_folder
-from qtuning_fast.lifelong.tasks import Examples, Input, Labelled, Task, few_shot_split
+from qtuning_fast.lifelong.tasks import SPLITS, Examples, Input, Labelled, Task, few_shot_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +27,6 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 STRINGS = ("string", "large_string", "string_view")
-SPLITS = ("train", "validation", "test")
 HUB_TIMEOUT = 10.0  # seconds
 
 

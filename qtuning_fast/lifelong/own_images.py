@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtuning_fast.lifelong.images import open_image
-from qtuning_fast.lifelong.tasks import Input, Labelled
+from qtuning_fast.lifelong.tasks import SPLITS, Input, Labelled
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SPLITS = ("train", "validation", "test")
 
 
 def is_image_folder(folder: Path) -> bool:

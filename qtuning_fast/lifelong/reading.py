@@ -21,9 +21,7 @@ from qtuning_fast.integrations.transformers.positions import first_position
 from qtuning_fast.lifelong.encoded import EncodedExamples, padded, tokenized
 from qtuning_fast.lifelong.images import ImageFiles
 from qtuning_fast.lifelong.tasks import Examples, Task
-
-Answers = list[list[int]]
-"""The token ids of the words for a task's classes."""
+from qtuning_fast.scoring import Answers
 
 _IGNORED = -100  # a label that the loss of language modelling leaves out
 

@@ -17,6 +17,8 @@ from qtuning_fast.storage import file_digest
 Input = str | Path
 """A text, or the path of an image file."""
 
+SPLITS = ("train", "validation", "test")
+
 Labelled = tuple[Sequence[Input], Sequence[str]]
 """Texts or images, and the name of the class of each."""
 

@@ -45,7 +45,7 @@ from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.probe import linear_probe
 from qtuning_fast.lifelong.reading import Answers, ExampleReader
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
-from qtuning_fast.lifelong.tasks import Task, data_digest
+from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.model import QTuningModel
 from qtuning_fast.pretrained import CONFIG_FILE
 from qtuning_fast.storage import read_json, tensors_digest, write_json
@@ -93,7 +93,7 @@ class LifelongTrainer:
         if not names or len(set(names)) != len(names):
             raise ValueError(f"tasks has the names {names}; it must hold at least one task and no name twice")
         for task in tasks:
-            for split in ("train", "validation", "test"):
+            for split in SPLITS:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
         self.reader = ExampleReader(processor, config.task_type, options.max_length)
@@ -281,8 +281,7 @@ class LifelongTrainer:
 
     def _questions(self, task: Task) -> dict[str, EncodedExamples]:
         if task.name not in self._splits:
-            splits = ("train", "validation", "test")
-            self._splits[task.name] = {split: self.reader.questions(getattr(task, split)) for split in splits}
+            self._splits[task.name] = {split: self.reader.questions(getattr(task, split)) for split in SPLITS}
         return self._splits[task.name]
 
     def _task_folder(self, number: int) -> Path:

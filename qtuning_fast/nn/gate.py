@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+GATE_PER = ("layer", "head")
+
 
 class Gate(nn.Module):
     """The parameters of `g(s) = s + α·σ(τ·s)` (Le et al., NeurIPS 2024, arXiv 2405.14124, section 4).

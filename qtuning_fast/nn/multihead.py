@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtuning_fast.nn.prefixed import PrefixedAttention, check_prefix
+from qtuning_fast.nn.prefixed_attention import PrefixedAttention, check_prefix
 
 
 class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):

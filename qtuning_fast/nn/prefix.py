@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.nn.reweighting import Reweighting
 
 KEY_STD = 0.5  # keys that start tiny collapse onto one direction
@@ -49,6 +50,12 @@ class Prefix:
         bank = {"prefix_index": self.index, "prefix_length": self.lengths}
         bank = {name: value for name, value in bank.items() if value is not None}
         return [layer | bank for layer in self.layers]
+
+
+def no_prefix(key: Tensor, value: Tensor) -> dict[str, Any]:
+    """Arguments of `prefix_attention` for a context without a prefix, whose keys and values are these."""
+    rows = {"prefix_key": key.new_empty(key.shape[1], 0, key.shape[3])}
+    return rows | {"prefix_value": value.new_empty(value.shape[1], 0, value.shape[3]), **NO_GATE}
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,9 @@ def test_masks_may_be_learned(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         close(*grads)
         with torch.no_grad(), monkeypatch.context() as patch:
-            patch.setattr("qtuning_fast.nn.prefixed.attention_with_weights", None)  # the operator does it here
+            patch.setattr(
+                "qtuning_fast.nn.prefixed_attention.attention_with_weights", None
+            )  # the operator does it here
             close(*(m(*x, need_weights=False, **{name: mask})[0] for m in (ours, plain)))
 
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from qtuning_fast.functional import prefix_attention
-from qtuning_fast.nn.gate import NO_GATE
+from qtuning_fast.nn.prefix import no_prefix
 
 NAME = "qtuning_fast"
 
@@ -95,7 +95,7 @@ def attention_forward(
     call = _Call(query, key, value, attention_mask, position_bias, options)
     prefix: Arguments | None = getattr(module, PREFIX, None)
     if prefix is None:
-        output = call.with_prefix(call.no_prefix())
+        output = call.with_prefix(no_prefix(call.key, call.value))
     elif "prompt_tokens" in prefix:
         output = _attend_behind_prompt(call, **_fitting(prefix, query))
     else:
@@ -130,11 +130,6 @@ class _Call:
         assert isinstance(output, Tensor)
         return output
 
-    def no_prefix(self) -> dict[str, Any]:
-        key, value = self.key, self.value
-        rows = {"prefix_key": key.new_empty(*key.shape[1:2], 0, key.shape[3])}
-        return rows | {"prefix_value": value.new_empty(*value.shape[1:2], 0, value.shape[3]), **NO_GATE}
-
 
 def _attend_behind_prompt(
     call: _Call,
@@ -165,7 +160,7 @@ def _attend_behind_prompt(
         "prefix_index": torch.arange(len(call.key), device=call.key.device),
         "prefix_bias": bias,
     }
-    prompt = call.with_prefix(call.no_prefix(), queries=in_front)
+    prompt = call.with_prefix(no_prefix(call.key, call.value), queries=in_front)
     return torch.cat([prompt, call.with_prefix(prefix, queries=behind, keys=behind)], dim=2)
 
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.functional import attention_with_weights, prefix_attention
-from qtuning_fast.nn.gate import NO_GATE, Gate
-from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD
+from qtuning_fast.nn.gate import GATE_PER, NO_GATE, Gate
+from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD, no_prefix
 from qtuning_fast.reference import GATES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-GATE_PER = ("layer", "head")
 
 _OF_A_PREFIX = (
     *("prefix_key", "prefix_value", "prefix_index", "prefix_length", "prefix_bias", "n_shared"),
@@ -88,7 +86,7 @@ class PrefixedAttention(nn.Module):
             The output `[B, H, N, Dv]`, and the weights over the context `[B, H, N, M]` or None.
         """
         prefix = self._placed if prefix is None else _checked_prefix(prefix)
-        arguments = dict(prefix or self.prefix_arguments() or _no_prefix(key, value))
+        arguments = dict(prefix or self.prefix_arguments() or no_prefix(key, value))
         arguments |= {"is_causal": is_causal, "scale": scale}
         if attn_mask is not None and not torch.is_grad_enabled():
             attn_mask = attn_mask.detach()  # a learned one too is the operator's then
@@ -183,12 +181,3 @@ def _checked_prefix(prefix: Mapping[str, Any]) -> Mapping[str, Any]:
         if name not in prefix:
             raise ValueError(f"prefix must hold {name}, got {', '.join(prefix) or 'nothing'}")
     return prefix
-
-
-def _no_prefix(key: Tensor, value: Tensor) -> dict[str, Any]:
-    heads = key.shape[1]
-    rows = {
-        "prefix_key": key.new_empty(heads, 0, key.shape[3]),
-        "prefix_value": value.new_empty(heads, 0, value.shape[3]),
-    }
-    return rows | NO_GATE

@@ -12,16 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter
-from qtuning_fast.attached import AttachedModel
 from qtuning_fast.bank import AdapterBank, MixedBatch
+from qtuning_fast.compatibility import check_adapter, check_task_type, chosen_layers
 from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.fingerprint import fingerprint
-from qtuning_fast.fit import check_adapter, check_task_type, chosen_layers
+from qtuning_fast.frozen import FrozenModel
 from qtuning_fast.pretrained import SavedModel, read_saved
 from qtuning_fast.store import AdapterStore
 
 
-class ServingModel(AttachedModel):
+class FinishedTasksModel(FrozenModel):
     """What `QTuningModel` knows of its finished tasks.
 
     Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers import AttachedAttention, input_device
 from qtuning_fast.nn import first_token, last_token, mean_pool
 
-Attached = TypeVar("Attached", bound="AttachedModel")
+Attached = TypeVar("Attached", bound="FrozenModel")
 
 
-class AttachedModel(nn.Module):
+class FrozenModel(nn.Module):
     """What `QTuningModel` knows of its base model: frozen, in eval mode, and given back as it was.
 
     Args:
@@ -87,6 +88,16 @@ class AttachedModel(nn.Module):
         super().train(mode)
         self.attention.freeze(training=mode)
         return self
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block in eval mode, in which no layer checkpoints, so that caches are used."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As the base model's, with either kind of checkpoint."""
