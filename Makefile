@@ -40,8 +40,9 @@ test: $(STAMP)
 # What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
 test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak" \
-		-k "not compile and not graph" tests/test_model.py \
-		$(addprefix tests/integrations/test_,families.py generation.py saving.py training.py transformers.py)
+		-k "not compile and not graph and not fused" tests/test_model.py \
+		$(addprefix tests/integrations/test_,families.py generation.py mixed.py saving.py \
+		scoring.py training.py transformers.py)
 
 $(OLDEST)/.ready: $(STAMP) requirements/oldest.txt
 	$(PIP) --no-deps --upgrade --target $(OLDEST) -r requirements/oldest.txt

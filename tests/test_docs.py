@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NEEDS = re.compile(r"<!-- needs (\S+) -->")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -48,9 +46,6 @@ def as_a_reader(
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_python_of_a_page_runs(page: str, as_a_reader: Any) -> None:
-    for needed in NEEDS.findall((ROOT / page).read_text()):
-        if find_spec(needed) is None:
-            pytest.skip(f"needs {needed}")
     as_a_reader(page)
 
 
@@ -88,8 +83,3 @@ def test_the_reference_names_all_that_is_public() -> None:
     short = {name.rpartition(".")[2] for name in named}
     missing = {name for name in public if name.rpartition(".")[2] not in short | {"__version__", "NAME"}}
     assert not missing
-
-
-def test_no_page_is_left_with_a_gap() -> None:
-    for page in PAGES:
-        assert "@@" not in (ROOT / page).read_text(), page
