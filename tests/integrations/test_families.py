@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Data2VecTextConfig, RobertaPreLayerNormConfig
 
 from qtuning_fast import QTuningConfig, QTuningModel
 
@@ -226,3 +227,12 @@ def test_prompts_that_leave_too_few_positions_are_refused_with_the_number(famili
         else:
             with pytest.raises(ValueError, match=rf"{tokens} tokens and the prompt takes 5 positions.* has {longest} "):
                 model(**inputs)
+
+
+@pytest.mark.parametrize("config_class", [Data2VecTextConfig, RobertaPreLayerNormConfig])
+def test_positions_behind_the_padding_token_come_after_the_prompt(
+    families: Any, by_hand: Any, config_class: Any
+) -> None:
+    roberta = families["RoBERTa"]
+    config = config_class.from_dict({**roberta.config.to_dict(), "model_type": config_class.model_type})
+    compare(type(roberta)("", "encoder", config), by_hand, placement="input")

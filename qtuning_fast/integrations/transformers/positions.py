@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers.attention import for_batch
 
 # Their positions start behind the padding token's and count the tokens that are not padding.
-OFFSET_POSITIONS = ("camembert", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
+OFFSET_POSITIONS = (
+    *("camembert", "data2vec-text", "longformer", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+)
 
 
 def takes_positions(stack: PreTrainedModel) -> bool:
