@@ -8,16 +8,22 @@ import pytest
 import torch
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     CLIPConfig,
     CLIPVisionConfig,
     CodeGenConfig,
     CTRLConfig,
     CTRLLMHeadModel,
+    EsmConfig,
+    FalconH1Config,
     Inkling2TextConfig,
+    LayoutLMConfig,
     LlamaConfig,
     LlavaConfig,
     NllbMoeConfig,
+    YolosConfig,
 )
 
 from qtuning_fast import QTuningConfig, QTuningModel
@@ -28,6 +34,10 @@ WORDS = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id":
 STACKS = {
     **{f"{stack}_{what}": n for stack in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))},
     **{"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+}
+FALCON_H1 = {
+    **{"num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    **{"mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16},
 }
 
 
@@ -121,3 +131,23 @@ def test_a_task_may_start_where_gradients_are_off(families: Any) -> None:
         model.start_task("first", 2)
     model.train()
     model(**family.batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BartConfig(**STACKS, **WORDS),  # alone, its decoder takes no positions
+        FalconH1Config(**SIZES, **WORDS, **FALCON_H1),  # a state passes beside attention
+        EsmConfig(**SIZES, **WORDS, token_dropout=True, mask_token_id=4),  # embeddings are scaled where ids are given
+        LayoutLMConfig(**SIZES, **WORDS),
+        YolosConfig(**SIZES, image_size=[16, 16], patch_size=8, num_detection_tokens=3),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_in_front_of_which_a_prompt_is_another_are_refused(config: Any) -> None:
+    kinds = {"bart": "causal-lm", "falcon_h1": "causal-lm", "yolos": "image-classification"}
+    kind = kinds.get(config.model_type, "sequence-classification")
+    base = (AutoModelForCausalLM if kind == "causal-lm" else AutoModel).from_config(config)
+    with pytest.raises(NotImplementedError, match="cannot take a prompt in front"):
+        QTuningModel(base, QTuningConfig(**SMALL, task_type=kind, placement="input"))
+    QTuningModel(base, QTuningConfig(**SMALL, task_type=kind))

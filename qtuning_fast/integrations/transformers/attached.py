@@ -69,14 +69,53 @@ class AttachedAttention:
         self.switch()
         try:
             self.layers = find_layers(base_model)
-            for hook in self._new_hooks():  # which refuse here what cannot stand in front
-                hook.remove()
+            if placement == "input":
+                self.restore()
+                self.switch()  # with hooks, which also refuse what cannot stand in front
+                self.freeze(training=False)
+                self._check_in_front()
         except Exception:
             self.detach()
             raise
         self.restore()
         setattr(base_model, _ATTACHED, True)
         self.freeze(training=False)
+
+    @torch.no_grad()
+    def _check_in_front(self) -> None:
+        """Raise a NotImplementedError where a placed prompt is not what the model itself makes of prompt and input.
+
+        Positions may follow the sequence, a state may pass from token to token beside attention, embeddings may depend
+        on more than the token. So this tries it out, on so few tokens that no window hides one.
+        """
+        stack, name = self.encoder, f"{type(self.model).__name__} cannot take a prompt in front of its input"
+        first_stack = [index for index, layer in enumerate(self.layers) if layer.stack == self.layers[0].stack]
+
+        def states(**inputs: Tensor) -> Tensor:
+            return stack(**inputs, **({"use_cache": False} if self.is_causal else {})).last_hidden_state
+
+        def behind(row: Tensor, **inputs: Tensor) -> Tensor:
+            self.place(first_stack, Prefix([dict(NO_GATE) for _ in first_stack], row))
+            return states(**inputs)[:, self.prompt_tokens :]
+
+        inputs = dummy_inputs(self.model)
+        try:
+            if "pixel_values" in inputs:
+                alone = states(**inputs)
+                same = alone.shape == behind(alone.new_zeros(1, stack.config.hidden_size), **inputs).shape
+            else:
+                ids = inputs["input_ids"][:, :2]
+                embeds = stack.get_input_embeddings()(ids)
+                row = embeds[:, :1]
+                pairs = [(states(input_ids=ids), states(inputs_embeds=embeds.clone()))]
+                whole = states(inputs_embeds=torch.cat([row, embeds], dim=1))[:, 1:]
+                pairs.append((behind(row[0], input_ids=ids), whole))
+                tolerance = 0.1 if whole.dtype.itemsize < 4 else 1e-4
+                same = all((mine - its).abs().max() <= tolerance * its.abs().max() for mine, its in pairs)
+        except Exception as error:
+            raise NotImplementedError(f"{name}: {error}; use placement='prefix'") from error
+        if not same:
+            raise NotImplementedError(f"{name}: what follows is not what it computes of both; use placement='prefix'")
 
     @property
     def model(self) -> PreTrainedModel:
