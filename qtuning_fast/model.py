@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -408,6 +409,18 @@ class QTuningModel(ServingModel):
         if self._active is not None:
             self._place()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
+        # Hooks on the base model, and what stands on its layers, are this model's: the copy gets its own.
+        active = self._active
+        with self._keeping_task():
+            self.set_task(None)
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        if active is not None:
+            copied.set_task(active[0], live=active[1])
+        return copied
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.

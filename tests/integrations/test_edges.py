@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -151,3 +152,20 @@ def test_models_in_front_of_which_a_prompt_is_another_are_refused(config: Any) -
     with pytest.raises(NotImplementedError, match="cannot take a prompt in front"):
         QTuningModel(base, QTuningConfig(**SMALL, task_type=kind, placement="input"))
     QTuningModel(base, QTuningConfig(**SMALL, task_type=kind))
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+def test_a_copy_of_a_model_with_a_task_set_is_a_model_of_its_own(families: Any, placement: str) -> None:
+    for name in ("BERT", "GPT-2"):
+        model, inputs = two_tasks(families[name], placement), families[name].batch()
+        second = model(**inputs).logits
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(**inputs).logits, second)
+        copied.set_task("first")
+        model.set_task("first")
+        first = model(**inputs).logits
+        model.set_task("second")
+        assert torch.equal(copied(**inputs).logits, first)
+        model.start_task("third", 3)
+        model(**inputs, labels=inputs["input_ids"] if name == "GPT-2" else torch.tensor([0, 1, 2]))
+        assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
