@@ -257,6 +257,7 @@ class QTuningModel(ServingModel):
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
         self.check_attached()
+        self.attention.check_switched()
         if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active[1]:
@@ -353,6 +354,7 @@ class QTuningModel(ServingModel):
         try:
             if task_names is None:
                 if self._active is not None:
+                    self.attention.check_switched()
                     self._place()
                 return generate(*args, **kwargs)
             batch = len(args[0]) if args else _batch_size(kwargs)

@@ -169,3 +169,38 @@ def test_a_copy_of_a_model_with_a_task_set_is_a_model_of_its_own(families: Any, 
         model.start_task("third", 3)
         model(**inputs, labels=inputs["input_ids"] if name == "GPT-2" else torch.tensor([0, 1, 2]))
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
+
+
+def test_models_that_share_a_config_go_their_own_ways(families: Any) -> None:
+    family = families["BERT"]
+    base, inputs = family.base_model(), family.batch()
+    other = type(base)(base.config)
+    before = base.config._attn_implementation
+    models = [QTuningModel(each, QTuningConfig(**SMALL)) for each in (base, other)]
+    for model in models:
+        model.start_task("first", 2)
+        model.finish_task()
+    first, second = models
+    first.set_task(None)
+    expected = second(**inputs).logits
+    first.set_task("first")
+    first.set_task(None)
+    assert torch.equal(second(**inputs).logits, expected)
+    first.set_task("first")
+    for model in models:
+        model.detach()
+    assert base.config._attn_implementation == before
+
+
+def test_other_attention_chosen_under_a_task_is_not_computed_with_in_silence(families: Any) -> None:
+    for name in ("BERT", "Llama"):
+        model, inputs = two_tasks(families[name], "prefix"), families[name].batch()
+        expected = model(**inputs).logits
+        model.base_model.set_attn_implementation("eager")
+        with pytest.raises(RuntimeError, match="attention is 'eager'"):
+            model(**inputs)
+        if name == "Llama":
+            with pytest.raises(RuntimeError, match="attention is 'eager'"):
+                model.generate(**inputs)
+        model.set_task("second")
+        assert torch.equal(model(**inputs).logits, expected)
