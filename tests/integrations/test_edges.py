@@ -24,6 +24,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     NllbMoeConfig,
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     YolosConfig,
 )
 
@@ -204,3 +208,19 @@ def test_other_attention_chosen_under_a_task_is_not_computed_with_in_silence(fam
                 model.generate(**inputs)
         model.set_task("second")
         assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_image_models_without_a_class_token_give_the_mean_of_their_patches() -> None:
+    base = SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    hidden = base(pixel_values=pixels).last_hidden_state
+    model = QTuningModel(base, QTuningConfig(**SMALL, task_type="image-classification"))
+    pooled = model.features({"pixel_values": pixels}, task=None)
+    torch.testing.assert_close(pooled, torch.nn.functional.rms_norm(hidden.mean(1), (32,)))
+
+
+def test_image_models_that_pack_a_batch_into_one_sequence_are_refused() -> None:
+    base = PixtralVisionModel(PixtralVisionConfig(**SIZES, head_dim=8, image_size=16, patch_size=8))
+    model = QTuningModel(base, QTuningConfig(**SMALL, task_type="image-classification"))
+    with pytest.raises(NotImplementedError, match="one sequence"):
+        model.features({"pixel_values": torch.randn(3, 3, 16, 16)}, task=None)
