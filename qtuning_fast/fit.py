@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter, checked_labels
@@ -60,7 +61,14 @@ def check_adapter(
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"
         )
+    shift = adapter.position_shift
+    if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
+        raise ValueError(f"adapter {adapter.name!r}: position_shift is {shift!r}; it must be an integer, 0 or more")
     tensors = adapter.tensors()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"adapter {adapter.name!r}: {name} is {kind}; it must be a floating tensor")
     wanted = _shapes(adapter, shapes, embedding_size, hidden_size)
     for name in [*wanted, *tensors]:
         found = list(tensors[name].shape) if name in tensors else None

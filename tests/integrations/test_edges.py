@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -224,3 +225,14 @@ def test_image_models_that_pack_a_batch_into_one_sequence_are_refused() -> None:
     model = QTuningModel(base, QTuningConfig(**SMALL, task_type="image-classification"))
     with pytest.raises(NotImplementedError, match="one sequence"):
         model.features({"pixel_values": torch.randn(3, 3, 16, 16)}, task=None)
+
+
+def test_adapters_that_could_not_be_computed_with_or_read_again_are_refused(families: Any) -> None:
+    model = two_tasks(families["BERT"], "prefix")
+    adapter = dataclasses.replace(model.adapters["first"], name="third")
+    for shift in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="position_shift is"):
+            model.add_task(dataclasses.replace(adapter, position_shift=shift))
+    for keys in ([key.long() for key in adapter.keys], [key.tolist() for key in adapter.keys]):
+        with pytest.raises(TypeError, match=r"keys\.0 is"):
+            model.add_task(dataclasses.replace(adapter, keys=tuple(keys)))
