@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter, checked_labels
@@ -60,12 +61,17 @@ def check_adapter(
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"
         )
-    if adapter.position_shift < 0 or (adapter.position_shift and adapter.embeddings is not None):
+    shift = adapter.position_shift
+    if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0 or (shift and adapter.embeddings is not None):
         raise ValueError(
-            f"adapter {adapter.name!r} has position_shift={adapter.position_shift}; it must not be negative, and 0 "
-            "beside embeddings, which take their positions themselves"
+            f"adapter {adapter.name!r}: position_shift is {shift!r}; it must be an integer, 0 or more, and 0 beside "
+            "embeddings, which take their positions themselves"
         )
     tensors = adapter.tensors()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise TypeError(f"adapter {adapter.name!r}: {name} is {kind}; it must be a floating tensor")
     wanted = _shapes(adapter, shapes, embedding_size, hidden_size)
     for name in [*wanted, *tensors]:
         found = list(tensors[name].shape) if name in tensors else None

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers import AttachedAttention, input_device
 from qtuning_fast.nn import first_token, last_token, mean_pool
 
+_CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # what image models call theirs
+
 Attached = TypeVar("Attached", bound="FrozenModel")
 
 
@@ -71,13 +73,19 @@ class FrozenModel(nn.Module):
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers.
 
-        The mean over the tokens; in a causal model the last token, in an image model the class token.
+        The mean over the tokens; in a causal model the last token, in an image model the class token if it has one.
+
+        Raises:
+            NotImplementedError: an image model packs the images of a batch into one sequence.
         """
         encoder, causal = self.encoder, self.attention.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
         hidden = output.last_hidden_state[:, self.attention.prompt_tokens :]
         image = encoder.main_input_name == "pixel_values"
-        pool = first_token if image else last_token if causal else mean_pool
+        if image and len(hidden) != len(inputs["pixel_values"]):
+            raise NotImplementedError(f"{type(encoder).__name__} packs a batch's images into one sequence")
+        names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
+        pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
         return pool(hidden, inputs.get("attention_mask"))
 
     def train(self: Attached, mode: bool = True) -> Attached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,6 +257,7 @@ class QTuningModel(FinishedTasksModel):
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
         self.check_attached()
+        self.attention.check_switched()
         if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active[1]:
@@ -352,6 +354,7 @@ class QTuningModel(FinishedTasksModel):
         with torch.no_grad(), self.evaluating():
             if task_names is None:
                 if self._active is not None:
+                    self.attention.check_switched()
                     self._place()
                 return generate(*args, **kwargs)
             batch = len(args[0]) if args else _batch_size(kwargs)
@@ -406,6 +409,18 @@ class QTuningModel(FinishedTasksModel):
         if self._active is not None:
             self._place()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
+        # Hooks on the base model, and what stands on its layers, are this model's: the copy gets its own.
+        active = self._active
+        with self._keeping_task():
+            self.set_task(None)
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        if active is not None:
+            copied.set_task(active[0], live=active[1])
+        return copied
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -23,6 +25,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     NllbMoeConfig,
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     YolosConfig,
 )
 
@@ -151,3 +157,82 @@ def test_models_in_front_of_which_a_prompt_is_another_are_refused(config: Any) -
     with pytest.raises(NotImplementedError, match="cannot take a prompt in front"):
         QTuningModel(base, QTuningConfig(**SMALL, task_type=kind, placement="input"))
     QTuningModel(base, QTuningConfig(**SMALL, task_type=kind))
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+def test_a_copy_of_a_model_with_a_task_set_is_a_model_of_its_own(families: Any, placement: str) -> None:
+    for name in ("BERT", "GPT-2"):
+        model, inputs = two_tasks(families[name], placement), families[name].batch()
+        second = model(**inputs).logits
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(**inputs).logits, second)
+        copied.set_task("first")
+        model.set_task("first")
+        first = model(**inputs).logits
+        model.set_task("second")
+        assert torch.equal(copied(**inputs).logits, first)
+        model.start_task("third", 3)
+        model(**inputs, labels=inputs["input_ids"] if name == "GPT-2" else torch.tensor([0, 1, 2]))
+        assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
+
+
+def test_models_that_share_a_config_go_their_own_ways(families: Any) -> None:
+    family = families["BERT"]
+    base, inputs = family.base_model(), family.batch()
+    other = type(base)(base.config)
+    before = base.config._attn_implementation
+    models = [QTuningModel(each, QTuningConfig(**SMALL)) for each in (base, other)]
+    for model in models:
+        model.start_task("first", 2)
+        model.finish_task()
+    first, second = models
+    first.set_task(None)
+    expected = second(**inputs).logits
+    first.set_task("first")
+    first.set_task(None)
+    assert torch.equal(second(**inputs).logits, expected)
+    first.set_task("first")
+    for model in models:
+        model.detach()
+    assert base.config._attn_implementation == before
+
+
+def test_other_attention_chosen_under_a_task_is_not_computed_with_in_silence(families: Any) -> None:
+    for name in ("BERT", "Llama"):
+        model, inputs = two_tasks(families[name], "prefix"), families[name].batch()
+        expected = model(**inputs).logits
+        model.base_model.set_attn_implementation("eager")
+        with pytest.raises(RuntimeError, match="attention is 'eager'"):
+            model(**inputs)
+        if name == "Llama":
+            with pytest.raises(RuntimeError, match="attention is 'eager'"):
+                model.generate(**inputs)
+        model.set_task("second")
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_image_models_without_a_class_token_give_the_mean_of_their_patches() -> None:
+    base = SiglipVisionModel(SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    hidden = base(pixel_values=pixels).last_hidden_state
+    model = QTuningModel(base, QTuningConfig(**SMALL, task_type="image-classification"))
+    pooled = model.features({"pixel_values": pixels}, task=None)
+    torch.testing.assert_close(pooled, torch.nn.functional.rms_norm(hidden.mean(1), (32,)))
+
+
+def test_image_models_that_pack_a_batch_into_one_sequence_are_refused() -> None:
+    base = PixtralVisionModel(PixtralVisionConfig(**SIZES, head_dim=8, image_size=16, patch_size=8))
+    model = QTuningModel(base, QTuningConfig(**SMALL, task_type="image-classification"))
+    with pytest.raises(NotImplementedError, match="one sequence"):
+        model.features({"pixel_values": torch.randn(3, 3, 16, 16)}, task=None)
+
+
+def test_adapters_that_could_not_be_computed_with_or_read_again_are_refused(families: Any) -> None:
+    model = two_tasks(families["BERT"], "prefix")
+    adapter = dataclasses.replace(model.adapters["first"], name="third")
+    for shift in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="position_shift is"):
+            model.add_task(dataclasses.replace(adapter, position_shift=shift))
+    for keys in ([key.long() for key in adapter.keys], [key.tolist() for key in adapter.keys]):
+        with pytest.raises(TypeError, match=r"keys\.0 is"):
+            model.add_task(dataclasses.replace(adapter, keys=tuple(keys)))

@@ -26,6 +26,9 @@ from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_
 from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.nn.prefix import Prefix
 
+# By id, each config that names ours now: what it named before, and how many models that share it have a task set.
+_SWITCHED: dict[int, tuple[Any, str, int]] = {}
+
 _ATTACHED = "qtuning_attached"  # on a base model that is attached to
 
 
@@ -51,7 +54,7 @@ class AttachedAttention:
         if hasattr(base_model, _ATTACHED):
             raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
-        self._original: list[tuple[Any, str]] = []  # while ours is on: what each config named before
+        self._configs: list[Any] = []  # while ours is on: those that name it
         self._placement = placement
         self._hooks: list[RemovableHandle] = []
         self._placed: tuple[Sequence[int], Prefix] | None = None
@@ -145,12 +148,24 @@ class AttachedAttention:
 
     def switch(self) -> None:
         """Attention by `prefix_attention` from here on."""
-        if not self._original:
-            self._original = [(config, config._attn_implementation) for config in configs_of(self._base_model)]
+        if not self._configs:
+            self._configs = configs_of(self._base_model)
+            for config in self._configs:
+                _, before, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
+                _SWITCHED[id(config)] = config, before, users + 1
             if self.layers:
                 self._hooks = self._new_hooks()
-        for config, _ in self._original:
+        for config in self._configs:
             config._attn_implementation = NAME
+
+    def check_switched(self) -> None:
+        """Raise a RuntimeError where the model was given other attention while ours was on: it would see no prefix."""
+        for config in self._configs:
+            if config._attn_implementation != NAME:
+                raise RuntimeError(
+                    f"the base model's attention is {config._attn_implementation!r}, which was chosen while a task was "
+                    "set and knows nothing of prefixes; call set_task again, and choose it while none is set"
+                )
 
     def _new_hooks(self) -> list[RemovableHandle]:
         """On the stack that reads the input; they do nothing while there is no prompt in front and no shift."""
@@ -163,9 +178,13 @@ class AttachedAttention:
 
     def restore(self) -> None:
         """The original attention and mask functions from here on, and no prefix anywhere."""
-        for config, implementation in self._original:
-            config._attn_implementation = implementation
-        self._original = []
+        for config in self._configs:
+            _, before, users = _SWITCHED.pop(id(config))
+            if users > 1:  # models that share it compute by ours, with their prefixes
+                _SWITCHED[id(config)] = config, before, users - 1
+            else:
+                config._attn_implementation = before
+        self._configs = []
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
