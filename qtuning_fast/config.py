@@ -41,7 +41,8 @@ class QTuningConfig:
             `"decoder"`, or `"both"`. Models with one stack have only that one.
         reparameterization: `"mlp"`, one residual two-layer MLP shared by all layers while a prompt trains; or None.
         eviction: how a full queue makes room: `"pca"` (DQ-PCA), `"fifo"` or `"random"`.
-        retention_weight: weight η of the memory retention loss; 0 switches it off.
+        retention_weight: weight η of the memory retention loss; 0 switches it off, and so does `stack="decoder"`, since
+            features are those of the encoder.
         task_type: `"sequence-classification"` and `"image-classification"` give each task a head on pooled features;
             `"text-to-text"` (encoder-decoders) and `"causal-lm"` use the base model's own language modelling head.
 

@@ -1,15 +1,18 @@
-"""A frozen model with the adapters of finished tasks: which there are, how much memory they take, and mixed batches."""
+"""A frozen model with finished tasks: which there are, what their adapters take in memory, and what they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.bank import AdapterBank, MixedBatch
@@ -17,8 +20,24 @@ from qtuning_fast.compatibility import check_adapter, check_task_type, chosen_la
 from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.frozen import FrozenModel
+from qtuning_fast.nn import Prefix
 from qtuning_fast.pretrained import SavedModel, read_saved
 from qtuning_fast.store import AdapterStore
+
+
+@dataclass
+class QTuningOutput(ModelOutput):
+    """Output of a forward pass under a task.
+
+    Attributes:
+        loss: cross entropy plus η times the retention loss; None without labels.
+        logits: `[B, classes]`; with `task_names` of several tasks `[B, most classes]`, −inf beyond a task's own.
+        retention_loss: `L_MR`; None where memory retention is not due.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    retention_loss: Tensor | None = None
 
 
 class FinishedTasksModel(FrozenModel):
@@ -31,6 +50,9 @@ class FinishedTasksModel(FrozenModel):
         adapters: of the finished tasks, a mapping by name (`AdapterStore`).
         bank: those that batches of several tasks have used of late, on the device.
     """
+
+    # The task that is set: its name, and whether it runs under the live prefix.
+    _active: tuple[str, bool] | None = None
 
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
@@ -161,11 +183,6 @@ class FinishedTasksModel(FrozenModel):
             self.attention.place(self.layer_indices, mixed.prefix)
             yield mixed
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # to(), cuda(), half(): the slots are made anew where the model is then.
-        self.bank.clear()
-        return super()._apply(*args, **kwargs)
-
     @property
     def _sizes(self) -> dict[str, int | None]:
         """Of what stands in adapters beside the rows of layers."""
@@ -174,6 +191,136 @@ class FinishedTasksModel(FrozenModel):
             "embedding_size": self.embedding_size if in_input else None,
             "hidden_size": self.hidden_size if self.has_heads else None,
         }
+
+    def set_task(self, name: str | None) -> None:
+        """Compute under this finished task from here on; None for the base model alone, by its own attention.
+
+        Raises:
+            ValueError: no task of this name.
+        """
+        if name is not None:
+            self._check_finished(name)
+        self._set(name, live=False)
+
+    def _set(self, name: str | None, *, live: bool) -> None:
+        if name is None:
+            self._active = None
+            self.attention.restore()
+            return
+        self.check_attached()
+        with self._undone_by_errors():
+            self._active = name, live
+            self.attention.switch()
+            self._place()
+
+    # Computing
+
+    def _check_inputs(self, inputs: dict[str, Any], *, under_a_task: bool) -> None:
+        if inputs.get("output_attentions"):
+            raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
+        if not under_a_task:
+            return
+        if inputs.get("return_dict") is False:
+            raise ValueError("return_dict=False: under a task the output has names")
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; under a task it must be [B, N]")
+
+    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
+        """Loss and logits under what stands on the attention layers."""
+        if not self.has_heads:
+            # A checkpoint computes layers twice, which would write twice into a cache.
+            cache = {"use_cache": False} if self.attention.checkpoints else {}
+            return self.base_model(**(cache | inputs), **({} if labels is None else {"labels": labels}))
+        features = self.encode(inputs)
+        logits = self._logits(features) if mixed is None else mixed.logits(features)
+        if mixed is not None and labels is not None:
+            mixed.check_labels(labels)
+        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        assert self._active is not None
+        return self.adapters[self._active[0]].logits(features)
+
+    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What of the inputs the stack takes that reads them."""
+        return {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "logits_to_keep"))}
+
+    @torch.no_grad()
+    def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
+        """Pooled features `[B, hidden]` under a finished task's adapter, or of the base model alone for None.
+
+        The active task stays what it was.
+        """
+        with self._keeping_task():
+            self.set_task(task)
+            return self.encode(self._read(inputs))
+
+    def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate` under the active task, or under one finished task a sample.
+
+        The prefix is in no cache and, with `placement="prefix"`, takes no positions.
+
+        Args:
+            *args, **kwargs: as the base model takes them.
+            task_names: one finished task a sample.
+
+        Raises:
+            ValueError: the base model cannot generate, or `task_names` does not fit.
+        """
+        if not self.base_model.can_generate():
+            raise ValueError(f"{type(self.base_model).__name__} has no language modelling head and cannot generate")
+        generate: Callable[..., Any] = self.base_model.generate  # type: ignore[assignment]
+        with torch.no_grad(), self.evaluating():
+            if task_names is None:
+                if self._active is not None:
+                    self.attention.check_switched()
+                    self._place()
+                return generate(*args, **kwargs)
+            batch = len(args[0]) if args else batch_size(kwargs)
+            with self.using(task_names, batch):
+                return generate(*args, **kwargs)
+
+    def _prefix(self, name: str, live: bool) -> Prefix:
+        """What stands on the attention layers under a task; what `live` means, a model that learns knows."""
+        return self.adapters[name].prefix(self.device, num_layers=len(self.layer_indices))
+
+    def _place(self) -> None:
+        """Put the active task's prefix on the attention layers."""
+        assert self._active is not None
+        with self._undone_by_errors():
+            self.attention.place(self.layer_indices, self._prefix(*self._active))
+
+    @contextmanager
+    def _keeping_task(self) -> Iterator[None]:
+        """After the block the active task is what it was before."""
+        active = self._active
+        try:
+            with self.attention.keeping():
+                yield
+        finally:
+            self._active = active
+
+    @contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        """An error in the block leaves the task that was set before, and its prefix in place."""
+        active, placed = self._active, self.attention.placed
+        try:
+            yield
+        except BaseException:
+            self._active = active
+            self.attention.put_back(placed)
+            raise
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # to(), cuda(), half(): what stands on the attention layers moves along, and slots are made anew.
+        self.bank.clear()
+        super()._apply(*args, **kwargs)
+        if self._active is not None:
+            self._place()
+        return self
+
+    # Checks
 
     def _check_finished(self, name: str) -> None:
         if name not in self.adapters:
@@ -192,3 +339,13 @@ class FinishedTasksModel(FrozenModel):
                 f"{saved.fingerprint[:12]}, not this {type(self.base_model).__name__} in {dtype}"
                 + (" (load it in float32 or bfloat16)" if dtype == torch.float16 else "")
             )
+
+
+_COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def batch_size(inputs: dict[str, Any]) -> int:
+    for name in _COUNTED:
+        if isinstance(inputs.get(name), Tensor):
+            return len(inputs[name])
+    raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, by which the samples of a batch are counted")

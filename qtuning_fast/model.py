@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from qtuning_fast.adapter import TaskAdapter, checked_labels
-from qtuning_fast.bank import MixedBatch
 from qtuning_fast.config import QTuningConfig
 from qtuning_fast.distributed import agree
 from qtuning_fast.fingerprint import fingerprint
-from qtuning_fast.finished import FinishedTasksModel
+from qtuning_fast.finished import FinishedTasksModel, QTuningOutput, batch_size
 from qtuning_fast.live import LivePrefix
 from qtuning_fast.nn import Discriminator, Prefix, retention_loss
 from qtuning_fast.pretrained import SavedModel, read_saved, write_saved
@@ -28,21 +24,6 @@ from qtuning_fast.storage import CorruptFileError
 
 _BASE = "base_model."
 _QUEUE = "queue."
-
-
-@dataclass
-class QTuningOutput(ModelOutput):
-    """Output of a forward pass under a task.
-
-    Attributes:
-        loss: cross entropy plus η times the retention loss; None without labels.
-        logits: `[B, classes]`; with `task_names` of several tasks `[B, most classes]`, −inf beyond a task's own.
-        retention_loss: `L_MR`; None where memory retention is not due.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    retention_loss: Tensor | None = None
 
 
 class QTuningModel(FinishedTasksModel):
@@ -69,8 +50,6 @@ class QTuningModel(FinishedTasksModel):
 
     discriminator: Discriminator | None
     head: nn.Linear | None
-    # The task that is set: its name, and whether it runs under the live prefix.
-    _active: tuple[str, bool] | None = None
 
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         super().__init__(base_model, config)
@@ -97,7 +76,11 @@ class QTuningModel(FinishedTasksModel):
 
     @property
     def _may_retain(self) -> bool:
-        return self.qtuning_config.retention_weight > 0 and self.qtuning_config.shared_length > 0
+        config = self.qtuning_config
+        reads = any(
+            self.attention.layers[index].stack == self.attention.layers[0].stack for index in self.layer_indices
+        )
+        return config.retention_weight > 0 and config.shared_length > 0 and reads  # features are of what was read
 
     def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
         """Make room in the queue and begin a new prompt and head; the model then computes under the new task.
@@ -163,18 +146,10 @@ class QTuningModel(FinishedTasksModel):
         Raises:
             ValueError: no task of this name.
         """
-        if name is None:
-            self._active = None
-            self.attention.restore()
-            return
-        self.check_attached()
-        in_training = self._is_training(name)
-        if not in_training:
+        in_training = name is not None and self._is_training(name)
+        if name is not None and not in_training:
             self._check_finished(name)
-        with self._undone_by_errors():
-            self._active = name, live or in_training
-            self.attention.switch()
-            self._place()
+        self._set(name, live=live or in_training)
 
     def remove_task(self, name: str) -> None:
         """Forget a finished task; one of the same name may come in its place. Other tasks stay as they are.
@@ -252,7 +227,7 @@ class QTuningModel(FinishedTasksModel):
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
         self._check_inputs(inputs, under_a_task=self._active is not None or task_names is not None)
         if task_names is not None:
-            with self.using(task_names, _batch_size(inputs)) as mixed:
+            with self.using(task_names, batch_size(inputs)) as mixed:
                 return self._compute(inputs, labels, mixed)
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
@@ -264,29 +239,6 @@ class QTuningModel(FinishedTasksModel):
             self._place()  # the live prefix moves with every step
         return self._compute(inputs, labels)
 
-    def _check_inputs(self, inputs: dict[str, Any], *, under_a_task: bool) -> None:
-        if inputs.get("output_attentions"):
-            raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
-        if not under_a_task:
-            return
-        if inputs.get("return_dict") is False:
-            raise ValueError("return_dict=False: under a task the output has names")
-        mask = inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; under a task it must be [B, N]")
-
-    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
-        """Loss and logits under what stands on the attention layers."""
-        if not self.has_heads:
-            # A checkpoint computes layers twice, which would write twice into a cache.
-            cache = {"use_cache": False} if self.attention.checkpoints else {}
-            return self.base_model(**(cache | inputs), **({} if labels is None else {"labels": labels}))
-        features = self.encode(inputs)
-        logits = self._logits(features) if mixed is None else mixed.logits(features)
-        if mixed is not None and labels is not None:
-            mixed.check_labels(labels)
-        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
-
     def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
         """One step with memory retention: the batch under the live prefix and under the shared prompt alone."""
         if retention_features is None:
@@ -297,7 +249,7 @@ class QTuningModel(FinishedTasksModel):
             logits = self._logits(features)
             output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
         else:
-            index = torch.ones(_batch_size(inputs), dtype=torch.long, device=self.device)
+            index = torch.ones(batch_size(inputs), dtype=torch.long, device=self.device)
             with self.attention.keeping():
                 self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
                 shared_features = self.encode(self._read(inputs))
@@ -312,103 +264,25 @@ class QTuningModel(FinishedTasksModel):
             output["retention_loss"] = retention
         return output
 
-    @torch.no_grad()
-    def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
-        """Pooled features `[B, hidden]` under a finished task's adapter, or of the base model alone for None.
-
-        The active task stays what it was.
-        """
-        with self._keeping_task():
-            self.set_task(task)
-            return self.encode(self._read(inputs))
-
-    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What of the inputs the stack takes that reads them."""
-        return {name: value for name, value in inputs.items() if not name.startswith(("decoder_", "logits_to_keep"))}
-
-    @contextmanager
-    def _keeping_task(self) -> Iterator[None]:
-        """After the block the active task is what it was before."""
-        active = self._active
-        try:
-            with self.attention.keeping():
-                yield
-        finally:
-            self._active = active
-
-    def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate` under the active task, or under one finished task a sample.
-
-        The prefix is in no cache and, with `placement="prefix"`, takes no positions.
-
-        Args:
-            *args, **kwargs: as the base model takes them.
-            task_names: one finished task a sample.
-
-        Raises:
-            ValueError: the base model cannot generate, or `task_names` does not fit.
-        """
-        if not self.base_model.can_generate():
-            raise ValueError(f"{type(self.base_model).__name__} has no language modelling head and cannot generate")
-        generate: Callable[..., Any] = self.base_model.generate  # type: ignore[assignment]
-        with torch.no_grad(), self.evaluating():
-            if task_names is None:
-                if self._active is not None:
-                    self.attention.check_switched()
-                    self._place()
-                return generate(*args, **kwargs)
-            batch = len(args[0]) if args else _batch_size(kwargs)
-            with self.using(task_names, batch):
-                return generate(*args, **kwargs)
-
     def _is_training(self, name: str) -> bool:
         return self._training_task is not None and name == self._training_task[0]
 
     def _logits(self, features: Tensor) -> Tensor:
-        assert self._active is not None
-        name = self._active[0]
-        if self._is_training(name):
-            assert self.head is not None
-            return self.head(features.to(self.head.weight.dtype))
-        return self.adapters[name].logits(features)
-
-    @contextmanager
-    def _undone_by_errors(self) -> Iterator[None]:
-        """An error in the block leaves the task that was set before, and its prefix in place."""
-        active, placed = self._active, self.attention.placed
-        try:
-            yield
-        except BaseException:
-            self._active = active
-            self.attention.put_back(placed)
-            raise
-
-    def _place(self) -> None:
-        """Put the active task's prefix on the attention layers."""
-        assert self._active is not None
-        with self._undone_by_errors():
-            self.attention.place(self.layer_indices, self._prefix(*self._active))
+        if self.head is None or self._active is None or not self._is_training(self._active[0]):
+            return super()._logits(features)
+        return self.head(features.to(self.head.weight.dtype))
 
     def _prefix(self, name: str, live: bool) -> Prefix:
-        if live:
-            return self.live.prefix()
-        return self.adapters[name].prefix(self.device, num_layers=len(self.layer_indices))
+        return self.live.prefix() if live else super()._prefix(name, live)
 
     def _features_with_shared(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Features under the live prefix, and under the shared prompt alone: one pass of twice the batch."""
-        batch = _batch_size(inputs)
+        batch = batch_size(inputs)
         index = torch.arange(2, device=self.device).repeat_interleave(batch)
         self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
         doubled = {name: torch.cat([v, v]) if _has_batch(v, batch) else v for name, v in inputs.items()}
         features, shared_features = self.encode(doubled).chunk(2)
         return features, shared_features
-
-    def _apply(self, *args: Any, **kwargs: Any) -> QTuningModel:
-        # to(), cuda(), half(): what stands on the attention layers moves along.
-        super()._apply(*args, **kwargs)
-        if self._active is not None:
-            self._place()
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
         # Hooks on the base model, and what stands on its layers, are this model's: the copy gets its own.
@@ -517,13 +391,3 @@ class QTuningModel(FinishedTasksModel):
 
 def _has_batch(value: Any, batch: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-
-
-_COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
-
-
-def _batch_size(inputs: dict[str, Any]) -> int:
-    for name in _COUNTED:
-        if isinstance(inputs.get(name), Tensor):
-            return len(inputs[name])
-    raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, by which the samples of a batch are counted")

@@ -142,3 +142,10 @@ def test_a_training_step_compiles_into_one_graph(families: Any, name: str, place
             found.append(loss.detach())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(torch.stack(found[3:]), torch.stack(found[:3]), atol=1e-5, rtol=1e-5)
+
+
+def test_prefixes_in_a_decoder_alone_retain_nothing(families: Any) -> None:
+    """Features are those of the encoder, which such prefixes do not reach."""
+    model = in_training(families["T5"], stack="decoder")
+    assert not model.retains_memory and in_training(families["T5"], stack="both").retains_memory
+    assert "retention_loss" not in model(**labelled(families["T5"]))
