@@ -220,6 +220,14 @@ def test_what_trains_and_what_is_frozen(tiny_bert: BertModel, batch: Batch) -> N
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_task_starts_where_no_gradients_are_computed(tiny_bert: BertModel, batch: Batch) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    with torch.no_grad():
+        model.start_task("first", 2)
+    train(model, batch)
+    assert model.finish_task().name == "first"
+
+
 def test_retention_reaches_only_the_shared_prompt_and_the_discriminator(tiny_bert: BertModel, batch: Batch) -> None:
     model = QTuningModel(tiny_bert, small_config(reparameterization=None))
     learn(model, batch, 3)

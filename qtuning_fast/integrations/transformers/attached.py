@@ -260,8 +260,8 @@ class AttachedAttention:
         self.place(layers, Prefix(rows))
         try:
             with torch.enable_grad():
-                output = self.model(**dummy_inputs(self.model))[0].sum()
-            found = torch.autograd.grad(output, values, allow_unused=True) if output.requires_grad else [None]
+                total = self.model(**dummy_inputs(self.model))[0].sum()
+            found = torch.autograd.grad(total, values, allow_unused=True) if total.requires_grad else [None]
         finally:
             self.restore()
         return all(gradient is not None for gradient in found)

