@@ -69,8 +69,9 @@ class ExampleReader:
         longest = [len(answer) for task in tasks for answer in self.answers(task.answers, task=task.name) or ()]
         after = max(longest, default=0) if self.task_type == "causal-lm" else 0
         added = self.processor.num_special_tokens_to_add()
-        limit = getattr(base_model.config, "max_position_embeddings", None) or self.max_length + after
-        limit -= first_position(base_model) + prompt_tokens + after
+        taken = prompt_tokens + after
+        positions = getattr(base_model.config, "max_position_embeddings", None) or self.max_length + taken
+        limit = positions - first_position(base_model) - taken
         if not added < self.max_length <= limit:
             raise ValueError(
                 f"max_length is {self.max_length}; this model takes at most {limit} tokens"

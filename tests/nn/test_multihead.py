@@ -366,10 +366,7 @@ def test_a_nested_tensor_is_refused_and_the_way_out_works() -> None:
     encoder.layers[1].self_attn = PrefixMultiheadAttention(EMBED, HEADS, batch_first=True, prefix_length=3).eval()
     x, padding = torch.randn(B, L, EMBED), torch.arange(L) >= torch.tensor([4, 3, 1])[:, None]
     with torch.no_grad():
-        with (
-            pytest.raises(TypeError, match=r"query must not be a nested tensor.*use_nested_tensor"),
-            pytest.warns(UserWarning, match="nested tensors is in prototype"),
-        ):
+        with pytest.raises(TypeError, match=r"query must not be a nested tensor.*use_nested_tensor"):
             encoder(x, src_key_padding_mask=padding)
         encoder.use_nested_tensor = False
         assert encoder(x, src_key_padding_mask=padding).isfinite().all()
