@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from qtuning_fast.lifelong.reading import ExampleReader
 from qtuning_fast.lifelong.tasks import Examples, Task
@@ -123,3 +131,14 @@ def test_a_processor_of_the_wrong_kind(task_type: str, make_tokenizer: MakeToken
     wrong: Any = make_tokenizer(decoder=False) if images else ViTImageProcessorPil()
     with pytest.raises(TypeError, match="needs an image processor" if images else "needs a tokenizer"):
         ExampleReader(wrong, task_type, 5)
+
+
+def test_a_prompt_in_front_takes_room_where_there_is_an_end_to_it(make_tokenizer: MakeTokenizer) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = BertModel(BertConfig(**sizes, intermediate_size=8, max_position_embeddings=12))
+    reader = ExampleReader(make_tokenizer(decoder=False), "sequence-classification", 9)
+    reader.check(bert, [task(["a", "b"])], prompt_tokens=3)
+    with pytest.raises(ValueError, match="at most 8 tokens behind the 4 of a prompt"):
+        reader.check(bert, [task(["a", "b"])], prompt_tokens=4)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=8, d_kv=8, num_layers=1, num_heads=1, d_ff=8))
+    ExampleReader(make_tokenizer(decoder=False), "text-to-text", 9).check(t5, [task(["a", "b"])], prompt_tokens=300)
