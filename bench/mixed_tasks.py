@@ -89,7 +89,7 @@ def separate(model: QTuningModel, batch: dict[str, Tensor], names: list[str]) ->
 
 
 def one_task(model: QTuningModel, batch: dict[str, Tensor]) -> Tensor:
-    if model._active is None or model._active[0] != model.tasks[0]:
+    if model.active_task != model.tasks[0]:
         model.set_task(model.tasks[0])
     return model(**batch).logits
 

@@ -29,10 +29,9 @@ class MixedBatch:
     """What a batch of B samples needs to compute under its samples' own tasks.
 
     Attributes:
-        prefix: the bank's prefixes with the samples' `prefix_index`, ready to be placed.
+        prefix: the bank's prefixes, with each sample's slot as `index`, ready to be placed.
         names: each sample's task.
         classes: of each sample's task; 0 where it has no head.
-        index: `[B]`, each sample's slot.
         head_weight, head_bias: `[slots, most classes, hidden]` and `[slots, most classes]`, −inf beyond a task's own;
             None without heads.
     """
@@ -40,7 +39,6 @@ class MixedBatch:
     prefix: Prefix
     names: tuple[str, ...]
     classes: tuple[int, ...]
-    index: Tensor
     head_weight: Tensor | None = None
     head_bias: Tensor | None = None
 
@@ -53,9 +51,9 @@ class MixedBatch:
         if 0 in self.classes:
             raise RuntimeError(NO_HEAD.format(self.names[self.classes.index(0)]))
         assert self.head_weight is not None and self.head_bias is not None
-        most = max(self.classes)
-        weight = self.head_weight[:, :most][self.index].to(features)  # [B, most classes, hidden]
-        bias = self.head_bias[:, :most][self.index].to(features)
+        most, slots = max(self.classes), self.prefix.index
+        weight = self.head_weight[:, :most][slots].to(features)  # [B, most classes, hidden]
+        bias = self.head_bias[:, :most][slots].to(features)
         logits = torch.baddbmm(bias[..., None], weight, features[..., None]).squeeze(-1)
         return logits.to(features.dtype)  # autocast has the product in 16 bits
 
@@ -137,7 +135,7 @@ class AdapterBank:
     def clear(self) -> None:
         """Give all slots back; they are made anew when a batch needs some."""
         self._size = _SlotSize()
-        self._place: tuple[Any, ...] = ()
+        self._where: tuple[Any, ...] = ()
         self._parts: dict[str, _Part] = {}
         self._slots: dict[str, Tensor] = {}  # by the names of an adapter's tensors, each [slots, ...]
         self._count = 0
@@ -193,7 +191,6 @@ class AdapterBank:
             prefix=self._prefix(index, infos, next(iter(gates), None)),
             names=tuple(names),
             classes=tuple(entries[name].info.classes for name in names),
-            index=index,
             head_weight=self._slots.get("head.weight"),
             head_bias=self._slots.get("head.bias"),
         )
@@ -203,12 +200,12 @@ class AdapterBank:
     def _make_fit(self, entries: dict[str, StoredAdapter]) -> None:
         """Slots wide enough for these adapters and enough of them, on the devices where the model is now."""
         model = self._model[0]
-        place = model.device, model.base_model.dtype
+        where = model.device, model.base_model.dtype
         needed = _SlotSize.of(entry.info for entry in entries.values())
-        if place != self._place or not self._size.holds(needed):
+        if where != self._where or not self._size.holds(needed):
             self.clear()
             self._size = _SlotSize.of(entry.info for entry in self._store.entries())  # so that this is rare
-            self._place, self._parts = place, self._slot_parts()
+            self._where, self._parts = where, self._slot_parts()
         slot_bytes = sum(part.bytes for part in self._parts.values())
         most = math.inf if self.device_bytes is None else self.device_bytes // slot_bytes
         if len(entries) > most:
@@ -227,7 +224,7 @@ class AdapterBank:
         parts = {"length": number, "position_shift": number}
         for layer, index in enumerate(self._layers):
             module, shape = model.attention.layers[index].module, model.attention.layers[index].shape
-            dtype, device = _place_of(module, model)
+            dtype, device = _where_computes(module, model)
             if self._keeps_rows:
                 parts[f"keys.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.key_size), dtype, device)
                 parts[f"values.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.value_size), dtype, device)
@@ -320,7 +317,7 @@ class AdapterBank:
         )
 
 
-def _place_of(module: nn.Module, model: FrozenModel) -> tuple[torch.dtype, torch.device]:
+def _where_computes(module: nn.Module, model: FrozenModel) -> tuple[torch.dtype, torch.device]:
     """In which precision and where an attention module computes, as far as its parameters tell."""
     for parameter in module.parameters():
         if parameter.is_floating_point() and not parameter.is_meta:

@@ -78,6 +78,11 @@ class FinishedTasksModel(FrozenModel):
         return list(self.adapters)
 
     @property
+    def active_task(self) -> str | None:
+        """The task that is set."""
+        return None if self._active is None else self._active[0]
+
+    @property
     def has_heads(self) -> bool:
         """Whether each task has a head of its own; otherwise the base model's language modelling head is used."""
         return self.qtuning_config.task_type in HEAD_TASK_TYPES
@@ -97,6 +102,27 @@ class FinishedTasksModel(FrozenModel):
         """The classes of a finished task."""
         self._check_finished(name)
         return self.adapters.entry(name).info.label_names
+
+    def set_task(self, name: str | None) -> None:
+        """Compute under this finished task from here on; None for the base model alone, by its own attention.
+
+        Raises:
+            ValueError: no task of this name.
+        """
+        if name is not None:
+            self._check_finished(name)
+        self._set(name, live=False)
+
+    def _set(self, name: str | None, *, live: bool) -> None:
+        if name is None:
+            self._active = None
+            self.attention.restore()
+            return
+        self._check_attached()
+        with self._undone_by_errors():
+            self._active = name, live
+            self.attention.switch()
+            self._place()
 
     def add_task(self, adapter: TaskAdapter) -> None:
         """Take in an adapter that was made elsewhere, for this base model, as a finished task.
@@ -172,7 +198,7 @@ class FinishedTasksModel(FrozenModel):
         Raises:
             ValueError: a task is unknown, there is not one name a sample, or the tasks do not go together.
         """
-        self.check_attached()
+        self._check_attached()
         if isinstance(task_names, str) or len(task_names) != batch:
             raise ValueError(f"task_names is {task_names!r}; it must hold one name for each of the {batch} samples")
         for name in task_names:
@@ -182,36 +208,6 @@ class FinishedTasksModel(FrozenModel):
             mixed = self.bank.batch(task_names)
             self.attention.place(self.layer_indices, mixed.prefix)
             yield mixed
-
-    @property
-    def _sizes(self) -> dict[str, int | None]:
-        """Of what stands in adapters beside the rows of layers."""
-        in_input = self.qtuning_config.placement == "input"
-        return {
-            "embedding_size": self.embedding_size if in_input else None,
-            "hidden_size": self.hidden_size if self.has_heads else None,
-        }
-
-    def set_task(self, name: str | None) -> None:
-        """Compute under this finished task from here on; None for the base model alone, by its own attention.
-
-        Raises:
-            ValueError: no task of this name.
-        """
-        if name is not None:
-            self._check_finished(name)
-        self._set(name, live=False)
-
-    def _set(self, name: str | None, *, live: bool) -> None:
-        if name is None:
-            self._active = None
-            self.attention.restore()
-            return
-        self.check_attached()
-        with self._undone_by_errors():
-            self._active = name, live
-            self.attention.switch()
-            self._place()
 
     # Computing
 
@@ -322,6 +318,15 @@ class FinishedTasksModel(FrozenModel):
 
     # Checks
 
+    @property
+    def _sizes(self) -> dict[str, int | None]:
+        """Of what stands in adapters beside the rows of layers."""
+        in_input = self.qtuning_config.placement == "input"
+        return {
+            "embedding_size": self.embedding_size if in_input else None,
+            "hidden_size": self.hidden_size if self.has_heads else None,
+        }
+
     def _check_finished(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"task {name!r} is not among the finished tasks: {', '.join(self.tasks) or 'none yet'}")
@@ -345,6 +350,7 @@ _COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_inp
 
 
 def batch_size(inputs: dict[str, Any]) -> int:
+    """How many samples the inputs of a forward pass, by name, are of; a ValueError where nothing tells."""
     for name in _COUNTED:
         if isinstance(inputs.get(name), Tensor):
             return len(inputs[name])

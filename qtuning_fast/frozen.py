@@ -117,7 +117,7 @@ class FrozenModel(nn.Module):
         self.base_model.gradient_checkpointing_disable()
         self.train(self.training)
 
-    def check_gradient(self, layers: Sequence[int]) -> None:
+    def _check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` where none reaches prompts: heads would learn alone, and no one would notice."""
         passes = self.attention.passes_gradient(layers)
         self.train(self.training)
@@ -133,7 +133,7 @@ class FrozenModel(nn.Module):
         self._detached = True
         return self._given[0]
 
-    def check_attached(self) -> None:
+    def _check_attached(self) -> None:
         """Raise a `RuntimeError` after `detach`."""
         if self._detached:
             raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")

@@ -95,14 +95,14 @@ class QTuningModel(FinishedTasksModel):
             TypeError, ValueError: the name is taken or the labels are not usable.
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
-        self.check_attached()
+        self._check_attached()
         if self._training_task is not None:
             raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
         with self._keeping_task():
-            self.check_gradient(self.layer_indices)
+            self._check_gradient(self.layer_indices)
         device = self.device
         self.live.begin_task()
         if self.retains_memory and self.discriminator is None:
@@ -120,7 +120,7 @@ class QTuningModel(FinishedTasksModel):
         Raises:
             RuntimeError: no task is in training.
         """
-        self.check_attached()
+        self._check_attached()
         if self._training_task is None:
             raise RuntimeError("no task is in training; call start_task first")
         name, labels = self._training_task
@@ -162,7 +162,7 @@ class QTuningModel(FinishedTasksModel):
         """
         if self._is_training(name):
             raise RuntimeError(f"task {name!r} is in training; finish_task comes first")
-        if self._active is not None and name == self._active[0]:
+        if name == self.active_task:
             raise RuntimeError(f"task {name!r} is set; set_task, to another or to None, comes first")
         if name == self._last_learned and self._may_retain:
             raise RuntimeError(
@@ -231,7 +231,7 @@ class QTuningModel(FinishedTasksModel):
                 return self._compute(inputs, labels, mixed)
         if self._active is None:
             return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
-        self.check_attached()
+        self._check_attached()
         self.attention.check_switched()
         if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)

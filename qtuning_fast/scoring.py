@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from qtuning_fast.integrations.transformers.positions import takes_positions
+from qtuning_fast.integrations.transformers.positions import Positions
 from qtuning_fast.model import QTuningModel
 
 Answers = Sequence[list[int]]
@@ -68,6 +68,7 @@ class _Begun:
     def __init__(self, model: QTuningModel, inputs: dict[str, Tensor], task_names: Sequence[str] | None) -> None:
         self.model, self.task_names = model, task_names
         self.two_stacks = model.base_model.config.is_encoder_decoder
+        self.counts_positions = not self.two_stacks and Positions(model.encoder).are_taken  # padding takes none
         inputs = _with_mask(inputs)
         self.samples = len(inputs["attention_mask"])
         more: dict[str, Any] = {}
@@ -76,8 +77,7 @@ class _Begun:
             more["decoder_input_ids"] = torch.full((self.samples, 1), start, device=inputs["attention_mask"].device)
         else:
             inputs = _left_padded(inputs)
-            self.places = takes_positions(model.encoder)
-            if self.places:
+            if self.counts_positions:
                 more["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
             if "logits_to_keep" in inspect.signature(model.base_model.forward).parameters:
                 more["logits_to_keep"] = 1
@@ -114,7 +114,7 @@ class _Begun:
             inputs |= {"encoder_outputs": memory, "attention_mask": mask, "decoder_input_ids": tokens}
         else:
             inputs |= {"input_ids": tokens, "attention_mask": torch.cat([mask, torch.ones_like(tokens)], dim=1)}
-            if self.places:
+            if self.counts_positions:
                 inputs["position_ids"] = mask.sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=tokens.device)
         names = None if self.task_names is None else [name for name in self.task_names for _ in range(times)]
         return self.model(**inputs, task_names=names).logits

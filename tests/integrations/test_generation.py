@@ -36,7 +36,7 @@ def questions(family: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def without_cache(model: QTuningModel, family: Any, inputs: dict[str, Tensor], steps: int = 6) -> tuple[Tensor, Tensor]:
     """Greedy decoding, everything computed anew for every token: the tokens, and the last logits of each step."""
-    model.set_task(model._active[0])
+    model.set_task(model.active_task)
     ids, mask, scores = inputs["input_ids"], inputs["attention_mask"], []
     written = torch.full((len(ids), 1), getattr(model.base_model.config, "decoder_start_token_id", 0))
     for _ in range(steps):

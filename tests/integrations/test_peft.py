@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.integrations.peft import adapter_from_peft, adapter_to_peft
-from qtuning_fast.integrations.transformers.positions import own_positions
+from qtuning_fast.integrations.transformers.positions import Positions
 
 peft = pytest.importorskip("peft")
 
@@ -156,7 +156,7 @@ def test_without_a_gate_a_live_prefix_is_prefix_tuning_by_peft(roomy: Any) -> No
     for layer, rows in enumerate(model.live.rows):
         rows.prompt = nn.Parameter(prompts[:, layer].clone())
     model.set_task("reviews")
-    positions = own_positions(model.encoder, inputs) + P  # peft counts the prefix
+    positions = Positions(model.encoder).own(inputs) + P  # peft counts the prefix
     mask, answers, gradients = inputs["attention_mask"].bool(), [], []
     for module, changes in ((reference, {}), (model.base_model, {"position_ids": positions})):
         output = module(**inputs, **changes)

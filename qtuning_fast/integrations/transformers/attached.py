@@ -21,7 +21,7 @@ from qtuning_fast.integrations.transformers.layers import (
     without_head,
 )
 from qtuning_fast.integrations.transformers.offload import input_device
-from qtuning_fast.integrations.transformers.positions import Shift, shift_positions, takes_positions
+from qtuning_fast.integrations.transformers.positions import Positions, Shift, shift_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
 from qtuning_fast.nn.gate import NO_GATE
 from qtuning_fast.nn.prefix import Prefix
@@ -172,7 +172,7 @@ class AttachedAttention:
         hooks = []
         if self._placement == "input" and not self.is_causal:
             hooks += put_in_front(self.model, self.encoder, lambda: self._prompt)
-        if takes_positions(self.encoder):
+        if Positions(self.encoder).are_taken:
             hooks.append(shift_positions(self.encoder, lambda: self._shift))
         return hooks
 

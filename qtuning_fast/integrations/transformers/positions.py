@@ -14,31 +14,51 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers.attention import for_batch
 
 
-def takes_positions(stack: PreTrainedModel) -> bool:
-    """Whether the stack's forward takes `position_ids`; otherwise positions follow the sequence."""
-    return "position_ids" in inspect.signature(stack.forward).parameters
+class Positions:
+    """How a stack gives its tokens positions, found once: by what it is made of, not by its name.
 
+    Args:
+        stack: what reads tokens; a model around it will do.
 
-def first_position(stack: PreTrainedModel) -> int:
-    """The position id of the first token."""
-    padding = _padding_position(stack)
-    return 0 if padding is None else padding + 1
+    Attributes:
+        are_taken: whether its forward takes `position_ids`; otherwise positions follow the sequence.
+        first: the position id of the first token.
+        room: how many tokens there are positions for; None where no learned table of them ends.
+    """
 
+    def __init__(self, stack: PreTrainedModel) -> None:
+        self.are_taken = "position_ids" in argument_names(stack)
+        table = _position_table(stack)
+        # Positions start behind the padding's and count what is no padding, as in RoBERTa; None: they do not.
+        self._padding = None if table is None else table.padding_idx
+        self.first = 0 if self._padding is None else self._padding + 1
+        limit = getattr(stack.config, "max_position_embeddings", None)
+        self.room = None if limit is None or table is None else limit - self.first
+        # OPT too leaves padding out, but by the mask, and its table starts two places late without saying so.
+        self._count_by_mask = stack.config.model_type == "opt"
+        self._kind = type(stack).__name__
 
-def free_positions(stack: PreTrainedModel) -> int | None:
-    """How many tokens the stack has positions for; None where positions are no table that ends."""
-    limit = getattr(stack.config, "max_position_embeddings", None)
-    return None if limit is None or _position_table(stack) is None else limit - first_position(stack)
+    def own(self, inputs: dict[str, Any]) -> Tensor:
+        """The `[1 or B, N]` position ids with which the stack would compute of these inputs, by name."""
+        given = inputs.get("position_ids")
+        if given is not None:
+            return given
+        ids, tokens, mask = inputs.get("input_ids"), tokens_of(inputs), inputs.get("attention_mask")
+        if self._padding is not None and ids is not None:
+            seen = (ids != self._padding).long()
+            return seen.cumsum(1) * seen + self._padding
+        if self._count_by_mask and mask is not None and mask.ndim == 2:
+            seen = mask.long()
+            return (seen.cumsum(1) * seen - 1)[:, -tokens.shape[1] :]
+        return torch.arange(tokens.shape[1], device=tokens.device)[None] + past_tokens(inputs) + self.first
 
-
-def check_room(stack: PreTrainedModel, tokens: int, taken: int) -> None:
-    """Raise a ValueError where the stack has no positions for so many tokens beside those that a prompt takes."""
-    limit = free_positions(stack)
-    if limit is not None and tokens + taken > limit:
-        raise ValueError(
-            f"the input has {tokens} tokens and the prompt takes {taken} positions, but {type(stack).__name__} has "
-            f"{limit} in all; use shorter inputs, or placement='prefix', which takes none"
-        )
+    def check_room(self, tokens: int, taken: int) -> None:
+        """Raise a ValueError where there are no positions for so many tokens beside those that a prompt takes."""
+        if self.room is not None and tokens + taken > self.room:
+            raise ValueError(
+                f"the input has {tokens} tokens and the prompt takes {taken} positions, but {self._kind} has "
+                f"{self.room} in all; use shorter inputs, or placement='prefix', which takes none"
+            )
 
 
 def _position_table(stack: PreTrainedModel) -> nn.Embedding | None:
@@ -50,29 +70,9 @@ def _position_table(stack: PreTrainedModel) -> nn.Embedding | None:
     return None
 
 
-def _padding_position(stack: PreTrainedModel) -> int | None:
-    """The position of padding where positions start behind it and count what is no padding, as in RoBERTa."""
-    table = _position_table(stack)
-    return None if table is None else table.padding_idx
-
-
-def own_positions(stack: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """The `[1 or B, N]` position ids with which `stack(**inputs)` would compute."""
-    given = inputs.get("position_ids")
-    if given is not None:
-        return given
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
-    assert tokens is not None
-    padding, mask = _padding_position(stack), inputs.get("attention_mask")
-    if padding is not None and ids is not None:
-        seen = (ids != padding).long()
-        return seen.cumsum(1) * seen + padding
-    # OPT too leaves padding out, but by the mask, and its table starts two places late without saying so.
-    if stack.config.model_type == "opt" and mask is not None and mask.ndim == 2:
-        seen = mask.long()
-        return (seen.cumsum(1) * seen - 1)[:, -tokens.shape[1] :]
-    return torch.arange(tokens.shape[1], device=tokens.device)[None] + past_tokens(inputs) + first_position(stack)
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """The input's token ids `[B, N]`, or the embeddings `[B, N, E]` that stand for them."""
+    return inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
 
 
 def past_tokens(inputs: dict[str, Any]) -> int | Tensor:
@@ -90,28 +90,28 @@ class Shift(NamedTuple):
 
 def shift_positions(stack: PreTrainedModel, placed: Callable[[], Shift | None]) -> RemovableHandle:
     """From here on the stack's position ids are larger by what `placed()` says, until the handle is removed."""
+    positions, names = Positions(stack), argument_names(stack)
 
     def shifted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         shift = placed()
         if shift is None:
             return None
-        inputs, by = by_name(stack, args, kwargs), shift.by
-        own = own_positions(stack, inputs)
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        past = past_tokens(inputs)
+        inputs = by_name(names, args, kwargs)
+        own, tokens, past = positions.own(inputs), tokens_of(inputs), past_tokens(inputs)
         if isinstance(past, int):  # a static cache counts on the device, where asking would wait for it
-            check_room(stack, tokens.shape[1] + past, shift.at_most)
-        each = by.to(own.device) if len(by) == 1 else for_batch(by.to(own.device), len(tokens))
+            positions.check_room(tokens.shape[1] + past, shift.at_most)
+        by = shift.by.to(own.device)
+        each = by if len(by) == 1 else for_batch(by, len(tokens))
         return (), inputs | {"position_ids": own + each[:, None]}
 
     return stack.register_forward_pre_hook(shifted, with_kwargs=True)
 
 
-def by_name(stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `stack.forward` by name."""
-    names = _signature(type(stack).forward)
+def argument_names(stack: PreTrainedModel) -> tuple[str, ...]:
+    """Of the stack's forward, as its class has it."""
+    return tuple(inspect.signature(type(stack).forward).parameters)[1:]
+
+
+def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
     return dict(zip(names, args)) | kwargs
-
-
-def _signature(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)[1:]

@@ -16,13 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.attention import for_batch
-from qtuning_fast.integrations.transformers.positions import (
-    by_name,
-    check_room,
-    first_position,
-    own_positions,
-    takes_positions,
-)
+from qtuning_fast.integrations.transformers.positions import Positions, argument_names, by_name
 
 
 @dataclass(frozen=True)
@@ -82,50 +76,54 @@ def put_in_front(model: PreTrainedModel, encoder: PreTrainedModel, placed: Place
     handles = [_in_front_of_tokens(encoder, placed)]
     if model.config.is_encoder_decoder:
         handles.append(_in_front_of_memory(model.get_decoder(), placed))
-    positions = getattr(encoder, "embed_positions", None)
-    if isinstance(positions, nn.Module) and not takes_positions(encoder):
-        handles.append(_positions_without_absent_rows(positions, placed))
+    table = getattr(encoder, "embed_positions", None)
+    if isinstance(table, nn.Module) and not Positions(encoder).are_taken:
+        handles.append(_positions_without_absent_rows(table, placed))
     return handles
 
 
 def _in_front_of_tokens(encoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
+    """The prompt's embeddings in front of the tokens', and all that goes along with a longer input."""
+    positions, names = Positions(encoder), argument_names(encoder)
+
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         prompt = placed()
         if prompt is None:
             return None
-        inputs = by_name(encoder, args, kwargs)
+        inputs = by_name(names, args, kwargs)
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = encoder.get_input_embeddings()(inputs["input_ids"])
         longer = inputs | {"input_ids": None, "inputs_embeds": torch.cat([prompt.rows(embeds), embeds], dim=1)}
         B, N, _ = embeds.shape
-        check_room(encoder, N, prompt.tokens)
+        positions.check_room(N, prompt.tokens)
         longer["attention_mask"] = _extended_mask(inputs.get("attention_mask"), prompt, B, N, embeds.device)
         if inputs.get("token_type_ids") is not None:
             longer["token_type_ids"] = F.pad(inputs["token_type_ids"], (prompt.tokens, 0))
-        if takes_positions(encoder):
-            longer["position_ids"] = _extended_positions(encoder, inputs, prompt, B, embeds.device)
+        if positions.are_taken:
+            longer["position_ids"] = _extended_positions(positions, inputs, prompt, B, embeds.device)
         return (), longer
 
     return encoder.register_forward_pre_hook(extended, with_kwargs=True)
 
 
 def _extended_positions(
-    encoder: PreTrainedModel, inputs: dict[str, Any], prompt: Prompt, B: int, device: torch.device
+    positions: Positions, inputs: dict[str, Any], prompt: Prompt, B: int, device: torch.device
 ) -> Tensor:
     """Positions `[1 or B, P + N]`: the prompt's rows take the first ones, and the context follows."""
     absent = prompt.absent(B, device)
     missing = 0 if absent is None else absent[:, None]
-    own = own_positions(encoder, inputs) + prompt.tokens - missing
-    front = (torch.arange(prompt.tokens, device=device)[None] - missing).clamp(min=0) + first_position(encoder)
+    own = positions.own(inputs) + prompt.tokens - missing
+    front = (torch.arange(prompt.tokens, device=device)[None] - missing).clamp(min=0) + positions.first
     return torch.cat([front.expand(len(own), -1), own], dim=1)
 
 
 def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
     """Cross-attention sees the prompt's rows of the encoder's output too, so its padding mask grows with them."""
+    names = argument_names(decoder)
 
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
-        prompt, inputs = placed(), by_name(decoder, args, kwargs)
+        prompt, inputs = placed(), by_name(names, args, kwargs)
         memory, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
         if prompt is None or memory is None:
             return None
@@ -136,6 +134,7 @@ def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHa
 
 
 def _in_front_of_patches(encoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
+    """The prompt's rows in front of what an image was embedded as."""
     modules = (module for name, module in encoder.named_modules() if name.split(".")[-1] == "embeddings")
     embeddings = next(modules, None)
     if embeddings is None:
