@@ -71,6 +71,7 @@ def compare(
     *,
     device: torch.device,
     rounds: int,
+    differences: Mapping[str, tuple[str, str]] | None = None,
     eager: bool = True,
     sample_ms: float = 1.0,
 ) -> dict[str, Measurement]:
@@ -80,17 +81,20 @@ def compare(
         setups: by name, what makes a candidate's calls: the same work, one call for each set of inputs.
         device: where they run. On a CPU there is no graph, and the eager figure is all.
         rounds: how often each has its turn.
+        differences: by name, two candidates with as many calls; the result holds the first's time less the second's,
+            round by round. So a backward pass is timed as a training step has it: the step less its forward pass.
         eager: also by the host's clock, where there is a graph.
         sample_ms: how long a turn lasts at least, in milliseconds.
     """
+    which = {"differences": differences or {}, "rounds": rounds, "sample_ms": sample_ms}
     if device.type != "cuda":
-        return _compare(setups, None, rounds=rounds, eager=True, sample_ms=sample_ms)
+        return _compare(setups, None, eager=True, **which)
     # Autograd runs a backward pass on the stream of the forward pass, and memory is kept by stream: so all that is done
     # here, warm-up, capture and replay, is done on one, which is not the default one, for that cannot be captured.
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        measurements = _compare(setups, device, rounds=rounds, eager=eager, sample_ms=sample_ms)
+        measurements = _compare(setups, device, eager=eager, **which)
     stream.synchronize()
     return measurements
 
@@ -99,11 +103,12 @@ def _compare(
     setups: Mapping[str, Callable[[], Sequence[Call]]],
     gpu: torch.device | None,
     *,
+    differences: Mapping[str, tuple[str, str]],
     rounds: int,
     eager: bool,
     sample_ms: float,
 ) -> dict[str, Measurement]:
-    candidates = {name: _Candidate() for name in setups}
+    candidates = {name: _Candidate() for name in (*setups, *differences)}
     pool = None if gpu is None else torch.cuda.graph_pool_handle()  # shared: no graph's result is ever read
     for name, setup in setups.items():
         candidate = candidates[name]
@@ -129,6 +134,12 @@ def _compare(
         samples, errors = round_robin(runs, stopwatch, rounds=rounds, sample_ms=sample_ms)
         for name, milliseconds in samples.items():
             candidates[name].timings[kind] = _timing([ms / len(candidates[name].calls) for ms in milliseconds])
+        for name, (whole, part) in differences.items():
+            if whole in samples and part in samples:
+                calls = len(candidates[whole].calls)
+                candidates[name].timings[kind] = _timing(
+                    [(a - b) / calls for a, b in zip(samples[whole], samples[part])]
+                )
         for name, error_line in errors.items():
             candidates[name].error = error_line
     return {name: candidate.measurement() for name, candidate in candidates.items()}

@@ -1,0 +1,137 @@
+"""What a benchmark found, in one JSON file: the figures, and all that it takes to believe and to repeat them.
+
+The file is written anew after each entry, so that a run that is cut off counts as far as it got.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtuning_fast.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn")
+SOURCES = {"kernels": "kernels", "backends": "qtuning_fast/backends"}  # what computes the operator
+RUNS = Path("runs/bench")
+
+
+class Results:
+    """One question's figures on one device.
+
+    Args:
+        question: the name of the module that asks it.
+        out: the JSON file; its folder is made.
+        device: "cpu" or "cuda".
+        arguments: those of the command line, to be repeated.
+        settings: whatever else decides about the figures.
+    """
+
+    def __init__(self, question: str, out: Path, device: str, arguments: Sequence[str] = (), **settings: Any) -> None:
+        self.out = out
+        self.document: dict[str, Any] = {"question": question, "command": _command(question, arguments)}
+        self.document |= provenance(device) | settings | {"entries": {}, "errors": {}}
+        self.write()
+
+    def add(self, name: str, entry: dict[str, Any]) -> None:
+        self.document["entries"][name] = entry
+        self.write()
+
+    def fail(self, name: str, reason: str) -> None:
+        """An entry that could not be had, and why."""
+        self.document["errors"][name] = reason
+        self.write()
+
+    def write(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.out.with_suffix(".part")
+        draft.write_text(json.dumps(self.document, indent=1) + "\n")
+        draft.replace(self.out)
+
+    def heading(self) -> str:
+        """Device and versions, as a line."""
+        versions = ", ".join(f"{name} {number}" for name, number in self.document["versions"].items())
+        return f"{device_line(self.document['device'])}; {versions}"
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where, when, by what and from which code."""
+    return {
+        "device": device_facts(device),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "modified": bool(_git("status", "--porcelain")),
+        "digests": digests(),
+        "load_before": round(os.getloadavg()[0], 2),  # above the number of threads used: someone else was at work
+    }
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        memory = round(properties.total_memory / 2**30, 1)
+        return {"type": "cuda", "name": torch.cuda.get_device_name(), "GiB": memory}
+    return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def device_line(facts: dict[str, Any]) -> str:
+    extent = f"{facts['threads']} threads" if facts["type"] == "cpu" else f"{facts['GiB']} GiB"
+    return f"{facts['name']}, {extent}"
+
+
+def versions() -> dict[str, str]:
+    found = {"qtuning_fast": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def digests() -> dict[str, str]:
+    """Of the code that computes the operator, as it is now; by the names in SOURCES."""
+    return {name: _digest(ROOT / folder) for name, folder in SOURCES.items()}
+
+
+def changed_since(document: dict[str, Any]) -> list[str]:
+    """Which of the SOURCES are no longer what they were when a document's figures were taken."""
+    now = digests()
+    return [name for name, digest in document["digests"].items() if now.get(name) != digest]
+
+
+def _digest(folder: Path) -> str:
+    sha = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json")):
+        sha.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha.hexdigest()[:16]
+
+
+def _command(question: str, arguments: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", f"qtuning_fast.bench.{question}", *arguments])
+
+
+def _git(*arguments: str) -> str | None:
+    """None outside a checkout, and where there is no git."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "cpu"
