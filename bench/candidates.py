@@ -62,7 +62,7 @@ def compile_for(target: str, dtype: torch.dtype, entry: Blocks, on_shapes: tuple
     worst = {"registers": 0, "spilled": 0, "shared": 0}
     try:
         for shape in on_shapes:
-            call = shapes.training_call(shape, shapes.inputs(shape, dtype=dtype, device="meta"))
+            call = shapes.inputs(shape, dtype=dtype, device="meta").call(shape)
             with instead(entry):
                 launch = dict(compile_report.launches(call))[entry.direction]
             found = compile_report.resources(launch.compile(), TARGETS[target])

@@ -9,7 +9,6 @@ the composed backend is last slower, in the geometric middle between that size a
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -23,8 +22,10 @@ from qtuning_fast.backends import choice
 from qtuning_fast.backends.choice import Rule
 from qtuning_fast.backends.vendors import FEW_QUERIES
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.attention import device_facts
-from qtuning_fast.bench.peers import PEERS, Prepared
+from qtuning_fast.bench.accuracy import prepare
+from qtuning_fast.bench.measure import default_device, default_dtype
+from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare
 
@@ -61,11 +62,11 @@ def training_shapes(device: str) -> list[Shape]:
 def measure(device: str, rounds: int, shapes_measured: Sequence[Shape]) -> list[Point]:
     """Each shape, the smallest first."""
     gpu = torch.device(device)
-    dtype = torch.bfloat16 if gpu.type == "cuda" else torch.float32
+    dtype = default_dtype(device)
     points = []
     for shape in shapes_measured:
         sets = shapes.input_sets(shape, SETS, dtype=dtype, device=device)
-        other = "fused" if gpu.type == "cuda" else "eager"
+        other = "fused" if gpu.type == "cuda" else "reference"
         setups = {peer: partial(_steps, peer, shape, sets) for peer in ("composed", other)}
         times = compare(setups, device=gpu, rounds=rounds)
         composed, beside = (x.best for x in times.values())
@@ -80,8 +81,7 @@ def measure(device: str, rounds: int, shapes_measured: Sequence[Shape]) -> list[
 
 
 def _steps(peer: str, shape: Shape, sets: Sequence[Inputs]) -> list[Call]:
-    prepared: list[tuple[Prepared, Inputs]] = [(PEERS[peer].prepare(shape, x.tracked()), x) for x in sets]
-    return [partial(p.step, x.d_output) for p, x in prepared]
+    return [partial(prepare(PEERS[peer], shape, x, training=True).step, x.d_output) for x in sets]
 
 
 def crossing(points: Sequence[Point]) -> int:
@@ -111,24 +111,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--out", type=Path, default=RUNS / "choose.json", metavar="FILE")
     options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _, versions = device_facts(device)
-    measured = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
+    device = default_device()
+    results = Results("choose", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    print(results.heading())
 
     points = measure(device, options.rounds, training_shapes(device))
     if not points:
         print("nothing was measured: the table stays as it is")
         return 1
-    found = rules(device, points, measured)
+    found = rules(device, points, results.heading())
     print(*found, sep="\n")
-    if options.out:
-        figures = [
-            {"size": p.size, "shape": str(p.shape), "composed_ms": p.composed, "other_ms": p.other} for p in points
-        ]
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"versions": versions, "points": figures}, indent=1) + "\n")
+    for p in points:
+        results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
     if not options.dry_run:
         others = [rule for rule in choice.TABLE if rule.device != found[0].device]
         choice.write([*found, *others])

@@ -19,9 +19,15 @@ SPECIAL_A_CLOCK = 16  # exponentials or tanh a multiprocessor, on NVIDIA's archi
 class Ceilings:
     """What the device does at most; measured, but for the special functions."""
 
-    flops: float  # of 16-bit matrix products, a second
-    bytes: float  # read plus written, a second
+    flops: float  # of matrix products, a second: 16-bit ones on a GPU, float32 on a CPU
+    copied: float  # bytes a second, read plus written
+    read: float  # bytes a second, where nothing is written
     special: float  # exponentials a second, by the data sheet's clock; 0: unknown
+
+    @property
+    def bytes(self) -> float:
+        """A second, whatever is done with them."""
+        return max(self.copied, self.read)
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,10 @@ class Work:
 
 
 def forward_work(shape: Shape, element_size: int = 2) -> Work:
-    context_pairs = shape.N * (shape.N + 1) // 2 if shape.is_causal else shape.N**2
-    prefix_pairs = shape.N * shape.P
+    context_pairs, prefix_pairs = _context_pairs(shape), shape.N * shape.P
     heads = shape.B * shape.Hq
-    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.N
-    read = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape)
+    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
+    read = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape, element_size) + _bias_bytes(shape)
     written = queries * (shape.D * element_size + 4)  # the output and a float32 log-sum-exp
     return Work(
         flops=4 * heads * (context_pairs + prefix_pairs) * shape.D,
@@ -61,30 +66,48 @@ def forward_work(shape: Shape, element_size: int = 2) -> Work:
 def backward_work(shape: Shape, element_size: int = 2) -> Work:
     forward = forward_work(shape, element_size)
     heads = shape.B * shape.Hq
-    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.N
-    read = (3 * queries + 2 * keys) * shape.D * element_size + queries * 4 + _prefix_bytes(shape)  # also o, dO and lse
-    written = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape)
+    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
+    prefix = _prefix_bytes(shape, element_size)
+    read = (
+        (3 * queries + 2 * keys) * shape.D * element_size + queries * 4 + prefix + _bias_bytes(shape)
+    )  # also o, dO, lse
+    written = (queries + 2 * keys) * shape.D * element_size + prefix
     return Work(flops=forward.flops * 5 // 2, bytes=read + written, special=forward.special)
 
 
-def _prefix_bytes(shape: Shape) -> int:
-    """Rows, U and V of keys and values, alpha and tau, all float32."""
-    return 4 * (2 * (shape.Hkv * shape.P * shape.D + shape.P + shape.Hkv * shape.D) + 2 * shape.Hq)
+def _context_pairs(shape: Shape) -> int:
+    """Of a query and a key that it sees, in one head; with padding on average over the batch."""
+    if shape.is_causal:
+        return shape.N * (shape.N + 1) // 2 + shape.N * (shape.M - shape.N)
+    return round(shape.N * shape.M * (1 - shape.padding))
+
+
+def _prefix_bytes(shape: Shape, element_size: int) -> int:
+    """Of each prefix rows, alpha and tau; in training float32, and U and V of keys and values as well."""
+    rows, gate = 2 * shape.Hkv * shape.P * shape.D, 2 * shape.Hq
+    reweighting = 2 * (shape.P + shape.Hkv * shape.D)
+    return shape.tasks * (4 * (rows + gate + reweighting) if shape.trained else element_size * (rows + gate))
+
+
+def _bias_bytes(shape: Shape) -> int:
+    """Of an additive bias, 16-bit."""
+    return 2 * shape.Hq * shape.N * shape.M if shape.bias else 0
 
 
 def measured_ceilings(device: torch.device, *, rounds: int = 10) -> Ceilings:
-    """By a large product of random 16-bit matrices, and a large copy."""
+    """By a large product of random matrices, a large copy, and a sum over as much."""
     on_gpu = device.type == "cuda"
-    size, copied = (8192, 1 << 32) if on_gpu else (256, 1 << 22)
+    size, copied = (8192, 1 << 32) if on_gpu else (1024, 1 << 27)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
-    source = torch.randint(255, (copied,), device=device, dtype=torch.uint8)
+    source = torch.ones(copied // 4, device=device).view(torch.uint8)
     target = torch.empty_like(source)
     times = compare(
         {
             "product": lambda: [lambda: torch.mm(a, b, out=product)],
             "copy": lambda: [lambda: target.copy_(source)],
+            "read": lambda: [lambda: torch.sum(source.view(torch.float32))],
         },
         device=device,
         rounds=rounds,
@@ -98,4 +121,5 @@ def measured_ceilings(device: torch.device, *, rounds: int = 10) -> Ceilings:
         device_properties = torch.cuda.get_device_properties(device)
         clock = getattr(device_properties, "clock_rate", 0) * 1e3  # kHz, the highest
         special = SPECIAL_A_CLOCK * device_properties.multi_processor_count * clock
-    return Ceilings(2 * size**3 / seconds["product"], 2 * copied / seconds["copy"], special)
+    flops, both_ways, read = 2 * size**3 / seconds["product"], 2 * copied / seconds["copy"], copied / seconds["read"]
+    return Ceilings(flops, both_ways, read, special)

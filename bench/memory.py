@@ -1,40 +1,47 @@
-"""How much memory a training step of a peer takes beyond its inputs, at the most.
+"""How much memory a piece of work takes at the most beyond what is held before it.
 
 On a GPU it is what PyTorch's allocator has handed out. On a CPU it is by how much the process grew, which counts
 whatever is taken, by whomever; so there it is measured in a process of its own, and on Linux only.
 """
 
 import gc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qtuning_fast.bench import shapes
+from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.shapes import TINY, Shape
+from qtuning_fast.bench.shapes import Shape
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def step_peak(shape: Shape, peer: str, device: str) -> int | None:
-    """Bytes; None where there is no way to know. On a CPU to be called in a fresh process."""
-    gpu = torch.device(device)
+def peak(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> int | None:
+    """Bytes of a peer's step, or forward pass; None where there is no way to know. On a CPU in a fresh process."""
+    small = replace(shape, B=min(shape.B, shape.tasks), Hq=shape.Hq // shape.Hkv, Hkv=1, N=16, context=16, P=11)
+    with torch.set_grad_enabled(shape.trained):
+        _prepared(small, peer, device, dtype)()  # what is loaded and set up once is not the shape's
+        return peak_of(_prepared(shape, peer, device, dtype), torch.device(device))
+
+
+def peak_of(work: Callable[[], object], gpu: torch.device) -> int | None:
+    """Bytes that a piece of work takes; None where there is no way to know."""
     if gpu.type != "cuda" and not CLEAR.exists():
         return None
-    dtype = torch.bfloat16 if gpu.type == "cuda" else torch.float32
-    step = _prepare(TINY, peer, dtype, device)
-    step()  # what is loaded and set up once is not the shape's
-    step = _prepare(shape, peer, dtype, device)
     gc.collect()
     before = _held(gpu)
-    step()
-    return max(_peak(gpu) - before, 0)
+    work()
+    return max(_most(gpu) - before, 0)
 
 
-def _prepare(shape: Shape, peer: str, dtype: torch.dtype, device: str):
-    x = shapes.inputs(shape, dtype=dtype, device=device).tracked()
-    prepared = PEERS[peer].prepare(shape, x)
-    return lambda: prepared.step(x.d_output)
+def _prepared(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> Callable[[], object]:
+    x = shapes.inputs(shape, dtype=dtype, device=device)
+    prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
+    return partial(prepared.step, x.d_output) if shape.trained else prepared.forward
 
 
 def _held(gpu: torch.device) -> int:
@@ -44,16 +51,17 @@ def _held(gpu: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(gpu)
         return torch.cuda.memory_allocated(gpu)
     CLEAR.write_text("5")  # resets VmHWM
-    return _status("VmRSS")
+    return resident("VmRSS")
 
 
-def _peak(gpu: torch.device) -> int:
+def _most(gpu: torch.device) -> int:
     if gpu.type == "cuda":
         torch.cuda.synchronize(gpu)
         return torch.cuda.max_memory_allocated(gpu)
-    return _status("VmHWM")
+    return resident("VmHWM")
 
 
-def _status(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of this process, by a name in /proc: VmRSS now, VmHWM at the most."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

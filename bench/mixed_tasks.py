@@ -8,8 +8,6 @@ mixed logits are compared with the separate ones.
 """
 
 import argparse
-import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.adapter import TaskAdapter
-from qtuning_fast.bench.attention import versions_on
+from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.timing import Call, Measurement, compare
 from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD
@@ -125,21 +123,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MINILM, help="a folder or a name, as qtuning-fast run takes it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/mixed_tasks.json"), metavar="FILE")
+    parser.add_argument("--out", type=Path, default=RUNS / "mixed_tasks.json", metavar="FILE")
     options = parser.parse_args(arguments)
     base_model, _ = load_base_model(options.model)
-    versions = versions_on(base_model.device.type)
     model = model_with_tasks(base_model, ROWS, TASKS)
     batch = random_batch(model, SAMPLES, TOKENS)
-    load = os.getloadavg()[0]
+    given = sys.argv[1:] if arguments is None else arguments
+    results = Results("mixed_tasks", options.out, base_model.device.type, given)
     times = measure(model, batch, options.rounds)
     sizes = {"samples": SAMPLES, "tokens": TOKENS, "rows": ROWS, "tasks": TASKS}
-    document = {"versions": versions, "model": options.model, "sizes": sizes, "load_before": load}
-    document |= {"rounds": options.rounds, "rows": {name: asdict(each) for name, each in times.items()}}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    print(f"{SAMPLES} samples of {TOKENS} tokens, {ROWS} prefix rows; load before {load:.2f}\n{table(times)}")
+    rows = {name: asdict(each) for name, each in times.items()}
+    results.add("forward", {"model": options.model, "sizes": sizes, "rows": rows})
+    print(f"{results.heading()}\n{SAMPLES} samples of {TOKENS} tokens, {ROWS} prefix rows\n{table(times)}")
     return 0
 
 

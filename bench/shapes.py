@@ -1,66 +1,125 @@
-"""The shapes that are measured, from models in use, and random inputs of such a shape."""
+"""The shapes that are measured, each named after a model and a use of it, and random inputs of such a shape."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtuning_fast.call import PrefixAttentionCall
+from qtuning_fast.validation import validate
 
 N_SHARED = 10
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One call of prefix attention, in training."""
+    """One call of prefix attention, in one layer."""
 
     name: str
     B: int
     Hq: int
     Hkv: int
-    N: int  # queries, and as many context keys
+    N: int  # queries
     D: int
     P: int
+    of: str = ""  # the model and the use that it stands for
+    context: int | None = None  # keys; None: as many as queries
     is_causal: bool = False
+    bias: bool = False  # an additive bias on the context's scores, one for all samples, as T5 has it
+    padding: float = 0.0  # the share of the context that is padding, from none in one sample to twice that in another
+    tasks: int = 1  # prefixes in use, by samples in no order; 1: one for all, and no bank
+    trained: bool = True  # forward and backward; else forward alone, the prefix folded and in query's dtype
+
+    @property
+    def M(self) -> int:
+        """Context keys."""
+        return self.N if self.context is None else self.context
 
     def __str__(self) -> str:
         heads = f"H{self.Hq}" if self.Hq == self.Hkv else f"Hq{self.Hq} Hkv{self.Hkv}"
-        causal = " causal" if self.is_causal else ""
-        return f"{self.name}: B{self.B} {heads} N{self.N} D{self.D} P{self.P}{causal}"
+        length = f"N{self.N}" if self.M == self.N else f"N{self.N} M{self.M}"
+        features = {
+            "causal": self.is_causal,
+            "bias": self.bias,
+            f"{self.padding:.0%} padding": self.padding,
+            f"{self.tasks} tasks": self.tasks > 1,
+        }
+        return " ".join([f"B{self.B} {heads} {length} D{self.D} P{self.P}", *(f for f, has in features.items() if has)])
 
 
-BERT_BASE = Shape("bert-base", B=32, Hq=12, Hkv=12, N=128, D=64, P=60)
-VIT_B16 = Shape("vit-b16", B=128, Hq=12, Hkv=12, N=197, D=64, P=20)
-MINILM = Shape("minilm", B=64, Hq=12, Hkv=12, N=128, D=32, P=60)
-BERT_BASE_512 = Shape("bert-base-512", B=16, Hq=12, Hkv=12, N=512, D=64, P=60)
-LLAMA_8B = Shape("llama-8b", B=4, Hq=32, Hkv=8, N=2048, D=128, P=100, is_causal=True)
-LLAMA_8B_4096 = Shape("llama-8b-4096", B=4, Hq=32, Hkv=8, N=4096, D=128, P=100, is_causal=True)
-LONG = Shape("long", B=1, Hq=32, Hkv=8, N=16384, D=128, P=512, is_causal=True)
-WIDE = Shape("wide", B=4, Hq=8, Hkv=8, N=1024, D=256, P=60)
+_LLAMA_8B: dict[str, Any] = {"Hq": 32, "Hkv": 8, "D": 128}
+_DECODING: dict[str, Any] = _LLAMA_8B | {"N": 1, "context": 1024, "P": 512, "trained": False}
 
-# For a CPU: batches of MiniLM's and of BERT's heads, and long sequences.
-CPU_128 = Shape("cpu-128", B=16, Hq=12, Hkv=12, N=128, D=32, P=50)
-CPU_512 = Shape("cpu-512", B=8, Hq=12, Hkv=12, N=512, D=32, P=50)
-CPU_2048 = Shape("cpu-2048", B=2, Hq=12, Hkv=12, N=2048, D=64, P=100)
-CPU_4096 = Shape("cpu-4096", B=1, Hq=8, Hkv=8, N=4096, D=64, P=100)
+BERT_BASE = Shape("bert-base", B=32, Hq=12, Hkv=12, N=128, D=64, P=60, of="BERT-base, sentences")
+BERT_BASE_512 = Shape("bert-base-512", B=16, Hq=12, Hkv=12, N=512, D=64, P=60, of="BERT-base, documents")
+VIT_B16 = Shape("vit-b16", B=128, Hq=12, Hkv=12, N=197, D=64, P=20, of="ViT-B/16, images of 224 pixels")
+MINILM = Shape("minilm", B=64, Hq=12, Hkv=12, N=128, D=32, P=60, of="all-MiniLM-L6-v2, sentences")
+BERT_LARGE = Shape("bert-large", B=16, Hq=16, Hkv=16, N=512, D=64, P=60, of="BERT-large, documents")
+T5_LARGE = Shape("t5-large", B=8, Hq=16, Hkv=16, N=512, D=64, P=60, bias=True, of="T5-large, its encoder")
+LLAMA_8B = Shape("llama-8b", B=4, N=2048, P=100, is_causal=True, of="Llama-3-8B, training", **_LLAMA_8B)
+LLAMA_8B_4096 = Shape("llama-8b-4096", B=4, N=4096, P=100, is_causal=True, of="Llama-3-8B, training", **_LLAMA_8B)
+LONG = Shape("long", B=1, N=16384, P=512, is_causal=True, of="Llama-3-8B, one long text", **_LLAMA_8B)
+DECODE_64 = Shape("decode-64", B=64, of="Llama-3-8B, one new token", **_DECODING)
+DECODE_256 = replace(DECODE_64, name="decode-256", B=256)
+DECODE_64_MIXED = replace(DECODE_64, name="decode-64-mixed", tasks=16)
+DECODE_256_MIXED = replace(DECODE_256, name="decode-256-mixed", tasks=16)
+PADDED = replace(BERT_BASE, name="bert-base-padded", padding=0.25, of="BERT-base, sentences of all lengths")
+MIXED = replace(BERT_BASE, name="bert-base-mixed", tasks=16, of="BERT-base, a batch of several tasks")
+WIDE = Shape("wide", B=4, Hq=8, Hkv=8, N=1024, D=256, P=60, of="heads of 256, as Gemma has them")
 
-# Small twins, which show on a CPU that all is put together as it should be.
+
+def twin(shape: Shape, **sizes: int) -> Shape:
+    """The same for a CPU."""
+    return replace(shape, name=f"{shape.name}-cpu", **sizes)
+
+
+MINILM_CPU = twin(MINILM, B=16, P=50)
+DECODE_CPU = replace(DECODE_64, name="decode-cpu", B=16)
+CPU = (
+    MINILM_CPU,
+    Shape("minilm-512-cpu", B=8, Hq=12, Hkv=12, N=512, D=32, P=50, of="all-MiniLM-L6-v2, documents"),
+    twin(BERT_BASE, B=8),
+    twin(PADDED, B=8),
+    twin(MIXED, B=16, tasks=8),
+    twin(BERT_BASE_512, B=2),
+    twin(BERT_LARGE, B=2),
+    twin(VIT_B16, B=8),
+    twin(T5_LARGE, B=2),
+    twin(LLAMA_8B, B=1, Hq=16, Hkv=4, N=1024),
+    twin(LLAMA_8B_4096, B=1, Hq=8, Hkv=2, N=2048),
+    Shape("long-2048-cpu", B=2, Hq=12, Hkv=12, N=2048, D=64, P=100, of="long documents"),
+    Shape("long-4096-cpu", B=1, Hq=8, Hkv=8, N=4096, D=64, P=100, of="long documents"),
+    DECODE_CPU,
+    replace(DECODE_CPU, name="decode-mixed-cpu", tasks=16),
+)
+
+# These show within seconds that all is put together as it should be.
 TINY = Shape("tiny", B=3, Hq=2, Hkv=2, N=24, D=16, P=13)
 TINY_CAUSAL = Shape("tiny-causal", B=2, Hq=4, Hkv=2, N=24, D=16, P=13, is_causal=True)
+TINY_BIAS = replace(TINY, name="tiny-bias", bias=True)
+TINY_PADDED = replace(TINY, name="tiny-padded", padding=0.25)
+TINY_MIXED = replace(TINY, name="tiny-mixed", tasks=2)
+TINY_DECODE = replace(TINY_CAUSAL, name="tiny-decode", N=1, context=9, tasks=2, is_causal=False, trained=False)
+TINIES = (TINY, TINY_CAUSAL, TINY_BIAS, TINY_PADDED, TINY_MIXED, TINY_DECODE)
 
-_ALL = (BERT_BASE, VIT_B16, MINILM, BERT_BASE_512, LLAMA_8B, LLAMA_8B_4096, LONG, WIDE)
-_ALL += (CPU_128, CPU_512, CPU_2048, CPU_4096, TINY, TINY_CAUSAL)
-SHAPES = {shape.name: shape for shape in _ALL}
+# The most important first: a run that is cut off counts as far as it got.
+GPU = (BERT_BASE, LLAMA_8B_4096, VIT_B16, DECODE_64, LONG, MINILM, BERT_BASE_512, LLAMA_8B, DECODE_256)
+GPU += (DECODE_64_MIXED, T5_LARGE, BERT_LARGE, PADDED, MIXED, DECODE_256_MIXED)
+SHAPES = {shape.name: shape for shape in (*GPU, WIDE, *CPU, *TINIES)}
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a layer trains on. Query, key, value and d_output are strided as models hand them over: [B, N, H, D]."""
+    """What a layer computes with. Query, key, value and d_output are strided as models hand them over: [B, N, H, D].
+
+    With a bank of T prefixes, what belongs to the prefix has a leading T. While it is trained it is float32.
+    """
 
     query: Tensor  # [B, Hq, N, D]
-    key: Tensor  # [B, Hkv, N, D]
-    value: Tensor  # [B, Hkv, N, D]
-    prefix_key: Tensor  # [Hkv, P, D], float32, as all that belongs to the prefix
+    key: Tensor  # [B, Hkv, M, D]
+    value: Tensor  # [B, Hkv, M, D]
+    prefix_key: Tensor  # [Hkv, P, D]
     prefix_value: Tensor  # [Hkv, P, D]
     U_key: Tensor  # [P, 1]
     V_key: Tensor  # [1, Hkv, D]
@@ -69,14 +128,49 @@ class Inputs:
     gate_alpha: Tensor  # [Hq]
     gate_tau: Tensor  # [Hq]
     d_output: Tensor  # [B, Hq, N, D], the gradient that comes in
+    prefix_index: Tensor | None  # [B], with a bank
+    mask: Tensor | None  # of padding [B, M], bool; or T5's bias [1, Hq, N, M]
 
-    def trained(self) -> dict[str, Tensor]:
-        """What gets a gradient, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "d_output"}
+    def tensors(self) -> dict[str, Tensor]:
+        """All there are, by name."""
+        return {field.name: x for field in fields(self) if (x := getattr(self, field.name)) is not None}
+
+    def trained(self, *, gated: bool = True, reweighted: bool = True) -> dict[str, Tensor]:
+        """What gets a gradient, by name; without a gate, or without reweighting."""
+        kinds = {"query", "key", "value", "prefix"} | ({"gate"} if gated else set())
+        kinds |= {"U", "V"} if reweighted else set()
+        fixed = {"d_output", "prefix_index", "mask"}
+        return {name: x for name, x in self.tensors().items() if name not in fixed and name.split("_")[0] in kinds}
+
+    def call(self, shape: Shape, *, gated: bool = True, reweighted: bool = True) -> PrefixAttentionCall:
+        """The call as kernels take it."""
+        reweighted = reweighted and shape.trained
+        return validate(
+            self.query,
+            self.key,
+            self.value,
+            self.prefix_key,
+            self.prefix_value,
+            prefix_index=self.prefix_index,
+            prefix_length=None,
+            n_shared=min(N_SHARED, shape.P // 2) if shape.trained else 0,
+            reweight_key=(self.U_key, self.V_key) if reweighted else None,
+            reweight_value=(self.U_value, self.V_value) if reweighted else None,
+            gate="tanh" if gated else None,
+            gate_alpha=self.gate_alpha if gated else 1.0,
+            gate_tau=self.gate_tau if gated else 1.0,
+            attn_mask=self.mask,
+            prefix_bias=None,
+            is_causal=shape.is_causal,
+            scale=None,
+            softcap=None,
+            return_lse=False,
+            backend="auto",
+        )
 
     def detached(self, dtype: torch.dtype | None = None) -> "Inputs":
         """The same numbers, which track nothing yet."""
-        return Inputs(**{f.name: _detached(getattr(self, f.name), dtype) for f in fields(self)})
+        return replace(self, **{name: _detached(x, dtype) for name, x in self.tensors().items()})
 
     def tracked(self) -> "Inputs":
         """The same numbers, of which all that is trained requires a gradient."""
@@ -87,68 +181,68 @@ class Inputs:
 
     def of_samples(self, samples: Tensor) -> "Inputs":
         """Those samples of the batch [n] only."""
-        return replace(self, **{name: getattr(self, name)[samples] for name in ("query", "key", "value", "d_output")})
+        by_sample = {"query", "key", "value", "d_output", "prefix_index"}
+        by_sample |= {"mask"} if self.mask is not None and self.mask.ndim == 2 else set()
+        return replace(self, **{name: x[samples] for name, x in self.tensors().items() if name in by_sample})
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        return sum(x.nbytes for x in self.tensors().values())
 
 
 def _detached(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x.detach() if dtype is None else x.detach().to(dtype)
+    return x.detach().to(dtype) if dtype is not None and x.is_floating_point() else x.detach()
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Inputs:
     """Random numbers of a shape: scores of the size they have in trained models, weights near 1. On "meta": none."""
     on_meta = torch.device(device).type == "meta"
     generator = None if on_meta else torch.Generator(device).manual_seed(seed)
+    bank = (shape.tasks,) if shape.tasks > 1 else ()
+    prefix_dtype = torch.float32 if shape.trained else dtype
 
-    def normal(*sizes: int, around: float = 0.0, by: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(*sizes: int, around: float = 0.0, by: float = 1.0, dtype: torch.dtype = prefix_dtype) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device).mul_(by).add_(around).to(dtype)
 
-    def heads(count: int) -> Tensor:
-        return normal(shape.B, shape.N, count, shape.D, dtype=dtype).transpose(1, 2)
+    def heads(count: int, length: int) -> Tensor:
+        return normal(shape.B, length, count, shape.D, dtype=dtype).transpose(1, 2)
+
+    def weights(*sizes: int) -> Tensor:
+        return normal(*bank, *sizes, around=1.0, by=0.2)
 
     return Inputs(
-        query=heads(shape.Hq),
-        key=heads(shape.Hkv),
-        value=heads(shape.Hkv),
-        prefix_key=normal(shape.Hkv, shape.P, shape.D),
-        prefix_value=normal(shape.Hkv, shape.P, shape.D),
-        U_key=normal(shape.P, 1, around=1.0, by=0.2),
-        V_key=normal(1, shape.Hkv, shape.D, around=1.0, by=0.2),
-        U_value=normal(shape.P, 1, around=1.0, by=0.2),
-        V_value=normal(1, shape.Hkv, shape.D, around=1.0, by=0.2),
-        gate_alpha=normal(shape.Hq, around=1.0, by=0.2),
-        gate_tau=normal(shape.Hq, around=1.0, by=0.2),
-        d_output=heads(shape.Hq),
+        query=heads(shape.Hq, shape.N),
+        key=heads(shape.Hkv, shape.M),
+        value=heads(shape.Hkv, shape.M),
+        prefix_key=normal(*bank, shape.Hkv, shape.P, shape.D),
+        prefix_value=normal(*bank, shape.Hkv, shape.P, shape.D),
+        U_key=weights(shape.P, 1),
+        V_key=weights(1, shape.Hkv, shape.D),
+        U_value=weights(shape.P, 1),
+        V_value=weights(1, shape.Hkv, shape.D),
+        gate_alpha=weights(shape.Hq),
+        gate_tau=weights(shape.Hq),
+        d_output=heads(shape.Hq, shape.N),
+        prefix_index=_in_no_order(shape, device, generator) if bank else None,
+        mask=_padding(shape, device)
+        if shape.padding
+        else normal(1, shape.Hq, shape.N, shape.M, dtype=dtype)
+        if shape.bias
+        else None,
     )
+
+
+def _in_no_order(shape: Shape, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+    """[B]: each prefix as often as any other."""
+    order = torch.randperm(shape.B, generator=generator, device=device)
+    return torch.arange(shape.B, device=device)[order] % shape.tasks
+
+
+def _padding(shape: Shape, device: torch.device | str) -> Tensor:
+    """[B, M], True for what is no padding: lengths from all keys down, evenly spaced."""
+    lengths = torch.linspace(shape.M, shape.M * (1 - 2 * shape.padding), shape.B, device=device).round()
+    return torch.arange(shape.M, device=device) < lengths[:, None]
 
 
 def input_sets(shape: Shape, count: int, *, dtype: torch.dtype, device: torch.device | str) -> list[Inputs]:
     return [inputs(shape, dtype=dtype, device=device, seed=seed) for seed in range(count)]
-
-
-def training_call(shape: Shape, x: Inputs) -> PrefixAttentionCall:
-    """The call as kernels take it."""
-    return PrefixAttentionCall(
-        query=x.query,
-        key=x.key,
-        value=x.value,
-        prefix_key=x.prefix_key,
-        prefix_value=x.prefix_value,
-        prefix_index=None,
-        prefix_length=None,
-        n_shared=min(N_SHARED, shape.P),
-        reweight_key=(x.U_key, x.V_key),
-        reweight_value=(x.U_value, x.V_value),
-        gate="tanh",
-        gate_alpha=x.gate_alpha,
-        gate_tau=x.gate_tau,
-        padding_mask=None,
-        attn_mask=None,
-        prefix_bias=None,
-        is_causal=shape.is_causal,
-        scale=shape.D**-0.5,
-        softcap=None,
-    )

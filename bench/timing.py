@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,16 @@ Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs o
 
 CACHES = 3  # the sets of inputs hold so many times what the last cache does
 FEWEST_SETS, MOST_SETS = 4, 16
+FEWEST_ROUNDS = 7
 CPU_CACHE = 32 << 20  # bytes
+
+
+class Turns(NamedTuple):
+    """How candidates take turns."""
+
+    rounds: int  # at the most
+    seconds: float = math.inf  # after which no round begins, if there were FEWEST_ROUNDS
+    sample_ms: float = 1.0  # how long a turn lasts at the least
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ def sets_for(set_bytes: int, device: torch.device) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """An error as a cell of a table has room for it."""
+    """An error as a cell of a table has room for it: what was at the bottom of it."""
+    while error.__cause__ is not None and type(error.__cause__).__name__ != "_RemoteTraceback":
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
@@ -71,6 +82,7 @@ def compare(
     *,
     device: torch.device,
     rounds: int,
+    seconds: float = math.inf,
     differences: Mapping[str, tuple[str, str]] | None = None,
     eager: bool = True,
     sample_ms: float = 1.0,
@@ -80,21 +92,22 @@ def compare(
     Args:
         setups: by name, what makes a candidate's calls: the same work, one call for each set of inputs.
         device: where they run. On a CPU there is no graph, and the eager figure is all.
-        rounds: how often each has its turn.
+        rounds: how often each has its turn at the most.
+        seconds: after so many no round begins, if there were FEWEST_ROUNDS.
         differences: by name, two candidates with as many calls; the result holds the first's time less the second's,
             round by round. So a backward pass is timed as a training step has it: the step less its forward pass.
         eager: also by the host's clock, where there is a graph.
         sample_ms: how long a turn lasts at least, in milliseconds.
     """
-    which = {"differences": differences or {}, "rounds": rounds, "sample_ms": sample_ms}
+    turns = Turns(rounds, seconds, sample_ms)
     if device.type != "cuda":
-        return _compare(setups, None, eager=True, **which)
+        return _compare(setups, None, turns, differences or {}, eager=True)
     # Autograd runs a backward pass on the stream of the forward pass, and memory is kept by stream: so all that is done
     # here, warm-up, capture and replay, is done on one, which is not the default one, for that cannot be captured.
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        measurements = _compare(setups, device, eager=eager, **which)
+        measurements = _compare(setups, device, turns, differences or {}, eager=eager)
     stream.synchronize()
     return measurements
 
@@ -102,11 +115,10 @@ def compare(
 def _compare(
     setups: Mapping[str, Callable[[], Sequence[Call]]],
     gpu: torch.device | None,
-    *,
+    turns: Turns,
     differences: Mapping[str, tuple[str, str]],
-    rounds: int,
+    *,
     eager: bool,
-    sample_ms: float,
 ) -> dict[str, Measurement]:
     candidates = {name: _Candidate() for name in (*setups, *differences)}
     pool = None if gpu is None else torch.cuda.graph_pool_handle()  # shared: no graph's result is ever read
@@ -131,7 +143,7 @@ def _compare(
         ("graph", replays, device_milliseconds),
         ("eager", passes, host_milliseconds if gpu is None else synchronized_milliseconds),
     ):
-        samples, errors = round_robin(runs, stopwatch, rounds=rounds, sample_ms=sample_ms)
+        samples, errors = round_robin(runs, stopwatch, turns)
         for name, milliseconds in samples.items():
             candidates[name].timings[kind] = _timing([ms / len(candidates[name].calls) for ms in milliseconds])
         for name, (whole, part) in differences.items():
@@ -146,7 +158,7 @@ def _compare(
 
 
 def round_robin(
-    runs: Mapping[str, Call], stopwatch: Stopwatch, *, rounds: int, sample_ms: float
+    runs: Mapping[str, Call], stopwatch: Stopwatch, turns: Turns
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The milliseconds of a run, one figure a round; and the errors of those that failed, who then have no figures."""
     samples: dict[str, list[float]] = {}
@@ -157,7 +169,10 @@ def round_robin(
     gc.collect()
     gc.disable()  # as timeit does
     try:
-        for turn in range(-1, rounds):  # the round before the first finds out how many runs make a sample
+        started = time.perf_counter()
+        for turn in range(-1, turns.rounds):  # the round before the first finds out how many runs make a sample
+            if turn >= FEWEST_ROUNDS and time.perf_counter() - started > turns.seconds:
+                break
             first = turn % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 if name in errors:
@@ -169,7 +184,7 @@ def round_robin(
                     samples.pop(name, None)
                     continue
                 if turn < 0:
-                    times[name] = min(max(1, math.ceil(sample_ms / max(milliseconds, 1e-6))), 1000)
+                    times[name] = min(max(1, math.ceil(turns.sample_ms / max(milliseconds, 1e-6))), 1000)
                 else:
                     samples.setdefault(name, []).append(milliseconds)
     finally:

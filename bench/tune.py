@@ -92,7 +92,7 @@ class Pass:
 
     def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
         self.direction, self.d_output = direction, x.d_output
-        self.call = shapes.training_call(shape, x)
+        self.call = x.call(shape)
         self.outputs = forward.empty_outputs(self.call)
         self.gradients = backward.empty_gradients(self.call, [True] * len(backward.INPUTS))
         forward.launch(self.call, *self.outputs).run()

@@ -12,7 +12,6 @@ from qtuning_fast.bench import mixed_tasks
 @pytest.fixture
 def small(monkeypatch, tiny_bert):
     monkeypatch.setattr(mixed_tasks, "load_base_model", lambda name: (tiny_bert, None))
-    monkeypatch.setattr(mixed_tasks, "versions_on", lambda device: {"torch": "1"})
     monkeypatch.setattr(mixed_tasks, "SAMPLES", 8)
     monkeypatch.setattr(mixed_tasks, "TOKENS", 6)
     monkeypatch.setattr(mixed_tasks, "FIRST_WORD", 5)
@@ -29,7 +28,7 @@ def test_each_task_as_often_as_any_other():
 def test_a_run_ends_in_a_file_and_a_table(small, tmp_path, capsys):
     out = tmp_path / "new" / "mixed_tasks.json"
     assert mixed_tasks.main(["--rounds", "2", "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text())["entries"]["forward"]["rows"]
     assert list(rows) == ["one-task", "named-1", "named-2", "named-4", "separate-4"]
     assert all(row["eager"]["median"] > 0 for row in rows.values())
     text = capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtuning_fast.bench import timing
-from qtuning_fast.bench.timing import compare, first_line, round_robin, sets_for
+from qtuning_fast.bench.timing import FEWEST_ROUNDS, Turns, compare, first_line, round_robin, sets_for
 
 CPU = torch.device("cpu")
 
@@ -32,14 +32,14 @@ class Clock:
 
 def test_candidates_take_turns_and_each_round_begins_with_another():
     clock = Clock(a=5.0, b=5.0, c=5.0)
-    samples, errors = round_robin({name: clock.run(name) for name in "abc"}, clock, rounds=3, sample_ms=1.0)
+    samples, errors = round_robin({name: clock.run(name) for name in "abc"}, clock, Turns(3))
     assert not errors and samples == {name: [5.0] * 3 for name in "abc"}
     assert "".join(clock.log[3:]) == "abc" + "bca" + "cab"
 
 
 def test_a_sample_lasts_as_long_as_asked_for_and_counts_by_the_run():
     clock = Clock(short=0.25, long=7.0)
-    samples, _ = round_robin({n: clock.run(n) for n in ("short", "long")}, clock, rounds=2, sample_ms=1.0)
+    samples, _ = round_robin({n: clock.run(n) for n in ("short", "long")}, clock, Turns(2))
     assert samples == {"short": [0.25] * 2, "long": [7.0] * 2}
     assert clock.log.count("short") == 1 + 2 * 4 and clock.log.count("long") == 1 + 2
 
@@ -52,7 +52,7 @@ def test_one_that_fails_on_the_way_is_out_and_the_others_go_on():
             raise RuntimeError("out of memory\nand much more")
 
     bad.name = "bad"
-    samples, errors = round_robin({"bad": bad, "good": clock.run("good")}, clock, rounds=4, sample_ms=1.0)
+    samples, errors = round_robin({"bad": bad, "good": clock.run("good")}, clock, Turns(4))
     assert samples == {"good": [1.0] * 4} and errors == {"bad": "RuntimeError: out of memory"}
     assert gc.isenabled()
 
@@ -74,6 +74,21 @@ def test_medians_and_interquartile_ranges(monkeypatch):
     assert (found.median, found.spread, found.rounds) == (3.0, 2.0, 5)
 
 
+def test_a_difference_is_taken_round_by_round(monkeypatch):
+    figures = iter([1.0, 1.0, 5.0, 3.0, 20.0, 30.0, 9.0, 5.0])  # step and forward; in round 2 forward comes first
+    monkeypatch.setattr(timing, "host_milliseconds", lambda run, times: next(figures) * times)
+    setups = {"step": lambda: [lambda: None], "forward": lambda: [lambda: None]}
+    found = compare(setups, device=CPU, rounds=3, differences={"backward": ("step", "forward"), "x": ("step", "no")})
+    assert found["backward"].eager.median == 4.0 and found["backward"].eager.rounds == 3  # of 2, 10 and 4
+    assert found["x"].best is None
+
+
+def test_time_that_is_spent_ends_the_rounds_but_not_the_first_few():
+    clock = Clock(a=5.0)
+    samples, _ = round_robin({"a": clock.run("a")}, clock, Turns(40, seconds=0.0))
+    assert len(samples["a"]) == FEWEST_ROUNDS
+
+
 def test_errors_are_results():
     def refused():
         raise NotImplementedError("no such kernel\n  at line 1")
@@ -86,7 +101,10 @@ def test_errors_are_results():
     assert found["setup"].best is None and found["fine"].best.rounds == 2 and not found["fine"].error
 
 
-def test_first_lines_are_short():
+def test_first_lines_are_short_and_of_what_was_at_the_bottom_of_it():
+    compiler = RuntimeError("compilation failed")
+    compiler.__cause__ = NotImplementedError("no such thing")
+    assert first_line(compiler) == "NotImplementedError: no such thing"
     assert first_line(ValueError()) == "ValueError: "
     assert len(first_line(ValueError("x" * 1000))) == 200
 

@@ -1,0 +1,152 @@
+"""Prefix attention by FlexAttention, with the gate as its `score_mod`, and stronger variants of it.
+
+All that a variant needs (reweighting, expanding and concatenating the prefix, merging) is compiled with it, so that
+this is fused as well. Block masks are built once and not timed. On a CPU FlexAttention computes forward only.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qtuning_fast.bench.eager import concatenated, in_front, per_head, prefix_rows
+from qtuning_fast.bench.tanh_approx import lower_to_ptx, tanh_approx
+from qtuning_fast.call import PrefixAttentionCall
+
+Kernel = Callable[..., Tensor]  # of a call and its block mask
+
+
+def attend(kernel: Kernel, call: PrefixAttentionCall) -> Tensor:
+    """Compiled, with a block mask for prefix and context."""
+    return compiled(kernel)(call, block_mask(call, call.prefix_key.shape[-2]))
+
+
+def attend_merged(call: PrefixAttentionCall) -> Tensor:
+    """FlexAttention over the context alone; the prefix by products, merged at the log-sum-exp."""
+    return compiled(_merged)(call, block_mask(call, 0))
+
+
+def gated(tanh: Callable[[Tensor], Tensor], options: dict[str, Any], call: PrefixAttentionCall, mask: Any) -> Tensor:
+    key, value = concatenated(call)
+    P, alpha, tau = call.prefix_key.shape[-2], call.gate_alpha, call.gate_tau
+    index, bias = call.prefix_index, call.attn_mask
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if call.gate is None:
+            gated_score = score
+        elif index is None:
+            gated_score = score + alpha[h] * tanh(tau[h] * score)
+        else:
+            gated_score = score + alpha[index[b], h] * tanh(tau[index[b], h] * score)
+        biased = score if bias is None else score + bias[0, h, q, torch.clamp(kv - P, min=0)]
+        return torch.where(kv < P, gated_score, biased)
+
+    grouped = call.query.shape[1] != key.shape[1]
+    return flex_attention(
+        call.query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=mask,
+        scale=call.scale,
+        enable_gqa=grouped,
+        kernel_options=options or None,
+    )
+
+
+def exact(call: PrefixAttentionCall, mask: Any) -> Tensor:
+    return gated(torch.tanh, {}, call, mask)
+
+
+def approximate(call: PrefixAttentionCall, mask: Any) -> Tensor:
+    """With the GPU's own tanh, as our kernels in bfloat16."""
+    if call.query.is_cuda:
+        lower_to_ptx()
+    return gated(tanh_approx, {}, call, mask)
+
+
+def by_flash(call: PrefixAttentionCall, mask: Any) -> Tensor:
+    """By its FlashAttention backend."""
+    return gated(torch.tanh, {"BACKEND": "FLASH"}, call, mask)
+
+
+def merged(context: Callable[..., tuple[Tensor, Tensor]], call: PrefixAttentionCall, mask: Any) -> Tensor:
+    """Context by `context`, which also gives a log-sum-exp [B, Hq, N]; the prefix by products; both merged."""
+    dtype, Hkv = call.query.dtype, call.key.shape[1]
+    o_ctx, L_ctx = context(call, mask)
+    key = prefix_rows(call, call.prefix_key, call.reweight_key)
+    value = prefix_rows(call, call.prefix_value, call.reweight_value)
+    of_prefix = "hpd" if call.prefix_index is None else "bhpd"
+    query = call.query.unflatten(1, (Hkv, -1))  # [B, Hkv, G, N, D]
+    s = torch.einsum(f"bhgnd,{of_prefix}->bhgnp", query, key).flatten(1, 2).float() * call.scale
+    s = s + per_head(call, call.gate_alpha) * torch.tanh(per_head(call, call.gate_tau) * s)
+    L = torch.logaddexp(L_ctx, s.logsumexp(dim=-1))
+    p = torch.exp(s - L[..., None]).to(dtype).unflatten(1, (Hkv, -1))
+    o_pre = torch.einsum(f"bhgnp,{of_prefix}->bhgnd", p, value).flatten(1, 2)
+    return (o_ctx * torch.exp(L_ctx - L)[..., None] + o_pre).to(dtype)
+
+
+def _context(call: PrefixAttentionCall, mask: Any) -> tuple[Tensor, Tensor]:
+    bias = call.attn_mask
+
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return score if bias is None else score + bias[0, h, q, kv]
+
+    output, aux = flex_attention(
+        call.query,
+        call.key,
+        call.value,
+        score_mod=None if bias is None else add_bias,
+        block_mask=mask,
+        scale=call.scale,
+        enable_gqa=call.query.shape[1] != call.key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    assert aux.lse is not None
+    return output, aux.lse
+
+
+def _merged(call: PrefixAttentionCall, mask: Any) -> Tensor:
+    return merged(_context, call, mask)
+
+
+@cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For the shapes at hand; what would need another graph is an error, not a slow answer."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+_padded_masks = WeakTensorKeyDictionary()
+
+
+def block_mask(call: PrefixAttentionCall, P: int) -> Any:
+    """Which blocks of context are seen, with P rows in front that all queries see; None: all are."""
+    (B, _, N, _), M = call.query.shape, call.key.shape[2]
+    if call.padding_mask is None:
+        return _causal_mask(N, M, P, str(call.query.device)) if call.is_causal else None
+    if call.padding_mask not in _padded_masks:
+        visible = in_front(call.padding_mask.new_ones(1, 1, P, 1), call.padding_mask[:, None, :, None])[:, 0, :, 0]
+        _padded_masks[call.padding_mask] = create_block_mask(
+            lambda b, h, q, kv: visible[b, kv], B, None, N, P + M, device=str(call.query.device)
+        )
+    return _padded_masks[call.padding_mask]
+
+
+@cache
+def _causal_mask(N: int, M: int, P: int, device: str) -> Any:
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (kv < P) | (q + M - N >= kv - P)
+
+    return create_block_mask(visible, None, None, N, P + M, device=device)
+
+
+ATTENDS: dict[str, Callable[[PrefixAttentionCall], Tensor]] = {
+    "flex": partial(attend, exact),
+    "flex-tanh-approx": partial(attend, approximate),
+    "flex-merged": attend_merged,
+    "flex-flash": partial(attend, by_flash),
+}

@@ -1,0 +1,104 @@
+"""How the time grows with the length N, the prefix's rows P, the batch, and the tasks in a mixed batch.
+
+    python -m qtuning_fast.bench.growth
+    python -m qtuning_fast.bench.growth --with P --peer composed eager
+
+Steps of BERT-base's heads; for the tasks of a mixed batch, which is what a server sees, forward passes with folded
+prefixes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qtuning_fast.bench import tables
+from qtuning_fast.bench.attention import begin
+from qtuning_fast.bench.measure import TURNS, as_json, default_device, default_dtype, in_a_process, measure_cases
+from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.bench.results import RUNS
+from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
+from qtuning_fast.bench.timing import Turns, first_line
+
+GROWTH_TURNS = Turns(rounds=20, seconds=4.0)
+PEERS_ON_GPU = ("fused", "composed", "eager", "flex", "sdpa")
+PEERS_ON_CPU = ("composed", "eager", "sdpa")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One size of a shape that grows."""
+
+    size: str  # a field of Shape
+    base: Shape
+    on_gpu: tuple[int, ...]
+    on_cpu: tuple[int, ...]
+    fixed: dict[str, int]  # what else a CPU has otherwise
+
+    def shapes(self, device: str, *, tiny: bool) -> dict[int, Shape]:
+        sizes = self.on_gpu if device == "cuda" else self.on_cpu
+        if tiny:
+            base, sizes = replace(TINY, trained=self.base.trained), (2, 3)
+        else:
+            base = self.base if device == "cuda" else replace(self.base, **self.fixed)
+        return {size: replace(base, **{self.size: size}, name=f"{self.size}={size}") for size in sizes}
+
+
+_SERVING = replace(BERT_BASE, trained=False)
+SERIES = {
+    "N": Series("N", BERT_BASE, (128, 256, 512, 1024, 2048, 4096), (64, 128, 256, 512, 1024, 2048), {"B": 2}),
+    "P": Series("P", BERT_BASE, (10, 30, 60, 120, 250, 500, 1000), (10, 30, 60, 120, 250, 500, 1000), {"B": 4}),
+    "B": Series("B", BERT_BASE, (1, 4, 16, 64, 256), (1, 2, 4, 8, 16, 32), {}),
+    "tasks": Series("tasks", _SERVING, (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16), {"B": 16}),
+}
+
+
+def measure(shapes: dict[int, Shape], peers: Sequence[str], device: str, turns: Turns) -> dict[int, dict[str, Any]]:
+    """Rows by size and peer. On a GPU each size's graphs are gone before the next one's are made."""
+    points = {}
+    for size, shape in shapes.items():
+        torch._dynamo.reset()  # else the eighth size would not be compiled any more
+        cases = {peer: (shape, peer) for peer in peers}
+        points[size] = as_json(measure_cases(cases, device, default_dtype(device), turns))
+    return points
+
+
+def main(arguments: list[str] | None = None) -> int:
+    device = default_device()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--with", dest="sizes", nargs="+", choices=SERIES, default=list(SERIES))
+    parser.add_argument(
+        "--peer", nargs="+", choices=PEERS, default=list(PEERS_ON_GPU if device == "cuda" else PEERS_ON_CPU)
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that all is there")
+    parser.add_argument("--out", type=Path, default=RUNS / "growth.json", metavar="FILE")
+    options = parser.parse_args(arguments)
+
+    results, _ = begin("growth", options.out, sys.argv[1:] if arguments is None else arguments)
+    turns = GROWTH_TURNS if not options.dry_run else TURNS._replace(rounds=2)
+    for name in tqdm(options.sizes, unit="series", disable=None):
+        started, shapes = time.perf_counter(), SERIES[name].shapes(device, tiny=options.dry_run)
+        try:
+            points = in_a_process(measure, shapes, options.peer, device, turns)
+        except Exception as error:
+            results.fail(name, first_line(error))
+            continue
+        first = next(iter(shapes.values()))
+        entry = {"of": name, "title": str(first), "pass": "step" if first.trained else "forward", "points": points}
+        entry |= {"peers": options.peer, "seconds": round(time.perf_counter() - started, 1)}
+        results.add(name, entry)
+        tqdm.write(f"\n{tables.growth(entry)}")
+        sys.stdout.flush()
+    for name, reason in results.document["errors"].items():
+        print(f"\n{name}: {reason}")
+    return 1 if results.document["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

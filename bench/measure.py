@@ -1,0 +1,164 @@
+"""One shape, peer by peer: first what it computes, then how long it takes and how much memory."""
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.bench import shapes
+from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdict
+from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
+from qtuning_fast.bench.memory import peak
+from qtuning_fast.bench.peers import PEERS, Prepared
+from qtuning_fast.bench.shapes import Inputs, Shape
+from qtuning_fast.bench.timing import Call, Measurement, Turns, compare, first_line, sets_for
+
+TURNS = Turns(rounds=40, seconds=20.0)
+QUICK = Turns(rounds=8, seconds=5.0)
+PASSES = ("forward", "backward", "step")  # the last is the first two
+
+
+@dataclass
+class Row:
+    """One peer on one shape. In training *forward* records for a backward pass, if the peer has one."""
+
+    errors: Errors = field(default_factory=dict)
+    forward: Measurement = field(default_factory=Measurement)
+    backward: Measurement = field(default_factory=Measurement)
+    step: Measurement = field(default_factory=Measurement)
+    peak: int | None = None  # bytes that a step, or a forward pass, takes at the most beyond its inputs
+    error: str = ""  # what it cannot do, or does wrong
+
+
+def measure(
+    shape: Shape,
+    peers: Sequence[str],
+    device: str,
+    ceilings: Ceilings,
+    *,
+    dtype: torch.dtype | None = None,
+    turns: Turns = TURNS,
+    peaks: bool = True,
+) -> dict[str, Any]:
+    """Peers beside each other on one shape, as JSON has it. In bfloat16 on a GPU, float32 on a CPU, unless told."""
+    started = time.perf_counter()
+    dtype = dtype or default_dtype(device)
+    rows = measure_cases({peer: (shape, peer) for peer in peers}, device, dtype, turns)
+    if peaks:
+        for peer, row in rows.items():
+            if (row.step if shape.trained else row.forward).best is not None:
+                row.peak = _peak(shape, peer, device, dtype)
+    return {
+        "shape": asdict(shape) | {"M": shape.M},
+        "title": str(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        **floors(shape, dtype, ceilings),
+        "rows": as_json(rows),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def measure_cases(
+    cases: Mapping[str, tuple[Shape, str]], device: str, dtype: torch.dtype, turns: Turns
+) -> dict[str, Row]:
+    """Several peers, each on a shape of its own, in turns. What is wrong is not timed."""
+    gpu = torch.device(device)
+    rows = {name: Row() for name in cases}
+    setups: dict[str, Callable[[], list[Call]]] = {}
+    for shape in dict.fromkeys(shape for shape, _ in cases.values()):
+        count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
+        sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
+        reference = Reference(shape, sets[0])
+        for name, (_, peer) in cases.items():
+            if cases[name][0] is shape:
+                setups |= _checked(name, peer, reference, sets, rows[name], dtype)
+    if gpu.type == "cuda":
+        torch.cuda.empty_cache()  # what the checks took, for the graphs
+    backwards = {f"{name} backward": (f"{name} step", f"{name} forward") for name in cases}
+    times = compare(setups, device=gpu, differences=backwards, **turns._asdict())
+    for name, row in rows.items():
+        row.forward, row.backward, row.step = (times.get(f"{name} {each}", Measurement()) for each in PASSES)
+        row.error = row.error or row.forward.error or row.step.error or row.forward.graph_error or row.step.graph_error
+    return rows
+
+
+def _checked(
+    name: str, peer: str, reference: Reference, sets: Sequence[Inputs], row: Row, dtype: torch.dtype
+) -> dict[str, Callable[[], list[Call]]]:
+    """Writes a peer's errors into its row, and returns what of it may be timed."""
+    shape = reference.shape
+    for training in (True, False) if shape.trained else (False,):
+        try:
+            check(PEERS[peer], reference, row.errors, training=training)
+        except Exception as error:  # what a peer cannot do is its row; what it cannot train it may compute
+            row.error = row.error or first_line(error)
+            continue
+        if wrong := verdict(row.errors, dtype):
+            row.error = wrong
+            return {}
+        prepared = _prepared(peer, shape, sets, training)
+        steps = {f"{name} step": partial(_steps, prepared)} if training else {}
+        return {f"{name} forward": partial(_forwards, prepared)} | steps
+    return {}
+
+
+def as_json(rows: Mapping[str, Row]) -> dict[str, Any]:
+    return {name: asdict(row) for name, row in rows.items()}
+
+
+def _peak(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> int | None:
+    if torch.device(device).type == "cuda":
+        return peak(shape, peer, device, dtype)
+    return in_a_process(peak, shape, peer, device, dtype)
+
+
+def floors(shape: Shape, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, Any]:
+    """Work of each pass, and the milliseconds that it takes at the least."""
+    work = {"forward": forward_work(shape, dtype.itemsize)}
+    if shape.trained:
+        work["backward"] = backward_work(shape, dtype.itemsize)
+        work["step"] = work["forward"] + work["backward"]
+    return {
+        "work": {name: asdict(each) for name, each in work.items()},
+        "floor_ms": {name: each.floor(ceilings) for name, each in work.items()},
+    }
+
+
+def default_dtype(device: str) -> torch.dtype:
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """In a process of its own: what breaks a CUDA context, or takes memory, does so for this one only."""
+    method = "spawn" if sys.platform == "win32" else "forkserver"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])  # forks of a process that has PyTorch and has computed nothing
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments, **options).result()
+
+
+def _prepared(
+    peer: str, shape: Shape, sets: Sequence[Inputs], training: bool
+) -> Callable[[], list[tuple[Prepared, Tensor]]]:
+    """The peer with each set of inputs, prepared once for forward and step."""
+    return cache(lambda: [(prepare(PEERS[peer], shape, x, training=training), x.d_output) for x in sets])
+
+
+def _forwards(prepared: Callable[[], list[tuple[Prepared, Tensor]]]) -> list[Call]:
+    return [one.forward for one, _ in prepared()]
+
+
+def _steps(prepared: Callable[[], list[tuple[Prepared, Tensor]]]) -> list[Call]:
+    return [partial(one.step, d_output) for one, d_output in prepared()]

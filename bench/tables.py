@@ -1,0 +1,114 @@
+"""Results as text, at most 120 columns wide."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qtuning_fast.bench.peers import OURS
+
+WIDTH = 120
+LOWER_BOUND = "sdpa"
+
+Row = Mapping[str, Any]  # as measure.as_json has it
+
+
+def attention(entry: Mapping[str, Any]) -> str:
+    """Peers on one shape: who took how long, how far from the floor and from float64. Who could not, at the end."""
+    shape, rows = entry["shape"], entry["rows"]
+    floors = [f"{name} {ms:.4f} ms ({limit})" for name, (ms, limit) in entry["floor_ms"].items()]
+    whole = "step" if shape["trained"] else "forward"
+    lines = [
+        f"{shape['name']}: {entry['title']}, {entry['dtype']}; {shape['of']}".rstrip("; "),
+        f"  floor: {', '.join(floors)}",
+        f"  {'':<24}{'forward':>10}{'backward':>10}{whole:>10}{'±iqr':>9}{'×ours':>7}{'floor':>7}{'eager':>10}"
+        f"{'peak MB':>9}{'err out':>9}{'grad':>9}",
+    ]
+    ours = next((ms for name in OURS if name in rows and (ms := median(rows[name], whole))), None)
+    for name, row in rows.items():
+        if best(row, "forward") is not None:
+            lines.append(_line(name, row, entry["floor_ms"], whole, ours))
+    lines.extend(_standing(rows, whole))
+    failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
+    return "\n".join([*lines, *failed])
+
+
+def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: float | None) -> str:
+    ms, spread, floor = median(row, whole), best(row, whole), floor_ms[whole][0]
+    eager = row[whole]["eager"] if row[whole]["graph"] else None  # on a CPU it is the figure itself
+    gradients = [error for key, error in row["errors"].items() if key != "output"]
+    cells = [
+        number(median(row, "forward"), 10, 4),
+        number(median(row, "backward"), 10, 4),
+        number(ms, 10, 4),
+        number(spread and spread["spread"], 9, 4),
+        number(ms / ours if ms and ours else None, 7, 2),
+        f"{floor / ms:>7.0%}" if ms else f"{'-':>7}",
+        number(eager and eager["median"], 10, 3),
+        number(None if row["peak"] is None else row["peak"] / 2**20, 9, 1),
+        *(f"{error:>9.0e}" for error in (row["errors"]["output"], max(gradients, default=0.0))),
+    ]
+    return f"  {name:<24}{''.join(cells)}"
+
+
+def _standing(rows: Mapping[str, Row], whole: str) -> list[str]:
+    """How ours stands to eager and to the lower bound, and what gate and reweighting cost."""
+    lines = []
+    for name in OURS:
+        ours = rows.get(name)
+        if ours is None or median(ours, whole) is None:
+            continue
+        said = []
+        if speedup := ratio(rows.get("eager"), ours, whole):
+            said.append(f"{speedup:.2f} times as fast as eager")
+        if slowdown := ratio(ours, rows.get(LOWER_BOUND), whole):
+            said.append(f"{slowdown:.2f} times the time of {LOWER_BOUND}, without a gate")
+        if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
+            said.append(f"gate and reweighting {cost - 1:+.1%}")
+        lines.append(f"  {name}: {'; '.join(said)}")
+    return lines
+
+
+def ingredients(entry: Mapping[str, Any]) -> str:
+    """What each ingredient costs: the time with all of them, and without one."""
+    rows, whole = entry["rows"], "step"
+    everything = median(rows["all"], whole)
+    lines = [f"{entry['name']}: {entry['title']}, {entry['dtype']}, {entry['peer']}"]
+    lines.append(f"  {'':<24}{whole + ' ms':>12}{'±iqr':>10}{'it costs':>12}{'':>10}")
+    for name, row in rows.items():
+        ms, spread = median(row, whole), best(row, whole)
+        if ms is None or everything is None:
+            lines.append(f"  {name:<24}{row['error']}"[:WIDTH])
+            continue
+        cost = "" if name == "all" else f"{everything - ms:>+9.4f} ms{(everything - ms) / ms:>+10.1%}"
+        lines.append(f"  {name:<24}{ms:>12.4f}{spread['spread']:>10.4f}{cost}")
+    return "\n".join(lines)
+
+
+def growth(entry: Mapping[str, Any]) -> str:
+    """One line a peer, one column a size."""
+    points = entry["points"]
+    lines = [f"growth with {entry['of']}: {entry['title']}; {entry['pass']}, ms"]
+    lines.append(f"  {entry['of']:<18}" + "".join(f"{size:>10}" for size in points))
+    for peer in entry["peers"]:
+        cells = [number(median(rows[peer], entry["pass"]), 10, 3) for rows in points.values()]
+        lines.append(f"  {peer:<18}{''.join(cells)}"[:WIDTH])
+    return "\n".join(lines)
+
+
+def best(row: Row, which: str) -> dict[str, Any] | None:
+    """The GPU's own time where there is one."""
+    return row[which]["graph"] or row[which]["eager"]
+
+
+def median(row: Row, which: str) -> float | None:
+    timing = best(row, which)
+    return timing and timing["median"]
+
+
+def ratio(row: Row | None, other: Row | None, which: str) -> float | None:
+    """How many times as long as the other one it took."""
+    a, b = (None if x is None else median(x, which) for x in (row, other))
+    return a / b if a and b else None
+
+
+def number(x: float | None, width: int, digits: int) -> str:
+    return f"{'-' if x is None else f'{x:.{digits}f}':>{width}}"

@@ -1,0 +1,104 @@
+"""The peers compute what they say they do, on every kind of shape."""
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention
+
+from qtuning_fast.bench import flex, peers
+from qtuning_fast.bench.accuracy import Reference, check, prepare
+from qtuning_fast.bench.peers import PEERS, Peer
+from qtuning_fast.bench.shapes import SHAPES, TINIES, TINY, Shape, inputs
+
+ON_CPU = [
+    *("composed", "composed-no-gate", "composed-no-reweighting", "composed-plain", "composed-prefix-only"),
+    *("reference", "eager", "sdpa", "sdpa-no-concat"),
+]
+IN_THE_INTERPRETER = ["fused", "fused-plain", "fused-prefix-only"]
+CLOSE = 1e-5  # float32 against float64: a hundred times its eps
+
+
+def errors_of(peer: Peer, shape: Shape, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    errors = {}
+    check(peer, Reference(shape, inputs(shape, dtype=dtype, device=device)), errors, training=shape.trained)
+    return errors
+
+
+def expected_names(name: str, shape: Shape) -> set[str]:
+    if not shape.trained:
+        return {"output"}
+    peer, names = PEERS[name], {"output", "prefix_key", "prefix_value"}
+    names |= set() if "prefix-only" in name else {"query", "key", "value"}
+    names |= {"U_key", "V_key", "U_value", "V_value"} if peer.reweighted else set()
+    return names | ({"gate_alpha", "gate_tau"} if peer.gated else set())
+
+
+@pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", ON_CPU)
+def test_peers_agree_with_the_reference(name, shape):
+    errors = errors_of(PEERS[name], shape)
+    assert errors.keys() == expected_names(name, shape) and max(errors.values()) < CLOSE
+
+
+@pytest.mark.parametrize("shape", [s for s in TINIES if s.name in ("tiny-causal", "tiny-mixed")], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", IN_THE_INTERPRETER)
+def test_the_kernels_agree_with_the_reference(name, shape):
+    small = Shape(**(vars(shape) | {"B": shape.tasks}))  # the interpreter takes its time
+    errors = errors_of(PEERS[name], small)
+    assert errors.keys() == expected_names(name, small) and max(errors.values()) < CLOSE
+
+
+def plain_context(call, block_mask):
+    """Attention over the context with its log-sum-exp, in place of FlexAttention, which gives none on a CPU."""
+    G = call.query.shape[1] // call.key.shape[1]
+    key, value = (x.repeat_interleave(G, dim=1) for x in (call.key, call.value))
+    s = call.query @ key.mT * call.scale
+    if call.is_causal:
+        s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return s.softmax(-1) @ value, s.logsumexp(-1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-causal", "tiny-mixed"])
+def test_context_and_prefix_are_merged_as_they_should_be(name):
+    peer = Peer("", lambda call: flex.merged(plain_context, call, None))
+    errors = errors_of(peer, SHAPES[name])
+    assert len(errors) == 12 and max(errors.values()) < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", ["flex", "flex-tanh-approx"])
+def test_flex_attention_computes_the_operator(name, shape, monkeypatch):
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    monkeypatch.setattr(flex, "compiled", lambda function: function)  # the logic is what is tested
+    errors = {}
+    check(PEERS[name], Reference(shape, inputs(shape, dtype=torch.float32, device="cpu")), errors, training=False)
+    assert errors["output"] < CLOSE
+
+
+def test_what_belongs_to_no_gate_has_no_gradient():
+    x = inputs(TINY, dtype=torch.float32, device="cpu")
+    assert "gate_alpha" not in prepare(PEERS["sdpa"], TINY, x, training=True).leaves
+    assert prepare(PEERS["composed-prefix-only"], TINY, x, training=True).leaves.keys() >= {"U_key", "prefix_key"}
+    assert prepare(PEERS["context-alone"], TINY, x, training=True).leaves.keys() == {"query", "key", "value"}
+
+
+@pytest.mark.parametrize("name", ["context-alone", "sdpa-cudnn", "flash-attn-2"])
+def test_what_cannot_be_computed_is_refused(name):
+    shape = SHAPES["tiny-padded" if name == "context-alone" else "tiny-causal"]
+    with pytest.raises((NotImplementedError, ImportError)):
+        errors_of(PEERS[name], shape)
+
+
+def test_ours_is_called_as_users_call_it(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(peers, "prefix_attention", lambda **arguments: seen.update(arguments))
+    shape = SHAPES["tiny-padded"]
+    peers.own("composed", inputs(shape, dtype=torch.float32, device="cpu").call(shape))
+    assert seen["backend"] == "composed" and seen["attn_mask"].shape == (3, 24) and "padding_mask" not in seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*ON_CPU, *IN_THE_INTERPRETER])
+def test_peers_agree_with_the_reference_on_a_gpu(name):  # others are compiled for long, and checked when they are timed
+    shape = Shape(**(vars(SHAPES["bert-base"]) | {"B": 2}))
+    assert max(errors_of(PEERS[name], shape, device="cuda", dtype=torch.bfloat16).values()) < 0.05
