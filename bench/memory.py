@@ -1,10 +1,11 @@
-"""How much memory a training step of a peer takes beyond its inputs, at the most.
+"""How much memory a step takes at the most, beyond what is held before it; and so a training step of a peer.
 
 On a GPU it is what PyTorch's allocator has handed out. On a CPU it is by how much the process grew, which counts
 whatever is taken, by whomever; so there it is measured in a process of its own, and on Linux only.
 """
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,14 +18,18 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def step_peak(shape: Shape, peer: str, device: str) -> int | None:
-    """Bytes; None where there is no way to know. On a CPU to be called in a fresh process."""
+    """Bytes beyond the inputs; None where there is no way to know. On a CPU to be called in a fresh process."""
     gpu = torch.device(device)
-    if gpu.type != "cuda" and not CLEAR.exists():
-        return None
     dtype = torch.bfloat16 if gpu.type == "cuda" else torch.float32
     step = _prepare(TINY, peer, dtype, device)
     step()  # what is loaded and set up once is not the shape's
-    step = _prepare(shape, peer, dtype, device)
+    return peak_of(_prepare(shape, peer, dtype, device), gpu)
+
+
+def peak_of(step: Callable[[], object], gpu: torch.device) -> int | None:
+    """Bytes beyond what is held now; None where there is no way to know."""
+    if gpu.type != "cuda" and not CLEAR.exists():
+        return None
     gc.collect()
     before = _held(gpu)
     step()
