@@ -84,6 +84,7 @@ def compare(
     rounds: int,
     seconds: float = math.inf,
     differences: Mapping[str, tuple[str, str]] | None = None,
+    graphs: bool = True,
     eager: bool = True,
     sample_ms: float = 1.0,
 ) -> dict[str, Measurement]:
@@ -96,6 +97,7 @@ def compare(
         seconds: after so many no round begins, if there were FEWEST_ROUNDS.
         differences: by name, two candidates with as many calls; the result holds the first's time less the second's,
             round by round. So a backward pass is timed as a training step has it: the step less its forward pass.
+        graphs: by CUDA-graph replay, where there is a GPU; False for what a graph cannot hold, as whole training steps.
         eager: also by the host's clock, where there is a graph.
         sample_ms: how long a turn lasts at least, in milliseconds.
     """
@@ -107,7 +109,7 @@ def compare(
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        measurements = _compare(setups, device, turns, differences or {}, eager=eager)
+        measurements = _compare(setups, device, turns, differences or {}, eager=eager or not graphs, graphs=graphs)
     stream.synchronize()
     return measurements
 
@@ -119,6 +121,7 @@ def _compare(
     differences: Mapping[str, tuple[str, str]],
     *,
     eager: bool,
+    graphs: bool = True,
 ) -> dict[str, Measurement]:
     candidates = {name: _Candidate() for name in (*setups, *differences)}
     pool = None if gpu is None else torch.cuda.graph_pool_handle()  # shared: no graph's result is ever read
@@ -130,7 +133,7 @@ def _compare(
         except Exception as error:  # whatever it is, the others go on
             candidate.fail(error)
             continue
-        if gpu is not None:
+        if gpu is not None and graphs:
             try:
                 candidate.replay = captured(candidate.calls, gpu, pool)
             except Exception as error:
