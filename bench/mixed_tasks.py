@@ -1,35 +1,49 @@
 """Batches of several tasks: a whole forward pass when each sample has a task of its own, beside one task for all.
 
-    python -m qtuning_fast.bench.mixed_tasks --out FILE
+    python -m qtuning_fast.bench.mixed_tasks
 
-The model is all-MiniLM-L6-v2, the adapters are random ones of 40 rows. `one-task` has the task set, `named-1`, `-2` and
-`-16` name so many tasks in no order, `separate-16` runs the same samples task by task. Before anything is timed the
-mixed logits are compared with the separate ones.
+The adapters are random ones, and so are the model's weights. `one-task` has the task set, `named-1`, `-2` and `-16`
+name so many tasks in no order, `separate-16` runs the same samples task by task. Before anything is timed the mixed
+logits are compared with the separate ones.
 """
 
 import argparse
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.adapter import TaskAdapter
+from qtuning_fast.bench.architectures import FIRST_WORD, MODELS, base_model
+from qtuning_fast.bench.measure import default_device
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.timing import Call, Measurement, compare
-from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD
 
 ROUNDS = 20
-SAMPLES, TOKENS, ROWS, TASKS = 64, 64, 40, 16
-FIRST_WORD = 1000  # of the vocabulary; before it stand special tokens
-TOLERANCE = 1e-4  # of the largest difference of two logits, which are about 1
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest difference of two logits, which are about 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is served at once."""
+
+    model: str
+    samples: int
+    tokens: int
+    rows: int  # of each prefix
+    tasks: int
+
+
+ON_CPU = Batch("bert-cpu", samples=64, tokens=64, rows=40, tasks=16)
+ON_GPU = Batch("bert-base", samples=64, tokens=128, rows=40, tasks=16)
+TINY = Batch("bert-tiny", samples=8, tokens=6, rows=5, tasks=4)
 
 
 def random_adapter(model: QTuningModel, name: str, rows: int, generator: torch.Generator) -> TaskAdapter:
@@ -52,16 +66,16 @@ def random_adapter(model: QTuningModel, name: str, rows: int, generator: torch.G
     )
 
 
-def model_with_tasks(base_model: Any, rows: int, tasks: int) -> QTuningModel:
-    model = QTuningModel(base_model, QTuningConfig()).eval()
+def model_with_tasks(size: Batch, device: str) -> QTuningModel:
+    model = QTuningModel(base_model(MODELS[size.model], device), QTuningConfig()).eval()
     generator = torch.Generator().manual_seed(0)
-    for number in range(tasks):
-        model.add_task(random_adapter(model, f"task-{number}", rows, generator))
+    for number in range(size.tasks):
+        model.add_task(random_adapter(model, f"task-{number}", size.rows, generator))
     return model
 
 
-def random_batch(model: QTuningModel, samples: int, tokens: int) -> dict[str, Tensor]:
-    ids = torch.randint(FIRST_WORD, model.vocabulary.num_embeddings, (samples, tokens))
+def random_batch(size: Batch, model: QTuningModel) -> dict[str, Tensor]:
+    ids = torch.randint(FIRST_WORD, model.vocabulary.num_embeddings, (size.samples, size.tokens))
     return {name: x.to(model.device) for name, x in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}
 
 
@@ -96,14 +110,14 @@ def measure(model: QTuningModel, batch: dict[str, Tensor], rounds: int) -> dict[
     samples = len(batch["input_ids"])
     mixed = in_no_order(model, samples, len(model.tasks))
     error = (named(model, batch, mixed) - separate(model, batch, mixed)).abs().max().item()
-    if not error < TOLERANCE:
+    if not error < TOLERANCE[model.base_model.dtype]:
         raise AssertionError(f"mixed logits are not those of the tasks by themselves: off by {error:.2g}")
     calls: dict[str, Call] = {"one-task": partial(one_task, model, batch)}
     for tasks in (1, 2, len(model.tasks)):
         calls[f"named-{tasks}"] = partial(named, model, batch, in_no_order(model, samples, tasks))
     calls[f"separate-{len(model.tasks)}"] = partial(separate, model, batch, mixed)
     setups: dict[str, Callable[[], list[Call]]] = {name: partial(list, [call]) for name, call in calls.items()}
-    return compare(setups, device=model.device, rounds=rounds)
+    return compare(setups, device=model.device, rounds=rounds, graphs=False)
 
 
 def table(times: dict[str, Measurement]) -> str:
@@ -121,20 +135,19 @@ def table(times: dict[str, Measurement]) -> str:
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MINILM, help="a folder or a name, as qtuning-fast run takes it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model, to see that all is there")
     parser.add_argument("--out", type=Path, default=RUNS / "mixed_tasks.json", metavar="FILE")
     options = parser.parse_args(arguments)
-    base_model, _ = load_base_model(options.model)
-    model = model_with_tasks(base_model, ROWS, TASKS)
-    batch = random_batch(model, SAMPLES, TOKENS)
-    given = sys.argv[1:] if arguments is None else arguments
-    results = Results("mixed_tasks", options.out, base_model.device.type, given)
-    times = measure(model, batch, options.rounds)
-    sizes = {"samples": SAMPLES, "tokens": TOKENS, "rows": ROWS, "tasks": TASKS}
+    device = default_device()
+    size = TINY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
+    results = Results("mixed_tasks", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    print(results.heading())
+    model = model_with_tasks(size, device)
+    times = measure(model, random_batch(size, model), options.rounds)
     rows = {name: asdict(each) for name, each in times.items()}
-    results.add("forward", {"model": options.model, "sizes": sizes, "rows": rows})
-    print(f"{results.heading()}\n{SAMPLES} samples of {TOKENS} tokens, {ROWS} prefix rows\n{table(times)}")
+    results.add("forward", {"sizes": asdict(size), "of": MODELS[size.model].of, "rows": rows})
+    print(f"{size.samples} samples of {size.tokens} tokens, {size.rows} prefix rows\n{table(times)}")
     return 0
 
 

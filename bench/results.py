@@ -52,15 +52,20 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.out.with_suffix(".part")
-        draft.write_text(json.dumps(self.document, indent=1) + "\n")
-        draft.replace(self.out)
+        write_json(self.out, self.document)
 
     def heading(self) -> str:
         """Device and versions, as a line."""
         versions = ", ".join(f"{name} {number}" for name, number in self.document["versions"].items())
         return f"{device_line(self.document['device'])}; {versions}"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """At once: whoever is cut off leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(document, indent=1) + "\n")
+    draft.replace(path)
 
 
 def provenance(device: str) -> dict[str, Any]:

@@ -67,6 +67,13 @@ def _standing(rows: Mapping[str, Row], whole: str) -> list[str]:
     return lines
 
 
+def headline(entry: Mapping[str, Any]) -> list[str]:
+    """A shape, and how ours stands there."""
+    whole = "step" if entry["shape"]["trained"] else "forward"
+    standing = [line.strip() for line in _standing(entry["rows"], whole)]
+    return [f"  {entry['shape']['name']}: {'; '.join(standing) or 'ours was not measured'}"[:WIDTH]]
+
+
 def ingredients(entry: Mapping[str, Any]) -> str:
     """What each ingredient costs: the time with all of them, and without one."""
     rows, whole = entry["rows"], "step"
