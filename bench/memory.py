@@ -31,6 +31,11 @@ def step_peak(shape: Shape, peer: str, device: str) -> int | None:
     return max(_peak(gpu) - before, 0)
 
 
+def resident_bytes() -> int | None:
+    """What the process holds of the host's memory now; None where there is no way to know."""
+    return _status("VmRSS") if STATUS.exists() else None
+
+
 def _prepare(shape: Shape, peer: str, dtype: torch.dtype, device: str):
     x = shapes.inputs(shape, dtype=dtype, device=device).tracked()
     prepared = PEERS[peer].prepare(shape, x)
