@@ -38,6 +38,11 @@ def peak_of(work: Callable[[], object], gpu: torch.device) -> int | None:
     return max(_most(gpu) - before, 0)
 
 
+def resident_bytes() -> int | None:
+    """What the process holds of the host's memory now; None where there is no way to know."""
+    return _status("VmRSS") if STATUS.exists() else None
+
+
 def _prepared(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> Callable[[], object]:
     x = shapes.inputs(shape, dtype=dtype, device=device)
     prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
@@ -51,17 +56,16 @@ def _held(gpu: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(gpu)
         return torch.cuda.memory_allocated(gpu)
     CLEAR.write_text("5")  # resets VmHWM
-    return resident("VmRSS")
+    return _status("VmRSS")
 
 
 def _most(gpu: torch.device) -> int:
     if gpu.type == "cuda":
         torch.cuda.synchronize(gpu)
         return torch.cuda.max_memory_allocated(gpu)
-    return resident("VmHWM")
+    return _status("VmHWM")
 
 
-def resident(name: str) -> int:
-    """Bytes of this process, by a name in /proc: VmRSS now, VmHWM at the most."""
+def _status(name: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,29 @@ from qtuning_fast.adapter import AdapterInfo, TaskAdapter
 from qtuning_fast.storage import CorruptFileError, file_digest, read_tensors
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdapterFile:
     """Where an adapter's tensors lie: a file in a folder, and its SHA-256."""
 
     folder: Path
     file: str
     sha256: str
+    _seen_whole: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def is_whole(self) -> bool:
-        """Whether the file is there and what was written."""
+        """Whether the file is there and what was written.
+
+        It is read through once, and again when its size or times have changed since: a save asks this of every adapter,
+        and would otherwise take longer with each task. Whoever reads the tensors checks them whatever is known here.
+        """
         path = self.folder / self.file
-        return path.is_file() and file_digest(path) == self.sha256
+        if not path.is_file():
+            return False
+        status = path.stat()
+        seen = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        if seen != self._seen_whole:
+            self._seen_whole = seen if file_digest(path) == self.sha256 else None
+        return self._seen_whole is not None
 
     def read(self, info: AdapterInfo) -> TaskAdapter:
         """The adapter.

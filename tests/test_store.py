@@ -1,6 +1,7 @@
 """Adapters in memory and on disk: read when needed, dropped when there are too many, refused when damaged."""
 
 import copy
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from transformers import BertModel
 
+import qtuning_fast.store
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.pretrained import read_saved
-from qtuning_fast.storage import CorruptFileError
+from qtuning_fast.storage import CorruptFileError, file_digest
 from qtuning_fast.store import AdapterFile, AdapterStore
 
 SMALL = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
@@ -200,6 +202,32 @@ def test_a_save_heals_a_file_whose_adapter_is_in_memory(saved: Path, tiny_bert: 
     path.write_bytes(b"")
     model.save_pretrained(saved)
     assert same(read_saved(saved).adapters["task-1"], model.adapters["task-1"])
+
+
+def test_a_save_reads_no_file_through_that_it_knows(
+    tiny_bert: BertModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_through: list[str] = []
+
+    def noted(path: Path) -> str:
+        read_through.append(path.name[:8])
+        return file_digest(path)
+
+    monkeypatch.setattr(qtuning_fast.store, "file_digest", noted)
+    model = QTuningModel(tiny_bert, QTuningConfig(**SMALL))
+    for number in range(6):
+        model.start_task(f"task-{number}", 2)
+        model.finish_task()
+        model.save_pretrained(tmp_path)
+    assert read_through == [f"task-00{number}" for number in range(5)]  # each by the save after its own
+    (path,) = tmp_path.glob("task-001-*")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(0, 0))  # whatever the clock's resolution
+    model.save_pretrained(tmp_path)
+    assert read_through[5:] == ["task-001", "task-005"]
+    assert same(read_saved(tmp_path).adapters["task-1"], model.adapters["task-1"])
 
 
 def test_many_threads_read_at_once(saved: Path) -> None:
