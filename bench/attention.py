@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.floors import Ceilings, measured_ceilings
-from qtuning_fast.bench.measure import QUICK, TURNS, default_device, in_a_process, measure
+from qtuning_fast.bench.measure import QUICK, REHEARSED, TURNS, default_device, in_a_process, measure
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES, Shape
@@ -58,7 +58,7 @@ def ask(question: str, about: str | None, shapes: Sequence[Shape], arguments: li
         if time.perf_counter() - started > options.budget_seconds:
             results.fail(shape.name, "left out: the time was spent")
             continue
-        turns = QUICK if options.quick or options.dry_run else TURNS
+        turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
         try:
             entry = in_a_process(measure, shape, peers, default_device(), ceilings, turns=turns)
         except Exception as error:  # a process that died; the others go on

@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not points:
         print("nothing was measured: the table stays as it is")
         return 1
-    found = rules(device, points, results.heading())
+    found = rules(device, points, results.measured())
     print(*found, sep="\n")
     for p in points:
         results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.attention import begin
-from qtuning_fast.bench.measure import TURNS, as_json, default_device, default_dtype, in_a_process, measure_cases
+from qtuning_fast.bench.measure import REHEARSED, as_json, default_device, default_dtype, in_a_process, measure_cases
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     results, _ = begin("growth", options.out, sys.argv[1:] if arguments is None else arguments)
-    turns = GROWTH_TURNS if not options.dry_run else TURNS._replace(rounds=2)
+    turns = REHEARSED if options.dry_run else GROWTH_TURNS
     for name in tqdm(options.sizes, unit="series", disable=None):
         started, shapes = time.perf_counter(), SERIES[name].shapes(device, tiny=options.dry_run)
         try:

@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.attention import begin
-from qtuning_fast.bench.measure import QUICK, TURNS, as_json, default_device, default_dtype, in_a_process, measure_cases
+from qtuning_fast.bench.measure import (
+    QUICK,
+    REHEARSED,
+    TURNS,
+    as_json,
+    default_device,
+    default_dtype,
+    in_a_process,
+    measure_cases,
+)
 from qtuning_fast.bench.peers import OURS
 from qtuning_fast.bench.results import RUNS
 from qtuning_fast.bench.shapes import SHAPES, TINY, Shape
@@ -69,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [TINY] if options.dry_run else [SHAPES[name] for name in named]
 
     results, _ = begin("ingredients", options.out, sys.argv[1:] if arguments is None else arguments)
-    turns = QUICK if options.quick or options.dry_run else TURNS
+    turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
     for shape, peer in tqdm([(s, p) for s in shapes for p in options.peer], unit="shape", disable=None):
         name = f"{shape.name} {peer}"
         try:

@@ -22,6 +22,7 @@ from qtuning_fast.bench.timing import Call, Measurement, Turns, compare, first_l
 
 TURNS = Turns(rounds=40, seconds=20.0)
 QUICK = Turns(rounds=8, seconds=5.0)
+REHEARSED = Turns(rounds=2)  # on one set of inputs
 PASSES = ("forward", "backward", "step")  # the last is the first two
 
 
@@ -73,7 +74,7 @@ def measure_cases(
     rows = {name: Row() for name in cases}
     setups: dict[str, Callable[[], list[Call]]] = {}
     for shape in dict.fromkeys(shape for shape, _ in cases.values()):
-        count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
+        count = 1 if turns == REHEARSED else sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
         reference = Reference(shape, sets[0])
         for name, (_, peer) in cases.items():

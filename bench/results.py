@@ -55,9 +55,15 @@ class Results:
         write_json(self.out, self.document)
 
     def heading(self) -> str:
-        """Device and versions, as a line."""
+        """Device and versions."""
         versions = ", ".join(f"{name} {number}" for name, number in self.document["versions"].items())
-        return f"{device_line(self.document['device'])}; {versions}"
+        return f"{device_line(self.document['device'])}\n{versions}"
+
+    def measured(self) -> str:
+        """The same in short, for tables that are measured."""
+        known = self.document["versions"]
+        computing = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton") if name in known)
+        return f"{device_line(self.document['device'])}, {computing}"
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ is cut off counts as far as it got.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -26,13 +25,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.candidates import candidates, compile_for, obstacle
 from qtuning_fast.bench.compile_report import TARGETS
-from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, VIT_B16, WIDE, Inputs, Shape
+from qtuning_fast.bench.measure import default_device
+from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, TINY, VIT_B16, WIDE, Inputs, Shape
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
 from qtuning_fast.kernels import backward, blocks, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.blocks import DEFAULT, DIRECTIONS, Blocks, blocks_for, instead
@@ -254,13 +254,15 @@ def tune(
     budget_seconds: float,
     finished: Callable[[Job, list[Trial], Trial | None], None],
     rounds: int = ROUNDS,
+    tried: Callable[[Blocks], list[Blocks]] = candidates,
+    measured_on: Mapping[int, tuple[Shape, ...]] = SHAPES,
 ) -> list[Job]:
     """Measures job after job, hands each to `finished`, and returns those for which no time was left."""
     end = time.monotonic() + budget_seconds
     work = []
     for job in jobs:
-        trials = [Trial(entry) for entry in candidates(incumbent_of(target, job))]
-        on = SHAPES[job.head_size]
+        trials = [Trial(entry) for entry in tried(incumbent_of(target, job))]
+        on = measured_on[job.head_size]
         work.append((job, trials, [compiling(compile_for, target, DTYPES[job.dtype], t.entry, on) for t in trials]))
     for i, (job, trials, futures) in enumerate(work):
         for trial, future in zip(trials, futures):
@@ -274,7 +276,7 @@ def tune(
         if trials[0].error:  # the others are measured against it: where it does not compile, no verdict counts
             for trial in trials:
                 trial.error = ""
-        for shape in SHAPES[job.head_size]:
+        for shape in measured_on[job.head_size]:
             try:
                 measure(trials, shape, DTYPES[job.dtype], device, rounds)
             except Exception as error:  # the incumbent itself does not run
@@ -284,32 +286,56 @@ def tune(
     return []
 
 
+def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None]) -> list[Job]:
+    """One job on a tiny shape in Triton's interpreter, with one candidate beside the incumbent; nothing is compiled."""
+
+    def not_compiled(*_: Any) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        future.set_result({"registers": 0, "spilled": 0, "shared": 0})
+        return future
+
+    return tune(
+        [Job("fp32", 32, "forward")],
+        not_compiled,
+        target="sm_90",
+        device=torch.device("cpu"),
+        budget_seconds=math.inf,
+        finished=finished,
+        rounds=2,
+        tried=lambda incumbent: candidates(incumbent)[:2],
+        measured_on={32: (replace(TINY, B=1, D=32),)},
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="begin nothing new after so many")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/tuning.json"), metavar="FILE")
+    parser.add_argument("--out", type=Path, default=RUNS / "tuning.json", metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="leave kernels/blocks.json as it is")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() or INTERPRETED:
-        parser.error("it takes a GPU, and TRITON_INTERPRET not set")
-    target = current_target()
+    rehearsed = options.dry_run and INTERPRETED
+    if not rehearsed and (not torch.cuda.is_available() or INTERPRETED):
+        parser.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
+    target = "sm_90" if rehearsed else current_target()
     if target not in TARGETS:
         parser.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/compile_report.py")
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    measured = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-    document: dict[str, Any] = {"measured": measured, "target": target, "rounds": ROUNDS, "jobs": [], "left_out": []}
+    given = sys.argv[1:] if arguments is None else arguments
+    results = Results("tune", options.out, default_device(), given, target=target, rounds=ROUNDS, left_out=[])
+    measured = results.measured()
 
     def finished(job: Job, trials: list[Trial], best: Trial | None) -> None:
         print(f"\n{report(job, trials, best)}", flush=True)
-        document["jobs"].append(as_json(job, trials, best))
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        results.add(str(job), as_json(job, trials, best))
         if best is not None and not options.dry_run:
             blocks.write(with_entry(blocks.table(), replace(best.entry, measured=measured)))
 
+    if rehearsed:
+        rehearse(finished)
+        return 0
     jobs = [Job(*job) for job in _product(options.dtype, options.head_size, options.direction)]
     print(f"{measured}, {target}; gain over the incumbent, ms a launch by CUDA-graph replay, * wins")
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
@@ -325,9 +351,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    document["left_out"] = [str(job) for job in left_out]
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\nno time left for: {', '.join(document['left_out'])}" if left_out else "\nall measured")
+    results.document["left_out"] = [str(job) for job in left_out]
+    results.write()
+    print(f"\nno time left for: {', '.join(map(str, left_out))}" if left_out else "\nall measured")
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtuning_fast.bench import candidates as candidates_module
-from qtuning_fast.bench import tune
+from qtuning_fast.bench import results, tune
 from qtuning_fast.bench.candidates import candidates, obstacle
 from qtuning_fast.bench.shapes import Shape
 from qtuning_fast.bench.timing import Measurement, Timing
@@ -166,7 +166,6 @@ def done(result) -> Future:
 def test_tuning_stops_when_the_budget_is_spent(monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(tune, "candidates", lambda incumbent: [incumbent])
     measured, finished = [], []
     monkeypatch.setattr(tune, "measure", lambda trials, shape, *rest: measured.append(shape.name))
     jobs = [Job("bf16", D, "forward") for D in (32, 128, 256)]
@@ -177,6 +176,7 @@ def test_tuning_stops_when_the_budget_is_spent(monkeypatch):
         device=CPU,
         budget_seconds=45,
         finished=lambda job, trials, best: finished.append(job),
+        tried=lambda incumbent: [incumbent],
     )
     assert finished == jobs[:2] and left_out == jobs[2:] and measured == ["minilm", "llama-8b"]
 
@@ -219,21 +219,30 @@ def test_a_run_rewrites_the_table_and_keeps_all_measurements(table, tmp_path, mo
     monkeypatch.setattr(tune, "INTERPRETED", False)
     monkeypatch.setattr(tune, "current_target", lambda: "sm_90")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    facts = {"type": "cuda", "name": "a GPU", "GiB": 140}
+    monkeypatch.setattr(results, "device_facts", lambda device: facts)
     before, out = blocks.table(), tmp_path / "new" / "tuning.json"
     run = ["--head-size", "64", "32", "--direction", "forward", "keys", "--out", str(out)]
     assert tune.main(run + ["--dry-run"] * dry_run) == 0
 
     document = json.loads(out.read_text())
-    assert [(job["head_size"], job["direction"]) for job in document["jobs"]] == [
+    assert [(job["head_size"], job["direction"]) for job in document["entries"].values()] == [
         (64, "forward"), (64, "keys"), (32, "forward"), (32, "keys"),
     ]  # fmt: skip
     changed = set(blocks.table()) - set(before)
     assert len(blocks.table()) == len(before) and len(changed) == (0 if dry_run else 4)
     for e in changed:
-        assert e.stages == 2 and e.measured.startswith("a GPU, torch ") and e.target == "sm_90"
+        assert e.stages == 2 and e.measured.startswith("a GPU, 140 GiB, torch ") and e.target == "sm_90"
     text = capsys.readouterr().out
     assert text.endswith("all measured\n") and max(map(len, text.splitlines())) <= 120
+
+
+def test_a_rehearsal_ends_in_the_same_file_and_leaves_the_table_alone(table, tmp_path, capsys):
+    out, before = tmp_path / "tuning.json", blocks.table()
+    assert tune.main(["--dry-run", "--out", str(out)]) == 0
+    [job] = json.loads(out.read_text())["entries"].values()
+    assert len(job["trials"]) == 2 and all(trial["mean"] > 0 for trial in job["trials"]) and job["winner"]
+    assert blocks.table() == before and "incumbent" in capsys.readouterr().out
 
 
 def test_without_a_gpu_nothing_is_tuned(capsys):
