@@ -1,0 +1,154 @@
+"""What was promised of the compute backends, and whether the figures keep it: one line each, met or not.
+
+A figure is a ratio of two times in the same run. The bounds were set before there were figures.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from qtuning_fast.bench.tables import median, ratio
+
+Documents = Mapping[str, Mapping[str, Any]]  # of one device, by question
+
+AT_MOST, AT_LEAST = "at most", "at least"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One bound on one figure."""
+
+    of: str
+    device: str  # "cpu" or "cuda"
+    relation: str
+    bound: float
+    figure: Callable[[Documents], float | None]  # None: it was not measured
+
+    def verdict(self, documents: Documents) -> str:
+        figure = self.figure(documents)
+        if figure is None:
+            return "not measured"
+        kept = figure <= self.bound if self.relation == AT_MOST else figure >= self.bound
+        return "met" if kept else "**not met**"
+
+
+def _rows(documents: Documents, shape: str) -> Mapping[str, Any]:
+    for question in ("attention", "decode"):
+        entry = documents.get(question, {}).get("entries", {}).get(shape)
+        if entry:
+            return entry["rows"]
+    return {}
+
+
+def time_ratio(shape: str, peer: str, other: str, documents: Documents, *, which: str = "step") -> float | None:
+    """How many times as long as another a peer takes."""
+    rows = _rows(documents, shape)
+    return ratio(rows.get(peer), rows.get(other), which)
+
+
+def peak_ratio(shape: str, peer: str, other: str, documents: Documents) -> float | None:
+    peaks = [_rows(documents, shape).get(name, {}).get("peak") for name in (peer, other)]
+    return peaks[0] / peaks[1] if all(peaks) else None
+
+
+def over_context(shape: str, peer: str, documents: Documents) -> float | None:
+    """The step over t (1 + 2P/N), where t is the fastest vendor's step on the context alone, square and causal."""
+    entry = documents.get("attention", {}).get("entries", {}).get(shape)
+    if entry is None:
+        return None
+    rows, sizes = entry["rows"], entry["shape"]
+    alone = [median(row, "step") for name, row in rows.items() if name.startswith("context-alone")]
+    times = [ms for ms in alone if ms]
+    ours = median(rows[peer], "step") if peer in rows else None
+    return ours / (min(times) * (1 + 2 * sizes["P"] / sizes["N"])) if ours and times else None
+
+
+def of_ceiling(shape: str, peer: str, documents: Documents) -> float | None:
+    """The forward pass's matrix products a second over what the device was measured to do."""
+    document = documents.get("attention", {})
+    entry = document.get("entries", {}).get(shape)
+    ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
+    return entry["work"]["forward"]["flops"] / ms * 1e3 / document["ceilings"]["flops"] if entry and ms else None
+
+
+def of_floor(shape: str, peer: str, documents: Documents) -> float | None:
+    """The share of the time that the bytes needed would take at the bandwidth that was measured."""
+    entry = documents.get("decode", {}).get("entries", {}).get(shape)
+    ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
+    return entry["floor_ms"]["forward"][0] / ms if entry and ms else None
+
+
+def flatness(figure: str, documents: Documents) -> float | None:
+    """The last ten of 200 tasks over tasks 6 to 15."""
+    verdict = documents.get("lifelong", {}).get("entries", {}).get("queue", {}).get("verdict")
+    return verdict["ratios"].get(figure) if verdict else None
+
+
+def mixed(documents: Documents) -> float | None:
+    """A batch of sixteen tasks over a batch of one."""
+    rows = documents.get("mixed_tasks", {}).get("entries", {}).get("forward", {}).get("rows", {})
+    times = [row["eager"]["median"] for name in ("named-16", "one-task") if (row := rows.get(name)) and row["eager"]]
+    return times[0] / times[1] if len(times) == 2 else None
+
+
+def _on_cpu() -> list[Promise]:
+    found = []
+    for shape, bound in (("minilm", 1.25), ("minilm-512", 1.15), ("long-2048", 1.10), ("long-4096", 1.10)):
+        figure = partial(time_ratio, f"{shape}-cpu", "composed", "sdpa")
+        found.append(Promise(f"composed over sdpa, {shape}-cpu", "cpu", AT_MOST, bound, figure))
+    for shape in ("long-2048-cpu", "long-4096-cpu"):
+        figure = partial(time_ratio, shape, "reference", "composed")
+        found.append(Promise(f"reference over composed, {shape}", "cpu", AT_LEAST, 3.0, figure))
+    peak = partial(peak_ratio, "long-4096-cpu", "composed", "sdpa")
+    found.append(Promise("peak memory, composed over sdpa, long-4096-cpu", "cpu", AT_MOST, 1.2, peak))
+    return found
+
+
+def _fused_on_gpu() -> list[Promise]:
+    found = []
+
+    def promise(shape: str, peer: str, other: str, relation: str, bound: float) -> None:
+        figure = partial(time_ratio, shape, peer, other)
+        found.append(Promise(f"{peer} over {other}, {shape}", "cuda", relation, bound, figure))
+
+    for shape in ("bert-base", "vit-b16", "minilm", "bert-base-512", "llama-8b"):
+        promise(shape, "flex", "fused", AT_LEAST, 1.5)
+        promise(shape, "flex-tanh-approx", "fused", AT_LEAST, 1.0)
+        promise(shape, "flex-merged", "fused", AT_LEAST, 1.0)
+        if shape != "llama-8b":
+            promise(shape, "reference", "fused", AT_LEAST, 4.0)
+            promise(shape, "fused", "sdpa", AT_MOST, 1.1)
+        promise(shape, "fused", "fused-plain", AT_MOST, 1.05 if shape in ("bert-base-512", "llama-8b") else 1.15)
+    return found
+
+
+def _composed_on_gpu() -> list[Promise]:
+    found = []
+    for shape in ("llama-8b-4096", "long"):
+        alone = partial(over_context, shape, "composed")
+        found.append(Promise(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
+        for peer, bound in (("flex", 1.5), ("flex-tanh-approx", 1.0), ("flex-merged", 1.0)):
+            figure = partial(time_ratio, shape, peer, "composed")
+            found.append(Promise(f"{peer} over composed, {shape}", "cuda", AT_LEAST, bound, figure))
+    products = partial(of_ceiling, "long", "composed")
+    found.append(
+        Promise("share of the matrix-product ceiling, composed forward, long", "cuda", AT_LEAST, 0.6, products)
+    )
+    for shape, bound in (("decode-64", 1.35), ("decode-256", 1.35), ("decode-64-mixed", 1.2)):
+        figure = partial(time_ratio, shape, "sdpa-no-concat", "composed", which="forward")
+        found.append(Promise(f"sdpa-no-concat over composed, {shape}", "cuda", AT_LEAST, bound, figure))
+        floor = partial(of_floor, shape, "composed")
+        found.append(Promise(f"share of the read bandwidth, composed, {shape}", "cuda", AT_LEAST, 0.75, floor))
+    return found
+
+
+def _of_models(device: str) -> list[Promise]:
+    return [
+        Promise("a forward pass of 16 tasks over one task", device, AT_MOST, 1.15, mixed),
+        Promise("step, last ten of 200 tasks over tasks 6 to 15", device, AT_MOST, 1.05, partial(flatness, "step_ms")),
+        Promise("resident memory, likewise", device, AT_MOST, 1.02, partial(flatness, "resident_bytes")),
+    ]
+
+
+PROMISES = [*_on_cpu(), *_of_models("cpu"), *_fused_on_gpu(), *_composed_on_gpu(), *_of_models("cuda")]

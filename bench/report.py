@@ -1,0 +1,397 @@
+"""Turns the results in bench/results/ into docs/performance.md, its pictures, and the figures in README.md.
+
+    python -m qtuning_fast.bench.report               after results have changed
+    python -m qtuning_fast.bench.report --check       says whether that was forgotten
+
+Each folder of results is a device. No figure is written anywhere that is not in one of its files.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtuning_fast.bench import tables
+from qtuning_fast.bench.promises import AT_MOST, PROMISES, flatness, mixed
+from qtuning_fast.bench.results import ROOT, changed_since, device_line
+
+RESULTS, PAGE, IMAGES, README = "bench/results", "docs/performance.md", "docs/images/performance", "README.md"
+BEGIN, END = "<!-- figures: begin, written by python -m qtuning_fast.bench.report -->", "<!-- figures: end -->"
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question on the page."""
+
+    question: str
+    title: str
+    text: str
+    table: Callable[[Document], list[str]] | None = None
+
+
+INTRODUCTION = """\
+# Performance
+
+What one layer and whole models cost, beside every other way to compute them. Peers do the same work in the same run:
+each one's output and gradients are compared with float64 before it is timed, whoever is wrong is not timed, and whoever
+cannot do the work is listed with what it said. Times are medians of interleaved runs, with interquartile ranges; on a
+GPU they are the GPU's own, by CUDA-graph replay. Below each picture stands the command that takes its figures anew, and
+`bench/README.md` in the repository says how they are taken. Your own model on your own machine: `qtuning-fast bench`.
+"""
+NO_GPU = """\
+!!! warning "No figure has been measured on a GPU yet"
+    The Triton kernels are tested in Triton's interpreter and compiled for sm_80, sm_89, sm_90, sm_100 and gfx942; their
+    speed is unknown. `make bench-gpu` measures it, from a bare checkout, within nine minutes.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
+    options = parser.parse_args(arguments)
+    devices = read(ROOT / RESULTS)
+    pages = {PAGE: page(devices), README: with_figures((ROOT / README).read_text(), devices)}
+    if options.check:
+        stale = [name for name, text in pages.items() if (ROOT / name).read_text() != text]
+        stale += [path for path, _, _ in pictures(devices) if not (ROOT / path).exists()]
+        print("\n".join(f"{name} is not what the results say" for name in stale) or "all is as the results say")
+        return 1 if stale else 0
+    for name, text in pages.items():
+        (ROOT / name).write_text(text)
+        print(name)
+    (ROOT / IMAGES).mkdir(parents=True, exist_ok=True)
+    for path, draw, document in pictures(devices):
+        draw(document).savefig(ROOT / path)
+        print(path)
+    return 0
+
+
+def read(folder: Path) -> dict[str, dict[str, Document]]:
+    """Documents by device's folder and by question; what was not written by a benchmark is left alone."""
+    devices: dict[str, dict[str, Document]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        document = json.loads(path.read_text())
+        if "question" in document:
+            devices.setdefault(path.parent.name, {})[path.stem] = document
+    return devices
+
+
+def pictures(devices: Mapping[str, Mapping[str, Document]]) -> list[tuple[str, Callable[[Document], Any], Document]]:
+    """Where each goes, what draws it, and from what."""
+    from qtuning_fast.bench.pictures import PICTURES  # matplotlib, which no one else needs
+
+    found = []
+    for device, documents in devices.items():
+        for question, draw in PICTURES.items():
+            if documents.get(question, {}).get("entries"):
+                found.append((_image(device, question), draw, documents[question]))
+    return found
+
+
+# The page
+
+
+def page(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    kinds = {name: _kind(documents) for name, documents in devices.items()}
+    parts = [INTRODUCTION]
+    if "cuda" not in kinds.values():
+        parts.append(NO_GPU)
+    parts.append(promised(devices))
+    for name, documents in devices.items():
+        parts.append(f"## On {_device(documents)}\n")
+        parts += [section(name, each, documents[each.question]) for each in SECTIONS if each.question in documents]
+    return "\n".join(parts)
+
+
+def section(device: str, each: Section, document: Document) -> str:
+    lines = [f"### {each.title}", "", each.text.strip(), ""]
+    if has_picture(each.question):
+        lines += [f"![{each.title}](images/performance/{device}-{each.question}.png)", ""]
+    if each.table is not None:
+        lines += [*each.table(document), ""]
+    for name, reason in document["errors"].items():
+        lines += [f"Not measured: {name}, {reason}.", ""]
+    return "\n".join([*lines, source(document), ""])
+
+
+def has_picture(question: str) -> bool:
+    return question not in ("mixed_tasks", "choose", "tune", "gpu_tests")
+
+
+def source(document: Document) -> str:
+    """Which command, when, from which code; and whether that code has changed since."""
+    changed = changed_since(document)
+    since = f"**changed since: {', '.join(changed)}**" if changed else "kernels and backends have not changed since"
+    commit = f"commit {document['commit']}" if document["commit"] else "no commit known"
+    modified = ", with changes not committed" if document["modified"] else ""
+    versions = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    return (
+        f"<small>`{_rerun(document['command'])}`; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
+        f"load before {document['load_before']}</small>"
+    )
+
+
+def promised(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """What was promised of each kind of device, and what was measured there."""
+    lines = ["## What was promised", "", "Bounds that were set before anything was measured; ratios are of times.", ""]
+    lines += ["| | bound | measured | |", "|---|---|---|---|"]
+    by_kind = {_kind(documents): documents for documents in devices.values()}
+    titles = {"cpu": "on a CPU", "cuda": "on a GPU"}
+    for promise in PROMISES:
+        documents = by_kind.get(promise.device, {})
+        figure, sign = promise.figure(documents), "≤" if promise.relation == AT_MOST else "≥"
+        shown = "" if figure is None else f"{figure:.3f}"
+        name, verdict = f"{promise.of}, {titles[promise.device]}", promise.verdict(documents)
+        lines.append(f"| {name} | {sign} {promise.bound:g} | {shown} | {verdict} |")
+    return "\n".join([*lines, ""])
+
+
+# Tables
+
+
+def attention_table(document: Document) -> list[str]:
+    """Milliseconds of a step, and ratios to ours."""
+    lines = ["| | ours | floor | eager | sdpa, no gate | memory: ours, eager, sdpa | the same again |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for entry in document["entries"].values():
+        rows, ours = entry["rows"], _ours(entry["rows"])
+        if ours is None or not entry["shape"]["trained"]:
+            continue
+        ms = tables.median(rows[ours], "step")
+        cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['step'][0] / ms:.0%}"]
+        cells += [_times(tables.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
+        cells.append(", ".join(_mebibytes(rows.get(peer)) for peer in (ours, "eager", "sdpa")))
+        cells.append(_times(tables.ratio(rows.get(f"{ours}-again"), rows[ours], "step")))
+        lines.append(f"| {entry['shape']['of']}: {entry['title']} | {' | '.join(cells)} |")
+    return [*lines, "", *_cannot(document)]
+
+
+def _cannot(document: Document) -> list[str]:
+    """Peers that could not do some shape, and what they said."""
+    said: dict[str, str] = {}
+    for entry in document["entries"].values():
+        for peer, row in entry["rows"].items():
+            if row["error"]:
+                said.setdefault(row["error"], f"{peer} ({entry['shape']['name']}): {row['error']}")
+    return ["Who could not, and what it said:", "", *(f"- `{line}`" for line in said.values())] if said else []
+
+
+def decode_table(document: Document) -> list[str]:
+    lines = [
+        "| | ours | share of the bandwidth | over sdpa, prefix in the cache | over eager |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in document["entries"].values():
+        rows, floor = entry["rows"], entry["floor_ms"]["forward"][0]
+        times = {
+            name: ms for name in ("fused", "composed") if name in rows and (ms := tables.median(rows[name], "forward"))
+        }
+        if not times:
+            continue
+        ours = min(times, key=lambda name: times[name])
+        cells = [f"{times[ours]:.3g} ms ({ours})", f"{floor / times[ours]:.0%}"]
+        cells += [_times(tables.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
+        lines.append(f"| {entry['title']} | {' | '.join(cells)} |")
+    return lines
+
+
+def ingredients_table(document: Document) -> list[str]:
+    lines = [
+        "| | " + " | ".join(("gate", "reweighting", "bank", "padding", "all of them")) + " |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in document["entries"].values():
+        rows, everything = entry["rows"], tables.median(entry["rows"]["all"], "step")
+        cells = []
+        for name in ("gate", "reweighting", "bank", "padding", "any"):
+            ms = tables.median(rows[f"without {name}"], "step")
+            cells.append(f"{(everything - ms) / ms:+.1%}" if ms and everything else "")
+        lines.append(f"| {entry['peer']}, {entry['title']} | {' | '.join(cells)} |")
+    return lines
+
+
+def lifelong_table(document: Document) -> list[str]:
+    lines = ["| last ten tasks over tasks 6 to 15 | step | step over the anchor | anchor | memory | adapter |"]
+    lines.append("|---|---|---|---|---|---|")
+    names = ("step_ms", "step_over_anchor", "anchor_ms", "resident_bytes", "adapter_bytes")
+    for method, entry in document["entries"].items():
+        ratios = (entry["verdict"] or {"ratios": {}})["ratios"]
+        cells = [f"{ratios[name]:.3f}" if name in ratios else "" for name in names]
+        lines.append(f"| {method}: {entry['about']} | {' | '.join(cells)} |")
+    return lines
+
+
+def models_table(document: Document) -> list[str]:
+    lines = ["| | tokens a second | memory beyond the weights | trained |", "|---|---|---|---|"]
+    for name, entry in document["entries"].items():
+        for way, row in entry["rows"].items():
+            if row["timing"] is None:
+                lines.append(f"| {name}: {way} | {row['error']} | | |")
+                continue
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+            lines.append(
+                f"| {name}: {way} | {row['tokens_per_second']:,.0f} | {peak} | {row['trainable_parameters']:,} |"
+            )
+    return lines
+
+
+def mixed_table(document: Document) -> list[str]:
+    rows = document["entries"]["forward"]["rows"]
+    base = rows["one-task"]["eager"]["median"]
+    lines = ["| | ms | over one task |", "|---|---|---|"]
+    for name, row in rows.items():
+        timing = row["eager"]
+        lines.append(f"| {name} | {timing['median']:.1f} ± {timing['spread']:.1f} | {timing['median'] / base:.2f} |")
+    return lines
+
+
+SECTIONS = (
+    Section(
+        "attention",
+        "Against peers",
+        """
+Forward and backward of one attention layer with query, key, value, prefix, reweighting and gate all trained. `sdpa` is
+PyTorch's own attention on the concatenated prefix, without a gate: it computes less, and what lies between it and ours
+is what a gate costs. *Floor* is the share of our time that the matrix products, bytes and special functions needed
+would take at what the device was measured to do.
+""",
+        attention_table,
+    ),
+    Section("decode", "Decoding", "One new token for each sequence, with the prefix stored once.", decode_table),
+    Section(
+        "ingredients",
+        "What each ingredient costs",
+        "A step with gate, reweighting, a bank of prefixes and padding, and without one of them at a time.",
+        ingredients_table,
+    ),
+    Section("growth", "Growth", "With the length, the prefix, the batch, and the tasks in a mixed batch."),
+    Section(
+        "lifelong",
+        "200 tasks in a row",
+        """
+Each task is started, trained and finished in a whole model, once with a queue of five prompts and once with prompts
+that only accumulate. The anchor is the base model alone, timed beside each step: it tells a machine that slows down from
+a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins.
+""",
+        lifelong_table,
+    ),
+    Section(
+        "models",
+        "Whole models",
+        """
+Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model and parameters with
+attention computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix; in T5 its
+prefix sits in the decoder alone, so `qtuning_fast-decoder` belongs beside it. `frozen-base` trains an offset behind the
+lowest attention and no prefix: the lower bound.
+""",
+        models_table,
+    ),
+    Section(
+        "mixed_tasks",
+        "Batches of several tasks",
+        "A forward pass of a whole model over 64 samples: one task for all, several tasks in no order, task by task.",
+        mixed_table,
+    ),
+)
+
+
+# README
+
+
+def with_figures(readme: str, devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """README with its figures between the two marks."""
+    before, _, rest = readme.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{README} has no place for figures between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{headlines(devices)}\n{END}{after}"
+
+
+def headlines(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """The two pictures that matter most and what they say, of the fastest kind of device that was measured."""
+    order = sorted(devices, key=lambda name: _kind(devices[name]) != "cuda")
+    name = next((n for n in order if {"attention", "lifelong"} <= devices[n].keys()), None)
+    if name is None:
+        return "No figures yet: `make bench-cpu` or `make bench-gpu`."
+    documents = devices[name]
+    lines = [f"On {_device(documents)}:", ""]
+    lines += [f"![Against peers]({_image(name, 'attention')})", "", _said_of_peers(documents["attention"]), ""]
+    lines += [f"![200 tasks in a row]({_image(name, 'lifelong')})", "", _said_of_tasks(documents), ""]
+    if _kind(documents) != "cuda":
+        lines += ["**No figure has been measured on a GPU yet**; `make bench-gpu` takes them within nine minutes.", ""]
+    lines.append(
+        "All figures, the commands that take them, and what was promised: [docs/performance.md](docs/performance.md)."
+    )
+    return "\n".join(lines)
+
+
+def _said_of_peers(document: Document) -> str:
+    over_eager, over_sdpa = [], []
+    for entry in document["entries"].values():
+        ours = _ours(entry["rows"])
+        if ours and entry["shape"]["trained"]:
+            rows = entry["rows"]
+            over_eager.append(tables.ratio(rows.get("eager"), rows[ours], "step"))
+            over_sdpa.append(tables.ratio(rows[ours], rows.get("sdpa"), "step"))
+    eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
+    return (
+        f"Over {len(eager)} shapes a training step of one layer is {min(eager):.1f} to {max(eager):.1f} times as fast as "
+        f"eager PyTorch, and takes {min(sdpa):.2f} to {max(sdpa):.2f} times the time of PyTorch's own attention, which has "
+        "no gate."
+    )
+
+
+def _said_of_tasks(documents: Mapping[str, Document]) -> str:
+    words = [f"{name} by {value - 1:+.1%}" for name, key in (("its step", "step_ms"), ("memory", "resident_bytes"))
+             if (value := flatness(key, documents))]  # fmt: skip
+    tasks = len(documents["lifelong"]["entries"]["queue"]["per_task"])
+    said = f"From tasks 6 to 15 to the last ten of {tasks}, {' and '.join(words)}."
+    several = mixed(documents)
+    return f"{said} A batch of sixteen tasks takes {several:.2f} times as long as a batch of one." if several else said
+
+
+# Pieces
+
+
+def _ours(rows: Mapping[str, Any]) -> str | None:
+    """The faster of ours."""
+    times = {name: ms for name in ("fused", "composed") if name in rows and (ms := tables.median(rows[name], "step"))}
+    return min(times, key=lambda name: times[name]) if times else None
+
+
+def _times(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f} ×"
+
+
+def _mebibytes(row: Mapping[str, Any] | None) -> str:
+    return "–" if row is None or row["peak"] is None else f"{row['peak'] / 2**20:.0f}" + " MiB"
+
+
+def _image(device: str, question: str) -> str:
+    return f"{IMAGES}/{device}-{question}.png"
+
+
+def _kind(documents: Mapping[str, Document]) -> str:
+    return next(iter(documents.values()))["device"]["type"]
+
+
+def _device(documents: Mapping[str, Document]) -> str:
+    return device_line(next(iter(documents.values()))["device"])
+
+
+def _rerun(command: str) -> str:
+    """Without where its result went."""
+    words = command.split()
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
