@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The theme's notice about its successor, at every build:
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-oldest soak test-gpu tune choose bench-attention bench-decode lint format \
+.PHONY: demo test test-oldest soak test-gpu tune choose bench bench-attention bench-decode lint format \
 	docs docs-serve models-table clean setup
 
 setup: $(STAMP)
@@ -70,6 +70,11 @@ tune:
 choose:
 	PYTHONPATH=. python -m qtuning_fast.bench.choose --out $(OUT)/choose.json
 	cp qtuning_fast/backends/choice.json $(OUT)/
+
+# The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench/short.py -q --benchmark-autosave --benchmark-sort=name \
+		--benchmark-columns=median,iqr,min,rounds $(if $(COMPARE),--benchmark-compare)
 
 bench-attention:
 	PYTHONPATH=. python -m qtuning_fast.bench.attention --budget-seconds 420 --out $(OUT)/attention.json

@@ -18,7 +18,7 @@ from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.memory import peak
 from qtuning_fast.bench.peers import PEERS, Prepared
 from qtuning_fast.bench.shapes import Inputs, Shape
-from qtuning_fast.bench.timing import Call, Measurement, Turns, compare, first_line, sets_for
+from qtuning_fast.bench.timing import Call, Listener, Measurement, Turns, compare, first_line, nobody, sets_for
 
 TURNS = Turns(rounds=40, seconds=20.0)
 QUICK = Turns(rounds=8, seconds=5.0)
@@ -42,32 +42,41 @@ def measure(
     shape: Shape,
     peers: Sequence[str],
     device: str,
-    ceilings: Ceilings,
+    ceilings: Ceilings | None,
     *,
     dtype: torch.dtype | None = None,
     turns: Turns = TURNS,
     peaks: bool = True,
+    listener: Listener = nobody,
 ) -> dict[str, Any]:
-    """Peers beside each other on one shape, as JSON has it. In bfloat16 on a GPU, float32 on a CPU, unless told."""
+    """Peers beside each other on one shape, as JSON has it. In bfloat16 on a GPU, float32 on a CPU, unless told.
+
+    Without ceilings there are no floors.
+    """
     started = time.perf_counter()
     dtype = dtype or default_dtype(device)
-    rows = measure_cases({peer: (shape, peer) for peer in peers}, device, dtype, turns)
+    rows = measure_cases({peer: (shape, peer) for peer in peers}, device, dtype, turns, listener)
     if peaks:
-        for peer, row in rows.items():
+        for done, (peer, row) in enumerate(rows.items()):
+            listener("memory", done / len(rows))
             if (row.step if shape.trained else row.forward).best is not None:
                 row.peak = _peak(shape, peer, device, dtype)
     return {
         "shape": asdict(shape) | {"M": shape.M},
         "title": str(shape),
         "dtype": str(dtype).removeprefix("torch."),
-        **floors(shape, dtype, ceilings),
+        **({} if ceilings is None else floors(shape, dtype, ceilings)),
         "rows": as_json(rows),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
 def measure_cases(
-    cases: Mapping[str, tuple[Shape, str]], device: str, dtype: torch.dtype, turns: Turns
+    cases: Mapping[str, tuple[Shape, str]],
+    device: str,
+    dtype: torch.dtype,
+    turns: Turns,
+    listener: Listener = nobody,
 ) -> dict[str, Row]:
     """Several peers, each on a shape of its own, in turns. What is wrong is not timed."""
     gpu = torch.device(device)
@@ -79,11 +88,12 @@ def measure_cases(
         reference = Reference(shape, sets[0])
         for name, (_, peer) in cases.items():
             if cases[name][0] is shape:
+                listener("checking", list(cases).index(name) / len(cases))
                 setups |= _checked(name, peer, reference, sets, rows[name], dtype)
     if gpu.type == "cuda":
         torch.cuda.empty_cache()  # what the checks took, for the graphs
     backwards = {f"{name} backward": (f"{name} step", f"{name} forward") for name in cases}
-    times = compare(setups, device=gpu, differences=backwards, **turns._asdict())
+    times = compare(setups, device=gpu, differences=backwards, listener=listener, **turns._asdict())
     for name, row in rows.items():
         row.forward, row.backward, row.step = (times.get(f"{name} {each}", Measurement()) for each in PASSES)
         row.error = row.error or row.forward.error or row.step.error or row.forward.graph_error or row.step.graph_error

@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 Call = Callable[[], object]
 Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs of it take
+Listener = Callable[[str, float], None]  # hears of each stage by name, and the share of it that is done
 
 CACHES = 3  # the sets of inputs hold so many times what the last cache does
 FEWEST_SETS, MOST_SETS = 4, 16
@@ -61,6 +63,10 @@ class Measurement:
         return self.graph or self.eager
 
 
+def nobody(stage: str, share: float) -> None:
+    """Who listens where no one waits."""
+
+
 def sets_for(set_bytes: int, device: torch.device) -> int:
     """How many sets of inputs, of so many bytes each, no cache holds."""
     if device.type != "cuda":
@@ -87,6 +93,7 @@ def compare(
     graphs: bool = True,
     eager: bool = True,
     sample_ms: float = 1.0,
+    listener: Listener = nobody,
 ) -> dict[str, Measurement]:
     """Measures candidates by turns.
 
@@ -100,16 +107,18 @@ def compare(
         graphs: by CUDA-graph replay, where there is a GPU; False for what a graph cannot hold, as whole training steps.
         eager: also by the host's clock, where there is a graph.
         sample_ms: how long a turn lasts at least, in milliseconds.
+        listener: hears how far the rounds are.
     """
     turns = Turns(rounds, seconds, sample_ms)
     if device.type != "cuda":
-        return _compare(setups, None, turns, differences or {}, eager=True)
+        return _compare(setups, None, turns, differences or {}, eager=True, listener=listener)
     # Autograd runs a backward pass on the stream of the forward pass, and memory is kept by stream: so all that is done
     # here, warm-up, capture and replay, is done on one, which is not the default one, for that cannot be captured.
     stream = torch.cuda.Stream(device)
     torch.cuda.synchronize(device)
     with torch.cuda.stream(stream):
-        measurements = _compare(setups, device, turns, differences or {}, eager=eager or not graphs, graphs=graphs)
+        options = {"graphs": graphs, "eager": eager or not graphs}
+        measurements = _compare(setups, device, turns, differences or {}, listener=listener, **options)
     stream.synchronize()
     return measurements
 
@@ -122,6 +131,7 @@ def _compare(
     *,
     eager: bool,
     graphs: bool = True,
+    listener: Listener,
 ) -> dict[str, Measurement]:
     candidates = {name: _Candidate() for name in (*setups, *differences)}
     pool = None if gpu is None else torch.cuda.graph_pool_handle()  # shared: no graph's result is ever read
@@ -146,7 +156,8 @@ def _compare(
         ("graph", replays, device_milliseconds),
         ("eager", passes, host_milliseconds if gpu is None else synchronized_milliseconds),
     ):
-        samples, errors = round_robin(runs, stopwatch, turns)
+        stage = "timing" if gpu is None else f"timing, {kind}"
+        samples, errors = round_robin(runs, stopwatch, turns, partial(listener, stage))
         for name, milliseconds in samples.items():
             candidates[name].timings[kind] = _timing([ms / len(candidates[name].calls) for ms in milliseconds])
         for name, (whole, part) in differences.items():
@@ -161,7 +172,10 @@ def _compare(
 
 
 def round_robin(
-    runs: Mapping[str, Call], stopwatch: Stopwatch, turns: Turns
+    runs: Mapping[str, Call],
+    stopwatch: Stopwatch,
+    turns: Turns,
+    listen: Callable[[float], None] = lambda share: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The milliseconds of a run, one figure a round; and the errors of those that failed, who then have no figures."""
     samples: dict[str, list[float]] = {}
@@ -174,8 +188,10 @@ def round_robin(
     try:
         started = time.perf_counter()
         for turn in range(-1, turns.rounds):  # the round before the first finds out how many runs make a sample
-            if turn >= FEWEST_ROUNDS and time.perf_counter() - started > turns.seconds:
+            seconds = time.perf_counter() - started
+            if turn >= FEWEST_ROUNDS and seconds > turns.seconds:
                 break
+            listen(max(0.0, turn / turns.rounds, min(turn / FEWEST_ROUNDS, seconds / max(turns.seconds, 1e-9))))
             first = turn % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 if name in errors:

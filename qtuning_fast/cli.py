@@ -1,4 +1,4 @@
-"""The command line: `qtuning-fast run | eval | predict | report | info`."""
+"""The command line: `qtuning-fast run | eval | predict | report | bench | info`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def _option(panel: str, text: str) -> Any:
 
 
 _data, _method, _training = (partial(_option, panel) for panel in ("Data", "Method", "Training of each task"))
+_which, _sizes = (partial(_option, panel) for panel in ("Whose attention", "What of it"))
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
@@ -57,12 +58,14 @@ def main() -> None:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def _clear_errors(
+    interrupted: str = "What is finished is kept: the same command goes on from here.",
+) -> Iterator[None]:
     """What a user can mend ends in one line and exit code 2; Ctrl-C says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print("\nInterrupted. What is finished is kept: the same command goes on from here.")
+        console.print(f"\nInterrupted. {interrupted}")
         raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -252,6 +255,47 @@ def report(folder: RunFolder) -> None:
         page, metrics, is_summary = rewrite_report(folder)
         console.print(seeds_table(metrics) if is_summary else summary_table(metrics))
         console.print(f"Report: {page}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, _which("A folder or a hub name: its heads; default all-MiniLM-L6-v2.")] = None,
+    shape: Annotated[str | None, _which("A measured shape, such as bert-base-512-cpu or llama-8b.")] = None,
+    heads: Annotated[int | None, _which("Query heads, instead of a model.")] = None,
+    kv_heads: Annotated[int | None, _which("Key and value heads; default as many.")] = None,
+    head_size: Annotated[int | None, _which("Of one head.")] = None,
+    batch: Annotated[int | None, _sizes("Sequences; default 16.")] = None,
+    tokens: Annotated[int | None, _sizes("Of a sequence; default 128.")] = None,
+    context: Annotated[int | None, _sizes("Keys; default as many as tokens, 1024 with --decode.")] = None,
+    prefix_rows: Annotated[int | None, _sizes("Rows of a prefix; default as many as a full queue has.")] = None,
+    tasks: Annotated[int | None, _sizes("Tasks in one batch, each with its prefix; default 1.")] = None,
+    padding: Annotated[float | None, _sizes("Share of the context that is padding, 0 to 0.5; default 0.")] = None,
+    causal: Annotated[bool | None, _sizes("Tokens see no later ones; default as in the model.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="One new token: forward only, over a cache.", rich_help_panel="What of it")
+    ] = False,
+    dtype: Annotated[str, _sizes("auto, float32, bfloat16, float16 or float64.")] = "auto",
+    peer: Annotated[list[str] | None, typer.Option(help="Whom to measure beside what auto takes. Repeat.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
+) -> None:
+    """What attention with a prompt costs a model on this machine, beside other ways to compute it."""
+    with _clear_errors("Nothing is kept."):
+        _quiet()
+        from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
+        from qtuning_fast.bench.measure import QUICK, TURNS
+        from qtuning_fast.bench.own_model import Question, Wanted, results_file
+
+        sizes = (batch, tokens, context, prefix_rows, tasks, padding, causal, decode)
+        question = Question.of(Wanted(model, shape, heads, kv_heads, head_size, *sizes), dtype, peer or ())
+        results = results_file(out, question, sys.argv[1:]) if out is not None else None
+        console.print(question.heading(), markup=False, highlight=False)
+        with Bars(console) as bars:
+            entry = question.measure(QUICK if quick else TURNS, bars)
+        if results is not None:
+            results.add(question.shape.name, entry)
+        console.print(times_table(entry), LEGEND, peers_table(entry), highlight=False)
+        console.print(f"\nauto takes {question.choice}\n\n{verdict(entry)}", markup=False, highlight=False)
 
 
 @app.command()

@@ -33,7 +33,7 @@ def load_base_model(name: str, task_type: str = "sequence-classification") -> tu
     Raises:
         ValueError: there is no such model, it cannot be read, or it is none for tasks of this type.
     """
-    source = _location(name)
+    source = location(name)
     factory = _LANGUAGE_MODELS.get(task_type, AutoModel)
     try:
         model, loading = factory.from_pretrained(source, output_loading_info=True)
@@ -53,7 +53,8 @@ def load_base_model(name: str, task_type: str = "sequence-classification") -> tu
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
-def _location(name: str) -> str:
+def location(name: str) -> str:
+    """Where transformers finds a base model: a folder, or a name on the hub."""
     if name != MINILM:
         return name
     try:
