@@ -22,18 +22,19 @@ Errors = dict[str, float]
 class Reference:
     """Output and gradients in float64.
 
-    On part of the batch: the gradient that comes in is zero for all other samples, so that the prefix's gradients, sums
-    over the batch, are those of that part, while the peers run the shape as it is.
+    On part of the batch, and of one sample that is too long on its last queries, which causality lets see all: the
+    gradient that comes in is zero for all others, so that the prefix's gradients, sums over the batch, are those of
+    that part, while the peers run the shape as it is.
     """
 
     def __init__(self, shape: Shape, x: Inputs) -> None:
-        scores = shape.Hq * shape.N * (shape.P + shape.M)
-        count = min(shape.B, max(1, LARGEST_REFERENCE // scores))
-        self.shape = shape
+        scores = shape.Hq * (shape.P + shape.M)  # of a query
+        count = min(shape.B, max(1, LARGEST_REFERENCE // (scores * shape.N)))
+        self.shape, self.queries = shape, min(shape.N, max(1, LARGEST_REFERENCE // scores))
         # From both ends of the batch: indices that overflow, or a last block forgotten, show at the end.
         self.samples = (torch.arange(count, device=x.query.device) - count // 2) % shape.B
-        chosen = torch.zeros(shape.B, 1, 1, 1, device=x.query.device, dtype=x.query.dtype)
-        chosen[self.samples] = 1
+        chosen = torch.zeros(shape.B, 1, shape.N, 1, device=x.query.device, dtype=x.query.dtype)
+        chosen[self.samples, :, -self.queries :] = 1
         self.inputs = replace(x.detached(), d_output=x.d_output * chosen)
         self._known: dict[tuple[bool, bool, bool], tuple[Tensor, dict[str, Tensor]]] = {}
 
@@ -45,7 +46,7 @@ class Reference:
         return self._known[kind]
 
     def _compute(self, gated: bool, reweighted: bool, has_prefix: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.inputs.of_samples(self.samples).detached(torch.float64).tracked()
+        x = self.inputs.of_samples(self.samples).of_last_queries(self.queries).detached(torch.float64).tracked()
         call = x.call(self.shape, gated=gated, reweighted=reweighted)
         trained = x.trained(gated=gated, reweighted=reweighted and self.shape.trained)
         if not has_prefix:
@@ -56,11 +57,11 @@ class Reference:
         return output.detach(), dict(zip(trained, gradients))
 
     def error(self, name: str, x: Tensor, reference: Tensor) -> float:
-        """Of all that was returned: what belongs to samples that were not chosen must be 0."""
+        """Of all that was returned: what belongs to samples and queries that were not chosen must be 0."""
         x = x.detach().double()
         if name in ("query", "key", "value"):
             whole = torch.zeros_like(x)
-            whole[self.samples] = reference
+            whole[self.samples, :, -reference.shape[2] :] = reference
             reference = whole
         ratio = (x - reference).norm().item() / (reference.norm().item() or 1.0)
         return math.inf if math.isnan(ratio) else ratio
@@ -77,7 +78,7 @@ def check(peer: Peer, reference: Reference, errors: Errors, *, training: bool) -
     x = reference.inputs
     prepared = prepare(peer, reference.shape, x, training=training)
     output = prepared.forward()
-    errors["output"] = reference.error("output", output[reference.samples], expected)
+    errors["output"] = reference.error("output", output[reference.samples, :, -reference.queries :], expected)
     if not training:
         return
     found = torch.autograd.grad(output, list(prepared.leaves.values()), x.d_output)

@@ -12,9 +12,12 @@ gradients.
 """
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,14 +25,19 @@ import torch
 from tqdm import tqdm
 
 from qtuning_fast.bench import tables
+from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.floors import Ceilings, measured_ceilings
-from qtuning_fast.bench.measure import QUICK, REHEARSED, TURNS, default_device, in_a_process, measure
+from qtuning_fast.bench.measure import QUICK, REHEARSED, TURNS, default_device, default_dtype, in_a_process, measure
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES, Shape
+from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES, Shape, inputs
 from qtuning_fast.bench.timing import first_line
 
-ONLY_ON_A_GPU = ("fused", "cudnn", "efficient", "flash-attn", "flex-flash", "tanh-approx")
+ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "tanh-approx")
+IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
+PEAKS = ("fused", "composed", "composed-plain", "reference", "eager", "flex", "sdpa")  # who is asked for memory
+COMPILED = ("eager-compiled", "flex", "flex-merged", "flex-tanh-approx", "flex-flash")
+COMPILERS = 6  # processes that compile side by side
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,13 +62,15 @@ def ask(question: str, about: str | None, shapes: Sequence[Shape], arguments: li
     given = sys.argv[1:] if arguments is None else arguments
     started = time.perf_counter()
     results, ceilings = begin(question, options.out, given)
+    if default_device() == "cuda":
+        compile_ahead(chosen, [peer for peer in peers if peer in COMPILED])
     for shape in tqdm(chosen, unit="shape", disable=None):
         if time.perf_counter() - started > options.budget_seconds:
             results.fail(shape.name, "left out: the time was spent")
             continue
         turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
         try:
-            entry = in_a_process(measure, shape, peers, default_device(), ceilings, turns=turns)
+            entry = in_a_process(measure, shape, peers, default_device(), ceilings, turns=turns, peaks=PEAKS)
         except Exception as error:  # a process that died; the others go on
             results.fail(shape.name, first_line(error))
             continue
@@ -86,11 +96,27 @@ def begin(question: str, out: Path, arguments: Sequence[str]) -> tuple[Results, 
     return results, ceilings
 
 
+def compile_ahead(shapes: Sequence[Shape], peers: Sequence[str]) -> None:
+    """Fills the compiler's caches on disk, by several processes, since one shape after the other takes minutes."""
+    started = time.perf_counter()
+    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        list(pool.map(compile_peers, shapes, [peers] * len(shapes)))
+    print(f"compiled {', '.join(peers)} in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def compile_peers(shape: Shape, peers: Sequence[str]) -> None:
+    """Runs each once; who fails does so again when it is measured, and is reported then."""
+    x = inputs(shape, dtype=default_dtype("cuda"), device="cuda")
+    for peer in peers:
+        with suppress(Exception):
+            prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
+            prepared.step(x.d_output) if shape.trained else prepared.forward()
+
+
 def default_peers(device: str) -> list[str]:
     """All there are, but for those that no CPU has."""
-    if device == "cuda":
-        return list(PEERS)
-    return [name for name in PEERS if not any(part in name for part in ONLY_ON_A_GPU)]
+    left_out = IN_INGREDIENTS if device == "cuda" else IN_INGREDIENTS + ONLY_ON_A_GPU
+    return [name for name in PEERS if not any(part in name for part in left_out)]
 
 
 def _all_shapes() -> Sequence[Shape]:

@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -46,21 +46,21 @@ def measure(
     *,
     dtype: torch.dtype | None = None,
     turns: Turns = TURNS,
-    peaks: bool = True,
+    peaks: Collection[str] | None = None,
     listener: Listener = nobody,
 ) -> dict[str, Any]:
     """Peers beside each other on one shape, as JSON has it. In bfloat16 on a GPU, float32 on a CPU, unless told.
 
-    Without ceilings there are no floors.
+    Without ceilings there are no floors. Memory is measured of the peers in `peaks`, None: of all.
     """
     started = time.perf_counter()
     dtype = dtype or default_dtype(device)
     rows = measure_cases({peer: (shape, peer) for peer in peers}, device, dtype, turns, listener)
-    if peaks:
-        for done, (peer, row) in enumerate(rows.items()):
-            listener("memory", done / len(rows))
-            if (row.step if shape.trained else row.forward).best is not None:
-                row.peak = _peak(shape, peer, device, dtype)
+    for done, (peer, row) in enumerate(rows.items()):
+        listener("memory", done / len(rows))
+        timed = (row.step if shape.trained else row.forward).best is not None
+        if timed and (peaks is None or peer in peaks):
+            row.peak = _peak(shape, peer, device, dtype)
     return {
         "shape": asdict(shape) | {"M": shape.M},
         "title": str(shape),

@@ -196,7 +196,7 @@ class Question:
         scores = shape.Hq * shape.N * (shape.P + shape.M)  # of one sample
         needs = {
             "random inputs": MOST_SETS * (context + queries + bias) * self.dtype.itemsize,
-            "the float64 reference": SCORES_HELD * 8 * max(scores, min(shape.B * scores, LARGEST_REFERENCE)),
+            "the float64 reference": SCORES_HELD * 8 * min(shape.B * scores, LARGEST_REFERENCE),
         }
         if self.device == "cpu":  # on a GPU running out of memory is a result
             held = SCORES_HELD * 4 * shape.B * scores

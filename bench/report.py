@@ -275,8 +275,8 @@ would take at what the device was measured to do.
         "200 tasks in a row",
         """
 Each task is started, trained and finished in a whole model, once with a queue of five prompts and once with prompts
-that only accumulate. The anchor is the base model alone, timed beside each step: it tells a machine that slows down from
-a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins.
+that only accumulate. The anchor is the base model alone, timed beside each step: it tells a machine that slows down
+from a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins.
 """,
         lifelong_table,
     ),
@@ -339,10 +339,10 @@ def _said_of_peers(document: Document) -> str:
             over_eager.append(tables.ratio(rows.get("eager"), rows[ours], "step"))
             over_sdpa.append(tables.ratio(rows[ours], rows.get("sdpa"), "step"))
     eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
+    spans = f"{min(eager):.1f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (
-        f"Over {len(eager)} shapes a training step of one layer is {min(eager):.1f} to {max(eager):.1f} times as fast as "
-        f"eager PyTorch, and takes {min(sdpa):.2f} to {max(sdpa):.2f} times the time of PyTorch's own attention, which has "
-        "no gate."
+        f"Over {len(eager)} shapes a training step of one layer is {spans[0]} times as fast as eager PyTorch, and "
+        f"takes {spans[1]} times the time of PyTorch's own attention, which has no gate."
     )
 
 

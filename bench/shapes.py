@@ -185,6 +185,11 @@ class Inputs:
         by_sample |= {"mask"} if self.mask is not None and self.mask.ndim == 2 else set()
         return replace(self, **{name: x[samples] for name, x in self.tensors().items() if name in by_sample})
 
+    def of_last_queries(self, count: int) -> "Inputs":
+        """So many queries from the end, with all their keys."""
+        new = replace(self, query=self.query[:, :, -count:], d_output=self.d_output[:, :, -count:])
+        return new if self.mask is None or self.mask.ndim == 2 else replace(new, mask=self.mask[:, :, -count:])
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.tensors().values())

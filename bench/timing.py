@@ -46,6 +46,7 @@ class Timing:
     median: float
     spread: float  # the interquartile range
     rounds: int
+    fastest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -299,4 +300,4 @@ def _timing(milliseconds: Sequence[float]) -> Timing:
     if len(milliseconds) > 1:
         lower, _, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
         spread = upper - lower
-    return Timing(statistics.median(milliseconds), spread, len(milliseconds))
+    return Timing(statistics.median(milliseconds), spread, len(milliseconds), min(milliseconds))

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from qtuning_fast.bench import accuracy
-from qtuning_fast.bench.accuracy import Reference, verdict
+from qtuning_fast.bench.accuracy import Reference, check, verdict
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.shapes import TINY, inputs
+from qtuning_fast.bench.shapes import SHAPES, TINY, inputs
 
 
 def test_gradients_beyond_the_samples_compared_must_be_zero(monkeypatch):
-    monkeypatch.setattr(accuracy, "LARGEST_REFERENCE", 1)
+    monkeypatch.setattr(accuracy, "LARGEST_REFERENCE", TINY.Hq * TINY.N * (TINY.P + TINY.M))  # one sample
     reference = Reference(TINY, inputs(TINY, dtype=torch.float32, device="cpu"))
     _, gradients = reference.of(PEERS["eager"])
     assert reference.samples.tolist() == [0] and gradients["query"].shape[0] == 1
@@ -43,3 +43,16 @@ def test_what_should_be_nothing_counts_as_it_is():
 )
 def test_a_verdict_names_the_worst(errors, dtype, said):
     assert verdict(errors, dtype) == said
+
+
+@pytest.mark.parametrize("name", ["tiny-causal", "tiny-bias", "tiny-padded"])
+def test_of_one_sample_that_is_too_long_the_last_queries_are_compared(name, monkeypatch):
+    shape = SHAPES[name]
+    monkeypatch.setattr(accuracy, "LARGEST_REFERENCE", 5 * shape.Hq * (shape.P + shape.M))
+    reference = Reference(shape, inputs(shape, dtype=torch.float32, device="cpu"))
+    assert reference.queries == 5 and len(reference.samples) == 1
+    errors = {}
+    check(PEERS["eager"], reference, errors, training=True)
+    assert len(errors) == 12 and max(errors.values()) < 1e-5
+    x = torch.ones(shape.B, shape.Hq, shape.N, shape.D)
+    assert reference.error("query", x, reference.of(PEERS["eager"])[1]["query"]) > 1

@@ -10,6 +10,13 @@ from qtuning_fast.bench.peers import PEERS, Peer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def not_among_workers(monkeypatch):
+    """pytest-benchmark takes no times beside other processes of pytest."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def short(*arguments):
     """By a pytest within this one, on the tiny shape."""
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
