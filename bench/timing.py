@@ -25,7 +25,7 @@ Call = Callable[[], object]
 Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs of it take
 Listener = Callable[[str, float], None]  # hears of each stage by name, and the share of it that is done
 
-CACHES = 3  # the sets of inputs hold so many times what the last cache does
+CACHES = 3  # the sets of inputs hold so many times what the last cache of a GPU does
 FEWEST_SETS, MOST_SETS = 4, 16
 FEWEST_ROUNDS = 7
 CPU_CACHE = 32 << 20  # bytes
@@ -71,7 +71,7 @@ def nobody(stage: str, share: float) -> None:
 def sets_for(set_bytes: int, device: torch.device) -> int:
     """How many sets of inputs, of so many bytes each, no cache holds."""
     if device.type != "cuda":
-        return min(FEWEST_SETS, math.ceil(CACHES * CPU_CACHE / max(set_bytes, 1)))
+        return min(FEWEST_SETS, math.ceil(CPU_CACHE / max(set_bytes, 1)))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(max(FEWEST_SETS, math.ceil(CACHES * cache / max(set_bytes, 1))), MOST_SETS)
 
