@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The theme's notice about its successor, at every build:
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-oldest soak test-gpu tune choose bench bench-attention bench-decode lint format \
+.PHONY: demo test test-oldest soak test-gpu tune choose bench bench-cpu bench-gpu bench-gpu-models report lint format \
 	docs docs-serve models-table clean setup
 
 setup: $(STAMP)
@@ -42,7 +42,7 @@ test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak" \
 		-k "not compile and not graph and not fused" tests/test_model.py \
 		$(addprefix tests/integrations/test_,families.py generation.py mixed.py saving.py \
-		scoring.py training.py transformers.py)
+		scoring.py training.py transformers.py) $(addprefix tests/bench/test_,lifelong.py mixed_tasks.py models.py)
 
 $(OLDEST)/.ready: $(STAMP) requirements/oldest.txt
 	$(PIP) --no-deps --upgrade --target $(OLDEST) -r requirements/oldest.txt
@@ -51,17 +51,13 @@ $(OLDEST)/.ready: $(STAMP) requirements/oldest.txt
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
 
-# Most of the time goes into compiling kernels, and needs no GPU: so in several processes side by side.
-GPU_SHARDS ?= 8
 OUT ?= runs/bench
 
-# The harness that takes times is tested alone, since processes that share a GPU disturb each other.
+# What needs a GPU runs from a bare checkout. A rehearsal without one: make bench-gpu DRY=1; some steps: ONLY="tests tuning"
+PLAN = PYTHONPATH=. python -m qtuning_fast.bench.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
+
 test-gpu:
-	export PYTHONPATH=.; \
-	python -m pytest -q -m gpu tests/bench; alone=$$?; \
-	seq 0 $$(($(GPU_SHARDS) - 1)) | xargs -P $(GPU_SHARDS) -I{} \
-		python -m pytest -q -m gpu --shard {}/$(GPU_SHARDS) tests/backends tests/kernels tests/test_model.py \
-		&& exit $$alone
+	PYTHONPATH=. python -m qtuning_fast.bench.gpu_tests --out $(OUT)/tests.json
 
 tune:
 	PYTHONPATH=. python -m qtuning_fast.bench.tune --out $(OUT)/tuning.json
@@ -71,16 +67,27 @@ choose:
 	PYTHONPATH=. python -m qtuning_fast.bench.choose --out $(OUT)/choose.json
 	cp qtuning_fast/backends/choice.json $(OUT)/
 
+# Tests, tuning, the operator's questions, resource use: nine minutes, all of it in one file.
+bench-gpu:
+	$(PLAN) gpu --out $(OUT)/gpu.json
+
+# Decoding, whole models, 200 tasks in a row: nine minutes.
+bench-gpu-models:
+	$(PLAN) gpu-models --out $(OUT)/gpu-models.json
+
+# Every question on a CPU, 45 minutes on two idle cores.
+bench-cpu: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.run $(if $(DRY),--dry-run) cpu --out $(OUT)/cpu.json
+	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.run --unpack $(OUT)/cpu.json)
+
 # The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/short.py -q --benchmark-autosave --benchmark-sort=name \
 		--benchmark-columns=median,iqr,min,rounds $(if $(COMPARE),--benchmark-compare)
 
-bench-attention:
-	PYTHONPATH=. python -m qtuning_fast.bench.attention --budget-seconds 420 --out $(OUT)/attention.json
-
-bench-decode:
-	PYTHONPATH=. python -m qtuning_fast.bench.decode --out $(OUT)/decode.json
+# docs/performance.md, its pictures and README's figures, from bench/results.
+report: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.report
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

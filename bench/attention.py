@@ -12,11 +12,12 @@ gradients.
 """
 
 import argparse
+import math
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -36,34 +37,32 @@ from qtuning_fast.bench.timing import first_line
 ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "tanh-approx")
 IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
 PEAKS = ("fused", "composed", "composed-plain", "reference", "eager", "flex", "sdpa")  # who is asked for memory
-COMPILED = ("eager-compiled", "flex", "flex-merged", "flex-tanh-approx", "flex-flash")
-COMPILERS = 6  # processes that compile side by side
+COMPILED = ("flex", "flex-merged", "flex-tanh-approx", "eager-compiled")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return ask("attention", __doc__, [s for s in _all_shapes() if not _decodes(s)], arguments)
+    return ask("attention", __doc__, arguments, trained=True)
 
 
-def ask(question: str, about: str | None, shapes: Sequence[Shape], arguments: list[str] | None) -> int:
-    """Measures shapes, unless the command line names others, and writes and prints what comes of it."""
+def ask(question: str, about: str | None, arguments: list[str] | None, *, trained: bool) -> int:
+    """Measures shapes, those that are trained or the others, and writes and prints what comes of it."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--peer", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--quick", action="store_true", help=f"at most {QUICK.rounds} rounds, not {TURNS.rounds}")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that all is there")
-    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin no shape after so many")
+    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="begin no shape after so many")
     parser.add_argument("--out", type=Path, default=RUNS / f"{question}.json", metavar="FILE")
     options = parser.parse_args(arguments)
-    if options.dry_run:
-        shapes = [shape for shape in TINIES if _decodes(shape) == _decodes(shapes[0])]
-    chosen = [SHAPES[name] for name in options.shape] if options.shape else list(shapes)
+    usual = TINIES if options.dry_run else GPU if default_device() == "cuda" else CPU
+    chosen = [SHAPES[name] for name in options.shape or ()] or [shape for shape in usual if shape.trained == trained]
     peers = options.peer or default_peers(default_device())
 
     given = sys.argv[1:] if arguments is None else arguments
     started = time.perf_counter()
     results, ceilings = begin(question, options.out, given)
     if default_device() == "cuda":
-        compile_ahead(chosen, [peer for peer in peers if peer in COMPILED])
+        compile_ahead(chosen, [peer for peer in peers if peer in COMPILED], 0.4 * options.budget_seconds)
     for shape in tqdm(chosen, unit="shape", disable=None):
         if time.perf_counter() - started > options.budget_seconds:
             results.fail(shape.name, "left out: the time was spent")
@@ -77,9 +76,7 @@ def ask(question: str, about: str | None, shapes: Sequence[Shape], arguments: li
         results.add(shape.name, entry)
         tqdm.write(f"\n{tables.attention(entry)}")
         sys.stdout.flush()
-    for name, reason in results.document["errors"].items():
-        print(f"\n{name}: {reason}")
-    return 1 if results.document["errors"] else 0
+    return results.finish()
 
 
 def begin(question: str, out: Path, arguments: Sequence[str]) -> tuple[Results, Ceilings]:
@@ -87,44 +84,42 @@ def begin(question: str, out: Path, arguments: Sequence[str]) -> tuple[Results, 
     device = default_device()
     ceilings = in_a_process(measured_ceilings, torch.device(device))
     results = Results(question, out, device, arguments, ceilings=asdict(ceilings))
-    print(results.heading())
-    print(
-        f"ceilings: {ceilings.flops / 1e12:.2f} TFLOP/s, copying {ceilings.copied / 1e12:.3f} TB/s, "
-        f"reading {ceilings.read / 1e12:.3f} TB/s",
-        flush=True,
-    )
+    rates = f"copying {ceilings.copied / 1e12:.3f} TB/s, reading {ceilings.read / 1e12:.3f} TB/s"
+    print(f"{results.heading()}\nceilings: {ceilings.flops / 1e12:.2f} TFLOP/s, {rates}", flush=True)
     return results, ceilings
 
 
-def compile_ahead(shapes: Sequence[Shape], peers: Sequence[str]) -> None:
-    """Fills the compiler's caches on disk, by several processes, since one shape after the other takes minutes."""
+def compile_ahead(shapes: Sequence[Shape], peers: Sequence[str], seconds: float) -> None:
+    """Fills the compilers' caches on disk, by many processes, for as long as there is time: the first shapes first."""
+    jobs = [(shape, peer) for shape in shapes for peer in peers]
+    if not jobs:
+        return
     started = time.perf_counter()
-    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        list(pool.map(compile_peers, shapes, [peers] * len(shapes)))
-    print(f"compiled {', '.join(peers)} in {time.perf_counter() - started:.0f} s", flush=True)
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    with multiprocessing.get_context("spawn").Pool(workers, _one_compiler) as pool:  # who is not done by then is ended
+        compiled = pool.starmap_async(compile_peer, jobs, chunksize=1)
+        compiled.wait(None if math.isinf(seconds) else seconds)
+    done = "all" if compiled.ready() else "some"
+    print(f"{done} of {len(jobs)} peers compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def compile_peers(shape: Shape, peers: Sequence[str]) -> None:
-    """Runs each once; who fails does so again when it is measured, and is reported then."""
-    x = inputs(shape, dtype=default_dtype("cuda"), device="cuda")
-    for peer in peers:
-        with suppress(Exception):
-            prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
-            prepared.step(x.d_output) if shape.trained else prepared.forward()
+def _one_compiler() -> None:
+    """In each process, which are many already."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+
+def compile_peer(shape: Shape, peer: str) -> None:
+    """Runs it once; who fails does so again when it is measured, and is reported then."""
+    with suppress(Exception):
+        x = inputs(shape, dtype=default_dtype("cuda"), device="cuda")
+        prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
+        prepared.step(x.d_output) if shape.trained else prepared.forward()
 
 
 def default_peers(device: str) -> list[str]:
     """All there are, but for those that no CPU has."""
     left_out = IN_INGREDIENTS if device == "cuda" else IN_INGREDIENTS + ONLY_ON_A_GPU
     return [name for name in PEERS if not any(part in name for part in left_out)]
-
-
-def _all_shapes() -> Sequence[Shape]:
-    return GPU if default_device() == "cuda" else CPU
-
-
-def _decodes(shape: Shape) -> bool:
-    return not shape.trained
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import Inputs, Shape
-from qtuning_fast.bench.timing import Call, compare
+from qtuning_fast.bench.timing import Call, compare, sets_for
 
-SETS = 2
 ROUNDS = 15
 
 
@@ -65,11 +64,13 @@ def measure(device: str, rounds: int, shapes_measured: Sequence[Shape]) -> list[
     dtype = default_dtype(device)
     points = []
     for shape in shapes_measured:
-        sets = shapes.input_sets(shape, SETS, dtype=dtype, device=device)
+        count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
+        sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
         other = "fused" if gpu.type == "cuda" else "reference"
         setups = {peer: partial(_steps, peer, shape, sets) for peer in ("composed", other)}
         times = compare(setups, device=gpu, rounds=rounds)
-        composed, beside = (x.best for x in times.values())
+        clock = "graph" if all(x.graph for x in times.values()) else "eager"
+        composed, beside = (getattr(x, clock) for x in times.values())
         if composed is None or beside is None:
             print(f"{shape}: left out, {'; '.join(x.error for x in times.values() if x.error)}", flush=True)
             continue

@@ -9,12 +9,11 @@ of every sequence's context. The floor counts each byte that is needed once. Opt
 
 import sys
 
-from qtuning_fast.bench import attention
+from qtuning_fast.bench.attention import ask
 
 
 def main(arguments: list[str] | None = None) -> int:
-    shapes = [shape for shape in attention._all_shapes() if not shape.trained]
-    return attention.ask("decode", __doc__, shapes, arguments)
+    return ask("decode", __doc__, arguments, trained=False)
 
 
 if __name__ == "__main__":

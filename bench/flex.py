@@ -6,6 +6,7 @@ this is fused as well. Block masks are built once and not timed. On a CPU FlexAt
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -63,15 +64,25 @@ def exact(call: PrefixAttentionCall, mask: Any) -> Tensor:
 
 
 def approximate(call: PrefixAttentionCall, mask: Any) -> Tensor:
-    """With the GPU's own tanh, as our kernels in bfloat16."""
-    if call.query.is_cuda:
-        lower_to_ptx()
     return gated(tanh_approx, {}, call, mask)
 
 
+def attend_approximate(call: PrefixAttentionCall) -> Tensor:
+    """With the GPU's own tanh, as our kernels in bfloat16."""
+    if call.query.is_cuda:
+        lower_to_ptx()  # here, for a compiler cannot compile a change of itself
+    return attend(approximate, call)
+
+
 def by_flash(call: PrefixAttentionCall, mask: Any) -> Tensor:
-    """By its FlashAttention backend."""
     return gated(torch.tanh, {"BACKEND": "FLASH"}, call, mask)
+
+
+def attend_by_flash(call: PrefixAttentionCall) -> Tensor:
+    """By its FlashAttention backend."""
+    if find_spec("flash_attn") is None:  # said at once: compiling takes long, and fails in the end
+        raise ImportError("FlexAttention's FlashAttention backend needs the package flash_attn.cute")
+    return attend(by_flash, call)
 
 
 def merged(context: Callable[..., tuple[Tensor, Tensor]], call: PrefixAttentionCall, mask: Any) -> Tensor:
@@ -146,7 +157,7 @@ def _causal_mask(N: int, M: int, P: int, device: str) -> Any:
 
 ATTENDS: dict[str, Callable[[PrefixAttentionCall], Tensor]] = {
     "flex": partial(attend, exact),
-    "flex-tanh-approx": partial(attend, approximate),
+    "flex-tanh-approx": attend_approximate,
     "flex-merged": attend_merged,
-    "flex-flash": partial(attend, by_flash),
+    "flex-flash": attend_by_flash,
 }

@@ -54,7 +54,7 @@ def forward_work(shape: Shape, element_size: int = 2) -> Work:
     context_pairs, prefix_pairs = _context_pairs(shape), shape.N * shape.P
     heads = shape.B * shape.Hq
     queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
-    read = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape, element_size) + _bias_bytes(shape)
+    read = (queries + 2 * _seen(keys, shape)) * shape.D * element_size + _parameter_bytes(shape, element_size)
     written = queries * (shape.D * element_size + 4)  # the output and a float32 log-sum-exp
     return Work(
         flops=4 * heads * (context_pairs + prefix_pairs) * shape.D,
@@ -67,11 +67,9 @@ def backward_work(shape: Shape, element_size: int = 2) -> Work:
     forward = forward_work(shape, element_size)
     heads = shape.B * shape.Hq
     queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
-    prefix = _prefix_bytes(shape, element_size)
-    read = (
-        (3 * queries + 2 * keys) * shape.D * element_size + queries * 4 + prefix + _bias_bytes(shape)
-    )  # also o, dO, lse
-    written = (queries + 2 * keys) * shape.D * element_size + prefix
+    read = (3 * queries + 2 * _seen(keys, shape)) * shape.D * element_size + queries * 4  # also o, dO and lse
+    read += _parameter_bytes(shape, element_size)
+    written = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape, element_size)
     return Work(flops=forward.flops * 5 // 2, bytes=read + written, special=forward.special)
 
 
@@ -89,9 +87,15 @@ def _prefix_bytes(shape: Shape, element_size: int) -> int:
     return shape.tasks * (4 * (rows + gate + reweighting) if shape.trained else element_size * (rows + gate))
 
 
-def _bias_bytes(shape: Shape) -> int:
-    """Of an additive bias, 16-bit."""
-    return 2 * shape.Hq * shape.N * shape.M if shape.bias else 0
+def _parameter_bytes(shape: Shape, element_size: int) -> int:
+    """Of what samples share: prefixes, and a bias."""
+    bias = shape.Hq * shape.N * shape.M if shape.bias else 0
+    return _prefix_bytes(shape, element_size) + bias * element_size
+
+
+def _seen(keys: int, shape: Shape) -> int:
+    """Without those that are padding, which need not be read."""
+    return round(keys * (1 - shape.padding))
 
 
 def measured_ceilings(device: torch.device, *, rounds: int = 10) -> Ceilings:

@@ -2,72 +2,82 @@
 
     python -m qtuning_fast.bench.gpu_tests --out FILE
 
-FILE names each test that failed, with the first line of why. The harness that takes times is tested alone, since
-processes that share a GPU disturb each other.
+FILE counts the tests as they end, and names each one that failed with the first line of why. The harness that takes
+times is tested alone, since processes that share a GPU disturb each other.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from qtuning_fast.bench.measure import default_device
 from qtuning_fast.bench.results import ROOT, RUNS, Results
 
 ALONE = ("tests/bench/test_timing.py",)
-SIDE_BY_SIDE = ("tests/backends", "tests/kernels", "tests/test_model.py", "tests/bench/test_peers.py")
-SHARDS = 8
+SIDE_BY_SIDE = (
+    *("tests/backends", "tests/kernels", "tests/test_model.py", "tests/integrations/test_mixed.py"),
+    *("tests/bench/test_peers.py", "tests/bench/test_models.py"),
+)
+SHARDS, REHEARSED_SHARDS = 8, 40
+POLL_SECONDS = 2.0
+LOG = "QTUNING_FAST_TEST_LOG"
 
 
-@dataclass
-class Outcome:
-    """Of one process of pytest, or of several."""
-
-    counts: Counter[str] = field(default_factory=Counter)  # passed, failed, skipped
-    failures: dict[str, str] = field(default_factory=dict)  # by test, the first line of why
-
-    def add(self, other: "Outcome") -> None:
-        self.counts += other.counts
-        self.failures |= other.failures
+def pytest_runtest_logreport(report: Any) -> None:
+    """A hook of pytest, for which this module is a plugin: a line for each test as it ends."""
+    if report.when != "call" and not report.failed and not report.skipped:  # set-up and what comes after
+        return
+    lines = report.longreprtext.splitlines() if report.failed else []
+    why = next((line[1:].strip() for line in lines if line.startswith("E ")), "")[:200]  # as pytest marks it
+    with open(os.environ[LOG], "a") as log:
+        log.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "why": why}) + "\n")
 
 
-def read(report: Path) -> Outcome:
-    """From pytest's report in JUnit's form."""
-    outcome = Outcome()
-    for case in ElementTree.parse(report).iter("testcase"):
-        wrong = [x for kind in ("failure", "error") for x in case.findall(kind)]
-        skipped = case.find("skipped") is not None
-        outcome.counts["failed" if wrong else "skipped" if skipped else "passed"] += 1
-        for one in wrong:
-            lines = one.get("message", "").strip().splitlines()
-            outcome.failures[f"{case.get('classname')}::{case.get('name')}"] = lines[0][:200] if lines else ""
-    return outcome
+def run(shards: Sequence[Sequence[str]], folder: Path, heard: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Processes of pytest side by side, each with arguments of its own.
 
-
-def run(shards: Sequence[Sequence[str]], folder: Path) -> Outcome:
-    """Processes of pytest side by side, each with arguments of its own."""
-    reports = [folder / f"{number}.xml" for number in range(len(shards))]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *arguments, f"--junitxml={report}"], cwd=ROOT
-        )
-        for arguments, report in zip(shards, reports)
+    Returns:
+        Counts by outcome, and `failures`: by test, the first line of why. `heard` gets the same every few seconds.
+    """
+    logs = [folder / f"{number}.jsonl" for number in range(len(shards))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "--continue-on-collection-errors",
+        "-p",
+        __spec__.name,
     ]
-    outcome = Outcome()
-    for number, (process, report) in enumerate(zip(processes, reports)):
-        process.wait()
-        if report.exists():
-            outcome.add(read(report))
-        else:  # it died
-            outcome.failures[f"process {number}"] = f"exit status {process.returncode}"
-    return outcome
+    processes = [
+        subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | {LOG: str(log)})
+        for arguments, log in zip(shards, logs)
+    ]
+    while any(process.poll() is None for process in processes):
+        time.sleep(POLL_SECONDS)
+        heard(read(logs))
+    found = read(logs)
+    for number, process in enumerate(processes):
+        if process.returncode not in (0, 1, 5):  # passed, failed, no tests
+            found["failures"][f"process {number}"] = f"exit status {process.returncode}"
+    heard(found)
+    return found
+
+
+def read(logs: Sequence[Path]) -> dict[str, Any]:
+    """What the hook has written by now."""
+    lines = [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]
+    failures = {line["test"]: line["why"] for line in lines if line["outcome"] == "failed"}
+    return {**Counter(line["outcome"] for line in lines), "failures": failures}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,20 +86,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="one of forty shards, to see that all is there")
     parser.add_argument("--out", type=Path, default=RUNS / "tests.json", metavar="FILE")
     options = parser.parse_args(arguments)
+    from qtuning_fast.bench.measure import default_device  # as a plugin of pytest this module needs none of it
+
     results = Results("gpu_tests", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
-    plans = {"alone": [list(ALONE)]}
-    count = 40 if options.dry_run else options.shards
+    count = REHEARSED_SHARDS if options.dry_run else options.shards
     shards = [[*SIDE_BY_SIDE, "--shard", f"{number}/{count}"] for number in range(count)]
-    plans["side by side"] = shards[:1] if options.dry_run else shards
     failed = 0
-    for name, arguments_of_each in plans.items():
+    for name, plan in (("alone", [list(ALONE)]), ("side by side", shards[:1] if options.dry_run else shards)):
         started = time.perf_counter()
+
+        def heard(found: dict[str, Any], name: str = name, started: float = started) -> None:
+            results.add(name, found | {"seconds": round(time.perf_counter() - started, 1)})
+
         with tempfile.TemporaryDirectory() as folder:
-            outcome = run(arguments_of_each, Path(folder))
-        seconds = round(time.perf_counter() - started, 1)
-        results.add(name, {**outcome.counts, "failures": outcome.failures, "seconds": seconds})
-        print(f"{name}: {json.dumps(outcome.counts)}, {seconds} s", *outcome.failures.items(), sep="\n  ", flush=True)
-        failed += len(outcome.failures)
+            found = run(plan, Path(folder), heard)
+        failures = found.pop("failures")
+        print(f"{name}: {json.dumps(found)}", *failures.items(), sep="\n  ", flush=True)
+        failed += len(failures)
     return 1 if failed else 0
 
 

@@ -19,14 +19,13 @@ import torch
 from tqdm import tqdm
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.attention import begin
 from qtuning_fast.bench.measure import REHEARSED, as_json, default_device, default_dtype, in_a_process, measure_cases
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.results import RUNS
+from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import Turns, first_line
 
-GROWTH_TURNS = Turns(rounds=20, seconds=4.0)
+GROWTH_TURNS = Turns(rounds=20, seconds=1.5)
 PEERS_ON_GPU = ("fused", "composed", "eager", "flex", "sdpa")
 PEERS_ON_CPU = ("composed", "eager", "sdpa")
 
@@ -80,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RUNS / "growth.json", metavar="FILE")
     options = parser.parse_args(arguments)
 
-    results, _ = begin("growth", options.out, sys.argv[1:] if arguments is None else arguments)
+    results = Results("growth", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    print(results.heading(), flush=True)
     turns = REHEARSED if options.dry_run else GROWTH_TURNS
     for name in tqdm(options.sizes, unit="series", disable=None):
         started, shapes = time.perf_counter(), SERIES[name].shapes(device, tiny=options.dry_run)
@@ -95,9 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.add(name, entry)
         tqdm.write(f"\n{tables.growth(entry)}")
         sys.stdout.flush()
-    for name, reason in results.document["errors"].items():
-        print(f"\n{name}: {reason}")
-    return 1 if results.document["errors"] else 0
+    return results.finish()
 
 
 if __name__ == "__main__":

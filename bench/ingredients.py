@@ -17,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.attention import begin
 from qtuning_fast.bench.measure import (
     QUICK,
     REHEARSED,
@@ -29,7 +28,7 @@ from qtuning_fast.bench.measure import (
     measure_cases,
 )
 from qtuning_fast.bench.peers import OURS
-from qtuning_fast.bench.results import RUNS
+from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import SHAPES, TINY, Shape
 from qtuning_fast.bench.timing import Turns, first_line
 
@@ -77,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     named = options.shape or (ON_GPU if device == "cuda" else ON_CPU)
     shapes = [TINY] if options.dry_run else [SHAPES[name] for name in named]
 
-    results, _ = begin("ingredients", options.out, sys.argv[1:] if arguments is None else arguments)
+    results = Results("ingredients", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    print(results.heading(), flush=True)
     turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
     for shape, peer in tqdm([(s, p) for s in shapes for p in options.peer], unit="shape", disable=None):
         name = f"{shape.name} {peer}"
@@ -89,9 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.add(name, entry)
         tqdm.write(f"\n{tables.ingredients(entry)}")
         sys.stdout.flush()
-    for name, reason in results.document["errors"].items():
-        print(f"\n{name}: {reason}")
-    return 1 if results.document["errors"] else 0
+    return results.finish()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtuning_fast import backends
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdict
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.memory import peak
 from qtuning_fast.bench.peers import PEERS, Prepared
 from qtuning_fast.bench.shapes import Inputs, Shape
-from qtuning_fast.bench.timing import Call, Listener, Measurement, Turns, compare, first_line, nobody, sets_for
+from qtuning_fast.bench.timing import (
+    Call,
+    Listener,
+    Measurement,
+    Turns,
+    compare,
+    first_line,
+    give_back,
+    nobody,
+    sets_for,
+)
 
-TURNS = Turns(rounds=40, seconds=20.0)
+TURNS = Turns(rounds=40, seconds=8.0)
 QUICK = Turns(rounds=8, seconds=5.0)
 REHEARSED = Turns(rounds=2)  # on one set of inputs
 PASSES = ("forward", "backward", "step")  # the last is the first two
@@ -66,9 +77,19 @@ def measure(
         "title": str(shape),
         "dtype": str(dtype).removeprefix("torch."),
         **({} if ceilings is None else floors(shape, dtype, ceilings)),
+        **backends_for(shape, device, dtype),
         "rows": as_json(rows),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def backends_for(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What `auto` takes, and why; and by whose attention the composed backend computes the context."""
+    x = shapes.inputs(shape, dtype=dtype, device=device)
+    call = (x.tracked() if shape.trained else x).call(shape)
+    able = backends.BACKENDS["composed"].why_not(call) is None
+    how = backends.BACKENDS["composed"].how(call) if able else ""
+    return {"auto": vars(backends.explain(call, "auto")), "composed": how}
 
 
 def measure_cases(
@@ -91,7 +112,7 @@ def measure_cases(
                 listener("checking", list(cases).index(name) / len(cases))
                 setups |= _checked(name, peer, reference, sets, rows[name], dtype)
     if gpu.type == "cuda":
-        torch.cuda.empty_cache()  # what the checks took, for the graphs
+        give_back()  # what the checks took, for the graphs
     backwards = {f"{name} backward": (f"{name} step", f"{name} forward") for name in cases}
     times = compare(setups, device=gpu, differences=backwards, listener=listener, **turns._asdict())
     for name, row in rows.items():
@@ -110,6 +131,8 @@ def _checked(
             check(PEERS[peer], reference, row.errors, training=training)
         except Exception as error:  # what a peer cannot do is its row; what it cannot train it may compute
             row.error = row.error or first_line(error)
+            if isinstance(error, (ImportError, torch.OutOfMemoryError)):
+                break
             continue
         if wrong := verdict(row.errors, dtype):
             row.error = wrong

@@ -22,10 +22,14 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def peak(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> int | None:
     """Bytes of a peer's step, or forward pass; None where there is no way to know. On a CPU in a fresh process."""
-    small = replace(shape, B=min(shape.B, shape.tasks), Hq=shape.Hq // shape.Hkv, Hkv=1, N=16, context=16, P=11)
     with torch.set_grad_enabled(shape.trained):
-        _prepared(small, peer, device, dtype)()  # what is loaded and set up once is not the shape's
-        return peak_of(_prepared(shape, peer, device, dtype), torch.device(device))
+        work = _prepared(shape, peer, device, dtype)
+        first = work
+        if device == "cpu":
+            small = replace(shape, B=min(shape.B, shape.tasks), Hq=shape.Hq // shape.Hkv, Hkv=1, N=16, context=16, P=11)
+            first = _prepared(small, peer, device, dtype)  # a process that has grown stays so
+        first()  # what is loaded and set up once is not the shape's
+        return peak_of(work, torch.device(device))
 
 
 def peak_of(work: Callable[[], object], gpu: torch.device) -> int | None:

@@ -27,7 +27,7 @@ from qtuning_fast.bench.timing import Call, Measurement, compare
 from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD
 
 ROUNDS = 20
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest difference of two logits, which are about 1
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # of the largest difference of two logits, which are about 1
 
 
 @dataclass(frozen=True)

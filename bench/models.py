@@ -346,11 +346,10 @@ def main(arguments: list[str] | None = None) -> int:
             entry = in_a_process(measure, name, options.row, device, rounds)
         except Exception as error:
             results.fail(name, first_line(error))
-            print(f"\n{name}: {first_line(error)}", flush=True)
             continue
         results.add(name, entry)
         print(f"\n{table(name, entry)}", flush=True)
-    return 1 if results.document["errors"] else 0
+    return results.finish()
 
 
 if __name__ == "__main__":

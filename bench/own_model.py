@@ -184,9 +184,8 @@ class Question:
         )
 
     def measure(self, turns: Turns = TURNS, listener: Listener = nobody) -> dict[str, Any]:
-        """As `measure.measure` has it, and what `auto` takes."""
-        entry = measure(self.shape, self.peers, self.device, None, dtype=self.dtype, turns=turns, listener=listener)
-        return entry | {"auto": vars(self.choice)}
+        """As `measure.measure` has it."""
+        return measure(self.shape, self.peers, self.device, None, dtype=self.dtype, turns=turns, listener=listener)
 
     def _check_memory(self) -> None:
         """Whoever takes more than there is would be killed, on a CPU, and much else with it."""

@@ -128,6 +128,6 @@ PEERS: dict[str, Peer] = {
 }
 for _name, _attention in sdpa.ATTENTIONS.items():
     _by, _attend = "PyTorch's attention" if _name == "sdpa" else _name, partial(sdpa.attend, _attention)
-    PEERS[_name] = Peer(f"{_by}, no gate: the lower bound", _attend, gated=False)
+    PEERS[_name] = Peer(f"{_by} on the concatenated prefix, no gate", _attend, gated=False)
     PEERS[f"{_name}-no-concat"] = Concatenated(f"{_by}, the prefix in place", _attend, **_NEITHER, attention=_attention)
 OURS = ("fused", "composed")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from qtuning_fast.bench.tables import best, median
+from qtuning_fast.bench.tables import auto, best, median, same_clock
 from qtuning_fast.lifelong.plot_style import FAINT, INK, WIDTH, legend, new_figure
 
 Document = Mapping[str, Any]
@@ -23,16 +23,15 @@ STYLE = {
     "flex": ("#009E73", "^", "FlexAttention"),
     "flex-merged": ("#009E73", "v", "FlexAttention, merged"),
     "flex-tanh-approx": ("#009E73", "<", "FlexAttention, tanh.approx"),
-    "sdpa": ("#CC79A7", "D", "PyTorch's attention, no gate: the lower bound"),
-    "sdpa-no-concat": ("#CC79A7", "d", "the same, prefix in place already"),
+    "sdpa": ("#CC79A7", "D", "PyTorch's attention, no gate"),
+    "sdpa-no-concat": ("#8c4a73", "d", "the same, prefix in place already"),
 }
-ON_CPU_OURS = "#0072B2"  # where composed is the only one of ours that runs
 
 
 def against_peers(document: Document) -> Figure:
     """How much slower than ours each peer is, shape by shape."""
     entries = [e for e in document["entries"].values() if e["shape"]["trained"]]
-    peers = [name for name in STYLE if any(name in entry["rows"] for entry in entries) and name != "sdpa-no-concat"]
+    peers = [name for name in STYLE if any(name in entry["rows"] for entry in entries)]
     ours = _ours(entries)
     figure, [axes] = new_figure("A training step of one layer: time relative to ours", 0.42 * len(entries) + 1.9)
     axes.axvline(1, color=INK, linewidth=0.8)
@@ -40,8 +39,8 @@ def against_peers(document: Document) -> Figure:
     for y, entry in enumerate(entries):
         for name in peers:
             for which, face in (("step", None), ("forward", "white")):
-                point = _relative(entry["rows"], name, ours, which)
-                if point is None or (which == "forward" and _relative(entry["rows"], name, ours, "step")):
+                point = _relative(entry, name, which)
+                if point is None or (which == "forward" and _relative(entry, name, "step")):
                     continue
                 color, marker, label = _style(name, ours)
                 if which == "forward":
@@ -58,6 +57,7 @@ def against_peers(document: Document) -> Figure:
                     linestyle="none",
                     elinewidth=1,
                     label=shown,
+                    zorder=3 if name == ours else 2,
                 )
     axes.set_yticks(range(len(entries)), [_shape_label(entry) for entry in entries], fontsize=8)
     axes.invert_yaxis()
@@ -128,13 +128,12 @@ def growth(document: Document) -> Figure:
             milliseconds = np.array([np.nan if ms is None else ms for ms in times])
             axes.plot(sizes, milliseconds, color=color, marker=marker, markersize=4.5, linewidth=1.5, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        _log_or_from_zero(axes)
         axes.xaxis.set_major_locator(FixedLocator(list(sizes)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.set_xlabel(words.get(name, name), fontsize=9)
-        axes.set_ylabel(f"ms a {entry['pass']}", fontsize=9)
+        axes.set_ylabel("ms a step" if entry["pass"] == "step" else "ms a forward pass", fontsize=9)
         _plain(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
@@ -146,7 +145,7 @@ def lifelong(document: Document) -> Figure:
     panels = [
         ("step_ms", 1.0, "ms a step"),
         ("resident_bytes", 2**20, "memory, MiB"),
-        ("adapter_bytes", 2**10, "adapter, KiB"),
+        ("adapter_bytes", 2**20, "a task's adapter, MiB"),
     ]
     figure, all_axes = new_figure("200 tasks in a row: what one more task costs", 7.2, len(panels))
     colors = {"queue": STYLE["fused"][0], "accumulate": STYLE["eager"][0]}
@@ -206,11 +205,11 @@ def _style(name: str, ours: str) -> tuple[str, str, str]:
     return STYLE["fused"][0], marker, f"{name} (ours)"
 
 
-def _relative(rows: Mapping[str, Any], name: str, ours: str, which: str) -> tuple[float, float] | None:
-    """A peer's time over ours, and half the interquartile range of it."""
-    own = median(rows[ours], which) if ours in rows else None
-    timing = best(rows[name], which) if name in rows else None
-    return (timing["median"] / own, timing["spread"] / 2 / own) if timing and own else None
+def _relative(entry: Mapping[str, Any], name: str, which: str) -> tuple[float, float] | None:
+    """A peer's time over ours, by the same clock, and half the interquartile range of it."""
+    ours = auto(entry, which)
+    both = same_clock(entry["rows"].get(name), entry["rows"][ours], which) if ours else None
+    return (both[0]["median"] / both[1]["median"], both[0]["spread"] / 2 / both[1]["median"]) if both else None
 
 
 def _ms(entry: Mapping[str, Any], name: str, which: str) -> float | None:
@@ -231,6 +230,16 @@ def _times_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("← faster than ours      slower than ours →", fontsize=9)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
+
+
+def _log_or_from_zero(axes: Axes) -> None:
+    """Logarithmic, where a decade is not far; else from zero, so that a flat line looks flat."""
+    low, high = axes.dataLim.intervaly
+    if high < 5 * low:
+        axes.set_ylim(0, 1.15 * high)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
 def _plain(axes: Axes) -> None:

@@ -32,16 +32,18 @@ class Section:
     title: str
     text: str
     table: Callable[[Document], list[str]] | None = None
+    drawn: bool = True  # whether `pictures` has one
 
 
 INTRODUCTION = """\
 # Performance
 
-What one layer and whole models cost, beside every other way to compute them. Peers do the same work in the same run:
-each one's output and gradients are compared with float64 before it is timed, whoever is wrong is not timed, and whoever
-cannot do the work is listed with what it said. Times are medians of interleaved runs, with interquartile ranges; on a
-GPU they are the GPU's own, by CUDA-graph replay. Below each picture stands the command that takes its figures anew, and
-`bench/README.md` in the repository says how they are taken. Your own model on your own machine: `qtuning-fast bench`.
+What one layer and whole models cost, beside every other way to compute them, in the same run. Of one layer each peer's
+output and gradients are compared with float64 before it is timed, of whole models with ours; whoever is wrong is not
+timed, and whoever cannot do the work is listed with what it said. Times are medians of interleaved runs; on a GPU they
+are the GPU's own, by CUDA-graph replay, wherever both sides of a ratio have it. Below each section stands the command
+that takes its figures anew, and `bench/README.md` in the repository says how they are taken. Your own model on your own
+machine: `qtuning-fast bench`.
 """
 NO_GPU = """\
 !!! warning "No figure has been measured on a GPU yet"
@@ -110,17 +112,13 @@ def page(devices: Mapping[str, Mapping[str, Document]]) -> str:
 
 def section(device: str, each: Section, document: Document) -> str:
     lines = [f"### {each.title}", "", each.text.strip(), ""]
-    if has_picture(each.question):
+    if each.drawn:
         lines += [f"![{each.title}](images/performance/{device}-{each.question}.png)", ""]
     if each.table is not None:
         lines += [*each.table(document), ""]
     for name, reason in document["errors"].items():
         lines += [f"Not measured: {name}, {reason}.", ""]
     return "\n".join([*lines, source(document), ""])
-
-
-def has_picture(question: str) -> bool:
-    return question not in ("mixed_tasks", "choose", "tune", "gpu_tests")
 
 
 def source(document: Document) -> str:
@@ -139,65 +137,76 @@ def source(document: Document) -> str:
 def promised(devices: Mapping[str, Mapping[str, Document]]) -> str:
     """What was promised of each kind of device, and what was measured there."""
     lines = ["## What was promised", "", "Bounds that were set before anything was measured; ratios are of times.", ""]
-    lines += ["| | bound | measured | |", "|---|---|---|---|"]
-    by_kind = {_kind(documents): documents for documents in devices.values()}
-    titles = {"cpu": "on a CPU", "cuda": "on a GPU"}
-    for promise in PROMISES:
-        documents = by_kind.get(promise.device, {})
-        figure, sign = promise.figure(documents), "≤" if promise.relation == AT_MOST else "≥"
-        shown = "" if figure is None else f"{figure:.3f}"
-        name, verdict = f"{promise.of}, {titles[promise.device]}", promise.verdict(documents)
-        lines.append(f"| {name} | {sign} {promise.bound:g} | {shown} | {verdict} |")
-    return "\n".join([*lines, ""])
+    by_kind = {_kind(documents): documents for documents in reversed(devices.values())}  # of several GPUs the first
+    for kind, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
+        documents = by_kind.get(kind, {})
+        lines += [f"### {title}", "", "| | bound | measured | |", "|---|---|---|---|"]
+        for promise in PROMISES:
+            if promise.device == kind:
+                figure, sign = promise.figure(documents), "≤" if promise.relation == AT_MOST else "≥"
+                shown = "" if figure is None else f"{figure:.3f}"
+                lines.append(f"| {promise.of} | {sign} {promise.bound:g} | {shown} | {promise.verdict(documents)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 # Tables
 
 
 def attention_table(document: Document) -> list[str]:
-    """Milliseconds of a step, and ratios to ours."""
-    lines = ["| | ours | floor | eager | sdpa, no gate | memory: ours, eager, sdpa | the same again |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """Milliseconds of a step of ours, and the times of others over it."""
+    lines = ["| | ours | of it the floor | eager | sdpa | attention alone | memory: ours, eager, sdpa | again |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for entry in document["entries"].values():
-        rows, ours = entry["rows"], _ours(entry["rows"])
-        if ours is None or not entry["shape"]["trained"]:
+        rows, ours = entry["rows"], tables.auto(entry, "step")
+        if ours is None:
             continue
         ms = tables.median(rows[ours], "step")
         cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['step'][0] / ms:.0%}"]
         cells += [_times(tables.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
+        cells.append(_times(attention_alone(rows, rows[ours])))
         cells.append(", ".join(_mebibytes(rows.get(peer)) for peer in (ours, "eager", "sdpa")))
         cells.append(_times(tables.ratio(rows.get(f"{ours}-again"), rows[ours], "step")))
         lines.append(f"| {entry['shape']['of']}: {entry['title']} | {' | '.join(cells)} |")
     return [*lines, "", *_cannot(document)]
 
 
+def attention_alone(rows: Mapping[str, Any], ours: Mapping[str, Any]) -> float | None:
+    """The fastest that has the prefix in place already and knows no gate, over ours: the lower bound."""
+    found = [tables.ratio(row, ours, "step") for name, row in rows.items() if name.endswith("-no-concat")]
+    return min((x for x in found if x), default=None)
+
+
 def _cannot(document: Document) -> list[str]:
     """Peers that could not do some shape, and what they said."""
-    said: dict[str, str] = {}
+    said: dict[str, set[str]] = {}
     for entry in document["entries"].values():
         for peer, row in entry["rows"].items():
-            if row["error"]:
-                said.setdefault(row["error"], f"{peer} ({entry['shape']['name']}): {row['error']}")
-    return ["Who could not, and what it said:", "", *(f"- `{line}`" for line in said.values())] if said else []
+            if row["error"] and tables.best(row, "step") is None:
+                said.setdefault(row["error"], set()).add(peer)
+    lines = [f"- {', '.join(sorted(peers))}: `{error}`" for error, peers in said.items()]
+    return ["Who could not train on some shape, and what it said:", "", *lines] if lines else []
 
 
 def decode_table(document: Document) -> list[str]:
-    lines = [
-        "| | ours | share of the bandwidth | over sdpa, prefix in the cache | over eager |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| | ours | of it the floor | sdpa, prefix in the cache | eager |", "|---|---|---|---|---|"]
     for entry in document["entries"].values():
-        rows, floor = entry["rows"], entry["floor_ms"]["forward"][0]
-        times = {
-            name: ms for name in ("fused", "composed") if name in rows and (ms := tables.median(rows[name], "forward"))
-        }
-        if not times:
+        rows, ours = entry["rows"], tables.auto(entry, "forward")
+        if ours is None:
             continue
-        ours = min(times, key=lambda name: times[name])
-        cells = [f"{times[ours]:.3g} ms ({ours})", f"{floor / times[ours]:.0%}"]
+        ms = tables.median(rows[ours], "forward")
+        cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['forward'][0] / ms:.0%}"]
         cells += [_times(tables.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
         lines.append(f"| {entry['title']} | {' | '.join(cells)} |")
     return lines
+
+
+def tests_table(document: Document) -> list[str]:
+    lines = ["| | passed | failed | skipped |", "|---|---|---|---|"]
+    for name, entry in document["entries"].items():
+        lines.append(f"| {name} | {' | '.join(str(entry.get(x, 0)) for x in ('passed', 'failed', 'skipped'))} |")
+    failures = {test: why for entry in document["entries"].values() for test, why in entry["failures"].items()}
+    return [*lines, "", *(f"- `{test}`: `{why}`" for test, why in failures.items())]
 
 
 def ingredients_table(document: Document) -> list[str]:
@@ -251,14 +260,18 @@ def mixed_table(document: Document) -> list[str]:
 
 
 SECTIONS = (
+    Section("tests", "Tests", "Those that need a GPU.", tests_table, drawn=False),
     Section(
         "attention",
         "Against peers",
         """
-Forward and backward of one attention layer with query, key, value, prefix, reweighting and gate all trained. `sdpa` is
-PyTorch's own attention on the concatenated prefix, without a gate: it computes less, and what lies between it and ours
-is what a gate costs. *Floor* is the share of our time that the matrix products, bytes and special functions needed
-would take at what the device was measured to do.
+Forward and backward of one attention layer with query, key, value, prefix, reweighting and gate all trained. *Ours* is
+the backend that `auto` takes; the others' times are over it. *Floor*: the share of our time that the matrix products,
+bytes and special functions needed would take at what the device was measured to do. *sdpa* is PyTorch's own attention
+with the reweighted prefix put in front of every sample, without a gate; *attention alone* the fastest of its backends
+where the prefix stands there already, with nothing to reweight either: the lower bound. *Again* is ours a second time
+in the same run: how far two measurements of one thing are apart. On a GPU our block sizes are tuned on some of these
+shapes; FlexAttention has its own defaults.
 """,
         attention_table,
     ),
@@ -276,7 +289,9 @@ would take at what the device was measured to do.
         """
 Each task is started, trained and finished in a whole model, once with a queue of five prompts and once with prompts
 that only accumulate. The anchor is the base model alone, timed beside each step: it tells a machine that slows down
-from a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins.
+from a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins. An adapter is
+what a task needs to be computed. Where prompts accumulate the newest one holds all of them, so that 200 tasks can be
+stored in as much; the queue stores one of constant size for each.
 """,
         lifelong_table,
     ),
@@ -296,6 +311,7 @@ lowest attention and no prefix: the lower bound.
         "Batches of several tasks",
         "A forward pass of a whole model over 64 samples: one task for all, several tasks in no order, task by task.",
         mixed_table,
+        drawn=False,
     ),
 )
 
@@ -333,35 +349,32 @@ def headlines(devices: Mapping[str, Mapping[str, Document]]) -> str:
 def _said_of_peers(document: Document) -> str:
     over_eager, over_sdpa = [], []
     for entry in document["entries"].values():
-        ours = _ours(entry["rows"])
-        if ours and entry["shape"]["trained"]:
-            rows = entry["rows"]
+        rows, ours = entry["rows"], tables.auto(entry, "step")
+        if ours:
             over_eager.append(tables.ratio(rows.get("eager"), rows[ours], "step"))
             over_sdpa.append(tables.ratio(rows[ours], rows.get("sdpa"), "step"))
     eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
-    spans = f"{min(eager):.1f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
+    spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (
-        f"Over {len(eager)} shapes a training step of one layer is {spans[0]} times as fast as eager PyTorch, and "
-        f"takes {spans[1]} times the time of PyTorch's own attention, which has no gate."
+        f"Over {len(eager)} shapes a training step of one layer is {spans[0]} times as fast as eager PyTorch, the more "
+        f"the longer the context, and takes {spans[1]} times the time of PyTorch's own attention on the concatenated "
+        "prefix, which has no gate."
     )
 
 
 def _said_of_tasks(documents: Mapping[str, Document]) -> str:
-    words = [f"{name} by {value - 1:+.1%}" for name, key in (("its step", "step_ms"), ("memory", "resident_bytes"))
-             if (value := flatness(key, documents))]  # fmt: skip
+    changes = [
+        f"{name} changed by {value - 1:+.1%}"
+        for name, figure in (("a step", "step_ms"), ("memory", "resident_bytes"))
+        if (value := flatness(figure, documents))
+    ]
     tasks = len(documents["lifelong"]["entries"]["queue"]["per_task"])
-    said = f"From tasks 6 to 15 to the last ten of {tasks}, {' and '.join(words)}."
+    said = f"Between tasks 6 to 15 and the last ten of {tasks}, {' and '.join(changes)}." if changes else ""
     several = mixed(documents)
     return f"{said} A batch of sixteen tasks takes {several:.2f} times as long as a batch of one." if several else said
 
 
 # Pieces
-
-
-def _ours(rows: Mapping[str, Any]) -> str | None:
-    """The faster of ours."""
-    times = {name: ms for name in ("fused", "composed") if name in rows and (ms := tables.median(rows[name], "step"))}
-    return min(times, key=lambda name: times[name]) if times else None
 
 
 def _times(x: float | None) -> str:

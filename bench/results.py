@@ -22,6 +22,7 @@ from qtuning_fast.version import __version__
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn")
 SOURCES = {"kernels": "kernels", "backends": "qtuning_fast/backends"}  # what computes the operator
+TABLES = {"blocks.json": "kernels/blocks.json", "choice.json": "qtuning_fast/backends/choice.json"}  # what runs measure
 RUNS = Path("runs/bench")
 
 
@@ -50,6 +51,12 @@ class Results:
         """An entry that could not be had, and why."""
         self.document["errors"][name] = reason
         self.write()
+
+    def finish(self) -> int:
+        """Says what could not be had; the exit status."""
+        for name, reason in self.document["errors"].items():
+            print(f"\n{name}: {reason}")
+        return 1 if self.document["errors"] else 0
 
     def write(self) -> None:
         write_json(self.out, self.document)
@@ -81,7 +88,7 @@ def provenance(device: str) -> dict[str, Any]:
         "versions": versions(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git("status", "--porcelain")),
+        "modified": bool(_git("status", "--porcelain", "--", ".", *(f":!{path}" for path in TABLES.values()))),
         "digests": digests(),
         "load_before": round(os.getloadavg()[0], 2),  # above the number of threads used: someone else was at work
     }
@@ -91,7 +98,7 @@ def device_facts(device: str) -> dict[str, Any]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         memory = round(properties.total_memory / 2**30, 1)
-        return {"type": "cuda", "name": torch.cuda.get_device_name(), "GiB": memory}
+        return {"type": "cuda", "name": torch.cuda.get_device_name(), "GiB": memory, "nvidia_smi": _nvidia_smi()}
     return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
 
 
@@ -107,11 +114,13 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    if torch.version.cuda:
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return found
 
 
 def digests() -> dict[str, str]:
-    """Of the code that computes the operator, as it is now; by the names in SOURCES."""
+    """Of the code that computes the operator, as it is now, block sizes included; by the names in SOURCES."""
     return {name: _digest(ROOT / folder) for name, folder in SOURCES.items()}
 
 
@@ -123,7 +132,7 @@ def changed_since(document: dict[str, Any]) -> list[str]:
 
 def _digest(folder: Path) -> str:
     sha = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json")):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix == ".py" or p.name == "blocks.json"):
         sha.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return sha.hexdigest()[:16]
 
@@ -139,6 +148,15 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip()
+
+
+def _nvidia_smi() -> str | None:
+    """Driver, highest clock, and limit of power; None where it cannot be asked."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

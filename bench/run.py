@@ -15,23 +15,24 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.measure import default_device
-from qtuning_fast.bench.results import ROOT, RUNS, provenance, write_json
+from qtuning_fast.bench.results import ROOT, RUNS, TABLES, provenance, write_json
 
 POLL_SECONDS = 5.0
 TOTAL_SECONDS = {"gpu": 530.0, "gpu-models": 530.0}  # of a plan; no step begins after that, and none outlasts it
-TABLES = {"blocks.json": "kernels/blocks.json", "choice.json": "qtuning_fast/backends/choice.json"}
+MEASURED_BY = {"blocks.json": "tuning", "choice.json": "choose"}  # which step writes a table
 
 
 @dataclass(frozen=True)
@@ -40,62 +41,81 @@ class Step:
 
     name: str
     module: str  # of the bench package
-    seconds: float  # its limit
-    arguments: tuple[str, ...] = ()
+    seconds: float  # its limit, and what no other step asks for
+    arguments: tuple[str, ...] = ()  # "{limit}": seconds after which nothing new should begin
     rehearsal: tuple[str, ...] = ("--dry-run",)  # its arguments in a dry run, beside the others
     out: str = ""  # the option that takes the file it writes; empty: it writes none
     compiles_only: bool = False  # needs the compiler, which Triton's interpreter would stand in for
 
-    def command(self, folder: Path, *, dry_run: bool) -> list[str]:
-        given = self.rehearsal if dry_run else self.arguments
+    def command(self, folder: Path, limit: float, *, dry_run: bool) -> list[str]:
+        given = [each.format(limit=f"{limit - 20:.0f}") for each in (self.rehearsal if dry_run else self.arguments)]
         written = [self.out, str(folder / f"{self.name}.json")] if self.out else []
         return [sys.executable, "-m", f"qtuning_fast.bench.{self.module}", *given, *written]
 
 
 _FEW_PEERS = ("--dry-run", "--peer", "fused", "composed", "eager", "sdpa")
-_OPERATOR = (
-    Step(
-        "attention",
-        "attention",
-        200,
-        ("--budget-seconds", "170"),
-        (*_FEW_PEERS, "--shape", "tiny", "tiny-causal"),
-        "--out",
-    ),
-    Step("decode", "decode", 60, (), _FEW_PEERS, "--out"),
-    Step("ingredients", "ingredients", 60, (), ("--dry-run", "--peer", "fused"), "--out"),
-    Step("growth", "growth", 90, (), ("--dry-run", "--peer", "fused", "composed", "--with", "B", "tasks"), "--out"),
+_ATTENTION = Step(
+    "attention",
+    "attention",
+    150,
+    arguments=("--budget-seconds", "{limit}"),
+    rehearsal=(*_FEW_PEERS, "--shape", "tiny", "tiny-causal"),
+    out="--out",
 )
+_DECODE = Step(
+    "decode", "decode", 30, arguments=("--quick", "--budget-seconds", "{limit}"), rehearsal=_FEW_PEERS, out="--out"
+)
+_INGREDIENTS = Step(
+    "ingredients",
+    "ingredients",
+    25,
+    arguments=("--quick",),
+    rehearsal=("--dry-run", "--peer", "fused"),
+    out="--out",
+)
+_GROWTH = Step(
+    "growth",
+    "growth",
+    35,
+    arguments=("--peer", "fused", "composed", "eager", "sdpa"),
+    rehearsal=("--dry-run", "--peer", "fused", "composed", "--with", "B", "tasks"),
+    out="--out",
+)
+_RESOURCES = Step(
+    "resources",
+    "compile_report",
+    20,
+    arguments=("--target", "sm_90", "--dtype", "bf16"),
+    rehearsal=("--target", "sm_90", "--dtype", "bf16", "--head-size", "64", "--context", "plain"),
+    out="--json",
+    compiles_only=True,
+)
+_MIXED = Step("mixed_tasks", "mixed_tasks", 60, rehearsal=("--dry-run", "--rounds", "2"), out="--out")
 PLANS: dict[str, tuple[Step, ...]] = {
     "cpu": (
-        Step("attention", "attention", 3600, (), ("--dry-run", "--peer", "composed", "eager", "sdpa"), "--out"),
-        Step("decode", "decode", 600, (), ("--dry-run", "--peer", "composed", "sdpa-no-concat"), "--out"),
-        Step("ingredients", "ingredients", 600, (), ("--dry-run",), "--out"),
-        Step("growth", "growth", 1200, (), ("--dry-run",), "--out"),
-        Step("mixed_tasks", "mixed_tasks", 600, (), ("--dry-run", "--rounds", "2"), "--out"),
-        Step("lifelong", "lifelong", 1800, (), ("--dry-run",), "--out"),
-        Step("models", "models", 1800, (), ("--dry-run",), "--out"),
+        Step("attention", "attention", 3600, rehearsal=("--dry-run", "--peer", "composed", "eager"), out="--out"),
+        replace(_DECODE, seconds=600, arguments=(), rehearsal=("--dry-run", "--peer", "composed", "sdpa-no-concat")),
+        replace(_INGREDIENTS, seconds=600, arguments=(), rehearsal=("--dry-run",)),
+        replace(_GROWTH, seconds=1200, arguments=(), rehearsal=("--dry-run",)),
+        replace(_MIXED, seconds=600),
+        Step("lifelong", "lifelong", 1800, out="--out"),
+        Step("models", "models", 1800, out="--out"),
     ),
     "gpu": (
-        Step("tests", "gpu_tests", 200, (), ("--dry-run",), "--out"),
-        Step("tuning", "tune", 110, ("--budget-seconds", "100"), ("--dry-run",), "--out"),
-        *_OPERATOR,
-        Step("choose", "choose", 60, (), ("--dry-run", "--rounds", "2"), "--out"),
-        Step(
-            "resources",
-            "compile_report",
-            60,
-            ("--target", "sm_90", "--dtype", "bf16"),
-            ("--target", "sm_90", "--dtype", "bf16", "--head-size", "64", "--context", "plain"),
-            "--json",
-            compiles_only=True,
-        ),
+        Step("tests", "gpu_tests", 150, out="--out"),
+        Step("tuning", "tune", 90, arguments=("--budget-seconds", "{limit}"), out="--out"),
+        _ATTENTION,
+        _DECODE,
+        _INGREDIENTS,
+        _GROWTH,
+        Step("choose", "choose", 30, rehearsal=("--dry-run", "--rounds", "2"), out="--out"),
+        _RESOURCES,
     ),
     "gpu-models": (
-        Step("decode", "decode", 90, (), _FEW_PEERS, "--out"),
-        Step("models", "models", 200, (), ("--dry-run",), "--out"),
-        Step("lifelong", "lifelong", 200, (), ("--dry-run",), "--out"),
-        Step("mixed_tasks", "mixed_tasks", 60, (), ("--dry-run", "--rounds", "2"), "--out"),
+        replace(_DECODE, seconds=60),
+        Step("models", "models", 200, out="--out"),
+        Step("lifelong", "lifelong", 210, out="--out"),
+        _MIXED,
     ),
 }
 
@@ -120,6 +140,7 @@ class Run:
     def __init__(self, plan: str, steps: Sequence[Step], folder: Path, out: Path, *, dry_run: bool) -> None:
         self.steps, self.folder, self.out, self.dry_run = steps, folder, out, dry_run
         self.outcomes = [Outcome(step.name) for step in steps]
+        self.tables: dict[str, Any] = {}
         self.header = {"plan": plan, "dry_run": dry_run} | provenance(default_device())
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.json"):
@@ -128,13 +149,14 @@ class Run:
     def all(self, total_seconds: float) -> bool:
         """Every step, in order, as far as time allows. Whether all went well."""
         end = time.monotonic() + total_seconds
-        for step, outcome in zip(self.steps, self.outcomes):
+        for number, (step, outcome) in enumerate(zip(self.steps, self.outcomes)):
             left = end - time.monotonic()
-            if left < min(20.0, step.seconds):
+            if left < min(15.0, step.seconds):
                 outcome.said = "left out: no time"
                 continue
             print(f"\n=== {step.name} ===", flush=True)
-            self.one(step, outcome, min(step.seconds, left))
+            others = sum(later.seconds for later in self.steps[number + 1 :])
+            self.one(step, outcome, min(max(step.seconds, left - others), left))
         self.gather()
         return all(outcome.said == "done" for outcome in self.outcomes)
 
@@ -142,7 +164,7 @@ class Run:
         started = time.monotonic()
         outcome.said = "cut off with the run"
         process = subprocess.Popen(
-            step.command(self.folder, dry_run=self.dry_run),
+            step.command(self.folder, limit, dry_run=self.dry_run),
             cwd=ROOT,
             env=self._environment(step),
             start_new_session=True,  # so that it can be stopped with all that it has started
@@ -166,9 +188,10 @@ class Run:
     def gather(self) -> None:
         """Writes all there is by now into one file."""
         documents = {path.stem: _read(path) for path in sorted(self.folder.glob("*.json"))}
-        tables_now = {name: json.loads((ROOT / path).read_text()) for name, path in TABLES.items()}
+        tables_now = {name: _read(ROOT / path) for name, path in TABLES.items()}
+        self.tables |= {name: table for name, table in tables_now.items() if table is not None}
         document = self.header | {"steps": [asdict(o) for o in self.outcomes]}
-        document |= {"documents": documents, "tables": tables_now}
+        document |= {"documents": documents, "tables": self.tables}
         write_json(self.out, document)
 
     def _environment(self, step: Step) -> dict[str, str]:
@@ -192,27 +215,43 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def unpack(source: Path, results: Path) -> list[Path]:
-    """Documents into the folder of results, tables to where they are read; returns what was written."""
+def unpack(source: Path) -> list[Path]:
+    """Documents into the device's folder of results, tables that were measured to where they are read.
+
+    Returns what was written.
+    """
     document = json.loads(source.read_text())
+    results = ROOT / "bench/results" / device_folder(document["device"])
     if document["dry_run"]:
         raise SystemExit(f"{source} is of a dry run, which measures nothing")
     written = []
     for name, content in document["documents"].items():
+        if content is None:  # it was being written at the last moment
+            continue
         written.append(results / f"{name}.json")
         results.mkdir(parents=True, exist_ok=True)
         written[-1].write_text(json.dumps(content, indent=1) + "\n")
+    done = {step["name"] for step in document["steps"] if step["said"] == "done"}
     for name, content in document["tables"].items():
+        if MEASURED_BY[name] not in done:
+            continue
         written.append(ROOT / TABLES[name])
         rows = ",\n  ".join(json.dumps(row) for row in content)
         written[-1].write_text(f"[\n  {rows}\n]\n")
     return written
 
 
+def device_folder(device: Mapping[str, Any]) -> str:
+    """As short as people say it: "cpu", "h200"."""
+    model = re.search(r"[A-Z]+\d+", device["name"])
+    return "cpu" if device["type"] == "cpu" else (model[0] if model else device["name"].replace(" ", "-")).lower()
+
+
 def _read(path: Path) -> Any:
+    """None while it is being written."""
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError:  # it is being written
+    except json.JSONDecodeError:
         return None
 
 
@@ -233,10 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps of the plan only")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: runs/bench/PLAN.json")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="put what a run found where it belongs")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/h200", help="where --unpack puts figures")
     options = parser.parse_args(arguments)
     if options.unpack:
-        print(*unpack(options.unpack, options.results), sep="\n")
+        print(*unpack(options.unpack), sep="\n")
         return 0
     if options.plan is None:
         parser.error(f"name a plan: {', '.join(PLANS)}")

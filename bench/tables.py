@@ -6,7 +6,7 @@ from typing import Any
 from qtuning_fast.bench.peers import OURS
 
 WIDTH = 120
-LOWER_BOUND = "sdpa"
+UNGATED = "sdpa"
 
 Row = Mapping[str, Any]  # as measure.as_json has it
 
@@ -22,16 +22,16 @@ def attention(entry: Mapping[str, Any]) -> str:
         f"  {'':<24}{'forward':>10}{'backward':>10}{whole:>10}{'±iqr':>9}{'×ours':>7}{'floor':>7}{'eager':>10}"
         f"{'peak MB':>9}{'err out':>9}{'grad':>9}",
     ]
-    ours = next((ms for name in OURS if name in rows and (ms := median(rows[name], whole))), None)
+    ours = auto(entry, whole)
     for name, row in rows.items():
         if best(row, "forward") is not None:
-            lines.append(_line(name, row, entry["floor_ms"], whole, ours))
+            lines.append(_line(name, row, entry["floor_ms"], whole, rows[ours] if ours else None))
     lines.extend(_standing(rows, whole))
     failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
     return "\n".join([*lines, *failed])
 
 
-def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: float | None) -> str:
+def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: Row | None) -> str:
     ms, spread, floor = median(row, whole), best(row, whole), floor_ms[whole][0]
     eager = row[whole]["eager"] if row[whole]["graph"] else None  # on a CPU it is the figure itself
     gradients = [error for key, error in row["errors"].items() if key != "output"]
@@ -40,7 +40,7 @@ def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: fl
         number(median(row, "backward"), 10, 4),
         number(ms, 10, 4),
         number(spread and spread["spread"], 9, 4),
-        number(ms / ours if ms and ours else None, 7, 2),
+        number(ratio(row, ours, whole), 7, 2),
         f"{floor / ms:>7.0%}" if ms else f"{'-':>7}",
         number(eager and eager["median"], 10, 3),
         number(None if row["peak"] is None else row["peak"] / 2**20, 9, 1),
@@ -59,8 +59,8 @@ def _standing(rows: Mapping[str, Row], whole: str) -> list[str]:
         said = []
         if speedup := ratio(rows.get("eager"), ours, whole):
             said.append(f"{speedup:.2f} times as fast as eager")
-        if slowdown := ratio(ours, rows.get(LOWER_BOUND), whole):
-            said.append(f"{slowdown:.2f} times the time of {LOWER_BOUND}, without a gate")
+        if slowdown := ratio(ours, rows.get(UNGATED), whole):
+            said.append(f"{slowdown:.2f} times the time of {UNGATED}, without a gate")
         if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
             said.append(f"gate and reweighting {cost - 1:+.1%}")
         lines.append(f"  {name}: {'; '.join(said)}")
@@ -111,10 +111,25 @@ def median(row: Row, which: str) -> float | None:
     return timing and timing["median"]
 
 
+def same_clock(row: Row | None, other: Row | None, which: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Both timings: the GPU's own where both have it, else the host's."""
+    if row is None or other is None:
+        return None
+    pairs = ((row[which][clock], other[which][clock]) for clock in ("graph", "eager"))
+    return next(((a, b) for a, b in pairs if a and b), None)
+
+
 def ratio(row: Row | None, other: Row | None, which: str) -> float | None:
-    """How many times as long as the other one it took."""
-    a, b = (None if x is None else median(x, which) for x in (row, other))
-    return a / b if a and b else None
+    """How many times as long as the other one it took, by the same clock."""
+    both = same_clock(row, other, which)
+    return both[0]["median"] / both[1]["median"] if both else None
+
+
+def auto(entry: Mapping[str, Any], which: str) -> str | None:
+    """The backend that users get: what `auto` takes; where it was not asked for or measured, the first of ours."""
+    taken = entry["auto"]["backend"] if "auto" in entry else None
+    measured = [name for name in (taken, *OURS) if name in entry["rows"] and median(entry["rows"][name], which)]
+    return measured[0] if measured else None
 
 
 def number(x: float | None, width: int, digits: int) -> str:

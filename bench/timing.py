@@ -26,7 +26,7 @@ Stopwatch = Callable[[Call, int], float]  # the milliseconds that so many runs o
 Listener = Callable[[str, float], None]  # hears of each stage by name, and the share of it that is done
 
 CACHES = 3  # the sets of inputs hold so many times what the last cache of a GPU does
-FEWEST_SETS, MOST_SETS = 4, 16
+MOST_SETS, MOST_SETS_ON_CPU = 16, 4
 FEWEST_ROUNDS = 7
 CPU_CACHE = 32 << 20  # bytes
 
@@ -71,9 +71,9 @@ def nobody(stage: str, share: float) -> None:
 def sets_for(set_bytes: int, device: torch.device) -> int:
     """How many sets of inputs, of so many bytes each, no cache holds."""
     if device.type != "cuda":
-        return min(FEWEST_SETS, math.ceil(CPU_CACHE / max(set_bytes, 1)))
+        return min(MOST_SETS_ON_CPU, math.ceil(CPU_CACHE / max(set_bytes, 1)))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(max(FEWEST_SETS, math.ceil(CACHES * cache / max(set_bytes, 1))), MOST_SETS)
+    return min(math.ceil(CACHES * cache / max(set_bytes, 1)), MOST_SETS)
 
 
 def first_line(error: BaseException) -> str:
@@ -168,7 +168,13 @@ def _compare(
                     [(a - b) / calls for a, b in zip(samples[whole], samples[part])]
                 )
         for name, error_line in errors.items():
-            candidates[name].error = error_line
+            if not candidates[name].timings:
+                candidates[name].error = error_line
+        if gpu is not None:  # the graphs' memory, for what comes now
+            replays.clear()
+            for candidate in candidates.values():
+                candidate.replay = None
+            give_back()
     return {name: candidate.measurement() for name, candidate in candidates.items()}
 
 
@@ -216,7 +222,7 @@ def round_robin(
 def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
     """All calls, one after the other, as a CUDA graph of the current stream; what is returned replays it."""
     if torch.cuda.memory_reserved(gpu) > torch.cuda.get_device_properties(gpu).total_memory // 3:
-        torch.cuda.empty_cache()  # while it captures the allocator cannot give memory back
+        give_back()  # while it captures the allocator cannot give memory back
     graph = torch.cuda.CUDAGraph()
     # Not torch.cuda.graph: it empties the allocator's cache each time, and tuning captures hundreds of graphs.
     gc.disable()  # a graph that is collected now would be destroyed amid this one's capture
@@ -227,6 +233,8 @@ def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
     except BaseException:
         with suppress(Exception):  # an invalid capture ends with an error of its own; the first one says why
             graph.capture_end()
+        with suppress(Exception):  # and in PyTorch up to 2.11 before the allocator knows that it is over
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise
     finally:
         gc.enable()
@@ -234,6 +242,12 @@ def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
     graph.replay()
     torch.cuda.synchronize(gpu)
     return graph.replay
+
+
+def give_back() -> None:
+    """Memory that PyTorch's allocator keeps and does not use; it refuses where it takes a capture for unfinished."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def device_milliseconds(run: Call, times: int) -> float:

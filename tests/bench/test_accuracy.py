@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtuning_fast.bench import accuracy
-from qtuning_fast.bench.accuracy import Reference, check, verdict
+from qtuning_fast.bench.accuracy import WRONG, Reference, check, verdict
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.shapes import SHAPES, TINY, inputs
 
@@ -23,6 +23,15 @@ def test_gradients_beyond_the_samples_compared_must_be_zero(monkeypatch):
     assert reference.error("query", whole, gradients["query"]) > 1
     whole[-1] = math.nan
     assert reference.error("query", whole, gradients["query"]) == math.inf
+
+
+def test_one_wrong_tile_is_seen():
+    shape = SHAPES["bert-base-512-cpu"]
+    reference = Reference(shape, inputs(shape, dtype=torch.float32, device="cpu"))
+    expected, _ = reference.of(PEERS["eager"])
+    x = expected.clone()
+    x[0, 3, 64:128] = 0
+    assert reference.error("output", x, expected) > 0.2 > WRONG[torch.bfloat16]
 
 
 def test_what_should_be_nothing_counts_as_it_is():

@@ -1,5 +1,7 @@
 """The peers compute what they say they do, on every kind of shape."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch.nn.attention import flex_attention
@@ -82,11 +84,28 @@ def test_what_belongs_to_no_gate_has_no_gradient():
     assert prepare(PEERS["context-alone"], TINY, x, training=True).leaves.keys() == {"query", "key", "value"}
 
 
-@pytest.mark.parametrize("name", ["context-alone", "sdpa-cudnn", "flash-attn-2"])
-def test_what_cannot_be_computed_is_refused(name):
-    shape = SHAPES["tiny-padded" if name == "context-alone" else "tiny-causal"]
-    with pytest.raises((NotImplementedError, ImportError)):
-        errors_of(PEERS[name], shape)
+@pytest.mark.parametrize("name", ["flex", "flex-tanh-approx", "flex-merged", "eager-compiled"])
+def test_a_compiler_can_follow_it(name, monkeypatch):
+    """Without its code generator, which knows no FlexAttention with a log-sum-exp on a CPU."""
+    traced = cache(lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=False))
+    monkeypatch.setattr(flex, "compiled", traced)
+    for shape in TINIES:
+        torch._dynamo.reset()
+        errors = {}
+        check(PEERS[name], Reference(shape, inputs(shape, dtype=torch.float32, device="cpu")), errors, training=False)
+        assert errors["output"] < CLOSE
+
+
+@pytest.mark.parametrize(("name", "shape"), [("context-alone", "tiny-padded"), ("sdpa-cudnn", "tiny-causal")])
+def test_what_cannot_be_computed_is_refused(name, shape):
+    with pytest.raises(NotImplementedError):
+        errors_of(PEERS[name], SHAPES[shape])
+
+
+def test_a_package_that_is_missing_is_named_at_once(monkeypatch):
+    monkeypatch.setattr(flex, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs the package flash_attn"):
+        errors_of(PEERS["flex-flash"], TINY)
 
 
 def test_ours_is_called_as_users_call_it(monkeypatch):

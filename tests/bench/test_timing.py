@@ -115,7 +115,7 @@ def test_sets_of_inputs_outgrow_the_cache(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     gpu = torch.device("cuda")
-    assert sets_for(25 << 20, gpu) == 6 and sets_for(1 << 30, gpu) == 4 and sets_for(1 << 10, gpu) == 16
+    assert sets_for(25 << 20, gpu) == 6 and sets_for(1 << 30, gpu) == 1 and sets_for(1 << 10, gpu) == 16
     assert sets_for(1, CPU) == 4
 
 
