@@ -60,7 +60,7 @@ def times_table(entry: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             *(_figure(median(row, each)) for each in passes),
-            _figure(spread and spread["spread"]),
+            _figure(spread["spread"] if spread else None),
             _figure(ratio(row, ours, whole)),
             _figure(None if row["peak"] is None else row["peak"] / 2**20),
             f"{max(row['errors'].values()):.0e}",

@@ -7,7 +7,7 @@ this is fused as well. Block masks are built once and not timed. On a CPU FlexAt
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def attend_merged(call: PrefixAttentionCall) -> Tensor:
 
 def gated(tanh: Callable[[Tensor], Tensor], options: dict[str, Any], call: PrefixAttentionCall, mask: Any) -> Tensor:
     key, value = concatenated(call)
-    P, alpha, tau = call.prefix_key.shape[-2], call.gate_alpha, call.gate_tau
+    P, (alpha, tau) = call.prefix_key.shape[-2], _gate(call)
     index, bias = call.prefix_index, call.attn_mask
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -55,8 +55,18 @@ def gated(tanh: Callable[[Tensor], Tensor], options: dict[str, Any], call: Prefi
         block_mask=mask,
         scale=call.scale,
         enable_gqa=grouped,
-        kernel_options=options or None,
+        kernel_options=cast(Any, options or None),
     )
+
+
+def _gate(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+    """alpha and tau by head: to a scalar FlexAttention passes no gradient."""
+    if call.gate is None:
+        return call.query, call.query  # not looked at
+    assert isinstance(call.gate_alpha, Tensor) and isinstance(call.gate_tau, Tensor)
+    heads = call.query.shape[1]
+    alpha, tau = (x if x.ndim else x.repeat(heads) for x in (call.gate_alpha, call.gate_tau))
+    return alpha, tau
 
 
 def exact(call: PrefixAttentionCall, mask: Any) -> Tensor:

@@ -138,8 +138,8 @@ def _checked(
             row.error = wrong
             return {}
         prepared = _prepared(peer, shape, sets, training)
-        steps = {f"{name} step": partial(_steps, prepared)} if training else {}
-        return {f"{name} forward": partial(_forwards, prepared)} | steps
+        setups: dict[str, Callable[[], list[Call]]] = {f"{name} forward": partial(_forwards, prepared)}
+        return setups | ({f"{name} step": partial(_steps, prepared)} if training else {})
     return {}
 
 

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def by_peer(name: str) -> Iterator[None]:
     attend, choose = PEERS[name].attend, backends.choose
 
     def run(call: PrefixAttentionCall) -> tuple[Tensor, None]:
-        return attend(_gate_per_head(call)), None
+        return attend(call), None
 
     def chosen(call: PrefixAttentionCall, requested: str) -> str:
         return name if call.prefix_key.shape[-2] else choose(call, requested)
@@ -116,13 +116,6 @@ def by_peer(name: str) -> Iterator[None]:
         changes.enter_context(patch.dict(BACKENDS, {name: Backend(name, why_not=lambda call: None, run=run)}))
         changes.enter_context(patch.object(backends, "choose", chosen))
         yield
-
-
-def _gate_per_head(call: PrefixAttentionCall) -> PrefixAttentionCall:
-    """FlexAttention passes no gradient to a scalar."""
-    gate = {"gate_alpha": call.gate_alpha, "gate_tau": call.gate_tau}
-    heads = call.query.shape[1]
-    return replace(call, **{n: x.repeat(heads) for n, x in gate.items() if isinstance(x, Tensor) and not x.ndim})
 
 
 @dataclass(frozen=True)

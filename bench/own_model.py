@@ -83,7 +83,7 @@ class Wanted:
         if self.decode:
             context = shape.M if self.shape is not None else CACHED_TOKENS
             shape = replace(shape, N=1, context=context, is_causal=False, trained=False)
-        sizes = {"B": self.batch, "N": self.tokens, "context": self.context, "P": self.prefix_rows}
+        sizes: dict[str, Any] = {"B": self.batch, "N": self.tokens, "context": self.context, "P": self.prefix_rows}
         sizes |= {"tasks": self.tasks, "padding": self.padding, "is_causal": self.causal}
         shape = replace(shape, **{name: size for name, size in sizes.items() if size is not None})
         _check_sizes(shape)
@@ -93,7 +93,7 @@ class Wanted:
         if self.shape is not None:
             return _of(SHAPES, "--shape", self.shape)
         if self.heads is not None:
-            heads = {"Hq": self.heads, "Hkv": self.kv_heads or self.heads, "D": self.head_size}
+            heads: dict[str, Any] = {"Hq": self.heads, "Hkv": self.kv_heads or self.heads, "D": self.head_size}
             return Shape("own", B=16, N=128, P=FULL_QUEUE, **heads)
         model = MINILM if self.model is None else self.model
         return Shape(Path(model).name, B=16, N=128, P=FULL_QUEUE, of=model, **_attention_of(model))

@@ -7,6 +7,7 @@ putting it in front of the context) is inside what is timed, unless its name say
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _own(backend: str, about: str, kind: type[Peer] = Peer, **parts: bool) -> Pe
     return kind(about, partial(own, backend), **parts)
 
 
-_NEITHER = {"gated": False, "reweighted": False}
+_NEITHER: dict[str, Any] = {"gated": False, "reweighted": False}
 PEERS: dict[str, Peer] = {
     "fused": _own("fused", "our Triton kernels"),
     "fused-again": _own("fused", "the same once more: how far two measurements of one thing are apart"),

@@ -69,7 +69,7 @@ MIXED = replace(BERT_BASE, name="bert-base-mixed", tasks=16, of="BERT-base, a ba
 WIDE = Shape("wide", B=4, Hq=8, Hkv=8, N=1024, D=256, P=60, of="heads of 256, as Gemma has them")
 
 
-def twin(shape: Shape, **sizes: int) -> Shape:
+def twin(shape: Shape, **sizes: Any) -> Shape:
     """The same for a CPU."""
     return replace(shape, name=f"{shape.name}-cpu", **sizes)
 
@@ -104,7 +104,17 @@ TINY_DECODE = replace(TINY_CAUSAL, name="tiny-decode", N=1, context=9, tasks=2, 
 TINIES = (TINY, TINY_CAUSAL, TINY_BIAS, TINY_PADDED, TINY_MIXED, TINY_DECODE)
 
 # The most important first: a run that is cut off counts as far as it got.
-GPU = (BERT_BASE, LLAMA_8B_4096, VIT_B16, DECODE_64, LONG, MINILM, BERT_BASE_512, LLAMA_8B, DECODE_256)
+GPU: tuple[Shape, ...] = (
+    BERT_BASE,
+    LLAMA_8B_4096,
+    VIT_B16,
+    DECODE_64,
+    LONG,
+    MINILM,
+    BERT_BASE_512,
+    LLAMA_8B,
+    DECODE_256,
+)
 GPU += (DECODE_64_MIXED, T5_LARGE, BERT_LARGE, PADDED, MIXED, DECODE_256_MIXED)
 SHAPES = {shape.name: shape for shape in (*GPU, WIDE, *CPU, *TINIES)}
 

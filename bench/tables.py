@@ -39,10 +39,10 @@ def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: Ro
         number(median(row, "forward"), 10, 4),
         number(median(row, "backward"), 10, 4),
         number(ms, 10, 4),
-        number(spread and spread["spread"], 9, 4),
+        number(spread["spread"] if spread else None, 9, 4),
         number(ratio(row, ours, whole), 7, 2),
         f"{floor / ms:>7.0%}" if ms else f"{'-':>7}",
-        number(eager and eager["median"], 10, 3),
+        number(eager["median"] if eager else None, 10, 3),
         number(None if row["peak"] is None else row["peak"] / 2**20, 9, 1),
         *(f"{error:>9.0e}" for error in (row["errors"]["output"], max(gradients, default=0.0))),
     ]
@@ -81,12 +81,12 @@ def ingredients(entry: Mapping[str, Any]) -> str:
     lines = [f"{entry['name']}: {entry['title']}, {entry['dtype']}, {entry['peer']}"]
     lines.append(f"  {'':<24}{whole + ' ms':>12}{'±iqr':>10}{'it costs':>12}{'':>10}")
     for name, row in rows.items():
-        ms, spread = median(row, whole), best(row, whole)
-        if ms is None or everything is None:
+        ms, timing = median(row, whole), best(row, whole)
+        if ms is None or timing is None or everything is None:
             lines.append(f"  {name:<24}{row['error']}"[:WIDTH])
             continue
         cost = "" if name == "all" else f"{everything - ms:>+9.4f} ms{(everything - ms) / ms:>+10.1%}"
-        lines.append(f"  {name:<24}{ms:>12.4f}{spread['spread']:>10.4f}{cost}")
+        lines.append(f"  {name:<24}{ms:>12.4f}{timing['spread']:>10.4f}{cost}")
     return "\n".join(lines)
 
 
@@ -108,7 +108,7 @@ def best(row: Row, which: str) -> dict[str, Any] | None:
 
 def median(row: Row, which: str) -> float | None:
     timing = best(row, which)
-    return timing and timing["median"]
+    return timing["median"] if timing else None
 
 
 def same_clock(row: Row | None, other: Row | None, which: str) -> tuple[dict[str, Any], dict[str, Any]] | None:

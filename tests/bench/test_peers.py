@@ -1,5 +1,6 @@
 """The peers compute what they say they do, on every kind of shape."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -75,6 +76,15 @@ def test_flex_attention_computes_the_operator(name, shape, monkeypatch):
     errors = {}
     check(PEERS[name], Reference(shape, inputs(shape, dtype=torch.float32, device="cpu")), errors, training=False)
     assert errors["output"] < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_takes_one_gate_for_all_heads(monkeypatch):
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    monkeypatch.setattr(flex, "compiled", lambda function: function)
+    call = inputs(TINY, dtype=torch.float32, device="cpu").call(TINY)
+    call = replace(call, gate_alpha=call.gate_alpha[0], gate_tau=call.gate_tau[0])
+    torch.testing.assert_close(PEERS["flex"].attend(call), PEERS["eager"].attend(call))
 
 
 def test_what_belongs_to_no_gate_has_no_gradient():
