@@ -32,6 +32,7 @@ from qtuning_fast.bench.results import ROOT, RUNS, TABLES, provenance, write_jso
 
 POLL_SECONDS = 5.0
 TOTAL_SECONDS = {"gpu": 530.0, "gpu-models": 530.0}  # of a plan; no step begins after that, and none outlasts it
+NOT_BEGUN, NO_TIME = "not begun", "left out: no time"
 MEASURED_BY = {"blocks.json": "tuning", "choice.json": "choose"}  # which step writes a table
 
 
@@ -125,7 +126,7 @@ class Outcome:
     """What became of a step."""
 
     name: str
-    said: str = "not begun"
+    said: str = NOT_BEGUN
     seconds: float = 0.0
 
 
@@ -152,7 +153,7 @@ class Run:
         for number, (step, outcome) in enumerate(zip(self.steps, self.outcomes)):
             left = end - time.monotonic()
             if left < min(15.0, step.seconds):
-                outcome.said = "left out: no time"
+                outcome.said = NO_TIME
                 continue
             print(f"\n=== {step.name} ===", flush=True)
             others = sum(later.seconds for later in self.steps[number + 1 :])
@@ -210,7 +211,7 @@ def summary(document: dict[str, Any]) -> str:
     lines = [f"\n=== {document['plan']}, {document['device']['name']}, {document['date']} ==="]
     lines += [f"  {step['name']:<14}{step['seconds']:>8.1f} s  {step['said']}" for step in document["steps"]]
     for name in ("attention", "decode"):
-        for entry in document["documents"].get(name, {}).get("entries", {}).values():
+        for entry in (document["documents"].get(name) or {}).get("entries", {}).values():
             lines.extend(tables.headline(entry))
     return "\n".join(lines)
 
@@ -231,9 +232,9 @@ def unpack(source: Path) -> list[Path]:
         written.append(results / f"{name}.json")
         results.mkdir(parents=True, exist_ok=True)
         written[-1].write_text(json.dumps(content, indent=1) + "\n")
-    done = {step["name"] for step in document["steps"] if step["said"] == "done"}
+    begun = {step["name"] for step in document["steps"] if step["said"] not in (NOT_BEGUN, NO_TIME)}
     for name, content in document["tables"].items():
-        if MEASURED_BY[name] not in done:
+        if MEASURED_BY[name] not in begun:  # it is the one that the run found
             continue
         written.append(ROOT / TABLES[name])
         rows = ",\n  ".join(json.dumps(row) for row in content)
@@ -286,7 +287,12 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or RUNS / f"{options.plan}.json"
     steps = [step for step in PLANS[options.plan] if not options.only or step.name in options.only]
     run = Run(options.plan, steps, RUNS / options.plan, out, dry_run=options.dry_run)
-    fine = run.all(TOTAL_SECONDS.get(options.plan, math.inf))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at work is stopped, too
+    try:
+        fine = run.all(TOTAL_SECONDS.get(options.plan, math.inf))
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What was found by then: {out}")
+        return 130
     print(summary(json.loads(out.read_text())))
     print(f"\nall of it: {out}")
     return 0 if fine else 1

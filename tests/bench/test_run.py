@@ -87,7 +87,7 @@ def test_a_run_is_unpacked_to_where_it_is_read(tmp_path, monkeypatch):
     document = {"dry_run": False, "documents": {"growth": {"entries": {}}, "half": None}}
     document["tables"] = {"blocks.json": [{"a": 1}, {"b": 2}], "choice.json": []}
     document["device"] = {"type": "cuda", "name": "NVIDIA H200"}
-    document["steps"] = [{"name": "tuning", "said": "done"}, {"name": "choose", "said": "exit status 1"}]
+    document["steps"] = [{"name": "tuning", "said": "done"}, {"name": "choose", "said": running.NO_TIME}]
     source = tmp_path / "gpu.json"
     source.write_text(json.dumps(document))
     unpack(source)
@@ -121,6 +121,17 @@ def test_a_table_that_is_being_written_stops_nothing(plan, tmp_path, monkeypatch
 @pytest.mark.parametrize("plan_name", running.TOTAL_SECONDS)
 def test_a_plan_has_time_for_all_its_steps(plan_name):
     assert sum(step.seconds for step in PLANS[plan_name]) <= running.TOTAL_SECONDS[plan_name]
+
+
+def test_an_interrupted_run_says_where_its_findings_are(tmp_path, monkeypatch, capsys):
+    def interrupted(self, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "all", interrupted)
+    monkeypatch.setattr(running.signal, "signal", lambda *arguments: None)
+    monkeypatch.chdir(tmp_path)
+    assert running.main(["cpu", "--out", "found.json"]) == 130
+    assert "What was found by then: found.json" in capsys.readouterr().out
 
 
 def test_wrong_plans_are_refused(monkeypatch, capsys):
