@@ -108,7 +108,7 @@ def measure_cases(
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
         reference = Reference(shape, sets[0])
         for name, (_, peer) in cases.items():
-            if cases[name][0] is shape:
+            if cases[name][0] == shape:
                 listener("checking", list(cases).index(name) / len(cases))
                 setups |= _checked(name, peer, reference, sets, rows[name], dtype)
     if gpu.type == "cuda":
