@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -96,16 +97,12 @@ def compile_ahead(shapes: Sequence[Shape], peers: Sequence[str], seconds: float)
         return
     started = time.perf_counter()
     workers = max(1, (os.cpu_count() or 1) - 2)
-    with multiprocessing.get_context("spawn").Pool(workers, _one_compiler) as pool:  # who is not done by then is ended
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each process, which are many already
+    with patch.dict(os.environ, alone), multiprocessing.get_context("spawn").Pool(workers) as pool:
         compiled = pool.starmap_async(compile_peer, jobs, chunksize=1)
-        compiled.wait(None if math.isinf(seconds) else seconds)
+        compiled.wait(None if math.isinf(seconds) else seconds)  # who is not done by then is ended
     done = "all" if compiled.ready() else "some"
     print(f"{done} of {len(jobs)} peers compiled in {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def _one_compiler() -> None:
-    """In each process, which are many already."""
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def compile_peer(shape: Shape, peer: str) -> None:

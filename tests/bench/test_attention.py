@@ -55,6 +55,16 @@ def test_a_rehearsal_of_each_question_ends_in_a_file_and_a_table(module, entries
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
+def test_peers_are_compiled_ahead_for_as_long_as_there_is_time(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "default_dtype", lambda device: torch.float32)
+    attention.compile_ahead([TINY], [], 5.0)
+    assert capsys.readouterr().out == ""  # nobody
+    attention.compile_ahead([TINY], ["eager"], 60.0)  # without a GPU it fails, and is not heard of
+    assert capsys.readouterr().out.startswith("all of 1 peers compiled")
+    attention.compile_ahead([TINY] * 50, ["eager"], 0.01)
+    assert capsys.readouterr().out.startswith("some of 50 peers compiled")
+
+
 def test_inputs_are_strided_as_models_hand_them_over():
     x = inputs(TINY, dtype=torch.bfloat16, device="cpu")
     assert x.query.transpose(1, 2).is_contiguous() and x.query.dtype == torch.bfloat16
