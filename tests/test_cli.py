@@ -326,8 +326,9 @@ def bench(*arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_bench_sets_what_auto_takes_beside_its_peers(tmp_path: Path) -> None:
+def test_bench_sets_what_auto_takes_beside_its_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "new" / "figures.json"
+    monkeypatch.setattr("sys.argv", ["/bin/qtuning-fast", "bench", "--causal"])
     output = bench(*TINY, "--causal", "--tasks=2", f"--out={out}")
     assert "own: B3 Hq4 Hkv2 N24 D16 P13 causal 2 tasks, float32, training" in output
     lines = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
@@ -335,7 +336,7 @@ def test_bench_sets_what_auto_takes_beside_its_peers(tmp_path: Path) -> None:
     assert "auto takes" in output and "not fused:" in output and "PyTorch's attention without a gate." in output
     document = json.loads(out.read_text())
     entry = document["entries"]["own"]
-    assert document["command"].startswith("qtuning-fast ") and document["versions"]["torch"]
+    assert document["command"] == "qtuning-fast bench --causal" and document["versions"]["torch"]
     assert entry["rows"].keys() >= {entry["auto"]["backend"], "eager", "sdpa"} and entry["shape"]["is_causal"]
 
 
