@@ -20,20 +20,28 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from tqdm import tqdm
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.floors import Ceilings, measured_ceilings
-from qtuning_fast.bench.measure import QUICK, REHEARSED, TURNS, default_device, default_dtype, in_a_process, measure
+from qtuning_fast.bench.measure import (
+    QUICK,
+    REHEARSED,
+    TURNS,
+    default_device,
+    default_dtype,
+    in_a_process,
+    measure,
+    measure_each,
+)
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES, Shape, inputs
-from qtuning_fast.bench.timing import first_line
 
 ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "tanh-approx")
 IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
@@ -64,20 +72,11 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     results, ceilings = begin(question, options.out, given)
     if default_device() == "cuda":
         compile_ahead(chosen, [peer for peer in peers if peer in COMPILED], 0.4 * options.budget_seconds)
-    for shape in tqdm(chosen, unit="shape", disable=None):
-        if time.perf_counter() - started > options.budget_seconds:
-            results.fail(shape.name, "left out: the time was spent")
-            continue
-        turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
-        try:
-            entry = in_a_process(measure, shape, peers, default_device(), ceilings, turns=turns, peaks=PEAKS)
-        except Exception as error:  # a process that died; the others go on
-            results.fail(shape.name, first_line(error))
-            continue
-        results.add(shape.name, entry)
-        tqdm.write(f"\n{tables.attention(entry)}")
-        sys.stdout.flush()
-    return results.finish()
+    turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
+    one = partial(measure, peers=peers, device=default_device(), ceilings=ceilings, turns=turns, peaks=PEAKS)
+    jobs = {shape.name: partial(one, shape) for shape in chosen}
+    left = options.budget_seconds - (time.perf_counter() - started)
+    return measure_each(results, jobs, tables.attention, seconds=left)
 
 
 def begin(question: str, out: Path, arguments: Sequence[str]) -> tuple[Results, Ceilings]:

@@ -12,18 +12,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.measure import REHEARSED, as_json, default_device, default_dtype, in_a_process, measure_cases
+from qtuning_fast.bench.measure import REHEARSED, as_json, default_device, default_dtype, measure_cases, measure_each
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
-from qtuning_fast.bench.timing import Turns, first_line
+from qtuning_fast.bench.timing import Turns
 
 GROWTH_TURNS = Turns(rounds=20, seconds=1.5)
 PEERS_ON_GPU = ("fused", "composed", "eager", "flex", "sdpa")
@@ -58,14 +58,22 @@ SERIES = {
 }
 
 
-def measure(shapes: dict[int, Shape], peers: Sequence[str], device: str, turns: Turns) -> dict[int, dict[str, Any]]:
-    """Rows by size and peer. On a GPU each size's graphs are gone before the next one's are made."""
-    points = {}
+def measure(of: str, shapes: dict[int, Shape], peers: Sequence[str], device: str, turns: Turns) -> dict[str, Any]:
+    """One series. On a GPU each size's graphs are gone before the next one's are made."""
+    started, points = time.perf_counter(), {}
     for size, shape in shapes.items():
         torch._dynamo.reset()  # else the eighth size would not be compiled any more
         cases = {peer: (shape, peer) for peer in peers}
         points[size] = as_json(measure_cases(cases, device, default_dtype(device), turns))
-    return points
+    first = next(iter(shapes.values()))
+    return {
+        "of": of,
+        "title": str(first),
+        "pass": "step" if first.trained else "forward",
+        "points": points,
+        "peers": peers,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,20 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("growth", options.out, device, sys.argv[1:] if arguments is None else arguments)
     print(results.heading(), flush=True)
     turns = REHEARSED if options.dry_run else GROWTH_TURNS
-    for name in tqdm(options.sizes, unit="series", disable=None):
-        started, shapes = time.perf_counter(), SERIES[name].shapes(device, tiny=options.dry_run)
-        try:
-            points = in_a_process(measure, shapes, options.peer, device, turns)
-        except Exception as error:
-            results.fail(name, first_line(error))
-            continue
-        first = next(iter(shapes.values()))
-        entry = {"of": name, "title": str(first), "pass": "step" if first.trained else "forward", "points": points}
-        entry |= {"peers": options.peer, "seconds": round(time.perf_counter() - started, 1)}
-        results.add(name, entry)
-        tqdm.write(f"\n{tables.growth(entry)}")
-        sys.stdout.flush()
-    return results.finish()
+    chosen = {name: SERIES[name].shapes(device, tiny=options.dry_run) for name in options.sizes}
+    jobs = {name: partial(measure, name, shapes, options.peer, device, turns) for name, shapes in chosen.items()}
+    return measure_each(results, jobs, tables.growth)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.measure import (
@@ -24,13 +23,13 @@ from qtuning_fast.bench.measure import (
     as_json,
     default_device,
     default_dtype,
-    in_a_process,
     measure_cases,
+    measure_each,
 )
 from qtuning_fast.bench.peers import OURS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import SHAPES, TINY, Shape
-from qtuning_fast.bench.timing import Turns, first_line
+from qtuning_fast.bench.timing import Turns
 
 ON_GPU = ("bert-base", "bert-base-512")
 ON_CPU = ("bert-base-cpu", "bert-base-512-cpu")
@@ -79,17 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("ingredients", options.out, device, sys.argv[1:] if arguments is None else arguments)
     print(results.heading(), flush=True)
     turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
-    for shape, peer in tqdm([(s, p) for s in shapes for p in options.peer], unit="shape", disable=None):
-        name = f"{shape.name} {peer}"
-        try:
-            entry = in_a_process(measure, shape, peer, device, turns)
-        except Exception as error:
-            results.fail(name, first_line(error))
-            continue
-        results.add(name, entry)
-        tqdm.write(f"\n{tables.ingredients(entry)}")
-        sys.stdout.flush()
-    return results.finish()
+    chosen = [(shape, peer) for shape in shapes for peer in options.peer]
+    jobs = {f"{shape.name} {peer}": partial(measure, shape, peer, device, turns) for shape, peer in chosen}
+    return measure_each(results, jobs, tables.ingredients)
 
 
 if __name__ == "__main__":

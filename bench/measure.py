@@ -1,5 +1,6 @@
 """One shape, peer by peer: first what it computes, then how long it takes and how much memory."""
 
+import math
 import multiprocessing
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qtuning_fast import backends
 from qtuning_fast.bench import shapes
@@ -18,6 +20,7 @@ from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdi
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.memory import peak
 from qtuning_fast.bench.peers import PEERS, Prepared
+from qtuning_fast.bench.results import Results
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import (
     Call,
@@ -163,6 +166,38 @@ def floors(shape: Shape, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, An
         "work": {name: asdict(each) for name, each in work.items()},
         "floor_ms": {name: each.floor(ceilings) for name, each in work.items()},
     }
+
+
+def measure_each(
+    results: Results,
+    jobs: Mapping[str, Callable[[], dict[str, Any]]],
+    table: Callable[[dict[str, Any]], str],
+    *,
+    seconds: float = math.inf,
+) -> int:
+    """Entry after entry, each in a process of its own, into the file and onto the screen.
+
+    Args:
+        jobs: by the entry's name, what makes it; other processes must be able to load it.
+        table: an entry as text.
+        seconds: after so many no entry is begun.
+
+    Returns the exit status: 1 if some entry could not be had.
+    """
+    started = time.perf_counter()
+    for name, job in tqdm(jobs.items(), disable=None):
+        if time.perf_counter() - started > seconds:
+            results.fail(name, "left out: the time was spent")
+            continue
+        try:
+            entry = in_a_process(job)
+        except Exception as error:  # one that died, too; the others go on
+            results.fail(name, first_line(error))
+            continue
+        results.add(name, entry)
+        tqdm.write(f"\n{table(entry)}")
+        sys.stdout.flush()
+    return results.finish()
 
 
 def default_dtype(device: str) -> torch.dtype:

@@ -48,7 +48,7 @@ from qtuning_fast.bench.architectures import (
     base_model,
     random_batch,
 )
-from qtuning_fast.bench.measure import default_device, in_a_process
+from qtuning_fast.bench.measure import default_device, in_a_process, measure_each
 from qtuning_fast.bench.memory import peak_of
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
@@ -209,6 +209,7 @@ def measure(name: str, ways: Sequence[str], device: str, rounds: int) -> dict[st
         except Exception as error:
             outcome.error = first_line(error)
     return {
+        "name": name,
         "of": model.of,
         "sizes": sizes(model),
         "tokens_per_step": model.tokens_a_step,
@@ -289,12 +290,12 @@ def sizes(model: Model) -> dict[str, int]:
 # Telling
 
 
-def table(name: str, entry: dict[str, Any]) -> str:
+def table(entry: dict[str, Any]) -> str:
     """One model as text, at most 120 columns wide."""
     size, rows = entry["sizes"], entry["rows"]
     answer = f" in, {size['answer']} out" if size["answer"] else ""
     lines = [
-        f"{name} ({entry['of']}, {size['parameters'] / 1e6:.0f} million parameters, {entry['dtype']})",
+        f"{entry['name']} ({entry['of']}, {size['parameters'] / 1e6:.0f} million parameters, {entry['dtype']})",
         f"  {size['batch']} samples of {size['tokens']} tokens{answer}, {size['prefix_rows']} prefix rows; "
         f"auto takes {' and '.join(entry['auto_takes']) or 'nothing'}",
         f"  {'':<22}{'ms a step':>11}{'±iqr':>9}{'tokens/s':>11}{'speed':>8}{'peak MB':>10}{'trained':>12}"
@@ -334,15 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("models", options.out, device, arguments, rounds=rounds, learning_rate=LEARNING_RATE)
     print(results.heading())
     print("speed: of ours = 1; peak: beyond the weights; off by: the largest difference to our loss and gradients")
-    for name in options.model or [model.name for model in usual]:
-        try:
-            entry = in_a_process(measure, name, options.row, device, rounds)
-        except Exception as error:
-            results.fail(name, first_line(error))
-            continue
-        results.add(name, entry)
-        print(f"\n{table(name, entry)}", flush=True)
-    return results.finish()
+    chosen = options.model or [model.name for model in usual]
+    return measure_each(results, {name: partial(measure, name, options.row, device, rounds) for name in chosen}, table)
 
 
 if __name__ == "__main__":

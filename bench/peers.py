@@ -99,25 +99,26 @@ def own(backend: str, call: PrefixAttentionCall) -> Tensor:
     return prefix_attention(**arguments, backend=backend)
 
 
-def _own(backend: str, about: str, kind: type[Peer] = Peer, **parts: bool) -> Peer:
-    return kind(about, partial(own, backend), **parts)
-
-
 _NEITHER: dict[str, Any] = {"gated": False, "reweighted": False}
+
+
+def variants(backend: str, about: str) -> dict[str, Peer]:
+    """One of our backends, whole and without parts."""
+    attend = partial(own, backend)
+    return {
+        backend: Peer(about, attend),
+        f"{backend}-again": Peer("the same once more: how far two measurements of one thing are apart", attend),
+        f"{backend}-no-gate": Peer("without gate", attend, gated=False),
+        f"{backend}-no-reweighting": Peer("without reweighting", attend, reweighted=False),
+        f"{backend}-plain": Peer("without either", attend, **_NEITHER),
+        f"{backend}-prefix-only": Frozen("query, key and value frozen, as in the lowest layer", attend),
+    }
+
+
 PEERS: dict[str, Peer] = {
-    "fused": _own("fused", "our Triton kernels"),
-    "fused-again": _own("fused", "the same once more: how far two measurements of one thing are apart"),
-    "fused-no-gate": _own("fused", "without gate", gated=False),
-    "fused-no-reweighting": _own("fused", "without reweighting", reweighted=False),
-    "fused-plain": _own("fused", "without either", **_NEITHER),
-    "fused-prefix-only": _own("fused", "query, key and value frozen, as in the lowest layer", Frozen),
-    "composed": _own("composed", "a vendor's attention for the context, ours for the prefix"),
-    "composed-again": _own("composed", "the same once more: how far two measurements of one thing are apart"),
-    "composed-no-gate": _own("composed", "without gate", gated=False),
-    "composed-no-reweighting": _own("composed", "without reweighting", reweighted=False),
-    "composed-plain": _own("composed", "without either", **_NEITHER),
-    "composed-prefix-only": _own("composed", "query, key and value frozen, as in the lowest layer", Frozen),
-    "reference": _own("reference", "the definition, in plain PyTorch, float32 inside"),
+    **variants("fused", "our Triton kernels"),
+    **variants("composed", "a vendor's attention for the context, ours for the prefix"),
+    "reference": Peer("the definition, in plain PyTorch, float32 inside", partial(own, "reference")),
     "eager": Peer("as the papers' authors would write it", eager.attend),
     "eager-compiled": Peer("the same under torch.compile", lambda call: flex.compiled(eager.attend)(call)),
     "flex": Peer("FlexAttention, compiled, the gate as its score_mod", flex.ATTENDS["flex"]),

@@ -5,23 +5,20 @@ import json
 import pytest
 import torch
 
-from qtuning_fast.bench import attention, decode, growth, ingredients
+from qtuning_fast.bench import attention, decode, growth, ingredients, measure
 from qtuning_fast.bench.floors import Ceilings
 from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINY, inputs
-
-SINGLE = (attention, growth, ingredients)
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    def here(function, *arguments, **options):
+    def here(function, *arguments):
         if function is attention.measured_ceilings:
             return Ceilings(flops=1e12, copied=1e11, read=1e11, special=0.0)
-        options |= {"peaks": ()} if function is attention.measure else {}
-        return function(*arguments, **options)
+        return function(*arguments, **({"peaks": ()} if function.func is attention.measure else {}))
 
-    for module in SINGLE:
-        monkeypatch.setattr(module, "in_a_process", here)
+    monkeypatch.setattr(attention, "in_a_process", here)
+    monkeypatch.setattr(measure, "in_a_process", here)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

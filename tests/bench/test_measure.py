@@ -1,6 +1,7 @@
 """Who is timed, what becomes of who is not, and what a result holds."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from qtuning_fast.bench import measure as measuring
 from qtuning_fast.bench import memory, tables
 from qtuning_fast.bench.floors import Ceilings
 from qtuning_fast.bench.ingredients import cases
-from qtuning_fast.bench.measure import QUICK, in_a_process, measure, measure_cases
+from qtuning_fast.bench.measure import QUICK, in_a_process, measure, measure_cases, measure_each
 from qtuning_fast.bench.peers import PEERS, Peer
+from qtuning_fast.bench.results import Results
 from qtuning_fast.bench.shapes import MINILM_CPU, TINY, TINY_DECODE
 
 CEILINGS = Ceilings(flops=1e12, copied=1e11, read=9e10, special=1e11)
@@ -118,6 +120,20 @@ def test_the_peak_of_a_step_counts_what_is_taken_and_given_back(monkeypatch):
         pytest.skip("no /proc/self/clear_refs")
     monkeypatch.setitem(PEERS, "eager", Peer("", greedy))
     assert memory.peak(MINILM_CPU, "eager", "cpu", torch.float32) > 128 << 20 > modest
+
+
+def test_an_entry_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    def job(name):
+        if name == "b":
+            raise RuntimeError("died")
+        return {"name": name}
+
+    results = Results("x", tmp_path / "x.json", "cpu")
+    assert measure_each(results, {name: partial(job, name) for name in "abc"}, lambda entry: entry["name"] * 3) == 1
+    assert list(results.document["entries"]) == ["a", "c"] and results.document["errors"] == {"b": "RuntimeError: died"}
+    text = capsys.readouterr().out
+    assert "aaa" in text and "ccc" in text and "b: RuntimeError: died" in text
+    assert measure_each(Results("x", tmp_path / "x.json", "cpu"), {"a": partial(job, "a")}, str) == 0
 
 
 def test_a_process_of_its_own_returns_what_it_computes_and_raises_what_it_raises():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qtuning_fast import backends, reference
+from qtuning_fast.bench import measure as measuring
 from qtuning_fast.bench import models
 from qtuning_fast.bench.models import (
     MODELS,
@@ -35,7 +36,8 @@ def not_here(call):
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    monkeypatch.setattr(models, "in_a_process", lambda function, *arguments: function(*arguments))
+    for module in (models, measuring):
+        monkeypatch.setattr(module, "in_a_process", lambda function, *arguments: function(*arguments))
     for name, attend in (("eager", by_definition), ("flex", not_here)):
         monkeypatch.setitem(models.PEERS, name, SimpleNamespace(attend=attend))
 
