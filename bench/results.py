@@ -10,7 +10,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def provenance(device: str) -> dict[str, Any]:
     return {
         "device": device_facts(device),
         "versions": versions(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", ".", *(f":!{path}" for path in TABLES.values()))),
         "digests": digests(),

@@ -14,7 +14,7 @@ from qtuning_fast.nn.prefix import KEY_STD, VALUE_STD, no_prefix
 from qtuning_fast.reference import GATES
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _OF_A_PREFIX = (
     *("prefix_key", "prefix_value", "prefix_index", "prefix_length", "prefix_bias", "n_shared"),
