@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 try:
     import typer
@@ -63,13 +63,38 @@ def _clear_errors(
 ) -> Iterator[None]:
     """What a user can mend ends in one line and exit code 2; Ctrl-C says how to go on."""
     try:
-        yield
+        with _notes():
+            yield
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. {interrupted}")
         raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """What the data makes one warn of is a line, without the place in the code."""
+    from qtuning_fast.lifelong.data_files import DataWarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, DataWarning):
+            Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        shown, warnings.showwarning = warnings.showwarning, show
+        warnings.simplefilter("default", DataWarning)
+        yield
 
 
 def _quiet() -> None:
@@ -104,6 +129,8 @@ def run(
         list[str] | None,
         _data("Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat."),
     ] = None,
+    text_column: Annotated[str, _data("Column of the texts in your own data.")] = "text",
+    label_column: Annotated[str, _data("Column of the labels in your own data.")] = "label",
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
     shots: Annotated[int | None, _data("Training examples a class; default 16, of your own data all.")] = None,
     validation_shots: Annotated[int, _data("Validation examples a class.")] = 16,
@@ -145,7 +172,9 @@ def run(
             queue_size = STREAMS[stream].queue_size if stream in STREAMS else _METHOD.queue_size
         settings = RunSettings(
             model=model,
-            data=DataOptions(stream, tuple(task or ()), shots, validation_shots, test_size, seed),
+            data=DataOptions(
+                stream, tuple(task or ()), shots, validation_shots, test_size, seed, text_column, label_column
+            ),
             method=QTuningConfig(
                 prompt_length=prompt_length,
                 queue_size=queue_size,
@@ -194,18 +223,30 @@ def evaluate(
     folder: RunFolder,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     data: Annotated[str | None, typer.Option(help="Labelled examples of your own instead of the test split.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the texts in --data; default as in the run.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels in --data; default as in the run.")
+    ] = None,
 ) -> None:
     """Evaluate the stored adapters, on the run's test splits or on labelled examples of your own."""
     with _clear_errors():
         if data is not None and task is None:
             raise ValueError("--data needs --task, to say which adapter")
+        if data is None and (text_column or label_column):
+            raise ValueError("--text-column and --label-column need --data; the run knows those of its own tasks")
         _quiet()
         from qtuning_fast.lifelong.own_data import load_examples
         from qtuning_fast.lifelong.runs import OpenRun
 
         opened = OpenRun(folder)
         if data is not None and task is not None:
-            tests = {task: load_examples(data, opened.model.label_names(task))}
+            columns = {
+                "text_column": text_column or opened.data.text_column,
+                "label_column": label_column or opened.data.label_column,
+            }
+            tests = {task: load_examples(data, opened.model.label_names(task), **columns)}
         else:
             tests = {each.name: each.test for each in opened.load_tasks()}
             if task is not None:

@@ -51,5 +51,10 @@ def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
 
 def tokenized(texts: Sequence[Any], tokenizer: Any, max_length: int, labels: Sequence[int]) -> EncodedExamples:
     """Texts as the tokenizer's tensors, every text cut or padded to `max_length` tokens, for models with heads."""
-    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
-    return EncodedExamples(dict(encoded) | {"labels": torch.tensor(labels)})
+    asked = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
+    if tokenizer.pad_token_id is None:  # as decoders' tokenizers have none; what the mask hides is no matter
+        given = tokenizer(list(texts), **asked)
+        encoded = {name: padded(rows, max_length, 0) for name, rows in given.items()}
+    else:
+        encoded = dict(tokenizer(list(texts), padding="max_length", return_tensors="pt", **asked))
+    return EncodedExamples(encoded | {"labels": torch.tensor(labels)})

@@ -17,7 +17,7 @@ _PACKAGES = {
     "safetensors": "needed",
     "triton": "for the fused backend",
     "accelerate": "for runs",
-    "datasets": "for your own data",
+    "datasets": "for data sets on the hub",
     "scikit-learn": "for the linear probe",
     "matplotlib": "for reports",
     "pillow": "for images",

@@ -3,35 +3,46 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from qtuning_fast.lifelong.data_files import is_readable, split_name
+from qtuning_fast.lifelong.data_folders import SPLIT_NAMES, one_of_each, split_of, visible, warn_of_ignored
 from qtuning_fast.lifelong.images import open_image
-from qtuning_fast.lifelong.tasks import SPLITS, Input, Labelled
+from qtuning_fast.lifelong.tasks import Input, Labelled
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Whether folders of images stand in it or in its folder `train`, and no file `train.*`."""
-    if not folder.is_dir() or any(child.is_file() and child.stem == "train" for child in folder.iterdir()):
+    """Whether folders of images stand in it or in its folder `train`, and no file `train.*` that holds texts."""
+    if not folder.is_dir():
         return False
-    return any(_is_image(file) for pattern in ("*/*", "train/*/*") for file in folder.glob(pattern))
+    files = [child.name for child in visible(folder) if child.is_file() and is_readable(child.name)]
+    if any(split_of(split_name(name)[0]) == "train" for name in files):
+        return False
+    holders = [folder, *(child for child in _folders(folder) if split_of(child.name) == "train")]
+    return any(_is_image(file) for holder in holders for file in holder.glob("*/*"))
 
 
 def read_image_folder(path: str) -> tuple[dict[str, Labelled], list[str]]:
     """The images of each split with the names of their classes, and all names in order.
 
+    Splits are folders by the names of `SPLIT_NAMES`. Files that are no images are warned of.
+
     Raises:
-        ValueError: a folder that is no split and no class, a class without images, or one that train does not have.
+        ValueError: a folder that is no split and no class, a class without images, two folders for one split, or a
+            class that train does not have.
     """
     folder = Path(path).expanduser()
-    names = [child.name for child in _folders(folder)]
-    if "train" not in names:
+    children = _folders(folder)
+    # A folder of that name without folders of images is a class: of vehicles, say.
+    if not any(split_of(child.name) == "train" and any(map(_is_image, child.glob("*/*"))) for child in children):
         whole = images_by_class(folder)
         return {"train": whole}, sorted(set(whole[1]))
-    if unknown := sorted(set(names) - set(SPLITS)):
-        raise ValueError(
-            f"{folder} holds the folder {unknown[0]!r} beside train; its splits can be {', '.join(SPLITS)}"
-        )
-    splits: dict[str, Labelled] = {split: images_by_class(folder / split) for split in SPLITS if split in names}
+    if unknown := [child.name for child in children if split_of(child.name) is None]:
+        names = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
+        raise ValueError(f"{folder} holds the folder {unknown[0]!r} beside train; its splits can be {names}")
+    folders = {split: folder / name for split, name in one_of_each(folder, [child.name for child in children]).items()}
+    warn_of_ignored(folder, [child for child in visible(folder) if child.is_file()])
+    splits: dict[str, Labelled] = {split: images_by_class(folders[split]) for split in folders}
     classes = sorted(set(splits["train"][1]))
     for split, (_, labels) in splits.items():
         if others := sorted(set(labels) - set(classes)):
@@ -40,19 +51,22 @@ def read_image_folder(path: str) -> tuple[dict[str, Labelled], list[str]]:
 
 
 def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images in the folders of `folder`, whose names are the classes.
+    """The images in the folders of `folder`, whose names are the classes; what else is there is warned of.
 
     Raises:
         ValueError: one of them holds no image.
     """
     images: list[Path] = []
     labels: list[str] = []
+    ignored = [child for child in visible(folder) if child.is_file()]
     for child in _folders(folder):
-        found = sorted(file.absolute() for file in child.iterdir() if _is_image(file))
+        found = [file for file in visible(child) if _is_image(file)]
         if not found:
             raise ValueError(f"{child} holds no images; the endings that can be read are {', '.join(ENDINGS)}")
-        images += found
+        images += [file.absolute() for file in found]
         labels += [child.name] * len(found)
+        ignored += [file for file in visible(child) if file not in set(found)]
+    warn_of_ignored(folder, ignored)
     return images, labels
 
 
@@ -67,7 +81,7 @@ def check_images(images: Sequence[Input]) -> None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return [child for child in visible(folder) if child.is_dir()]
 
 
 def _is_image(file: Path) -> bool:

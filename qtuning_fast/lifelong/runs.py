@@ -25,6 +25,7 @@ from qtuning_fast.model import QTuningModel
 from qtuning_fast.storage import read_json, write_json
 
 METRICS_FILE = "metrics.json"
+_COLUMNS = {"text_column": "text", "label_column": "label"}  # as they are where nobody says otherwise
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class DataOptions:
         validation_shots: validation examples a class.
         test_size: test examples a task at most.
         seed: of the draw.
+        text_column, label_column: of one's own data, the same for all tasks.
     """
 
     stream: str | None = None
@@ -46,6 +48,8 @@ class DataOptions:
     validation_shots: int = 16
     test_size: int = 200
     seed: int = 0
+    text_column: str = _COLUMNS["text_column"]
+    label_column: str = _COLUMNS["label_column"]
 
     def load(self) -> list[Task]:
         """The tasks in order.
@@ -57,9 +61,13 @@ class DataOptions:
             raise ValueError("either a stream or tasks of one's own must be named, and not both")
         sizes: dict[str, Any] = {"validation_shots": self.validation_shots, "test_size": self.test_size}
         sizes["seed"] = self.seed
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
         if self.stream is not None:
+            for name, column in columns.items():
+                if column != _COLUMNS[name]:
+                    raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave it out")
             return load_stream(self.stream, shots=16 if self.shots is None else self.shots, **sizes)
-        return [load_task(spec, shots=self.shots, **sizes) for spec in self.tasks]
+        return [load_task(spec, shots=self.shots, **sizes, **columns) for spec in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,7 @@ class OpenRun:
             raise ValueError(
                 f"{folder}: this run was begun from Python; open its adapters by QTuningModel.from_pretrained"
             )
+        self.data = DataOptions(**{**self._about["data"], "tasks": tuple(self._about["data"]["tasks"])})
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.reader = ExampleReader(processor, task_type, self.options.max_length)
@@ -186,8 +195,7 @@ class OpenRun:
         Raises:
             ValueError: a task's data is not what the run learned from.
         """
-        data = self._about["data"]
-        tasks = DataOptions(**{**data, "tasks": tuple(data["tasks"])}).load()[: len(self.model.tasks)]
+        tasks = self.data.load()[: len(self.model.tasks)]
         for task in tasks:
             if data_digest(task) != self._digests[task.name]:
                 raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
@@ -236,7 +244,9 @@ def _by_seed(folder: Path, file: str) -> list[Path]:
 
 
 def _plain(data: DataOptions) -> dict[str, Any]:
-    return {**asdict(data), "tasks": [_anywhere(spec) for spec in data.tasks]}
+    values = {**asdict(data), "tasks": [_anywhere(spec) for spec in data.tasks]}
+    # Columns of the usual names are left out, as in runs from before they could be chosen, which so go on.
+    return {name: value for name, value in values.items() if value != _COLUMNS.get(name, ...)}
 
 
 def _anywhere(spec: str) -> str:

@@ -44,6 +44,7 @@ from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.probe import linear_probe
 from qtuning_fast.lifelong.reading import Answers, ExampleReader
+from qtuning_fast.lifelong.rehearsal import rehearse
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.model import QTuningModel
@@ -111,6 +112,9 @@ class LifelongTrainer:
     def run(self) -> dict[str, Any]:
         """Train and evaluate whatever is not done yet; returns the metrics, which are also in `metrics.json`."""
         self._refuse_foreign_folder()
+        if not (self.folder / RUN_FILE).exists():
+            with self._attached(alone=True) as model:
+                rehearse(model, self.reader, self.tasks, self._questions)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from qtuning_fast.lifelong.data_files import DataWarning
 from qtuning_fast.lifelong.images import ImageFiles, open_image
 from qtuning_fast.lifelong.own_data import load_examples, load_task
 from qtuning_fast.lifelong.tasks import data_digest
@@ -56,6 +57,36 @@ def test_folders_with_their_own_splits(tmp_path):
         assert len(examples) == size and all(path.parts[-3] == split for path in examples.inputs)
     shutil.rmtree(tmp_path / "validation")
     assert len(load_task(f"pets={tmp_path}", validation_shots=2, test_size=6).train) == 20
+
+
+def test_splits_go_by_the_names_that_people_use(tmp_path):
+    for seed, split in enumerate(("Train", "Val", "TEST")):
+        for number, label in enumerate(("cat", "dog")):
+            draw(tmp_path / split / label, 12, seed=10 * seed + number)
+    task = load_task(f"pets={tmp_path}", validation_shots=4, test_size=6)
+    for split, folder, size in (("train", "Train", 24), ("validation", "Val", 8), ("test", "TEST", 6)):
+        examples = getattr(task, split)
+        assert len(examples) == size and all(path.parts[-3] == folder for path in examples.inputs)
+    draw(tmp_path / "dev" / "cat", 2, seed=40)
+    with pytest.raises(ValueError, match="several files for validation: Val, dev"):
+        load_task(f"pets={tmp_path}")
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    for number, label in enumerate(("train", "bus")):
+        draw(tmp_path / label, 12, seed=number)
+    task = load_task(f"vehicles={tmp_path}", validation_shots=2)
+    assert task.label_names == ["bus", "train"] and len(task.train) == 16
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    for number, label in enumerate(("cat", "dog")):
+        draw(tmp_path / label, 12, seed=number)
+    draw(tmp_path / "cat" / "more", 3, seed=2)
+    for name in ("labels.csv", "cat/10.gif", "dog/.hidden"):
+        (tmp_path / name).touch()
+    with pytest.warns(DataWarning, match=rf"^{tmp_path}: not used: labels.csv, cat/10.gif, cat/more$"):
+        load_task(f"pets={tmp_path}", validation_shots=2)
 
 
 def test_files_of_one_content_are_one(tmp_path):
@@ -118,8 +149,10 @@ def test_folders_that_are_no_task(tmp_path):
     draw(tmp_path / "test" / "cow", 2, seed=2)
     with pytest.raises(ValueError, match=r"test of .*: label 'cow' does not occur in train"):
         load_task(f"pets={tmp_path}")
-    (tmp_path / "val").mkdir()
-    with pytest.raises(ValueError, match="holds the folder 'val' beside train"):
+    (tmp_path / "more").mkdir()
+    with pytest.raises(
+        ValueError, match="holds the folder 'more' beside train; its splits can be train, training, val"
+    ):
         load_task(f"pets={tmp_path}")
     (tmp_path / "new" / "cow").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no folders of images; it holds cow"):

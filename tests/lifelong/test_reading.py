@@ -61,6 +61,19 @@ def test_a_decoder_continues_the_text_by_the_word(make_tokenizer: MakeTokenizer)
     ]
 
 
+def test_heads_need_no_padding_token(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(decoder=True)
+    assert tokenizer.pad_token is None
+    questions = ExampleReader(tokenizer, "sequence-classification", 5).questions(EXAMPLES)
+    assert questions.columns["input_ids"].tolist() == [[3, 9, 4, 7, 0], [3, 10, 8, 0, 0]]
+    assert questions.columns["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+    assert all(column.dtype == torch.int64 for column in questions.columns.values())
+    assert tokenizer.pad_token is None, "the tokenizer is left as it was given"
+    tokenizer.pad_token = "<pad>"
+    padded = ExampleReader(tokenizer, "sequence-classification", 5).questions(EXAMPLES)
+    assert all(torch.equal(column, padded.columns[name]) for name, column in questions.columns.items())
+
+
 def test_a_text_is_cut_and_the_word_is_not(make_tokenizer: MakeTokenizer) -> None:
     reader = ExampleReader(make_tokenizer(decoder=True), "causal-lm", 3)
     lessons = reader.lessons(EXAMPLES, [[13, 1], [14, 1]])
