@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+ANY_TOKEN = 0  # pads where a tokenizer has no token for it, as those of many decoders; the mask hides it
+
 
 class EncodedExamples(Dataset[dict[str, Tensor]]):
     """Examples as a model's inputs with `labels`: columns of one row an example.
@@ -52,9 +54,11 @@ def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
 def tokenized(texts: Sequence[Any], tokenizer: Any, max_length: int, labels: Sequence[int]) -> EncodedExamples:
     """Texts as the tokenizer's tensors, every text cut or padded to `max_length` tokens, for models with heads."""
     asked = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
-    if tokenizer.pad_token_id is None:  # as decoders' tokenizers have none; what the mask hides is no matter
+    if tokenizer.pad_token_id is None:
         given = tokenizer(list(texts), **asked)
-        encoded = {name: padded(rows, max_length, 0) for name, rows in given.items()}
+        encoded = {
+            name: padded(rows, max_length, ANY_TOKEN if name == "input_ids" else 0) for name, rows in given.items()
+        }
     else:
         encoded = dict(tokenizer(list(texts), padding="max_length", return_tensors="pt", **asked))
     return EncodedExamples(encoded | {"labels": torch.tensor(labels)})

@@ -18,7 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from qtuning_fast.config import HEAD_TASK_TYPES
 from qtuning_fast.integrations.transformers.positions import Positions
-from qtuning_fast.lifelong.encoded import EncodedExamples, padded, tokenized
+from qtuning_fast.lifelong.encoded import ANY_TOKEN, EncodedExamples, padded, tokenized
 from qtuning_fast.lifelong.images import ImageFiles
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.scoring import Answers
@@ -133,10 +133,10 @@ class ExampleReader:
         return self.processor(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
     def _columns(self, tokens: Sequence[Sequence[int]], length: int) -> EncodedExamples:
-        fill = self.processor.pad_token_id  # tokenizers of decoders often have none; what the mask hides is no matter
+        fill = self.processor.pad_token_id
         return EncodedExamples(
             {
-                "input_ids": padded(tokens, length, 0 if fill is None else fill),
+                "input_ids": padded(tokens, length, ANY_TOKEN if fill is None else fill),
                 "attention_mask": padded([[1] * len(row) for row in tokens], length, 0),
             }
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 
-from qtuning_fast.lifelong.encoded import EncodedExamples
+from qtuning_fast.lifelong.data_files import DataWarning
+from qtuning_fast.lifelong.encoded import ANY_TOKEN, EncodedExamples
 from qtuning_fast.lifelong.reading import ExampleReader
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.model import QTuningModel
@@ -30,6 +32,9 @@ def rehearse(
         tasks: of the run.
         read: the questions of each split of a task.
 
+    Warns:
+        DataWarning: the tokenizer has no token to pad with.
+
     Raises:
         ImportError: a package is missing that training needs.
         ValueError: a task's name is too long, its texts are not of this model's tokens, or the model cannot learn.
@@ -47,6 +52,12 @@ def rehearse(
     except (TypeError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
         name = type(model.base_model).__name__
         raise ValueError(f"this {name} cannot learn task {task.name!r}: {error}") from error
+    if not reader.reads_images and reader.processor.pad_token_id is None:
+        warnings.warn(
+            f"this model's tokenizer has no padding token; token {ANY_TOKEN} pads, which the mask hides",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _check_tokens(model: QTuningModel, reader: ExampleReader, task: Task, splits: dict[str, EncodedExamples]) -> None:
