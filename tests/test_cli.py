@@ -199,7 +199,7 @@ def killed_and_resumed(command: Command, folder: Path, expected: Path, draw: ran
     assert results(folder) == results(expected)
 
 
-@pytest.mark.parametrize("trial", range(3))
+@pytest.mark.parametrize("trial", [0, *(pytest.param(trial, marks=pytest.mark.thorough) for trial in (1, 2))])
 def test_killed_at_random_a_run_goes_on(command: Command, finished: Path, tmp_path: Path, trial: int) -> None:
     killed_and_resumed(command, tmp_path / "run", finished, random.Random(trial))
 

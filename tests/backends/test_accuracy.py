@@ -13,6 +13,7 @@ from qtuning_fast.kernels.blocks import Blocks, instead
 from qtuning_fast.kernels.target import INTERPRETED
 from qtuning_fast.reference import GATES
 
+thorough = pytest.mark.thorough
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -26,8 +27,14 @@ PAIRS = [
     pytest.param("composed, kernels", F16, marks=interpreted, id="composed-kernels-float16"),
 ]
 every_way = pytest.mark.parametrize(("way", "dtype"), PAIRS)
-
-
+# The same, but kernels in the interpreter, which is slow, have their 16-bit twins in `make test-all` alone.
+every_way_once = pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        pytest.param(*pair.values, id=pair.id, marks=[*pair.marks, thorough] if F16 in pair.values else pair.marks)
+        for pair in PAIRS
+    ],
+)
 sixteen_bit = pytest.mark.parametrize(("way", "dtype"), [pair for pair in PAIRS if F32 not in pair.values])
 
 
@@ -79,12 +86,12 @@ def test_every_mask(assert_accurate, backend, dtype, mask, is_causal):
     ],
     ids=lambda sizes: "-".join(f"{name}{size}" for name, size in sizes.items()),
 )
-@every_way
+@every_way_once
 def test_odd_sizes(assert_accurate, backend, dtype, sizes):
     assert_accurate(backend, **BASE | WHOLE | {"n_shared": min(2, sizes["P"]), "dtype": dtype} | sizes)
 
 
-@every_way
+@every_way_once
 @pytest.mark.parametrize("gate_shape", ["float", "scalar", "head", "task", "task, head"])
 def test_banks(assert_accurate, backend, dtype, gate_shape):
     sizes = {"B": 4, "T": 3, "G": 1, "N": 18, "M": 3, "P": 18, "lengths": True, "mask": "padding bool"}
@@ -96,7 +103,7 @@ def test_master_weights_beside_a_16_bit_query(assert_accurate, backend, dtype):
     assert_accurate(backend, **BASE | WHOLE, dtype=dtype, prefix_dtype=F32)
 
 
-@every_way
+@every_way_once
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
 def test_any_scale(assert_accurate, backend, dtype, scale):
     assert_accurate(backend, **BASE | WHOLE, dtype=dtype, scale=scale)
@@ -131,7 +138,7 @@ def call_options(draw):
     }
 
 
-@every_way
+@every_way_once
 @settings(
     max_examples=20,
     deadline=None,
@@ -147,7 +154,7 @@ def test_any_call(assert_accurate, backend, dtype, options):
 DECODE = {"B": 5, "N": 1, "G": 4, "M": 3, "Dv": 24}
 
 
-@every_way
+@every_way_once
 @pytest.mark.parametrize(
     "options",
     [{}, {"bias": True, "Hkv": 2}, {"T": 7, "lengths": True}, {"T": 3, "P": 18, "bias": True}, {"M": 0}],

@@ -44,6 +44,7 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, alone: dict[str
     torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(alone["losses"]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.thorough
 def test_with_memory_retention_queue_evictions_and_adapters_are_the_same_in_both(tmp_path: Path) -> None:
     first, second = run(tmp_path / "two", 2, retention=0.1)
     assert first == second

@@ -134,8 +134,10 @@ def test_logits_and_gradients_are_those_of_a_prefix_put_in_by_hand(
     compare(family, by_hand, placement=placement)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["BERT", "ViT", "T5", "Llama"])
+@pytest.mark.parametrize("placement", ["prefix", pytest.param("input", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "name", ["BERT", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("ViT", "T5", "Llama"))]
+)
 def test_the_fused_kernels_compute_it_too(
     families: Any, by_hand: Any, name: str, placement: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,9 @@ def test_it_learns(task_type: str, runs: Folders) -> None:
     assert (runs[task_type] / "report.html").is_file()
 
 
-@pytest.mark.parametrize("task_type", TYPES)
+@pytest.mark.parametrize(
+    "task_type", [TYPES[0], *(pytest.param(each, marks=pytest.mark.thorough) for each in TYPES[1:])]
+)
 def test_cut_off_in_the_second_task_it_goes_on_to_the_same_end(
     task_type: str, runs: Folders, commands: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

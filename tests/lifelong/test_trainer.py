@@ -114,7 +114,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 
 
 # A run has 4 beginnings, 4 ends, 24 steps and 12 saves.
-@pytest.mark.parametrize("event", [0, 3, 8, 17, 30, 36, 40, 43])
+@pytest.mark.parametrize(
+    "event", [17, *(pytest.param(n, marks=pytest.mark.thorough) for n in (0, 3, 8, 30, 36, 40, 43))]
+)
 def test_cut_off_anywhere_it_goes_on_to_the_same_end(
     event: int, undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
@@ -169,7 +171,7 @@ def test_early_stopping_ends_the_same_when_it_is_cut_off_after_the_stop(
     assert without_times(again) == without_times(expected)
 
 
-@pytest.mark.parametrize("event", [8, 36, 1000])
+@pytest.mark.parametrize("event", [8, *(pytest.param(n, marks=pytest.mark.thorough) for n in (36, 1000))])
 def test_after_a_run_or_a_cut_the_base_model_is_what_it_was(
     event: int, tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
