@@ -15,7 +15,6 @@ from transformers import BertForSequenceClassification
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.integrations.peft import adapter_from_peft, adapter_to_peft
-from qtuning_fast.integrations.transformers.positions import Positions
 
 peft = pytest.importorskip("peft")
 
@@ -122,7 +121,7 @@ def test_a_prefix_of_peft_gives_the_same_logits_here_and_back_in_peft(roomy: Any
             with_prefix(roomy, base)(**inputs)
         rows = (torch.zeros(4, P, 8),) * 2
         adapter = TaskAdapter("reviews", (), rows, rows, None, (), (), None, None, position_shift=P)
-        with pytest.raises(NotImplementedError, match="takes no past_key_values"):
+        with pytest.raises(NotImplementedError, match="takes no cache of keys and values"):
             adapter_to_peft(adapter, base, tmp_path)
         return
     reference = with_prefix(roomy, base)
@@ -156,7 +155,7 @@ def test_without_a_gate_a_live_prefix_is_prefix_tuning_by_peft(roomy: Any) -> No
     for layer, rows in enumerate(model.live.rows):
         rows.prompt = nn.Parameter(prompts[:, layer].clone())
     model.set_task("reviews")
-    positions = Positions(model.encoder).own(inputs) + P  # peft counts the prefix
+    positions = model.attention.positions.own(inputs) + P  # peft counts the prefix
     mask, answers, gradients = inputs["attention_mask"].bool(), [], []
     for module, changes in ((reference, {}), (model.base_model, {"position_ids": positions})):
         output = module(**inputs, **changes)
