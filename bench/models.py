@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -79,11 +80,24 @@ def with_queue(model: Model, device: str, **choices: Any) -> QTuningModel:
 
 
 def with_peft(model: Model, device: str) -> nn.Module:
-    """peft's prefix tuning, with a prefix as long as ours."""
+    """peft's prefix tuning, with a prefix as long as ours.
+
+    Raises:
+        RuntimeError: this peft computes no prefix with this transformers.
+    """
     from peft import PrefixTuningConfig, get_peft_model
 
-    config = PrefixTuningConfig(task_type=model.family.peft_task_type, num_virtual_tokens=model.rows)
-    return get_peft_model(base_model(model, device), config).train()
+    def prepared(model: Model) -> nn.Module:
+        config = PrefixTuningConfig(task_type=model.family.peft_task_type, num_virtual_tokens=model.rows)
+        return get_peft_model(base_model(model, device), config).train()
+
+    tiny = next(each for each in TINY if each.family is model.family)
+    try:
+        prepared(tiny)(**random_batch(tiny, device))
+    except Exception as error:
+        versions = f"not {version('peft')} with {transformers.__version__}"
+        raise RuntimeError(f"needs peft with a transformers that it works with, {versions}: {error}") from None
+    return prepared(model)
 
 
 def frozen_base(model: Model, device: str) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from qtuning_fast.integrations.transformers.positions import Positions
+from qtuning_fast.integrations.transformers.caches import CACHE
 from qtuning_fast.model import QTuningModel
 
 Answers = Sequence[list[int]]
@@ -68,7 +67,7 @@ class _Begun:
     def __init__(self, model: QTuningModel, inputs: dict[str, Tensor], task_names: Sequence[str] | None) -> None:
         self.model, self.task_names = model, task_names
         self.two_stacks = model.base_model.config.is_encoder_decoder
-        self.counts_positions = not self.two_stacks and Positions(model.encoder).are_taken  # padding takes none
+        self.counts_positions = not self.two_stacks and model.attention.positions.are_taken  # padding takes none
         inputs = _with_mask(inputs)
         self.samples = len(inputs["attention_mask"])
         more: dict[str, Any] = {}
@@ -79,11 +78,11 @@ class _Begun:
             inputs = _left_padded(inputs)
             if self.counts_positions:
                 more["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            if "logits_to_keep" in inspect.signature(model.base_model.forward).parameters:
+            if model.base_model.can_generate() and model.base_model._supports_logits_to_keep():  # type: ignore[operator]
                 more["logits_to_keep"] = 1
         output = model(**inputs | more, use_cache=True, task_names=task_names)
         self.mask = inputs["attention_mask"]
-        self.cache = output.past_key_values
+        self.cache = output[CACHE]
         self.memory = output.encoder_last_hidden_state if self.two_stacks else None
         self.first = output.logits[:, -1].float().log_softmax(-1)  # [B, V], of each answer's first token
 
@@ -108,7 +107,7 @@ class _Begun:
         cache = copy.deepcopy(self.cache)  # it grows in the pass, and the next answers begin from it again
         cache.batch_repeat_interleave(times)
         mask = self.mask.repeat_interleave(times, dim=0)
-        inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        inputs: dict[str, Any] = {CACHE: cache, "use_cache": True}
         if self.memory is not None:
             memory = BaseModelOutput(last_hidden_state=self.memory.repeat_interleave(times, dim=0))
             inputs |= {"encoder_outputs": memory, "attention_mask": mask, "decoder_input_ids": tokens}

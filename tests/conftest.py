@@ -19,9 +19,11 @@ if not torch.cuda.is_available():
 
 import transformers
 from torch import Tensor
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, DynamicCache
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from qtuning_fast import prefix_attention
+from qtuning_fast.integrations.transformers.caches import CACHE
 
 torch.set_num_threads(1)  # one a worker: two workers share two cores
 transformers.logging.set_verbosity_error()
@@ -217,3 +219,45 @@ def leaves():
 @pytest.fixture(scope="session")
 def gradients():
     return _gradients
+
+
+def _prefix_by_hand(adapted: Any) -> Callable[..., Any]:
+    """Prefix tuning as peft defines it, but not by peft's forward: P rows are in each layer's cache before the input.
+
+    The mask covers them, and the model's own positions go on behind what a cache holds, so tokens stand P further on.
+    """
+    settings, encoder = adapted.active_peft_config, adapted.prompt_encoder[adapted.active_adapter]
+    base, P = adapted.get_base_model(), settings.num_virtual_tokens
+
+    def compute(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        rows = encoder.embedding.weight if settings.inference_mode else encoder(torch.arange(P))
+        layers = rows.view(P, settings.num_layers, 2, settings.num_attention_heads, -1).permute(1, 2, 3, 0, 4)
+        cache = DynamicCache(config=base.config)
+        for layer, pair in enumerate(layers):
+            cache.update(*(x.expand(len(input_ids), -1, -1, -1) for x in pair), layer)
+        mask = torch.cat([attention_mask.new_ones(len(input_ids), P), attention_mask], dim=1)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, CACHE: cache}
+        if settings.task_type != "SEQ_CLS":
+            return base(**inputs)
+        return SequenceClassifierOutput(logits=base.classifier(base.base_model(**inputs).pooler_output))
+
+    return compute
+
+
+@pytest.fixture(params=["by peft", "by hand"])
+def computed(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """What computes a peft model with a prefix: peft itself where it can, and everywhere a few lines of ours.
+
+    peft reads what models call their arguments, so a version of it works with some versions of transformers only.
+    """
+
+    def choose(adapted: Any, inputs: dict[str, Tensor]) -> Callable[..., Any]:
+        if request.param == "by hand":
+            return _prefix_by_hand(adapted)
+        try:
+            adapted(**inputs)
+        except Exception as error:
+            pytest.skip(f"peft computes no prefix with transformers {transformers.__version__}: {error}")
+        return adapted
+
+    return choose

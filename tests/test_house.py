@@ -2,12 +2,19 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DRAWING = {"plots.py", "plot_style.py", "report.py"}  # themselves imported only where a report is written
+# Parameters are renamed, so what a model can do is found by running it. Who reads signatures all the same, and why:
+READING_SIGNATURES = {
+    "functional.py": "its own function's, to bind arguments",
+    "backends/vendors/packages.py": "a private interface of flash-attn 4, which cannot be tried without its GPU",
+    "integrations/transformers/positions.py": "a stack's, to read a call's positional arguments; nothing is decided",
+}
 LAZY_ONLY = {"datasets", "sklearn", "matplotlib"}  # heavy, or absent from some machines
 
 
@@ -43,6 +50,18 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     for path in (ROOT / "qtuning_fast").rglob("*.py"):
         if path.name not in DRAWING:
             assert not imported(path, at_load=True) & {*LAZY_ONLY, "triton"}, path
+
+
+def test_signatures_are_read_only_where_there_is_a_reason() -> None:
+    package = ROOT / "qtuning_fast"
+    words = re.compile(r"\b(signature\(|getfullargspec|co_varnames|import signature)")
+    reading = {
+        str(path.relative_to(package if folder == package else ROOT))
+        for folder in (package, ROOT / "bench", ROOT / "kernels")
+        for path in folder.rglob("*.py")
+        if words.search(path.read_text())
+    }
+    assert reading == READING_SIGNATURES.keys()
 
 
 def test_kernels_and_bench_are_subpackages_from_a_bare_checkout() -> None:

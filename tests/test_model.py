@@ -103,7 +103,9 @@ def test_without_a_task_labels_and_options_go_to_the_base_model(batch: Batch, ti
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_logits_equal_those_of_a_peft_prefix(batch: Batch, implementation: str, tiny_config: TinyConfig) -> None:
+def test_logits_equal_those_of_a_peft_prefix(
+    batch: Batch, implementation: str, tiny_config: TinyConfig, computed: Any
+) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = BertForSequenceClassification(tiny_config(num_labels=3)).eval()
@@ -115,7 +117,7 @@ def test_logits_equal_those_of_a_peft_prefix(batch: Batch, implementation: str, 
     encoder = adapted.prompt_encoder["default"]
     nn.init.normal_(encoder.embedding.weight)
     with torch.no_grad():
-        expected = adapted(**batch).logits
+        expected = computed(adapted, batch)(**batch).logits
         rows = encoder(torch.arange(length)[None]).view(length, 3, 2, 4, 8)  # rows, layers, key and value, heads, size
 
     model = QTuningModel(base, QTuningConfig(gate=None, prompt_length=length, shared_length=0))

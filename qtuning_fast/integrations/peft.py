@@ -1,15 +1,14 @@
 """peft's prefix tuning and prompt tuning as adapters of tasks, and back.
 
-peft puts a prefix into `past_key_values`, so the tokens behind it take positions that are P larger: a converted adapter
-has `position_shift=P`. Models that take no `past_key_values` (DistilBERT, ModernBERT, image models) have no prefix
-tuning in peft. In encoder-decoders peft gives a prefix to the decoder alone, with its positions shifted (BART) or under
-a relative bias (T5), neither of which an adapter holds; prompts in front of the input can be converted. None of this
-needs peft itself.
+peft puts a prefix into a cache of keys and values, so the tokens behind it take positions that are P larger: a
+converted adapter has `position_shift=P`. Models that take no cache (DistilBERT, ModernBERT, image models) have no
+prefix tuning in peft. In encoder-decoders peft gives a prefix to the decoder alone, with its positions shifted (BART)
+or under a relative bias (T5), neither of which an adapter holds; prompts in front of the input can be converted. None
+of this needs peft itself.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.integrations.transformers import without_head
+from qtuning_fast.integrations.transformers.caches import takes_cache
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -181,8 +181,8 @@ def _check_takes_prefix(base_model: PreTrainedModel) -> None:
             f"{kind}: in an encoder-decoder peft puts the prefix into the decoder's self-attention, under its positions"
             " or its relative bias, which no adapter here reproduces; prompt tuning can be converted"
         )
-    if "past_key_values" not in inspect.signature(without_head(base_model).forward).parameters:
-        raise NotImplementedError(f"{kind} takes no past_key_values, by which peft hands over a prefix")
+    if not takes_cache(without_head(base_model)):
+        raise NotImplementedError(f"{kind} takes no cache of keys and values, in which peft hands over a prefix")
 
 
 def _check_exact_prefix(adapter: TaskAdapter, base_model: PreTrainedModel) -> None:

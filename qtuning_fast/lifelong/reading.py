@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from qtuning_fast.config import HEAD_TASK_TYPES
-from qtuning_fast.integrations.transformers.positions import Positions
+from qtuning_fast.integrations.transformers.positions import first_position
 from qtuning_fast.lifelong.encoded import ANY_TOKEN, EncodedExamples, padded, tokenized
 from qtuning_fast.lifelong.images import ImageFiles
 from qtuning_fast.lifelong.tasks import Examples, Task
@@ -71,7 +71,7 @@ class ExampleReader:
         added = self.processor.num_special_tokens_to_add()
         taken = prompt_tokens + after
         positions = getattr(base_model.config, "max_position_embeddings", None) or self.max_length + taken
-        limit = positions - Positions(base_model).first - taken
+        limit = positions - first_position(base_model) - taken
         if not added < self.max_length <= limit:
             raise ValueError(
                 f"max_length is {self.max_length}; this model takes at most {limit} tokens"

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    BloomConfig,
     CLIPConfig,
     CLIPVisionConfig,
-    CodeGenConfig,
     CTRLConfig,
     CTRLLMHeadModel,
     EsmConfig,
     FalconH1Config,
-    Inkling2TextConfig,
     LayoutLMConfig,
     LlamaConfig,
     LlavaConfig,
@@ -48,7 +48,11 @@ FALCON_H1 = {
 
 
 def test_sinks_by_another_name_are_refused() -> None:
-    config = Inkling2TextConfig(**SIZES, **WORDS, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16)
+    if not hasattr(transformers, "Inkling2TextConfig"):
+        pytest.skip("this transformers does not have the family yet")
+    config = transformers.Inkling2TextConfig(
+        **SIZES, **WORDS, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16
+    )
     with pytest.raises(NotImplementedError, match="attention sinks"):
         QTuningModel(AutoModel.from_config(config), QTuningConfig())
 
@@ -110,8 +114,8 @@ def test_models_whose_config_is_not_of_one_stack_of_text_are_refused() -> None:
         text_config=LlamaConfig(**SIZES, vocab_size=40),
         vision_config=CLIPVisionConfig(**SIZES, image_size=16, patch_size=8),
     )
-    codegen = CodeGenConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    for config in (clip, llava, codegen):
+    bloom = BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4)  # computes attention itself
+    for config in (clip, llava, bloom):
         with pytest.raises(NotImplementedError):
             QTuningModel(AutoModel.from_config(config), QTuningConfig())
 

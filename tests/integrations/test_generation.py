@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.integrations.transformers.caches import CACHE
 
 SMALL = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -63,7 +64,7 @@ def test_with_a_cache_as_without(writer: Any, placement: str, cache: str) -> Non
     torch.testing.assert_close(torch.stack(output.logits, dim=1), scores, atol=1e-4, rtol=0)
     plain = model.base_model.config  # the cache holds the context alone
     if cache == "dynamic" and writer.kind == "decoder" and not getattr(plain, "sliding_window", None):
-        assert output.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] + 5
+        assert output[CACHE].get_seq_length() == inputs["input_ids"].shape[1] + 5
     model.set_task(None)
     bare = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
     assert not torch.allclose(bare.logits[0], output.logits[0], atol=1e-2)

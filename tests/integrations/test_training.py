@@ -63,6 +63,16 @@ def test_checkpoints_of_either_kind_give_the_same_gradients(family: Any, placeme
     assert torch.equal(step(model, batch)[0], loss)
 
 
+def test_checkpointing_layers_drop_nothing_where_no_gradient_is_asked_for(family: Any) -> None:
+    model, inputs = in_training(family), family.batch()
+    inputs.pop("decoder_input_ids", None)
+    with torch.no_grad():
+        expected = model.features(inputs, task="first")
+        model.gradient_checkpointing_enable()
+        torch.testing.assert_close(model.features(inputs, task="first"), expected, atol=1e-5, rtol=1e-5)
+    assert model.attention.checkpoints
+
+
 def test_two_forward_passes_may_come_before_a_backward(family: Any) -> None:
     model, batch = in_training(family, retention_weight=0.0), labelled(family)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -41,6 +41,7 @@ class AttachedAttention:
 
     Attributes:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
+        positions: how the stack that reads the input gives its tokens positions.
 
     Raises:
         TypeError: `base_model` is not a transformers model.
@@ -72,17 +73,17 @@ class AttachedAttention:
         self.switch()
         try:
             self.layers = find_layers(base_model)
+            self.freeze(training=False)
+            self.positions = Positions(self.encoder)
             if placement == "input":
                 self.restore()
                 self.switch()  # with hooks, which also refuse what cannot stand in front
-                self.freeze(training=False)
                 self._check_in_front()
         except Exception:
             self.detach()
             raise
         self.restore()
         setattr(base_model, _ATTACHED, True)
-        self.freeze(training=False)
 
     @torch.no_grad()
     def _check_in_front(self) -> None:
@@ -171,9 +172,9 @@ class AttachedAttention:
         """On the stack that reads the input; they do nothing while there is no prompt in front and no shift."""
         hooks = []
         if self._placement == "input" and not self.is_causal:
-            hooks += put_in_front(self.model, self.encoder, lambda: self._prompt)
-        if Positions(self.encoder).are_taken:
-            hooks.append(shift_positions(self.encoder, lambda: self._shift))
+            hooks += put_in_front(self.model, self.encoder, self.positions, lambda: self._prompt)
+        if self.positions.are_taken:
+            hooks.append(shift_positions(self.encoder, self.positions, lambda: self._shift))
         return hooks
 
     def restore(self) -> None:

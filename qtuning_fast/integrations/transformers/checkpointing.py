@@ -5,7 +5,8 @@ another prefix, and the reentrant kind of checkpoint passes gradients to the lay
 given the prefix's tensors, and put them back in place when they recompute.
 
 transformers checkpoints layers in training mode only, in which some layers drop activations. A frozen layer is in
-training mode up to the checkpoint, and in eval mode within.
+training mode up to the checkpoint, and in eval mode within; and where there is no checkpoint, since nothing asks for a
+gradient (from transformers 5.24 on), in eval mode altogether.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qtuning_fast.integrations.transformers.attention import PREFIX
 
 _FUNCTION = "_gradient_checkpointing_func"
-_BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours is in its place
+_BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours is in its place, and our hooks
+_PAUSED = "qtuning_training_paused"  # on a layer in training mode that runs without gradients now
 
 
 def checkpointing_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
@@ -36,7 +39,8 @@ def carry_prefixes(model: nn.Module) -> None:
     for layer in checkpointing_layers(model):
         if not hasattr(layer, _BEFORE):
             before = getattr(layer, _FUNCTION)
-            setattr(layer, _BEFORE, before)
+            hooks = layer.register_forward_pre_hook(_pause), layer.register_forward_hook(_resume, always_call=True)
+            setattr(layer, _BEFORE, (before, hooks))
             setattr(layer, _FUNCTION, _carrying(layer, before))
 
 
@@ -44,7 +48,10 @@ def leave_prefixes(model: nn.Module) -> None:
     """Undo `carry_prefixes`."""
     for layer in model.modules():
         if hasattr(layer, _BEFORE):
-            setattr(layer, _FUNCTION, layer.__dict__.pop(_BEFORE))
+            before, hooks = layer.__dict__.pop(_BEFORE)
+            setattr(layer, _FUNCTION, before)
+            for hook in hooks:
+                hook.remove()
 
 
 def _carrying(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,6 +67,17 @@ def _carrying(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[...,
         return checkpoint(run, *leaves, *args, **kwargs)
 
     return carrying
+
+
+def _pause(layer: nn.Module, *_: Any) -> None:
+    if layer.training and not torch.is_grad_enabled():
+        layer.training = False
+        setattr(layer, _PAUSED, True)
+
+
+def _resume(layer: nn.Module, *_: Any) -> None:
+    if layer.__dict__.pop(_PAUSED, False):
+        layer.training = True
 
 
 @contextmanager

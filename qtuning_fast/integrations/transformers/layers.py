@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,17 +88,24 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
     if model.config.model_type in _OWN_ATTENTION:
         raise NotImplementedError(f"{kind} cannot take a prefix: {_OWN_ATTENTION[model.config.model_type]}")
     inputs = dummy_inputs(model)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with watched(model, lambda *call: calls.append(call)):
+        with in_eval_mode(model), watched(model, lambda *call: calls.append(call)):
             model(**inputs)
     except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise NotImplementedError(f"{kind} does not compute by prefix attention: {error}") from error
+    return calls
+
+
+@contextmanager
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """After the block each module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return calls
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

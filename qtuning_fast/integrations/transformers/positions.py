@@ -11,27 +11,29 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers.attention import for_batch
+from qtuning_fast.integrations.transformers.attention import for_batch, watched
+from qtuning_fast.integrations.transformers.caches import cache_among
+from qtuning_fast.integrations.transformers.layers import dummy_inputs
 
 
 class Positions:
-    """How a stack gives its tokens positions, found once: by what it is made of, not by its name.
+    """How a stack gives its tokens positions, found once: by what it computes and is made of, not by its name.
 
     Args:
-        stack: what reads tokens; a model around it will do.
+        stack: what reads tokens, in eval mode, with its attention set to ours.
 
     Attributes:
-        are_taken: whether its forward takes `position_ids`; otherwise positions follow the sequence.
+        are_taken: whether it computes by the `position_ids` that it is given; otherwise positions follow the sequence.
         first: the position id of the first token.
         room: how many tokens there are positions for; None where no learned table of them ends.
     """
 
     def __init__(self, stack: PreTrainedModel) -> None:
-        self.are_taken = "position_ids" in argument_names(stack)
         table = _position_table(stack)
         # Positions start behind the padding's and count what is no padding, as in RoBERTa; None: they do not.
         self._padding = None if table is None else table.padding_idx
-        self.first = 0 if self._padding is None else self._padding + 1
+        self.first = first_position(stack)
+        self.are_taken = _are_taken(stack, self.first)
         limit = getattr(stack.config, "max_position_embeddings", None)
         self.room = None if limit is None or table is None else limit - self.first
         # OPT too leaves padding out, but by the mask, and its table starts two places late without saying so.
@@ -61,6 +63,36 @@ class Positions:
             )
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The position id of the first token of an input."""
+    table = _position_table(model)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+@torch.no_grad()
+def _are_taken(stack: PreTrainedModel, first: int) -> bool:
+    """Whether a stack computes by `position_ids`, tried out: two orders of them, and the keys that attention is given.
+
+    A forward that names them may leave them unread, and one that does not may pass them on.
+    """
+    if stack.main_input_name != "input_ids":
+        return False
+    ids = dummy_inputs(stack)["input_ids"]
+    ascending = torch.arange(ids.shape[1], device=ids.device)[None] + first
+
+    def keys(positions: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        with watched(stack, lambda module, query, key, value: found.append(key)):
+            stack(input_ids=ids, position_ids=positions)
+        return found
+
+    try:
+        pairs = list(zip(keys(ascending), keys(ascending.flip(1))))
+    except TypeError:  # it knows no argument of this name
+        return False
+    return any((mine - its).abs().max() > 2**-6 * its.abs().max() for mine, its in pairs)  # more than rounding
+
+
 def _position_table(stack: PreTrainedModel) -> nn.Embedding | None:
     """The learned embedding of positions, where there is one."""
     for name, module in stack.named_modules():
@@ -77,7 +109,7 @@ def tokens_of(inputs: dict[str, Any]) -> Tensor:
 
 def past_tokens(inputs: dict[str, Any]) -> int | Tensor:
     """How many tokens the cache among the inputs holds."""
-    cache = inputs.get("past_key_values")
+    cache = cache_among(inputs)
     return 0 if cache is None else cache.get_seq_length()
 
 
@@ -88,9 +120,11 @@ class Shift(NamedTuple):
     at_most: int
 
 
-def shift_positions(stack: PreTrainedModel, placed: Callable[[], Shift | None]) -> RemovableHandle:
+def shift_positions(
+    stack: PreTrainedModel, positions: Positions, placed: Callable[[], Shift | None]
+) -> RemovableHandle:
     """From here on the stack's position ids are larger by what `placed()` says, until the handle is removed."""
-    positions, names = Positions(stack), argument_names(stack)
+    names = argument_names(stack)
 
     def shifted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         shift = placed()
@@ -108,7 +142,7 @@ def shift_positions(stack: PreTrainedModel, placed: Callable[[], Shift | None]) 
 
 
 def argument_names(stack: PreTrainedModel) -> tuple[str, ...]:
-    """Of the stack's forward, as its class has it."""
+    """Of the stack's forward, as its class has it: with them a call's arguments are read, and nothing is decided."""
     return tuple(inspect.signature(type(stack).forward).parameters)[1:]
 
 

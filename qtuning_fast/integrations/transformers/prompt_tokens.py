@@ -65,7 +65,9 @@ Placed = Callable[[], Prompt | None]
 """The prompt that stands in front of the input now, if any. Hooks ask for it at each call and stay where they are."""
 
 
-def put_in_front(model: PreTrainedModel, encoder: PreTrainedModel, placed: Placed) -> list[RemovableHandle]:
+def put_in_front(
+    model: PreTrainedModel, encoder: PreTrainedModel, positions: Positions, placed: Placed
+) -> list[RemovableHandle]:
     """From here on the placed prompt stands in front of what `encoder` of `model` is given, until handles are removed.
 
     Raises:
@@ -73,18 +75,18 @@ def put_in_front(model: PreTrainedModel, encoder: PreTrainedModel, placed: Place
     """
     if encoder.main_input_name == "pixel_values":
         return [_in_front_of_patches(encoder, placed)]
-    handles = [_in_front_of_tokens(encoder, placed)]
+    handles = [_in_front_of_tokens(encoder, positions, placed)]
     if model.config.is_encoder_decoder:
         handles.append(_in_front_of_memory(model.get_decoder(), placed))
     table = getattr(encoder, "embed_positions", None)
-    if isinstance(table, nn.Module) and not Positions(encoder).are_taken:
+    if isinstance(table, nn.Module) and not positions.are_taken:
         handles.append(_positions_without_absent_rows(table, placed))
     return handles
 
 
-def _in_front_of_tokens(encoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
+def _in_front_of_tokens(encoder: PreTrainedModel, positions: Positions, placed: Placed) -> RemovableHandle:
     """The prompt's embeddings in front of the tokens', and all that goes along with a longer input."""
-    positions, names = Positions(encoder), argument_names(encoder)
+    names = argument_names(encoder)
 
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
         prompt = placed()

@@ -1,0 +1,36 @@
+"""Caches of keys and values: what this version of transformers calls them, and which models take one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_args
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from qtuning_fast.integrations.transformers.layers import dummy_inputs, in_eval_mode
+
+CACHE = next((field.name for field in fields(BaseModelOutputWithPast) if Cache in get_args(field.type)), "cache")
+"""The name under which models take a cache and hand it back: `past_key_values`, since transformers 5.24 `cache`."""
+
+
+def cache_among(inputs: Mapping[str, Any]) -> Cache | None:
+    """The cache that a call is given, under whatever name: transformers takes names of the past too."""
+    for value in inputs.values():
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+@torch.no_grad()
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model reads and writes a cache that it is given, found by giving it an empty one."""
+    cache = DynamicCache()
+    try:
+        with in_eval_mode(model):
+            model(**dummy_inputs(model), **{CACHE: cache})
+    except TypeError:  # it knows no argument of this name
+        return False
+    return cache.get_seq_length() > 0
