@@ -224,7 +224,9 @@ def test_a_projection_is_folded(name: str, families: Any, computed: Any, tmp_pat
 def test_a_prompt_of_peft_gives_the_same_logits_here_and_back_in_peft(kind: str, roomy: Any, tmp_path: Path) -> None:
     if roomy.kind == "image":
         pytest.skip("peft's prompts stand in front of words")
-    base, inputs = roomy.base_model().double(), roomy.batch()  # in float32 T5's unscaled scores round by more than 1e-5
+    base, inputs = roomy.base_model(), roomy.batch()
+    if roomy.name in ("T5", "mT5"):
+        base.double()  # in float32 their unscaled scores round by more than 1e-5
     reference = with_prompt(roomy, base, kind)
     expected = answer(reference, roomy, inputs)
     adapter = adapter_from_peft(reference, "reviews")
