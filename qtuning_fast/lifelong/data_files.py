@@ -222,6 +222,7 @@ def _of_parquet(data: bytes, file: Path, where: str) -> Table:
         raise ImportError("reading Parquet needs the package pyarrow: pip install pyarrow") from error
     try:
         table = ParquetFile(pyarrow.BufferReader(data)).read()
+        table.validate(full=True)  # strings are UTF-8
         classes = _declared_classes(table.schema)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from None
@@ -230,6 +231,11 @@ def _of_parquet(data: bytes, file: Path, where: str) -> Table:
 
 def _declared_classes(schema: Any) -> dict[str, list[str]]:
     """The names of classes that the package `datasets` writes beside a table."""
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = written.get("info", {}).get("features") or {}
-    return {name: each["names"] for name, each in features.items() if each.get("_type") == "ClassLabel"}
+    classes: dict[str, list[str]] = {}
+    match json.loads((schema.metadata or {}).get(b"huggingface", b"{}")):
+        case {"info": {"features": dict(features)}}:
+            for name, feature in features.items():
+                match feature:  # of lists it may be a list itself
+                    case {"_type": "ClassLabel", "names": list(names)}:
+                        classes[name] = names
+    return classes

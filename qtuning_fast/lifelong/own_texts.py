@@ -42,10 +42,12 @@ def labels_of(table: Table, column: str) -> tuple[list[str], list[str]]:
     values = _values(table, column, option="label")
     if column in table.classes:
         names = table.classes[column]
-        _refuse_gaps(table, column, [value is None or value < 0 for value in values])
+        _refuse_gaps(table, column, [value is None or (isinstance(value, int) and value < 0) for value in values])
         for row, value in enumerate(values):
-            if value >= len(names):
-                raise ValueError(f"{_cell(table, column, row)} {value}, but it declares {len(names)} classes")
+            if type(value) is not int or value >= len(names):
+                raise ValueError(
+                    f"{_cell(table, column, row)} {value!r:.40}, but it declares {len(names)} classes, numbered from 0"
+                )
         return [names[value] for value in values], names
     _refuse_gaps(table, column, [value is None or (isinstance(value, str) and not value.strip()) for value in values])
     _refuse_kinds(table, column, values)
