@@ -197,7 +197,7 @@ class OpenRun:
         """
         tasks = self.data.load()[: len(self.model.tasks)]
         for task in tasks:
-            if data_digest(task) != self._digests[task.name]:
+            if data_digest(task) != self._digests.get(task.name):
                 raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
         return tasks
 
@@ -251,5 +251,7 @@ def _plain(data: DataOptions) -> dict[str, Any]:
 
 def _anywhere(spec: str) -> str:
     """A path, or `name=path`, that means the same from every folder; other names stay as they are."""
-    name, separator, path = spec.rpartition("=")
-    return f"{name}{separator}{Path(path).absolute()}" if Path(path).exists() else spec
+    if Path(spec).exists():  # it may hold an equals sign itself
+        return str(Path(spec).absolute())
+    name, _, path = spec.partition("=")
+    return f"{name}={Path(path).absolute()}" if path and Path(path).exists() else spec
