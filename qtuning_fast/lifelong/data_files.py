@@ -77,6 +77,7 @@ def read_table(file: Path, where: str | None = None) -> Table:
         where: what messages about its columns call it; None for its path.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ImportError: pyarrow is missing, which reads Parquet.
         ValueError: the file cannot be read; the message says in which row, why, and what to do.
     """
@@ -86,6 +87,8 @@ def read_table(file: Path, where: str | None = None) -> Table:
             f"{file} ends in {file.suffix!r}; the endings that can be read are {', '.join(ENDINGS)}, "
             f"each also with {', '.join(_PACKED)} behind it"
         )
+    if not file.is_file():  # a pipe would be waited for, without end
+        raise FileNotFoundError(f"{file} is a link to nothing, or no file at all")
     data = _unpacked(file, "." + ending.split(".")[-1])
     if not data:
         raise ValueError(f"{file} is empty")
