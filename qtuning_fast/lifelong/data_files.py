@@ -32,7 +32,10 @@ _MARKS = (
 )
 _OTHER_KINDS = {
     b"\x1f\x8b": "is packed by gzip; add .gz to its name",
+    b"BZh91AY&SY": "is packed by bzip2; add .bz2 to its name",
+    b"\xfd7zXZ": "is packed by xz; add .xz to its name",
     b"PK\x03\x04": "is a ZIP archive or an Excel file; unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "is an old Excel file; save it as CSV",
     b"PAR1": "is a Parquet file; name it .parquet",
 }
 
@@ -124,6 +127,11 @@ def is_readable(name: str) -> bool:
     return split_name(name)[1] in _READABLE
 
 
+def first_ten(names: Sequence[str]) -> str:
+    """For a message: so many names and no more."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def _unpacked(file: Path, ending: str) -> bytes:
     if ending not in _PACKED:
         return file.read_bytes()
@@ -154,7 +162,7 @@ def _decoded(data: bytes, file: Path) -> str:
         offset = data.index(b"\0")
         raise ValueError(
             f"{file} holds a NUL byte at offset {offset} (line {_line(data, offset)}): it is no text, or UTF-16 "
-            "without a mark at its beginning; if so: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
+            f"without a mark at its beginning; if so: iconv -f UTF-16{'LE' if offset else 'BE'} -t UTF-8 OLD > NEW"
         )
     return text
 

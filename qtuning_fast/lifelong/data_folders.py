@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from qtuning_fast.lifelong.data_files import ENDINGS, DataWarning, is_readable, split_name
+from qtuning_fast.lifelong.data_files import ENDINGS, DataWarning, first_ten, is_readable, split_name
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -72,5 +72,4 @@ def warn_of_ignored(source: Path | str, ignored: Iterable[Path | str]) -> None:
     """Name what is not used, the first ten of them."""
     names = [str(each.relative_to(source)) if isinstance(each, Path) else each for each in ignored]
     if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        warnings.warn(f"{source}: not used: {', '.join(names[:10])}{more}", DataWarning, stacklevel=2)
+        warnings.warn(f"{source}: not used: {first_ten(names)}", DataWarning, stacklevel=2)

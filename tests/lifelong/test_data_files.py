@@ -122,6 +122,12 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         CSV.decode().encode("utf-16-le"),
         "holds a NUL byte at offset 1 (line 1): it is no text, or UTF-16 without a mark at its beginning; if so: iconv",
     ),
+    "UTF-16 big-endian without a mark": (
+        "a.csv",
+        CSV.decode().encode("utf-16-be"),
+        "holds a NUL byte at offset 0 (line 1): it is no text, or UTF-16 without a mark at its beginning; if so: "
+        "iconv -f UTF-16BE",
+    ),
     "cut UTF-16": ("a.csv", CSV.decode().encode("utf-16")[:-1], "is not UTF-16LE: byte 0x0a at offset"),
     "a NUL byte": ("a.csv", b"text,label\nx\0y,good\n", "holds a NUL byte at offset 12 (line 2)"),
     # JSON
@@ -149,7 +155,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a list in an object": (
         "a.json",
         b'{"data": [{"text": "a", "label": "x"}]}',
-        "there is no column 'text', only 'data'",
+        "there is no column 'text', only 'data'; name yours with --text-column (in Python text_column)",
     ),
     "a row that is no object": (
         "a.json",
@@ -216,6 +222,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "no xz": ("a.tsv.xz", TSV, "cannot be unpacked: Input format not supported"),
     "nothing packed": ("a.csv.gz", gzip.compress(b""), "is empty"),
     "gzip without its ending": ("a.csv", gzip.compress(CSV), "is packed by gzip; add .gz to its name"),
+    "bzip2 without its ending": ("a.csv", bz2.compress(CSV), "is packed by bzip2; add .bz2 to its name"),
+    "xz without its ending": ("a.csv", lzma.compress(CSV), "is packed by xz; add .xz to its name"),
+    "old Excel called CSV": ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an old Excel file; save it as CSV"),
     "Excel called CSV": (
         "a.csv",
         b"PK\x03\x04 and so on",
