@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -198,6 +199,10 @@ def test_a_model_without_a_padding_token_and_columns_of_other_names(gpt2: Path, 
     )
     code, _, errors = call("eval", f"--run={out}", "--task=sms", f"--data={other}")
     assert code == 2 and "there is no column 'v2', only 'text', 'label'; name yours with --text-column" in errors
+    (tmp_path / "images" / "good").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "good" / "0.png")
+    code, _, errors = call("eval", f"--run={out}", "--task=sms", f"--data={tmp_path / 'images'}")
+    assert code == 2 and errors == "error: task 'sms' reads texts, but these examples are images"
     code, _, errors = call("eval", f"--run={out}", "--text-column=text")
     assert code == 2 and "need --data" in errors
     assert call("predict", f"--run={out}", "the film is good")[0] == 0

@@ -212,7 +212,14 @@ class OpenRun:
         return probabilities(self.model, questions, self._batch_size, self._answers(task))
 
     def accuracy(self, examples: Examples, task: str) -> float:
-        """Share of the examples that a task's adapter gets right."""
+        """Share of the examples that a task's adapter gets right.
+
+        Raises:
+            ValueError: they are images where the run reads texts, or the other way round.
+        """
+        if isinstance(examples.inputs[0], Path) != self.reader.reads_images:
+            kinds = ("images", "texts") if self.reader.reads_images else ("texts", "images")
+            raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
         self.model.set_task(task)
         return accuracy(self.model, self.reader.questions(examples), self._batch_size, self._answers(task))
 
