@@ -15,6 +15,7 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
@@ -254,7 +255,7 @@ def evaluate(
                 tests = {task: tests[task]}
         table = Table("task", "examples", "accuracy")
         for name, examples in tests.items():
-            table.add_row(name, str(len(examples)), f"{opened.accuracy(examples, name):.3f}")
+            table.add_row(Text(name), str(len(examples)), f"{opened.accuracy(examples, name):.3f}")
         console.print(table)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -198,6 +199,10 @@ def test_a_model_without_a_padding_token_and_columns_of_other_names(gpt2: Path, 
     )
     code, _, errors = call("eval", f"--run={out}", "--task=sms", f"--data={other}")
     assert code == 2 and "there is no column 'v2', only 'text', 'label'; name yours with --text-column" in errors
+    (tmp_path / "images" / "good").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "good" / "0.png")
+    code, _, errors = call("eval", f"--run={out}", "--task=sms", f"--data={tmp_path / 'images'}")
+    assert code == 2 and errors == "error: task 'sms' reads texts, but these examples are images"
     code, _, errors = call("eval", f"--run={out}", "--text-column=text")
     assert code == 2 and "need --data" in errors
     assert call("predict", f"--run={out}", "the film is good")[0] == 0
@@ -240,3 +245,21 @@ def test_labels_are_answered_as_the_file_writes_them(labels: tuple[str, str], gp
     assert data.stat().st_size == before.st_size
     code, _, errors = call("eval", f"--run={out}")
     assert code == 2 and "the data of task 'a' has changed since the run" in errors
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"), [("a=b.csv", "a=b"), ("x=a=b.csv", "x"), ("./a=b.csv", "a=b"), ("[b]=a=b.csv", "[b]")]
+)
+def test_paths_and_names_with_signs_that_mean_something(
+    spec: str, name: str, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file behind an equals sign is another one, and an evaluation may be called from another folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.csv").write_text(CSV)
+    (tmp_path / "b.csv").write_text(CSV.replace("film", "play"))
+    code, output, _ = call(*run(tmp_path / "run", gpt2, f"--task={spec}"))
+    assert code == 0 and f"1. {name} " in output
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, output, errors = call("eval", f"--run={tmp_path / 'run'}")
+    assert code == 0 and f"│ {name} " in output, errors

@@ -32,7 +32,10 @@ _MARKS = (
 )
 _OTHER_KINDS = {
     b"\x1f\x8b": "is packed by gzip; add .gz to its name",
+    b"BZh91AY&SY": "is packed by bzip2; add .bz2 to its name",
+    b"\xfd7zXZ": "is packed by xz; add .xz to its name",
     b"PK\x03\x04": "is a ZIP archive or an Excel file; unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "is an old Excel file; save it as CSV",
     b"PAR1": "is a Parquet file; name it .parquet",
 }
 
@@ -77,6 +80,7 @@ def read_table(file: Path, where: str | None = None) -> Table:
         where: what messages about its columns call it; None for its path.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ImportError: pyarrow is missing, which reads Parquet.
         ValueError: the file cannot be read; the message says in which row, why, and what to do.
     """
@@ -86,6 +90,8 @@ def read_table(file: Path, where: str | None = None) -> Table:
             f"{file} ends in {file.suffix!r}; the endings that can be read are {', '.join(ENDINGS)}, "
             f"each also with {', '.join(_PACKED)} behind it"
         )
+    if not file.is_file():  # a pipe would be waited for, without end
+        raise FileNotFoundError(f"{file} is a link to nothing, or no file at all")
     data = _unpacked(file, "." + ending.split(".")[-1])
     if not data:
         raise ValueError(f"{file} is empty")
@@ -121,6 +127,11 @@ def is_readable(name: str) -> bool:
     return split_name(name)[1] in _READABLE
 
 
+def first_ten(names: Sequence[str]) -> str:
+    """For a message: so many names and no more."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def _unpacked(file: Path, ending: str) -> bytes:
     if ending not in _PACKED:
         return file.read_bytes()
@@ -151,7 +162,7 @@ def _decoded(data: bytes, file: Path) -> str:
         offset = data.index(b"\0")
         raise ValueError(
             f"{file} holds a NUL byte at offset {offset} (line {_line(data, offset)}): it is no text, or UTF-16 "
-            "without a mark at its beginning; if so: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
+            f"without a mark at its beginning; if so: iconv -f UTF-16{'LE' if offset else 'BE'} -t UTF-8 OLD > NEW"
         )
     return text
 
@@ -222,6 +233,7 @@ def _of_parquet(data: bytes, file: Path, where: str) -> Table:
         raise ImportError("reading Parquet needs the package pyarrow: pip install pyarrow") from error
     try:
         table = ParquetFile(pyarrow.BufferReader(data)).read()
+        table.validate(full=True)  # strings are UTF-8
         classes = _declared_classes(table.schema)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from None
@@ -230,6 +242,11 @@ def _of_parquet(data: bytes, file: Path, where: str) -> Table:
 
 def _declared_classes(schema: Any) -> dict[str, list[str]]:
     """The names of classes that the package `datasets` writes beside a table."""
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = written.get("info", {}).get("features") or {}
-    return {name: each["names"] for name, each in features.items() if each.get("_type") == "ClassLabel"}
+    classes: dict[str, list[str]] = {}
+    match json.loads((schema.metadata or {}).get(b"huggingface", b"{}")):
+        case {"info": {"features": dict(features)}}:
+            for name, feature in features.items():
+                match feature:  # of lists it may be a list itself
+                    case {"_type": "ClassLabel", "names": list(names)}:
+                        classes[name] = names
+    return classes

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from qtuning_fast.lifelong.data_files import ENDINGS, DataWarning, is_readable, split_name
+from qtuning_fast.lifelong.data_files import ENDINGS, DataWarning, first_ten, is_readable, split_name
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -28,7 +28,7 @@ def split_files(folder: Path) -> dict[str, Path]:
         ValueError: there are several for one split, or the one that there is cannot be read.
     """
     children = visible(folder)
-    files = [child for child in children if child.is_file()]
+    files = [child for child in children if not child.is_dir()]  # links to nothing too: what they stood for is missed
     named = one_of_each(folder, [file.name for file in files if is_readable(file.name)])
     found = {split: folder / name for split, name in named.items()}
     for file in files:  # a split that is not used would be cut from train instead
@@ -39,7 +39,7 @@ def split_files(folder: Path) -> dict[str, Path]:
                 f"the endings that can be are {', '.join(ENDINGS)}: save it as one of these, or move it elsewhere"
             )
     if "train" not in found:
-        holds = ", ".join(child.name for child in children) or "nothing"
+        holds = ", ".join(child.name + "/" * child.is_dir() for child in children) or "nothing"
         raise FileNotFoundError(
             f"{folder} has no file train{{{','.join(ENDINGS)}}} and no folders of images; it holds {holds}"
         )
@@ -72,5 +72,4 @@ def warn_of_ignored(source: Path | str, ignored: Iterable[Path | str]) -> None:
     """Name what is not used, the first ten of them."""
     names = [str(each.relative_to(source)) if isinstance(each, Path) else each for each in ignored]
     if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        warnings.warn(f"{source}: not used: {', '.join(names[:10])}{more}", DataWarning, stacklevel=2)
+        warnings.warn(f"{source}: not used: {first_ten(names)}", DataWarning, stacklevel=2)

@@ -52,7 +52,7 @@ def read_tsv(text: str, file: str) -> Cells:
     if not readings:
         raise errors[0] if isinstance(errors[-1], QuoteError) else errors[-1]
     if len({len(reading.rows) for reading in readings}) > 1:
-        plain_lines, quoted_lines = (reading.lines for reading in readings)
+        plain_lines, quoted_lines = readings[0].lines, set(readings[1].lines)
         joined = next(row for row, line in enumerate(plain_lines) if line not in quoted_lines)
         raise ValueError(
             f"{file}: {place(max(joined - 1, 0), plain_lines)} can be read in two ways, for a quote in "
@@ -112,6 +112,7 @@ def _checked(numbered: list[tuple[int, list[str]]], file: str, advice: str) -> C
         if len(row) != len(names):
             raise ValueError(
                 f"{file}: the header has {len(names)} columns, but {place(number, lines)} has {len(row)} "
-                f"cell{'s' * (len(row) != 1)}; {advice}"
+                f"cell{'s' * (len(row) != 1)}; "
+                + (advice if len(row) > len(names) else "a row has a cell for each column, an empty one too")
             )
     return Cells(names, rows, lines)

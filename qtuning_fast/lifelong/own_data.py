@@ -4,13 +4,14 @@ Everything that can be wrong with the data is found here, before any training st
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from qtuning_fast.lifelong.data_files import Table, is_readable, read_table, split_name
+from qtuning_fast.lifelong.data_files import DataWarning, Table, first_ten, is_readable, read_table, split_name
 from qtuning_fast.lifelong.data_folders import one_of_each, split_files, warn_of_ignored
 from qtuning_fast.lifelong.own_images import check_images, images_by_class, is_image_folder, read_image_folder
 from qtuning_fast.lifelong.own_texts import is_unlabelled, labels_of, point_out_joined_rows, refuse_unknown, texts_of
@@ -83,18 +84,29 @@ def _read_texts(path: str, text_column: str, label_column: str) -> tuple[dict[st
     splits = _read_files(path) if _is_local(path) else _read_hub(path)
     if "train" not in splits:
         raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
+    _refuse_one_column(text_column, label_column)
     texts = texts_of(splits["train"], text_column)
     labels, label_names = labels_of(splits["train"], label_column)
-    point_out_joined_rows(splits["train"], texts, label_names)
+    point_out_joined_rows(splits["train"], label_names)
     own: dict[str, Labelled] = {"train": (texts, labels)}
+    reason = f"does not occur in train, which has [{first_ten([repr(name) for name in label_names])}]"
     for split in ("validation", "test"):
-        if split in splits and not is_unlabelled(splits[split], label_column):
-            texts = texts_of(splits[split], text_column)
-            labels, _ = labels_of(splits[split], label_column)
-            refuse_unknown(splits[split], labels, label_names, f"does not occur in train, which has {label_names}")
-            point_out_joined_rows(splits[split], texts, label_names)
-            own[split] = texts, labels
+        if split not in splits:
+            continue
+        table = splits[split]
+        if is_unlabelled(table, label_column):
+            note = f"{table.where}: not used, for its labels are all -1, which means none; another is cut from train"
+            warnings.warn(note, DataWarning, stacklevel=2)
+            continue
+        own[split] = texts_of(table, text_column), labels_of(table, label_column)[0]
+        refuse_unknown(table, own[split][1], label_names, reason)
+        point_out_joined_rows(table, label_names)
     return own, label_names
+
+
+def _refuse_one_column(text_column: str, label_column: str) -> None:
+    if text_column == label_column:
+        raise ValueError(f"text_column and label_column are both {text_column!r}; texts and labels are two columns")
 
 
 def load_examples(
@@ -111,7 +123,7 @@ def load_examples(
         ImportError, FileNotFoundError, ValueError: as in `load_task`; also a label that is none of these.
     """
     file = Path(path).expanduser()
-    reason = f"is none of the task's, which are {', '.join(label_names)}"
+    reason = f"is none of the task's, which are {first_ten(label_names)}"
     inputs: Sequence[Input]
     if is_image_folder(file):
         inputs, labels = images_by_class(file)
@@ -121,12 +133,14 @@ def load_examples(
     else:
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {path}")
+        _refuse_one_column(text_column, label_column)
         table = read_table(file)
         texts, labels = texts_of(table, text_column), labels_of(table, label_column)[0]
         refuse_unknown(table, labels, label_names, reason)
-        point_out_joined_rows(table, texts, label_names)
+        point_out_joined_rows(table, label_names)
         inputs = texts
-    return Examples(inputs, [list(label_names).index(label) for label in labels])
+    index = {name: number for number, name in enumerate(label_names)}
+    return Examples(inputs, [index[label] for label in labels])
 
 
 def _name_and_path(spec: str) -> tuple[str, str]:
@@ -137,6 +151,12 @@ def _name_and_path(spec: str) -> tuple[str, str]:
         name = split_name(file.name)[0] if file.is_file() else file.name.partition(":")[0]
     if not name or not path:
         raise ValueError(f"{spec!r} is not a task: write a path, or a name and a path as in reviews=data/reviews.csv")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name!r} cannot name a task, for it is not UTF-8; write a name and a path, as in reviews=..."
+        ) from None
     return name, path
 
 

@@ -15,7 +15,7 @@ def is_image_folder(folder: Path) -> bool:
     """Whether folders of images stand in it or in its folder `train`, and no file `train.*` that holds texts."""
     if not folder.is_dir():
         return False
-    files = [child.name for child in visible(folder) if child.is_file() and is_readable(child.name)]
+    files = [child.name for child in visible(folder) if not child.is_dir() and is_readable(child.name)]
     if any(split_of(split_name(name)[0]) == "train" for name in files):
         return False
     holders = [folder, *(child for child in _folders(folder) if split_of(child.name) == "train")]
@@ -41,7 +41,7 @@ def read_image_folder(path: str) -> tuple[dict[str, Labelled], list[str]]:
         names = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
         raise ValueError(f"{folder} holds the folder {unknown[0]!r} beside train; its splits can be {names}")
     folders = {split: folder / name for split, name in one_of_each(folder, [child.name for child in children]).items()}
-    warn_of_ignored(folder, [child for child in visible(folder) if child.is_file()])
+    warn_of_ignored(folder, [child for child in visible(folder) if not child.is_dir()])
     splits: dict[str, Labelled] = {split: images_by_class(folders[split]) for split in folders}
     classes = sorted(set(splits["train"][1]))
     for split, (_, labels) in splits.items():
@@ -58,7 +58,7 @@ def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:
     """
     images: list[Path] = []
     labels: list[str] = []
-    ignored = [child for child in visible(folder) if child.is_file()]
+    ignored = [child for child in visible(folder) if not child.is_dir()]
     for child in _folders(folder):
         found = [file for file in visible(child) if _is_image(file)]
         if not found:

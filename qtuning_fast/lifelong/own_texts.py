@@ -6,10 +6,10 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
-from qtuning_fast.lifelong.data_files import DataWarning, Table
+from qtuning_fast.lifelong.data_files import DataWarning, Table, first_ten
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")  # as Python and JSON write them: 01 and 1.0 are names like any other
 _KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number with a fraction"}
@@ -42,10 +42,12 @@ def labels_of(table: Table, column: str) -> tuple[list[str], list[str]]:
     values = _values(table, column, option="label")
     if column in table.classes:
         names = table.classes[column]
-        _refuse_gaps(table, column, [value is None or value < 0 for value in values])
+        _refuse_gaps(table, column, [value is None or (isinstance(value, int) and value < 0) for value in values])
         for row, value in enumerate(values):
-            if value >= len(names):
-                raise ValueError(f"{_cell(table, column, row)} {value}, but it declares {len(names)} classes")
+            if type(value) is not int or value >= len(names):
+                raise ValueError(
+                    f"{_cell(table, column, row)} {value!r:.40}, but it declares {len(names)} classes, numbered from 0"
+                )
         return [names[value] for value in values], names
     _refuse_gaps(table, column, [value is None or (isinstance(value, str) and not value.strip()) for value in values])
     _refuse_kinds(table, column, values)
@@ -64,34 +66,48 @@ def is_unlabelled(table: Table, column: str) -> bool:
 
 def refuse_unknown(table: Table, labels: Sequence[str], known: Sequence[str], reason: str) -> None:
     """Raise a `ValueError` where a label is none of the known; the reason follows its name."""
+    names = set(known)
     for row, label in enumerate(labels):
-        if label not in known:
-            raise ValueError(f"{table.where}: label {label!r} {reason}; it stands in {table.place(row)}")
+        if label not in names:
+            alike = next((f", and is not {name!a} but {label!a}" for name in known if _look(name) == _look(label)), "")
+            raise ValueError(f"{table.where}: label {label!r} {reason}; it stands in {table.place(row)}{alike}")
 
 
-def point_out_joined_rows(table: Table, texts: Sequence[str], names: Sequence[str]) -> None:
-    """Warn of texts with a line that looks like a row: a stray quote before it makes them one."""
+def point_out_joined_rows(table: Table, label_names: Sequence[str]) -> None:
+    """Warn of a cell with a line that looks like a row or the end of one: a stray quote before it makes them one."""
     if table.delimiter is None:
         return
-    for row, text in enumerate(texts):
-        for line in text.splitlines() if "\n" in text or "\r" in text else ():
-            cells = line.split(table.delimiter)
-            if len(cells) >= len(table.names) and {cells[0].strip(), cells[-1].strip()} & set(names):
-                warnings.warn(
-                    f"{table.where}: the text in {table.place(row)} holds a line that looks like a row of its own, "
-                    f"{line[:60]!r}; if it is one, a double quote before it is one too many",
-                    DataWarning,
-                    stacklevel=3,
-                )
-                return
+    labels = set(label_names)
+    for column in table.names:
+        for row, cell in enumerate(table.column(column)):
+            for line in cell.splitlines() if "\n" in cell or "\r" in cell else ():
+                if _may_be_a_row(line.split(table.delimiter), labels, cell.count(table.delimiter), len(table.names)):
+                    warnings.warn(
+                        f"{table.where}: column {column!r} in {table.place(row)} holds a line that looks like a row "
+                        f"of its own, {line[:60]!r}; if it is one, a double quote before it is one too many",
+                        DataWarning,
+                        stacklevel=3,
+                    )
+                    return
+
+
+def _may_be_a_row(cells: Sequence[str], labels: Set[str], delimiters: int, columns: int) -> bool:
+    """Whether a line has a label where a row may have one; a cell that joins two has the delimiters of a whole row."""
+    if len(cells) >= columns and {cells[0].strip(), cells[-1].strip()} & labels:
+        return True
+    return len(cells) > 1 and delimiters >= columns - 1 and not labels.isdisjoint(cells)
 
 
 def _values(table: Table, column: str, option: str) -> list[Any]:
     if column not in table.names:
+        held = first_ten([repr(name) for name in table.names]) or "empty objects"
         raise ValueError(
-            f"{table.where}: there is no column {column!r}, only {', '.join(map(repr, table.names))}; "
-            f"name yours with --{option}-column (in Python {option}_column), or write names into the first row"
+            f"{table.where}: there is no column {column!r}, only {held}; "
+            f"name yours with --{option}-column (in Python {option}_column)"
+            + (", or write names into the first row" if table.delimiter else "")
         )
+    if list(table.names).count(column) > 1:
+        raise ValueError(f"{table.where}: several columns have the name {column!r}; write another into the first row")
     return table.column(column)
 
 
@@ -112,7 +128,7 @@ def _refuse_gaps(table: Table, column: str, gaps: list[bool]) -> None:
     if any(gaps):
         raise ValueError(
             f"{table.where}: column {column!r} is empty in {sum(gaps)} of {len(gaps)} rows, "
-            f"first in {table.place(gaps.index(True))}"
+            f"first in {table.place(gaps.index(True))}; fill in what is missing, or leave these rows out"
         )
 
 
@@ -139,11 +155,17 @@ def _refuse_half_characters(table: Table, column: str, values: Sequence[Any]) ->
             ) from None
 
 
+def _look(label: str) -> str:
+    """What a reader sees of it: neither case nor white space, nor characters without a width."""
+    visible = "".join(each for each in label if unicodedata.category(each) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
+
+
 def _point_out_look_alikes(table: Table, column: str, written: Sequence[str]) -> None:
     """Warn of labels that a reader would take for one and the same."""
     alike: dict[str, Counter[str]] = {}
     for label in written:
-        alike.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), Counter())[label] += 1
+        alike.setdefault(_look(label), Counter())[label] += 1
     for counts in alike.values():
         if len(counts) == 1:
             continue

@@ -22,7 +22,7 @@ class ProgressBars(RunListener):
 
     def __init__(self, tasks: int, title: str, console: Console | None = None) -> None:
         self.progress = Progress(
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -55,6 +55,7 @@ class ProgressBars(RunListener):
         self.progress.console.print(
             f"{number + 1:>2}. {task.name[:14]:<14} adapter {evaluation['task_adapter']:.3f}  "
             f"probe {probe['accuracy']:.3f}  live queue, tasks so far {sum(live) / len(live):.3f}",
+            markup=False,
             highlight=False,
         )
 

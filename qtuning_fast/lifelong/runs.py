@@ -197,7 +197,7 @@ class OpenRun:
         """
         tasks = self.data.load()[: len(self.model.tasks)]
         for task in tasks:
-            if data_digest(task) != self._digests[task.name]:
+            if data_digest(task) != self._digests.get(task.name):
                 raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
         return tasks
 
@@ -212,7 +212,14 @@ class OpenRun:
         return probabilities(self.model, questions, self._batch_size, self._answers(task))
 
     def accuracy(self, examples: Examples, task: str) -> float:
-        """Share of the examples that a task's adapter gets right."""
+        """Share of the examples that a task's adapter gets right.
+
+        Raises:
+            ValueError: they are images where the run reads texts, or the other way round.
+        """
+        if isinstance(examples.inputs[0], Path) != self.reader.reads_images:
+            kinds = ("images", "texts") if self.reader.reads_images else ("texts", "images")
+            raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
         self.model.set_task(task)
         return accuracy(self.model, self.reader.questions(examples), self._batch_size, self._answers(task))
 
@@ -251,5 +258,7 @@ def _plain(data: DataOptions) -> dict[str, Any]:
 
 def _anywhere(spec: str) -> str:
     """A path, or `name=path`, that means the same from every folder; other names stay as they are."""
-    name, separator, path = spec.rpartition("=")
-    return f"{name}{separator}{Path(path).absolute()}" if Path(path).exists() else spec
+    if Path(spec).exists():  # it may hold an equals sign itself
+        return str(Path(spec).absolute())
+    name, _, path = spec.partition("=")
+    return f"{name}={Path(path).absolute()}" if path and Path(path).exists() else spec

@@ -145,7 +145,13 @@ def few_shot_split(
         raise ValueError(f"task {name!r}: none of its {len(inputs)} training {kind} holds anything")
 
     to_validate, to_test = _sizes_to_cut(
-        name, kind, classes, pool.sizes, shots, validation_shots if validation is None else 0, test_is_cut=test is None
+        name,
+        kind if validation is None and test is None else f"{kind} that are in no other split",
+        classes,
+        pool.sizes,
+        shots,
+        validation_shots if validation is None else 0,
+        test_is_cut=test is None,
     )
 
     # A test set is cut at the far end, where it stays the same when more examples are asked for at the near one.

@@ -122,6 +122,12 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         CSV.decode().encode("utf-16-le"),
         "holds a NUL byte at offset 1 (line 1): it is no text, or UTF-16 without a mark at its beginning; if so: iconv",
     ),
+    "UTF-16 big-endian without a mark": (
+        "a.csv",
+        CSV.decode().encode("utf-16-be"),
+        "holds a NUL byte at offset 0 (line 1): it is no text, or UTF-16 without a mark at its beginning; if so: "
+        "iconv -f UTF-16BE",
+    ),
     "cut UTF-16": ("a.csv", CSV.decode().encode("utf-16")[:-1], "is not UTF-16LE: byte 0x0a at offset"),
     "a NUL byte": ("a.csv", b"text,label\nx\0y,good\n", "holds a NUL byte at offset 12 (line 2)"),
     # JSON
@@ -149,7 +155,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a list in an object": (
         "a.json",
         b'{"data": [{"text": "a", "label": "x"}]}',
-        "there is no column 'text', only 'data'",
+        "there is no column 'text', only 'data'; name yours with --text-column (in Python text_column)",
     ),
     "a row that is no object": (
         "a.json",
@@ -216,6 +222,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "no xz": ("a.tsv.xz", TSV, "cannot be unpacked: Input format not supported"),
     "nothing packed": ("a.csv.gz", gzip.compress(b""), "is empty"),
     "gzip without its ending": ("a.csv", gzip.compress(CSV), "is packed by gzip; add .gz to its name"),
+    "bzip2 without its ending": ("a.csv", bz2.compress(CSV), "is packed by bzip2; add .bz2 to its name"),
+    "xz without its ending": ("a.csv", lzma.compress(CSV), "is packed by xz; add .xz to its name"),
+    "old Excel called CSV": ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an old Excel file; save it as CSV"),
     "Excel called CSV": (
         "a.csv",
         b"PK\x03\x04 and so on",
@@ -273,11 +282,42 @@ def test_parquet_keeps_the_types_that_it_declares(texts: Any, labels: Any, expec
         rows_of(file)
 
 
-def test_a_class_that_a_file_does_not_declare(tmp_path: Path) -> None:
-    table = pyarrow.table({"text": ["a", "b"], "label": [0, 2]})
+def declaring(file: Path, labels: Any, declared: bytes) -> Path:
+    """A file with these labels, and what the package `datasets` writes beside a table."""
+    table = pyarrow.table({"text": [f"text {i}" for i in range(len(labels))], "label": labels})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": declared}), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [([0, 2], "row 2 holds 2"), (["no", "yes"], "row 1 holds 'no'"), ([1.0, 0.0], "row 1 holds 1.0")],
+)
+def test_a_class_that_a_file_does_not_declare(labels: list[Any], shown: str, tmp_path: Path) -> None:
     declared = b'{"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}'
-    pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": declared}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"column 'label' in row 2 holds 2, but it declares 2 classes"):
+    with pytest.raises(ValueError, match=rf"column 'label' in {shown}, but it declares 2 classes, numbered from 0"):
+        rows_of(declaring(tmp_path / "a.parquet", labels, declared))
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        b'{"info": {"features": {"label": {"dtype": "string", "_type": "Value"}, "spans": [{"_type": "Value"}]}}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
+        b'{"info": {"features": null}}',
+        b'{"info": null}',
+        b"[]",
+    ],
+)
+def test_what_declares_no_classes(declared: bytes, tmp_path: Path) -> None:
+    assert rows_of(declaring(tmp_path / "a.parquet", ["yes", "no"], declared)) == as_labels("yes", "no")
+
+
+def test_strings_of_parquet_that_are_no_utf8(tmp_path: Path) -> None:
+    buffers = pyarrow.array([b"a", b"\xff"]).buffers()
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": ["x", "y"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet: .*UTF8"):
         rows_of(tmp_path / "a.parquet")
 
 

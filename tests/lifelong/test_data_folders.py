@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import warnings
 from pathlib import Path
 
@@ -62,6 +63,26 @@ def test_a_split_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> No
     write(tmp_path / "train.csv", "train")
     (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=rf"{name} ends in .* cannot be read as the split (test|validation); .* \.csv"):
+        load_task(f"reviews={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+@pytest.mark.parametrize("kind", ["link to nothing", "link to itself", "pipe"])
+def test_a_split_that_is_no_file_is_refused(name: str, kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", "train")
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to(tmp_path / (name if kind == "link to itself" else "gone.csv"))
+    with pytest.raises(FileNotFoundError, match=rf"{name} is a link to nothing, or no file at all"):
+        load_task(f"reviews={tmp_path}", validation_shots=2)
+
+
+def test_folders_are_told_from_files(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").mkdir()
+    (tmp_path / "train.txt.csv").touch()
+    with pytest.raises(FileNotFoundError, match=r"has no file train.*; it holds train\.csv/, train\.txt\.csv$"):
         load_task(f"reviews={tmp_path}")
 
 

@@ -68,7 +68,11 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         b"text,label\nx,y\n\none, two,good\n",
         "the header has 2 columns, but row 2 (line 4) has 3 cells",
     ),
-    "a cell too few": ("a.csv", b"text,label\nx,good\ny\n", "the header has 2 columns, but row 2 (line 3) has 1 cell;"),
+    "a cell too few": (
+        "a.csv",
+        b"text,label\nx,good\ny\n",
+        "the header has 2 columns, but row 2 (line 3) has 1 cell; a row has a cell for each column, an empty one too",
+    ),
     "a comma at the end of rows": ("a.csv", b"text,label\nx,good,\n", "row 1 (line 2) has 3 cells"),
     "a tab within": (
         "a.tsv",
@@ -78,7 +82,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "rows of nothing": (
         "a.csv",
         b"text,label\nx,good\n,\n,\n",
-        "column 'text' is empty in 2 of 3 rows, first in row 2 (line 3)",
+        "column 'text' is empty in 2 of 3 rows, first in row 2 (line 3); fill in what is missing, or leave these rows",
     ),
     "an empty text": (
         "a.csv",

@@ -1,6 +1,7 @@
 """A user's own data: every kind of file, every kind of label, and everything that can be wrong with them."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -8,7 +9,8 @@ from collections import Counter
 import datasets
 import pytest
 
-from qtuning_fast.lifelong.own_data import load_task
+from qtuning_fast.lifelong.data_files import DataWarning
+from qtuning_fast.lifelong.own_data import load_examples, load_task
 
 ROWS = [{"text": f"text {number}, number {number % 3}", "label": ("bad", "good")[number % 2]} for number in range(60)]
 
@@ -191,6 +193,40 @@ def test_a_label_that_train_has_not(tmp_path):
         load_task(str(tmp_path))
 
 
+def test_one_of_many_labels_that_train_has_not(tmp_path):
+    write(tmp_path / "train.csv", labelled([f"class {number:02d}" for number in range(40)] * 3))
+    write(tmp_path / "test.csv", labelled(["ugly"]))
+    with pytest.raises(ValueError, match=r"train, which has \['class 00', .*, 'class 09' and 30 more\]; it stands in"):
+        load_task(str(tmp_path))
+
+
+def test_a_test_split_that_is_the_training_split(tmp_path):
+    write(tmp_path / "train.csv")
+    write(tmp_path / "test.csv")
+    with pytest.raises(
+        ValueError, match="class 'bad' has 0 different texts that are in no other split, but 2 are needed"
+    ):
+        load_task(str(tmp_path))
+
+
+def test_columns_that_cannot_be_told_apart(tmp_path):
+    path = write(tmp_path / "data.csv")
+    for load in (load_task, lambda path, **columns: load_examples(path, ["bad", "good"], **columns)):
+        with pytest.raises(ValueError, match="text_column and label_column are both 'label'"):
+            load(path, text_column="label")
+    (tmp_path / "data.csv").write_text(",label,\nx,good,y\n")
+    with pytest.raises(ValueError, match="several columns have the name ''; write another into the first row"):
+        load_task(path, text_column="")
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    file = tmp_path / os.fsdecode(b"\xff.csv")
+    write(file)
+    with pytest.raises(ValueError, match=r"'\\udcff' cannot name a task, for it is not UTF-8; write a name and a path"):
+        load_task(str(file))
+    assert load_task(f"mine={file}").name == "mine"
+
+
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no file train.*it holds nothing"):
         load_task(str(tmp_path))
@@ -241,7 +277,8 @@ def hub(monkeypatch):
 
 
 def test_hub(hub):
-    task = load_task("org/set:config")
+    with pytest.warns(DataWarning, match="^test of org/set:config: not used, for its labels are all -1"):
+        task = load_task("org/set:config")
     assert task.name == "set" and task.label_names == ["no", "yes"] and task.source == "org/set:config"
     assert Counter(task.test.labels) == {0: 4, 1: 4}, "its test labels are secret: a test set is cut from train"
     with pytest.raises(
