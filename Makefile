@@ -62,7 +62,7 @@ test-all: $(STAMP)
 test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
 		-k "not compile and not graph and not fused" tests/test_model.py \
-		$(addprefix tests/integrations/test_,families.py generation.py mixed.py peft.py saving.py \
+		$(addprefix tests/integrations/test_,caches.py edges.py families.py generation.py mixed.py peft.py saving.py \
 		scoring.py training.py transformers.py) $(addprefix tests/bench/test_,lifelong.py mixed_tasks.py models.py)
 
 # Other versions of some packages, in folders that stand in front of the environment.
@@ -114,7 +114,7 @@ bench-cpu: $(STAMP)
 
 # The rows that need peft's prefix tuning as a peer, beside ours, on the newest transformers that it runs on.
 bench-peft: $(PEFT)/.ready
-	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.models --row qtuning_fast peft --out $(OUT)/peft.json
+	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.models --row qtuning_fast qtuning_fast-decoder peft --out $(OUT)/peft.json
 
 # The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
 bench: $(STAMP)

@@ -70,7 +70,10 @@ def _clear_errors(
         console.print(f"\nInterrupted. {interrupted}")
         raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        said = (
+            f"{error}: pip install 'qtuning_fast[lifelong]'" if isinstance(error, ModuleNotFoundError) else str(error)
+        )
+        Console(stderr=True).print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 

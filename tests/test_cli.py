@@ -144,6 +144,7 @@ def test_several_seeds_do_not_go_into_the_folder_of_one(command: Command, finish
     assert code == 2 and "one seed" in output
 
 
+@pytest.mark.thorough
 def test_a_packaged_stream_needs_no_datasets_package(tmp_path: Path, tiny_model_folder: Path) -> None:
     code = "import sys; sys.modules['datasets'] = None; from qtuning_fast.cli import main; main()"
     options = f"--stream=offline-5 --model={tiny_model_folder} --out={tmp_path}/run --test-size=10 {FAST}".split()

@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.thorough
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -87,8 +88,10 @@ print(model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape, qtuning_fast.__fi
     result = shell("python", "-c", code)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([1, 2])" in result.stdout and str(tmp_path) in result.stdout
-    result = shell("qtuning-fast", "info")
-    assert result.returncode == 1 and "pip install 'qtuning_fast[lifelong]'" in result.stderr
+    (tmp_path / "colours.csv").write_text("text,label\nred,warm\n")
+    result = shell("qtuning-fast", "run", "--task", "colours.csv", "--out", "run")
+    assert result.returncode != 0 and "pip install 'qtuning_fast[lifelong]'" in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_line_runs_on_a_file(wheel: Path, tiny_model_folder: Path, tmp_path: Path) -> None:

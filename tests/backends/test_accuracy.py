@@ -139,16 +139,20 @@ def call_options(draw):
 
 
 @every_way_once
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],  # shrinking would take an hour
-    suppress_health_check=list(HealthCheck),
-)
-@given(options=call_options())
-def test_any_call(assert_accurate, backend, dtype, options):
-    assert_accurate(backend, dtype=dtype, **options)
+@pytest.mark.parametrize("examples", [3, pytest.param(20, marks=thorough)])
+def test_any_call(assert_accurate, backend, dtype, examples):
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],  # shrinking would take an hour
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(options=call_options())
+    def check(options):
+        assert_accurate(backend, dtype=dtype, **options)
+
+    check()
 
 
 DECODE = {"B": 5, "N": 1, "G": 4, "M": 3, "Dv": 24}

@@ -39,7 +39,7 @@ def test_a_run_writes_after_each_shape_and_stops_at_its_budget(tmp_path, capsys)
     ("module", "entries"),
     [
         (decode, {"tiny-decode"}),
-        (growth, {"N", "P", "B", "tasks"}),
+        pytest.param(growth, {"N", "P", "B", "tasks"}, marks=pytest.mark.thorough),
         (ingredients, {"tiny composed"}),
     ],
     ids=lambda x: getattr(x, "__name__", "").split(".")[-1],

@@ -36,7 +36,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(tmp_path_factory.mktemp("one") / "process", 1)[0]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["data parallel", "sharded backbone"])
+@pytest.mark.parametrize(
+    "sharded",
+    [pytest.param(False, id="data parallel", marks=pytest.mark.thorough), pytest.param(True, id="sharded backbone")],
+)
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path, alone: dict[str, Any], sharded: bool) -> None:
     first, second = run(tmp_path / "two", 2, sharded=sharded)
     assert first == second

@@ -152,8 +152,6 @@ def _flash_4_missing() -> str | None:
     folders = (package and package.submodule_search_locations) or ()
     if not any((Path(folder) / "cute" / "interface.py").exists() for folder in folders):
         return "flash_attn.cute is not installed"
-    # These functions are private and have changed with every beta. Only their signatures can tell before a call whether
-    # they are the ones known: to try them would take a GPU of the right kind, and compile kernels for seconds.
     try:
         interface = _flash_4()
         known = inspect.signature(interface._flash_attn_fwd).parameters.keys() >= FLASH_4_FORWARD
