@@ -27,11 +27,12 @@ PAIRS = [
     pytest.param("composed, kernels", F16, marks=interpreted, id="composed-kernels-float16"),
 ]
 every_way = pytest.mark.parametrize(("way", "dtype"), PAIRS)
-# The same, but kernels in the interpreter, which is slow, have their 16-bit twins in `make test-all` alone.
+# The same, but what is slow waits for `make test-all`: the interpreter, where the same kernels have run already.
+AGAIN = {"fused-float16", "composed-kernels-float32", "composed-kernels-float16"}
 every_way_once = pytest.mark.parametrize(
     ("way", "dtype"),
     [
-        pytest.param(*pair.values, id=pair.id, marks=[*pair.marks, thorough] if F16 in pair.values else pair.marks)
+        pytest.param(*pair.values, id=pair.id, marks=[*pair.marks, thorough] if pair.id in AGAIN else pair.marks)
         for pair in PAIRS
     ],
 )
@@ -178,8 +179,11 @@ SMALL_BLOCKS |= {"merge": "composed, kernels", "prefix-queries": "composed, kern
 @pytest.mark.parametrize(("direction", "way", "dtype"), [(name, way, F32) for name, way in SMALL_BLOCKS.items()])
 @pytest.mark.parametrize(
     "options",
-    [{"is_causal": True, "G": 2}, {"mask": "padding bool"}, {"T": 2, "B": 3, "lengths": True}],
-    ids=["causal", "padded", "bank"],
+    [
+        pytest.param({"is_causal": True, "G": 2}, id="causal", marks=thorough),
+        pytest.param({"mask": "padding bool"}, id="padded"),
+        pytest.param({"T": 2, "B": 3, "lengths": True}, id="bank", marks=thorough),
+    ],
 )
 def test_many_small_blocks(assert_accurate, backend, dtype, direction, options):
     sizes = {"N": 37, "M": 41, "P": 35, "G": 1, "rank_key": 1, "n_shared": 20, "gate_shape": "head"}

@@ -45,6 +45,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     return json.loads(out.read_text()), printed.getvalue()
 
 
+@pytest.mark.thorough
 def test_a_dry_run_ends_in_a_file_and_a_table(dry_run: tuple[dict, str]) -> None:
     document, text = dry_run
     assert document["question"] == "lifelong" and document["sizes"]["tasks"] == 7 and document["sizes"]["hidden"] == 32
@@ -57,6 +58,7 @@ def test_a_dry_run_ends_in_a_file_and_a_table(dry_run: tuple[dict, str]) -> None
     assert "too few tasks" in text and max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.thorough
 def test_the_queue_is_bounded_and_what_accumulates_grows_by_a_prompt(dry_run: tuple[dict, str]) -> None:
     entries = dry_run[0]["entries"]
     rows = {name: [each["prefix_rows"] for each in entry["per_task"]] for name, entry in entries.items()}

@@ -113,7 +113,8 @@ def test_the_peak_of_a_step_counts_what_is_taken_and_given_back(monkeypatch):
     right = PEERS["eager"].attend
 
     def greedy(call):
-        return right(call) + torch.ones(32 << 20 if len(call.query) == MINILM_CPU.B else 1).sum() * 0
+        # 132 MiB: the kernel counts a thread's pages in portions, so that the last of them may be missing.
+        return right(call) + torch.ones(33 << 20 if len(call.query) == MINILM_CPU.B else 1).sum() * 0
 
     modest = memory.peak(MINILM_CPU, "composed", "cpu", torch.float32)
     if modest is None:

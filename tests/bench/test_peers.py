@@ -94,7 +94,16 @@ def test_what_belongs_to_no_gate_has_no_gradient():
     assert prepare(PEERS["context-alone"], TINY, x, training=True).leaves.keys() == {"query", "key", "value"}
 
 
-@pytest.mark.parametrize("name", ["flex", "flex-tanh-approx", "flex-merged", "eager-compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flex",
+        *(
+            pytest.param(name, marks=pytest.mark.thorough)
+            for name in ("flex-tanh-approx", "flex-merged", "eager-compiled")
+        ),
+    ],
+)
 def test_a_compiler_can_follow_it(name, monkeypatch):
     """Without its code generator, which knows no FlexAttention with a log-sum-exp on a CPU."""
     traced = cache(lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=False))

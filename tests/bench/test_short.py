@@ -36,6 +36,7 @@ def test_a_wrong_peer_fails(monkeypatch, capsys):
     assert "eager: wrong: output is off by 0.5" in text and "2 failed, 4 passed" in text
 
 
+@pytest.mark.thorough
 def test_figures_are_kept_with_errors_and_work(tmp_path, capsys):
     out = tmp_path / "figures.json"
     brief = ["--benchmark-min-rounds=1", "--benchmark-max-time=0", f"--benchmark-json={out}"]
