@@ -132,6 +132,7 @@ def test_eval_refuses_data_that_changed(command: Command, tmp_path: Path) -> Non
     assert code == 2 and "'mine' has changed" in output
 
 
+@pytest.mark.thorough
 def test_a_closed_pipe_does_not_stop_a_run(command: Command, tmp_path: Path) -> None:
     process = start(command(tmp_path / "run", tasks=2), stdout=subprocess.PIPE)
     assert process.stdout is not None

@@ -26,10 +26,18 @@ def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
     return json.loads((tmp_path / "report.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("head_size", [pytest.param("32", marks=thorough), "64", pytest.param("128", marks=thorough)])
-def test_nothing_spills_on_hopper(tmp_path, head_size):
-    rows = compiled(tmp_path, "--target", "sm_90", "--dtype", "bf16", "--head-size", head_size)
-    assert len(rows) == 37 and all(row["registers"] > 0 and row["spilled"] == 0 for row in rows)
+@pytest.mark.parametrize(
+    ("head_size", "contexts", "kernels"),
+    [
+        ("64", ["bank"], 6),
+        *(pytest.param(size, compile_report.CONTEXTS, 37, marks=thorough) for size in ("32", "64", "128")),
+    ],
+    ids=["64 bank", "32", "64", "128"],
+)
+def test_nothing_spills_on_hopper(tmp_path, head_size, contexts, kernels):
+    which = ["--target", "sm_90", "--dtype", "bf16", "--head-size", head_size, "--context", *contexts]
+    rows = compiled(tmp_path, *which)
+    assert len(rows) == kernels and all(row["registers"] > 0 and row["spilled"] == 0 for row in rows)
     assert {row["kernel"] for row in rows} == {"forward", "queries", "keys", "prefix", "merge", "prefix-queries"}
 
 
