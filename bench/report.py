@@ -127,7 +127,8 @@ def source(document: Document) -> str:
     since = f"**changed since: {', '.join(changed)}**" if changed else "kernels and backends have not changed since"
     commit = f"commit {document['commit']}" if document["commit"] else "no commit known"
     modified = ", with changes not committed" if document["modified"] else ""
-    versions = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    names = ("torch", "triton", "transformers", *(["peft"] if "peft" in document["command"] else []))
+    versions = ", ".join(f"{name} {document['versions'][name]}" for name in names)
     return (
         f"<small>`{_rerun(document['command'])}`; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
         f"load before {document['load_before']}</small>"
@@ -305,6 +306,16 @@ prefix sits in the decoder alone, so `qtuning_fast-decoder` belongs beside it. `
 lowest attention and no prefix: the lower bound.
 """,
         models_table,
+    ),
+    Section(
+        "peft",
+        "Beside peft",
+        """
+peft's own prefix tuning beside ours, by `make bench-peft` in an environment of its own: peft does not run on
+[every transformers](peft.md).
+""",
+        models_table,
+        drawn=False,
     ),
     Section(
         "mixed_tasks",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from importlib.metadata import metadata, requires
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-REQUIREMENTS = Path(__file__).parent.parent / "requirements"
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = ROOT / "requirements"
+WORKFLOWS = ROOT / ".github" / "workflows"
 EXTRAS = ("", "dev", "docs", "triton")  # "": what needs no extra
 
 
@@ -49,6 +53,15 @@ def test_the_lock_has_what_the_package_asks_for(python: str, platform: str) -> N
 def test_the_lock_is_for_the_pythons_that_the_package_takes() -> None:
 
     assert metadata("qtuning_fast")["Requires-Python"] == f">={lock.PYTHONS[0]}"
+
+
+def test_the_workflows_run_what_the_makefile_has_on_these_pythons() -> None:
+    checks = yaml.safe_load((WORKFLOWS / "checks.yml").read_text())
+    assert checks["jobs"]["test"]["strategy"]["matrix"]["python"] == list(lock.PYTHONS)
+    for path in (*WORKFLOWS.glob("*.yml"), ROOT / ".ci" / "run"):
+        targets = set(re.findall(r"\bmake ([\w-]+)", path.read_text()))
+        there = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert targets and targets <= there, path
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -139,21 +141,28 @@ def call_options(draw):
     }
 
 
-@every_way_once
-@pytest.mark.parametrize("examples", [3, pytest.param(20, marks=thorough)])
-def test_any_call(assert_accurate, backend, dtype, examples):
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        phases=[Phase.explicit, Phase.generate],  # shrinking would take an hour
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(options=call_options())
-    def check(options):
-        assert_accurate(backend, dtype=dtype, **options)
+drawn = partial(
+    settings,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # shrinking would take an hour
+    suppress_health_check=list(HealthCheck),
+)
 
-    check()
+
+@thorough
+@every_way
+@drawn(max_examples=20)
+@given(options=call_options())
+def test_any_call(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, dtype=dtype, **options)
+
+
+@every_way_once
+@drawn(max_examples=3)
+@given(options=call_options())
+def test_a_few_calls(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, dtype=dtype, **options)
 
 
 DECODE = {"B": 5, "N": 1, "G": 4, "M": 3, "Dv": 24}
