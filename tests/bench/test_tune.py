@@ -237,6 +237,7 @@ def test_a_run_rewrites_the_table_and_keeps_all_measurements(table, tmp_path, mo
     assert text.endswith("all measured\n") and max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.thorough
 def test_a_rehearsal_ends_in_the_same_file_and_leaves_the_table_alone(table, tmp_path, capsys):
     out, before = tmp_path / "tuning.json", blocks.table()
     assert tune.main(["--dry-run", "--out", str(out)]) == 0

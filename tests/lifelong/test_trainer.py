@@ -142,6 +142,7 @@ def test_checkpoints_are_read_without_unpickling(
     assert len(reads) >= 3 and all(reads)  # optimizer, scheduler, random state
 
 
+@pytest.mark.thorough
 def test_cut_off_again_and_again_and_moved_it_still_ends_the_same(
     undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
@@ -186,7 +187,10 @@ def test_after_a_run_or_a_cut_the_base_model_is_what_it_was(
     LifelongTrainer(base, tokenizer, tasks=tasks, **arguments).run()  # and the same base goes on
 
 
-@pytest.mark.parametrize(("which", "file"), [("latest", "optimizer.pt"), ("best", "model.safetensors")])
+@pytest.mark.parametrize(
+    ("which", "file"),
+    [("latest", "optimizer.pt"), pytest.param("best", "model.safetensors", marks=pytest.mark.thorough)],
+)
 def test_a_checkpoint_that_is_not_whole_is_never_used(
     which: str, file: str, undisturbed: dict[str, Any], tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
