@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention, reference
+from qtuning_fast.backends import BACKENDS, fused
 from qtuning_fast.call import PrefixAttentionCall
 from qtuning_fast.validation import validate
 
@@ -147,6 +153,46 @@ def on_gpu(make_call, request):
         return _mapped(arguments, lambda x: x.cuda()) | {"backend": request.module.BACKEND}
 
     return make
+
+
+@cache
+def _beside(name: str) -> ModuleType:
+    """A module in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bfloat16_in_interpreter(monkeypatch):
+    """Triton's interpreter with bfloat16 done right."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, method in _beside("bfloat16").METHODS.items():
+        monkeypatch.setattr(InterpreterBuilder, name, method)
+
+
+@pytest.fixture
+def tanh_approx_in_interpreter(request, monkeypatch):
+    """Triton's interpreter with tanh.approx.f32; a parameter names its error, one of tanh_approx.ERRORS."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    method = _beside("tanh_approx").create_inline_asm(getattr(request, "param", "varied"))
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", method)
+
+
+@pytest.fixture
+def bfloat16_as_on_nvidia(bfloat16_in_interpreter, tanh_approx_in_interpreter, monkeypatch):
+    """Kernels in Triton's interpreter take bfloat16, and calculate with it as on an NVIDIA GPU."""
+    from qtuning_fast.kernels import arguments
+
+    def why_not(call: PrefixAttentionCall) -> str | None:
+        return None if call.query.dtype == torch.bfloat16 else fused.why_not(call)
+
+    monkeypatch.setitem(BACKENDS, "fused", replace(BACKENDS["fused"], why_not=why_not))
+    monkeypatch.setattr(arguments, "current_target", lambda: "sm_90")  # there the gate asks for the instruction
 
 
 @pytest.fixture(scope="session")
