@@ -51,13 +51,14 @@ class Stored(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    key: Stored
-    value: Stored
+    """As attention sees it: k' and v', what `fold` makes of stored rows."""
+
+    key: Rows
+    value: Rows
     index: Any  # [B], None without a bank
     length: Any  # [T], None: all P
     n_prefixes: int  # T
     n_rows: int  # P
-    n_shared: int
 
 
 class Parameter(NamedTuple):
@@ -109,7 +110,7 @@ class Sizes(NamedTuple):
 
 
 def attention(call: Any) -> dict[str, Any]:
-    """The arguments that the three attention kernels share, by name."""
+    """The arguments that the attention kernels share, by name; of a call whose prefix is folded."""
     return {
         "query": rows(call.query),
         "key": rows(call.key),
@@ -173,14 +174,17 @@ def block_of(D: int) -> int:
 def prefix(call: Any) -> Prefix:
     index, length = call.prefix_index, call.prefix_length
     return Prefix(
-        key=Stored(rows(_bank(call, call.prefix_key)), _low_rank(call, call.reweight_key)),
-        value=Stored(rows(_bank(call, call.prefix_value)), _low_rank(call, call.reweight_value)),
+        key=rows(bank(call, call.prefix_key)),
+        value=rows(bank(call, call.prefix_value)),
         index=None if index is None else index.contiguous(),
         length=None if length is None else length.contiguous(),
         n_prefixes=n_prefixes(call),
         n_rows=call.prefix_key.shape[-2],
-        n_shared=call.n_shared,
     )
+
+
+def stored(call: Any, x: Tensor, weights: tuple[Tensor, Tensor] | None) -> Stored:
+    return Stored(rows(bank(call, x)), _low_rank(call, weights))
 
 
 def n_prefixes(call: Any) -> int:
@@ -217,15 +221,15 @@ def in_reach(x: Tensor) -> bool:
     return (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(-2) <= _LARGEST_STRIDE or x.shape[-2] == 1)
 
 
-def _bank(call: Any, x: Tensor) -> Tensor:
-    """With the leading T that only a bank has."""
+def bank(call: Any, x: Tensor) -> Tensor:
+    """x with the leading T that only a bank has."""
     return x[None] if call.prefix_index is None else x
 
 
 def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank:
     if pair is None:
         return LowRank(None, 0, 0, None, 0, 0, 0, tl.constexpr(0))
-    U, V = (_bank(call, x if in_reach(x) else x.contiguous()) for x in pair)
+    U, V = (bank(call, x if in_reach(x) else x.contiguous()) for x in pair)
     return LowRank(U, U.stride(0), U.stride(1), V, V.stride(0), V.stride(1), V.stride(2), tl.constexpr(U.shape[-1]))
 
 

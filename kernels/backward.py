@@ -1,5 +1,6 @@
-"""The backward pass: three launches at most, and of each only what some gradient needs.
+"""The backward pass: four launches at most, and of each only what some gradient needs.
 
+fold                k', v' once more
 backward_queries    δ, dq
 backward_keys       dk, dv; the prefix's gradients in parts
 backward_prefix     the parts added up: dK, dU, dV, dα, dτ
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import arguments, backward_keys, backward_prefix, backward_queries
 from .arguments import PerQuery, empty_rows_like
+from .fold import folded
 from .launch import Launch
 
 # What may need a gradient, in the order of the operators' arguments.
@@ -36,7 +38,10 @@ def launches(
     call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
     """What fills the gradients."""
-    shared = arguments.attention(call)
+    as_seen, folding = folded(call)
+    if gradients.keys() - {"key", "value"}:
+        yield from folding
+    shared = arguments.attention(as_seen)
     per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
     yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
     yield from launches_over_keys(call, shared, d_output, per_query, gradients)
@@ -45,7 +50,7 @@ def launches(
 def launches_over_keys(
     call: Any, shared: dict[str, Any], d_output: Tensor, per_query: PerQuery, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
-    """What fills all gradients but the queries', once their δ is there."""
+    """What fills all gradients but the queries', once their δ is there; `shared` are arguments of the folded call."""
     d_key, d_value = gradients.get("key"), gradients.get("value")
     parts = backward_keys.empty_parts(
         call,
@@ -56,7 +61,7 @@ def launches_over_keys(
     if parts.needed or d_key is not None or d_value is not None:
         yield backward_keys.launch(call, shared, d_output, per_query, d_key, d_value, parts)
     if parts.needed:
-        yield backward_prefix.launch(call, shared, parts, gradients)
+        yield backward_prefix.launch(call, parts, gradients)
 
 
 def empty_gradients(call: Any, needs: Sequence[bool]) -> dict[str, Tensor]:

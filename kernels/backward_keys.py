@@ -31,7 +31,6 @@ from .tiles import (
     load_lse,
     load_rows,
     prefix_of,
-    prefix_rows,
     prefix_scores,
     query_rows,
     softmax_weights,
@@ -169,9 +168,8 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, siz
     hk = h // sizes.group
 
     length = length_of(prefix, t)
-    dtype: tl.constexpr = query.pointer.dtype.element_ty
-    k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, dtype, variant.BLOCK_P)
-    v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, dtype, variant.BLOCK_P)
+    k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
+    v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
     alpha = gate_parameter(gate.alpha, t, h)
     tau = gate_parameter(gate.tau, t, h)
     dk = tl.zeros([variant.BLOCK_P, query.BLOCK_D], tl.float32)
