@@ -11,7 +11,6 @@ of dα.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -191,8 +190,8 @@ def launch(call: Any, shared: dict[str, Any], parts: Parts, gradients: dict[str,
         programs += T * Hkv * P if d_side.rows is not None else 0
         programs += d_side.U.numel() if d_side.U is not None else 0
         if d_side.V is not None:
-            *outer, D = d_side.V.shape
-            programs += torch.Size(outer).numel() * triton.cdiv(D, COLUMNS.value)
+            D = d_side.V.shape[-1]
+            programs += d_side.V.numel() // D * arguments.cdiv(D, COLUMNS.value)
     programs += sum(d.prefixes * d.heads for d in (d_alpha, d_tau))
     return Launch(
         backward_prefix_kernel,
