@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import arguments, backward_keys, backward_prefix, backward_queries, backward_whole
-from .arguments import PerQuery, empty_rows_like
+from .arguments import PerQuery, contiguous_like, empty_rows_like
 from .fold import folded
 from .launch import Launch
 
@@ -80,7 +80,7 @@ def empty_gradients(call: Any, needs: Sequence[bool]) -> dict[str, Tensor]:
     """Room by name. Query, key and value keep the order of their memory; what belongs to the prefix is contiguous."""
     inputs = named_inputs(call)
     return {
-        name: empty_rows_like(inputs[name]) if name in INPUTS[:3] else inputs[name].new_empty(inputs[name].shape)
+        name: empty_rows_like(inputs[name]) if name in INPUTS[:3] else contiguous_like(inputs[name])
         for name, needed in zip(INPUTS, needs)
         if needed
     }

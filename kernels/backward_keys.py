@@ -252,10 +252,10 @@ def empty_parts(call: Any, direction: str, *, key: bool, value: bool, gate: bool
     B, Hq, N, D = call.query.shape
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
     variant, _ = variant_for(call, direction)
-    tiles = triton.cdiv(P, variant.BLOCK_P)
-    query_tiles = B * triton.cdiv(N, variant.BLOCK_N)
+    tiles = arguments.cdiv(P, variant.BLOCK_P)
+    query_tiles = B * arguments.cdiv(N, variant.BLOCK_N)
     in_use = max(min(T, B) * Hq * tiles, 1)  # programs a share; prefixes that no sample uses have nothing to do
-    shares = max(1, min(query_tiles, triton.cdiv(PROGRAMS, in_use)))
+    shares = max(1, min(query_tiles, arguments.cdiv(PROGRAMS, in_use)))
 
     def part(*shape: int) -> Tensor:
         return call.query.new_empty(shares, T, Hq, *shape, dtype=torch.float32)
@@ -285,7 +285,7 @@ def launch(
     if parts.needed:
         prefix_programs = parts.shares * parts.tiles * arguments.n_prefixes(call) * call.query.shape[1]
     if d_key is not None or d_value is not None:
-        context_programs = B * Hkv * triton.cdiv(M, variant.BLOCK_M)
+        context_programs = B * Hkv * arguments.cdiv(M, variant.BLOCK_M)
     return Launch(
         backward_keys_kernel,
         programs=prefix_programs + context_programs,

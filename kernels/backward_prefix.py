@@ -11,7 +11,6 @@ of dα.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -191,15 +190,15 @@ def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
         programs += T * Hkv * P if d_side.rows is not None else 0
         programs += d_side.U.numel() if d_side.U is not None else 0
         if d_side.V is not None:
-            *outer, D = d_side.V.shape
-            programs += torch.Size(outer).numel() * triton.cdiv(D, COLUMNS.value)
+            D = d_side.V.shape[-1]
+            programs += d_side.V.numel() // D * arguments.cdiv(D, COLUMNS.value)
     programs += sum(d.prefixes * d.heads for d in (d_alpha, d_tau))
     return Launch(
         backward_prefix_kernel,
         programs=programs,
         arguments={
-            "key": arguments.stored(call, call.prefix_key, call.reweight_key),
-            "value": arguments.stored(call, call.prefix_value, call.reweight_value),
+            "key": arguments.stored(call.prefix_key, call.reweight_key),
+            "value": arguments.stored(call.prefix_value, call.reweight_value),
             "d_key": d_key,
             "d_value": d_value,
             "d_alpha": d_alpha,

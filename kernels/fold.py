@@ -82,10 +82,10 @@ def folded(call: Any) -> tuple[Any, list[Launch]]:
     sides = (key is not None) + (value is not None)
     launch = Launch(
         fold_kernel,
-        programs=sides * T * Hkv * triton.cdiv(P, ROWS.value),
+        programs=sides * T * Hkv * arguments.cdiv(P, ROWS.value),
         arguments={
-            "key": Side(arguments.stored(call, call.prefix_key, call.reweight_key), _written(call, key)),
-            "value": Side(arguments.stored(call, call.prefix_value, call.reweight_value), _written(call, value)),
+            "key": Side(arguments.stored(call.prefix_key, call.reweight_key), arguments.written_rows(key)),
+            "value": Side(arguments.stored(call.prefix_value, call.reweight_value), arguments.written_rows(value)),
             "prefix": arguments.prefix(call),
             "B": call.query.shape[0],
             "heads": Hkv,
@@ -108,7 +108,3 @@ def _room(call: Any, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> T
     if weights is None and stored.dtype == call.query.dtype:
         return None
     return call.query.new_empty(stored.shape)
-
-
-def _written(call: Any, room: Tensor | None) -> Rows:
-    return arguments.written_rows(None if room is None else arguments.bank(call, room))

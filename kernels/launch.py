@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
-from .arguments import block_of
+from .arguments import block_of, cdiv, constant
 from .blocks import Blocks, blocks_for
 from .target import current_target
 
@@ -29,7 +27,7 @@ class Variant(NamedTuple):
 
     def marked(self) -> "Variant":
         """As kernels take it."""
-        return Variant(*(tl.constexpr(value) for value in self))
+        return Variant(*map(constant, self))
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def over_queries(kernel: Any, call: Any, direction: str, arguments: dict[str, An
     """A kernel whose programs each have one tile of queries of one head (`tiles.query_tile`)."""
     B, Hq, N, _ = call.query.shape
     variant, options = variant_for(call, direction)
-    programs = B * Hq * triton.cdiv(N, variant.BLOCK_N)
+    programs = B * Hq * cdiv(N, variant.BLOCK_N)
     return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
 
 
@@ -78,7 +76,7 @@ def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[st
     )
     warps = min(blocks.warps, max(4, blocks.warps * queries // blocks.queries))
     options = {"num_warps": warps, "num_stages": blocks.stages}
-    programs = Hkv * triton.cdiv(count, queries)
+    programs = Hkv * cdiv(count, queries)
     return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
 
 
@@ -112,7 +110,7 @@ def blocks_of(call: Any, direction: str) -> Blocks:
 
 def _filling(block: int, count: int, heads: int) -> int:
     """A block of `count` rows a head so small that every multiprocessor has one, as far as there are so many rows."""
-    while block > SMALLEST and heads * triton.cdiv(count, block) < MULTIPROCESSORS:
+    while block > SMALLEST and heads * cdiv(count, block) < MULTIPROCESSORS:
         block //= 2
     return block
 
@@ -124,6 +122,6 @@ def at_most(block: int, size: int) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """Of products of float32: what PyTorch's own matrix products are set to, where the hardware has it."""
-    has_tf32 = current_target().startswith(("sm_", "gfx942"))
-    wants_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if has_tf32 and wants_tf32 else "ieee"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if current_target().startswith(("sm_", "gfx942")) else "ieee"
