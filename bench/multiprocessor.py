@@ -26,6 +26,11 @@ FMA, HALF, SPECIAL, UNIFORM = 1, 2, 8, 2
 TENSOR_FMA = 512  # 16-bit products and sums a clock: 4,096 operations a clock of a multiprocessor
 MMA_SHARE = 0.62  # of that by the older warp-wide HMMA: Luo et al., arXiv 2402.13499, table of mma and wgmma
 
+# Clocks of the scheduler that an instruction takes while the tensor core works. HGMMA's sums lie in registers: 16 rows of
+# N float32 are read and written in N/2 clocks, 128 bytes a clock each way, as much as one other instruction takes.
+# Assumed: no source says it. Without it no head size would see less than FlashAttention-3 leaves over.
+BESIDE_PRODUCTS = 2
+
 # Clocks from issue to result where the compiler leaves it to a barrier. Shared memory: Luo et al., arXiv 2402.13499.
 # Special functions, shuffles and the like: as Jia et al. found on Volta, arXiv 1804.06826, and near enough since.
 SHARED_LATENCY, SPECIAL_LATENCY, SHUFFLE_LATENCY, OTHER_LATENCY = 29, 20, 23, 20
@@ -355,7 +360,7 @@ def simulate(
             warp.ready = now + CALL
         if warp.at in ends:
             own.setdefault((id(warp), len(finished[warp.slot]), ends[warp.at]), []).append(now)
-        now += 1
+        now += BESIDE_PRODUCTS if free[_TENSOR] > now else 1
         if price.what == "barrier":
             group = arrived[warp.slot]
             group.append(warp)
