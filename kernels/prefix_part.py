@@ -1,10 +1,11 @@
-"""The prefix's part of attention whose context others compute: two launches forward, at most four backward.
+"""The prefix's part of attention whose context others compute: two launches forward, at most five backward.
 
 fold                k' and v', in both passes
 prefix_forward      the prefix joins the context's output and log-sum-exp
 prefix_queries      δ, and what the prefix adds to dq
 backward_keys       the prefix's gradients in parts
-backward_prefix     the parts added up: dK, dU, dV, dα, dτ
+backward_prefix     the parts added up: dK, dα, dτ
+backward_reweighting    dU, dV
 """
 
 from collections.abc import Iterator, Sequence
