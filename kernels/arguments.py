@@ -51,13 +51,14 @@ class Stored(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    key: Stored
-    value: Stored
+    """As attention sees it: k' and v', what `fold` makes of stored rows."""
+
+    key: Rows
+    value: Rows
     index: Any  # [B], None without a bank
     length: Any  # [T], None: all P
     n_prefixes: int  # T
     n_rows: int  # P
-    n_shared: int
 
 
 class Parameter(NamedTuple):
@@ -109,7 +110,7 @@ class Sizes(NamedTuple):
 
 
 def attention(call: Any) -> dict[str, Any]:
-    """The arguments that the three attention kernels share, by name."""
+    """The arguments that the attention kernels share, by name; of a call whose prefix is folded."""
     return {
         "query": rows(call.query),
         "key": rows(call.key),
@@ -195,14 +196,17 @@ def constant(value: Any) -> tl.constexpr:
 def prefix(call: Any) -> Prefix:
     index, length = call.prefix_index, call.prefix_length
     return Prefix(
-        key=Stored(rows(call.prefix_key), _low_rank(call.reweight_key)),
-        value=Stored(rows(call.prefix_value), _low_rank(call.reweight_value)),
+        key=rows(call.prefix_key),
+        value=rows(call.prefix_value),
         index=None if index is None else index.contiguous(),
         length=None if length is None else length.contiguous(),
         n_prefixes=n_prefixes(call),
         n_rows=call.prefix_key.shape[-2],
-        n_shared=call.n_shared,
     )
+
+
+def stored(x: Tensor, weights: tuple[Tensor, Tensor] | None) -> Stored:
+    return Stored(rows(x), _low_rank(weights))
 
 
 def cdiv(count: int, block: int) -> int:

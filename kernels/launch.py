@@ -61,7 +61,7 @@ def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[st
     B, Hq, N, _ = call.query.shape
     Hkv = call.key.shape[1]
     count = B * (Hq // Hkv) * N
-    blocks = _blocks(call, direction)
+    blocks = blocks_of(call, direction)
     queries = _filling(blocks.queries, count, Hkv)
     # Where there are fewer queries in a tile there is room for more of the prefix: fewer steps one after the other.
     prefix = min(blocks.prefix * blocks.queries // queries, MOST_PREFIX_ROWS)
@@ -72,7 +72,7 @@ def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[st
         EXACT=is_exact(call),
         BLOCK_N=queries,
         BLOCK_M=0,
-        BLOCK_P=_at_most(max(prefix, blocks.prefix), call.prefix_key.shape[-2]),
+        BLOCK_P=at_most(max(prefix, blocks.prefix), call.prefix_key.shape[-2]),
     )
     warps = min(blocks.warps, max(4, blocks.warps * queries // blocks.queries))
     options = {"num_warps": warps, "num_stages": blocks.stages}
@@ -83,15 +83,15 @@ def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[st
 def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
     """The variant of an attention kernel that a call needs, with the table's blocks, and its launch options."""
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
-    blocks = _blocks(call, direction)
+    blocks = blocks_of(call, direction)
     variant = Variant(
         CAUSAL=call.is_causal,
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
         PRECISION=_precision(call.query.dtype),
         EXACT=is_exact(call),
-        BLOCK_N=_at_most(blocks.queries, N),
+        BLOCK_N=at_most(blocks.queries, N),
         BLOCK_M=blocks.keys,
-        BLOCK_P=_at_most(blocks.prefix, P),
+        BLOCK_P=at_most(blocks.prefix, P),
     )
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return variant, options
@@ -103,7 +103,7 @@ def is_exact(call: Any) -> bool:
     return call.query.dtype == torch.float32 or any(x is not None and x.dtype != torch.bool for x in overlays)
 
 
-def _blocks(call: Any, direction: str) -> Blocks:
+def blocks_of(call: Any, direction: str) -> Blocks:
     head_size = max(block_of(call.query.shape[-1]), block_of(call.value.shape[-1]))
     return blocks_for(current_target(), call.query.element_size(), head_size, direction)
 
@@ -115,7 +115,7 @@ def _filling(block: int, count: int, heads: int) -> int:
     return block
 
 
-def _at_most(block: int, size: int) -> int:
+def at_most(block: int, size: int) -> int:
     """A block no larger than `size` needs."""
     return min(block, block_of(max(size, 1)))
 

@@ -36,7 +36,7 @@ def in_a_process(*arguments: str) -> str:
 
 
 def test_every_launch_of_a_step_gets_as_far_as_the_launcher():
-    assert in_a_process("-c", COUNTED).splitlines() == ["fused, forward 1", "fused, step 4", "composed, step 4"]
+    assert in_a_process("-c", COUNTED).splitlines() == ["fused, forward 2", "fused, step 6", "composed, step 6"]
 
 
 def test_rows_and_stages(tmp_path):
