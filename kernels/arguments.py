@@ -6,6 +6,7 @@ when a kernel is compiled, and so is a pointer that is None, which stands for wh
 variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare every tuple with None.)
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -177,6 +178,17 @@ def empty_rows_like(x: Tensor) -> Tensor:
 def contiguous_like(x: Tensor) -> Tensor:
     """Room for a gradient, contiguous."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def scratch(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Room, contiguous, for what the kernels of a pass hand to each other; marked, so that a replay makes its own."""
+    room = like.new_empty(shape, dtype=dtype)
+    room.is_scratch = True  # type: ignore[attr-defined]
+    return room
+
+
+def is_scratch(x: Tensor) -> bool:
+    return getattr(x, "is_scratch", False)
 
 
 def block_of(D: int) -> int:

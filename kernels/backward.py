@@ -10,13 +10,13 @@ backward_prefix     the parts added up: dK, dU, dV, dα, dτ
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import arguments, backward_keys, backward_prefix, backward_queries, backward_whole
-from .arguments import PerQuery, contiguous_like, empty_rows_like
+from .arguments import PerQuery, contiguous_like, empty_rows_like, scratch
 from .fold import folded
 from .launch import Launch
+from .replay import run
 
 # What may need a gradient, in the order of the operators' arguments.
 INPUTS = (
@@ -30,8 +30,12 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of those INPUTS that `needs` says, in their order, each of its input's shape and dtype."""
     gradients = empty_gradients(call, needs)
-    for launch in launches(call, output, lse, lse_rest, d_output, gradients):
-        launch.run()
+    run(
+        f"backward {' '.join(gradients)}",
+        call,
+        (output, lse, lse_rest, d_output, *gradients.values()),
+        lambda: launches(call, output, lse, lse_rest, d_output, gradients),
+    )
     return list(gradients.values())
 
 
@@ -50,7 +54,7 @@ def launches(
         if parts.needed:
             yield backward_prefix.launch(call, parts, gradients)
         return
-    per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
+    per_query = PerQuery(lse, lse_rest, delta=scratch(lse, lse.shape, lse.dtype))
     yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
     yield from launches_over_keys(call, shared, d_output, per_query, gradients)
 

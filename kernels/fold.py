@@ -107,4 +107,4 @@ def _room(call: Any, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> T
     """For folded rows; None where the stored ones are those."""
     if weights is None and stored.dtype == call.query.dtype:
         return None
-    return call.query.new_empty(stored.shape)
+    return arguments.scratch(call.query, stored.shape, call.query.dtype)
