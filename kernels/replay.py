@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import blocks
 from .arguments import is_scratch
@@ -91,8 +92,8 @@ def _key(name: str, call: Any, others: Sequence[Tensor | None]) -> tuple[Any, li
         call.prefix_value,
         call.prefix_index,
         call.prefix_length,
-        *(call.reweight_key or (None,)),
-        *(call.reweight_value or (None,)),
+        *(call.reweight_key or (None, None)),
+        *(call.reweight_value or (None, None)),
         call.gate_alpha,
         call.gate_tau,
         call.padding_mask,
@@ -121,13 +122,16 @@ def _recorded(tensors: list[Tensor], launches: Iterable[Launch]) -> Replay | Non
         compiled = launch.run()
         if launch.programs:
             steps.append((_launcher(launch, compiled), places.filler(launch)))
-    return Replay([(x.shape, x.dtype) for x in places.scratch], steps) if places.known else None
+    known = places.known and all(launcher is not None for launcher, _ in steps)
+    return Replay([(x.shape, x.dtype) for x in places.scratch], steps) if known else None
 
 
-def _launcher(launch: Launch, compiled: Any) -> Callable[..., Any]:
-    if compiled is None:  # interpreted
-        return lambda *arguments: launch.kernel[(launch.programs,)](*arguments, **launch.options)
-    return compiled[(launch.programs, 1, 1)]
+def _launcher(launch: Launch, compiled: Any) -> Any:
+    """What launches it with other arguments; None if it was compiled in some way that is not known here."""
+    if INTERPRETED:
+        kernel, programs, options = launch.kernel, launch.programs, launch.options
+        return lambda *arguments: kernel[(programs,)](*arguments, **options)
+    return compiled[(launch.programs, 1, 1)] if isinstance(compiled, CompiledKernel) else None
 
 
 class _Places:
