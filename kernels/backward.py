@@ -22,10 +22,11 @@ from . import (
     backward_reweighting,
     backward_whole,
 )
-from .arguments import PerQuery, contiguous_like, empty_rows_like
+from .arguments import PerQuery, contiguous_like, empty_rows_like, scratch
 from .backward_keys import Parts
 from .fold import folded
 from .launch import Launch
+from .replay import run
 
 # What may need a gradient, in the order of the operators' arguments.
 INPUTS = (
@@ -39,8 +40,12 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of those INPUTS that `needs` says, in their order, each of its input's shape and dtype."""
     gradients = empty_gradients(call, needs)
-    for launch in launches(call, output, lse, lse_rest, d_output, gradients):
-        launch.run()
+    run(
+        f"backward {' '.join(gradients)}",
+        call,
+        (output, lse, lse_rest, d_output, *gradients.values()),
+        lambda: launches(call, output, lse, lse_rest, d_output, gradients),
+    )
     return list(gradients.values())
 
 
@@ -58,7 +63,7 @@ def launches(
         yield backward_whole.launch(call, shared, output, d_output, per_query, gradients, parts)
         yield from launches_over_parts(call, parts, gradients)
         return
-    per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
+    per_query = PerQuery(lse, lse_rest, delta=scratch(lse, lse.shape, lse.dtype))
     yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
     yield from launches_over_keys(call, shared, d_output, per_query, gradients)
 
@@ -91,7 +96,7 @@ def _total(stored: Tensor, parts: Tensor | None, gradients: dict[str, Tensor], n
     """Room for dk' or dv', if a gradient of U or V comes from it."""
     if parts is None or gradients.keys().isdisjoint(names):
         return None
-    return stored.new_empty(stored.shape, dtype=torch.float32)
+    return scratch(stored, stored.shape, torch.float32)
 
 
 def parts_needed(gradients: dict[str, Tensor]) -> dict[str, bool]:

@@ -29,6 +29,7 @@ class Sums(NamedTuple):
     rows: Any  # dK, in the dtype of the stored rows
     total: Any  # dk', float32
     stored: Stored
+    end: None = None  # see arguments.py
 
 
 class GateGradient(NamedTuple):

@@ -28,6 +28,7 @@ class Reweighting(NamedTuple):
     total: Any  # [T, Hkv, P, D], float32: dk'
     U: Any  # [T, P, R]
     V: Any  # [T, R, Hkv, D]
+    end: None = None  # see arguments.py
 
 
 @triton.jit
