@@ -38,6 +38,7 @@ GROUP_LATENCY = 32  # of HGMMA beyond the time of its products: m64n8k16 takes a
 READ_LATENCY = 12  # until an instruction's operands have been read
 BARRIER_LATENCY = 20  # from the last warp's arrival until all go on
 FENCE_LATENCY = 20
+NEXT_PROGRAM = 800  # from a program's last instruction to its successor's first: stores arrive, a new one is set up; assumed
 CALL = 60  # clocks of a subroutine: 64-bit division
 
 _ALU = frozenset(
@@ -53,8 +54,8 @@ _SHARED = frozenset(["LDS", "STS", "LDSM", "STSM", "ATOMS"])
 _GROUP_PRODUCTS = frozenset(["HGMMA", "QGMMA", "IGMMA"])
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
-PIPES = ("fp32", "alu", "special", "uniform", "tensor", "shared", "memory")
-_FP32, _ALU_PIPE, _SPECIAL_PIPE, _UNIFORM_PIPE, _TENSOR, _SHARED_PIPE, _MEMORY = range(len(PIPES))
+PIPES = ("fp32", "alu", "special", "uniform", "tensor", "shared", "global")
+_FP32, _ALU_PIPE, _SPECIAL_PIPE, _UNIFORM_PIPE, _TENSOR, _SHARED_PIPE, _GLOBAL = range(len(PIPES))
 
 # How long instructions queue for a pipe, in clocks of it, before a warp that wants more of it stands still. Of global
 # memory 32 KB of a multiprocessor may be under way: what covers its latency at its bandwidth, twice.
@@ -109,10 +110,10 @@ def cost(one: Instruction, memory: Memory) -> Cost:
         return Cost("result", ((_SHARED_PIPE, 4 * LANES / SHARED_BYTES),), SHUFFLE_LATENCY)
     if base in _GLOBAL_LOADS or base in _GLOBAL_STORES:
         clocks = bytes_of(one) / memory.bytes_a_clock
-        return Cost("result", ((_MEMORY, clocks),), memory.latency if base in _GLOBAL_LOADS else OTHER_LATENCY)
+        return Cost("result", ((_GLOBAL, clocks),), memory.latency if base in _GLOBAL_LOADS else OTHER_LATENCY)
     if base == "LDGSTS":
         size = bytes_of(one)
-        return Cost("copy", ((_MEMORY, size / memory.bytes_a_clock), (_SHARED_PIPE, size / SHARED_BYTES)), memory.latency)
+        return Cost("copy", ((_GLOBAL, size / memory.bytes_a_clock), (_SHARED_PIPE, size / SHARED_BYTES)), memory.latency)
     if base == "LDGDEPBAR":
         return Cost("commit")
     if base == "DEPBAR":
@@ -281,15 +282,32 @@ class Times:
     total: float
 
 
+def before_loops(code: Code, loops: Sequence[Loop]) -> frozenset[int]:
+    """Instructions that belong to no loop, nor start one by copying what it needs first."""
+    within = {index for loop in loops for index in range(loop.first, loop.last + 1)}
+    for loop in loops:
+        within |= _copies_ahead(code, loops, loop)[0]
+    return frozenset(range(len(code.instructions))) - within
+
+
 def simulate(
-    code: Code, path: Trace, memory: Memory, warps: int, residents: int, repeats: int = 1, apart: float = 0.0
+    code: Code,
+    path: Trace,
+    memory: Memory,
+    own: Memory,
+    outside: frozenset[int],
+    warps: int,
+    residents: int,
+    repeats: int = 1,
+    apart: float = 0.0,
 ) -> Times:
     """Each of the resident programs runs `repeats` times, one after the other; the next resident starts `apart` later.
 
     Args:
+        own: global memory as instructions `outside` see it, who load and store what no other program does.
         warps: of a program, in this quarter.
     """
-    costs = [cost(one, memory) for one in code.instructions]
+    costs = [cost(one, own if index in outside else memory) for index, one in enumerate(code.instructions)]
     steps = [
         (code.instructions[index], _NOTHING if position in path.nothing else costs[index])
         for position, index in enumerate(path.indexes)
@@ -381,7 +399,7 @@ def simulate(
                 arrived[warp.slot] = []
                 if len(finished[warp.slot]) < repeats:
                     for other in group:
-                        other.begin(now)
+                        other.begin(now + NEXT_PROGRAM)
                 else:
                     live = [other for other in live if other.slot != warp.slot]
     for (_, _, number), times in own.items():

@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -88,6 +89,7 @@ class Code:
         return sorted(found.values(), key=lambda loop: (loop.last, -loop.first))
 
 
+@lru_cache(maxsize=8)  # one kernel is looked at on several shapes
 def disassemble(cubin: bytes) -> Code:
     """The code of a cubin that holds one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
