@@ -43,10 +43,18 @@ from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES, Shape, inputs
 
-ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "tanh-approx")
+ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "flex-approx")
 IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
-PEAKS = ("fused", "composed", "composed-plain", "reference", "eager", "flex", "sdpa")  # who is asked for memory
-COMPILED = ("flex", "flex-merged", "flex-tanh-approx", "eager-compiled")
+PEAKS = (
+    "fused",
+    "composed",
+    "composed-plain",
+    "reference",
+    "eager",
+    "flex-frozen-gate",
+    "sdpa",
+)  # who is asked for memory
+COMPILED = ("flex-frozen-gate", "flex-merged", "flex-approx-frozen-gate", "flex", "eager-compiled")
 
 
 def main(arguments: list[str] | None = None) -> int:

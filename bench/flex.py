@@ -1,5 +1,8 @@
 """Prefix attention by FlexAttention, with the gate as its `score_mod`, and stronger variants of it.
 
+Its gradient to what `score_mod` captures, alpha and tau, is one atomic addition for each score: a step that trains them
+measures those additions. `peers.py` has it with them frozen as well.
+
 All that a variant needs (reweighting, expanding and concatenating the prefix, merging) is compiled with it, so that
 this is fused as well. Block masks are built once and not timed. On a CPU FlexAttention computes forward only.
 """

@@ -26,7 +26,7 @@ from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import Turns
 
 GROWTH_TURNS = Turns(rounds=20, seconds=1.5)
-PEERS_ON_GPU = ("fused", "composed", "eager", "flex", "sdpa")
+PEERS_ON_GPU = ("fused", "composed", "eager", "flex-frozen-gate", "sdpa")
 PEERS_ON_CPU = ("composed", "eager", "sdpa")
 
 

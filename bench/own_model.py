@@ -28,7 +28,10 @@ from qtuning_fast.lifelong.base_models import MINILM, location
 
 QUESTION = "own_model"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WRONG}
-PEERS_BY_DEVICE = {"cpu": ("composed", "eager", "sdpa"), "cuda": ("fused", "composed", "eager", "flex", "sdpa")}
+PEERS_BY_DEVICE = {
+    "cpu": ("composed", "eager", "sdpa"),
+    "cuda": ("fused", "composed", "eager", "flex-frozen-gate", "sdpa"),
+}
 IN_THE_CACHE = "sdpa-no-concat"  # when decoding, the prefix of PyTorch's attention lies in the cache already
 FULL_QUEUE = QTuningConfig().shared_length + QTuningConfig().queue_size * QTuningConfig().prompt_length
 CACHED_TOKENS = 1024

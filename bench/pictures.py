@@ -20,9 +20,10 @@ STYLE = {
     "reference": ("#6b6b6b", "X", "the definition, float32 (ours)"),
     "eager": ("#D55E00", "s", "eager PyTorch"),
     "eager-compiled": ("#E69F00", "s", "eager under torch.compile"),
-    "flex": ("#009E73", "^", "FlexAttention"),
+    "flex-frozen-gate": ("#009E73", "^", "FlexAttention, gate frozen"),
+    "flex": ("#009E73", ">", "FlexAttention"),
     "flex-merged": ("#009E73", "v", "FlexAttention, merged"),
-    "flex-tanh-approx": ("#009E73", "<", "FlexAttention, tanh.approx"),
+    "flex-approx-frozen-gate": ("#009E73", "<", "FlexAttention, tanh.approx, gate frozen"),
     "sdpa": ("#CC79A7", "D", "PyTorch's attention, no gate"),
     "sdpa-no-concat": ("#8c4a73", "d", "the same, prefix in place already"),
 }

@@ -24,6 +24,7 @@ class Promise:
     relation: str
     bound: float
     figure: Callable[[Documents], float | None]  # None: it was not measured
+    beside: Callable[[Documents], str] = lambda documents: ""  # what the figure alone would hide
 
     def verdict(self, documents: Documents) -> str:
         figure = self.figure(documents)
@@ -72,6 +73,17 @@ def of_ceiling(shape: str, peer: str, documents: Documents) -> float | None:
     return entry["work"]["forward"]["flops"] / ms * 1e3 / document["ceilings"]["flops"] if entry and ms else None
 
 
+def floor_beside(shape: str, peers: tuple[str, ...], documents: Documents) -> str:
+    """The shares of the times that the floor is: a ratio of two of them hides what both lose."""
+    entry = documents.get("attention", {}).get("entries", {}).get(shape)
+    if entry is None or "floor_ms" not in entry:
+        return ""
+    floor = entry["floor_ms"]["step"][0]
+    times = {peer: median(entry["rows"][peer], "step") for peer in peers if peer in entry["rows"]}
+    said = [f"{floor / ms:.0%} of {peer}" for peer, ms in times.items() if ms]
+    return f"the floor is {', '.join(said)}" if said else ""
+
+
 def of_floor(shape: str, peer: str, documents: Documents) -> float | None:
     """The share of the time that the bytes needed would take at the bandwidth that was measured."""
     entry = documents.get("decode", {}).get("entries", {}).get(shape)
@@ -113,11 +125,12 @@ def _fused_on_gpu() -> list[Promise]:
 
     def promise(shape: str, peer: str, other: str, relation: str, bound: float) -> None:
         figure = partial(time_ratio, shape, peer, other)
-        found.append(Promise(f"{peer} over {other}, {shape}", "cuda", relation, bound, figure))
+        beside = partial(floor_beside, shape, tuple(name for name in (peer, other) if name.startswith("fused")))
+        found.append(Promise(f"{peer} over {other}, {shape}", "cuda", relation, bound, figure, beside))
 
     for shape in ("bert-base", "vit-b16", "minilm", "bert-base-512", "llama-8b"):
-        promise(shape, "flex", "fused", AT_LEAST, 1.5)
-        promise(shape, "flex-tanh-approx", "fused", AT_LEAST, 1.0)
+        promise(shape, "flex-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.5)
+        promise(shape, "flex-approx-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.0)
         promise(shape, "flex-merged", "fused", AT_LEAST, 1.0)
         if shape != "llama-8b":
             promise(shape, "reference", "fused", AT_LEAST, 4.0)
@@ -131,9 +144,13 @@ def _composed_on_gpu() -> list[Promise]:
     for shape in ("llama-8b-4096", "long"):
         alone = partial(over_context, shape, "composed")
         found.append(Promise(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
-        for peer, bound in (("flex", 1.5), ("flex-tanh-approx", 1.0), ("flex-merged", 1.0)):
-            figure = partial(time_ratio, shape, peer, "composed")
-            found.append(Promise(f"{peer} over composed, {shape}", "cuda", AT_LEAST, bound, figure))
+        for peer, ours, bound in (
+            ("flex-frozen-gate", "composed-frozen-gate", 1.5),
+            ("flex-approx-frozen-gate", "composed-frozen-gate", 1.0),
+            ("flex-merged", "composed", 1.0),
+        ):
+            figure = partial(time_ratio, shape, peer, ours)
+            found.append(Promise(f"{peer} over {ours}, {shape}", "cuda", AT_LEAST, bound, figure))
     products = partial(of_ceiling, "long", "composed")
     found.append(
         Promise("share of the matrix-product ceiling, composed forward, long", "cuda", AT_LEAST, 0.6, products)

@@ -145,7 +145,8 @@ def promised(devices: Mapping[str, Mapping[str, Document]]) -> str:
         for promise in PROMISES:
             if promise.device == kind:
                 figure, sign = promise.figure(documents), "≤" if promise.relation == AT_MOST else "≥"
-                shown = "" if figure is None else f"{figure:.3f}"
+                beside = promise.beside(documents)
+                shown = "" if figure is None else f"{figure:.3f}" + (f" ({beside})" if beside else "")
                 lines.append(f"| {promise.of} | {sign} {promise.bound:g} | {shown} | {promise.verdict(documents)} |")
         lines.append("")
     return "\n".join(lines)

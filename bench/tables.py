@@ -1,9 +1,10 @@
 """Results as text, at most 120 columns wide."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from qtuning_fast.bench.peers import OURS
+from qtuning_fast.bench.peers import OURS, PEERS
 
 WIDTH = 120
 UNGATED = "sdpa"
@@ -26,7 +27,8 @@ def attention(entry: Mapping[str, Any]) -> str:
     for name, row in rows.items():
         if best(row, "forward") is not None:
             lines.append(_line(name, row, entry["floor_ms"], whole, rows[ours] if ours else None))
-    lines.extend(_standing(rows, whole))
+    lines.extend(_standing(rows, whole, entry["floor_ms"][whole][0]))
+    lines.extend(_trained(rows) if shape["trained"] else [])
     failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
     return "\n".join([*lines, *failed])
 
@@ -49,7 +51,22 @@ def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: Ro
     return f"  {name:<24}{''.join(cells)}"
 
 
-def _standing(rows: Mapping[str, Row], whole: str) -> list[str]:
+def _trained(rows: Mapping[str, Row]) -> list[str]:
+    """Who trains what: times of rows that train different things do not compare."""
+    by_what: dict[str, list[str]] = {}
+    for name in rows:
+        if name in PEERS:
+            by_what.setdefault(PEERS[name].trains, []).append(name)
+    return [
+        line
+        for what, names in by_what.items()
+        for line in textwrap.wrap(
+            f"trained are {what}: {', '.join(names)}", WIDTH, initial_indent="  ", subsequent_indent="    "
+        )
+    ]
+
+
+def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
     """How ours stands to eager and to the lower bound, and what gate and reweighting cost."""
     lines = []
     for name in OURS:
@@ -62,7 +79,10 @@ def _standing(rows: Mapping[str, Row], whole: str) -> list[str]:
         if slowdown := ratio(ours, rows.get(UNGATED), whole):
             said.append(f"{slowdown:.2f} times the time of {UNGATED}, without a gate")
         if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
-            said.append(f"gate and reweighting {cost - 1:+.1%}")
+            both = [floor / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
+            said.append(
+                f"gate and reweighting {cost - 1:+.1%}, the floor {both[0]:.0%} of it and {both[1]:.0%} without"
+            )
         lines.append(f"  {name}: {'; '.join(said)}")
     return lines
 
@@ -70,7 +90,7 @@ def _standing(rows: Mapping[str, Row], whole: str) -> list[str]:
 def headline(entry: Mapping[str, Any]) -> list[str]:
     """A shape, and how ours stands there."""
     whole = "step" if entry["shape"]["trained"] else "forward"
-    standing = [line.strip() for line in _standing(entry["rows"], whole)]
+    standing = [line.strip() for line in _standing(entry["rows"], whole, entry["floor_ms"][whole][0])]
     return [f"  {entry['shape']['name']}: {'; '.join(standing) or 'ours was not measured'}"[:WIDTH]]
 
 

@@ -36,6 +36,7 @@ from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
 from qtuning_fast.kernels import backward, blocks, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.blocks import DEFAULT, DIRECTIONS, Blocks, blocks_for, instead
+from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED, current_target
 
@@ -93,22 +94,27 @@ class Pass:
     def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
         self.direction, self.d_output = direction, x.d_output
         self.call = x.call(shape)
+        self.as_seen, folding = folded(self.call)
         self.outputs = forward.empty_outputs(self.call)
         self.gradients = backward.empty_gradients(self.call, [True] * len(backward.INPUTS))
-        forward.launch(self.call, *self.outputs).run()
+        for launch in (*folding, forward.launch(self.as_seen, *self.outputs)):
+            launch.run()
 
     def launches(self, entry: Blocks) -> list[Launch]:
         """What is timed. With the keys goes the launch after them: how much it has to add up is up to their blocks."""
         with instead(entry):
             if self.direction == "forward":
-                return [forward.launch(self.call, *self.outputs)]
+                return [forward.launch(self.as_seen, *self.outputs)]
             if self.direction == "merge":
-                return [prefix_forward.launch(self.call, *self.outputs)]
+                return [prefix_forward.launch(self.as_seen, *self.outputs)]
             if self.direction == "prefix-queries":
                 d_query = self.gradients["query"]
-                return [*prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})]
-            queries, *others = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
-        if self.direction == "queries":
+                launches = prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})
+            else:
+                launches = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
+            folding, queries, *others = launches
+        folding.run()
+        if self.direction in ("queries", "prefix-queries"):
             return [queries]
         queries.run()  # writes the delta that the others read
         return others

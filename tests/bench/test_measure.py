@@ -93,7 +93,8 @@ def test_the_table_says_how_ours_stands():
     standing = (
         "composed: 3.00 times as fast as eager; 1.50 times the time of sdpa, without a gate; gate and reweighting"
     )
-    assert f"{standing} +50.0%" in text
+    assert f"{standing} +50.0%, the floor 50% of it and 75% without" in text
+    assert "  trained are query, key, value, prefix, U, V, alpha, tau: composed, eager" in text
     [line] = [line.split() for line in text.splitlines() if line.startswith("  eager ")]
     assert line[5:7] == ["3.00", "17%"]
 

@@ -13,10 +13,17 @@ from qtuning_fast.bench.peers import PEERS, Peer
 from qtuning_fast.bench.shapes import SHAPES, TINIES, TINY, Shape, inputs
 
 ON_CPU = [
-    *("composed", "composed-no-gate", "composed-no-reweighting", "composed-plain", "composed-prefix-only"),
+    *(
+        "composed",
+        "composed-no-gate",
+        "composed-no-reweighting",
+        "composed-plain",
+        "composed-prefix-only",
+        "composed-frozen-gate",
+    ),
     *("reference", "eager", "sdpa", "sdpa-no-concat"),
 ]
-IN_THE_INTERPRETER = ["fused", "fused-plain", "fused-prefix-only"]
+IN_THE_INTERPRETER = ["fused", "fused-plain", "fused-prefix-only", "fused-frozen-gate"]
 CLOSE = 1e-5  # float32 against float64: a hundred times its eps
 
 
@@ -32,7 +39,7 @@ def expected_names(name: str, shape: Shape) -> set[str]:
     peer, names = PEERS[name], {"output", "prefix_key", "prefix_value"}
     names |= set() if "prefix-only" in name else {"query", "key", "value"}
     names |= {"U_key", "V_key", "U_value", "V_value"} if peer.reweighted else set()
-    return names | ({"gate_alpha", "gate_tau"} if peer.gated else set())
+    return names | ({"gate_alpha", "gate_tau"} if peer.gated and "frozen-gate" not in name else set())
 
 
 @pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
@@ -69,7 +76,7 @@ def test_context_and_prefix_are_merged_as_they_should_be(name):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("name", ["flex", "flex-tanh-approx"])
+@pytest.mark.parametrize("name", ["flex", "flex-frozen-gate", "flex-approx-frozen-gate"])
 def test_flex_attention_computes_the_operator(name, shape, monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
     monkeypatch.setattr(flex, "compiled", lambda function: function)  # the logic is what is tested
@@ -94,13 +101,31 @@ def test_what_belongs_to_no_gate_has_no_gradient():
     assert prepare(PEERS["context-alone"], TINY, x, training=True).leaves.keys() == {"query", "key", "value"}
 
 
+def test_what_is_frozen_requires_no_gradient_inside_the_call():
+    """Else FlexAttention would add up a gradient that no one asked for, an atomic addition a score."""
+    x, seen = inputs(TINY, dtype=torch.float32, device="cpu"), []
+    for name in ("flex", "flex-frozen-gate"):
+        peer = replace(PEERS[name], attend=seen.append)
+        leaves = prepare(peer, TINY, x, training=True).leaves
+        prepare(peer, TINY, x, training=True).forward()
+        assert ("gate_alpha" in leaves) == seen[-1].gate_alpha.requires_grad == (name == "flex")
+        assert seen[-1].prefix_key.requires_grad and "prefix_key" in leaves
+
+
+def test_a_peer_says_what_it_trains():
+    said = {name: PEERS[name].trains for name in ("fused", "fused-frozen-gate", "sdpa", "context-alone")}
+    assert said["fused"] == "query, key, value, prefix, U, V, alpha, tau"
+    assert said["fused-frozen-gate"] == said["sdpa"] == "query, key, value, prefix, U, V"
+    assert said["context-alone"] == "query, key and value"
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "flex",
         *(
             pytest.param(name, marks=pytest.mark.thorough)
-            for name in ("flex-tanh-approx", "flex-merged", "eager-compiled")
+            for name in ("flex-approx-frozen-gate", "flex-merged", "eager-compiled")
         ),
     ],
 )

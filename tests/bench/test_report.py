@@ -100,14 +100,23 @@ def test_ratios_are_by_one_clock(documents):
 
 
 def test_a_gpu_promise_reads_the_gpu_s_files():
-    rows = {"composed": row(1.1), "flex": row(2.0), "context-alone": row(0.6), "context-alone-cudnn": row(0.5)}
+    rows = {"composed": row(1.1), "context-alone": row(0.6), "context-alone-cudnn": row(0.5)}
+    rows |= {"composed-frozen-gate": row(1.0), "flex-frozen-gate": row(2.0)}
     gpu = {"attention": document("attention", {"long": entry("long", rows, N=8, P=4)}, "cuda")}
     text = page({"h200": gpu})
     assert "| ≤ 1.08 | 1.100 | **not met** |" in line(text, "composed over context alone × (1 + 2P/N), long")
-    assert "| ≥ 1.5 | 1.818 | met |" in line(text, "flex over composed, long")
+    assert "| ≥ 1.5 | 2.000 | met |" in line(text, "flex-frozen-gate over composed-frozen-gate, long")
     share = 1e9 / (1.1e-3 / 3) / 1e12  # of a ceiling of 1e12
     assert f"| {share:.3f} | met |" in line(text, "share of the matrix-product ceiling")
     assert "No figure has been measured on a GPU" not in text
+
+
+def test_what_gate_and_reweighting_cost_stands_beside_the_floor():
+    rows = {"fused": row(4.0), "fused-plain": row(3.5)}
+    gpu = {"attention": document("attention", {"vit-b16": entry("vit-b16", rows)}, "cuda")}
+    floor = gpu["attention"]["entries"]["vit-b16"]["floor_ms"]["step"][0]
+    said = f"1.143 (the floor is {floor / 4:.0%} of fused, {floor / 3.5:.0%} of fused-plain)"
+    assert f"| ≤ 1.15 | {said} | met |" in line(page({"h100": gpu}), "fused over fused-plain, vit-b16")
 
 
 def test_without_figures_of_a_gpu_it_says_so(documents):
