@@ -36,36 +36,45 @@ from qtuning_fast.bench.timing import first_line
 from qtuning_fast.bench.tune import SHAPES
 from qtuning_fast.kernels import backward, forward, prefix_forward
 from qtuning_fast.kernels.blocks import DIRECTIONS, Blocks, blocks_for, instead
+from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED
 
 HEADLINES = (BERT_BASE, VIT_B16, BERT_BASE_512, LLAMA_8B, MINILM)
 FOLDER = Path(__file__).parent / "results" / "predicted"
 TARGET = "sm_90"
-PASSES = {"forward": ("forward", "merge"), "backward": ("queries", "keys", "prefix")}
 
 
-def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Launch]:
-    """The launches of a step, in their order; where the context is not ours, the one that adds the prefix."""
+def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, Launch]]:
+    """The launches of a step by name, in their order; with one query a sample, where the context is not ours, what
+    adds the prefix."""
     x = shapes.inputs(shape, dtype=dtype, device="meta")
     call = x.call(shape)
     outputs = forward.empty_outputs(call)
     if shape.N == 1:
-        return {"merge": prefix_forward.launch(call, *outputs)}
-    found = {"forward": forward.launch(call, *outputs)}
+        as_seen, found = folded(call)
+        found.append(prefix_forward.launch(as_seen, *outputs))
+    else:
+        found = [*forward.launches(call, *outputs)]
     if shape.trained:
         gradients = backward.empty_gradients(call, [True] * len(backward.INPUTS))
-        found |= zip(PASSES["backward"], backward.launches(call, *outputs, x.d_output, gradients))
-    return found
+        found += backward.launches(call, *outputs, x.d_output, gradients)
+    return [(name_of(launch), launch) for launch in found]
 
 
-def step(shape: Shape, device: Device, blocks: Iterable[Blocks] = ()) -> dict[str, Prediction]:
+def name_of(launch: Launch) -> str:
+    """A kernel's own name, as directions of the table of blocks have it: `backward_keys_kernel` is "keys"."""
+    name = launch.kernel.fn.__name__
+    return name.removeprefix("backward_").removesuffix("_kernel").replace("_", "-")
+
+
+def step(shape: Shape, device: Device, blocks: Iterable[Blocks] = ()) -> list[tuple[str, Prediction]]:
     """The launches of a step, one after the other from a cold cache, with these blocks in place of the table's."""
     cache = Cache(device.cache_that_holds)
     with ExitStack() as stack:
         for entry in blocks:
             stack.enter_context(instead(entry))
-        return {name: predict(launch, launch.compile(), device, cache) for name, launch in launches(shape).items()}
+        return [(name, predict(launch, launch.compile(), device, cache)) for name, launch in launches(shape)]
 
 
 def floor(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
@@ -96,7 +105,7 @@ def _step(job: tuple[Shape, str]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(AbsentDriver(TARGET))
     found = step(shape, DEVICES[device])
-    return [{"shape": shape.name, "kernel": kernel, **asdict(prediction)} for kernel, prediction in found.items()]
+    return [{"shape": shape.name, "kernel": kernel, **asdict(prediction)} for kernel, prediction in found]
 
 
 def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -140,7 +149,7 @@ def _candidate(job: tuple[Blocks, str]) -> dict[str, Any]:
     try:
         for shape in SHAPES[entry.head_size]:
             with instead(entry):
-                launch = launches(shape)[entry.direction]
+                launch = dict(launches(shape))[entry.direction]
                 prediction = predict(launch, launch.compile(), DEVICES[device])
             if prediction.shared > TARGETS[TARGET].shared_memory or prediction.spilled:
                 return {"error": f"{prediction.shared} bytes of shared memory, {prediction.spilled} spilled"}

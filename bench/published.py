@@ -83,7 +83,7 @@ def comparisons() -> Iterator[Comparison]:
             incumbent = blocks_for("sm_90", 2, one.D, "forward")
             blocks = replace(incumbent, queries=queries, keys=keys, prefix=16, warps=warps, stages=stages)
             with instead(blocks):
-                launch = forward.launch(call, *forward.empty_outputs(call))
+                *_, launch = forward.launches(call, *forward.empty_outputs(call))
             if (one.D, blocks) not in compiled:
                 compiled[one.D, blocks] = launch.compile()
             prediction = predict(launch, compiled[one.D, blocks], H100)
