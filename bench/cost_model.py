@@ -114,16 +114,16 @@ def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None =
     count = Counter(programs.order.tolist())
     paths = [trace(code, loops, times, ITERATIONS) for times in kinds]
     outside = before_loops(code, loops)
-    there = warps * _share_that_is_there(launch)
-    moved = there * sum(n * _bytes(code, loops, paths[kind], kinds[kind]) for kind, n in count.items())
-    own = there * sum(n * _bytes_outside(code, outside, paths[kind]) for kind, n in count.items())
+    there = _share_that_is_there(launch)
+    moved = warps * there * sum(n * _bytes(code, loops, paths[kind], kinds[kind]) for kind, n in count.items())
+    own = warps * there * sum(n * _bytes_outside(code, outside, paths[kind]) for kind, n in count.items())
     held = tensors(launch.arguments.values())
     missing = sum(held.values()) if cache is None else cache.missing(held)
     missing = min(missing, int(moved))
     active = min(device.multiprocessors, max(len(programs.order), 1))
     memories = (
-        _memory(device, max(missing - own, 0) / max(moved - own, 1), active),
-        _memory(device, min(missing / max(own, 1), 1), active),
+        _memory(device, max(missing - own, 0) / max(moved - own, 1), active, there),
+        _memory(device, min(missing / max(own, 1), 1), active, there),
     )
     machine = _Machine(code, loops, memories, outside, warps, device)
 
@@ -206,12 +206,15 @@ def _bytes_outside(code: Code, outside: frozenset[int], path: multiprocessor.Tra
     return sum(bytes_of(code.instructions[index]) for index in path.indexes if index in outside)
 
 
-def _memory(device: Device, share: float, active: int) -> Memory:
-    """Global memory as a quarter of a multiprocessor sees it, where this share is not in the cache."""
+def _memory(device: Device, share: float, active: int, there: float) -> Memory:
+    """Global memory as a quarter of a multiprocessor sees it, where this share is not in the cache.
+
+    Bandwidth is in bytes that instructions ask for; of them only a share is there to be moved.
+    """
     a_second = min(device.cache_bandwidth, device.memory / share if share else math.inf)
     a_clock = min(a_second / active / device.clock, WIDEST)
     latency = share * device.memory_latency + (1 - share) * device.cache_latency
-    return Memory(a_clock / QUARTERS, latency)
+    return Memory(a_clock / QUARTERS / there, latency)
 
 
 @dataclass(frozen=True)
@@ -235,8 +238,7 @@ class _Machine:
         if several:
             apart = found.total / slots
             found = simulate(self.code, path, *self.memories, self.outside, in_quarter, slots, REPEATS, apart)
-            first, last = slots - 1, slots * (REPEATS - 1)
-            clocks = slots * (found.ended[last] - found.ended[first]) / (last - first)
+            clocks = sum(found.ended[slots : 2 * slots]) / slots - sum(found.ended[:slots]) / slots
             programs = slots * REPEATS
         quarter = min(1.0, self.warps / QUARTERS)
         shares = {"issue": found.issued, **dict(zip(PIPES, found.busy))}
