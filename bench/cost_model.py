@@ -22,10 +22,11 @@ from typing import Any
 
 from torch import Tensor
 
-from qtuning_fast.bench import multiprocessor
 from qtuning_fast.bench.compile_report import TARGETS, resources
-from qtuning_fast.bench.multiprocessor import PIPES, QUARTERS, Memory, before_loops, bytes_of, simulate, trace
-from qtuning_fast.bench.sass import Code, Loop, NotUnderstood, disassemble
+from qtuning_fast.bench.instructions import PIPES, QUARTERS, Memory, bytes_of
+from qtuning_fast.bench.multiprocessor import simulate
+from qtuning_fast.bench.path import Trace, before_loops, trace
+from qtuning_fast.bench.sass import Code, CodeError, Loop, disassemble
 from qtuning_fast.bench.trips import Place, trips
 from qtuning_fast.kernels.launch import Launch
 
@@ -99,7 +100,7 @@ class Cache:
 
 
 def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None = None) -> Prediction:
-    """How long a launch takes. Raises NotUnderstood or NotKnown.
+    """How long a launch takes. Raises CodeError or TripsError.
 
     Args:
         compiled: the launch's kernel, for sm_90.
@@ -149,7 +150,7 @@ def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None =
 def times_of(loops: Sequence[Loop], kinds: Sequence[Mapping[Place, int]]) -> list[list[int]]:
     """For each kind of programs how often each loop of the code runs, from how often those of the source do.
 
-    They are matched by line; where a function was inlined several times, by order. Raises NotUnderstood.
+    They are matched by line; where a function was inlined several times, by order. Raises CodeError.
     """
     times = [[0] * len(loops) for _ in kinds]
     places = {place for kind in kinds for place in kind}
@@ -160,7 +161,7 @@ def times_of(loops: Sequence[Loop], kinds: Sequence[Mapping[Place, int]]) -> lis
         if not here and most <= 1:
             continue  # what runs once is no loop any more
         if len(here) != len(there) and len(here) != 1 and there:
-            raise NotUnderstood(
+            raise CodeError(
                 f"{line[0]}:{line[1]} is {len(here)} loops in the code and {len(there)} in the source, run {most} times"
             )
         for kind, row in zip(kinds, times):
@@ -181,7 +182,7 @@ def tensors(arguments: Iterable[Any]) -> dict[Any, int]:
     return found
 
 
-def _bytes(code: Code, loops: Sequence[Loop], path: multiprocessor.Trace, times: Sequence[int]) -> float:
+def _bytes(code: Code, loops: Sequence[Loop], path: Trace, times: Sequence[int]) -> float:
     """What a warp moves from and to global memory on its way, and in the iterations that were left out of it."""
     ones = code.instructions
     moved = sum(bytes_of(ones[index]) for at, index in enumerate(path.indexes) if at not in path.nothing)
@@ -202,7 +203,7 @@ def _share_that_is_there(launch: Launch) -> float:
     )
 
 
-def _bytes_outside(code: Code, outside: frozenset[int], path: multiprocessor.Trace) -> float:
+def _bytes_outside(code: Code, outside: frozenset[int], path: Trace) -> float:
     return sum(bytes_of(code.instructions[index]) for index in path.indexes if index in outside)
 
 
@@ -242,9 +243,7 @@ class _Machine:
             programs = slots * REPEATS
         quarter = min(1.0, self.warps / QUARTERS)
         shares = {"issue": found.issued, **dict(zip(PIPES, found.busy))}
-        return _Executed(
-            clocks, found.iteration, {name: spent / programs * quarter for name, spent in shares.items()}
-        )
+        return _Executed(clocks, found.iteration, {name: spent / programs * quarter for name, spent in shares.items()})
 
 
 def _makespan(
@@ -325,4 +324,6 @@ def _bound(busy: Mapping[str, float], seconds: float, device: Device, missing: f
     most = max(busy, key=lambda name: busy[name])
     if busy[most] <= BOUND:
         return "latency"
-    return most if most != "global" else "memory" if missing / device.memory > moved / device.cache_bandwidth else "cache"
+    return (
+        most if most != "global" else "memory" if missing / device.memory > moved / device.cache_bandwidth else "cache"
+    )

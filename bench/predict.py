@@ -134,9 +134,7 @@ def rank(head_size: int, direction: str, device: Device, pool: ProcessPoolExecut
     incumbent = blocks_for(TARGET, 2, head_size, direction)
     entries = candidates(incumbent)
     found = pool.map(_candidate, [(entry, device.name) for entry in entries])
-    rows = [
-        {**asdict(entry), "incumbent": entry == incumbent, **row} for entry, row in zip(entries, found)
-    ]
+    rows = [{**asdict(entry), "incumbent": entry == incumbent, **row} for entry, row in zip(entries, found)]
     return sorted((row for row in rows if not row["error"]), key=lambda row: row["microseconds"])
 
 
@@ -182,7 +180,7 @@ def print_published() -> None:
     for one in published.comparisons():
         name = f"{one.blocks.queries}x{one.blocks.keys} w{one.blocks.warps} s{one.blocks.stages}"
         print(
-            f"D{one.published.D:<4d} N{one.published.N:<6d} published {one.published.teraflops:5.0f} TFLOP/s  predicted "
+            f"D{one.published.D:<4d} N{one.published.N:<6d} published {one.published.teraflops:4.0f} TFLOP/s predicted "
             f"{one.teraflops:5.0f} ({one.error:+.0%}) {one.prediction.bound:8s} {name:16s} {one.published.source}"
         )
 

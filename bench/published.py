@@ -38,9 +38,7 @@ class Published:
 
 
 def _of_16384_tokens(source: str, D: int, speeds: dict[int, float]) -> tuple[Published, ...]:
-    return tuple(
-        Published(source, 16384 // N, HIDDEN // D, N, D, speed, IN_2024) for N, speed in speeds.items()
-    )
+    return tuple(Published(source, 16384 // N, HIDDEN // D, N, D, speed, IN_2024) for N, speed in speeds.items())
 
 
 FA3_PAPER = "Shah et al., FlashAttention-3, arXiv 2407.08608, figure 5"
