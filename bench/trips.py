@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import triton
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.kernels.launch import Launch
@@ -221,7 +222,7 @@ def _in_python(function: FunctionType, language: _Language, known: dict[Any, Any
         value = function.__globals__[name]
         if value is triton.language:
             names[name] = language
-        elif isinstance(value, JITFunction):
+        elif isinstance(value, (JITFunction, InterpretedFunction)):
             of_triton = value.fn.__module__.startswith("triton.")
             names[name] = _TILE if of_triton else known.get(value.fn) or _in_python(value.fn, language, known)
         else:
