@@ -86,14 +86,17 @@ def floor(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
     return {name: (milliseconds * 1e3, limit) for name, (milliseconds, limit) in floors.items()}
 
 
-def saved(device: Device) -> dict[tuple[str, str], float]:
-    """The microseconds that were saved, by shape and kernel."""
-    path = FOLDER / f"{device.name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {(row["shape"], row["kernel"]): row["microseconds"] for row in rows}
+def saved(name: str) -> list[dict[str, Any]]:
+    """The rows of a file: of "h100" those of steps, of "h100-candidates" those of candidates, the best first."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def save(name: str, rows: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> None:
+    """Puts rows into a file in place of those that are alike `by` these."""
+    new = {tuple(row[key] for key in by) for row in rows}
+    rows = [*(row for row in saved(name) if tuple(row[key] for key in by) not in new), *rows]
+    path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = json.dumps({"triton": triton.__version__, "torch": torch.__version__})
     lines = ",\n".join(json.dumps(row) for row in rows)  # a row a line, so that a change shows which
@@ -109,7 +112,7 @@ def _step(job: tuple[Shape, str]) -> list[dict[str, Any]]:
 
 
 def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[str, Any]]) -> None:
-    before = saved(device)
+    before = {(row["shape"], row["kernel"]): row["microseconds"] for row in saved(device.name)}
     print(f"\n{device.name}: microseconds" + " " * 34 + "before   bound     busiest      regs shared res programs")
     for shape in chosen:
         mine = [row for row in rows if row["shape"] == shape.name]
@@ -218,8 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
                 chosen = [names[name] for name in options.shape]
                 rows = [row for found in pool.map(_step, [(s, device.name) for s in chosen]) for row in found]
                 print_steps(chosen, device, rows)
-            if options.save:
-                save(FOLDER / f"{device.name}{'-candidates' if options.rank else ''}.json", rows)
+            if options.save and options.rank:
+                save(f"{device.name}-candidates", rows, by=("head_size", "direction"))
+            elif options.save:
+                save(device.name, rows, by=("shape",))
     return 0
 
 

@@ -103,11 +103,13 @@ def test_floors_of_both_devices():
     assert floor(BERT_BASE, H200)["forward"][0] < floor(BERT_BASE, H100)["forward"][0]
 
 
-def test_what_was_saved_is_read(tmp_path, monkeypatch):
+def test_rows_take_the_place_of_those_saved_before(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "FOLDER", tmp_path)
-    assert saved(H100) == {}
-    predict.save(tmp_path / "h100.json", [{"shape": "bert-base", "kernel": "keys", "microseconds": 46.2}])
-    assert saved(H100) == {("bert-base", "keys"): 46.2}
+    assert saved("h100") == []
+    rows = [{"shape": shape, "microseconds": time} for shape, time in (("vit-b16", 2.0), ("minilm", 1.0))]
+    predict.save("h100", rows, by=("shape",))
+    predict.save("h100", [{"shape": "vit-b16", "microseconds": 3.0}], by=("shape",))
+    assert saved("h100") == [rows[1], {"shape": "vit-b16", "microseconds": 3.0}]
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
