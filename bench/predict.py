@@ -6,7 +6,7 @@
     python -m qtuning_fast.bench.predict --rank --head-size 64 --direction keys --save
 
 --rank compiles the candidates of bench/candidates.py, by several processes, and orders them by the geometric mean of
-their predicted times over the shapes that `tune` measures; in direction "keys" without the launch that follows. --save
+their predicted times over the shapes that `tune` measures; with "keys" goes the launch that adds up after it. --save
 writes bench/results/predicted/DEVICE.json (steps) or DEVICE-candidates.json; a step is printed beside the one that was
 saved before. Needs no GPU.
 """
@@ -43,6 +43,7 @@ from qtuning_fast.kernels.target import INTERPRETED
 HEADLINES = (BERT_BASE, VIT_B16, BERT_BASE_512, LLAMA_8B, MINILM)
 FOLDER = Path(__file__).parent / "results" / "predicted"
 TARGET = "sm_90"
+AFTER = {"keys": "prefix", "whole": "prefix"}  # how much this launch has to add up is up to the blocks of that one
 
 
 def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, Launch]]:
@@ -150,11 +151,14 @@ def _candidate(job: tuple[Blocks, str]) -> dict[str, Any]:
     try:
         for shape in SHAPES[entry.head_size]:
             with instead(entry):
-                launch = dict(launches(shape))[entry.direction]
-                prediction = predict(launch, launch.compile(), DEVICES[device])
+                found = dict(launches(shape))
+            launch = found[entry.direction]
+            prediction = predict(launch, launch.compile(), DEVICES[device])
             if prediction.shared > TARGETS[TARGET].shared_memory or prediction.spilled:
                 return {"error": f"{prediction.shared} bytes of shared memory, {prediction.spilled} spilled"}
             times[shape.name] = prediction.microseconds
+            if after := found.get(AFTER.get(entry.direction, "")):
+                times[shape.name] += predict(after, after.compile(), DEVICES[device]).microseconds
     except Exception as error:  # whatever a compiler may raise
         return {"error": first_line(error)}
     return {
