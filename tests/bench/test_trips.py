@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtuning_fast.bench import shapes
 from qtuning_fast.bench.predict import launches
 from qtuning_fast.bench.shapes import TINY, TINY_CAUSAL, TINY_MIXED
 from qtuning_fast.bench.trips import TripsError, trips
@@ -38,18 +37,18 @@ def test_with_causality_programs_differ():
 
 
 def test_programs_of_two_kinds_in_one_launch():
-    shape = replace(TINY, N=32, P=16)
-    kinds = found(shape, "keys")
-    context = [(loops, count) for loops, count in kinds if loops == [2]]
-    assert context == [([2], shape.B * shape.Hkv * 2)] or sum(count for _, count in kinds) > shape.B * shape.Hkv * 2
+    shape = replace(TINY, N=32, P=16)  # 2 tiles of keys a head, each walks over 2 tiles of queries
+    with instead(replace(BLOCKS, direction="keys")):
+        launch = dict(launches(shape))["keys"]
+    programs = trips(launch)
+    files = [sorted({(place.line, times) for place, times in kind.items()}) for kind in programs.kinds]
+    assert len(files) == 2 and files[0][0][0] != files[1][0][0]  # loops of their own
+    of_context = programs.order[launch.arguments["prefix_programs"] :]
+    assert len(of_context) == shape.B * shape.Hkv * 2 and len(set(of_context.tolist())) == 1
+    assert set(programs.kinds[of_context[0]].values()) == {2}
 
 
 def test_what_depends_on_data_is_refused_by_its_place():
     launch = dict(launches(replace(TINY_MIXED, N=32)))["keys"]
     with pytest.raises(TripsError, match=r"backward_keys\.py:\d+"):
         trips(launch)
-
-
-def test_shapes_need_no_numbers():
-    x = shapes.inputs(TINY, dtype=torch.bfloat16, device="meta")
-    assert x.query.device.type == "meta"
