@@ -134,7 +134,7 @@ def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None =
     seconds = clocks / device.clock
     seconds = max(seconds, missing / device.memory, moved / device.cache_bandwidth)
     return Prediction(
-        microseconds=(seconds + device.launch) * 1e6,
+        microseconds=round((seconds + device.launch) * 1e6, 2),
         bound=_bound(busy, seconds, device, missing, moved),
         busy={name: round(share, 3) for name, share in busy.items()},
         registers=found["registers"],
