@@ -13,26 +13,27 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
 
-from qtuning_fast.bench import compile_report, plan, shapes
+from qtuning_fast.bench import choose, compile_report, plan, shapes
 from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.candidates import candidates, compile_for
 from qtuning_fast.bench.compile_report import AbsentDriver
+from qtuning_fast.bench.expected import FLEX, KERNEL, LAUNCHER
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import SHAPES, Shape
 from qtuning_fast.bench.timing import first_line
-from qtuning_fast.bench.tune import DTYPES, Job, incumbent_of
+from qtuning_fast.bench.tune import DTYPES, Job, in_order, incumbent_of
 from qtuning_fast.bench.tune import SHAPES as TUNED_ON
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -40,39 +41,65 @@ COMPILED = ("flex-frozen-gate", "flex-merged", "flex-approx-frozen-gate", "flex"
 NICENESS = 10
 MOST_LAUNCHES = 6  # of a step, and of what composed adds to it
 SM_90 = "sm_90"  # the target of the plans
-Jobs = dict[str, Callable[[], Any]]
 
 
-def of_peers(names: tuple[str, ...], peers: tuple[str, ...]) -> Jobs:
-    """Shapes and peers under `torch.compile`, in the order in which they will be measured."""
-    return {f"{shape}: {peer}": partial(compile_peer, SHAPES[shape], peer) for shape in names for peer in peers}
+class Wanted(NamedTuple):
+    """One thing to compile."""
+
+    name: str
+    seconds: float  # that are expected of it, on one core
+    make: Callable[[], Any]
+    alone: bool = False  # whether it has no GPU to wait for, and makes way for those that have
 
 
-def of_kernels(target: str, names: tuple[str, ...]) -> Jobs:
-    """Each launch of each shape, with what starts it."""
-    found: Jobs = {}
-    triton.runtime.driver.set_active(AbsentDriver(target))
-    for name in names:
-        for number, (kernel, _) in enumerate(_launches(SHAPES[name])):
-            found[f"{name}: {kernel}"] = partial(compile_kernel, target, SHAPES[name], number)
-    return found
+def wanted(plan_name: str) -> list[Wanted]:
+    """What a plan runs, in the order in which it is missed most."""
+    if plan_name == "gpu-second":
+        long = [SHAPES[name] for name in plan.LONG]
+        return [*of_peers(plan.LONG, COMPILED), *of_kernels((*long, *choose.training_shapes("cuda")))]
+    first = [*of_peers(plan.SHAPES, COMPILED), *of_peers((*plan.SHAPES, *plan.DECODING), plan.OURS)]
+    return [*first, *of_candidates(), *of_peers(plan.LONG, COMPILED)]
 
 
-def of_kernels_elsewhere(target: str, shape: Shape) -> Jobs:
-    """Likewise of one shape; the driver of this process stays what it is."""
-    return {f"launch {number}": partial(compile_kernel, target, shape, number) for number in range(MOST_LAUNCHES)}
+def of_peers(names: Sequence[str], peers: Sequence[str]) -> list[Wanted]:
+    """Peers of a plan that are compiled, by being run once."""
+    return [
+        Wanted(
+            f"{name}: {peer}",
+            FLEX if peer in COMPILED else 4 * (KERNEL + LAUNCHER),
+            partial(compile_peer, SHAPES[name], peer),
+        )
+        for name in names
+        for peer in (plan.LONG_PEERS if name in plan.LONG else plan.PEERS)
+        if peer in peers
+    ]
 
 
-def of_candidates(target: str) -> Jobs:
+def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
+    """Each launch of a step of each shape, with what starts it."""
+    return [
+        Wanted(
+            f"{shape.name}: launch {number}",
+            KERNEL + LAUNCHER,
+            partial(compile_kernel, SM_90, shape, number),
+            alone=True,
+        )
+        for shape in on_shapes
+        for number in range(MOST_LAUNCHES)
+    ]
+
+
+def of_candidates() -> list[Wanted]:
     """Blocks that tuning tries, the most promising of each job first."""
     asked = [Job("bf16", D, direction) for D in plan.TUNED_HEAD_SIZES for direction in plan.TUNED_DIRECTIONS]
-    tried = [(job, candidates(incumbent_of(target, job))) for job in asked]
-    found: Jobs = {}
+    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)), job.direction)) for job in asked]
+    found = []
     for rank in range(max(len(entries) for _, entries in tried)):
         for job, entries in tried:
             if rank < len(entries):
-                compiled = partial(compile_for, target, DTYPES[job.dtype], entries[rank], TUNED_ON[job.head_size])
-                found[f"{job}: {rank}"] = compiled
+                on = TUNED_ON[job.head_size]
+                make = partial(compile_for, SM_90, DTYPES[job.dtype], entries[rank], on)
+                found.append(Wanted(f"{job}: {rank}", KERNEL * len(on), make, alone=True))
     return found
 
 
@@ -110,21 +137,22 @@ def _launches(shape: Shape) -> Iterator[tuple[str, Any]]:
     return iter(list(compile_report.launches(shapes.inputs(shape, dtype=dtype, device="meta").call(shape))))
 
 
-def compile_kernels(target: str, *, deadline: float) -> dict[str, Any]:
-    """All kernels that the plans run, and those that tuning tries: what each took, or its error."""
-    names = (*plan.SHAPES, *plan.DECODING, *plan.LONG)
+def compile_kernels(deadline: float = math.inf) -> dict[str, Any]:
+    """All that both plans run of ours, for a GPU that is not there: what each took, or its error."""
     found: dict[str, Any] = {}
-    work = of_kernels(target, names) | of_candidates(target)
-    in_processes(work, deadline, lambda name, said: found.update({name: said}))
+    shapes_run = [SHAPES[name] for name in (*plan.SHAPES, *plan.DECODING)]
+    own = [each for each in (*wanted("gpu"), *wanted("gpu-second")) if each.alone]
+    in_processes([*of_kernels(shapes_run), *own], deadline, lambda name, said: found.update({name: said}))
     return found
 
 
-def in_processes(jobs: Jobs, deadline: float, heard: Callable[[str, Any], None]) -> bool:
-    """Runs jobs until the deadline; hands on what each returns, or its error. Whether all were done by then."""
+def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, Any], None]) -> bool:
+    """Makes it all until the deadline; hands on what each returns, or its error. Whether all was done by then."""
     workers = os.cpu_count() or 1
-    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # in each process, which are many already
-    with patch.dict(os.environ, alone), multiprocessing.get_context("spawn").Pool(workers, _make_way) as pool:
-        waiting = {name: pool.apply_async(job) for name, job in jobs.items()}
+    own = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # in each process, which are many already
+    spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
+    with patch.dict(os.environ, own), spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        waiting = {job.name: pool.apply_async(_make, (job.make, job.alone)) for job in jobs}
         while waiting and time.monotonic() < deadline:
             for name in [name for name, result in waiting.items() if result.ready()]:
                 try:
@@ -135,35 +163,37 @@ def in_processes(jobs: Jobs, deadline: float, heard: Callable[[str, Any], None])
     return not waiting  # who is not done by then is ended
 
 
-def _make_way() -> None:
-    os.nice(NICENESS)
-    torch.set_num_threads(1)
+def _make(make: Callable[[], Any], alone: bool) -> Any:
+    if alone and os.nice(0) < NICENESS:
+        os.nice(NICENESS)
+    return make()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=("gpu", "gpu-second"), default="gpu")
     parser.add_argument("--deadline", type=float, default=math.inf, help="on the clock of time.monotonic()")
     parser.add_argument("--dry-run", action="store_true", help="one kernel only, to see that all is there")
     parser.add_argument("--out", type=Path, default=RUNS / "ahead.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    device = default_device()
-    results = Results("ahead", options.out, device, sys.argv[1:] if arguments is None else arguments)
-    jobs: Jobs = {}
-    if device == "cuda" and not options.dry_run:
-        compiled = tuple(peer for peer in plan.PEERS if peer in COMPILED)
-        jobs |= of_peers(plan.SHAPES, compiled) | of_peers(plan.SHAPES + plan.DECODING, plan.OURS_COMPILED)
-    if not INTERPRETED:
-        kernels = of_kernels(SM_90, (*plan.SHAPES, *plan.DECODING, *plan.LONG))
-        jobs |= dict(list(kernels.items())[:1]) if options.dry_run else kernels | of_candidates(SM_90)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    results = Results("ahead", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
+    jobs = [job for job in wanted(options.plan) if job.alone or default_device() == "cuda"]
+    if options.dry_run:
+        jobs = [] if INTERPRETED else [job for job in jobs if job.alone][:1]
     started, done = time.monotonic(), dict[str, Any]()
 
     def heard(name: str, said: Any) -> None:
         done[name] = said or {}
-        results.add("compiled", {"jobs": len(jobs), "said": f"{len(done)} of {len(jobs)} jobs", "each": done})
+        results.add("compiled", {"jobs": len(jobs), "said": f"{len(done)} of {len(jobs)} compiled", "each": done})
 
-    finished = in_processes(jobs, options.deadline, heard)
+    in_processes(jobs, options.deadline, heard)
     print(f"{len(done)} of {len(jobs)} compiled in {time.monotonic() - started:.0f} s", flush=True)
-    return 0 if finished else 1
+    return 0
 
 
 if __name__ == "__main__":

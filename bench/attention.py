@@ -54,8 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     return ask("attention", __doc__, arguments, trained=True)
 
 
-def ask(question: str, about: str | None, arguments: list[str] | None, *, trained: bool) -> int:
-    """Measures shapes, those that are trained or the others, and writes and prints what comes of it."""
+def parser(question: str, about: str | None) -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--peer", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}")
@@ -65,7 +65,12 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     parser.add_argument("--ceilings", type=Path, metavar="FILE", help="what bench.floors measured, or measure it now")
     parser.add_argument("--rest-of", type=Path, metavar="FILE", help="leave out what this file of an earlier run holds")
     parser.add_argument("--out", type=Path, default=RUNS / f"{question}.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def ask(question: str, about: str | None, arguments: list[str] | None, *, trained: bool) -> int:
+    """Measures shapes, those that are trained or the others, and writes and prints what comes of it."""
+    options = parser(question, about).parse_args(arguments)
     usual = TINIES if options.dry_run else GPU if default_device() == "cuda" else CPU
     chosen = [SHAPES[name] for name in options.shape or ()] or [shape for shape in usual if shape.trained == trained]
     peers = options.peer or default_peers(default_device())

@@ -28,7 +28,7 @@ from qtuning_fast.bench.expected import row_seconds
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import NO_TIME, Schedule
+from qtuning_fast.bench.schedule import NO_TIME, Schedule, Unit
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare, sets_for
 
@@ -61,6 +61,12 @@ def training_shapes(device: str) -> list[Shape]:
     return [shape for pair in zip(bert, llama) for shape in pair]
 
 
+def units(shapes_measured: Sequence[Shape]) -> list[Unit]:
+    """What is measured, and the seconds that are expected of it."""
+    peers = ("composed", "fused")
+    return [Unit(s.name, sum(row_seconds(s, peer) for peer in peers), "point", s) for s in shapes_measured]
+
+
 def measure(
     device: str,
     rounds: int,
@@ -73,9 +79,9 @@ def measure(
     gpu = torch.device(device)
     dtype = default_dtype(device)
     points = []
-    for shape in shapes_measured:
-        seconds = sum(row_seconds(shape, peer) for peer in ("composed", "fused"))
-        if not schedule.begins(shape.name, seconds):
+    for unit in units(shapes_measured):
+        shape = unit.of
+        if not schedule.begins(unit.name, unit.seconds):
             continue
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)

@@ -7,11 +7,12 @@ those marked "assumed" no one has measured. A schedule stretches what it expects
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.schedule import Unit
 from qtuning_fast.bench.shapes import Shape
 from qtuning_fast.bench.timing import FEWEST_ROUNDS, MOST_SETS, Turns
 from qtuning_fast.kernels.blocks import Blocks
@@ -30,6 +31,7 @@ IEEE_KERNEL = 22.0  # likewise, with products of float32 in IEEE arithmetic; mea
 FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torch.compile, first and from disk; assumed
 HOST_MS = 2.0  # of a step in Python, where the GPU is faster; measured 1.0, on this machine
 CHECK = 0.3  # seconds of a peer's outputs and gradients beside float64; assumed
+PEAK = 0.5  # seconds of a step whose memory is counted; assumed
 SETS_BYTES = 150e6  # the sets of inputs together hold so much, three times the last cache
 
 
@@ -44,6 +46,29 @@ def step_ms(shape: Shape, peer: str = "fused") -> float:
     work = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * shape.D
     ms = found or ESTIMATES.get(shape.name) or work * 1e-9 * 0.4  # as bert-base has it
     return ms * next((factor for name, factor in OVER_FUSED.items() if peer.startswith(name)), 1.0)
+
+
+def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
+    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all."""
+    found = [Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer) for peer in peers]
+    found.append(Unit(f"{shape.name}: in turns", turns_seconds(shape, peers, turns), "turns"))
+    asked = [peer for peer in peers if peaks is None or peer in peaks]
+    return found + [Unit(f"{shape.name}: memory, {peer}", PEAK, "memory", peer) for peer in asked]
+
+
+def heats(jobs: Mapping[str, tuple[int, Sequence[Shape]]], heat: int, rounds: int) -> list[Unit]:
+    """Of `tune`: by job how many candidates there are beside the incumbent, and on which shapes. A heat for each job
+    before any has its second, then the best of each again. A unit is about a job and the number of its heat."""
+    most = max(max(1, math.ceil(count / heat)) for count, _ in jobs.values())
+    found = [
+        Unit(f"{job}: heat {number + 1}", heat_seconds(on, min(heat, count) + 2, rounds), "heat", (job, number))
+        for number in range(most)
+        for job, (count, on) in jobs.items()
+        if number < max(1, math.ceil(count / heat))
+    ]
+    return found + [
+        Unit(f"{job}: again", heat_seconds(on, 2, 2 * rounds), "again", (job, -1)) for job, (_, on) in jobs.items()
+    ]
 
 
 def row_seconds(shape: Shape, peer: str) -> float:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from qtuning_fast.bench.peers import OURS, PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import first_line
-from qtuning_fast.kernels.target import INTERPRETED, current_target
+from qtuning_fast.kernels.target import INTERPRETED
 
 TOOLS = ("gcc", "ptxas", "nvcc", "ncu", "compute-sanitizer", "cuobjdump", "nvdisasm")
 COMPILING = 60.0  # seconds after which kernels are compiled where they are called
@@ -73,10 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     results.add("machine", machine | {"said": f"{results.heading()}, {cache}".replace("\n", ", ")})
     print(f"{results.heading()}\n{cache}; {machine['tools']}", flush=True)
     if device == "cuda" and not INTERPRETED:
-        target = current_target()
-        compiled = {}
-        work = ahead.of_kernels_elsewhere(target, shape)
-        ahead.in_processes(work, time.monotonic() + COMPILING, lambda name, seconds: compiled.update({name: seconds}))
+        compiled: dict[str, Any] = {}
+        until = time.monotonic() + COMPILING
+        ahead.in_processes(ahead.of_kernels([shape]), until, lambda name, took: compiled.update({name: took}))
         results.add("compiled", {"said": f"{len(compiled)} kernels", "each": compiled})
     wrong = ""
     for backend in OURS:

@@ -31,7 +31,7 @@ from qtuning_fast.bench.measure import (
 )
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import RESTART, Schedule
+from qtuning_fast.bench.schedule import RESTART, Schedule, Unit
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import Turns
 
@@ -68,6 +68,19 @@ SERIES = {
 }
 
 
+def units(of: str, shapes: dict[int, Shape], peers: Sequence[str], turns: Turns) -> list[Unit]:
+    """Each size, and the seconds that are expected of it."""
+    return [
+        Unit(
+            f"{of}={size}",
+            sum(row_seconds(shape, peer) for peer in peers) + turns_seconds(shape, peers, turns),
+            "point",
+            size,
+        )
+        for size, shape in shapes.items()
+    ]
+
+
 def measure(
     of: str,
     shapes: dict[int, Shape],
@@ -88,9 +101,9 @@ def measure(
     def by_now() -> dict[str, Any]:
         return entry | {"points": points, "seconds": round(time.perf_counter() - started, 1)}
 
-    for size, shape in shapes.items():
-        seconds = sum(row_seconds(shape, peer) for peer in peers) + turns_seconds(shape, peers, turns)
-        if not schedule.begins(f"{of}={size}", seconds):
+    for unit in units(of, shapes, peers, turns):
+        size, shape = unit.of, shapes[unit.of]
+        if not schedule.begins(unit.name, unit.seconds):
             continue
         torch._dynamo.reset()  # else the eighth size would not be compiled any more
         cases = {peer: (shape, peer) for peer in peers}
@@ -102,7 +115,8 @@ def measure(
     return by_now()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--with", dest="sizes", nargs="+", choices=SERIES, default=list(SERIES))
@@ -112,7 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that all is there")
     parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
     parser.add_argument("--out", type=Path, default=RUNS / "growth.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    device, options = default_device(), parser().parse_args(arguments)
 
     within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
     given = sys.argv[1:] if arguments is None else arguments

@@ -92,25 +92,24 @@ def measure(
         rows = before | as_json({peer: row for peer, row in side.rows.items() if peer in asked and peer not in before})
         return entry | {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
 
-    for peer in peers:
-        unit = f"{shape.name}: {peer}"
-        asked.add(peer)
-        if schedule.begins(unit, expected.row_seconds(shape, peer)):
-            before.pop(peer, None)
-            side.one(peer, alone=wrote is not None)
-        elif peer not in before:
-            side.rows[peer].error = schedule.said(unit)
+    for unit in expected.rows(shape, peers, turns, peaks):
+        peer, begins = unit.of, schedule.begins(unit.name, unit.seconds)
+        if unit.kind == "row":
+            asked.add(peer)
+            if begins:
+                before.pop(peer, None)
+                side.one(peer, alone=wrote is not None)
+            elif peer not in before:
+                side.rows[peer].error = schedule.said(unit.name)
+        elif unit.kind == "turns" and begins:
+            side.all()
+        elif unit.kind == "memory" and begins and peer not in before and side.timed(peer):
+            listener("memory", peers.index(peer) / len(peers))
+            side.rows[peer].peak = _peak(shape, peer, device, dtype)
         if wrote is not None:
             wrote(by_now())
         if broken(device):
             raise SystemExit(RESTART)
-    if schedule.begins(f"{shape.name}: in turns", expected.turns_seconds(shape, side.able(), turns)):
-        side.all()
-    for done, (peer, row) in enumerate(side.rows.items()):
-        listener("memory", done / len(peers))
-        timed = peer not in before and (row.step if shape.trained else row.forward).best is not None
-        if timed and (peaks is None or peer in peaks) and schedule.begins(f"{shape.name}: memory, {peer}", 0.5):
-            row.peak = _peak(shape, peer, device, dtype)
     schedule.end()
     return by_now()
 
@@ -163,9 +162,10 @@ class SideBySide:
             give_back()  # what the checks took, for the graphs
         self._take_times(list(self.cases), self._setups, self.turns)
 
-    def able(self) -> list[str]:
-        """The peers that can be timed."""
-        return [self.cases[name][1] for name in self.cases if f"{name} forward" in self._setups]
+    def timed(self, name: str) -> bool:
+        """Whether a peer has done all that is asked of it."""
+        shape, row = self.cases[name][0], self.rows[name]
+        return (row.step if shape.trained else row.forward).best is not None
 
     def _inputs(self, shape: Shape) -> tuple[list[Inputs], Reference]:
         if shape not in self._given:

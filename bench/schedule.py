@@ -8,11 +8,21 @@ died. Deadlines are on the clock that all processes share (`time.monotonic`).
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 DONE, UNDER_WAY, DIED, NO_TIME = "done", "under way", "its process died or hung", "left out: no time"
 SLOWEST = 3.0  # how far the units so far may stretch what is expected of the next ones
 RESTART = 75  # the exit status of a process that asks for a fresh one, as after an error that broke its CUDA context
+
+
+class Unit(NamedTuple):
+    """The least that a step brings home."""
+
+    name: str
+    seconds: float  # that are expected of it
+    kind: str = ""
+    of: Any = None  # what it is about
+
 
 Log = dict[str, dict[str, Any]]  # by unit: "said", "expected" and "took" in seconds
 
@@ -44,7 +54,12 @@ class Schedule:
                 entry["said"] = DIED
 
     def begins(self, unit: str, seconds: float) -> bool:
-        """Whether a unit of so many seconds is to be done now; ends the one before it."""
+        """Whether a unit of so many seconds is to be done now; ends the one before it.
+
+        Args:
+            unit: its name.
+            seconds: that are expected of it.
+        """
         self.end()
         if self.said(unit) in (DONE, DIED):
             return False

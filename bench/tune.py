@@ -31,7 +31,7 @@ import torch
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.candidates import candidates, compile_for, obstacle
 from qtuning_fast.bench.compile_report import TARGETS
-from qtuning_fast.bench.expected import candidate_ms, heat_seconds
+from qtuning_fast.bench.expected import candidate_ms, heats
 from qtuning_fast.bench.measure import broken, default_device
 from qtuning_fast.bench.passes import Pass, difference
 from qtuning_fast.bench.results import RUNS, Results
@@ -204,17 +204,11 @@ class Work:
     best: Trial | None = None
     tried: int = 1  # of the trials; the first is the incumbent, which is in every heat
 
-    @property
-    def heats(self) -> int:
-        return max(1, math.ceil((len(self.trials) - 1) / HEAT))
-
     def heat(self, number: int) -> list[Trial]:
-        """The incumbent, the best so far, and those whose turn it is."""
-        new = self.trials[1 + number * HEAT : 1 + (number + 1) * HEAT]
-        return list({id(t): t for t in (self.trials[0], *([self.best] if self.best else []), *new)}.values())
-
-    def finalists(self) -> list[Trial]:
-        return self.heat(self.heats)
+        """The incumbent, the best so far, and those whose turn it is; -1: nobody's."""
+        new = self.trials[1 + number * HEAT : 1 + (number + 1) * HEAT] if number >= 0 else []
+        best = [self.best] if self.best is not None else []
+        return list({id(trial): trial for trial in (self.trials[0], *best, *new)}.values())
 
 
 def tune(
@@ -245,18 +239,17 @@ def tune(
         for each in (one for one in work if rank < len(one.trials)):
             dtype, entry = DTYPES[each.job.dtype], each.trials[rank].entry
             each.futures.append(compiling(compile_for, target, dtype, entry, each.shapes))
-    for number in range(max(each.heats for each in work)):
-        for each in (one for one in work if number < one.heats):
-            if schedule.begins(f"{each.job}: heat {number + 1}", heat_seconds(each.shapes, HEAT + 2, rounds)):
-                _run_heat(each, each.heat(number), device, schedule.deadline, rounds)
-                each.tried = min(1 + (number + 1) * HEAT, len(each.trials))
-                finished(each.job, each.trials[: each.tried], each.best)
-    for each in work:
-        if each.best is None or each.best is each.trials[0]:
+    by_job = {str(each.job): each for each in work}
+    sizes = {job: (len(each.trials) - 1, each.shapes) for job, each in by_job.items()}
+    for unit in heats(sizes, HEAT, rounds):
+        job, number = unit.of
+        one, again = by_job[job], unit.kind == "again"
+        if again and (one.best is None or one.best is one.trials[0]):
             continue  # nothing beats the incumbent
-        if schedule.begins(f"{each.job}: again", heat_seconds(each.shapes, 2, 2 * rounds)):
-            _run_heat(each, each.finalists(), device, schedule.deadline, 2 * rounds)
-            finished(each.job, each.trials[: each.tried], each.best)
+        if schedule.begins(unit.name, unit.seconds):
+            _run_heat(one, one.heat(number), device, schedule.deadline, 2 * rounds if again else rounds)
+            one.tried = one.tried if again else min(1 + (number + 1) * HEAT, len(one.trials))
+            finished(one.job, one.trials[: one.tried], one.best)
     schedule.end()
 
 

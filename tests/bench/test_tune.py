@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtuning_fast.bench import candidates as candidates_module
-from qtuning_fast.bench import results, tune
+from qtuning_fast.bench import expected, results, tune
 from qtuning_fast.bench.candidates import candidates, obstacle
 from qtuning_fast.bench.passes import Pass, difference
 from qtuning_fast.bench.schedule import NO_TIME, Schedule
@@ -177,7 +177,7 @@ def tuned(monkeypatch, jobs, *, verdict=None, milliseconds=None, deadline=1e9, t
                 one.times[shape.name] = Timing((milliseconds or (lambda e: 1.0))(one.entry), 0.0, 5)
 
     monkeypatch.setattr(tune, "measure", fake_measure)
-    monkeypatch.setattr(tune, "heat_seconds", lambda *args: 10.0)
+    monkeypatch.setattr(expected, "heat_seconds", lambda *args: 10.0)
     schedule = Schedule(deadline, clock=lambda: now[0])
     tune.tune(
         jobs,
