@@ -33,8 +33,7 @@ from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import SHAPES, Shape
 from qtuning_fast.bench.timing import first_line
-from qtuning_fast.bench.tune import DTYPES, Job, in_order, incumbent_of
-from qtuning_fast.bench.tune import SHAPES as TUNED_ON
+from qtuning_fast.bench.tune import DTYPES, asked, in_order, incumbent_of, shapes_of
 from qtuning_fast.kernels.target import INTERPRETED
 
 COMPILED = ("flex-frozen-gate", "flex-merged", "flex-approx-frozen-gate", "flex", "eager-compiled")
@@ -91,13 +90,13 @@ def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
 
 def of_candidates() -> list[Wanted]:
     """Blocks that tuning tries, the most promising of each job first."""
-    asked = [Job("bf16", D, direction) for D in plan.TUNED_HEAD_SIZES for direction in plan.TUNED_DIRECTIONS]
-    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)), job.direction)) for job in asked]
+    jobs = asked(["bf16"], plan.TUNED_HEAD_SIZES, plan.TUNED_DIRECTIONS)
+    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)), job.direction)) for job in jobs]
     found = []
     for rank in range(max(len(entries) for _, entries in tried)):
         for job, entries in tried:
             if rank < len(entries):
-                on = TUNED_ON[job.head_size]
+                on = shapes_of(job.head_size, job.direction)
                 make = partial(compile_for, SM_90, DTYPES[job.dtype], entries[rank], on)
                 found.append(Wanted(f"{job}: {rank}", KERNEL * len(on), make, alone=True))
     return found

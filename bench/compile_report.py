@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 
 from qtuning_fast.call import PrefixAttentionCall
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
+from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -155,16 +156,20 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
 def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
     """Every launch of a training step, by name; and of one whose context others compute, what is its own."""
     outputs = forward.empty_outputs(call)
+    as_seen, folding = folded(call)
+    yield from (("fold", launch) for launch in folding)
     if call.query.shape[2] == 1:
-        yield "merge", prefix_forward.launch(call, *outputs)
+        yield "merge", prefix_forward.launch(as_seen, *outputs)
         return
     frozen = {"gate_alpha", "gate_tau"} if call.prefix_index is not None else set()
     gradients = backward.empty_gradients(call, [name not in frozen for name in backward.INPUTS])
-    yield "forward", forward.launch(call, *outputs)
-    yield from zip(("queries", "keys", "prefix"), backward.launches(call, *outputs, outputs[0], gradients))
-    yield "merge", prefix_forward.launch(call, *outputs)
+    yield "forward", forward.launch(as_seen, *outputs)
+    _, *others = backward.launches(call, *outputs, outputs[0], gradients)
+    yield from zip(("queries", "keys", "prefix"), others)
+    yield "merge", prefix_forward.launch(as_seen, *outputs)
     added_to = gradients["query"]
-    yield "prefix-queries", next(prefix_part.launches(call, *outputs, outputs[0], added_to, gradients={}))
+    _, queries = prefix_part.launches(call, *outputs, outputs[0], added_to, gradients={})
+    yield "prefix-queries", queries
 
 
 def report(target: str, dtype: str, head_size: int, context: str) -> list[Row]:

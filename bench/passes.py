@@ -10,6 +10,7 @@ from torch import Tensor
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.blocks import Blocks, instead
+from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch
 
 
@@ -23,22 +24,32 @@ class Pass:
     def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
         self.direction, self.d_output = direction, x.d_output
         self.call = x.call(shape)
+        self.as_seen, folding = folded(self.call)
         self.outputs = forward.empty_outputs(self.call)
         self.gradients = backward.empty_gradients(self.call, [True] * len(backward.INPUTS))
-        forward.launch(self.call, *self.outputs).run()
+        for launch in (*folding, forward.launch(self.as_seen, *self.outputs)):
+            launch.run()
 
     def launches(self, entry: Blocks) -> list[Launch]:
         """What is timed. With the keys goes the launch after them: how much it has to add up is up to their blocks."""
         with instead(entry):
             if self.direction == "forward":
-                return [forward.launch(self.call, *self.outputs)]
+                return [forward.launch(self.as_seen, *self.outputs)]
             if self.direction == "merge":
-                return [prefix_forward.launch(self.call, *self.outputs)]
+                return [prefix_forward.launch(self.as_seen, *self.outputs)]
             if self.direction == "prefix-queries":
                 d_query = self.gradients["query"]
-                return [*prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})]
-            queries, *others = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
-        if self.direction == "queries":
+                launches = prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})
+            else:
+                launches = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
+            folding, *launches = launches
+        folding.run()
+        if (
+            self.direction == "whole"
+        ):  # all of it, in one launch and the sum of its parts, or, where it is off, in three
+            return launches
+        queries, *others = launches
+        if self.direction in ("queries", "prefix-queries"):
             return [queries]
         queries.run()  # writes the delta that the others read
         return others
@@ -49,13 +60,13 @@ class Pass:
             return {"output": self.outputs[0], "lse": self.outputs[1]}
         if self.direction in ("queries", "prefix-queries"):
             return {"delta": launches[0].arguments["per_query"].delta, "query": self.gradients["query"]}
-        return {name: x for name, x in self.gradients.items() if name != "query"}
+        return {name: x for name, x in self.gradients.items() if name != "query" or self.direction == "whole"}
 
     def compute(self, entry: Blocks) -> dict[str, Tensor]:
         """The results by an entry. What it does not write is NaN, or 0 where it adds to what is there."""
         launches = self.launches(entry)
         results = self.results(launches)
-        parts = [x for x in launches[0].arguments.get("parts") or () if isinstance(x, Tensor)]
+        parts = [x for each in launches for x in each.arguments.get("parts") or () if isinstance(x, Tensor)]
         for x in (*results.values(), *parts):
             x.fill_(0.0 if self.direction in ("merge", "prefix-queries") else math.nan)
         for launch in launches:

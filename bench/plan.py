@@ -56,8 +56,8 @@ PEERS = (
 )
 DECODING, DECODERS = ("decode-64", "decode-64-mixed"), ("composed", "fused", "sdpa-no-concat")
 LONG = ("llama-8b-4096", "long")
-LONG_PEERS = ("composed", "composed-frozen-gate", "flex-frozen-gate", "flex-merged", "sdpa", "context-alone", "eager")
-TUNED_HEAD_SIZES, TUNED_DIRECTIONS = (64, 128), ("keys", "queries", "forward")
+LONG_PEERS = ("composed", "sdpa", "context-alone", "composed-frozen-gate", "flex-frozen-gate", "flex-merged", "eager")
+TUNED_HEAD_SIZES, TUNED_DIRECTIONS = (64, 128), ("keys", "whole", "queries", "forward")
 OURS = ("fused", "fused-frozen-gate", "composed", "fused-plain")
 
 _FEW = ("--dry-run", "--peer", "fused", "composed", "sdpa")
@@ -108,19 +108,19 @@ PLANS: dict[str, tuple[Step, ...]] = {
     ),
     "gpu-second": (
         # What the first call has compiled is there still, if it is the same machine, and this step ends at once.
-        Step("ahead", "ahead", 40, arguments=("--plan", "gpu-second"), within=True),
-        replace(_CEILINGS, seconds=10),
+        Step("ahead", "ahead", 55, arguments=("--plan", "gpu-second"), within=True),
+        replace(_CEILINGS, seconds=8),
         replace(
             _ATTENTION,
             name="attention-rest",
-            seconds=20,
+            seconds=15,
             arguments=("--quick", "--shape", *SHAPES, "--peer", *PEERS, "--rest-of", str(RUNS / "gpu/attention.json")),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-bias"),
         ),
         replace(
             _ATTENTION,
             name="attention-long",
-            seconds=42,
+            seconds=40,
             arguments=("--quick", "--shape", *LONG, "--peer", *LONG_PEERS),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-causal"),
         ),
@@ -128,7 +128,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
         Step(
             "growth",
             "growth",
-            30,
+            24,
             arguments=("--peer", "fused", "composed", "eager", "sdpa", "--with", "N", "P", "tasks"),
             rehearsal=("--dry-run", "--peer", "composed", "--with", "B", "tasks"),
             within=True,

@@ -249,12 +249,11 @@ def _attention(world: World, step: Step, deadline: float) -> Work:
     schedule.end()
 
 
-def _jobs() -> list[tune.Job]:
-    return [tune.Job("bf16", D, direction) for D in plan.TUNED_HEAD_SIZES for direction in plan.TUNED_DIRECTIONS]
-
-
 def _tune(world: World, step: Step, deadline: float) -> Work:
-    jobs = {str(j): (len(candidates(tune.incumbent_of("sm_90", j))) - 1, tune.SHAPES[j.head_size]) for j in _jobs()}
+    jobs = {
+        str(job): (len(candidates(tune.incumbent_of("sm_90", job))) - 1, tune.shapes_of(job.head_size, job.direction))
+        for job in tune.asked(["bf16"], plan.TUNED_HEAD_SIZES, plan.TUNED_DIRECTIONS)
+    }
 
     def compiling(unit: Unit) -> float:
         """A heat waits for those of its candidates that no one has compiled; one core makes each."""

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.candidates import candidates, compile_for, obstacle
+from qtuning_fast.bench.candidates import KEYS_OF_WHOLE, PREFIX_OF_WHOLE, candidates, compile_for, obstacle
 from qtuning_fast.bench.compile_report import TARGETS
 from qtuning_fast.bench.expected import candidate_ms, heats
 from qtuning_fast.bench.measure import broken, default_device
@@ -49,6 +49,7 @@ SHAPES: dict[int, tuple[Shape, ...]] = {  # by head size, the most used first
     128: (LLAMA_8B,),
     256: (WIDE,),
 }
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # entries for bfloat16 are those for all 16-bit types
 TOLERANCE = {2: 2**-6, 4: 1e-4}  # by bytes of an element; what another order of sums changes stays well below
 NOISE = 0.01  # by how much the incumbent must be beaten
@@ -124,6 +125,13 @@ def _calls(passes: Sequence[Pass], entry: Blocks) -> list[Call]:
 def _run(launches: Sequence[Launch]) -> None:
     for launch in launches:
         launch.run()
+
+
+def shapes_of(head_size: int, direction: str) -> tuple[Shape, ...]:
+    """On which shapes an entry is measured; on none where no shape has a use for it."""
+    if direction != "whole":
+        return SHAPES[head_size]
+    return tuple(s for s in SHAPES[head_size] if max(s.N, s.M) <= KEYS_OF_WHOLE and s.P <= PREFIX_OF_WHOLE)
 
 
 def winner(trials: Sequence[Trial]) -> Trial | None:
@@ -221,7 +229,7 @@ def tune(
     finished: Callable[[Job, list[Trial], Trial | None], None],
     rounds: int = ROUNDS,
     tried: Callable[[Blocks], list[Blocks]] = candidates,
-    measured_on: Mapping[int, tuple[Shape, ...]] = SHAPES,
+    measured_on: Callable[[int, str], tuple[Shape, ...]] = shapes_of,
     known: Mapping[str, Blocks] | None = None,
 ) -> None:
     """Measures heat after heat of each job, by turns, and hands each on to `finished`; then the best of each once more.
@@ -234,7 +242,8 @@ def tune(
         entries = in_order(tried(incumbent), job.direction)
         best = (known or {}).get(str(job), incumbent)
         trials = [Trial(entry) for entry in dict.fromkeys((*entries[:1], best, *entries[1:]))]
-        work.append(Work(job, trials, [], measured_on[job.head_size], best=trials[1] if best != incumbent else None))
+        on = measured_on(job.head_size, job.direction)
+        work.append(Work(job, trials, [], on, best=trials[1] if best != incumbent else None))
     for rank in range(max(len(each.trials) for each in work)):
         for each in (one for one in work if rank < len(one.trials)):
             dtype, entry = DTYPES[each.job.dtype], each.trials[rank].entry
@@ -300,7 +309,7 @@ def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None], schedul
         finished=finished,
         rounds=2,
         tried=lambda incumbent: candidates(incumbent)[:2],
-        measured_on={32: (replace(TINY, B=1, D=32),)},
+        measured_on=lambda head_size, direction: (replace(TINY, B=1, D=32),),
     )
 
 
@@ -335,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rehearsed:
         rehearse(finished, schedule)
         return 0
-    jobs = [Job(*job) for job in _product(options.dtype, options.head_size, options.direction)]
+    jobs = asked(options.dtype, options.head_size, options.direction)
     print(f"{measured}, {target}; gain over the incumbent, ms a launch by CUDA-graph replay, * wins")
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
     pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn)
@@ -357,8 +366,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _product(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [(dtype, D, direction) for dtype in dtypes for D in head_sizes for direction in directions]
+def asked(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[Job]:
+    """Direction by direction, as they are named; without those that no shape has a use for."""
+    found = [Job(dtype, D, direction) for dtype in dtypes for direction in directions for D in head_sizes]
+    return [job for job in found if shapes_of(job.head_size, job.direction)]
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ when a kernel is compiled, and so is a pointer that is None, which stands for wh
 variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare every tuple with None.)
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -51,13 +51,14 @@ class Stored(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    key: Stored
-    value: Stored
+    """As attention sees it: k' and v', what `fold` makes of stored rows."""
+
+    key: Rows
+    value: Rows
     index: Any  # [B], None without a bank
     length: Any  # [T], None: all P
     n_prefixes: int  # T
     n_rows: int  # P
-    n_shared: int
 
 
 class Parameter(NamedTuple):
@@ -109,7 +110,7 @@ class Sizes(NamedTuple):
 
 
 def attention(call: Any) -> dict[str, Any]:
-    """The arguments that the three attention kernels share, by name."""
+    """The arguments that the attention kernels share, by name; of a call whose prefix is folded."""
     return {
         "query": rows(call.query),
         "key": rows(call.key),
@@ -128,7 +129,7 @@ def attention_to_prefix(call: Any) -> dict[str, Any]:
         "query": rows(call.query),
         "prefix": prefix(call),
         "gate": gate(call),
-        "masks": Masks(padding=_overlay(None), full=_overlay(None), bias=_overlay(call.prefix_bias)),
+        "masks": Masks(_NO_OVERLAY, _NO_OVERLAY, _overlay(call.prefix_bias)),
         "sizes": sizes(call),
         "scale": call.scale,
     }
@@ -146,41 +147,71 @@ def samples_by_prefix(call: Any) -> Tensor | None:
 
 
 def rows(x: Tensor) -> Rows:
-    """A tensor [outer, head, row, D] as kernels read it: in place, or, if its strides are none for them, a copy."""
-    return written_rows(x if in_reach(x) else x.contiguous())
+    """A tensor [outer, head, row, D], or [head, row, D] where outer is always 0, as kernels read it.
+
+    In place, or, if its strides are none for them, a copy.
+    """
+    return _rows(x if in_reach(x) else x.contiguous())
 
 
 def written_rows(x: Tensor | None) -> Rows:
     """A tensor [outer, head, row, D] as kernels write it."""
     if x is None:
-        return Rows(None, 0, 0, 0, tl.constexpr(1), tl.constexpr(16))
+        return _NO_ROWS
     assert in_reach(x), f"kernels cannot write strides {x.stride()}"
+    return _rows(x)
+
+
+def _rows(x: Tensor) -> Rows:
     D = x.shape[-1]
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2), tl.constexpr(D), tl.constexpr(block_of(D)))
+    outer, head, row, _ = (0, *x.stride())[-4:]
+    return Rows(x, outer, head, row, constant(D), constant(block_of(D)))
 
 
 def empty_rows_like(x: Tensor) -> Tensor:
     """Room for a gradient, its memory in the order of x if kernels can write that."""
     room = torch.empty_like(x)
-    return room if in_reach(room) else x.new_empty(x.shape)
+    return room if in_reach(room) else contiguous_like(x)
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    """Room for a gradient, contiguous."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def block_of(D: int) -> int:
     """The power of 2 that holds D; 16 is the least that matrix units take."""
-    return max(16, triton.next_power_of_2(D))
+    return 16 if D <= 16 else 1 << (D - 1).bit_length()
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed: 1 and True are other constants
+def constant(value: Any) -> tl.constexpr:
+    """A value as a kernel takes what is known when it is compiled: the same object each time.
+
+    Making one takes a microsecond, and so does telling two apart, which Triton does with each of a launch.
+    """
+    return tl.constexpr(value)
 
 
 def prefix(call: Any) -> Prefix:
     index, length = call.prefix_index, call.prefix_length
     return Prefix(
-        key=Stored(rows(_bank(call, call.prefix_key)), _low_rank(call, call.reweight_key)),
-        value=Stored(rows(_bank(call, call.prefix_value)), _low_rank(call, call.reweight_value)),
+        key=rows(call.prefix_key),
+        value=rows(call.prefix_value),
         index=None if index is None else index.contiguous(),
         length=None if length is None else length.contiguous(),
         n_prefixes=n_prefixes(call),
         n_rows=call.prefix_key.shape[-2],
-        n_shared=call.n_shared,
     )
+
+
+def stored(x: Tensor, weights: tuple[Tensor, Tensor] | None) -> Stored:
+    return Stored(rows(x), _low_rank(weights))
+
+
+def cdiv(count: int, block: int) -> int:
+    """How many blocks hold so many: triton.cdiv, which takes the host two microseconds."""
+    return -(-count // block)
 
 
 def n_prefixes(call: Any) -> int:
@@ -191,20 +222,15 @@ def gate(call: Any) -> Gate:
     # Its error of 2⁻¹¹ is an eighth of bfloat16's rounding, but all of float16's.
     fast_tanh = call.query.dtype == torch.bfloat16 and current_target().startswith("sm_")
     return Gate(
-        name=tl.constexpr(call.gate or "none"),
-        fast_tanh=tl.constexpr(fast_tanh),
+        name=constant(call.gate or "none"),
+        fast_tanh=constant(fast_tanh),
         alpha=_parameter(call.gate_alpha),
         tau=_parameter(call.gate_tau),
     )
 
 
 def masks(call: Any) -> Masks:
-    padding = call.padding_mask
-    return Masks(
-        padding=_overlay(None if padding is None else padding[:, None, None, :]),
-        full=_overlay(call.attn_mask),
-        bias=_overlay(call.prefix_bias),
-    )
+    return Masks(_overlay(call.padding_mask), _overlay(call.attn_mask), _overlay(call.prefix_bias))
 
 
 def sizes(call: Any) -> Sizes:
@@ -214,36 +240,45 @@ def sizes(call: Any) -> Sizes:
 
 
 def in_reach(x: Tensor) -> bool:
-    return (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(-2) <= _LARGEST_STRIDE or x.shape[-2] == 1)
+    *_, row, column = x.stride()
+    return (column == 1 or x.shape[-1] == 1) and (row <= _LARGEST_STRIDE or x.shape[-2] == 1)
 
 
-def _bank(call: Any, x: Tensor) -> Tensor:
-    """With the leading T that only a bank has."""
-    return x[None] if call.prefix_index is None else x
-
-
-def _low_rank(call: Any, pair: tuple[Tensor, Tensor] | None) -> LowRank:
+def _low_rank(pair: tuple[Tensor, Tensor] | None) -> LowRank:
     if pair is None:
-        return LowRank(None, 0, 0, None, 0, 0, 0, tl.constexpr(0))
-    U, V = (_bank(call, x if in_reach(x) else x.contiguous()) for x in pair)
-    return LowRank(U, U.stride(0), U.stride(1), V, V.stride(0), V.stride(1), V.stride(2), tl.constexpr(U.shape[-1]))
+        return _NO_WEIGHTS
+    U, V = pair
+    if not in_reach(U):
+        U = U.contiguous()
+    if not in_reach(V):
+        V = V.contiguous()
+    U_prefix, U_row, _ = (0, *U.stride())[-3:]  # 0 without a bank: there is one prefix
+    V_prefix, V_rank, V_head, _ = (0, *V.stride())[-4:]
+    return LowRank(U, U_prefix, U_row, V, V_prefix, V_rank, V_head, constant(U.shape[-1]))
 
 
 def _parameter(x: float | Tensor) -> Parameter:
     if not isinstance(x, Tensor):
         return Parameter(None, 0, 0, float(x))
-    by_head = x.reshape((1,) * (2 - x.ndim) + x.shape)  # [] and [Hq] are the same for all prefixes
-    prefix, head = _broadcast_strides(by_head)
-    return Parameter(by_head, prefix, head, 0.0)
+    prefix, head = (0, 0, *_broadcast_strides(x))[-2:]  # [] and [Hq] are the same for all prefixes
+    return Parameter(x, prefix, head, 0.0)
 
 
 def _overlay(x: Tensor | None) -> Overlay:
+    """Of a mask with four dimensions, or [sample, key]."""
     if x is None:
-        return Overlay(None, 0, 0, 0, 0)
+        return _NO_OVERLAY
     if x.dtype == torch.bool:
         x = x.view(torch.uint8)
-    return Overlay(x, *_broadcast_strides(x))
+    strides = _broadcast_strides(x)
+    sample, head, query, key = strides if len(strides) == 4 else (strides[0], 0, 0, strides[1])
+    return Overlay(x, sample, head, query, key)
 
 
 def _broadcast_strides(x: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]
+
+
+_NO_ROWS = Rows(None, 0, 0, 0, constant(1), constant(16))
+_NO_WEIGHTS = LowRank(None, 0, 0, None, 0, 0, 0, constant(0))
+_NO_OVERLAY = Overlay(None, 0, 0, 0, 0)

@@ -1,5 +1,7 @@
-"""The backward pass: three launches at most, and of each only what some gradient needs.
+"""The backward pass: four launches at most, and of each only what some gradient needs.
 
+fold                k', v' once more
+backward_whole      where the context fits into one tile: δ, dq, dk, dv and the prefix's gradients in parts; else
 backward_queries    δ, dq
 backward_keys       dk, dv; the prefix's gradients in parts
 backward_prefix     the parts added up: dK, dU, dV, dα, dτ
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backward_keys, backward_prefix, backward_queries
-from .arguments import PerQuery, empty_rows_like
+from . import arguments, backward_keys, backward_prefix, backward_queries, backward_whole
+from .arguments import PerQuery, contiguous_like, empty_rows_like
+from .fold import folded
 from .launch import Launch
 
 # What may need a gradient, in the order of the operators' arguments.
@@ -36,7 +39,17 @@ def launches(
     call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
     """What fills the gradients."""
-    shared = arguments.attention(call)
+    as_seen, folding = folded(call)
+    if gradients.keys() - {"key", "value"}:
+        yield from folding
+    shared = arguments.attention(as_seen)
+    if backward_whole.takes(call, gradients):
+        parts = backward_keys.empty_parts(call, "whole", **parts_needed(gradients))
+        per_query = PerQuery(lse, lse_rest, delta=None)
+        yield backward_whole.launch(call, shared, output, d_output, per_query, gradients, parts)
+        if parts.needed:
+            yield backward_prefix.launch(call, parts, gradients)
+        return
     per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
     yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
     yield from launches_over_keys(call, shared, d_output, per_query, gradients)
@@ -45,25 +58,29 @@ def launches(
 def launches_over_keys(
     call: Any, shared: dict[str, Any], d_output: Tensor, per_query: PerQuery, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
-    """What fills all gradients but the queries', once their δ is there."""
+    """What fills all gradients but the queries', once their δ is there; `shared` are arguments of the folded call."""
     d_key, d_value = gradients.get("key"), gradients.get("value")
-    parts = backward_keys.empty_parts(
-        call,
-        key=not gradients.keys().isdisjoint({"prefix_key", "U_key", "V_key"}),
-        value=not gradients.keys().isdisjoint({"prefix_value", "U_value", "V_value"}),
-        gate=not gradients.keys().isdisjoint({"gate_alpha", "gate_tau"}),
-    )
+    parts = backward_keys.empty_parts(call, "keys", **parts_needed(gradients))
     if parts.needed or d_key is not None or d_value is not None:
         yield backward_keys.launch(call, shared, d_output, per_query, d_key, d_value, parts)
     if parts.needed:
-        yield backward_prefix.launch(call, shared, parts, gradients)
+        yield backward_prefix.launch(call, parts, gradients)
+
+
+def parts_needed(gradients: dict[str, Tensor]) -> dict[str, bool]:
+    """Which of the prefix's gradients come in parts first."""
+    return {
+        "key": not gradients.keys().isdisjoint({"prefix_key", "U_key", "V_key"}),
+        "value": not gradients.keys().isdisjoint({"prefix_value", "U_value", "V_value"}),
+        "gate": not gradients.keys().isdisjoint({"gate_alpha", "gate_tau"}),
+    }
 
 
 def empty_gradients(call: Any, needs: Sequence[bool]) -> dict[str, Tensor]:
     """Room by name. Query, key and value keep the order of their memory; what belongs to the prefix is contiguous."""
     inputs = named_inputs(call)
     return {
-        name: empty_rows_like(inputs[name]) if name in INPUTS[:3] else inputs[name].new_empty(inputs[name].shape)
+        name: empty_rows_like(inputs[name]) if name in INPUTS[:3] else contiguous_like(inputs[name])
         for name, needed in zip(INPUTS, needs)
         if needed
     }

@@ -31,7 +31,6 @@ from .tiles import (
     load_lse,
     load_rows,
     prefix_of,
-    prefix_rows,
     prefix_scores,
     query_rows,
     softmax_weights,
@@ -59,23 +58,23 @@ class Parts(NamedTuple):
 
 @triton.jit
 def backward_keys_kernel(
-    query, key, value, prefix, gate, masks, d_output, per_query, d_key, d_value, parts, sizes, scale, variant,
+    query, key, value, prefix, gate, masks, output, d_output, per_query, d_key, d_value, parts, sizes, scale, variant,
     prefix_programs,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < prefix_programs:
         if parts.key is not None or parts.value is not None or parts.alpha is not None:
-            prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, sizes, scale, variant)
+            prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scale, variant)
     else:
         if d_key.pointer is not None or d_value.pointer is not None:
             context_tile(
-                pid - prefix_programs, query, key, value, masks, d_output, per_query, d_key, d_value, sizes, scale,
-                variant,
+                pid - prefix_programs, query, key, value, masks, output, d_output, per_query, d_key, d_value, sizes,
+                scale, variant,
             )  # fmt: skip
 
 
 @triton.jit
-def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_value, sizes, scale, variant):
+def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_key, d_value, sizes, scale, variant):
     tiles = tl.cdiv(sizes.M, variant.BLOCK_M)
     heads = sizes.heads // sizes.group
     m = pid % tiles * variant.BLOCK_M
@@ -92,7 +91,7 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
         for step in range(0, (end - whole) * sizes.group):
             h = hk * sizes.group + step // (end - whole)
             n = first_query(whole + step % (end - whole), variant)
-            q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
+            q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
             s, unit = unmasked_scores(s, scale, variant)
             w = softmax_weights(s, unit, L, rest, variant)
@@ -101,7 +100,7 @@ def context_tile(pid, query, key, value, masks, d_output, per_query, d_key, d_va
         for step in range(0, (whole - first) * sizes.group):
             h = hk * sizes.group + step // (whole - first)
             n = first_query(first + step % (whole - first), variant)
-            q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
+            q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
             i = tl.arange(0, variant.BLOCK_N)[None, :]
             j = tl.arange(0, variant.BLOCK_M)[:, None]
             s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
@@ -138,13 +137,20 @@ def first_query(tile, variant):
 
 
 @triton.jit
-def load_queries(query, d_output, per_query, sizes, b, h, n, variant):
-    """q, dO and, as rows [1, BLOCK_N], the log-sum-exp with its rest and δ of one tile of queries."""
+def load_queries(query, output, d_output, per_query, sizes, b, h, n, variant):
+    """q, dO and, as rows [1, BLOCK_N], the log-sum-exp with its rest and δ of one tile of queries.
+
+    δ is read where a kernel before this one has written it; else it comes from the output.
+    """
     q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
     row, exists = query_rows(sizes, b, h, n, variant)
     L, rest = load_lse(per_query, row, exists, variant)
-    d = tl.load(per_query.delta + row, mask=exists, other=0.0)
+    if per_query.delta is None:
+        o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
+        d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
+    else:
+        d = tl.load(per_query.delta + row, mask=exists, other=0.0)
     return q, d_o, L[None, :], rest[None, :], d[None, :]
 
 
@@ -160,7 +166,7 @@ def add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant):
 
 
 @triton.jit
-def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, sizes, scale, variant):
+def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scale, variant):
     p = pid % parts.tiles * variant.BLOCK_P
     block = pid // parts.tiles  # of [shares, T, Hq]
     h = block % sizes.heads
@@ -169,9 +175,8 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, siz
     hk = h // sizes.group
 
     length = length_of(prefix, t)
-    dtype: tl.constexpr = query.pointer.dtype.element_ty
-    k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, dtype, variant.BLOCK_P)
-    v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, dtype, variant.BLOCK_P)
+    k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
+    v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
     alpha = gate_parameter(gate.alpha, t, h)
     tau = gate_parameter(gate.tau, t, h)
     dk = tl.zeros([variant.BLOCK_P, query.BLOCK_D], tl.float32)
@@ -187,7 +192,7 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, siz
         for step in range(first, last):
             dk, dv, d_alpha, d_tau = add_prefix(
                 dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, first_query(step % tiles, variant),
-                p, query, gate, masks, d_output, per_query, parts, sizes, scale, variant,
+                p, query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
             )  # fmt: skip
     else:
         for b in range(first // tiles, tl.cdiv(last, tiles)):
@@ -196,7 +201,7 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, siz
             for tile in range(tl.maximum(first - b * tiles, 0), end):
                 dk, dv, d_alpha, d_tau = add_prefix(
                     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, variant), p,
-                    query, gate, masks, d_output, per_query, parts, sizes, scale, variant,
+                    query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
                 )  # fmt: skip
 
     if parts.key is not None:
@@ -211,10 +216,10 @@ def prefix_tile(pid, query, prefix, gate, masks, d_output, per_query, parts, siz
 @triton.jit
 def add_prefix(
     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, n, p,
-    query, gate, masks, d_output, per_query, parts, sizes, scale, variant,
+    query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
 ):  # fmt: skip
     """The sums with one more tile of queries."""
-    q, d_o, L, rest, d = load_queries(query, d_output, per_query, sizes, b, h, n, variant)
+    q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     j = tl.arange(0, variant.BLOCK_P)[:, None]
     s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION) * scale
@@ -242,15 +247,15 @@ def store_part(part, block, p, n_rows, x, D: tl.constexpr):
     tl.store(part + block.to(tl.int64) * n_rows * D + (rows[:, None] * D + d[None, :]), x, mask=inside)
 
 
-def empty_parts(call: Any, *, key: bool, value: bool, gate: bool) -> Parts:
-    """Room for the parts that are needed."""
+def empty_parts(call: Any, direction: str, *, key: bool, value: bool, gate: bool) -> Parts:
+    """Room for the parts that are needed, of a launch in a direction of the table of blocks."""
     B, Hq, N, D = call.query.shape
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
-    variant, _ = variant_for(call, "keys")
-    tiles = triton.cdiv(P, variant.BLOCK_P)
-    query_tiles = B * triton.cdiv(N, variant.BLOCK_N)
+    variant, _ = variant_for(call, direction)
+    tiles = arguments.cdiv(P, variant.BLOCK_P)
+    query_tiles = B * arguments.cdiv(N, variant.BLOCK_N)
     in_use = max(min(T, B) * Hq * tiles, 1)  # programs a share; prefixes that no sample uses have nothing to do
-    shares = max(1, min(query_tiles, triton.cdiv(PROGRAMS, in_use)))
+    shares = max(1, min(query_tiles, arguments.cdiv(PROGRAMS, in_use)))
 
     def part(*shape: int) -> Tensor:
         return call.query.new_empty(shares, T, Hq, *shape, dtype=torch.float32)
@@ -280,12 +285,13 @@ def launch(
     if parts.needed:
         prefix_programs = parts.shares * parts.tiles * arguments.n_prefixes(call) * call.query.shape[1]
     if d_key is not None or d_value is not None:
-        context_programs = B * Hkv * triton.cdiv(M, variant.BLOCK_M)
+        context_programs = B * Hkv * arguments.cdiv(M, variant.BLOCK_M)
     return Launch(
         backward_keys_kernel,
         programs=prefix_programs + context_programs,
         arguments={
             **shared,
+            "output": arguments.written_rows(None),
             "d_output": arguments.rows(d_output),
             "per_query": per_query,
             "d_key": arguments.written_rows(d_key),

@@ -11,7 +11,6 @@ of dα.
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,11 +39,11 @@ class GateGradient(NamedTuple):
 
 
 @triton.jit
-def backward_prefix_kernel(d_key, d_value, d_alpha, d_tau, parts, prefix, sizes):
+def backward_prefix_kernel(key, value, d_key, d_value, d_alpha, d_tau, parts, prefix, sizes, n_shared):
     """The grid counts through all rows of dK, all entries of dU, ...: each program finds its place in turn."""
     pid = tl.program_id(0)
-    pid = one_side(pid, d_key, prefix.key, parts.key, parts.shares, prefix, sizes)
-    pid = one_side(pid, d_value, prefix.value, parts.value, parts.shares, prefix, sizes)
+    pid = one_side(pid, d_key, key, parts.key, parts.shares, prefix, sizes, n_shared)
+    pid = one_side(pid, d_value, value, parts.value, parts.shares, prefix, sizes, n_shared)
     if d_alpha.pointer is not None:
         count = d_alpha.prefixes * d_alpha.heads
         if (pid >= 0) & (pid < count):
@@ -57,23 +56,23 @@ def backward_prefix_kernel(d_key, d_value, d_alpha, d_tau, parts, prefix, sizes)
 
 
 @triton.jit
-def one_side(pid, gradients, stored, part, shares, prefix, sizes):
+def one_side(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
     """The programs of the keys or of the values; returns pid counted from behind them."""
     heads = sizes.heads // sizes.group
     if gradients.rows is not None:
         count = prefix.n_prefixes * heads * prefix.n_rows
         if (pid >= 0) & (pid < count):
-            row_of_rows(pid, gradients, stored, part, shares, prefix, sizes)
+            row_of_rows(pid, gradients, stored, part, shares, prefix, sizes, n_shared)
         pid -= count
     if gradients.U is not None:
         count = prefix.n_prefixes * prefix.n_rows * stored.weights.rank
         if (pid >= 0) & (pid < count):
-            entry_of_U(pid, gradients, stored, part, shares, prefix, sizes)
+            entry_of_U(pid, gradients, stored, part, shares, prefix, sizes, n_shared)
         pid -= count
     if gradients.V is not None:
         count = prefix.n_prefixes * stored.weights.rank * heads * tl.cdiv(stored.rows.D, COLUMNS)
         if (pid >= 0) & (pid < count):
-            columns_of_V(pid, gradients, stored, part, shares, prefix, sizes)
+            columns_of_V(pid, gradients, stored, part, shares, prefix, sizes, n_shared)
         pid -= count
     return pid
 
@@ -86,7 +85,7 @@ def part_rows(part, share, t, h, p, d, prefix, sizes, D: tl.constexpr):
 
 
 @triton.jit
-def row_of_rows(pid, gradients, stored, part, shares, prefix, sizes):
+def row_of_rows(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
     """One row of dK: the sum over shares and the G heads, times W."""
     BLOCK: tl.constexpr = TILE // stored.rows.BLOCK_D
     heads = sizes.heads // sizes.group
@@ -103,13 +102,13 @@ def row_of_rows(pid, gradients, stored, part, shares, prefix, sizes):
         total += tl.load(x, mask=inside, other=0.0)
     row = tl.sum(total, 0)[None, :]
     if stored.weights.U is not None:
-        row *= weight_rows(stored, prefix.n_shared, t, hk, p, length_of(prefix, t), 1)
+        row *= weight_rows(stored, n_shared, t, hk, p, length_of(prefix, t), 1)
     row = row.to(gradients.rows.dtype.element_ty)
     tl.store(gradients.rows + pid.to(tl.int64) * stored.rows.D + d, row, mask=d < stored.rows.D)
 
 
 @triton.jit
-def entry_of_U(pid, gradients, stored, part, shares, prefix, sizes):
+def entry_of_U(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
     """One entry of dU: the sum over shares, heads and columns."""
     BLOCK: tl.constexpr = TILE // stored.rows.BLOCK_D
     weights = stored.weights
@@ -118,7 +117,7 @@ def entry_of_U(pid, gradients, stored, part, shares, prefix, sizes):
     t = (pid // weights.rank // prefix.n_rows).to(tl.int64)
     d = tl.arange(0, stored.rows.BLOCK_D)[None, :]
     total = tl.zeros([BLOCK, stored.rows.BLOCK_D], tl.float32)
-    reweighted = (p >= prefix.n_shared) & (p < length_of(prefix, t))
+    reweighted = (p >= n_shared) & (p < length_of(prefix, t))
     count = tl.where(reweighted, shares * sizes.heads, 0)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -134,7 +133,7 @@ def entry_of_U(pid, gradients, stored, part, shares, prefix, sizes):
 
 
 @triton.jit
-def columns_of_V(pid, gradients, stored, part, shares, prefix, sizes):
+def columns_of_V(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
     """COLUMNS columns of one row of dV: the sum over shares, the G heads and the reweighted rows."""
     BLOCK: tl.constexpr = TILE // COLUMNS
     weights = stored.weights
@@ -146,10 +145,10 @@ def columns_of_V(pid, gradients, stored, part, shares, prefix, sizes):
     t = (pid // tiles // heads // weights.rank).to(tl.int64)
     total = tl.zeros([BLOCK, COLUMNS], tl.float32)
     per_row = shares * sizes.group
-    count = tl.maximum(length_of(prefix, t) - prefix.n_shared, 0) * per_row
+    count = tl.maximum(length_of(prefix, t) - n_shared, 0) * per_row
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        p = prefix.n_shared + index // per_row
+        p = n_shared + index // per_row
         h = hk * sizes.group + index % sizes.group
         inside = (index < count)[:, None] & (d < stored.rows.D)
         x = part_rows(part, index % per_row // sizes.group, t, h, p, d, prefix, sizes, stored.rows.D)
@@ -180,7 +179,7 @@ def gate_entry(pid, gradient, part, parts, prefix, sizes):
     tl.store(gradient.pointer + pid, tl.sum(total, 0).to(gradient.pointer.dtype.element_ty))
 
 
-def launch(call: Any, shared: dict[str, Any], parts: Parts, gradients: dict[str, Tensor]) -> Launch:
+def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
     T, Hkv, P = arguments.n_prefixes(call), call.key.shape[1], call.prefix_key.shape[-2]
     d_key = Gradients(gradients.get("prefix_key"), gradients.get("U_key"), gradients.get("V_key"))
     d_value = Gradients(gradients.get("prefix_value"), gradients.get("U_value"), gradients.get("V_value"))
@@ -191,20 +190,23 @@ def launch(call: Any, shared: dict[str, Any], parts: Parts, gradients: dict[str,
         programs += T * Hkv * P if d_side.rows is not None else 0
         programs += d_side.U.numel() if d_side.U is not None else 0
         if d_side.V is not None:
-            *outer, D = d_side.V.shape
-            programs += torch.Size(outer).numel() * triton.cdiv(D, COLUMNS.value)
+            D = d_side.V.shape[-1]
+            programs += d_side.V.numel() // D * arguments.cdiv(D, COLUMNS.value)
     programs += sum(d.prefixes * d.heads for d in (d_alpha, d_tau))
     return Launch(
         backward_prefix_kernel,
         programs=programs,
         arguments={
+            "key": arguments.stored(call.prefix_key, call.reweight_key),
+            "value": arguments.stored(call.prefix_value, call.reweight_value),
             "d_key": d_key,
             "d_value": d_value,
             "d_alpha": d_alpha,
             "d_tau": d_tau,
             "parts": parts,
-            "prefix": shared["prefix"],
-            "sizes": shared["sizes"],
+            "prefix": arguments.prefix(call),
+            "sizes": arguments.sizes(call),
+            "n_shared": call.n_shared,
         },
         options={"num_warps": 4, "num_stages": 1},
     )

@@ -26,7 +26,6 @@ from .tiles import (
     load_lse,
     load_rows,
     prefix_of,
-    prefix_rows,
     prefix_scores,
     query_rows,
     query_tile,
@@ -57,12 +56,12 @@ def backward_queries_kernel(
         t, length = prefix_of(prefix, b)
         alpha = gate_parameter(gate.alpha, t, h)
         tau = gate_parameter(gate.tau, t, h)
-        for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
-            k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        for p in range(0, length, variant.BLOCK_P):
+            k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
             s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
             g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
             g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
-            v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+            v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
             dg = score_gradient(d_o, v, d, g, LOG2E, L, rest, variant)
             dq = tl.dot((dg * slope).to(k.dtype), k, dq, input_precision=variant.PRECISION)
 

@@ -16,6 +16,7 @@ DIRECTIONS = (
     "forward",  # the output
     "queries",  # delta and dq
     "keys",  # dk, dv and the prefix's gradients
+    "whole",  # all gradients at once, of calls of so many queries and keys and so many prefix rows at the most
     "merge",  # the prefix into the context's output
     "prefix-queries",  # delta and the prefix's part of dq
 )
@@ -31,7 +32,7 @@ class Blocks:
     head_size: int  # the largest it is for
     direction: str
     queries: int  # rows of a query tile; the last two directions halve it where there are few
-    keys: int  # rows of a tile of context keys; 0 in the last two directions, which read none
+    keys: int  # rows of a tile of context keys; 0 in the last two directions, which read none, and where "whole" is off
     prefix: int  # rows of a tile of the prefix
     warps: int
     stages: int

@@ -1,8 +1,7 @@
 """The forward kernel: softmax([g(c q k'ᵀ), c q kᵀ]) [v' ; v] in one pass, no score ever leaving the chip.
 
-A program has one tile of queries of one head. It walks over the prefix tiles, whose rows it reweights as it loads them
-and whose scores it gates, then over the context tiles, keeping the running maximum m, the running sum l and the
-unnormalised output of the online softmax:
+A program has one tile of queries of one head. It walks over the prefix tiles, whose scores it gates, then over the
+context tiles, keeping the running maximum m, the running sum l and the unnormalised output of the online softmax:
 
     m' = max(m, max_j s_j)    p_j = exp(s_j - m')    l' = l exp(m - m') + Σ_j p_j    acc' = acc exp(m - m') + p v
 
@@ -14,6 +13,7 @@ multiply-add a score. What that rounds shows in float32, and under an additive m
 log-sum-exp is stored with the rest that its own rounding leaves: EXACT.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
+from .fold import folded
 from .gate import gated
 from .launch import Launch, is_exact, over_queries
 from .tiles import (
@@ -31,7 +32,6 @@ from .tiles import (
     gate_parameter,
     load_rows,
     prefix_of,
-    prefix_rows,
     prefix_scores,
     query_rows,
     query_tile,
@@ -54,9 +54,9 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
     t, length = prefix_of(prefix, b)
     alpha = gate_parameter(gate.alpha, t, h)
     tau = gate_parameter(gate.tau, t, h)
-    for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
-        k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
-        v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+    for p in range(0, length, variant.BLOCK_P):
+        k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
+        v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
         s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
@@ -101,14 +101,22 @@ def online_softmax(acc, m, l, s, unit, v, variant):
 
 
 def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
+    """Of a call whose prefix is folded."""
     own = {"output": arguments.written_rows(output), "per_query": arguments.PerQuery(lse, lse_rest, None)}
     return over_queries(forward_kernel, call, "forward", arguments.attention(call) | own)
+
+
+def launches(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Iterator[Launch]:
+    call, folding = folded(call)
+    yield from folding
+    yield launch(call, output, lse, lse_rest)
 
 
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and what rounding the latter left; see empty_outputs."""
     outputs = empty_outputs(call)
-    launch(call, *outputs).run()
+    for each in launches(call, *outputs):
+        each.run()
     return outputs
 
 

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
-from .arguments import block_of
+from .arguments import block_of, cdiv, constant
 from .blocks import Blocks, blocks_for
 from .target import current_target
 
@@ -29,7 +27,7 @@ class Variant(NamedTuple):
 
     def marked(self) -> "Variant":
         """As kernels take it."""
-        return Variant(*(tl.constexpr(value) for value in self))
+        return Variant(*map(constant, self))
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def over_queries(kernel: Any, call: Any, direction: str, arguments: dict[str, An
     """A kernel whose programs each have one tile of queries of one head (`tiles.query_tile`)."""
     B, Hq, N, _ = call.query.shape
     variant, options = variant_for(call, direction)
-    programs = B * Hq * triton.cdiv(N, variant.BLOCK_N)
+    programs = B * Hq * cdiv(N, variant.BLOCK_N)
     return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
 
 
@@ -63,7 +61,7 @@ def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[st
     B, Hq, N, _ = call.query.shape
     Hkv = call.key.shape[1]
     count = B * (Hq // Hkv) * N
-    blocks = _blocks(call, direction)
+    blocks = blocks_of(call, direction)
     queries = _filling(blocks.queries, count, Hkv)
     # Where there are fewer queries in a tile there is room for more of the prefix: fewer steps one after the other.
     prefix = min(blocks.prefix * blocks.queries // queries, MOST_PREFIX_ROWS)
@@ -74,26 +72,26 @@ def over_stacked_rows(kernel: Any, call: Any, direction: str, arguments: dict[st
         EXACT=is_exact(call),
         BLOCK_N=queries,
         BLOCK_M=0,
-        BLOCK_P=_at_most(max(prefix, blocks.prefix), call.prefix_key.shape[-2]),
+        BLOCK_P=at_most(max(prefix, blocks.prefix), call.prefix_key.shape[-2]),
     )
     warps = min(blocks.warps, max(4, blocks.warps * queries // blocks.queries))
     options = {"num_warps": warps, "num_stages": blocks.stages}
-    programs = Hkv * triton.cdiv(count, queries)
+    programs = Hkv * cdiv(count, queries)
     return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
 
 
 def variant_for(call: Any, direction: str) -> tuple[Variant, dict[str, int]]:
     """The variant of an attention kernel that a call needs, with the table's blocks, and its launch options."""
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
-    blocks = _blocks(call, direction)
+    blocks = blocks_of(call, direction)
     variant = Variant(
         CAUSAL=call.is_causal,
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
         PRECISION=_precision(call.query.dtype),
         EXACT=is_exact(call),
-        BLOCK_N=_at_most(blocks.queries, N),
+        BLOCK_N=at_most(blocks.queries, N),
         BLOCK_M=blocks.keys,
-        BLOCK_P=_at_most(blocks.prefix, P),
+        BLOCK_P=at_most(blocks.prefix, P),
     )
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return variant, options
@@ -105,25 +103,25 @@ def is_exact(call: Any) -> bool:
     return call.query.dtype == torch.float32 or any(x is not None and x.dtype != torch.bool for x in overlays)
 
 
-def _blocks(call: Any, direction: str) -> Blocks:
+def blocks_of(call: Any, direction: str) -> Blocks:
     head_size = max(block_of(call.query.shape[-1]), block_of(call.value.shape[-1]))
     return blocks_for(current_target(), call.query.element_size(), head_size, direction)
 
 
 def _filling(block: int, count: int, heads: int) -> int:
     """A block of `count` rows a head so small that every multiprocessor has one, as far as there are so many rows."""
-    while block > SMALLEST and heads * triton.cdiv(count, block) < MULTIPROCESSORS:
+    while block > SMALLEST and heads * cdiv(count, block) < MULTIPROCESSORS:
         block //= 2
     return block
 
 
-def _at_most(block: int, size: int) -> int:
+def at_most(block: int, size: int) -> int:
     """A block no larger than `size` needs."""
     return min(block, block_of(max(size, 1)))
 
 
 def _precision(dtype: torch.dtype) -> str:
     """Of products of float32: what PyTorch's own matrix products are set to, where the hardware has it."""
-    has_tf32 = current_target().startswith(("sm_", "gfx942"))
-    wants_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if has_tf32 and wants_tf32 else "ieee"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if current_target().startswith(("sm_", "gfx942")) else "ieee"

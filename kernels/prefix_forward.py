@@ -26,10 +26,10 @@ from .tiles import (
     LOG2E,
     gate_parameter,
     length_of,
+    load_rows,
     load_stacked,
     next_prefix,
     prefix_of,
-    prefix_rows,
     prefix_scores,
     stacked_per_query,
     stacked_rows,
@@ -87,10 +87,10 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
 @triton.jit
 def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scale, variant):
     """The sums with one more prefix, of which each row sees the first `seen`, a number or [BLOCK_N, 1]."""
-    for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
+    for p in range(0, length, variant.BLOCK_P):
         j = tl.arange(0, variant.BLOCK_P)[None, :]
-        k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
-        v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
+        v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
         s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
@@ -99,6 +99,7 @@ def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, 
 
 
 def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
+    """Of a call whose prefix is folded."""
     own = {
         "order": arguments.samples_by_prefix(call),
         "output": arguments.written_rows(output),

@@ -1,5 +1,6 @@
-"""The prefix's part of attention whose context others compute: one launch forward, at most three backward.
+"""The prefix's part of attention whose context others compute: two launches forward, at most four backward.
 
+fold                k' and v', in both passes
 prefix_forward      the prefix joins the context's output and log-sum-exp
 prefix_queries      δ, and what the prefix adds to dq
 backward_keys       the prefix's gradients in parts
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import arguments, prefix_forward, prefix_queries
 from .arguments import PerQuery
 from .backward import INPUTS, empty_gradients, launches_over_keys
+from .fold import folded
 from .launch import Launch, is_exact
 
 CONTEXT_INPUTS = INPUTS[:3]  # their gradients are for others to compute
@@ -35,7 +37,9 @@ def merge(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
 
     A query that sees nothing at all keeps 0 and -inf.
     """
-    prefix_forward.launch(call, output, lse, lse_rest).run()
+    call, folding = folded(call)
+    for launch in (*folding, prefix_forward.launch(call, output, lse, lse_rest)):
+        launch.run()
 
 
 def backward(
@@ -70,7 +74,9 @@ def launches(
     """What adds to d_query and fills the gradients, none of them of CONTEXT_INPUTS."""
     if d_query is None and not gradients:
         return
-    shared = arguments.attention_to_prefix(call)
+    as_seen, folding = folded(call)
+    yield from folding
+    shared = arguments.attention_to_prefix(as_seen)
     per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
     yield prefix_queries.launch(call, shared, output, d_output, per_query, d_query)
     absent = arguments.written_rows(None)

@@ -24,10 +24,10 @@ from .tiles import (
     gate_parameter,
     length_of,
     load_lse,
+    load_rows,
     load_stacked,
     next_prefix,
     prefix_of,
-    prefix_rows,
     prefix_scores,
     stacked_per_query,
     stacked_rows,
@@ -77,13 +77,13 @@ def over_prefix(
     dq, q, d_o, d, L, rest, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scale, variant
 ):
     """The sum with one more prefix, of which each row sees the first `seen`, a number or [BLOCK_N, 1]."""
-    for p in tl.range(0, length, variant.BLOCK_P, num_stages=1):
+    for p in range(0, length, variant.BLOCK_P):
         j = tl.arange(0, variant.BLOCK_P)[None, :]
-        k = prefix_rows(prefix.key, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
         s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
         g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
-        v = prefix_rows(prefix.value, prefix.n_shared, t, hk, p, length, q.dtype, variant.BLOCK_P)
+        v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
         dg = score_gradient(d_o, v, d, g, LOG2E, L, rest, variant)
         dq = tl.dot((dg * slope).to(k.dtype), k, dq, input_precision=variant.PRECISION)
     return dq

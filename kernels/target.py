@@ -1,5 +1,8 @@
 """What kernels run on."""
 
+from functools import cache
+from typing import Any
+
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 at import: on the CPU, as NumPy
@@ -9,5 +12,12 @@ def current_target() -> str:
     """The architecture that kernels are compiled for: "sm_90", "gfx942", or "interpreter"."""
     if INTERPRETED:
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+@cache
+def _target(driver: Any, device: int) -> str:
+    """Of the driver's current device: it is asked once, for it takes microseconds to answer."""
+    target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

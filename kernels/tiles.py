@@ -160,15 +160,6 @@ def weight_rows(stored, n_shared, t, h, start, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prefix_rows(stored, n_shared, t, h, start, length, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """k' or v': stored rows, reweighted in float32 and rounded once, [BLOCK, BLOCK_D]; zeros from `length` on."""
-    x = load_rows(stored.rows, t, h, start, length, BLOCK)
-    if stored.weights.U is not None:
-        x = x.to(tl.float32) * weight_rows(stored, n_shared, t, h, start, length, BLOCK)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def gate_parameter(parameter, t, h):
     """alpha or tau of prefix t and query head h."""
     if parameter.pointer is None:

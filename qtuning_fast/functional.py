@@ -83,7 +83,9 @@ def prefix_attention(
     Returns:
         The output [B, Hq, N, Dv] in query's dtype. With return_lse also the log-sum-exp [B, Hq, N], natural, of prefix
         and context together, in float32 (float64 for float64 input), without gradient; -inf for a query that sees
-        nothing. Scores, gate and softmax are computed in that precision too, autocast or not.
+        nothing. Scores, gate and softmax are computed in that precision too, autocast or not; but with bfloat16 on an
+        NVIDIA GPU "fused" and "composed" take the hardware's tanh for the gate, by which the log-sum-exp may be off by
+        2**-11 * abs(alpha) with "tanh", and by half of that with "sigmoid".
 
         Gradients reach query, key, value, prefix_key, prefix_value, U, V, gate_alpha and gate_tau, each in its own
         dtype. They are 0 for rows beyond prefix_length, and for the first n_shared rows of U.

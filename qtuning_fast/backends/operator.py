@@ -1,18 +1,21 @@
-"""A backend's forward and backward pass as a pair of PyTorch custom operators.
+"""A backend's forward and backward pass as a pair of PyTorch custom operators, and as an autograd function.
 
-Custom operators are what autograd, `torch.compile`, checkpointing and fake tensors all go through. They take the fields
-of a call one by one: `arguments_of` and `_call_of` translate.
+Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them looks on, the
+passes are called through an autograd function, which saves the same tensors and does the same with them: the plumbing
+of an operator with so many arguments takes the host as long as all else. Both take the fields of a call one by one:
+`arguments_of` and `_call_of` translate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qtuning_fast.call import PrefixAttentionCall
 
@@ -54,8 +57,7 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
         output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
     ) -> list[Tensor]:
         call = _call_of(*arguments)
-        # autograd may run backwards under autocast
-        with _device_of(call.query), torch.autocast(call.query.device.type, enabled=False):
+        with _device_of(call.query), _no_autocast(call.query):
             return passes.backward(call, output, lse, lse_rest, d_output, needs)
 
     def backward_fake(
@@ -68,11 +70,25 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
         nothing = (None,) * len(ctx.is_tensor)
         if d_output is None or not any(needs):
             return nothing
-        *tensors, output, lse, lse_rest = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them when asked
+        *tensors, output, lse, lse_rest = saved
         tensors, others = iter(tensors), iter(ctx.others)
         inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-        gradients = iter(backward_operator(output, lse, lse_rest, d_output, needs, *inputs))
+        # With a graph of the backward pass itself, only the operator says that there is no second derivative.
+        unseen = not torch.is_grad_enabled() and _is_unseen((d_output, *saved))
+        run = backward if unseen else backward_operator
+        gradients = iter(run(output, lse, lse_rest, d_output, needs, *inputs))
         return (*(next(gradients) if needed else None for needed in needs), *nothing[len(INPUTS) :])
+
+    class PrefixAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Outputs:
+            output, lse, lse_rest = forward(*arguments)
+            outputs = output.detach(), lse, lse_rest  # no view of what was allocated: callers may write to it
+            _setup_context(ctx, arguments, outputs)
+            return outputs
+
+        backward = staticmethod(autograd)
 
     define = torch.library.custom_op
     forward_operator = define(
@@ -94,7 +110,9 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
             call = replace(call, query=call.query * sign, scale=abs(call.scale) or 1.0)
         if call.gate is None:
             call = replace(call, gate_alpha=1.0, gate_tau=1.0)  # they play no part, and get no gradient
-        output, lse, _ = forward_operator(*arguments_of(call))
+        arguments = arguments_of(call)
+        run = PrefixAttention.apply if _is_unseen(arguments) else forward_operator
+        output, lse, _ = run(*arguments)
         return output, lse.detach()
 
     return attend
@@ -196,6 +214,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
 
 
+def _is_unseen(arguments: Iterable[Any]) -> bool:
+    """Whether no compiler, tracer, transform, mode or kind of tensor is there that would want to see the operators."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(x) in _PLAIN and not x.is_meta for x in arguments if isinstance(x, Tensor))
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_AS_IT_IS = nullcontext()
+
+
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    return torch.cuda.device_of(x) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _AS_IT_IS
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autograd may run backwards under autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from qtuning_fast import prefix_attention
@@ -178,3 +184,146 @@ def test_without_a_gate_alpha_and_tau_get_no_gradient(make_call, backend):
     arguments = make_call(**BASE | WHOLE | {"gate": None}) | {"backend": backend}
     output = run(arguments)
     assert torch.autograd.grad(output.sum(), arguments["gate_alpha"], allow_unused=True) == (None,)
+
+
+# ---- without the operators' plumbing --------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Hears of every operator; those of ours are then all that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def operators(self):
+        return [name for name in self.names if name.startswith("qtuning_fast.")]
+
+
+OPERATOR = {"fused": "qtuning_fast.attention", "composed": "qtuning_fast.composed_attention"}
+KINDS = {
+    "plain": {},
+    "no gate": {"gate": None},
+    "no reweighting": {"rank_key": None, "rank_value": None},
+    "additive mask": {"mask": "padding float"},
+    "full mask": {"mask": "full float"},
+    "causal": {"is_causal": True},
+    "negative scale": {"scale": -0.3},
+    "bank": {"T": 2, "B": 2, "lengths": True, "gate_shape": "task, head"},
+    "numbers for the gate": {"gate_shape": "float"},
+}
+
+
+def step(arguments, inputs):
+    """Output, log-sum-exp and gradients."""
+    output, lse = prefix_attention(**arguments, return_lse=True)
+    d_output = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    return output, lse, *torch.autograd.grad(output, inputs, d_output, allow_unused=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_looks_on_changes_no_bit(make_call, backend, leaves, kind):
+    arguments = make_call(**BASE | WHOLE | KINDS[kind]) | {"backend": backend}
+    inputs = list(leaves(arguments).values())
+    alone = step(arguments, inputs)
+    with Seen() as seen:
+        watched = step(arguments, inputs)
+    assert seen.operators == [f"{OPERATOR[backend]}.default", f"{OPERATOR[backend]}_backward.default"]
+    for a, b in zip(alone, watched, strict=True):
+        assert a is b is None or (torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype)
+    assert (alone[1].requires_grad, alone[1].grad_fn) == (False, None)
+
+
+def test_alone_the_operators_are_left_out(arguments):
+    assert type(run(arguments).grad_fn).__name__ == "PrefixAttentionBackward"
+    with torch.no_grad():
+        assert run(arguments).grad_fn is None
+
+
+def test_a_step_may_be_seen_from_its_second_half_on(arguments, leaves):
+    inputs = list(leaves(arguments).values())
+    expected = torch.autograd.grad(run(arguments).sum(), inputs)
+    output = run(arguments).sum()
+    with Seen() as seen:
+        late = torch.autograd.grad(output, inputs)
+    with Seen():
+        output = run(arguments).sum()
+    early = torch.autograd.grad(output, inputs)
+    assert seen.operators == [f"{OPERATOR[arguments['backend']]}_backward.default"]
+    for found in (late, early):
+        assert all(torch.equal(grad, want) for grad, want in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_fake_tensors_see_the_operator(make_call, outside):
+    arguments = make_call(**BASE | WHOLE, mask="padding bool") | {"backend": "composed"}
+    expected = run(arguments)
+    mode = FakeTensorMode()
+    fake = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+    with nullcontext() if outside else mode:
+        output = run(fake)
+    assert isinstance(output, FakeTensor) and output.grad_fn.name().startswith("GeneratedBackwardFor_qtuning_fast")
+    assert (output.shape, output.stride()) == (expected.shape, expected.stride())
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_tracers_transforms_and_subclasses_see_the_operator(make_call):
+    arguments = make_call(**BASE | WHOLE) | {"backend": "composed"}
+    query = arguments["query"].detach()
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+
+    def of_query(q):
+        return run(arguments | {"query": q})
+
+    assert "qtuning_fast.composed_attention" in make_fx(of_query)(query).code
+    assert "qtuning_fast::composed_attention" in str(torch.jit.trace(of_query, (query,), check_trace=False).graph)
+    assert torch.equal(torch.vmap(of_query)(torch.stack([query] * 2))[1], of_query(query))
+    assert type(of_query(query.as_subclass(Subclass))) is Subclass
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_hooks_on_saved_tensors_see_the_same_with_and_without_the_operators(arguments, leaves):
+    def saved(watched):
+        shapes = []
+
+        def pack(x):
+            shapes.append((x.shape, x.stride(), x.dtype))
+            return x.detach().clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), Seen() if watched else nullcontext():
+            output = run(arguments)
+        grads = torch.autograd.grad(output.sum(), list(leaves(arguments).values()))
+        return shapes, grads
+
+    (alone, grads), (watched, others) = saved(False), saved(True)
+    assert alone == watched
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+def test_what_is_written_to_in_between_is_noticed(make_call, backend):
+    arguments = make_call(**BASE | WHOLE) | {"backend": backend}
+    output = run(arguments)
+    output.mul_(2.0)  # allowed: the output is no view
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output, lse = prefix_attention(**arguments, return_lse=True)
+    lse.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_gradients_of_what_is_not_used_are_none(make_call, backend):
+    """d_output is None where only the log-sum-exp, which has no gradient, was used with something else."""
+    arguments = make_call(**BASE | WHOLE) | {"backend": backend}
+    other = torch.ones((), requires_grad=True)
+    output, lse = prefix_attention(**arguments, return_lse=True)
+    grads = torch.autograd.grad((lse * other).sum(), [other, arguments["query"]], allow_unused=True)
+    assert grads[0] is not None and grads[1] is None and not output._is_view()

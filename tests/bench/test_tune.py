@@ -12,10 +12,10 @@ from qtuning_fast.bench import expected, results, tune
 from qtuning_fast.bench.candidates import candidates, obstacle
 from qtuning_fast.bench.passes import Pass, difference
 from qtuning_fast.bench.schedule import NO_TIME, Schedule
-from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.shapes import Shape, inputs
 from qtuning_fast.bench.timing import Measurement, Timing
 from qtuning_fast.bench.tune import Job, Trial, in_order, incumbent_of, measure, winner, with_entry
-from qtuning_fast.kernels import blocks
+from qtuning_fast.kernels import backward, backward_whole, blocks
 from qtuning_fast.kernels.blocks import DIRECTIONS, Blocks
 
 SMALL = Shape("small", B=1, Hq=2, Hkv=1, N=20, D=16, P=12, is_causal=True)
@@ -216,6 +216,26 @@ def test_every_job_has_a_heat_before_any_has_its_second_and_the_best_are_timed_a
     assert finished[0][1] == 1 + tune.HEAT
 
 
+def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(monkeypatch):
+    """Beside two passes, which is what the table has: all gradients are compared, and both are timed as a whole."""
+    jobs = tune.asked(["bf16"], [32, 64, 128], ["whole"])
+    assert [job.head_size for job in jobs] == [32, 64]
+    off = incumbent_of("sm_90", jobs[1])
+    assert [shape.name for shape in tune.shapes_of(64, "whole")] == ["bert-base"]
+    assert off.keys == 0 or (off.measured and all(e.keys == 128 for e in candidates(off)[1:]))
+    x = inputs(SMALL, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(backward_whole, "MULTIPROCESSORS", 1)
+    one = Pass(SMALL, x, "whole")
+    two, whole = (
+        replace(off, target="interpreter", element_size=4, queries=32, keys=keys, prefix=16, stages=1)
+        for keys in (0, 32)
+    )
+    assert [len(one.launches(e)) for e in (two, whole)] == [3, 2]
+    expected_gradients = one.compute(two)
+    assert set(expected_gradients) == set(backward.INPUTS)
+    assert difference(one.compute(whole), expected_gradients)[0] < 1e-4
+
+
 def test_the_most_promising_come_first(monkeypatch):
     entries = candidates(entry())
     assert in_order(entries, "forward") == entries  # nothing is predicted yet
@@ -271,7 +291,7 @@ def test_a_run_rewrites_the_table_and_keeps_all_measurements(table, tmp_path, mo
 
     document = json.loads(out.read_text())
     assert [(job["head_size"], job["direction"]) for job in document["entries"].values()] == [
-        (64, "forward"), (64, "keys"), (32, "forward"), (32, "keys"),
+        (64, "forward"), (32, "forward"), (64, "keys"), (32, "keys"),
     ]  # fmt: skip
     changed = set(blocks.table()) - set(before)
     assert len(blocks.table()) == len(before) and len(changed) == (0 if dry_run else 4)

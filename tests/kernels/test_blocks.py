@@ -33,8 +33,9 @@ def test_blocks_are_what_kernels_take():
         key = (entry.target, entry.element_size, entry.head_size, entry.direction)
         assert key not in seen and not seen.add(key)
         of_prefix = entry.direction in ("merge", "prefix-queries")
+        no_keys = of_prefix or (entry.direction == "whole" and entry.keys == 0)  # where it is off
         assert not of_prefix or entry.keys == 0
-        for size in (entry.queries, *([] if of_prefix else [entry.keys]), entry.prefix):
+        for size in (entry.queries, *([] if no_keys else [entry.keys]), entry.prefix):
             assert 16 <= size <= 256 and triton.next_power_of_2(size) == size
         assert entry.warps in (1, 2, 4, 8, 16) and 1 <= entry.stages <= 5 and entry.direction in DIRECTIONS
 

@@ -57,6 +57,14 @@ def test_large_scores_stay_finite(name):
 
 
 @pytest.mark.gpu
+def test_the_hardware_tanh_is_as_exact_as_its_manual_says():
+    """The promise of the log-sum-exp rests on it: docs/kernels.md, "How exact"."""
+    s = torch.cat([torch.linspace(-12, 12, 960), torch.logspace(-30, 2, 64)])
+    found, exact = (results[2] for results in derivatives("tanh", s, 1.0, 1.0, fast_tanh=True))  # dg/dα = tanh
+    assert ((found - exact).abs() <= 2.0**-11 * (1 + 1e-3) * exact.abs()).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "softplus"])
 def test_the_hardware_tanh_keeps_what_16_bits_hold(name):
     s = torch.linspace(-12, 12, 1024)

@@ -1,0 +1,295 @@
+"""How long a compiled kernel takes on a GPU that is not there.
+
+The kernel's SASS is executed on a model of a multiprocessor (multiprocessor.py), with as many programs on it as
+registers and shared memory allow, and with the loops as often as its own source says (trips.py). What is left is
+arithmetic:
+
+    bytes       what the kernel's tensors hold comes from memory once, as far as the cache does not have it; what its
+                programs load beyond that comes from the cache: both give loads a latency and a bandwidth
+    programs    go to whichever place on a multiprocessor is free, in their order; the last ones have it to themselves
+    a step      kernels follow each other, each with a launch
+
+Constants and where they come from are in `Device` and in multiprocessor.py; what the model is worth is checked against
+published speeds (published.py).
+"""
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qtuning_fast.bench import multiprocessor
+from qtuning_fast.bench.compile_report import TARGETS, resources
+from qtuning_fast.bench.multiprocessor import PIPES, QUARTERS, Memory, bytes_of, simulate, trace
+from qtuning_fast.bench.sass import Code, Loop, NotUnderstood, disassemble
+from qtuning_fast.bench.trips import Place, trips
+from qtuning_fast.kernels.launch import Launch
+
+ITERATIONS = 8  # of a loop that are executed; the others take as long as the later of these
+REPEATS = 3  # programs one after the other in one place
+MOST_WARPS = 16  # of a quarter
+MOST_PROGRAMS = 32  # of a multiprocessor
+WIDEST = 64  # bytes a clock between a multiprocessor and the cache: NVIDIA, "A100 architecture" white paper
+BOUND = 0.75  # a pipe that is busy for so much of the time is what bounds a kernel
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU of compute capability 9.0."""
+
+    name: str
+    memory: float  # bytes a second, read plus written, as measured by copies
+    cache: int  # bytes of the second level
+    products: float  # operations a second of 16-bit matrix products, as measured on random numbers of size 8192
+    multiprocessors: int = 132
+    # Under load. Products at the speed above need 1.48e9; the data sheet's 989e12 are reached at 1.83e9.
+    clock: float = 1.7e9
+    cache_bandwidth: float = 5.5e12  # bytes a second to all multiprocessors
+    cache_latency: float = 270  # clocks: Luo et al., arXiv 2402.13499, table of latencies
+    memory_latency: float = 600  # clocks: there 479 for one lone load; under load more
+    launch: float = 1.2e-6  # seconds from the end of one kernel in a CUDA graph to the start of the next
+
+    @property
+    def cache_that_holds(self) -> float:
+        """Bytes: each half of the cache keeps its own copy of what all multiprocessors read."""
+        return self.cache / 2
+
+
+H100 = Device("h100", memory=3.0e12, cache=50 << 20, products=798e12)
+H200 = Device("h200", memory=4.3e12, cache=60 << 20, products=785e12)
+DEVICES = {device.name: device for device in (H100, H200)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one launch."""
+
+    microseconds: float  # with the launch
+    bound: str  # the pipe that is busy most of the time, or "latency"; "launch"
+    busy: dict[str, float]  # the share of the time that each pipe works; "issue": the schedulers
+    registers: int  # a thread
+    spilled: int
+    shared: int  # bytes a program
+    resident: int  # programs of a multiprocessor
+    programs: int
+    from_memory: int  # bytes
+    from_cache: int  # bytes that programs load and store in all
+
+
+@dataclass
+class Cache:
+    """Which tensors the second-level cache holds, the latest last."""
+
+    capacity: float
+    held: dict[Any, int] = field(default_factory=dict)
+
+    def missing(self, tensors: Mapping[Any, int]) -> int:
+        """Bytes of a kernel's tensors that are not there; now they are."""
+        absent = sum(size for key, size in tensors.items() if key not in self.held)
+        for key, size in tensors.items():
+            self.held.pop(key, None)
+            self.held[key] = size
+        while self.held and sum(self.held.values()) > self.capacity:
+            del self.held[next(iter(self.held))]
+        return absent
+
+
+def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None = None) -> Prediction:
+    """How long a launch takes. Raises NotUnderstood or NotKnown.
+
+    Args:
+        compiled: the launch's kernel, for sm_90.
+        cache: what the cache holds before it, and after it what then; None: nothing.
+    """
+    found = resources(compiled, TARGETS["sm_90"])
+    warps = compiled.metadata.num_warps
+    programs = trips(launch)
+    code = disassemble(compiled.asm["cubin"])
+    loops = code.loops
+    kinds = times_of(loops, programs.kinds)
+    count = Counter(programs.order.tolist())
+    paths = [trace(code, loops, times, ITERATIONS) for times in kinds]
+    each = [_bytes(code, loops, path, times) * warps for path, times in zip(paths, kinds)]
+    moved = sum(each[kind] * times for kind, times in count.items()) * _share_that_is_there(launch)
+    held = tensors(launch.arguments.values())
+    missing = sum(held.values()) if cache is None else cache.missing(held)
+    missing = min(missing, int(moved))
+    active = min(device.multiprocessors, max(len(programs.order), 1))
+    memory = _memory(device, moved, missing, active)
+
+    resident = max(1, min(found["resident"], MOST_PROGRAMS, MOST_WARPS * QUARTERS // warps))
+    together = min(resident, math.ceil(len(programs.order) / device.multiprocessors))
+    clocks, busy = _makespan(code, loops, kinds, programs.order, memory, warps, max(together, 1), device)
+    seconds = clocks / device.clock
+    seconds = max(seconds, missing / device.memory, moved / device.cache_bandwidth)
+    return Prediction(
+        microseconds=(seconds + device.launch) * 1e6,
+        bound=_bound(busy, seconds, device, missing, moved),
+        busy={name: round(share, 3) for name, share in busy.items()},
+        registers=found["registers"],
+        spilled=found["spilled"],
+        shared=found["shared"],
+        resident=resident,
+        programs=len(programs.order),
+        from_memory=int(missing),
+        from_cache=int(moved),
+    )
+
+
+def times_of(loops: Sequence[Loop], kinds: Sequence[Mapping[Place, int]]) -> list[list[int]]:
+    """For each kind of programs how often each loop of the code runs, from how often those of the source do.
+
+    They are matched by line; where a function was inlined several times, by order. Raises NotUnderstood.
+    """
+    times = [[0] * len(loops) for _ in kinds]
+    places = {place for kind in kinds for place in kind}
+    for line in {(place.file, place.line) for place in places} | {(loop.file, loop.line) for loop in loops}:
+        here = [number for number, loop in enumerate(loops) if (loop.file, loop.line) == line]
+        there = sorted(place for place in places if (place.file, place.line) == line)
+        most = max((kind.get(place, 0) for kind in kinds for place in there), default=0)
+        if not here and most <= 1:
+            continue  # what runs once is no loop any more
+        if len(here) != len(there) and len(here) != 1 and there:
+            raise NotUnderstood(
+                f"{line[0]}:{line[1]} is {len(here)} loops in the code and {len(there)} in the source, run {most} times"
+            )
+        for kind, row in zip(kinds, times):
+            counts = [kind.get(place, 0) for place in there]
+            for number, count in zip(here, counts if len(here) == len(there) else [max(counts, default=0)]):
+                row[number] = count
+    return times
+
+
+def tensors(arguments: Iterable[Any]) -> dict[Any, int]:
+    """The bytes of all tensors among a kernel's arguments, each once."""
+    found: dict[Any, int] = {}
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found[value.untyped_storage()._cdata] = value.numel() * value.element_size()
+        elif isinstance(value, tuple):
+            found |= tensors(value)
+    return found
+
+
+def _bytes(code: Code, loops: Sequence[Loop], path: multiprocessor.Trace, times: Sequence[int]) -> float:
+    """What a warp moves from and to global memory on its way, and in the iterations that were left out of it."""
+    ones = code.instructions
+    moved = sum(bytes_of(ones[index]) for at, index in enumerate(path.indexes) if at not in path.nothing)
+    for loop, count in zip(loops, times):
+        if count > ITERATIONS:
+            moved += (count - ITERATIONS) * sum(bytes_of(one) for one in ones[loop.first : loop.last + 1])
+    return moved
+
+
+def _share_that_is_there(launch: Launch) -> float:
+    """Of the rows of tiles those that exist: the last tile of N queries reaches beyond them."""
+    variant, sizes = launch.arguments.get("variant"), launch.arguments.get("sizes")
+    if variant is None or sizes is None or not variant.BLOCK_M.value:
+        return 1.0
+    return min(
+        size / (-(-size // block) * block)
+        for size, block in ((sizes.N, variant.BLOCK_N.value), (sizes.M, variant.BLOCK_M.value))
+    )
+
+
+def _memory(device: Device, moved: float, missing: float, active: int) -> Memory:
+    """Global memory as a quarter of a multiprocessor sees it."""
+    share = missing / moved if moved else 1.0
+    a_second = min(device.cache_bandwidth, device.memory / share if share else math.inf)
+    a_clock = min(a_second / active / device.clock, WIDEST)
+    latency = share * device.memory_latency + (1 - share) * device.cache_latency
+    return Memory(a_clock / QUARTERS, latency)
+
+
+def _makespan(
+    code: Code,
+    loops: Sequence[Loop],
+    kinds: Sequence[Sequence[int]],
+    order: np.ndarray,
+    memory: Memory,
+    warps: int,
+    together: int,
+    device: Device,
+) -> tuple[float, dict[str, float]]:
+    """Clocks until the last program has ended, and the share of them that pipes are busy."""
+    places = together * device.multiprocessors
+    last = len(order) % places if len(order) > places else 0
+    fewer = max(1, math.ceil(last / device.multiprocessors))
+    several = len(order) > places
+    durations, work = _durations(code, loops, kinds, memory, warps, together, several)
+    at_last = durations
+    if last and fewer < together:
+        at_last, _ = _durations(code, loops, kinds, memory, warps, fewer, False)
+    free = [0.0] * min(places, max(len(order), 1))
+    total: dict[str, float] = dict.fromkeys(("issue", *PIPES), 0.0)
+    for position, kind in enumerate(order.tolist()):
+        of = at_last if last and position >= len(order) - last else durations
+        heapq.heapreplace(free, free[0] + of[kind])
+        for name, clocks in work[kind].items():
+            total[name] += clocks
+    end = max(free)
+    return end, {name: clocks / device.multiprocessors / end for name, clocks in total.items()}
+
+
+def _durations(
+    code: Code,
+    loops: Sequence[Loop],
+    kinds: Sequence[Sequence[int]],
+    memory: Memory,
+    warps: int,
+    together: int,
+    several: bool,
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Of each kind of program the clocks that one takes among so many, and those that it keeps each pipe.
+
+    Kinds that take the same loops are executed once, the one that runs longest; the others differ by iterations.
+    """
+    runs: dict[tuple[bool, ...], tuple[list[int], float, dict[int, float], dict[str, float]]] = {}
+    for times in sorted(kinds, key=sum, reverse=True):
+        way = tuple(count > 0 for count in times)
+        if way not in runs:
+            runs[way] = (list(times), *_executed(code, loops, times, memory, warps, together, several))
+    durations, work = [], []
+    for times in kinds:
+        longest, clocks, iteration, busy = runs[tuple(count > 0 for count in times)]
+        ran = [min(count, ITERATIONS) for count in longest]
+        more = sum((count - one) * iteration.get(number, 0.0) for number, (count, one) in enumerate(zip(times, ran)))
+        durations.append(max(clocks + more, clocks * 0.1))
+        work.append({name: share * (clocks + more) for name, share in busy.items()})
+    return durations, work
+
+
+def _executed(
+    code: Code, loops: Sequence[Loop], times: Sequence[int], memory: Memory, warps: int, together: int, several: bool
+) -> tuple[float, dict[int, float], dict[str, float]]:
+    """Clocks of a program among its like, those of an iteration of each loop, and the share that it keeps each pipe."""
+    path = trace(code, loops, times, ITERATIONS)
+    in_quarter = max(1, warps // QUARTERS)
+    slots = together if warps >= QUARTERS else math.ceil(together * warps / QUARTERS)
+    found = simulate(code, path, memory, in_quarter, slots)
+    clocks = found.total
+    if several:
+        apart = found.total / slots
+        found = simulate(code, path, memory, in_quarter, slots, REPEATS, apart)
+        first, last = slots - 1, slots * (REPEATS - 1)
+        clocks = slots * (found.ended[last] - found.ended[first]) / (last - first)
+    shares = {"issue": found.issued, **dict(zip(PIPES, found.busy))}
+    number = slots * (REPEATS if several else 1)
+    quarter = 1 if warps >= QUARTERS else warps / QUARTERS
+    return clocks, found.iteration, {name: spent / number / clocks * quarter for name, spent in shares.items()}
+
+
+def _bound(busy: Mapping[str, float], seconds: float, device: Device, missing: float, moved: float) -> str:
+    if missing / device.memory > BOUND * seconds:
+        return "memory"
+    if moved / device.cache_bandwidth > BOUND * seconds:
+        return "cache"
+    if device.launch > seconds:
+        return "launch"
+    most = max(busy, key=lambda name: busy[name])
+    return most if busy[most] > BOUND else "latency"

@@ -1,0 +1,110 @@
+"""The prefix as attention sees it, k' = W_K ∘ K and v' = W_V ∘ V, computed once a call, in query's dtype.
+
+    W[p, d] = Σ_r U[p, r] V[r, d] for previous rows, 1 for the first n_shared
+
+Products are taken in float32 and rounded once. A program has a few rows of one head, keys or values. With a bank it
+leaves out a prefix that no sample uses, and always the rows beyond a prefix's length: no one reads them. So the other
+kernels walk over the prefix as over the context, through rows of one dtype that can be loaded ahead.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments
+from .arguments import Rows, Stored
+from .launch import Launch
+from .tiles import length_of, load_rows, store_rows, weight_rows
+
+ROWS = tl.constexpr(16)  # a program
+SAMPLES = tl.constexpr(1024)  # whose prefixes it looks through at once
+
+
+class Side(NamedTuple):
+    """Keys or values: from where to where. Without a pointer in `folded` they are what attention sees already."""
+
+    stored: Stored
+    folded: Rows
+
+
+@triton.jit
+def fold_kernel(key, value, prefix, B, heads, n_shared):
+    """The grid counts through the tiles of all heads and prefixes, first those of keys."""
+    tiles = tl.cdiv(prefix.n_rows, ROWS)
+    pid = tl.program_id(0)
+    if key.folded.pointer is not None:
+        count = prefix.n_prefixes * heads * tiles
+        if pid < count:
+            fold_rows(pid, key, prefix, B, heads, n_shared, tiles)
+        pid -= count
+    if value.folded.pointer is not None:  # noqa: SIM102 (known when it is compiled; the other one is not)
+        if pid >= 0:
+            fold_rows(pid, value, prefix, B, heads, n_shared, tiles)
+
+
+@triton.jit
+def fold_rows(pid, side, prefix, B, heads, n_shared, tiles):
+    p = pid % tiles * ROWS
+    h = pid // tiles % heads
+    t = (pid // tiles // heads).to(tl.int64)
+    end = length_of(prefix, t)
+    if prefix.index is not None:
+        end = tl.where(is_used(prefix, t, B), end, 0)
+    if p < end:
+        x = load_rows(side.stored.rows, t, h, p, end, ROWS).to(tl.float32)
+        if side.stored.weights.U is not None:
+            x *= weight_rows(side.stored, n_shared, t, h, p, end, ROWS)
+        store_rows(side.folded, t, h, p, end, x, ROWS)
+
+
+@triton.jit
+def is_used(prefix, t, B):
+    """Whether some sample uses prefix t; an index out of range is clamped, as everywhere (`tiles.prefix_of`)."""
+    found = tl.zeros([SAMPLES], tl.int32)
+    for start in range(0, B, SAMPLES):
+        b = start + tl.arange(0, SAMPLES)
+        used = tl.load(prefix.index + b, mask=b < B, other=0).to(tl.int64)
+        used = tl.minimum(tl.maximum(used, 0), prefix.n_prefixes - 1)
+        found |= ((used == t) & (b < B)).to(tl.int32)
+    return tl.max(found, 0) > 0
+
+
+def folded(call: Any) -> tuple[Any, list[Launch]]:
+    """The call with k' and v' for its prefix and no reweighting, and the launch, if any, that computes them."""
+    key = _room(call, call.prefix_key, call.reweight_key)
+    value = _room(call, call.prefix_value, call.reweight_value)
+    if key is value is None:
+        return call, []
+    T, Hkv, P = arguments.n_prefixes(call), call.key.shape[1], call.prefix_key.shape[-2]
+    sides = (key is not None) + (value is not None)
+    launch = Launch(
+        fold_kernel,
+        programs=sides * T * Hkv * arguments.cdiv(P, ROWS.value),
+        arguments={
+            "key": Side(arguments.stored(call.prefix_key, call.reweight_key), arguments.written_rows(key)),
+            "value": Side(arguments.stored(call.prefix_value, call.reweight_value), arguments.written_rows(value)),
+            "prefix": arguments.prefix(call),
+            "B": call.query.shape[0],
+            "heads": Hkv,
+            "n_shared": call.n_shared,
+        },
+        options={"num_warps": 4, "num_stages": 1},
+    )
+    after = replace(
+        call,
+        prefix_key=call.prefix_key if key is None else key,
+        prefix_value=call.prefix_value if value is None else value,
+        reweight_key=None,
+        reweight_value=None,
+    )
+    return after, [launch]
+
+
+def _room(call: Any, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """For folded rows; None where the stored ones are those."""
+    if weights is None and stored.dtype == call.query.dtype:
+        return None
+    return call.query.new_empty(stored.shape)

@@ -1,0 +1,63 @@
+"""The benchmark of the host's work: launches reach Triton's launcher, and only there nothing happens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qtuning_fast.bench import host
+
+ROOT = Path(__file__).parent.parent.parent
+
+COUNTED = """
+from qtuning_fast.bench import host
+
+launched = []
+host.Launcher.launch = staticmethod(lambda *arguments: launched.append(arguments))
+with host.without_gpu():
+    runs = host.calls()
+    for name in ("fused, forward", "fused, step", "composed, step"):
+        launched.clear()
+        runs[name]()
+        print(name, len(launched))
+"""
+
+
+def in_a_process(*arguments: str) -> str:
+    """In this one kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_every_launch_of_a_step_gets_as_far_as_the_launcher():
+    assert in_a_process("-c", COUNTED).splitlines() == ["fused, forward 1", "fused, step 4", "composed, step 4"]
+
+
+def test_rows_and_stages(tmp_path):
+    out = tmp_path / "host.json"
+    text = in_a_process("-m", "qtuning_fast.bench.host", "--dry-run", "--out", str(out))
+    document = json.loads(out.read_text())
+    (entry,) = document["entries"].values()
+    assert not document["errors"] and all(row["median"] > 0 for row in entry["rows"].values())
+    assert {"fused, forward", "fused, step", "composed, step", "sdpa", *host.STAGES} <= entry["rows"].keys()
+    assert all(f"  {name} " in text for name in entry["rows"]) and "the operator and autograd" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_what_goes_wrong_is_a_row():
+    rows = {"fused, step": {"error": "RuntimeError: no compiler"}}
+    rows |= {stage: {"median": 1.0, "spread": 0.0, "fastest": 1.0, "rounds": 1} for stage in host.STAGES}
+    assert "RuntimeError: no compiler" in host.table(rows)
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(host, "INTERPRETED", True)
+    with pytest.raises(SystemExit):
+        host.main([])
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
