@@ -44,9 +44,7 @@ class Pass:
                 launches = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
             folding, *launches = launches
         folding.run()
-        if (
-            self.direction == "whole"
-        ):  # all of it, in one launch and the sum of its parts, or, where it is off, in three
+        if self.direction == "whole":  # one launch and the sum of its parts or, where that is off, three
             return launches
         queries, *others = launches
         if self.direction in ("queries", "prefix-queries"):
