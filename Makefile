@@ -116,7 +116,7 @@ bench-gpu-models:
 
 # Triton's cache for the plans, made without a GPU by the Python and the Triton of the machine that will have one.
 triton-cache:
-	$(BARE) qtuning_fast.bench.carried $(if $(SECONDS_FILE),--seconds $(SECONDS_FILE))
+	$(BARE) qtuning_fast.bench.carried
 
 # Every question on a CPU, 45 minutes on two idle cores.
 bench-cpu: $(STAMP)

@@ -26,11 +26,12 @@ import triton
 from qtuning_fast.bench import choose, compile_report, plan, shapes
 from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.candidates import candidates, compile_for
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.compile_report import AbsentDriver
 from qtuning_fast.bench.expected import FLEX, KERNEL, LAUNCHER
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.results import RUNS, Results, versions
 from qtuning_fast.bench.shapes import SHAPES, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.bench.tune import DTYPES, asked, in_order, incumbent_of, shapes_of
@@ -38,7 +39,7 @@ from qtuning_fast.kernels.target import INTERPRETED
 
 COMPILED = ("flex-frozen-gate", "flex-merged", "flex-approx-frozen-gate", "flex", "eager-compiled")
 NICENESS = 10
-MOST_LAUNCHES = 6  # of a step, and of what composed adds to it
+MOST_LAUNCHES = 8  # of a step, and of what composed adds to it
 SM_90 = "sm_90"  # the target of the plans
 
 
@@ -111,30 +112,42 @@ def compile_peer(shape: Shape, peer: str) -> None:
 
 
 def compile_kernel(target: str, shape: Shape, number: int) -> dict[str, float]:
-    """One launch of a shape, for a GPU that need not be there; the seconds of the kernel and of its launcher."""
+    """One launch of a shape, for a GPU that need not be there; a core's seconds for the kernel and for its launcher."""
     triton.runtime.driver.set_active(AbsentDriver(target))
     launches = list(_launches(shape))
     if number >= len(launches):
         return {}
     _, launch = launches[number]
-    started = time.perf_counter()
+    started = _core_seconds()
     compiled = launch.compile()
-    seconds = {"kernel": round(time.perf_counter() - started, 2)}
+    seconds = {"kernel": round(_core_seconds() - started, 2)}
     # Without CUDA's library there is nothing to link with; other Tritons make launchers in other ways.
     with suppress(ImportError, AssertionError, OSError, AttributeError):
         from triton.backends.nvidia.driver import CudaLauncher
 
-        started = time.perf_counter()
+        started = _core_seconds()
         try:
             CudaLauncher(compiled.src, compiled.metadata)
         finally:  # linked with a stand-in for CUDA's library it is made, and cannot be loaded
-            seconds["launcher"] = round(time.perf_counter() - started, 2)
+            seconds["launcher"] = round(_core_seconds() - started, 2)
     return seconds
+
+
+def _core_seconds() -> float:
+    """Of this process and of those that it has started, whoever else is at work."""
+    return sum(os.times()[:4])
 
 
 def _launches(shape: Shape) -> Iterator[tuple[str, Any]]:
     dtype = torch.bfloat16
     return iter(list(compile_report.launches(shapes.inputs(shape, dtype=dtype, device="meta").call(shape))))
+
+
+def timed() -> dict[str, Any]:
+    """How long the kernels of the plan's shapes take, one after the other on one core, and their launchers."""
+    _start()
+    each = {job.name: job.make() for job in of_kernels([SHAPES[name] for name in plan.SHAPES])}
+    return {"versions": versions(), "each": {name: seconds for name, seconds in each.items() if seconds}}
 
 
 def compile_kernels(deadline: float = math.inf) -> dict[str, Any]:
@@ -151,7 +164,7 @@ def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, 
     workers = os.cpu_count() or 1
     own = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # in each process, which are many already
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
-    with patch.dict(os.environ, own), spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
+    with patch.dict(os.environ, own), spawn.Pool(workers, _start) as pool:
         waiting = {job.name: pool.apply_async(_make, (job.make, job.alone)) for job in jobs}
         while waiting and time.monotonic() < deadline:
             for name in [name for name, result in waiting.items() if result.ready()]:
@@ -161,6 +174,11 @@ def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, 
                     heard(name, {"error": first_line(error)})
             time.sleep(0.05)
     return not waiting  # who is not done by then is ended
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    settle()
 
 
 def _make(make: Callable[[], Any], alone: bool) -> Any:

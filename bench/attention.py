@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from qtuning_fast.bench import tables
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.floors import Ceilings, measured_ceilings
 from qtuning_fast.bench.measure import (
     QUICK,
@@ -75,6 +76,7 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     chosen = [SHAPES[name] for name in options.shape or ()] or [shape for shape in usual if shape.trained == trained]
     peers = options.peer or default_peers(default_device())
 
+    settle()
     given = sys.argv[1:] if arguments is None else arguments
     within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
     results, ceilings = begin(question, options.out, given, options.ceilings, going_on=within)

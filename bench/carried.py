@@ -1,17 +1,20 @@
 """Triton's cache, made on one machine and carried to another, so that nothing has to be compiled there.
 
-    python -m qtuning_fast.bench.carried --seconds FILE      makes it: runs/triton-cache.tar.xz
+    python -m qtuning_fast.bench.carried                     makes it: runs/triton-cache.tar.xz
     python -m qtuning_fast.bench.carried --says              whether it is of this Triton and of these kernels
+    python -m qtuning_fast.bench.carried --seconds FILE      only writes how long kernels and launchers take to compile
 
 What Triton finds in its cache depends on the contents of its own package (`triton_key`: the files of compiler, backends
 and language, and libtriton.so, which is another one for each Python), ptxas's version, the source of a kernel and of
-all it calls with their line numbers, signature, constants and options; on no path and no date. But an entry lists its
-files by absolute path: so both machines keep the cache in the same FOLDER. A launcher, which Triton compiles by a C
-compiler for each signature, is found by its source and the kind of platform.
+all it calls with their line numbers, signature, constants and options, and on what the process has compiled before
+(`settle`); on no path and no date. But an entry lists its files by absolute path: so both machines keep the cache in
+the same FOLDER. A launcher, which Triton compiles by a C compiler for each signature, is found by its source and the
+kind of platform.
 """
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -28,6 +31,7 @@ from qtuning_fast.bench.results import ROOT, digests
 
 FOLDER = Path("/tmp/qtuning-fast-triton")
 ARCHIVE, KEY = ROOT / "runs/triton-cache.tar.xz", "key.json"
+KNOWN = ROOT / "bench/results/compile/triton-key.json"  # of the last Triton that a cache was made with
 KEPT = (".json", ".cubin", ".so")  # what a process that launches reads; not what the compiler wrote on the way
 
 
@@ -46,6 +50,21 @@ def key() -> dict[str, Any]:
     }
 
 
+def settle() -> None:
+    """Makes each kernel's place in the cache the same in every process, whichever it compiles first.
+
+    Triton's key of a function lists the constants of those that it calls as far as they are known by then: that is, as
+    far as their own keys were asked for before (`DependenciesFinder._update_hash` in 3.6.0). So they are asked for
+    once, in one order, before anything is compiled; else a process finds only part of what others compiled for it.
+    """
+    from qtuning_fast.kernels.target import INTERPRETED
+
+    for path in sorted((ROOT / "kernels").glob("*.py")) if not INTERPRETED else ():
+        functions = vars(importlib.import_module(f"qtuning_fast.kernels.{path.stem}"))
+        for name in sorted(functions):
+            getattr(functions[name], "cache_key", None)
+
+
 def unpack() -> None:
     """The archive to FOLDER, if there is one and it is not there yet; and Triton's cache is there from now on."""
     os.environ["TRITON_CACHE_DIR"] = str(FOLDER)
@@ -59,16 +78,20 @@ def unpack() -> None:
 
 def says() -> str:
     """Whether the cache that was carried is of this machine's Triton and of these kernels."""
-    if not (FOLDER / KEY).exists():
+    here, was_carried = key(), (FOLDER / KEY).exists()
+    if not was_carried and not KNOWN.exists():
         return "no Triton cache was carried here"
-    carried, here = json.loads((FOLDER / KEY).read_text()), key()
-    other = [name for name, value in here.items() if carried.get(name) != value]
-    return f"the Triton cache is of another {', '.join(other)}" if other else "the Triton cache is this machine's"
+    known = json.loads((FOLDER / KEY if was_carried else KNOWN).read_text())
+    other = [name for name, value in here.items() if known.get(name, value) != value]
+    what = "the Triton cache" if was_carried else "no Triton cache was carried here; the last one that was made"
+    return f"{what} is of another {', '.join(other)}" if other else f"{what} fits this Triton"
 
 
 def pack() -> int:
-    """FOLDER into the archive; how many kernels and launchers."""
+    """FOLDER into the archive, and its key to where it is known; how many kernels and launchers."""
     (FOLDER / KEY).write_text(json.dumps(key(), indent=1) + "\n")
+    of_triton = {name: value for name, value in key().items() if name != "kernels"}
+    KNOWN.write_text(json.dumps(of_triton, indent=1) + "\n")
     files = [path for path in sorted(FOLDER.rglob("*")) if path.is_file() and path.suffix in KEPT]
     ARCHIVE.parent.mkdir(parents=True, exist_ok=True)
     draft = ARCHIVE.with_suffix(".part")
@@ -93,25 +116,27 @@ def _stand_in() -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--says", action="store_true", help="whether the carried cache fits here")
-    parser.add_argument("--seconds", type=Path, metavar="FILE", help="write there how long each kernel took")
+    parser.add_argument("--seconds", type=Path, metavar="FILE", help="only write there how long it takes")
     options = parser.parse_args(arguments)
     if options.says:
         unpack()
         print(says())
         return 0
-    from qtuning_fast.bench.ahead import compile_kernels
+    from qtuning_fast.bench.ahead import compile_kernels, timed
 
+    os.environ.setdefault("TRITON_LIBCUDA_PATH", str(_stand_in()))
+    if options.seconds:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+        options.seconds.write_text(json.dumps(timed(), indent=1) + "\n")
+        return 0
     with suppress(FileNotFoundError):
         shutil.rmtree(FOLDER)
     os.environ["TRITON_CACHE_DIR"] = str(FOLDER)
-    os.environ.setdefault("TRITON_LIBCUDA_PATH", str(_stand_in()))
     with suppress(ImportError):  # it is made, and without a driver it cannot be loaded
         from triton.backends.nvidia.driver import CudaUtils
 
         CudaUtils()
-    found = compile_kernels()
-    if options.seconds:
-        options.seconds.write_text(json.dumps(found, indent=1) + "\n")
+    compile_kernels()
     count = pack()
     print(f"{count} kernels and launchers, {ARCHIVE.stat().st_size / 2**20:.1f} MiB: {ARCHIVE}")
     return 0

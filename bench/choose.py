@@ -24,6 +24,7 @@ from qtuning_fast.backends.choice import Rule
 from qtuning_fast.backends.vendors import FEW_QUERIES
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.expected import row_seconds
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
@@ -136,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RUNS / "choose.json", metavar="FILE")
     parser.add_argument("--deadline", type=float, default=math.inf, help="leave out what would end later")
     options = parser.parse_args(arguments)
+    settle()
     device = default_device()
     results = Results("choose", options.out, device, sys.argv[1:] if arguments is None else arguments)
     print(results.heading())

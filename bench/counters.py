@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from qtuning_fast.bench import shapes
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.measure import default_device
 from qtuning_fast.bench.passes import Pass
 from qtuning_fast.bench.results import ROOT, RUNS, Results
@@ -42,6 +43,7 @@ def run_once(name: str) -> None:
     shape, device = SHAPES[name], default_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = shapes.inputs(shape, dtype=dtype, device=device)
+    settle()
     launches = []
     for direction in DIRECTIONS:
         entry = blocks_for(current_target(), dtype.itemsize, shape.D, direction)

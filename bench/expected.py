@@ -7,6 +7,7 @@ those marked "assumed" no one has measured. A schedule stretches what it expects
 
 import json
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -26,7 +27,9 @@ OVER_FUSED = {"composed": 1.5, "flex": 8.0, "flex-merged": 2.0, "eager": 8.0, "r
 
 IMPORTS = 3.2  # seconds of torch, triton and this package; measured on a core of a virtual machine
 CONTEXT = 1.5  # of a first CUDA context and what cuBLAS sets up; assumed
-KERNEL, LAUNCHER = 1.0, 0.45  # to compile one of ours for sm_90 and what starts it, on one core; measured, Triton 3.6.0
+COMPILED = json.loads((ROOT / "bench/results/compile/seconds.json").read_text())["each"]
+# To compile one of our kernels for sm_90, and what starts it, on one core; measured by bench.carried.
+KERNEL, LAUNCHER = (statistics.mean(took[what] for took in COMPILED.values()) for what in ("kernel", "launcher"))
 IEEE_KERNEL = 22.0  # likewise, with products of float32 in IEEE arithmetic; measured, 18 to 27
 FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torch.compile, first and from disk; assumed
 HOST_MS = 2.0  # of a step in Python, where the GPU is faster; measured 1.0, on this machine

@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape")
     parser.add_argument("--out", type=Path, default=RUNS / "first.json", metavar="FILE")
     options = parser.parse_args(arguments)
+    carried.settle()
     started, device = time.perf_counter(), default_device()
     shape = TINY if options.dry_run else BERT_BASE
     results = Results("first", options.out, device, sys.argv[1:] if arguments is None else arguments)

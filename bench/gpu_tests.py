@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.results import ROOT, RUNS, Results
 
 ALONE = ("tests/bench/test_timing.py",)
@@ -80,6 +81,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     if os.environ.get(PART) == "telling":
         chosen = [item for item in chosen if is_told(item.nodeid)]
     items[:] = sorted(chosen, key=lambda item: rank(item.nodeid))
+    settle()  # so that a shard finds what another one has compiled
 
 
 def pytest_runtest_logreport(report: Any) -> None:

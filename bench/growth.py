@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from qtuning_fast.bench import tables
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.expected import row_seconds, turns_seconds
 from qtuning_fast.bench.measure import (
     REHEARSED,
@@ -132,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     device, options = default_device(), parser().parse_args(arguments)
 
+    settle()
     within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
     given = sys.argv[1:] if arguments is None else arguments
     results = Results("growth", options.out, device, given, going_on=within)

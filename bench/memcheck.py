@@ -17,6 +17,7 @@ import torch
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.measure import default_device
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import ROOT, RUNS, Results
@@ -50,6 +51,7 @@ def sanitized(tool: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def steps(names: Sequence[str]) -> None:
+    settle()
     device = default_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name in names:

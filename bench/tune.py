@@ -30,6 +30,7 @@ import torch
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.candidates import KEYS_OF_WHOLE, PREFIX_OF_WHOLE, candidates, compile_for, obstacle
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.compile_report import TARGETS
 from qtuning_fast.bench.expected import candidate_ms, heats
 from qtuning_fast.bench.measure import broken, default_device
@@ -325,6 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     rehearsed = options.dry_run and INTERPRETED
     if not rehearsed and (not torch.cuda.is_available() or INTERPRETED):
         parser.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
+    settle()
     target = "sm_90" if rehearsed else current_target()
     if target not in TARGETS:
         parser.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/compile_report.py")
@@ -347,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = asked(options.dtype, options.head_size, options.direction)
     print(f"{measured}, {target}; gain over the incumbent, ms a launch by CUDA-graph replay, * wins")
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
-    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn)
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn, initializer=settle)
     try:
         known = {name: Blocks(**entry["winner"]) for name, entry in entries.items() if entry["winner"]}
         tune(
