@@ -80,8 +80,9 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     given = sys.argv[1:] if arguments is None else arguments
     within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
     results, ceilings = begin(question, options.out, given, options.ceilings, going_on=within)
+    peaks = () if options.dry_run else PEAKS
     turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
-    one = partial(measure, device=default_device(), ceilings=ceilings, turns=turns, peaks=PEAKS)
+    one = partial(measure, device=default_device(), ceilings=ceilings, turns=turns, peaks=peaks)
     home = at_home(options.rest_of)
     jobs = {
         shape.name: partial(one, shape, [peer for peer in peers if f"{shape.name}: {peer}" not in home])

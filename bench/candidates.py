@@ -49,8 +49,8 @@ def candidates(incumbent: Blocks) -> list[Blocks]:
     found = [incumbent]
     if incumbent.direction == "whole":
         for queries, warps, stages in itertools.product(QUERIES_OF_WHOLE, (4, 8), (1, 2)):
-            own = {"queries": queries, "keys": KEYS_OF_WHOLE, "prefix": PREFIX_OF_WHOLE}
-            found.append(replace(incumbent, **own, warps=warps, stages=stages))
+            tiles = replace(incumbent, queries=queries, keys=KEYS_OF_WHOLE, prefix=PREFIX_OF_WHOLE)
+            found.append(replace(tiles, warps=warps, stages=stages))
         return list(dict.fromkeys(found))
     of_keys, of_prefix = incumbent.direction == "keys", incumbent.direction in ("merge", "prefix-queries")
     for own, walked, warps in (TILES_OF_KEYS if of_keys else TILES)[size]:

@@ -54,8 +54,8 @@ class Gathered:
         """What there is by now; nothing where nothing is new."""
         for path in sorted(self.folder.glob("*.json")):
             self._documents[path.stem] = self._read(path, self._documents.get(path.stem))
-        for name, path in TABLES.items():
-            self._tables[name] = self._read(ROOT / path, self._tables.get(name))
+        for name, table in TABLES.items():
+            self._tables[name] = self._read(ROOT / table, self._tables.get(name))
         known = {name: table for name, table in self._tables.items() if table is not None}
         found = {"steps": [asdict(o) for o in self.outcomes], "documents": self._documents, "tables": known}
         if (now := json.dumps(found)) != self._written:

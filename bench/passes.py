@@ -42,11 +42,11 @@ class Pass:
                 launches = prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})
             else:
                 launches = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
-            folding, *launches = launches
+            folding, *rest = launches
         folding.run()
         if self.direction == "whole":  # one launch and the sum of its parts or, where that is off, three
-            return launches
-        queries, *others = launches
+            return rest
+        queries, *others = rest
         if self.direction in ("queries", "prefix-queries"):
             return [queries]
         queries.run()  # writes the delta that the others read
