@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
-	bench-gpu bench-gpu-models report lint format docs docs-serve models-table clean
+	bench-gpu bench-gpu-second bench-gpu-models triton-cache report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
 
@@ -85,27 +85,38 @@ soak: $(STAMP)
 
 OUT ?= runs/bench
 
-# What needs a GPU runs from a bare checkout. A rehearsal without one: make bench-gpu DRY=1; some steps: ONLY="tests tuning"
-PLAN = PYTHONPATH=. python -m qtuning_fast.bench.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
+# What needs a GPU runs from a bare checkout, by the Python that has torch and triton. A rehearsal without a GPU:
+# make bench-gpu DRY=1; some steps: ONLY="tests tuning"
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+BARE = PYTHONPATH=. PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
+PLAN = $(BARE) qtuning_fast.bench.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
 test-gpu:
-	PYTHONPATH=. python -m qtuning_fast.bench.gpu_tests --out $(OUT)/tests.json
+	$(BARE) qtuning_fast.bench.gpu_tests --out $(OUT)/tests.json
 
 tune:
-	PYTHONPATH=. python -m qtuning_fast.bench.tune --out $(OUT)/tuning.json
+	$(BARE) qtuning_fast.bench.tune --out $(OUT)/tuning.json
 	cp kernels/blocks.json $(OUT)/
 
 choose:
-	PYTHONPATH=. python -m qtuning_fast.bench.choose --out $(OUT)/choose.json
+	$(BARE) qtuning_fast.bench.choose --out $(OUT)/choose.json
 	cp qtuning_fast/backends/choice.json $(OUT)/
 
-# Tests, tuning, the operator's questions, resource use: nine minutes, all of it in one file.
+# Tests, the operator beside its peers, tuning: nine minutes, all of it in one file.
 bench-gpu:
 	$(PLAN) gpu --out $(OUT)/gpu.json
 
-# Decoding, whole models, 200 tasks in a row: nine minutes.
+# What that left out, long contexts, the choice of backends, growth: three minutes.
+bench-gpu-second:
+	$(PLAN) gpu-second --out $(OUT)/gpu-second.json
+
+# Ingredients, whole models, 200 tasks in a row: nine minutes.
 bench-gpu-models:
 	$(PLAN) gpu-models --out $(OUT)/gpu-models.json
+
+# Triton's cache for the plans, made without a GPU by the Python and the Triton of the machine that will have one.
+triton-cache:
+	$(BARE) qtuning_fast.bench.carried
 
 # Every question on a CPU, 45 minutes on two idle cores.
 bench-cpu: $(STAMP)

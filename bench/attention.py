@@ -12,36 +12,31 @@ gradients.
 """
 
 import argparse
-import math
-import multiprocessing
-import os
+import json
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.accuracy import prepare
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.floors import Ceilings, measured_ceilings
 from qtuning_fast.bench.measure import (
     QUICK,
     REHEARSED,
     TURNS,
     default_device,
-    default_dtype,
     in_a_process,
     measure,
     measure_each,
 )
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES, Shape, inputs
+from qtuning_fast.bench.schedule import DONE
+from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES
 
 ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "flex-approx")
 IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
@@ -54,70 +49,76 @@ PEAKS = (
     "flex-frozen-gate",
     "sdpa",
 )  # who is asked for memory
-COMPILED = ("flex-frozen-gate", "flex-merged", "flex-approx-frozen-gate", "flex", "eager-compiled")
 
 
 def main(arguments: list[str] | None = None) -> int:
     return ask("attention", __doc__, arguments, trained=True)
 
 
-def ask(question: str, about: str | None, arguments: list[str] | None, *, trained: bool) -> int:
-    """Measures shapes, those that are trained or the others, and writes and prints what comes of it."""
+def parser(question: str, about: str | None) -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--peer", nargs="+", choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--quick", action="store_true", help=f"at most {QUICK.rounds} rounds, not {TURNS.rounds}")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that all is there")
-    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="begin no shape after so many")
+    parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
+    parser.add_argument("--ceilings", type=Path, metavar="FILE", help="what bench.floors measured, or measure it now")
+    parser.add_argument("--rest-of", type=Path, metavar="FILE", help="leave out what this file of an earlier run holds")
     parser.add_argument("--out", type=Path, default=RUNS / f"{question}.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def ask(question: str, about: str | None, arguments: list[str] | None, *, trained: bool) -> int:
+    """Measures shapes, those that are trained or the others, and writes and prints what comes of it."""
+    options = parser(question, about).parse_args(arguments)
     usual = TINIES if options.dry_run else GPU if default_device() == "cuda" else CPU
     chosen = [SHAPES[name] for name in options.shape or ()] or [shape for shape in usual if shape.trained == trained]
     peers = options.peer or default_peers(default_device())
 
+    settle()
     given = sys.argv[1:] if arguments is None else arguments
-    started = time.perf_counter()
-    results, ceilings = begin(question, options.out, given)
-    if default_device() == "cuda":
-        compile_ahead(chosen, [peer for peer in peers if peer in COMPILED], 0.4 * options.budget_seconds)
+    within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
+    results, ceilings = begin(question, options.out, given, options.ceilings, going_on=within)
+    peaks = () if options.dry_run else PEAKS
     turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
-    one = partial(measure, peers=peers, device=default_device(), ceilings=ceilings, turns=turns, peaks=PEAKS)
-    jobs = {shape.name: partial(one, shape) for shape in chosen}
-    left = options.budget_seconds - (time.perf_counter() - started)
-    return measure_each(results, jobs, tables.attention, seconds=left)
+    one = partial(measure, device=default_device(), ceilings=ceilings, turns=turns, peaks=peaks)
+    home = at_home(options.rest_of)
+    jobs = {
+        shape.name: partial(one, shape, [peer for peer in peers if f"{shape.name}: {peer}" not in home])
+        for shape in chosen
+        if any(f"{shape.name}: {peer}" not in home for peer in peers)
+    }
+    if within:
+        schedule, entries = results.schedule(options.deadline), results.document["entries"]
+        jobs = {
+            name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
+            for name, job in jobs.items()
+        }
+    return measure_each(results, jobs, tables.attention, apart=not within)
 
 
-def begin(question: str, out: Path, arguments: Sequence[str]) -> tuple[Results, Ceilings]:
-    """The file, with the device's ceilings in it; and a heading on the screen."""
+def at_home(earlier: Path | None) -> set[str]:
+    """The units that an earlier run has brought home; none where its file is not there."""
+    if earlier is None or not earlier.exists():
+        return set()
+    units = json.loads(earlier.read_text()).get("units", {})
+    return {name for name, entry in units.items() if entry["said"] == DONE}
+
+
+def begin(
+    question: str, out: Path, arguments: Sequence[str], known: Path | None = None, *, going_on: bool = False
+) -> tuple[Results, Ceilings]:
+    """The file, with the device's ceilings in it, and a heading on the screen."""
     device = default_device()
-    ceilings = in_a_process(measured_ceilings, torch.device(device))
-    results = Results(question, out, device, arguments, ceilings=asdict(ceilings))
+    if known is not None and known.exists():
+        ceilings = Ceilings(**json.loads(known.read_text())["ceilings"])
+    else:
+        ceilings = in_a_process(measured_ceilings, torch.device(device))
+    results = Results(question, out, device, arguments, going_on=going_on, ceilings=asdict(ceilings))
     rates = f"copying {ceilings.copied / 1e12:.3f} TB/s, reading {ceilings.read / 1e12:.3f} TB/s"
     print(f"{results.heading()}\nceilings: {ceilings.flops / 1e12:.2f} TFLOP/s, {rates}", flush=True)
     return results, ceilings
-
-
-def compile_ahead(shapes: Sequence[Shape], peers: Sequence[str], seconds: float) -> None:
-    """Fills the compilers' caches on disk, by many processes, for as long as there is time: the first shapes first."""
-    jobs = [(shape, peer) for shape in shapes for peer in peers]
-    if not jobs:
-        return
-    started = time.perf_counter()
-    workers = max(1, (os.cpu_count() or 1) - 2)
-    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each process, which are many already
-    with patch.dict(os.environ, alone), multiprocessing.get_context("spawn").Pool(workers) as pool:
-        compiled = pool.starmap_async(compile_peer, jobs, chunksize=1)
-        compiled.wait(None if math.isinf(seconds) else seconds)  # who is not done by then is ended
-    done = "all" if compiled.ready() else "some"
-    print(f"{done} of {len(jobs)} peers compiled in {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def compile_peer(shape: Shape, peer: str) -> None:
-    """Runs it once; who fails does so again when it is measured, and is reported then."""
-    with suppress(Exception):
-        x = inputs(shape, dtype=default_dtype("cuda"), device="cuda")
-        prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
-        prepared.step(x.d_output) if shape.trained else prepared.forward()
 
 
 def default_peers(device: str) -> list[str]:

@@ -5,13 +5,14 @@
 
 A training step, forward and backward, is measured at growing sizes: on a CPU with the composed backend beside the
 reference, by the number of scores; on a GPU beside the fused one, by the number of context keys. The bound is put where
-the composed backend is last slower, in the geometric middle between that size and the next.
+the composed backend is last slower, in the geometric middle between that size and the next. Where there was no time for
+all sizes, no line is rewritten.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,12 @@ from qtuning_fast.backends.choice import Rule
 from qtuning_fast.backends.vendors import FEW_QUERIES
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
+from qtuning_fast.bench.carried import settle
+from qtuning_fast.bench.expected import row_seconds
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.schedule import NO_TIME, Schedule, Unit
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare, sets_for
 
@@ -55,15 +59,31 @@ def training_shapes(device: str) -> list[Shape]:
     llama = [
         Shape(f"N{N} causal", B=max(4096 // N, 1), Hq=32, Hkv=8, N=N, D=128, P=100, is_causal=True) for N in lengths
     ]
-    return bert + llama
+    return [shape for pair in zip(bert, llama) for shape in pair]
 
 
-def measure(device: str, rounds: int, shapes_measured: Sequence[Shape]) -> list[Point]:
-    """Each shape, the smallest first."""
+def units(shapes_measured: Sequence[Shape]) -> list[Unit]:
+    """What is measured, and the seconds that are expected of it."""
+    peers = ("composed", "fused")
+    return [Unit(s.name, sum(row_seconds(s, peer) for peer in peers), "point", s) for s in shapes_measured]
+
+
+def measure(
+    device: str,
+    rounds: int,
+    shapes_measured: Sequence[Shape],
+    heard: Callable[[Point], None],
+    schedule: Schedule | None = None,
+) -> list[Point]:
+    """Each shape, the smallest first, as far as there is time; hands each point on as it comes."""
+    schedule = schedule or Schedule()
     gpu = torch.device(device)
     dtype = default_dtype(device)
     points = []
-    for shape in shapes_measured:
+    for unit in units(shapes_measured):
+        shape = unit.of
+        if not schedule.begins(unit.name, unit.seconds):
+            continue
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
         other = "fused" if gpu.type == "cuda" else "reference"
@@ -78,6 +98,8 @@ def measure(device: str, rounds: int, shapes_measured: Sequence[Shape]) -> list[
         size = scores if gpu.type == "cpu" else shape.N
         points.append(Point(size, shape, composed.median, beside.median))
         print(points[-1], flush=True)
+        heard(points[-1])
+    schedule.end()
     return sorted(points, key=lambda point: point.size)
 
 
@@ -113,20 +135,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=RUNS / "choose.json", metavar="FILE")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="leave out what would end later")
     options = parser.parse_args(arguments)
+    settle()
     device = default_device()
     results = Results("choose", options.out, device, sys.argv[1:] if arguments is None else arguments)
     print(results.heading())
 
-    points = measure(device, options.rounds, training_shapes(device))
+    def heard(p: Point) -> None:
+        results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
+
+    schedule = results.schedule(options.deadline)
+    points = measure(device, options.rounds, training_shapes(device), heard, schedule)
     if not points:
         print("nothing was measured: the table stays as it is")
         return 1
     found = rules(device, points, results.measured())
     print(*found, sep="\n")
-    for p in points:
-        results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
-    if not options.dry_run:
+    if not options.dry_run and NO_TIME not in (entry["said"] for entry in schedule.log.values()):
         others = [rule for rule in choice.TABLE if rule.device != found[0].device]
         choice.write([*found, *others])
     return 0

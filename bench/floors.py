@@ -3,12 +3,20 @@
 Matrix products are counted as if every score were computed once a pass: 2 products forward (q kᵀ, p v), 5 backward
 (q kᵀ once more, dO vᵀ, dq, dk, dv), over the pairs of query and key that causality leaves. Each input of a pass is read
 once and each of its results written once. A pair takes one exponential, a pair with a prefix row also a tanh.
+
+    python -m qtuning_fast.bench.floors --out FILE       measures the ceilings, once for all that stands over them
 """
 
-from dataclasses import dataclass
+import argparse
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import Shape
 from qtuning_fast.bench.timing import compare
 
@@ -98,10 +106,16 @@ def _seen(keys: int, shape: Shape) -> int:
     return round(keys * (1 - shape.padding))
 
 
-def measured_ceilings(device: torch.device, *, rounds: int = 10) -> Ceilings:
-    """By a large product of random matrices, a large copy, and a sum over as much."""
+def measured_ceilings(
+    device: torch.device, *, rounds: int = 10, clock_rate: float = 0.0, sizes: tuple[int, int] | None = None
+) -> Ceilings:
+    """By a large product of random matrices, a large copy, and a sum over as much.
+
+    The special functions are counted by the highest clock in Hz, where it is known. Sizes are those of a matrix's side
+    and of the copy in bytes.
+    """
     on_gpu = device.type == "cuda"
-    size, copied = (8192, 1 << 32) if on_gpu else (1024, 1 << 27)
+    size, copied = sizes or ((8192, 1 << 32) if on_gpu else (1024, 1 << 27))
     dtype = torch.bfloat16 if on_gpu else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
@@ -123,7 +137,34 @@ def measured_ceilings(device: torch.device, *, rounds: int = 10) -> Ceilings:
     special = 0.0
     if on_gpu:
         device_properties = torch.cuda.get_device_properties(device)
-        clock = getattr(device_properties, "clock_rate", 0) * 1e3  # kHz, the highest
+        clock = clock_rate or getattr(device_properties, "clock_rate", 0) * 1e3  # the latter in kHz
         special = SPECIAL_A_CLOCK * device_properties.multi_processor_count * clock
     flops, both_ways, read = 2 * size**3 / seconds["product"], 2 * copied / seconds["copy"], copied / seconds["read"]
     return Ceilings(flops, both_ways, read, special)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="small sizes, to see that all is there")
+    parser.add_argument("--out", type=Path, default=RUNS / "ceilings.json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = Results("floors", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    clock_rate = highest_clock(results.document["device"])
+    sizes = (128, 1 << 20) if options.dry_run else None
+    ceilings = measured_ceilings(torch.device(device), clock_rate=clock_rate, sizes=sizes)
+    results.document["ceilings"] = asdict(ceilings)
+    said = f"{ceilings.flops / 1e12:.1f} TFLOP/s, copying {ceilings.copied / 1e12:.3f} TB/s, "
+    results.add("ceilings", {"said": said + f"reading {ceilings.read / 1e12:.3f} TB/s"})
+    print(results.document["entries"]["ceilings"]["said"])
+    return 0
+
+
+def highest_clock(device: dict[str, Any]) -> float:
+    """Hz, as the driver says it; 0 where it does not."""
+    found = re.search(r"(\d+) MHz", device.get("nvidia_smi") or "")
+    return int(found[1]) * 1e6 if found else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ prefixes.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,20 @@ from typing import Any
 import torch
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.measure import REHEARSED, as_json, default_device, default_dtype, measure_cases, measure_each
+from qtuning_fast.bench.carried import settle
+from qtuning_fast.bench.expected import row_seconds, turns_seconds
+from qtuning_fast.bench.measure import (
+    REHEARSED,
+    as_json,
+    broken,
+    default_device,
+    default_dtype,
+    measure_cases,
+    measure_each,
+)
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.schedule import RESTART, Schedule, Unit
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import Turns
 
@@ -58,25 +69,55 @@ SERIES = {
 }
 
 
-def measure(of: str, shapes: dict[int, Shape], peers: Sequence[str], device: str, turns: Turns) -> dict[str, Any]:
-    """One series. On a GPU each size's graphs are gone before the next one's are made."""
-    started, points = time.perf_counter(), {}
-    for size, shape in shapes.items():
+def units(of: str, shapes: dict[int, Shape], peers: Sequence[str], turns: Turns) -> list[Unit]:
+    """Each size, and the seconds that are expected of it."""
+    return [
+        Unit(
+            f"{of}={size}",
+            sum(row_seconds(shape, peer) for peer in peers) + turns_seconds(shape, peers, turns),
+            "point",
+            size,
+        )
+        for size, shape in shapes.items()
+    ]
+
+
+def measure(
+    of: str,
+    shapes: dict[int, Shape],
+    peers: Sequence[str],
+    device: str,
+    turns: Turns,
+    *,
+    schedule: Schedule | None = None,
+    known: Mapping[str, Any] | None = None,
+    wrote: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> dict[str, Any]:
+    """One series, as far as there is time. On a GPU each size's graphs are gone before the next one's are made."""
+    started, points = time.perf_counter(), dict((known or {}).get("points", {}))
+    schedule = schedule or Schedule()
+    first = next(iter(shapes.values()))
+    entry = {"of": of, "title": str(first), "pass": "step" if first.trained else "forward", "peers": peers}
+
+    def by_now() -> dict[str, Any]:
+        return entry | {"points": points, "seconds": round(time.perf_counter() - started, 1)}
+
+    for unit in units(of, shapes, peers, turns):
+        size, shape = unit.of, shapes[unit.of]
+        if not schedule.begins(unit.name, unit.seconds):
+            continue
         torch._dynamo.reset()  # else the eighth size would not be compiled any more
         cases = {peer: (shape, peer) for peer in peers}
-        points[size] = as_json(measure_cases(cases, device, default_dtype(device), turns))
-    first = next(iter(shapes.values()))
-    return {
-        "of": of,
-        "title": str(first),
-        "pass": "step" if first.trained else "forward",
-        "points": points,
-        "peers": peers,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+        points[str(size)] = as_json(measure_cases(cases, device, default_dtype(device), turns))
+        wrote(by_now())
+        if broken(device):
+            raise SystemExit(RESTART)
+    schedule.end()
+    return by_now()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
     device = default_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--with", dest="sizes", nargs="+", choices=SERIES, default=list(SERIES))
@@ -84,15 +125,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--peer", nargs="+", choices=PEERS, default=list(PEERS_ON_GPU if device == "cuda" else PEERS_ON_CPU)
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that all is there")
+    parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
     parser.add_argument("--out", type=Path, default=RUNS / "growth.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    return parser
 
-    results = Results("growth", options.out, device, sys.argv[1:] if arguments is None else arguments)
+
+def main(arguments: list[str] | None = None) -> int:
+    device, options = default_device(), parser().parse_args(arguments)
+
+    settle()
+    within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
+    given = sys.argv[1:] if arguments is None else arguments
+    results = Results("growth", options.out, device, given, going_on=within)
     print(results.heading(), flush=True)
     turns = REHEARSED if options.dry_run else GROWTH_TURNS
     chosen = {name: SERIES[name].shapes(device, tiny=options.dry_run) for name in options.sizes}
     jobs = {name: partial(measure, name, shapes, options.peer, device, turns) for name, shapes in chosen.items()}
-    return measure_each(results, jobs, tables.growth)
+    if within:
+        schedule, entries = results.schedule(options.deadline), results.document["entries"]
+        jobs = {
+            name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
+            for name, job in jobs.items()
+        }
+    return measure_each(results, jobs, tables.growth, apart=not within)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One shape, peer by peer: first what it computes, then how long it takes and how much memory."""
 
+import gc
 import math
 import multiprocessing
 import sys
@@ -15,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qtuning_fast import backends
-from qtuning_fast.bench import shapes
+from qtuning_fast.bench import expected, shapes
 from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdict
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
-from qtuning_fast.bench.memory import peak
+from qtuning_fast.bench.memory import peak, too_large
 from qtuning_fast.bench.peers import PEERS, Prepared
 from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.schedule import RESTART, Schedule
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import (
     Call,
@@ -37,6 +39,7 @@ from qtuning_fast.bench.timing import (
 TURNS = Turns(rounds=40, seconds=8.0)
 QUICK = Turns(rounds=8, seconds=5.0)
 REHEARSED = Turns(rounds=2)  # on one set of inputs
+ALONE = 3  # rounds of a peer before all take turns
 PASSES = ("forward", "backward", "step")  # the last is the first two
 
 
@@ -62,28 +65,53 @@ def measure(
     turns: Turns = TURNS,
     peaks: Collection[str] | None = None,
     listener: Listener = nobody,
+    schedule: Schedule | None = None,
+    known: Mapping[str, Any] | None = None,
+    wrote: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Peers beside each other on one shape, as JSON has it. In bfloat16 on a GPU, float32 on a CPU, unless told.
 
-    Without ceilings there are no floors. Memory is measured of the peers in `peaks`, None: of all.
+    Without ceilings there are no floors. Memory is measured of the peers in `peaks`, None: of all. With a schedule,
+    what it has no time for is left out; `known` is the entry as an earlier process left it; and `wrote` is handed the
+    entry after each row, in which the peer was timed alone until all take turns.
     """
     started = time.perf_counter()
     dtype = dtype or default_dtype(device)
-    rows = measure_cases({peer: (shape, peer) for peer in peers}, device, dtype, turns, listener)
-    for done, (peer, row) in enumerate(rows.items()):
-        listener("memory", done / len(rows))
-        timed = (row.step if shape.trained else row.forward).best is not None
-        if timed and (peaks is None or peer in peaks):
-            row.peak = _peak(shape, peer, device, dtype)
-    return {
+    schedule = schedule or Schedule()
+    side = SideBySide({peer: (shape, peer) for peer in peers}, device, dtype, turns, listener)
+    before, asked = dict((known or {}).get("rows", {})), set[str]()
+    entry = {
         "shape": asdict(shape) | {"M": shape.M},
         "title": str(shape),
         "dtype": str(dtype).removeprefix("torch."),
         **({} if ceilings is None else floors(shape, dtype, ceilings)),
         **backends_for(shape, device, dtype),
-        "rows": as_json(rows),
-        "seconds": round(time.perf_counter() - started, 1),
     }
+
+    def by_now() -> dict[str, Any]:
+        rows = before | as_json({peer: row for peer, row in side.rows.items() if peer in asked and peer not in before})
+        return entry | {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
+
+    for unit in expected.rows(shape, peers, turns, peaks):
+        peer, begins = unit.of, schedule.begins(unit.name, unit.seconds)
+        if unit.kind == "row":
+            asked.add(peer)
+            if begins:
+                before.pop(peer, None)
+                side.one(peer, alone=wrote is not None)
+            elif peer not in before:
+                side.rows[peer].error = schedule.said(unit.name)
+        elif unit.kind == "turns" and begins:
+            side.all()
+        elif unit.kind == "memory" and begins and peer not in before and side.timed(peer):
+            listener("memory", peers.index(peer) / len(peers))
+            side.rows[peer].peak = _peak(shape, peer, device, dtype)
+        if wrote is not None:
+            wrote(by_now())
+        if broken(device):
+            raise SystemExit(RESTART)
+    schedule.end()
+    return by_now()
 
 
 def backends_for(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -95,6 +123,70 @@ def backends_for(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any
     return {"auto": vars(backends.explain(call, "auto")), "composed": how}
 
 
+class SideBySide:
+    """Several peers, each on a shape of its own: each is checked when asked for, and in the end all take turns.
+
+    Args:
+        cases: by name, a shape and a peer.
+    """
+
+    def __init__(
+        self,
+        cases: Mapping[str, tuple[Shape, str]],
+        device: str,
+        dtype: torch.dtype,
+        turns: Turns,
+        listener: Listener = nobody,
+    ) -> None:
+        self.cases, self.device, self.dtype, self.turns, self.listener = cases, device, dtype, turns, listener
+        self.rows = {name: Row() for name in cases}
+        self._setups: dict[str, Callable[[], list[Call]]] = {}
+        self._given: dict[Shape, tuple[list[Inputs], Reference]] = {}
+
+    def one(self, name: str, *, alone: bool = False) -> None:
+        """Checks a peer; what is wrong, or does not fit, is not timed. Alone: takes its times now, until all do."""
+        self.listener("checking", list(self.cases).index(name) / len(self.cases))
+        (shape, peer), row = self.cases[name], self.rows[name]
+        row.error = too_large(shape, peer, self.device, self.dtype)
+        if row.error:
+            return
+        sets, reference = self._inputs(shape)
+        setups = _checked(name, peer, reference, sets, row, self.dtype)
+        self._setups |= setups
+        if alone and setups:
+            self._take_times([name], setups, Turns(rounds=min(ALONE, self.turns.rounds), seconds=0.0))
+
+    def all(self) -> None:
+        """Those that are right take turns."""
+        if torch.device(self.device).type == "cuda":
+            give_back()  # what the checks took, for the graphs
+        self._take_times(list(self.cases), self._setups, self.turns)
+
+    def timed(self, name: str) -> bool:
+        """Whether a peer has done all that is asked of it."""
+        shape, row = self.cases[name][0], self.rows[name]
+        return (row.step if shape.trained else row.forward).best is not None
+
+    def _inputs(self, shape: Shape) -> tuple[list[Inputs], Reference]:
+        if shape not in self._given:
+            gpu = torch.device(self.device)
+            nbytes = shapes.inputs(shape, dtype=self.dtype, device="meta").nbytes
+            count = 1 if self.turns == REHEARSED else sets_for(nbytes, gpu)
+            sets = shapes.input_sets(shape, count, dtype=self.dtype, device=self.device)
+            self._given[shape] = sets, Reference(shape, sets[0])
+        return self._given[shape]
+
+    def _take_times(self, names: Sequence[str], setups: Mapping[str, Callable[[], list[Call]]], turns: Turns) -> None:
+        backwards = {f"{name} backward": (f"{name} step", f"{name} forward") for name in names}
+        gpu = torch.device(self.device)
+        times = compare(setups, device=gpu, differences=backwards, listener=self.listener, **turns._asdict())
+        for name in names:
+            row = self.rows[name]
+            row.forward, row.backward, row.step = (times.get(f"{name} {each}", Measurement()) for each in PASSES)
+            row.error = row.error or row.forward.error or row.step.error or row.forward.graph_error
+            row.error = row.error or row.step.graph_error
+
+
 def measure_cases(
     cases: Mapping[str, tuple[Shape, str]],
     device: str,
@@ -103,25 +195,22 @@ def measure_cases(
     listener: Listener = nobody,
 ) -> dict[str, Row]:
     """Several peers, each on a shape of its own, in turns. What is wrong is not timed."""
-    gpu = torch.device(device)
-    rows = {name: Row() for name in cases}
-    setups: dict[str, Callable[[], list[Call]]] = {}
-    for shape in dict.fromkeys(shape for shape, _ in cases.values()):
-        count = 1 if turns == REHEARSED else sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
-        sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
-        reference = Reference(shape, sets[0])
-        for name, (_, peer) in cases.items():
-            if cases[name][0] == shape:
-                listener("checking", list(cases).index(name) / len(cases))
-                setups |= _checked(name, peer, reference, sets, rows[name], dtype)
-    if gpu.type == "cuda":
-        give_back()  # what the checks took, for the graphs
-    backwards = {f"{name} backward": (f"{name} step", f"{name} forward") for name in cases}
-    times = compare(setups, device=gpu, differences=backwards, listener=listener, **turns._asdict())
-    for name, row in rows.items():
-        row.forward, row.backward, row.step = (times.get(f"{name} {each}", Measurement()) for each in PASSES)
-        row.error = row.error or row.forward.error or row.step.error or row.forward.graph_error or row.step.graph_error
-    return rows
+    side = SideBySide(cases, device, dtype, turns, listener)
+    for name in cases:
+        side.one(name)
+    side.all()
+    return side.rows
+
+
+def broken(device: str) -> bool:
+    """Whether an error has broken this process's CUDA context: nothing after it can be measured here."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def _checked(
@@ -174,13 +263,15 @@ def measure_each(
     table: Callable[[dict[str, Any]], str],
     *,
     seconds: float = math.inf,
+    apart: bool = True,
 ) -> int:
-    """Entry after entry, each in a process of its own, into the file and onto the screen.
+    """Entry after entry into the file and onto the screen.
 
     Args:
         jobs: by the entry's name, what makes it; other processes must be able to load it.
         table: an entry as text.
         seconds: after so many no entry is begun.
+        apart: each in a process of its own; else all in this one, which starts once and is ended by what breaks it.
 
     Returns the exit status: 1 if some entry could not be had.
     """
@@ -190,14 +281,24 @@ def measure_each(
             results.fail(name, "left out: the time was spent")
             continue
         try:
-            entry = in_a_process(job)
+            entry = in_a_process(job) if apart else job()
         except Exception as error:  # one that died, too; the others go on
             results.fail(name, first_line(error))
             continue
         results.add(name, entry)
         tqdm.write(f"\n{table(entry)}")
         sys.stdout.flush()
+        if not apart:
+            _forget()
     return results.finish()
+
+
+def _forget() -> None:
+    """What an entry has left in this process: compiled graphs, of which only so many may be, and memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        give_back()
 
 
 def default_dtype(device: str) -> torch.dtype:

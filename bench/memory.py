@@ -17,6 +17,8 @@ from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.shapes import Shape
 
+# What a score takes at the most in a training step of who computes them all: float32 several times over, and 16 bits.
+BYTES_A_SCORE = {"eager": 24, "eager-compiled": 14, "reference": 32}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -30,6 +32,15 @@ def peak(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> int | None
             first = _prepared(small, peer, device, dtype)  # a process that has grown stays so
         first()  # what is loaded and set up once is not the shape's
         return peak_of(work, torch.device(device))
+
+
+def too_large(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> str:
+    """Why a peer is not even tried: its scores alone would not fit into the GPU's memory. Empty: it may."""
+    if torch.device(device).type != "cuda" or peer not in BYTES_A_SCORE:
+        return ""
+    needed = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * BYTES_A_SCORE[peer] * dtype.itemsize // 2
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return f"not tried: it takes about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free" if needed > free else ""
 
 
 def peak_of(work: Callable[[], object], gpu: torch.device) -> int | None:

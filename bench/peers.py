@@ -128,7 +128,7 @@ PEERS: dict[str, Peer] = {
     "reference": Peer("the definition, in plain PyTorch, float32 inside", partial(own, "reference")),
     "eager": Peer("as the papers' authors would write it", eager.attend),
     "eager-compiled": Peer("the same under torch.compile", lambda call: flex.compiled(eager.attend)(call)),
-    # A gradient to what a score_mod captures is one atomic addition a score, and by that alone "flex" would lose. So the
+    # A gradient to what a score_mod captures is one atomic addition a score, and by that alone "flex" would lose. The
     # one to beat has its gate frozen, and stands beside our kernels with the gate frozen.
     "flex-frozen-gate": Peer("FlexAttention, compiled, the gate as its score_mod", flex.ATTENDS["flex"], frozen=GATE),
     "flex-approx-frozen-gate": Peer("with the GPU's own tanh", flex.ATTENDS["flex-tanh-approx"], frozen=GATE),

@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qtuning_fast.bench.schedule import Schedule
 from qtuning_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +35,31 @@ class Results:
         out: the JSON file; its folder is made.
         device: "cpu" or "cuda".
         arguments: those of the command line, to be repeated.
+        going_on: with what the file holds already, by a process that died or made way for this one.
         settings: whatever else decides about the figures.
     """
 
-    def __init__(self, question: str, out: Path, device: str, arguments: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(
+        self,
+        question: str,
+        out: Path,
+        device: str,
+        arguments: Sequence[str] = (),
+        *,
+        going_on: bool = False,
+        **settings: Any,
+    ) -> None:
         self.out = out
         self.document: dict[str, Any] = {"question": question, "command": _command(question, arguments)}
-        self.document |= provenance(device) | settings | {"entries": {}, "errors": {}}
+        self.document |= provenance(device) | settings | {"entries": {}, "errors": {}, "units": {}}
+        if going_on and out.exists():
+            before = json.loads(out.read_text())
+            self.document |= {name: before[name] for name in ("entries", "errors", "units")}
         self.write()
+
+    def schedule(self, deadline: float) -> Schedule:
+        """Of the units by which this file fills; their log is part of it."""
+        return Schedule(deadline, log=self.document["units"], write=self.write)
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         self.document["entries"][name] = entry
@@ -81,10 +99,10 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     draft.replace(path)
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """Where, when, by what and from which code."""
+def provenance(device: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Where, when, by what and from which code; the device by its type, or what is known of it."""
     return {
-        "device": device_facts(device),
+        "device": device_facts(device) if isinstance(device, str) else dict(device),
         "versions": versions(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),

@@ -1,269 +1,206 @@
 """Runs the benchmarks of a plan one after the other, the most important first, and gathers all they find in one file.
 
     python -m qtuning_fast.bench.run cpu                       all questions on a CPU
-    python -m qtuning_fast.bench.run gpu --out FILE            tests, tuning and the operator's questions; 9 minutes
-    python -m qtuning_fast.bench.run gpu-models --out FILE     decoding, 200 tasks in a row, whole models; 9 minutes
+    python -m qtuning_fast.bench.run gpu --out FILE            tests, the operator beside its peers, tuning; 9 minutes
+    python -m qtuning_fast.bench.run gpu-second --out FILE     what that left out, long contexts, growth; 3 minutes
+    python -m qtuning_fast.bench.run gpu-models --out FILE     200 tasks in a row, whole models; 9 minutes
     python -m qtuning_fast.bench.run gpu --dry-run             the same steps on tiny shapes, without a GPU if need be
     python -m qtuning_fast.bench.run --unpack FILE             what a run brought home, to where it belongs
 
-Each step is a process of its own with a limit. FILE is written anew every few seconds while they run, so that a run
-that is cut off counts as far as it got. It holds each step's outcome and all that the steps wrote, the block table and
-the table of backends among them; the last thing on the screen is a short table.
+The steps are in `plan.py`. FILE is written anew while they run, so that a run that is cut off counts as far as it got.
+It holds each step's outcome and all that the steps wrote, the block table and the table of backends among them; the
+last thing on the screen is a short table.
 """
 
 import argparse
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from qtuning_fast.bench import tables
-from qtuning_fast.bench.measure import default_device
-from qtuning_fast.bench.results import ROOT, RUNS, TABLES, provenance, write_json
+from qtuning_fast.bench import carried
+from qtuning_fast.bench.gathered import NO_TIME, Gathered, Outcome, device, summary, unpack
+from qtuning_fast.bench.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.results import ROOT, RUNS
+from qtuning_fast.bench.schedule import UNDER_WAY
 
-POLL_SECONDS = 5.0
-TOTAL_SECONDS = {"gpu": 530.0, "gpu-models": 530.0}  # of a plan; no step begins after that, and none outlasts it
-NOT_BEGUN, NO_TIME = "not begun", "left out: no time"
-MEASURED_BY = {"blocks.json": "tuning", "choice.json": "choose"}  # which step writes a table
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a plan."""
-
-    name: str
-    module: str  # of the bench package
-    seconds: float  # its limit, and what no other step asks for
-    arguments: tuple[str, ...] = ()  # "{limit}": seconds after which nothing new should begin
-    rehearsal: tuple[str, ...] = ("--dry-run",)  # its arguments in a dry run, beside the others
-    out: str = ""  # the option that takes the file it writes; empty: it writes none
-    compiles_only: bool = False  # needs the compiler, which Triton's interpreter would stand in for
-
-    def command(self, folder: Path, limit: float, *, dry_run: bool) -> list[str]:
-        given = [each.format(limit=f"{limit - 20:.0f}") for each in (self.rehearsal if dry_run else self.arguments)]
-        written = [self.out, str(folder / f"{self.name}.json")] if self.out else []
-        return [sys.executable, "-m", f"qtuning_fast.bench.{self.module}", *given, *written]
+POLL_SECONDS = 1.0
+GRACE = 10.0  # seconds beyond its deadline after which a step is stopped
+FIRST_GRACE = 60.0  # of one on which the others depend: nothing is on this machine's disk cache yet
+PATIENCE, TIMES_EXPECTED = 60.0, 5.0  # a unit that takes longer than both hangs
+MOST_PROCESSES = 4  # of one step
+LEAST_SECONDS = 10.0  # for which a process is worth starting
 
 
-_FEW_PEERS = ("--dry-run", "--peer", "fused", "composed", "eager", "sdpa")
-_ATTENTION = Step(
-    "attention",
-    "attention",
-    150,
-    arguments=("--budget-seconds", "{limit}"),
-    rehearsal=(*_FEW_PEERS, "--shape", "tiny", "tiny-causal"),
-    out="--out",
-)
-_DECODE = Step(
-    "decode", "decode", 30, arguments=("--quick", "--budget-seconds", "{limit}"), rehearsal=_FEW_PEERS, out="--out"
-)
-_INGREDIENTS = Step(
-    "ingredients",
-    "ingredients",
-    25,
-    arguments=("--quick",),
-    rehearsal=("--dry-run", "--peer", "fused"),
-    out="--out",
-)
-_GROWTH = Step(
-    "growth",
-    "growth",
-    35,
-    arguments=("--peer", "fused", "composed", "eager", "sdpa"),
-    rehearsal=("--dry-run", "--peer", "fused", "composed", "--with", "B", "tasks"),
-    out="--out",
-)
-_RESOURCES = Step(
-    "resources",
-    "compile_report",
-    20,
-    arguments=("--target", "sm_90", "--dtype", "bf16"),
-    rehearsal=("--target", "sm_90", "--dtype", "bf16", "--head-size", "64", "--context", "plain"),
-    out="--json",
-    compiles_only=True,
-)
-_MIXED = Step("mixed_tasks", "mixed_tasks", 60, rehearsal=("--dry-run", "--rounds", "2"), out="--out")
-PLANS: dict[str, tuple[Step, ...]] = {
-    "cpu": (
-        Step("attention", "attention", 3600, rehearsal=("--dry-run", "--peer", "composed", "eager"), out="--out"),
-        replace(_DECODE, seconds=600, arguments=(), rehearsal=("--dry-run", "--peer", "composed", "sdpa-no-concat")),
-        replace(_INGREDIENTS, seconds=600, arguments=(), rehearsal=("--dry-run",)),
-        replace(_GROWTH, seconds=1200, arguments=(), rehearsal=("--dry-run",)),
-        replace(_MIXED, seconds=600),
-        Step("lifelong", "lifelong", 1800, out="--out"),
-        Step("models", "models", 1800, out="--out"),
-    ),
-    "gpu": (
-        Step("tests", "gpu_tests", 150, out="--out"),
-        Step("tuning", "tune", 90, arguments=("--budget-seconds", "{limit}"), out="--out"),
-        _ATTENTION,
-        _DECODE,
-        _INGREDIENTS,
-        _GROWTH,
-        Step("choose", "choose", 30, rehearsal=("--dry-run", "--rounds", "2"), out="--out"),
-        _RESOURCES,
-    ),
-    "gpu-models": (
-        replace(_DECODE, seconds=60),
-        Step("models", "models", 200, out="--out"),
-        Step("lifelong", "lifelong", 210, out="--out"),
-        _MIXED,
-    ),
-}
+class Process(Protocol):
+    """A step at work."""
+
+    def ended(self) -> int | None:
+        """Its exit status; None while it runs."""
+
+    def stop(self) -> None:
+        """Ends it, with all that it has started."""
 
 
-@dataclass
-class Outcome:
-    """What became of a step."""
+class Executor(Protocol):
+    """What runs steps, and lets time pass: processes, or a rehearsal of them."""
 
-    name: str
-    said: str = NOT_BEGUN
-    seconds: float = 0.0
+    def start(self, step: Step, deadline: float) -> Process: ...
+
+    def wait(self, seconds: float) -> None: ...
 
 
 class Run:
     """One run of a plan.
 
     Args:
-        folder: where the steps write.
-        out: the file that gathers it all.
+        steps: of the plan, in order.
+        executor: what runs them.
+        clock: seconds; the one that deadlines are on.
+        gather: called whenever something may have been found.
+        units: a step's log of units by now.
     """
 
-    def __init__(self, plan: str, steps: Sequence[Step], folder: Path, out: Path, *, dry_run: bool) -> None:
-        self.steps, self.folder, self.out, self.dry_run = steps, folder, out, dry_run
-        self.outcomes = [Outcome(step.name) for step in steps]
-        self.tables: dict[str, Any] = {}
-        self.header = {"plan": plan, "dry_run": dry_run} | provenance(default_device())
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.json"):
-            old.unlink()
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        executor: Executor,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        gather: Callable[[], None] = lambda: None,
+        units: Callable[[str], dict[str, Any]] = lambda step: {},
+    ) -> None:
+        self.steps, self.executor, self.clock, self.gather, self.units = steps, executor, clock, gather, units
+        self.outcomes = {step.name: Outcome(step.name) for step in all_steps(tuple(steps))}
+        self.end = math.inf
+        self._at_work: dict[str, Process] = {}
+        self._started: dict[str, float] = {}
+        self._seen: dict[str, tuple[str, float]] = {}  # by step: the unit under way, and since when
+        self._died: dict[str, str] = {}  # by step: the one in which its last process ended
 
     def all(self, total_seconds: float) -> bool:
-        """Every step, in order, as far as time allows. Whether all went well."""
-        end = time.monotonic() + total_seconds
-        for number, (step, outcome) in enumerate(zip(self.steps, self.outcomes)):
-            left = end - time.monotonic()
-            if left < min(15.0, step.seconds):
-                outcome.said = NO_TIME
-                continue
-            print(f"\n=== {step.name} ===", flush=True)
-            others = sum(later.seconds for later in self.steps[number + 1 :])
-            self.one(step, outcome, min(max(step.seconds, left - others), left))
-        self.gather()
-        return all(outcome.said == "done" for outcome in self.outcomes)
-
-    def one(self, step: Step, outcome: Outcome, limit: float) -> None:
-        started = time.monotonic()
-        outcome.said = "cut off with the run"
-        process = subprocess.Popen(
-            step.command(self.folder, limit, dry_run=self.dry_run),
-            cwd=ROOT,
-            env=self._environment(step),
-            start_new_session=True,  # so that it can be stopped with all that it has started
-        )
+        """Every step, in order, as far as time allows. Whether all that was begun went well."""
+        self.end = self.clock() + total_seconds
         try:
-            while process.poll() is None:
-                outcome.seconds = round(time.monotonic() - started, 1)
-                self.gather()
-                try:
-                    process.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    if time.monotonic() - started > limit:
-                        outcome.said = f"stopped at its limit of {limit:.0f} s"
-                        return
-            outcome.said = "done" if process.returncode == 0 else f"exit status {process.returncode}"
+            for number, step in enumerate(self.steps):
+                left = self.end - self.clock()
+                if left < min(15.0, step.seconds):
+                    self.outcomes[step.name].said = NO_TIME
+                    continue
+                others = sum(later.seconds for later in self.steps[number + 1 :])
+                self.together(step, self.clock() + min(max(step.seconds, left - others), left))
+                if step.otherwise is not None and self.outcomes[step.name].said != "done":
+                    self.together(step.otherwise, self.end)
+                    break
         finally:
-            _stop(process)
-            outcome.seconds = round(time.monotonic() - started, 1)
+            for process in self._at_work.values():
+                process.stop()
             self.gather()
+        begun = [outcome for outcome in self.outcomes.values() if outcome.processes]
+        return bool(begun) and all(outcome.said == "done" for outcome in begun) and NO_TIME not in self._said()
 
-    def gather(self) -> None:
-        """Writes all there is by now into one file."""
-        documents = {path.stem: _read(path) for path in sorted(self.folder.glob("*.json"))}
-        tables_now = {name: _read(ROOT / path) for name, path in TABLES.items()}
-        self.tables |= {name: table for name, table in tables_now.items() if table is not None}
-        document = self.header | {"steps": [asdict(o) for o in self.outcomes]}
-        document |= {"documents": documents, "tables": self.tables}
-        write_json(self.out, document)
+    def together(self, step: Step, deadline: float) -> None:
+        """A step and what runs beside it, until all have ended or the time is up."""
+        for each in (step, *step.beside):
+            print(f"\n=== {each.name} ===", flush=True)
+            self._start(each, deadline)
+        while self._at_work:
+            self.executor.wait(POLL_SECONDS)
+            self.gather()
+            for each in (step, *step.beside):
+                if each.name in self._at_work:
+                    self._look(each, deadline)
+
+    def _start(self, step: Step, deadline: float) -> None:
+        outcome = self.outcomes[step.name]
+        self._started.setdefault(step.name, self.clock())
+        self._died[step.name] = self._seen.pop(step.name, ("",))[0]
+        self._at_work[step.name] = self.executor.start(step, deadline)
+        outcome.said, outcome.processes = "cut off with the run", outcome.processes + 1
+
+    def _look(self, step: Step, deadline: float) -> None:
+        outcome, process = self.outcomes[step.name], self._at_work[step.name]
+        outcome.seconds = round(self.clock() - self._started[step.name], 1)
+        grace = FIRST_GRACE if step.otherwise is not None else GRACE
+        hung, status = self._hangs(step), process.ended()
+        if status is None and self.clock() >= min(deadline + grace, self.end):
+            said = f"stopped at its limit of {self.clock() - self._started[step.name]:.0f} s"
+        elif status is None and not hung:
+            return
+        elif status in (0, 1):
+            said = "done" if status == 0 else "exit status 1"
+        else:
+            said = f"it hung in {hung}" if hung else f"exit status {status}"
+            if step.within and outcome.processes < MOST_PROCESSES and deadline - self.clock() > LEAST_SECONDS:
+                process.stop()
+                self._start(step, deadline)
+                return
+        process.stop()
+        del self._at_work[step.name]
+        outcome.said = said
+
+    def _hangs(self, step: Step) -> str:
+        """The unit that a step is stuck in; empty: none."""
+        now = [(unit, entry) for unit, entry in self.units(step.name).items() if entry["said"] == UNDER_WAY]
+        if not now:
+            return ""
+        unit, entry = now[-1]
+        if unit == self._died.get(step.name):  # the next process has not said so yet
+            return ""
+        if self._seen.get(step.name, ("",))[0] != unit:
+            self._seen[step.name] = (unit, self.clock())
+        patience = max(PATIENCE, TIMES_EXPECTED * entry["expected"])
+        return unit if self.clock() - self._seen[step.name][1] > patience else ""
+
+    def _said(self) -> list[str]:
+        return [outcome.said for outcome in self.outcomes.values()]
+
+
+class Processes:
+    """Steps as processes of their own."""
+
+    def __init__(self, folder: Path, *, dry_run: bool) -> None:
+        self.folder, self.dry_run = folder, dry_run
+
+    def start(self, step: Step, deadline: float) -> Process:
+        return _Started(step.command(self.folder, deadline, dry_run=self.dry_run), self._environment(step))
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _environment(self, step: Step) -> dict[str, str]:
         """A dry run without a GPU runs kernels in Triton's interpreter."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         environment.pop("TRITON_INTERPRET", None)
-        if self.dry_run and default_device() == "cpu":
+        if self.dry_run and device() == "cpu":
             environment["OMP_NUM_THREADS"] = "1"  # nothing is measured, and threads that wait disturb others
             if not step.compiles_only:
                 environment["TRITON_INTERPRET"] = "1"
         return environment
 
 
-def summary(document: dict[str, Any]) -> str:
-    """Steps and headlines, at most 120 columns wide."""
-    lines = [f"\n=== {document['plan']}, {document['device']['name']}, {document['date']} ==="]
-    lines += [f"  {step['name']:<14}{step['seconds']:>8.1f} s  {step['said']}" for step in document["steps"]]
-    for name in ("attention", "decode"):
-        for entry in (document["documents"].get(name) or {}).get("entries", {}).values():
-            lines.extend(tables.headline(entry))
-    return "\n".join(lines)
+class _Started:
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        # In a session of its own, so that it can be stopped with all that it has started.
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
 
+    def ended(self) -> int | None:
+        return self.process.poll()
 
-def unpack(source: Path) -> list[Path]:
-    """Documents into the device's folder of results, tables that were measured to where they are read.
-
-    Returns what was written.
-    """
-    document = json.loads(source.read_text())
-    results = ROOT / "bench/results" / device_folder(document["device"])
-    if document["dry_run"]:
-        raise SystemExit(f"{source} is of a dry run, which measures nothing")
-    written = []
-    for name, content in document["documents"].items():
-        if content is None:  # it was being written at the last moment
-            continue
-        written.append(results / f"{name}.json")
-        results.mkdir(parents=True, exist_ok=True)
-        written[-1].write_text(json.dumps(content, indent=1) + "\n")
-    begun = {step["name"] for step in document["steps"] if step["said"] not in (NOT_BEGUN, NO_TIME)}
-    for name, content in document["tables"].items():
-        if MEASURED_BY[name] not in begun:  # it is the one that the run found
-            continue
-        written.append(ROOT / TABLES[name])
-        rows = ",\n  ".join(json.dumps(row) for row in content)
-        written[-1].write_text(f"[\n  {rows}\n]\n")
-    return written
-
-
-def device_folder(device: Mapping[str, Any]) -> str:
-    """As short as people say it: "cpu", "h200"."""
-    model = re.search(r"[A-Z]+\d+", device["name"])
-    return "cpu" if device["type"] == "cpu" else (model[0] if model else device["name"].replace(" ", "-")).lower()
-
-
-def _read(path: Path) -> Any:
-    """None while it is being written."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return None
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """With all the processes that it has started."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-            return
+    def stop(self) -> None:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, sign)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(3)
+                return
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -279,15 +216,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.plan is None:
         parser.error(f"name a plan: {', '.join(PLANS)}")
-    if options.plan != "cpu" and default_device() == "cpu" and not options.dry_run:
+    if options.plan != "cpu" and device() == "cpu" and not options.dry_run:
         parser.error(f"plan {options.plan} takes a GPU; --dry-run rehearses it without")
     unknown = set(options.only or ()) - {step.name for step in PLANS[options.plan]}
     if unknown:
         parser.error(f"plan {options.plan} has no step {', '.join(unknown)}")
-    out = options.out or RUNS / f"{options.plan}.json"
     steps = [step for step in PLANS[options.plan] if not options.only or step.name in options.only]
-    run = Run(options.plan, steps, RUNS / options.plan, out, dry_run=options.dry_run)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step at work is stopped, too
+
+    folder, out = (RUNS / options.plan).resolve(), options.out or RUNS / f"{options.plan}.json"
+    run = Run(steps, Processes(folder, dry_run=options.dry_run))
+    gathered = Gathered(options.plan, folder, out, list(run.outcomes.values()), dry_run=options.dry_run)
+    run.gather, run.units = gathered.write, gathered.units
+    carried.unpack()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps at work are stopped, too
     try:
         fine = run.all(TOTAL_SECONDS.get(options.plan, math.inf))
     except KeyboardInterrupt:

@@ -78,7 +78,7 @@ def sets_for(set_bytes: int, device: torch.device) -> int:
 
 def first_line(error: BaseException) -> str:
     """An error as a cell of a table has room for it: what was at the bottom of it."""
-    while error.__cause__ is not None and type(error.__cause__).__name__ != "_RemoteTraceback":
+    while error.__cause__ is not None and not type(error.__cause__).__name__.endswith("RemoteTraceback"):
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -3,11 +3,12 @@
     python -m qtuning_fast.bench.tune                                       bfloat16, all head sizes and directions
     python -m qtuning_fast.bench.tune --head-size 64 --direction keys --dry-run --out tuning.json
 
-Candidates are compiled first, by several processes; those that spill too many registers or want too much
-shared memory are dropped. Each of the others must reproduce what the incumbent computes, and is then timed, by
-CUDA-graph replay, on shapes of models in use. The winner has the least geometric mean over the shapes; the incumbent
-stays unless it is beaten by more than noise. Table and FILE are written after each head size and direction: a run that
-is cut off counts as far as it got.
+Candidates are compiled by several processes; those that spill too many registers or want too much shared memory are
+dropped. The others come in heats, the most promising first: each must reproduce what the incumbent computes, and is
+then timed, by CUDA-graph replay, on shapes of models in use, beside the incumbent and the best so far. Every head size
+and direction has its first heat before any has its second; in the end the best are timed once more. The winner has the
+least geometric mean over the shapes; the incumbent stays unless it is beaten by more than noise. Table and FILE are
+written after each heat: a run that is cut off counts as far as it got.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,18 +27,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.candidates import candidates, compile_for, obstacle
+from qtuning_fast.bench.candidates import KEYS_OF_WHOLE, PREFIX_OF_WHOLE, candidates, compile_for, obstacle
+from qtuning_fast.bench.carried import settle
 from qtuning_fast.bench.compile_report import TARGETS
-from qtuning_fast.bench.measure import default_device
+from qtuning_fast.bench.expected import candidate_ms, heats
+from qtuning_fast.bench.measure import broken, default_device
+from qtuning_fast.bench.passes import Pass, difference
 from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, TINY, VIT_B16, WIDE, Inputs, Shape
+from qtuning_fast.bench.schedule import DONE, RESTART, Schedule
+from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, TINY, VIT_B16, WIDE, Shape
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
-from qtuning_fast.kernels import backward, blocks, forward, prefix_forward, prefix_part
-from qtuning_fast.kernels.blocks import DEFAULT, DIRECTIONS, Blocks, blocks_for, instead
-from qtuning_fast.kernels.fold import folded
+from qtuning_fast.kernels import blocks
+from qtuning_fast.kernels.blocks import DEFAULT, DIRECTIONS, Blocks, blocks_for
 from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED, current_target
 
@@ -46,10 +50,12 @@ SHAPES: dict[int, tuple[Shape, ...]] = {  # by head size, the most used first
     128: (LLAMA_8B,),
     256: (WIDE,),
 }
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # entries for bfloat16 are those for all 16-bit types
 TOLERANCE = {2: 2**-6, 4: 1e-4}  # by bytes of an element; what another order of sums changes stays well below
 NOISE = 0.01  # by how much the incumbent must be beaten
 ROUNDS = 15
+HEAT = 6  # candidates that are tried at once, beside the incumbent and the best so far
 SHOWN = 6
 
 
@@ -82,71 +88,6 @@ class Trial:
     def name(self) -> str:
         e = self.entry
         return f"{e.queries}x{e.keys}x{e.prefix} w{e.warps} s{e.stages}"
-
-
-class Pass:
-    """One direction on one set of inputs: what goes before it is computed, and what it computes has room.
-
-    Of the two directions that only see the prefix, "merge" and "prefix-queries", the results are what they are given,
-    with something added: they start at 0, as attention to a context of one key with a value of 0.
-    """
-
-    def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
-        self.direction, self.d_output = direction, x.d_output
-        self.call = x.call(shape)
-        self.as_seen, folding = folded(self.call)
-        self.outputs = forward.empty_outputs(self.call)
-        self.gradients = backward.empty_gradients(self.call, [True] * len(backward.INPUTS))
-        for launch in (*folding, forward.launch(self.as_seen, *self.outputs)):
-            launch.run()
-
-    def launches(self, entry: Blocks) -> list[Launch]:
-        """What is timed. With the keys goes the launch after them: how much it has to add up is up to their blocks."""
-        with instead(entry):
-            if self.direction == "forward":
-                return [forward.launch(self.as_seen, *self.outputs)]
-            if self.direction == "merge":
-                return [prefix_forward.launch(self.as_seen, *self.outputs)]
-            if self.direction == "prefix-queries":
-                d_query = self.gradients["query"]
-                launches = prefix_part.launches(self.call, *self.outputs, self.d_output, d_query, gradients={})
-            else:
-                launches = backward.launches(self.call, *self.outputs, self.d_output, self.gradients)
-            folding, queries, *others = launches
-        folding.run()
-        if self.direction in ("queries", "prefix-queries"):
-            return [queries]
-        queries.run()  # writes the delta that the others read
-        return others
-
-    def results(self, launches: Sequence[Launch]) -> dict[str, Tensor]:
-        """What the launches write."""
-        if self.direction in ("forward", "merge"):
-            return {"output": self.outputs[0], "lse": self.outputs[1]}
-        if self.direction in ("queries", "prefix-queries"):
-            return {"delta": launches[0].arguments["per_query"].delta, "query": self.gradients["query"]}
-        return {name: x for name, x in self.gradients.items() if name != "query"}
-
-    def compute(self, entry: Blocks) -> dict[str, Tensor]:
-        """The results by an entry. What it does not write is NaN, or 0 where it adds to what is there."""
-        launches = self.launches(entry)
-        results = self.results(launches)
-        parts = [x for x in launches[0].arguments.get("parts") or () if isinstance(x, Tensor)]
-        for x in (*results.values(), *parts):
-            x.fill_(0.0 if self.direction in ("merge", "prefix-queries") else math.nan)
-        for launch in launches:
-            launch.run()
-        return {name: x.clone() for name, x in results.items()}
-
-
-def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest ‖found − expected‖ / ‖expected‖, and whose it is; NaN counts as infinite."""
-    ratios = {}
-    for name, x in expected.items():
-        ratio = ((found[name].float() - x.float()).norm() / x.float().norm()).item()
-        ratios[name] = math.inf if math.isnan(ratio) else ratio
-    worst = max(ratios, key=ratios.__getitem__)
-    return ratios[worst], worst
 
 
 def measure(trials: Sequence[Trial], shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
@@ -185,6 +126,13 @@ def _calls(passes: Sequence[Pass], entry: Blocks) -> list[Call]:
 def _run(launches: Sequence[Launch]) -> None:
     for launch in launches:
         launch.run()
+
+
+def shapes_of(head_size: int, direction: str) -> tuple[Shape, ...]:
+    """On which shapes an entry is measured; on none where no shape has a use for it."""
+    if direction != "whole":
+        return SHAPES[head_size]
+    return tuple(s for s in SHAPES[head_size] if max(s.N, s.M) <= KEYS_OF_WHOLE and s.P <= PREFIX_OF_WHOLE)
 
 
 def winner(trials: Sequence[Trial]) -> Trial | None:
@@ -236,12 +184,15 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
     return "\n".join(lines)
 
 
-def as_json(job: Job, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
+def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any = None) -> dict[str, Any]:
+    """Of all trials, those of a process before this one (`before`, its entry) among them."""
+    own = [asdict(t) | {"mean": None if t.mean() == math.inf else t.mean()} for t in trials]
+    others = [t for t in (before or {}).get("trials", []) if t["entry"] not in [mine["entry"] for mine in own]]
     return {
         **job._asdict(),
         "winner": best and asdict(best.entry),
         "gain": best and trials[0].mean() < math.inf and trials[0].mean() / best.mean() - 1,
-        "trials": [asdict(t) | {"mean": None if t.mean() == math.inf else t.mean()} for t in trials],
+        "trials": [*own, *others],
     }
 
 
@@ -251,48 +202,98 @@ def incumbent_of(target: str, job: Job) -> Blocks:
     return replace(found, target=target, head_size=job.head_size, measured="")
 
 
+@dataclass
+class Work:
+    """One entry of the table: what is tried for it, the most promising first, and what is best so far."""
+
+    job: Job
+    trials: list[Trial]
+    futures: list[Future[dict[str, Any]]]
+    shapes: tuple[Shape, ...]
+    best: Trial | None = None
+    tried: int = 1  # of the trials; the first is the incumbent, which is in every heat
+
+    def heat(self, number: int) -> list[Trial]:
+        """The incumbent, the best so far, and those whose turn it is; -1: nobody's."""
+        new = self.trials[1 + number * HEAT : 1 + (number + 1) * HEAT] if number >= 0 else []
+        best = [self.best] if self.best is not None else []
+        return list({id(trial): trial for trial in (self.trials[0], *best, *new)}.values())
+
+
 def tune(
     jobs: Sequence[Job],
     compiling: Callable[..., Future[dict[str, Any]]],
     *,
     target: str,
     device: torch.device,
-    budget_seconds: float,
+    schedule: Schedule,
     finished: Callable[[Job, list[Trial], Trial | None], None],
     rounds: int = ROUNDS,
     tried: Callable[[Blocks], list[Blocks]] = candidates,
-    measured_on: Mapping[int, tuple[Shape, ...]] = SHAPES,
-) -> list[Job]:
-    """Measures job after job, hands each to `finished`, and returns those for which no time was left."""
-    end = time.monotonic() + budget_seconds
+    measured_on: Callable[[int, str], tuple[Shape, ...]] = shapes_of,
+    known: Mapping[str, Blocks] | None = None,
+) -> None:
+    """Measures heat after heat of each job, by turns, and hands each on to `finished`; then the best of each once more.
+
+    `known` are the best by job that a process before this one has found.
+    """
     work = []
     for job in jobs:
-        trials = [Trial(entry) for entry in tried(incumbent_of(target, job))]
-        on = measured_on[job.head_size]
-        work.append((job, trials, [compiling(compile_for, target, DTYPES[job.dtype], t.entry, on) for t in trials]))
-    for i, (job, trials, futures) in enumerate(work):
-        for trial, future in zip(trials, futures):
-            try:
-                trial.resources = future.result(timeout=max(0.0, end - time.monotonic()))
-                trial.error = obstacle(trial.entry, trial.resources, trials[0].resources)
-            except Exception as error:  # no time left, or the compiler took its process with it
-                trial.error = first_line(error)
-        if time.monotonic() > end:
-            return [job for job, _, _ in work[i:]]
-        if trials[0].error:  # the others are measured against it: where it does not compile, no verdict counts
-            for trial in trials:
-                trial.error = ""
-        for shape in measured_on[job.head_size]:
-            try:
-                measure(trials, shape, DTYPES[job.dtype], device, rounds)
-            except Exception as error:  # the incumbent itself does not run
-                for trial in trials:
-                    trial.error = trial.error or first_line(error)
-        finished(job, trials, winner(trials))
-    return []
+        incumbent = incumbent_of(target, job)
+        entries = in_order(tried(incumbent), job.direction)
+        best = (known or {}).get(str(job), incumbent)
+        trials = [Trial(entry) for entry in dict.fromkeys((*entries[:1], best, *entries[1:]))]
+        on = measured_on(job.head_size, job.direction)
+        work.append(Work(job, trials, [], on, best=trials[1] if best != incumbent else None))
+    for rank in range(max(len(each.trials) for each in work)):
+        for each in (one for one in work if rank < len(one.trials)):
+            dtype, entry = DTYPES[each.job.dtype], each.trials[rank].entry
+            each.futures.append(compiling(compile_for, target, dtype, entry, each.shapes))
+    by_job = {str(each.job): each for each in work}
+    sizes = {job: (len(each.trials) - 1, each.shapes) for job, each in by_job.items()}
+    for unit in heats(sizes, HEAT, rounds):
+        job, number = unit.of
+        one, again = by_job[job], unit.kind == "again"
+        if again and (one.best is None or one.best is one.trials[0]):
+            continue  # nothing beats the incumbent
+        if schedule.begins(unit.name, unit.seconds):
+            _run_heat(one, one.heat(number), device, schedule.deadline, 2 * rounds if again else rounds)
+            one.tried = one.tried if again else min(1 + (number + 1) * HEAT, len(one.trials))
+            finished(one.job, one.trials[: one.tried], one.best)
+    schedule.end()
 
 
-def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None]) -> list[Job]:
+def in_order(entries: Sequence[Blocks], direction: str) -> list[Blocks]:
+    """The incumbent, then the others by the time that is predicted of them; as they came where nothing is."""
+    times = {entry: candidate_ms(entry, direction) for entry in entries[1:]}
+    return [entries[0], *sorted(entries[1:], key=lambda entry: math.inf if (ms := times[entry]) is None else ms)]
+
+
+def _run_heat(work: Work, heat: list[Trial], device: torch.device, deadline: float, rounds: int) -> None:
+    """Compares trials beside the incumbent, and keeps the best."""
+    incumbent = work.trials[0]
+    for trial, future in zip(work.trials, work.futures):
+        if trial.resources or not any(trial is each for each in heat):
+            continue
+        try:
+            trial.resources = future.result(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+        except Exception as error:  # no time left, or the compiler took its process with it
+            trial.resources = {"error": first_line(error)}
+        # The others are measured against the incumbent: where it does not compile, no verdict counts.
+        if trial is not incumbent and not obstacle(incumbent.entry, incumbent.resources, incumbent.resources):
+            trial.error = obstacle(trial.entry, trial.resources, incumbent.resources)
+    for shape in work.shapes:
+        try:
+            measure(heat, shape, DTYPES[work.job.dtype], device, rounds)
+        except Exception as error:  # the incumbent itself does not run
+            for trial in heat:
+                trial.error = trial.error or first_line(error)
+    work.best = winner(heat)
+    if broken(device.type):
+        raise SystemExit(RESTART)
+
+
+def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None], schedule: Schedule) -> None:
     """One job on a tiny shape in Triton's interpreter, with one candidate beside the incumbent; nothing is compiled."""
 
     def not_compiled(*_: Any) -> Future[dict[str, Any]]:
@@ -300,16 +301,16 @@ def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None]) -> list
         future.set_result({"registers": 0, "spilled": 0, "shared": 0})
         return future
 
-    return tune(
+    tune(
         [Job("fp32", 32, "forward")],
         not_compiled,
         target="sm_90",
         device=torch.device("cpu"),
-        budget_seconds=math.inf,
+        schedule=schedule,
         finished=finished,
         rounds=2,
         tried=lambda incumbent: candidates(incumbent)[:2],
-        measured_on={32: (replace(TINY, B=1, D=32),)},
+        measured_on=lambda head_size, direction: (replace(TINY, B=1, D=32),),
     )
 
 
@@ -318,53 +319,59 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--budget-seconds", type=float, default=540.0, help="begin nothing new after so many")
+    parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
     parser.add_argument("--out", type=Path, default=RUNS / "tuning.json", metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="leave kernels/blocks.json as it is")
     options = parser.parse_args(arguments)
     rehearsed = options.dry_run and INTERPRETED
     if not rehearsed and (not torch.cuda.is_available() or INTERPRETED):
         parser.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
+    settle()
     target = "sm_90" if rehearsed else current_target()
     if target not in TARGETS:
         parser.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/compile_report.py")
 
     given = sys.argv[1:] if arguments is None else arguments
-    results = Results("tune", options.out, default_device(), given, target=target, rounds=ROUNDS, left_out=[])
-    measured = results.measured()
+    within = options.deadline is not None
+    results = Results("tune", options.out, default_device(), given, going_on=within, target=target, rounds=ROUNDS)
+    schedule = results.schedule(options.deadline if within else math.inf)
+    entries, measured = results.document["entries"], results.measured()
 
     def finished(job: Job, trials: list[Trial], best: Trial | None) -> None:
         print(f"\n{report(job, trials, best)}", flush=True)
-        results.add(str(job), as_json(job, trials, best))
+        results.add(str(job), as_json(job, trials, best, entries.get(str(job))))
         if best is not None and not options.dry_run:
             blocks.write(with_entry(blocks.table(), replace(best.entry, measured=measured)))
 
     if rehearsed:
-        rehearse(finished)
+        rehearse(finished, schedule)
         return 0
-    jobs = [Job(*job) for job in _product(options.dtype, options.head_size, options.direction)]
+    jobs = asked(options.dtype, options.head_size, options.direction)
     print(f"{measured}, {target}; gain over the incumbent, ms a launch by CUDA-graph replay, * wins")
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
-    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn)
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn, initializer=settle)
     try:
-        left_out = tune(
+        known = {name: Blocks(**entry["winner"]) for name, entry in entries.items() if entry["winner"]}
+        tune(
             jobs,
             pool.submit,
             target=target,
             device=torch.device("cuda"),
-            budget_seconds=options.budget_seconds,
+            schedule=schedule,
             finished=finished,
+            known=known,
         )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    results.document["left_out"] = [str(job) for job in left_out]
-    results.write()
-    print(f"\nno time left for: {', '.join(map(str, left_out))}" if left_out else "\nall measured")
+    left_out = [unit for unit in schedule.log if schedule.said(unit) != DONE]
+    print(f"\nno time left for: {', '.join(left_out)}" if left_out else "\nall measured")
     return 0
 
 
-def _product(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [(dtype, D, direction) for dtype in dtypes for D in head_sizes for direction in directions]
+def asked(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[Job]:
+    """Direction by direction, as they are named; without those that no shape has a use for."""
+    found = [Job(dtype, D, direction) for dtype in dtypes for direction in directions for D in head_sizes]
+    return [job for job in found if shapes_of(job.head_size, job.direction)]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Runs end in a file and a table; a budget that is spent is said so."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from qtuning_fast.bench import attention, decode, growth, ingredients, measure
 from qtuning_fast.bench.floors import Ceilings
+from qtuning_fast.bench.memory import too_large
+from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.schedule import DIED, DONE, NO_TIME, RESTART, UNDER_WAY
 from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINY, inputs
 
 
@@ -17,12 +21,14 @@ def in_this_process(monkeypatch):
             return Ceilings(flops=1e12, copied=1e11, read=1e11, special=0.0)
         return function(*arguments, **({"peaks": ()} if function.func is attention.measure else {}))
 
+    monkeypatch.setattr(measure, "_peak", lambda *arguments: 0)
+
     monkeypatch.setattr(attention, "in_a_process", here)
     monkeypatch.setattr(measure, "in_a_process", here)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_a_run_writes_after_each_shape_and_stops_at_its_budget(tmp_path, capsys):
+def test_a_run_writes_after_each_shape(tmp_path, capsys):
     out = tmp_path / "new" / "attention.json"
     run = ["--peer", "eager", "--dry-run", "--out", str(out), "--shape", "tiny", "tiny-causal"]
     assert attention.main(run) == 0
@@ -31,8 +37,6 @@ def test_a_run_writes_after_each_shape_and_stops_at_its_budget(tmp_path, capsys)
     assert document["command"].endswith("attention " + " ".join(run))
     text = capsys.readouterr().out
     assert "tiny-causal: B2" in text and max(map(len, text.splitlines())) <= 120
-    assert attention.main([*run, "--budget-seconds", "0"]) == 1
-    assert json.loads(out.read_text())["errors"].keys() == {"tiny", "tiny-causal"}
 
 
 @pytest.mark.parametrize(
@@ -52,14 +56,80 @@ def test_a_rehearsal_of_each_question_ends_in_a_file_and_a_table(module, entries
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
-def test_peers_are_compiled_ahead_for_as_long_as_there_is_time(monkeypatch, capsys):
-    monkeypatch.setattr(attention, "default_dtype", lambda device: torch.float32)
-    attention.compile_ahead([TINY], [], 5.0)
-    assert capsys.readouterr().out == ""  # nobody
-    attention.compile_ahead([TINY], ["eager"], 60.0)  # without a GPU it fails, and is not heard of
-    assert capsys.readouterr().out.startswith("all of 1 peers compiled")
-    attention.compile_ahead([TINY] * 50, ["eager"], 0.01)
-    assert capsys.readouterr().out.startswith("some of 50 peers compiled")
+def within_a_plan(tmp_path, *more, seconds=1000.0):
+    ceilings = tmp_path / "ceilings.json"
+    ceilings.write_text(json.dumps({"ceilings": {"flops": 2e12, "copied": 1e11, "read": 1e11, "special": 0.0}}))
+    run = ["--dry-run", "--shape", "tiny", "tiny-causal", "--peer", "eager", "sdpa", "--out", str(tmp_path / "a.json")]
+    run += ["--deadline", str(time.monotonic() + seconds), "--ceilings", str(ceilings), *more]
+    status = attention.main(run)
+    return status, json.loads((tmp_path / "a.json").read_text())
+
+
+def test_within_a_plan_each_row_is_written_as_it_comes(tmp_path, monkeypatch):
+    """And what is timed alone is timed again beside the others."""
+    seen, add = [], Results.add
+
+    def heard(self, name, entry):
+        rows = {peer: (row["step"]["eager"] or {}).get("median") for peer, row in entry["rows"].items()}
+        seen.append((name, [peer for peer, ms in rows.items() if ms]))
+        add(self, name, entry)
+
+    monkeypatch.setattr(Results, "add", heard)
+    status, document = within_a_plan(tmp_path)
+    assert status == 0 and document["ceilings"]["flops"] == 2e12
+    assert seen[:3] == [("tiny", ["eager"]), ("tiny", ["eager", "sdpa"]), ("tiny", ["eager", "sdpa"])]
+    units = {name: entry["said"] for name, entry in document["units"].items()}
+    assert set(units.values()) == {DONE}
+    assert list(units)[:3] == ["tiny: eager", "tiny: sdpa", "tiny: in turns"]
+
+
+def test_what_there_is_no_time_for_is_said_so(tmp_path):
+    status, document = within_a_plan(tmp_path, seconds=0.0)
+    rows = [row for entry in document["entries"].values() for row in entry["rows"].values()]
+    assert status == 0 and len(rows) == 4 and {row["error"] for row in rows} == {NO_TIME}
+
+
+def test_a_process_goes_on_where_the_one_before_it_died(tmp_path, monkeypatch):
+    _, before = within_a_plan(tmp_path)
+    before["units"] = {"tiny: eager": {"said": DONE, "expected": 1.0, "took": 1.0}}
+    before["units"]["tiny: sdpa"] = {"said": UNDER_WAY, "expected": 1.0, "took": None}
+    del before["entries"]["tiny"]["rows"]["sdpa"], before["entries"]["tiny-causal"]
+    (tmp_path / "a.json").write_text(json.dumps(before))
+    _, after = within_a_plan(tmp_path)
+    rows = after["entries"]["tiny"]["rows"]
+    assert rows["eager"] == before["entries"]["tiny"]["rows"]["eager"] and rows["sdpa"]["error"] == DIED
+    assert after["entries"]["tiny-causal"]["rows"]["sdpa"]["step"]["eager"]
+
+
+def test_an_error_that_breaks_the_process_is_written_before_it_makes_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "broken", lambda device: True)
+    with pytest.raises(SystemExit) as left:
+        within_a_plan(tmp_path)
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert left.value.code == RESTART and document["entries"]["tiny"]["rows"].keys() == {"eager"}
+
+
+def test_what_an_earlier_run_brought_home_is_left_out(tmp_path):
+    within_a_plan(tmp_path)
+    earlier = json.loads((tmp_path / "a.json").read_text())
+    earlier["units"]["tiny-causal: sdpa"]["said"] = NO_TIME
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    (tmp_path / "a.json").unlink()
+    _, document = within_a_plan(tmp_path, "--rest-of", str(tmp_path / "earlier.json"))
+    assert {name: list(entry["rows"]) for name, entry in document["entries"].items()} == {"tiny-causal": ["sdpa"]}
+    assert attention.at_home(tmp_path / "none.json") == set()
+
+
+def test_what_would_not_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (75 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1 << 30)
+    long, bf16 = SHAPES["long"], torch.bfloat16
+    assert too_large(long, "eager", "cuda", bf16) == "not tried: it takes about 198 GiB, 77 are free"
+    assert not too_large(SHAPES["llama-8b"], "eager", "cuda", bf16) and not too_large(long, "fused", "cuda", bf16)
+    monkeypatch.setattr(measure, "too_large", lambda *arguments: "not tried: too large")
+    row = measure.measure(TINY, ["eager"], "cpu", None, turns=measure.REHEARSED)["rows"]["eager"]
+    assert row["error"] == "not tried: too large" and row["step"]["eager"] is None and not row["errors"]
 
 
 def test_inputs_are_strided_as_models_hand_them_over():

@@ -1,6 +1,10 @@
 """What several processes of pytest found is one result, and known before they have ended."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,12 +58,44 @@ def test_outcomes_are_counted_and_failures_named_with_their_first_line(tests):
 
 def test_a_process_that_dies_is_a_failure(tests):
     found = gpu_tests.run([["--no-such-option"]], tests, lambda found: None)
-    assert found == {"failures": {"process 0": "exit status 4"}}
+    assert found == {"failures": {"process 0": "exit status 4"}, "each": {}}
+
+
+def test_what_is_not_through_at_the_deadline_is_ended_and_what_passed_by_then_counts(tests):
+    slow = "import time\nimport pytest\n"
+    slow += "".join(f"@pytest.mark.gpu\ndef test_{n}(): time.sleep({n})\n" for n in (0, 60))
+    (tests / "test_slow.py").write_text(slow)
+    started = time.monotonic()
+    found = gpu_tests.run([["test_slow.py"]], tests, lambda found: None, deadline=started + 15)
+    assert (found["passed"], found["cut_off"], found["failures"]) == (1, 1, {}) and time.monotonic() - started < 40
+    assert list(found["each"]) == ["test_slow.py::test_0"]
+
+
+def test_what_tells_most_comes_first_and_three_of_float32_begin_at_once():
+    pytest_on_gpu = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", gpu_tests.__name__]
+    names = subprocess.run(
+        [*pytest_on_gpu, *gpu_tests.SIDE_BY_SIDE],
+        cwd=gpu_tests.ROOT,
+        env=os.environ | {"PYTHONPATH": str(gpu_tests.ROOT), gpu_tests.PART: "telling", gpu_tests.LOG: os.devnull},
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    names = [name for name in names if "::" in name]
+    assert len(names) > 200 and sum("[float32-" in name for name in names) == len(gpu_tests.CHOSEN_IEEE) == 3
+    assert all("[float32-" in name for name in names[:3])
+    first = names[3 : 2 * gpu_tests.SHARDS]  # in the first two rounds of the shards
+    for words in (
+        "real_shapes[bfloat16-bert-base]",
+        "real_shapes[bfloat16-llama-8b]",
+        "fused_gpu.py::test_the_same_bits",
+    ):
+        assert any(words in name for name in first), words
+    assert all("graph" not in name for name in names[150:] if "fused_gpu" in name)
 
 
 @pytest.mark.parametrize("failures", [{}, {"a test": "why"}])
 def test_a_run_writes_what_it_hears(tmp_path, monkeypatch, capsys, failures):
-    def run(shards, folder, heard):
+    def run(shards, folder, heard, **options):
         heard({"passed": 3, "failures": dict(failures)})
         return {"passed": 3, "failures": dict(failures)}
 

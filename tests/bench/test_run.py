@@ -1,18 +1,24 @@
 """Plans run step by step, and what is found is kept, whatever becomes of a step."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
+from qtuning_fast.bench import gathered
 from qtuning_fast.bench import run as running
-from qtuning_fast.bench.run import PLANS, Run, Step, summary, unpack
+from qtuning_fast.bench.gathered import NO_TIME, Gathered, device_folder, merged, summary, unpack
+from qtuning_fast.bench.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.run import Processes, Run
+from qtuning_fast.bench.schedule import DIED, DONE
 
-WRITES = "import json, sys; json.dump({'entries': {}}, open(sys.argv[1], 'w')); "
+WRITES = "import json, os, sys; json.dump({'entries': {}}, open(sys.argv[1], 'w')); "
 
 
 @dataclass(frozen=True)
@@ -21,22 +27,27 @@ class Script(Step):
 
     code: str = ""
 
-    def command(self, folder: Path, limit: float, *, dry_run: bool) -> list[str]:
+    def command(self, folder: Path, deadline: float, *, dry_run: bool) -> list[str]:
         return [sys.executable, "-c", self.code, str(folder / f"{self.name}.json")]
 
 
-def script(name: str, code: str, seconds: float = 60.0) -> Script:
-    return Script(name, "", seconds, code=WRITES + code)
+def script(name: str, code: str, seconds: float = 60.0, **options) -> Script:
+    return Script(name, "", seconds, code=WRITES + code, **options)
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     """Runs steps within a folder of their own; returns whether all went well, and the file."""
     monkeypatch.setattr(running, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(running, "GRACE", 0.0)
+    monkeypatch.setattr(gathered, "device", lambda: "cpu")
 
     def run(*steps, total=60.0, dry_run=False):
-        out = tmp_path / "new" / "plan.json"
-        fine = Run("gpu", steps, tmp_path / "steps", out, dry_run=dry_run).all(total)
+        folder, out = tmp_path / "steps", tmp_path / "new" / "plan.json"
+        one = Run(steps, Processes(folder, dry_run=dry_run))
+        file = Gathered("gpu", folder, out, list(one.outcomes.values()), dry_run=dry_run)
+        one.gather, one.units = file.write, file.units
+        fine = one.all(total)
         return fine, json.loads(out.read_text())
 
     return run
@@ -71,8 +82,67 @@ def test_no_step_begins_when_the_time_is_spent(plan):
     assert not fine and said(document) == dict.fromkeys(("first", "second"), "left out: no time")
 
 
+def test_what_runs_beside_a_step_runs_at_the_same_time(plan, tmp_path):
+    waits = "import time, pathlib; "
+    waits += "exec('while not pathlib.Path(sys.argv[1]).with_name(\"b.json\").exists(): time.sleep(0.05)')"
+    fine, document = plan(script("a", waits, beside=(script("b", ""),)))
+    assert fine and said(document) == {"a": "done", "b": "done"}
+
+
+def test_when_the_first_step_fails_the_rest_of_the_time_goes_to_finding_out_why(plan):
+    first = script("first", "sys.exit(1)", 5.0, otherwise=script("why", "", 0.0))
+    fine, document = plan(first, script("others", ""))
+    assert not fine and said(document) == {"first": "exit status 1", "why": "done", "others": "not begun"}
+    fine, document = plan(replace(first, code=WRITES), script("others", ""))
+    assert fine and said(document) == {"first": "done", "why": "not begun", "others": "done"}
+
+
+UNITS = """
+log = json.load(open(sys.argv[1])).get('units', {}) if os.path.exists(sys.argv[1]) else {}
+from qtuning_fast.bench.schedule import Schedule
+def write():
+    json.dump({'entries': {}, 'units': log}, open(sys.argv[1] + '~', 'w'))
+    os.replace(sys.argv[1] + '~', sys.argv[1])
+schedule = Schedule(log=log, write=write)
+for unit in 'abc':
+    if schedule.begins(unit, 0.01) and unit == 'b': {what}
+schedule.end()
+"""
+
+
+@pytest.mark.parametrize("what", ["os.kill(os.getpid(), 9)", "sys.exit(75)", "__import__('time').sleep(60)"])
+def test_a_step_that_dies_or_hangs_goes_on_behind_the_unit_that_it_died_in(plan, monkeypatch, what):
+    monkeypatch.setattr(running, "PATIENCE", 1.5)
+    code = "import json, os, sys" + UNITS.replace("{what}", what)
+    fine, document = plan(Script("units", "", 60.0, code=code, within=True))
+    [outcome] = document["steps"]
+    assert fine and outcome["processes"] == 2, (outcome, document["documents"])
+    units = {name: entry["said"] for name, entry in document["documents"]["units"]["units"].items()}
+    assert units == {"a": DONE, "b": DIED, "c": DONE}
+
+
+def test_a_run_that_is_killed_leaves_all_that_was_found(tmp_path):
+    """Not even a signal that no one can catch costs more than what a poll has not seen."""
+    command = [sys.executable, "-m", "qtuning_fast.bench.run", "gpu", "--dry-run", "--only", "ceilings", "counters"]
+    out = tmp_path / "gpu.json"
+    environment = os.environ | {"PYTHONPATH": str(running.ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--out", str(out)], env=environment, cwd=tmp_path, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            if out.exists() and "ceilings" in (json.loads(out.read_text())["documents"].get("ceilings") or {}):
+                break
+            time.sleep(0.2)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    document = json.loads(out.read_text())
+    assert document["documents"]["ceilings"]["ceilings"]["flops"] > 0
+    assert {step["said"] for step in document["steps"]} & {"done", "cut off with the run"}
+
+
 def test_a_dry_run_without_a_gpu_interprets_kernels_but_does_not_compile_so(plan, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(running, "device", lambda: "cpu")
     interpreted = "import os; sys.exit(os.environ.get('TRITON_INTERPRET') != '1')"
     code = "import os, sys; sys.exit('TRITON_INTERPRET' in os.environ)"
     compiled = Script("compiles", "", 60.0, code=code, compiles_only=True)
@@ -80,23 +150,46 @@ def test_a_dry_run_without_a_gpu_interprets_kernels_but_does_not_compile_so(plan
     assert fine, said(document)
 
 
-def test_a_run_is_unpacked_to_where_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "ROOT", tmp_path)
-    for path in running.TABLES.values():
+@pytest.fixture
+def unpacked(tmp_path, monkeypatch):
+    """Unpacks a document of a run; returns the folder that it went to."""
+    monkeypatch.setattr(gathered, "ROOT", tmp_path)
+    for path in gathered.TABLES.values():
         (tmp_path / path).parent.mkdir(parents=True)
-    document = {"dry_run": False, "documents": {"growth": {"entries": {}}, "half": None}}
-    document["tables"] = {"blocks.json": [{"a": 1}, {"b": 2}], "choice.json": []}
-    document["device"] = {"type": "cuda", "name": "NVIDIA H200"}
-    document["steps"] = [{"name": "tuning", "said": "done"}, {"name": "choose", "said": running.NO_TIME}]
-    source = tmp_path / "gpu.json"
-    source.write_text(json.dumps(document))
-    unpack(source)
-    assert [path.name for path in (tmp_path / "bench/results/h200").iterdir()] == ["growth.json"]
-    assert (tmp_path / "kernels/blocks.json").read_text() == '[\n  {"a": 1},\n  {"b": 2}\n]\n'
-    assert not (tmp_path / running.TABLES["choice.json"]).exists()  # which was not measured
-    source.write_text(json.dumps(document | {"dry_run": True}))
-    with pytest.raises(SystemExit, match="dry run"):
+
+    def go(**changes):
+        document = {"dry_run": False, "documents": {}, "tables": {}, "steps": []}
+        document |= {"device": {"type": "cuda", "name": "NVIDIA H200"}} | changes
+        source = tmp_path / "gpu.json"
+        source.write_text(json.dumps(document))
         unpack(source)
+        return tmp_path
+
+    return go
+
+
+def test_a_run_is_unpacked_to_where_it_is_read(unpacked):
+    root = unpacked(
+        documents={"growth": {"entries": {}}, "half": None},
+        tables={"blocks.json": [{"a": 1}, {"b": 2}], "choice.json": []},
+        steps=[{"name": "tuning", "said": "done"}, {"name": "choose", "said": NO_TIME}],
+    )
+    assert [path.name for path in (root / "bench/results/h200").iterdir()] == ["growth.json"]
+    assert (root / "kernels/blocks.json").read_text() == '[\n  {"a": 1},\n  {"b": 2}\n]\n'
+    assert not (root / gathered.TABLES["choice.json"]).exists()  # which was not measured
+    with pytest.raises(SystemExit, match="dry run"):
+        unpacked(dry_run=True)
+
+
+def test_what_a_second_run_adds_to_a_question_goes_into_its_file(unpacked):
+    unpacked(documents={"attention": {"entries": {"a": {"rows": {"x": {"error": ""}}}}, "units": {"a: x": {}}}})
+    rest = {"entries": {"a": {"rows": {"y": {"error": ""}, "x": {"error": NO_TIME}}}, "b": {"rows": {}}}, "units": {}}
+    root = unpacked(documents={"attention-rest": rest})
+    [path] = (root / "bench/results/h200").iterdir()
+    found = json.loads(path.read_text())
+    assert found["entries"]["a"]["rows"] == {"x": {"error": ""}, "y": {"error": ""}}
+    assert found["entries"].keys() == {"a", "b"} and found["units"] == {"a: x": {}}
+    assert merged(found, {"entries": {}}) == found
 
 
 @pytest.mark.parametrize(
@@ -104,23 +197,38 @@ def test_a_run_is_unpacked_to_where_it_is_read(tmp_path, monkeypatch):
     [
         ({"type": "cpu", "name": "AMD EPYC 9B45"}, "cpu"),
         ({"type": "cuda", "name": "NVIDIA H100 80GB HBM3"}, "h100"),
+        ({"type": "cuda", "name": "NVIDIA H200"}, "h200"),
         ({"type": "cuda", "name": "Some Card"}, "some-card"),
     ],
 )
 def test_a_device_has_a_folder(device, folder):
-    assert running.device_folder(device) == folder
+    assert device_folder(device) == folder
+
+
+def test_a_gpu_is_what_its_driver_says(monkeypatch):
+    class Said:
+        stdout = "NVIDIA H100 80GB HBM3, 81559\n"
+
+    monkeypatch.setattr(gathered.subprocess, "run", lambda *args, **options: Said)
+    assert gathered.device() == {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "GiB": 79.6}
+
+    def absent(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(gathered.subprocess, "run", absent)
+    assert gathered.device() == "cpu"
 
 
 def test_a_table_that_is_being_written_stops_nothing(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "TABLES", {"blocks.json": str(tmp_path / "blocks.json")})
+    monkeypatch.setattr(gathered, "TABLES", {"blocks.json": str(tmp_path / "blocks.json")})
     (tmp_path / "blocks.json").write_text("[{")
     fine, document = plan(script("one", ""))
     assert fine and document["tables"] == {}
 
 
-@pytest.mark.parametrize("plan_name", running.TOTAL_SECONDS)
+@pytest.mark.parametrize("plan_name", TOTAL_SECONDS)
 def test_a_plan_has_time_for_all_its_steps(plan_name):
-    assert sum(step.seconds for step in PLANS[plan_name]) <= running.TOTAL_SECONDS[plan_name]
+    assert sum(step.seconds for step in PLANS[plan_name]) <= TOTAL_SECONDS[plan_name]
 
 
 def test_an_interrupted_run_says_where_its_findings_are(tmp_path, monkeypatch, capsys):
@@ -128,14 +236,16 @@ def test_an_interrupted_run_says_where_its_findings_are(tmp_path, monkeypatch, c
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "all", interrupted)
+    monkeypatch.setattr(running.carried, "unpack", lambda: None)
     monkeypatch.setattr(running.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(running, "RUNS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert running.main(["cpu", "--out", "found.json"]) == 130
     assert "What was found by then: found.json" in capsys.readouterr().out
 
 
 def test_wrong_plans_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(running, "device", lambda: "cpu")
     for arguments, words in ((["gpu"], "takes a GPU"), ([], "name a plan"), (["cpu", "--only", "x"], "no step x")):
         with pytest.raises(SystemExit):
             running.main(arguments)
@@ -144,14 +254,14 @@ def test_wrong_plans_are_refused(monkeypatch, capsys):
 
 @pytest.mark.parametrize("plan_name", PLANS)
 def test_steps_are_modules_and_write_where_they_are_looked_for(plan_name, tmp_path):
-    for step in PLANS[plan_name]:
+    for step in all_steps(PLANS[plan_name]):
         command = step.command(tmp_path, 100.0, dry_run=False)
         assert (running.ROOT / "bench" / f"{step.module}.py").exists() and command[-2] == step.out
-        assert command[-1] == str(tmp_path / f"{step.name}.json") and not any("{" in each for each in command)
+        assert command[-1] == str(tmp_path / f"{step.name}.json") and ("--deadline" in command) == step.within
 
 
 def test_time_that_steps_do_not_ask_for_is_theirs(plan, monkeypatch):
-    limits = []
-    monkeypatch.setattr(Run, "one", lambda self, step, outcome, limit: limits.append(limit))
+    deadlines = []
+    monkeypatch.setattr(Run, "together", lambda self, step, deadline: deadlines.append(deadline - self.clock()))
     plan(script("first", "", 20.0), script("second", "", 70.0), total=100.0)
-    assert limits == [pytest.approx(30.0, abs=1), pytest.approx(100.0, abs=1)]
+    assert deadlines == [pytest.approx(30.0, abs=1), pytest.approx(100.0, abs=1)]

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from qtuning_fast.bench import candidates as candidates_module
-from qtuning_fast.bench import results, tune
+from qtuning_fast.bench import expected, results, tune
 from qtuning_fast.bench.candidates import candidates, obstacle
-from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.passes import Pass, difference
+from qtuning_fast.bench.schedule import NO_TIME, Schedule
+from qtuning_fast.bench.shapes import Shape, inputs
 from qtuning_fast.bench.timing import Measurement, Timing
-from qtuning_fast.bench.tune import Job, Pass, Trial, difference, incumbent_of, measure, winner, with_entry
-from qtuning_fast.kernels import blocks
+from qtuning_fast.bench.tune import Job, Trial, in_order, incumbent_of, measure, winner, with_entry
+from qtuning_fast.kernels import backward, backward_whole, blocks
 from qtuning_fast.kernels.blocks import DIRECTIONS, Blocks
 
 SMALL = Shape("small", B=1, Hq=2, Hkv=1, N=20, D=16, P=12, is_causal=True)
@@ -163,37 +165,98 @@ def done(result) -> Future:
     return future
 
 
-def test_tuning_stops_when_the_budget_is_spent(monkeypatch):
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
-    measured, finished = [], []
-    monkeypatch.setattr(tune, "measure", lambda trials, shape, *rest: measured.append(shape.name))
-    jobs = [Job("bf16", D, "forward") for D in (32, 128, 256)]
-    left_out = tune.tune(
+def tuned(monkeypatch, jobs, *, verdict=None, milliseconds=None, deadline=1e9, tried=candidates, known=None):
+    """Tunes without a GPU, on a clock that a heat moves on by ten seconds; returns the heats and what was handed on."""
+    now, heats, finished = [0.0], [], []
+
+    def fake_measure(trials, shape, dtype, device, rounds):
+        now[0] += 10.0
+        heats.append((shape.name, [t.name() for t in trials], [t.error for t in trials], rounds))
+        for one in trials:
+            if not one.error:
+                one.times[shape.name] = Timing((milliseconds or (lambda e: 1.0))(one.entry), 0.0, 5)
+
+    monkeypatch.setattr(tune, "measure", fake_measure)
+    monkeypatch.setattr(expected, "heat_seconds", lambda *args: 10.0)
+    schedule = Schedule(deadline, clock=lambda: now[0])
+    tune.tune(
         jobs,
-        lambda *args: done({"registers": 1, "spilled": 0, "shared": 0}),
+        lambda *args: done(verdict or {"registers": 1, "spilled": 0, "shared": 0}),
         target="sm_90",
         device=CPU,
-        budget_seconds=45,
-        finished=lambda job, trials, best: finished.append(job),
-        tried=lambda incumbent: [incumbent],
+        schedule=schedule,
+        finished=lambda job, trials, best: finished.append((job, len(trials), best)),
+        tried=tried,
+        known=known,
     )
-    assert finished == jobs[:2] and left_out == jobs[2:] and measured == ["minilm", "llama-8b"]
+    return schedule, heats, finished
+
+
+def test_tuning_stops_when_the_time_is_spent(monkeypatch):
+    jobs = [Job("bf16", D, "forward") for D in (32, 128, 256)]
+    schedule, heats, finished = tuned(monkeypatch, jobs, deadline=25, tried=lambda incumbent: [incumbent])
+    assert [job for job, _, _ in finished] == jobs[:2] and [name for name, *_ in heats] == ["minilm", "llama-8b"]
+    assert schedule.said(f"{jobs[2]}: heat 1") == NO_TIME
+
+
+def test_every_job_has_a_heat_before_any_has_its_second_and_the_best_are_timed_again(monkeypatch):
+    """The best so far is in each heat, beside the incumbent; what no heat had is not among the trials."""
+    jobs = [Job("bf16", D, "forward") for D in (32, 128)]
+    fastest = candidates(incumbent_of("sm_90", jobs[0]))[3]
+    schedule, heats, finished = tuned(monkeypatch, jobs, milliseconds=lambda e: 0.5 if e == fastest else 1.0)
+    units = list(schedule.log)
+    assert (
+        units[:4] == [f"{job}: heat {number}" for number in (1, 2) for job in jobs] and units[-1] == f"{jobs[0]}: again"
+    )
+    names = [trial_names for shape, trial_names, *_ in heats if shape == "minilm"]
+    best = trial().__class__(fastest).name()
+    assert best in names[0] and all(each[1] == best for each in names[1:])
+    assert len(names[0]) == 1 + tune.HEAT and len(names[1]) == 2 + tune.HEAT and len(names[-1]) == 2
+    assert heats[-1][-1] == 2 * tune.ROUNDS and finished[-1][2].entry == fastest
+    assert finished[0][1] == 1 + tune.HEAT
+
+
+def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(monkeypatch):
+    """Beside two passes, which is what the table has: all gradients are compared, and both are timed as a whole."""
+    jobs = tune.asked(["bf16"], [32, 64, 128], ["whole"])
+    assert [job.head_size for job in jobs] == [32, 64]
+    off = incumbent_of("sm_90", jobs[1])
+    assert [shape.name for shape in tune.shapes_of(64, "whole")] == ["bert-base"]
+    assert off.keys == 0 or (off.measured and all(e.keys == 128 for e in candidates(off)[1:]))
+    x = inputs(SMALL, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(backward_whole, "MULTIPROCESSORS", 1)
+    one = Pass(SMALL, x, "whole")
+    two, whole = (
+        replace(off, target="interpreter", element_size=4, queries=32, keys=keys, prefix=16, stages=1)
+        for keys in (0, 32)
+    )
+    assert [len(one.launches(e)) for e in (two, whole)] == [3, 2]
+    expected_gradients = one.compute(two)
+    assert set(expected_gradients) == set(backward.INPUTS)
+    assert difference(one.compute(whole), expected_gradients)[0] < 1e-4
+
+
+def test_the_most_promising_come_first(monkeypatch):
+    entries = candidates(entry())
+    assert in_order(entries, "forward") == entries  # nothing is predicted yet
+    monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None if e.warps == 8 else 1.0 / e.keys)
+    found = in_order(entries, "forward")
+    assert found[0] == entries[0] and set(found) == set(entries)
+    known = [e.keys for e in found[1:] if e.warps != 8]
+    assert known == sorted(known, reverse=True) and all(e.warps == 8 for e in found[1 + len(known) :])
+
+
+def test_what_a_process_before_found_is_tried_first(monkeypatch):
+    job = Job("bf16", 64, "keys")
+    before = candidates(incumbent_of("sm_90", job))[-1]
+    _, heats, _ = tuned(monkeypatch, [job], known={str(job): before})
+    assert heats[0][1][1] == trial().__class__(before).name()
 
 
 @pytest.mark.parametrize("verdict", [{"registers": 255, "spilled": 16, "shared": 0}, {"error": "ImportError: "}])
 def test_the_incumbent_is_measured_whatever_the_compiler_says(monkeypatch, verdict):
-    found = []
-    monkeypatch.setattr(tune, "measure", lambda trials, *rest: found.extend(t.error for t in trials))
-    tune.tune(
-        [Job("bf16", 256, "forward")],
-        lambda *args: done(verdict),
-        target="sm_90",
-        device=CPU,
-        budget_seconds=100,
-        finished=lambda *results: None,
-    )
-    assert set(found) == {""}
+    _, heats, _ = tuned(monkeypatch, [Job("bf16", 256, "forward")], verdict=verdict)
+    assert {error for _, _, errors, _ in heats for error in errors} == {""}
 
 
 class FakePool:
@@ -216,6 +279,7 @@ def test_a_run_rewrites_the_table_and_keeps_all_measurements(table, tmp_path, mo
 
     monkeypatch.setattr(tune, "measure", fake_measure)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", FakePool)
+    monkeypatch.setattr(tune, "broken", lambda device: False)
     monkeypatch.setattr(tune, "INTERPRETED", False)
     monkeypatch.setattr(tune, "current_target", lambda: "sm_90")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -227,7 +291,7 @@ def test_a_run_rewrites_the_table_and_keeps_all_measurements(table, tmp_path, mo
 
     document = json.loads(out.read_text())
     assert [(job["head_size"], job["direction"]) for job in document["entries"].values()] == [
-        (64, "forward"), (64, "keys"), (32, "forward"), (32, "keys"),
+        (64, "forward"), (32, "forward"), (64, "keys"), (32, "keys"),
     ]  # fmt: skip
     changed = set(blocks.table()) - set(before)
     assert len(blocks.table()) == len(before) and len(changed) == (0 if dry_run else 4)

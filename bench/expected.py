@@ -1,0 +1,106 @@
+"""What the units of a plan take on an H100, in seconds, before any was measured there: plans leave room by this.
+
+Kernel times are those of `bench/results/predicted/h100.json` where it knows them, else ESTIMATES. All else is counted
+in seconds of the host: a process that starts, a compiler that runs, calls of Python. Sources stand beside the figures;
+those marked "assumed" no one has measured. A schedule stretches what it expects by what its units have taken so far.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.schedule import Unit
+from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.timing import FEWEST_ROUNDS, MOST_SETS, Turns
+from qtuning_fast.kernels.blocks import Blocks
+
+PREDICTED = ROOT / "bench/results/predicted/h100.json"
+# Milliseconds of a training step of "fused", read off its sm_90 code by hand; of decoding, bytes over 3 TB/s.
+ESTIMATES = {"bert-base": 0.075, "bert-base-512": 0.245, "vit-b16": 0.55, "llama-8b": 2.1, "minilm": 0.075}
+ESTIMATES |= {"llama-8b-4096": 7.0, "long": 26.0, "decode-64": 0.1, "decode-64-mixed": 0.13}
+# How many times as long as "fused": assumed.
+OVER_FUSED = {"composed": 1.5, "flex": 8.0, "flex-merged": 2.0, "eager": 8.0, "reference": 12.0, "sdpa": 1.0}
+
+IMPORTS = 3.2  # seconds of torch, triton and this package; measured on a core of a virtual machine
+CONTEXT = 1.5  # of a first CUDA context and what cuBLAS sets up; assumed
+COMPILED = json.loads((ROOT / "bench/results/compile/seconds.json").read_text())["each"]
+# To compile one of our kernels for sm_90, and what starts it, on one core; measured by bench.carried.
+KERNEL, LAUNCHER = (statistics.mean(took[what] for took in COMPILED.values()) for what in ("kernel", "launcher"))
+IEEE_KERNEL = 22.0  # likewise, with products of float32 in IEEE arithmetic; measured, 18 to 27
+FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torch.compile, first and from disk; assumed
+HOST_MS = 2.0  # of a step in Python, where the GPU is faster; measured 1.0, on this machine
+CHECK = 0.3  # seconds of a peer's outputs and gradients beside float64; assumed
+PEAK = 0.5  # seconds of a step whose memory is counted; assumed
+SETS_BYTES = 150e6  # the sets of inputs together hold so much, three times the last cache
+
+
+@cache
+def _predicted() -> dict[str, Any]:
+    return json.loads(PREDICTED.read_text()) if PREDICTED.exists() else {}
+
+
+def step_ms(shape: Shape, peer: str = "fused") -> float:
+    """A step, or a forward pass where there is no training, as predicted."""
+    found = _predicted().get("shapes", {}).get(shape.name, {}).get("step_ms")
+    work = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * shape.D
+    ms = found or ESTIMATES.get(shape.name) or work * 1e-9 * 0.4  # as bert-base has it
+    return ms * next((factor for name, factor in OVER_FUSED.items() if peer.startswith(name)), 1.0)
+
+
+def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
+    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all."""
+    found = [Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer) for peer in peers]
+    found.append(Unit(f"{shape.name}: in turns", turns_seconds(shape, peers, turns), "turns"))
+    asked = [peer for peer in peers if peaks is None or peer in peaks]
+    return found + [Unit(f"{shape.name}: memory, {peer}", PEAK, "memory", peer) for peer in asked]
+
+
+def heats(jobs: Mapping[str, tuple[int, Sequence[Shape]]], heat: int, rounds: int) -> list[Unit]:
+    """Of `tune`: by job how many candidates there are beside the incumbent, and on which shapes. A heat for each job
+    before any has its second, then the best of each again. A unit is about a job and the number of its heat."""
+    most = max(max(1, math.ceil(count / heat)) for count, _ in jobs.values())
+    found = [
+        Unit(f"{job}: heat {number + 1}", heat_seconds(on, min(heat, count) + 2, rounds), "heat", (job, number))
+        for number in range(most)
+        for job, (count, on) in jobs.items()
+        if number < max(1, math.ceil(count / heat))
+    ]
+    return found + [
+        Unit(f"{job}: again", heat_seconds(on, 2, 2 * rounds), "again", (job, -1)) for job, (_, on) in jobs.items()
+    ]
+
+
+def row_seconds(shape: Shape, peer: str) -> float:
+    """To load or compile a peer, to check it, and to time it alone."""
+    loads = FLEX_AGAIN if peer.startswith(("flex", "eager-compiled")) else 0.5
+    return loads + CHECK + 4 * _calls_seconds(shape, peer)
+
+
+def turns_seconds(shape: Shape, peers: Sequence[str], turns: Turns) -> float:
+    """All peers, forward and step, by graph and by the host's clock."""
+    rounds = min(turns.rounds, FEWEST_ROUNDS + 1) + 4  # and to warm up and capture
+    return min(0.2 + sum(rounds * _calls_seconds(shape, peer) for peer in peers), 4 * turns.seconds)
+
+
+def heat_seconds(on_shapes: Sequence[Shape], candidates: int, rounds: int) -> float:
+    """So many candidates of tuning beside each other on each of the shapes."""
+    return sum(0.3 + candidates * (0.1 + (rounds + 4) * _calls_seconds(shape, "fused") / 3) for shape in on_shapes)
+
+
+def candidate_ms(entry: Blocks, direction: str) -> float | None:
+    """What is predicted of a candidate of tuning; None: nothing, and the order of the table stands."""
+    name = f"{entry.target}/{entry.element_size}/{entry.head_size}/{direction}"
+    blocks = f"{entry.queries}x{entry.keys}x{entry.prefix} w{entry.warps} s{entry.stages}"
+    return _predicted().get("candidates", {}).get(name, {}).get(blocks)
+
+
+def _calls_seconds(shape: Shape, peer: str) -> float:
+    """One call for each set of inputs, forward and step, by graph and eagerly."""
+    element = 2 * shape.B * shape.D * (2 * shape.Hq * shape.N + 2 * shape.Hkv * shape.M)
+    sets = min(math.ceil(SETS_BYTES / element), MOST_SETS)
+    ms = step_ms(shape, peer) * (1.4 if shape.trained else 1.0)  # with a forward pass of its own
+    return sets * (max(ms, 1e-3) + max(ms, HOST_MS * (1.4 if shape.trained else 0.5))) / 1e3

@@ -1,0 +1,122 @@
+"""Why a kernel does not do what it should, on the GPU at hand: for when `bench.first` has failed.
+
+    python -m qtuning_fast.bench.why --out FILE
+
+Each case runs in a process of its own, since what breaks one CUDA context must not hide the next: from one tile of one
+head with nothing beside it to the shape that failed. The smallest that fails goes through compute-sanitizer, and what
+the compiler made of the kernels (TTGIR, PTX) is kept.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtuning_fast.bench import compile_report, memcheck, shapes
+from qtuning_fast.bench.accuracy import verdict
+from qtuning_fast.bench.first import said, step
+from qtuning_fast.bench.measure import default_device, default_dtype, in_a_process
+from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
+from qtuning_fast.bench.timing import first_line
+from qtuning_fast.kernels.blocks import DIRECTIONS, blocks_for, instead
+from qtuning_fast.kernels.target import INTERPRETED, current_target
+
+ONE_TILE = Shape("one tile", B=1, Hq=1, Hkv=1, N=16, D=64, P=16)
+CASES = (  # the smallest first; each adds one thing
+    ONE_TILE,
+    replace(ONE_TILE, name="several tiles of keys", context=200),
+    replace(ONE_TILE, name="several tiles of queries", N=200),
+    replace(ONE_TILE, name="a long prefix", P=60),
+    replace(ONE_TILE, name="sizes that no tile divides", N=77, P=37),
+    replace(ONE_TILE, name="several heads and samples", B=3, Hq=4, Hkv=4),
+    replace(ONE_TILE, name="grouped heads", Hq=4, Hkv=2),
+    replace(ONE_TILE, name="causal", N=200, is_causal=True),
+    replace(ONE_TILE, name="padding", B=4, N=77, padding=0.25),
+    replace(ONE_TILE, name="head size 32", D=32),
+    replace(ONE_TILE, name="head size 128", D=128),
+    BERT_BASE,
+)
+
+
+def variants() -> Iterator[tuple[str, dict[str, int]]]:
+    """Blocks that do without what a compiler might have got wrong."""
+    yield "one stage", {"stages": 1}
+    yield "four warps", {"warps": 4}
+    yield "tiles of 32", {"queries": 32, "keys": 32, "prefix": 16, "warps": 4, "stages": 1}
+
+
+def with_blocks(changes: dict[str, int], shape: Shape, device: str) -> Any:
+    """A step where every direction has other blocks than the table's."""
+    if not changes:
+        return step(shape, "fused", device)
+    direction, *others = DIRECTIONS
+
+    def within(left: list[str]) -> Any:
+        if not left:
+            return step(shape, "fused", device)
+        known = blocks_for(current_target(), default_dtype(device).itemsize, shape.D, left[0])
+        new = {name: value if getattr(known, name) else 0 for name, value in changes.items()}
+        with instead(replace(known, **new)):
+            return within(left[1:])
+
+    return within([direction, *others])
+
+
+def outcome(changes: dict[str, int], shape: Shape, device: str) -> dict[str, Any]:
+    """In a process of its own: what became of a step. `wrong` is empty if all is right."""
+    try:
+        errors = in_a_process(with_blocks, changes, shape, device)
+    except Exception as error:  # of the kernel, the compiler, or the process that it took along
+        return {"said": f"{shape.name}: {first_line(error)}", "wrong": first_line(error)}
+    wrong = verdict(errors, default_dtype(device))
+    return {"said": f"{shape.name}: {wrong or 'right'}; {said(errors)}", "wrong": wrong, "errors": errors}
+
+
+def compiled(shape: Shape) -> dict[str, dict[str, str]]:
+    """TTGIR and PTX of each kernel of a step, by name."""
+    call = shapes.inputs(shape, dtype=torch.bfloat16, device="meta").call(shape)
+    found = {}
+    for name, launch in compile_report.launches(call):
+        made = launch.compile()
+        found[name] = {kind: made.asm[kind] for kind in ("ttgir", "ptx") if kind in made.asm}
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="a tiny shape")
+    parser.add_argument("--out", type=Path, default=RUNS / "why.json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    device = default_device()
+    results = Results("why", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    failed: Shape | None = None
+    for shape in (TINY,) if options.dry_run else CASES:
+        found = outcome({}, shape, device)
+        results.add(shape.name, found | {"shape": asdict(shape)})
+        print(found["said"], flush=True)
+        failed = failed or (shape if found["wrong"] else None)
+    smallest = failed or (TINY if options.dry_run else BERT_BASE)
+    for name, changes in () if INTERPRETED else variants():
+        found = outcome(changes, smallest, device)
+        results.add(f"{smallest.name}, {name}", found | {"blocks": changes})
+        print(f"{name}: {found['said']}", flush=True)
+    jobs = {"compiled": partial(compiled, smallest)} if not INTERPRETED else {}
+    for name, job in jobs.items():
+        try:
+            results.add(name, {"said": f"{smallest.name}: TTGIR and PTX", "each": in_a_process(job)})
+        except Exception as error:
+            results.fail(name, first_line(error))
+    for tool in memcheck.TOOLS:
+        results.add(tool, memcheck.sanitized(tool, list(memcheck.SMALL)))
+        print(results.document["entries"][tool]["said"], flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The first minute on a GPU, what becomes of it when kernels are wrong, and the tools that are asked where they are."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from qtuning_fast.bench import counters, first, memcheck, why
+from qtuning_fast.bench.peers import PEERS, Peer
+from qtuning_fast.kernels.blocks import blocks_for
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(why, "in_a_process", lambda function, *arguments: function(*arguments))
+
+
+def entries(path):
+    return json.loads(path.read_text())["entries"]
+
+
+def test_the_machine_and_each_backend_beside_float64(tmp_path, capsys):
+    out = tmp_path / "first.json"
+    assert first.main(["--dry-run", "--out", str(out)]) == 0
+    found = entries(out)
+    assert found.keys() >= {"machine", "fused", "composed", "verdict"} and found["verdict"]["said"] == "all is right"
+    assert found["fused"]["errors"].keys() >= {"output", "query", "key", "prefix_value", "gate_tau"}
+    assert found["machine"]["cores"] and "gcc" in found["machine"]["tools"]
+
+
+@pytest.mark.parametrize("what", ["wrong", "raises"])
+def test_what_is_wrong_is_said_and_ends_the_plan(tmp_path, monkeypatch, what):
+    right = PEERS["fused"].attend
+
+    def attend(call):
+        if what == "raises":
+            raise RuntimeError("an illegal memory access was encountered")
+        return right(call) * 1.1
+
+    monkeypatch.setitem(PEERS, "fused", Peer("", attend))
+    out = tmp_path / "first.json"
+    assert first.main(["--dry-run", "--out", str(out)]) == 1
+    found = entries(out)
+    assert ("is off by 0.1" if what == "wrong" else "illegal memory access") in found["verdict"]["said"]
+    assert found["composed"]["errors"]  # the others are asked all the same
+    assert why.main(["--dry-run", "--out", str(tmp_path / "why.json")]) == 0
+    assert entries(tmp_path / "why.json")["tiny"]["wrong"]
+
+
+def test_the_smallest_case_that_fails_is_tried_with_other_blocks(tmp_path, monkeypatch):
+    def step(shape, backend, device):
+        seen.append((shape.name, blocks_for("interpreter", 4, shape.D, "queries").stages))
+        return {"output": 1.0 if shape.is_causal else 1e-6}
+
+    seen = []
+    monkeypatch.setattr(why, "step", step)
+    monkeypatch.setattr(why, "INTERPRETED", False)
+    monkeypatch.setattr(why, "compiled", lambda shape: {"forward": {"ttgir": "…", "ptx": "…"}})
+    assert why.main(["--out", str(tmp_path / "why.json")]) == 0
+    found = entries(tmp_path / "why.json")
+    assert next(name for name, entry in found.items() if entry.get("wrong")) == "causal"
+    assert seen[0][0] == "one tile" and ("causal", 1) in seen[len(why.CASES) :]
+    assert found["compiled"]["each"]["forward"].keys() == {"ttgir", "ptx"} and "memcheck" in found
+
+
+def test_a_tool_that_is_not_there_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(memcheck.shutil, "which", lambda name: None)
+    assert memcheck.main(["--out", str(tmp_path / "m.json")]) == 0
+    assert counters.main(["--dry-run", "--out", str(tmp_path / "c.json")]) == 0
+    assert "not installed" in entries(tmp_path / "m.json")["memcheck"]["said"]
+    assert "not installed" in entries(tmp_path / "c.json")["none"]["said"]
+
+
+def test_what_a_sanitizer_finds_fails_the_step(tmp_path, monkeypatch):
+    said = ["========= ERROR SUMMARY: 0 errors", "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors)"]
+    really = subprocess.run
+
+    def run(command, **options):
+        if "--tool" not in command:
+            return really(command, **options)
+        assert options["env"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and command[2] in memcheck.TOOLS
+        return subprocess.CompletedProcess(command, 0, stdout=said[memcheck.TOOLS.index(command[2])], stderr="")
+
+    monkeypatch.setattr(memcheck.shutil, "which", lambda name: "/bin/compute-sanitizer")
+    monkeypatch.setattr(memcheck.subprocess, "run", run)
+    assert memcheck.main(["--out", str(tmp_path / "m.json")]) == 1
+    found = entries(tmp_path / "m.json")
+    assert (
+        found["memcheck"]["said"] == "memcheck: ERROR SUMMARY: 0 errors" and "2 hazards" in found["racecheck"]["said"]
+    )
+
+
+def test_the_small_step_runs():
+    memcheck.steps(["tasks"])
+
+
+CSV = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","1","forward_kernel(int)","GPU Speed Of Light Throughput","Duration","usecond","12.5"
+"0","1","forward_kernel(int)","Occupancy","Achieved Occupancy","%","24.1"
+"1","1","forward_kernel(int)","GPU Speed Of Light Throughput","Duration","usecond","13.5"
+"""
+
+
+def test_counters_are_read_by_kernel_and_clocks_are_left_alone(monkeypatch):
+    def run(command, **options):
+        assert command[command.index("--clock-control") + 1] == "none"
+        return subprocess.CompletedProcess(command, 0, stdout=CSV, stderr="")
+
+    monkeypatch.setattr(counters.subprocess, "run", run)
+    found = counters.counted("ncu", "bert-base")
+    assert found["kernels"]["forward_kernel"] == {"Duration": "12.5 usecond", "Achieved Occupancy": "24.1 %"}
+    assert found["kernels"]["forward_kernel 2"] == {"Duration": "13.5 usecond"}
+    assert counters.read("nothing") == {}
