@@ -311,9 +311,11 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(report, *zip(*jobs)) for row in rows]
     print(table(rows))
-    print("\nres: programs a multiprocessor. ahead: copies under way while the loop with the fewest computes. MFLOP of matrix products, KB loaded and thousands of exponentials")
-    print("are those of a tile of queries x context keys (merge, prefix-queries: x prefix rows). KB, shared memory")
-    print("and registers are a program's, spills a thread's.")
+    print("\nres: programs a multiprocessor. ahead: copies under way while the loop with the fewest computes. MFLOP of")
+    print(
+        "matrix products, KB loaded and thousands of exponentials are those of a tile of queries x context keys (merge,"
+    )
+    print("prefix-queries: x prefix rows). KB, shared memory and registers are a program's, spills a thread's.")
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # a row a line, so that a change shows which
