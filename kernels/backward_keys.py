@@ -85,28 +85,27 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
     dk = tl.zeros([variant.BLOCK_M, key.BLOCK_D], tl.float32)
     dv = tl.zeros([variant.BLOCK_M, value.BLOCK_D], tl.float32)
 
-    # One loop runs through the query tiles of all G heads: a loop within a loop costs the registers of both.
-    first, whole, end = query_range(sizes, m, variant)
-    if not variant.HAS_MASK:
-        for step in range(0, (end - whole) * sizes.group):
-            h = hk * sizes.group + step // (end - whole)
-            n = first_query(whole + step % (end - whole), variant)
-            q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
-            s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
-            s, unit = unmasked_scores(s, scale, variant)
-            w = softmax_weights(s, unit, L, rest, variant)
-            dk, dv = add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant)
-    if variant.CAUSAL or variant.HAS_MASK:
-        for step in range(0, (whole - first) * sizes.group):
-            h = hk * sizes.group + step // (whole - first)
-            n = first_query(first + step % (whole - first), variant)
-            q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
-            i = tl.arange(0, variant.BLOCK_N)[None, :]
-            j = tl.arange(0, variant.BLOCK_M)[:, None]
-            s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
+    # One loop runs through the query tiles of all G heads, those that see all its keys and those that causality cuts: a
+    # loop within a loop, or a second one for these, costs the registers of both.
+    first, end = query_range(sizes, m, variant)
+    h = tl.cast(hk, tl.int32) * sizes.group
+    tile = tl.cast(first, tl.int32) + 0
+    for _ in range(0, (end - first) * sizes.group):
+        n = tile * variant.BLOCK_N
+        q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
+        i = tl.arange(0, variant.BLOCK_N)[None, :]
+        j = tl.arange(0, variant.BLOCK_M)[:, None]
+        s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
+        if variant.HAS_MASK:
             s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, m, j)
             w = softmax_weights(s, LOG2E, L, rest, variant)
-            dk, dv = add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant)
+        else:
+            s, unit = unmasked_scores(s, scale, variant)
+            w = softmax_weights(s, unit, L, rest, variant)
+            if variant.CAUSAL:
+                w = tl.where(m + j <= n + i + sizes.M - sizes.N, w, 0.0)
+        dk, dv = add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant)
+        h, tile = next_tile(h, tile, first, end)
 
     if d_key.pointer is not None:
         store_rows(d_key, b, hk, m, sizes.M, dk * scale, variant.BLOCK_M)
@@ -115,20 +114,23 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
 
 
 @triton.jit
-def query_range(sizes, m, variant):
-    """Query tiles first..end see some of the keys m..m+BLOCK_M; from tile `whole` on they see them all, unmasked.
+def next_tile(h, tile, first, end):
+    """The next of a head's query tiles first..end, or the first of the next head."""
+    last = tile + 1 == end
+    return tl.where(last, h + 1, h), tl.where(last, first, tile + 1)
 
-    Keys beyond M need no mask here: their rows of dk and dv are not stored.
+
+@triton.jit
+def query_range(sizes, m, variant):
+    """Query tiles first..end see some of the keys m..m+BLOCK_M.
+
+    Keys beyond M need no mask: their rows of dk and dv are not stored.
     """
     end = tl.cdiv(sizes.N, variant.BLOCK_N)
     first = 0
-    whole = 0
     if variant.CAUSAL:
         first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N), 0) // variant.BLOCK_N, end)
-        whole = tl.cdiv(tl.maximum(m + variant.BLOCK_M - 1 - (sizes.M - sizes.N), 0), variant.BLOCK_N)
-    if variant.HAS_MASK:
-        whole = end
-    return first, tl.minimum(whole, end), end
+    return first, end
 
 
 @triton.jit
@@ -144,13 +146,13 @@ def load_queries(query, output, d_output, per_query, sizes, b, h, n, variant):
     """
     q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
-    row, exists = query_rows(sizes, b, h, n, variant)
-    L, rest = load_lse(per_query, row, exists, variant)
+    start, row, exists = query_rows(sizes, b, h, n, variant)
+    L, rest = load_lse(per_query, start, row, exists, variant)
     if per_query.delta is None:
         o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
         d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
     else:
-        d = tl.load(per_query.delta + row, mask=exists, other=0.0)
+        d = tl.load(per_query.delta + start + row, mask=exists, other=0.0)
     return q, d_o, L[None, :], rest[None, :], d[None, :]
 
 

@@ -40,17 +40,17 @@ def backward_queries_kernel(
     query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, sizes, scale, variant
 ):
     b, h, n = query_tile(sizes, variant)
-    row, exists = query_rows(sizes, b, h, n, variant)
+    start, row, exists = query_rows(sizes, b, h, n, variant)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
     o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
     d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(per_query.delta + row, d, mask=exists)
+    tl.store(per_query.delta + start + row, d, mask=exists)
 
     if d_query.pointer is not None:
         hk = h // sizes.group
         i = tl.arange(0, variant.BLOCK_N)[:, None]
         q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
-        L, rest = load_lse(per_query, row, exists, variant)
+        L, rest = load_lse(per_query, start, row, exists, variant)
         dq = tl.zeros([variant.BLOCK_N, query.BLOCK_D], tl.float32)
 
         t, length = prefix_of(prefix, b)

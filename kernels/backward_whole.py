@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import arguments
 from .arguments import PerQuery
-from .backward_keys import Parts, first_query, load_queries, prefix_tile
+from .backward_keys import Parts, load_queries, next_tile, prefix_tile
 from .gate import gated_with_derivatives
 from .launch import MULTIPROCESSORS, Launch, at_most, blocks_of, variant_for
 from .tiles import (
@@ -66,9 +66,10 @@ def whole_context(
     dv = tl.zeros([variant.BLOCK_M, value.BLOCK_D], tl.float32)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
-    for step in range(0, tiles * sizes.group):
-        h = hk * sizes.group + step // tiles
-        n = first_query(step % tiles, variant)
+    h = tl.cast(hk, tl.int32) * sizes.group
+    tile = tl.full([], 0, tl.int32)
+    for _ in range(0, tiles * sizes.group):
+        n = tile * variant.BLOCK_N
         q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
 
         s = tl.dot(k_pre, tl.trans(q), input_precision=variant.PRECISION) * scale
@@ -89,6 +90,7 @@ def whole_context(
         dk = tl.dot(ds, q, dk, input_precision=variant.PRECISION)
         dq = tl.dot(tl.trans(ds), k, dq, input_precision=variant.PRECISION)
         store_rows(d_query, b, h, n, sizes.N, dq * scale, variant.BLOCK_N)
+        h, tile = next_tile(h, tile, 0, tiles)
     store_rows(d_key, b, hk, 0, sizes.M, dk * scale, variant.BLOCK_M)
     store_rows(d_value, b, hk, 0, sizes.M, dv, variant.BLOCK_M)
 

@@ -79,8 +79,8 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
         acc, m, l = online_softmax(acc, m, l, s, LOG2E, v, variant)
 
     store_rows(output, b, h, n, sizes.N, acc / tl.where(l == 0.0, 1.0, l)[:, None], variant.BLOCK_N)
-    row, exists = query_rows(sizes, b, h, n, variant)
-    store_lse(per_query, row, exists, m, l, 0.0, variant)
+    start, row, exists = query_rows(sizes, b, h, n, variant)
+    store_lse(per_query, start, row, exists, m, l, 0.0, variant)
 
 
 @triton.jit

@@ -79,9 +79,9 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
     tl.debug_barrier()  # several warps may read a row: all have, before one writes
     store_stacked(output, b, h, n, exists, acc / tl.where(l == 0.0, 1.0, l)[:, None])
     if variant.EXACT:
-        store_lse(per_query, row, exists, m, l, tl.where(m == L_c, rest - within, 0.0), variant)
+        store_lse(per_query, 0, row, exists, m, l, tl.where(m == L_c, rest - within, 0.0), variant)
     else:
-        store_lse(per_query, row, exists, m, l, 0.0, variant)
+        store_lse(per_query, 0, row, exists, m, l, 0.0, variant)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def prefix_queries_kernel(
 
     if d_query.pointer is not None:
         q = load_stacked(query, b, h, n, exists)
-        L, rest = load_lse(per_query, row, exists, variant)
+        L, rest = load_lse(per_query, 0, row, exists, variant)
         dq = tl.zeros([variant.BLOCK_N, query.BLOCK_D], tl.float32)
         task, length = prefix_of(prefix, b[:, None])  # each row's own
         alpha = gate_parameter(gate.alpha, task, h[:, None])

@@ -23,9 +23,9 @@ def query_tile(sizes, variant):
 
 @triton.jit
 def query_rows(sizes, b, h, n, variant):
-    """Where queries n..n+BLOCK_N stand in a tensor [B, Hq, N], and which of them exist."""
+    """Where the head's queries begin in a tensor [B, Hq, N], n..n+BLOCK_N of them, and which of these exist."""
     queries = n + tl.arange(0, variant.BLOCK_N)
-    return (tl.cast(b, tl.int64) * sizes.heads + h) * sizes.N + queries, queries < sizes.N
+    return tl.cast(b * sizes.heads + h, tl.int64) * sizes.N, queries, queries < sizes.N
 
 
 @triton.jit
@@ -187,15 +187,15 @@ def softmax_weights(s, unit, L, rest, variant):
 
 
 @triton.jit
-def load_lse(per_query, row, exists, variant):
-    """The log-sum-exp of queries, natural and with what its rounding took if EXACT, else in powers of 2.
+def load_lse(per_query, start, row, exists, variant):
+    """The log-sum-exp of queries start+row, natural and with what its rounding took if EXACT, else in powers of 2.
 
     +inf for a query that sees nothing or is not there: its weights are 0.
     """
-    L = tl.load(per_query.lse + row, mask=exists, other=float("-inf"))
+    L = tl.load(per_query.lse + start + row, mask=exists, other=float("-inf"))
     blind = L == float("-inf")
     if variant.EXACT:
-        rest = tl.load(per_query.rest + row, mask=exists, other=0.0)
+        rest = tl.load(per_query.rest + start + row, mask=exists, other=0.0)
     else:
         L *= LOG2E
         rest = tl.zeros_like(L)
@@ -203,7 +203,7 @@ def load_lse(per_query, row, exists, variant):
 
 
 @triton.jit
-def store_lse(per_query, row, exists, m, l, rest, variant):
+def store_lse(per_query, start, row, exists, m, l, rest, variant):
     """The counterpart of load_lse: from the running maximum and sum of an online softmax; -inf where l = 0.
 
     If EXACT, plus `rest`.
@@ -212,10 +212,10 @@ def store_lse(per_query, row, exists, m, l, rest, variant):
     log_l = tl.log2(tl.where(blind, 1.0, l))
     if variant.EXACT:
         total = m + (log_l * LN2 + rest)
-        tl.store(per_query.rest + row, tl.where(blind, 0.0, m - total + (log_l * LN2 + rest)), mask=exists)
+        tl.store(per_query.rest + start + row, tl.where(blind, 0.0, m - total + (log_l * LN2 + rest)), mask=exists)
     else:
         total = (m + log_l) * LN2
-    tl.store(per_query.lse + row, tl.where(blind, float("-inf"), total), mask=exists)
+    tl.store(per_query.lse + start + row, tl.where(blind, float("-inf"), total), mask=exists)
 
 
 @triton.jit
