@@ -184,6 +184,8 @@ def _start() -> None:
 def _make(make: Callable[[], Any], alone: bool) -> Any:
     if alone and os.nice(0) < NICENESS:
         os.nice(NICENESS)
+    if not alone and torch.cuda.is_available():
+        triton.runtime.driver.reset_active()  # what was compiled before may have been for a GPU that is not there
     return make()
 
 
