@@ -82,6 +82,7 @@ class Row:
     flops: int = 0  # of matrix products
     loaded: int = 0  # bytes of the side that is walked over
     exponentials: int = 0  # and as many hyperbolic tangents in a tile of the prefix
+    in_flight: int = -1  # copies that the loop with the fewest leaves under way while it computes; -1: no such loop
     error: str = ""
 
     @property
@@ -165,7 +166,7 @@ def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
     gradients = backward.empty_gradients(call, [name not in frozen for name in backward.INPUTS])
     yield "forward", forward.launch(as_seen, *outputs)
     _, *others = backward.launches(call, *outputs, outputs[0], gradients)
-    yield from zip(("queries", "keys", "prefix"), others)
+    yield from zip(("queries", "keys", "prefix", "reweighting"), others)
     yield "merge", prefix_forward.launch(as_seen, *outputs)
     added_to = gradients["query"]
     _, queries = prefix_part.launches(call, *outputs, outputs[0], added_to, gradients={})
@@ -195,7 +196,9 @@ def report(target: str, dtype: str, head_size: int, context: str) -> list[Row]:
         except Exception as error:  # whatever a compiler may raise is a row of the report
             rows.append(Row(**shape, error=f"{type(error).__name__}: {error}".splitlines()[0]))
             continue
-        rows.append(Row(**shape, **work, **resources(compiled, TARGETS[target])))
+        loops = in_flight(compiled.asm["ttgir"])
+        found = {**resources(compiled, TARGETS[target]), "in_flight": min(loops, default=-1)}
+        rows.append(Row(**shape, **work, **found))
     return rows
 
 
@@ -211,6 +214,33 @@ def resources(compiled: Any, target: Target) -> dict[str, int]:
     if shared:
         resident = min(resident, target.shared_memory_in_all // (shared + 1024))
     return {"registers": registers, "spilled": spilled, "shared": shared, "resident": resident}
+
+
+def in_flight(ttgir: str) -> list[int]:
+    """Of each innermost loop with matrix products, how many copies may be under way while it computes.
+
+    That is what its waits leave unfinished: 0 where all it has asked for is waited for at once, or nothing is copied
+    ahead.
+    """
+    found: list[int] = []
+    blocks: list[dict[str, Any]] = []
+    for line in ttgir.splitlines():
+        if re.match(r"\s*}", line) and blocks:
+            ended = blocks.pop()
+            if ended["loop"] and ended["products"] and not ended["inner"]:
+                found.append(min(ended["waits"], default=0))
+            if blocks:
+                blocks[-1]["inner"] |= ended["loop"] or ended["inner"]
+                if not ended["loop"]:  # a branch is part of the loop around it
+                    blocks[-1]["products"] |= ended["products"]
+                    blocks[-1]["waits"] += ended["waits"]
+        if blocks:
+            blocks[-1]["products"] |= bool(re.search(r"\b(tt\.dot|warp_group_dot) ", line))
+            blocks[-1]["waits"] += map(int, re.findall(r"async_wait .*?num = (\d+)", line))
+        if re.search(r"{\s*(loc\(.*\))?$", line):
+            loop = bool(re.search(r"\bscf\.(for|while)\b", line))
+            blocks.append({"loop": loop, "products": False, "inner": False, "waits": []})
+    return found
 
 
 def _from_cubin(cubin: bytes) -> tuple[int, int]:
@@ -244,12 +274,13 @@ def table(rows: list[Row]) -> str:
         "spill",
         "shared",
         "res",
+        "ahead",
     )
     titles += ("MFLOP", "KB", "kEXP", "")
     cells = [
         (
             *(row.target, row.dtype, row.head_size, row.context, row.kernel, row.blocks, row.warps, row.stages),
-            *(row.registers, row.spilled, row.shared, row.resident),
+            *(row.registers, row.spilled, row.shared, row.resident, "" if row.in_flight < 0 else row.in_flight),
             *(f"{row.flops / 1e6:.1f}", f"{row.loaded / 1024:.0f}", f"{row.exponentials / 1e3:.0f}", row.fault),
         )
         for row in rows
@@ -280,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(report, *zip(*jobs)) for row in rows]
     print(table(rows))
-    print("\nres: programs a multiprocessor. MFLOP of matrix products, KB loaded and thousands of exponentials")
+    print("\nres: programs a multiprocessor. ahead: copies under way while the loop with the fewest computes. MFLOP of matrix products, KB loaded and thousands of exponentials")
     print("are those of a tile of queries x context keys (merge, prefix-queries: x prefix rows). KB, shared memory")
     print("and registers are a program's, spills a thread's.")
     if options.json:

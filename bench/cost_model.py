@@ -20,13 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from qtuning_fast.bench import multiprocessor
 from qtuning_fast.bench.compile_report import TARGETS, resources
-from qtuning_fast.bench.multiprocessor import PIPES, QUARTERS, Memory, bytes_of, simulate, trace
-from qtuning_fast.bench.sass import Code, Loop, NotUnderstood, disassemble
+from qtuning_fast.bench.instructions import PIPES, QUARTERS, Memory, bytes_of
+from qtuning_fast.bench.multiprocessor import simulate
+from qtuning_fast.bench.path import Trace, before_loops, trace
+from qtuning_fast.bench.sass import Code, CodeError, Loop, disassemble
 from qtuning_fast.bench.trips import Place, trips
 from qtuning_fast.kernels.launch import Launch
 
@@ -100,7 +100,7 @@ class Cache:
 
 
 def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None = None) -> Prediction:
-    """How long a launch takes. Raises NotUnderstood or NotKnown.
+    """How long a launch takes. Raises CodeError or TripsError.
 
     Args:
         compiled: the launch's kernel, for sm_90.
@@ -114,21 +114,27 @@ def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None =
     kinds = times_of(loops, programs.kinds)
     count = Counter(programs.order.tolist())
     paths = [trace(code, loops, times, ITERATIONS) for times in kinds]
-    each = [_bytes(code, loops, path, times) * warps for path, times in zip(paths, kinds)]
-    moved = sum(each[kind] * times for kind, times in count.items()) * _share_that_is_there(launch)
+    outside = before_loops(code, loops)
+    there = _share_that_is_there(launch)
+    moved = warps * there * sum(n * _bytes(code, loops, paths[kind], kinds[kind]) for kind, n in count.items())
+    own = warps * there * sum(n * _bytes_outside(code, outside, paths[kind]) for kind, n in count.items())
     held = tensors(launch.arguments.values())
     missing = sum(held.values()) if cache is None else cache.missing(held)
     missing = min(missing, int(moved))
     active = min(device.multiprocessors, max(len(programs.order), 1))
-    memory = _memory(device, moved, missing, active)
+    memories = (
+        _memory(device, max(missing - own, 0) / max(moved - own, 1), active, there),
+        _memory(device, min(missing / max(own, 1), 1), active, there),
+    )
+    machine = _Machine(code, loops, memories, outside, warps, device)
 
     resident = max(1, min(found["resident"], MOST_PROGRAMS, MOST_WARPS * QUARTERS // warps))
     together = min(resident, math.ceil(len(programs.order) / device.multiprocessors))
-    clocks, busy = _makespan(code, loops, kinds, programs.order, memory, warps, max(together, 1), device)
+    clocks, busy = _makespan(machine, kinds, programs.order.tolist(), max(together, 1))
     seconds = clocks / device.clock
     seconds = max(seconds, missing / device.memory, moved / device.cache_bandwidth)
     return Prediction(
-        microseconds=(seconds + device.launch) * 1e6,
+        microseconds=round((seconds + device.launch) * 1e6, 2),
         bound=_bound(busy, seconds, device, missing, moved),
         busy={name: round(share, 3) for name, share in busy.items()},
         registers=found["registers"],
@@ -144,7 +150,7 @@ def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None =
 def times_of(loops: Sequence[Loop], kinds: Sequence[Mapping[Place, int]]) -> list[list[int]]:
     """For each kind of programs how often each loop of the code runs, from how often those of the source do.
 
-    They are matched by line; where a function was inlined several times, by order. Raises NotUnderstood.
+    They are matched by line; where a function was inlined several times, by order. Raises CodeError.
     """
     times = [[0] * len(loops) for _ in kinds]
     places = {place for kind in kinds for place in kind}
@@ -155,7 +161,7 @@ def times_of(loops: Sequence[Loop], kinds: Sequence[Mapping[Place, int]]) -> lis
         if not here and most <= 1:
             continue  # what runs once is no loop any more
         if len(here) != len(there) and len(here) != 1 and there:
-            raise NotUnderstood(
+            raise CodeError(
                 f"{line[0]}:{line[1]} is {len(here)} loops in the code and {len(there)} in the source, run {most} times"
             )
         for kind, row in zip(kinds, times):
@@ -176,7 +182,7 @@ def tensors(arguments: Iterable[Any]) -> dict[Any, int]:
     return found
 
 
-def _bytes(code: Code, loops: Sequence[Loop], path: multiprocessor.Trace, times: Sequence[int]) -> float:
+def _bytes(code: Code, loops: Sequence[Loop], path: Trace, times: Sequence[int]) -> float:
     """What a warp moves from and to global memory on its way, and in the iterations that were left out of it."""
     ones = code.instructions
     moved = sum(bytes_of(ones[index]) for at, index in enumerate(path.indexes) if at not in path.nothing)
@@ -197,91 +203,115 @@ def _share_that_is_there(launch: Launch) -> float:
     )
 
 
-def _memory(device: Device, moved: float, missing: float, active: int) -> Memory:
-    """Global memory as a quarter of a multiprocessor sees it."""
-    share = missing / moved if moved else 1.0
+def _bytes_outside(code: Code, outside: frozenset[int], path: Trace) -> float:
+    return sum(bytes_of(code.instructions[index]) for index in path.indexes if index in outside)
+
+
+def _memory(device: Device, share: float, active: int, there: float) -> Memory:
+    """Global memory as a quarter of a multiprocessor sees it, where this share is not in the cache.
+
+    Bandwidth is in bytes that instructions ask for; of them only a share is there to be moved.
+    """
     a_second = min(device.cache_bandwidth, device.memory / share if share else math.inf)
     a_clock = min(a_second / active / device.clock, WIDEST)
     latency = share * device.memory_latency + (1 - share) * device.cache_latency
-    return Memory(a_clock / QUARTERS, latency)
+    return Memory(a_clock / QUARTERS / there, latency)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What executes a kernel's programs."""
+
+    code: Code
+    loops: list[Loop]
+    memories: tuple[Memory, Memory]  # as loops see it, and what is outside of them
+    outside: frozenset[int]
+    warps: int  # of a program
+    device: Device
+
+    def execute(self, times: Sequence[int], together: int, several: bool) -> "_Executed":
+        """A program among its like; several: one after the other, the average of a few."""
+        path = trace(self.code, self.loops, times, ITERATIONS)
+        in_quarter = max(1, self.warps // QUARTERS)
+        slots = together if self.warps >= QUARTERS else math.ceil(together * self.warps / QUARTERS)
+        found = simulate(self.code, path, *self.memories, self.outside, in_quarter, slots)
+        clocks, programs = found.total, slots
+        if several:
+            apart = found.total / slots
+            found = simulate(self.code, path, *self.memories, self.outside, in_quarter, slots, REPEATS, apart)
+            clocks = sum(found.ended[slots : 2 * slots]) / slots - sum(found.ended[:slots]) / slots
+            programs = slots * REPEATS
+        quarter = min(1.0, self.warps / QUARTERS)
+        shares = {"issue": found.issued, **dict(zip(PIPES, found.busy))}
+        return _Executed(clocks, found.iteration, {name: spent / programs * quarter for name, spent in shares.items()})
 
 
 def _makespan(
-    code: Code,
-    loops: Sequence[Loop],
-    kinds: Sequence[Sequence[int]],
-    order: np.ndarray,
-    memory: Memory,
-    warps: int,
-    together: int,
-    device: Device,
+    machine: _Machine, kinds: Sequence[Sequence[int]], order: Sequence[int], together: int
 ) -> tuple[float, dict[str, float]]:
     """Clocks until the last program has ended, and the share of them that pipes are busy."""
-    places = together * device.multiprocessors
+    multiprocessors = machine.device.multiprocessors
+    places = together * multiprocessors
     last = len(order) % places if len(order) > places else 0
-    fewer = max(1, math.ceil(last / device.multiprocessors))
-    several = len(order) > places
-    durations, work = _durations(code, loops, kinds, memory, warps, together, several)
+    durations, work = _durations(machine, kinds, order, together, len(order) > places)
     at_last = durations
-    if last and fewer < together:
-        at_last, _ = _durations(code, loops, kinds, memory, warps, fewer, False)
+    fewer = math.ceil(last / multiprocessors)
+    if 0 < fewer < together:
+        at_last, _ = _durations(machine, kinds, order[-last:], fewer, False)
     free = [0.0] * min(places, max(len(order), 1))
     total: dict[str, float] = dict.fromkeys(("issue", *PIPES), 0.0)
-    for position, kind in enumerate(order.tolist()):
-        of = at_last if last and position >= len(order) - last else durations
+    for position, kind in enumerate(order):
+        of = at_last if position >= len(order) - last else durations
         heapq.heapreplace(free, free[0] + of[kind])
         for name, clocks in work[kind].items():
             total[name] += clocks
     end = max(free)
-    return end, {name: clocks / device.multiprocessors / end for name, clocks in total.items()}
+    return end, {name: clocks / multiprocessors / end for name, clocks in total.items()}
 
 
 def _durations(
-    code: Code,
-    loops: Sequence[Loop],
-    kinds: Sequence[Sequence[int]],
-    memory: Memory,
-    warps: int,
-    together: int,
-    several: bool,
+    machine: _Machine, kinds: Sequence[Sequence[int]], order: Sequence[int], together: int, several: bool
 ) -> tuple[list[float], list[dict[str, float]]]:
     """Of each kind of program the clocks that one takes among so many, and those that it keeps each pipe.
 
-    Kinds that take the same loops are executed once, the one that runs longest; the others differ by iterations.
+    Kinds that go the same way through the code are executed once, the one that runs longest; the others differ by
+    iterations. Programs have others of all kinds beside them: each is slowed as they are on average.
     """
-    runs: dict[tuple[bool, ...], tuple[list[int], float, dict[int, float], dict[str, float]]] = {}
-    for times in sorted(kinds, key=sum, reverse=True):
-        way = tuple(count > 0 for count in times)
-        if way not in runs:
-            runs[way] = (list(times), *_executed(code, loops, times, memory, warps, together, several))
+    ways = [tuple(count > 0 for count in times) for times in kinds]
+    longest = {way: list(times) for way, times in sorted(zip(ways, kinds), key=lambda pair: sum(pair[1]))}
+    among = {way: machine.execute(times, together, several) for way, times in longest.items()}
+    alone = among
+    if len(longest) > 1 and together > 1:
+        alone = {way: machine.execute(times, 1, False) for way, times in longest.items()}
+    slowed = alone_for = 0.0
+    for kind, programs in Counter(order).items():
+        clocks = _clocks(alone[ways[kind]], kinds[kind], longest[ways[kind]])
+        alone_for += programs * clocks
+        slowed += programs * clocks * among[ways[kind]].clocks / alone[ways[kind]].clocks
+    slower = slowed / alone_for if alone_for else 1.0
+
     durations, work = [], []
-    for times in kinds:
-        longest, clocks, iteration, busy = runs[tuple(count > 0 for count in times)]
-        ran = [min(count, ITERATIONS) for count in longest]
-        more = sum((count - one) * iteration.get(number, 0.0) for number, (count, one) in enumerate(zip(times, ran)))
-        durations.append(max(clocks + more, clocks * 0.1))
-        work.append({name: share * (clocks + more) for name, share in busy.items()})
+    for way, times in zip(ways, kinds):
+        durations.append(slower * _clocks(alone[way], times, longest[way]))
+        share = _clocks(among[way], times, longest[way]) / among[way].clocks
+        work.append({name: share * clocks for name, clocks in among[way].busy.items()})
     return durations, work
 
 
-def _executed(
-    code: Code, loops: Sequence[Loop], times: Sequence[int], memory: Memory, warps: int, together: int, several: bool
-) -> tuple[float, dict[int, float], dict[str, float]]:
-    """Clocks of a program among its like, those of an iteration of each loop, and the share that it keeps each pipe."""
-    path = trace(code, loops, times, ITERATIONS)
-    in_quarter = max(1, warps // QUARTERS)
-    slots = together if warps >= QUARTERS else math.ceil(together * warps / QUARTERS)
-    found = simulate(code, path, memory, in_quarter, slots)
-    clocks = found.total
-    if several:
-        apart = found.total / slots
-        found = simulate(code, path, memory, in_quarter, slots, REPEATS, apart)
-        first, last = slots - 1, slots * (REPEATS - 1)
-        clocks = slots * (found.ended[last] - found.ended[first]) / (last - first)
-    shares = {"issue": found.issued, **dict(zip(PIPES, found.busy))}
-    number = slots * (REPEATS if several else 1)
-    quarter = 1 if warps >= QUARTERS else warps / QUARTERS
-    return clocks, found.iteration, {name: spent / number / clocks * quarter for name, spent in shares.items()}
+@dataclass(frozen=True)
+class _Executed:
+    """A program among its like."""
+
+    clocks: float
+    iteration: dict[int, float]  # clocks, by the number of a loop
+    busy: dict[str, float]  # clocks that it keeps each pipe
+
+
+def _clocks(found: _Executed, times: Sequence[int], executed: Sequence[int]) -> float:
+    """Of a program whose loops run so often, from one that was executed with loops cut short."""
+    ran = [min(count, ITERATIONS) for count in executed]
+    more = sum((count - one) * found.iteration.get(number, 0.0) for number, (count, one) in enumerate(zip(times, ran)))
+    return max(found.clocks + more, found.clocks / ITERATIONS)
 
 
 def _bound(busy: Mapping[str, float], seconds: float, device: Device, missing: float, moved: float) -> str:
@@ -292,4 +322,8 @@ def _bound(busy: Mapping[str, float], seconds: float, device: Device, missing: f
     if device.launch > seconds:
         return "launch"
     most = max(busy, key=lambda name: busy[name])
-    return most if busy[most] > BOUND else "latency"
+    if busy[most] <= BOUND:
+        return "latency"
+    return (
+        most if most != "global" else "memory" if missing / device.memory > moved / device.cache_bandwidth else "cache"
+    )

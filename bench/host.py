@@ -44,7 +44,7 @@ from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.timing import Call, Turns, round_robin
 from qtuning_fast.call import PrefixAttentionCall
-from qtuning_fast.kernels import backward, forward, prefix_part
+from qtuning_fast.kernels import backward, forward, prefix_part, replay
 from qtuning_fast.kernels.target import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -147,27 +147,24 @@ def calls() -> dict[str, Call]:
 
 
 def stages(x: shapes.Inputs) -> dict[str, Call]:
-    """Parts of a fused step: STAGES, and Triton's share of the last two."""
+    """Parts of a fused step: STAGES, and the last two as they are where no earlier pass can be run again."""
     inputs = x.detached()
     call = inputs.call(SHAPE)
     needs = [True] * len(backward.INPUTS)
-    outputs = forward.forward(call)
-    gradients = backward.empty_gradients(call, needs)
-    launches = [forward.launch(call, *outputs), *backward.launches(call, *outputs, inputs.d_output, gradients)]
+    passes = {
+        "forward pass": partial(forward.forward, call),
+        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, needs),
+    }
 
     def checks() -> None:
         backends.choose(inputs.call(SHAPE), "fused")
 
-    def launch() -> None:
-        for each in launches:
-            each.run()
+    def built(run: Call) -> None:
+        replay.enabled = False
+        run()
+        replay.enabled = True
 
-    return {
-        "checks": checks,
-        "forward pass": partial(forward.forward, call),
-        "backward pass": partial(backward.backward, call, *outputs, inputs.d_output, needs),
-        "of both, Triton's launches": launch,
-    }
+    return {"checks": checks} | passes | {f"{name}, built": partial(built, run) for name, run in passes.items()}
 
 
 @torch.library.custom_op("qtuning_fast_bench::nothing", mutates_args=())

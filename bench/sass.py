@@ -4,9 +4,10 @@ A cubin is disassembled by `nvdisasm`, which lies in triton's package. Since Vol
 instruction when the next may follow and which of six barriers it sets and waits for (Jia et al., "Dissecting the NVIDIA
 Volta GPU Architecture via Microbenchmarking", arXiv 1804.06826, section 2.1): bits 105 to 125 of 128,
 
-    105-108 cycles until the warp's next instruction      110-112, 113-115 the barrier that is set when the result is
-    109     yield                                                          there, when the operands have been read; 7: none
-                                                          116-121 barriers that are waited for before it is issued
+    105-108  cycles until the warp's next instruction
+    110-112  the barrier that is set when the result is there; 7: none
+    113-115  that is set when the operands have been read; 7: none
+    116-121  barriers that are waited for before it is issued
 
 The compiler also says which line of source an instruction comes from. A loop is a branch back; its line is that of the
 `for` or `while`.
@@ -16,6 +17,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -30,7 +32,7 @@ _TARGET = re.compile(r"`\(([^)]+)\)")
 _BRANCHES = ("BRA", "JMP")
 
 
-class NotUnderstood(ValueError):
+class CodeError(ValueError):
     """Code of a form that is not known here."""
 
 
@@ -88,6 +90,7 @@ class Code:
         return sorted(found.values(), key=lambda loop: (loop.last, -loop.first))
 
 
+@lru_cache(maxsize=8)  # one kernel is looked at on several shapes
 def disassemble(cubin: bytes) -> Code:
     """The code of a cubin that holds one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -99,7 +102,7 @@ def disassemble(cubin: bytes) -> Code:
 
 
 def parse(text: str) -> Code:
-    """The code in what `nvdisasm -c -g -hex` prints. Raises NotUnderstood."""
+    """The code in what `nvdisasm -c -g -hex` prints. Raises CodeError."""
     found: list[tuple[str, str, int, int]] = []  # the instruction, its source's file and line, its upper 64 bits
     labels: dict[str, int] = {}
     file, line = "", 0
@@ -108,7 +111,7 @@ def parse(text: str) -> Code:
         if pending is not None:
             high = _HIGH_WORD.match(row)
             if high is None:
-                raise NotUnderstood(f"an instruction without its upper half: {pending[0]}")
+                raise CodeError(f"an instruction without its upper half: {pending[0]}")
             found.append((*pending, int(high[1], 16)))
             pending = None
         elif match := _INSTRUCTION.match(row):
@@ -118,7 +121,7 @@ def parse(text: str) -> Code:
         elif match := _LABEL.match(row):
             labels[match[1]] = len(found)
     if not found:
-        raise NotUnderstood("no instruction in this text: is it what nvdisasm -c -g -hex prints?")
+        raise CodeError("no instruction in this text: is it what nvdisasm -c -g -hex prints?")
     return Code(tuple(_instruction(*one, labels) for one in found))
 
 

@@ -3,7 +3,7 @@
 The kernel's Python is run, for all programs at once, with numbers where it computes with scalars and with nothing
 where it computes with tiles: program ids and sizes are known, so are the bounds of its loops. Where programs part (`if
 pid < prefix_programs`) each side is run for itself. What depends on data, such as the prefixes that a bank's samples
-use, cannot be known: NotKnown says where.
+use, cannot be known: TripsError says where.
 """
 
 import builtins
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import triton
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.kernels.launch import Launch
@@ -42,11 +43,11 @@ class Programs:
     order: np.ndarray  # the kind of each program, by its id: in this order they start
 
 
-class NotKnown(ValueError):
+class TripsError(ValueError):
     """How often a loop runs depends on data."""
 
 
-class _Parted(Exception):
+class _PartedError(Exception):
     """Some programs go one way and some the other."""
 
     def __init__(self, condition: np.ndarray) -> None:
@@ -59,7 +60,7 @@ class _Scalars(np.ndarray):
     def __bool__(self) -> bool:
         first = bool(self.flat[0])
         if not np.all(np.asarray(self) == first):
-            raise _Parted(np.asarray(self))
+            raise _PartedError(np.asarray(self))
         return first
 
     def __iadd__(self, other: Any) -> Any:  # makes a new array, as it does in Triton: others may have this one
@@ -85,7 +86,7 @@ class _Tile:
     dtype = SimpleNamespace(element_ty=SimpleNamespace())
 
     def __bool__(self) -> bool:
-        raise NotKnown(f"a branch depends on data: {_where(2)}")
+        raise TripsError(f"a branch depends on data: {_where(2)}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -160,7 +161,7 @@ def _elementwise(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def trips(launch: Launch) -> Programs:
-    """How often the loops run. Raises NotKnown."""
+    """How often the loops run. Raises TripsError."""
     function = launch.kernel.fn
     arguments = {name: _plain(value) for name, value in launch.arguments.items()}
     programs = np.arange(launch.programs)
@@ -172,7 +173,7 @@ def trips(launch: Launch) -> Programs:
         counted: dict[Place, np.ndarray] = {}
         try:
             _run(function, arguments, pids, counted)
-        except _Parted as parted:
+        except _PartedError as parted:
             side = np.broadcast_to(parted.condition.astype(bool), pids.shape)
             waiting += [pids[side], pids[~side]]
             continue
@@ -197,7 +198,7 @@ def _run(function: Any, arguments: dict[str, Any], pids: np.ndarray, counted: di
         start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
         place, *calls = _places()
         if any(isinstance(x, _Tile) for x in (start, end, step)):
-            raise NotKnown(f"how often {place.file}:{place.line} runs depends on data")
+            raise TripsError(f"how often {place.file}:{place.line} runs depends on data")
         times = np.maximum(-(-(np.asarray(end) - start) // step), 0) * np.ones_like(pids)
         place = Place(place.file, place.line, tuple((call.file, call.line) for call in reversed(calls)))
         counted[place] = np.maximum(counted.get(place, 0), times)
@@ -221,7 +222,7 @@ def _in_python(function: FunctionType, language: _Language, known: dict[Any, Any
         value = function.__globals__[name]
         if value is triton.language:
             names[name] = language
-        elif isinstance(value, JITFunction):
+        elif isinstance(value, (JITFunction, InterpretedFunction)):
             of_triton = value.fn.__module__.startswith("triton.")
             names[name] = _TILE if of_triton else known.get(value.fn) or _in_python(value.fn, language, known)
         else:

@@ -4,8 +4,12 @@
 called as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time" is known
 when a kernel is compiled, and so is a pointer that is None, which stands for what a call lacks: one kernel serves all
 variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare every tuple with None.)
+
+A tuple that holds tuples ends with `end`, which is always None. Triton 3.6 copies what a branch or a loop finds, and
+without it forgets in its copy which fields of the inner tuples are compile-time.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -48,6 +52,7 @@ class Stored(NamedTuple):
 
     rows: Rows
     weights: LowRank
+    end: None = None
 
 
 class Prefix(NamedTuple):
@@ -59,6 +64,7 @@ class Prefix(NamedTuple):
     length: Any  # [T], None: all P
     n_prefixes: int  # T
     n_rows: int  # P
+    end: None = None
 
 
 class Parameter(NamedTuple):
@@ -75,6 +81,7 @@ class Gate(NamedTuple):
     fast_tanh: Any  # compile-time
     alpha: Parameter
     tau: Parameter
+    end: None = None
 
 
 class Overlay(NamedTuple):
@@ -91,6 +98,7 @@ class Masks(NamedTuple):
     padding: Overlay  # [B, M]
     full: Overlay
     bias: Overlay  # on the prefix
+    end: None = None
 
 
 class PerQuery(NamedTuple):
@@ -177,6 +185,17 @@ def empty_rows_like(x: Tensor) -> Tensor:
 def contiguous_like(x: Tensor) -> Tensor:
     """Room for a gradient, contiguous."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def scratch(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Room, contiguous, for what the kernels of a pass hand to each other; marked, so that a replay makes its own."""
+    room = like.new_empty(shape, dtype=dtype)
+    room.is_scratch = True  # type: ignore[attr-defined]
+    return room
+
+
+def is_scratch(x: Tensor) -> bool:
+    return getattr(x, "is_scratch", False)
 
 
 def block_of(D: int) -> int:

@@ -1,10 +1,11 @@
-"""The backward pass: four launches at most, and of each only what some gradient needs.
+"""The backward pass: five launches at most, and of each only what some gradient needs.
 
 fold                k', v' once more
 backward_whole      where the context fits into one tile: δ, dq, dk, dv and the prefix's gradients in parts; else
 backward_queries    δ, dq
 backward_keys       dk, dv; the prefix's gradients in parts
-backward_prefix     the parts added up: dK, dU, dV, dα, dτ
+backward_prefix     the parts added up: dK, dα, dτ
+backward_reweighting    dU, dV
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backward_keys, backward_prefix, backward_queries, backward_whole
-from .arguments import PerQuery, contiguous_like, empty_rows_like
+from . import (
+    arguments,
+    backward_keys,
+    backward_prefix,
+    backward_queries,
+    backward_reweighting,
+    backward_whole,
+)
+from .arguments import PerQuery, contiguous_like, empty_rows_like, scratch
+from .backward_keys import Parts
 from .fold import folded
 from .launch import Launch
+from .replay import run
 
 # What may need a gradient, in the order of the operators' arguments.
 INPUTS = (
@@ -30,8 +40,12 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of those INPUTS that `needs` says, in their order, each of its input's shape and dtype."""
     gradients = empty_gradients(call, needs)
-    for launch in launches(call, output, lse, lse_rest, d_output, gradients):
-        launch.run()
+    run(
+        f"backward {' '.join(gradients)}",
+        call,
+        (output, lse, lse_rest, d_output, *gradients.values()),
+        lambda: launches(call, output, lse, lse_rest, d_output, gradients),
+    )
     return list(gradients.values())
 
 
@@ -47,10 +61,9 @@ def launches(
         parts = backward_keys.empty_parts(call, "whole", **parts_needed(gradients))
         per_query = PerQuery(lse, lse_rest, delta=None)
         yield backward_whole.launch(call, shared, output, d_output, per_query, gradients, parts)
-        if parts.needed:
-            yield backward_prefix.launch(call, parts, gradients)
+        yield from launches_over_parts(call, parts, gradients)
         return
-    per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
+    per_query = PerQuery(lse, lse_rest, delta=scratch(lse, lse.shape, lse.dtype))
     yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
     yield from launches_over_keys(call, shared, d_output, per_query, gradients)
 
@@ -63,8 +76,27 @@ def launches_over_keys(
     parts = backward_keys.empty_parts(call, "keys", **parts_needed(gradients))
     if parts.needed or d_key is not None or d_value is not None:
         yield backward_keys.launch(call, shared, d_output, per_query, d_key, d_value, parts)
-    if parts.needed:
-        yield backward_prefix.launch(call, parts, gradients)
+    yield from launches_over_parts(call, parts, gradients)
+
+
+def launches_over_parts(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Iterator[Launch]:
+    """What fills the prefix's gradients, once their parts are there."""
+    if not parts.needed:
+        return
+    totals = (
+        _total(call.prefix_key, parts.key, gradients, {"U_key", "V_key"}),
+        _total(call.prefix_value, parts.value, gradients, {"U_value", "V_value"}),
+    )
+    yield backward_prefix.launch(call, parts, gradients, *totals)
+    if any(total is not None for total in totals):
+        yield backward_reweighting.launch(call, gradients, *totals)
+
+
+def _total(stored: Tensor, parts: Tensor | None, gradients: dict[str, Tensor], names: set[str]) -> Tensor | None:
+    """Room for dk' or dv', if a gradient of U or V comes from it."""
+    if parts is None or gradients.keys().isdisjoint(names):
+        return None
+    return scratch(stored, stored.shape, torch.float32)
 
 
 def parts_needed(gradients: dict[str, Tensor]) -> dict[str, bool]:

@@ -258,7 +258,7 @@ def empty_parts(call: Any, direction: str, *, key: bool, value: bool, gate: bool
     shares = max(1, min(query_tiles, arguments.cdiv(PROGRAMS, in_use)))
 
     def part(*shape: int) -> Tensor:
-        return call.query.new_empty(shares, T, Hq, *shape, dtype=torch.float32)
+        return arguments.scratch(call.query, (shares, T, Hq, *shape), torch.float32)
 
     return Parts(
         key=part(P, D) if key else None,

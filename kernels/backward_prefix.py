@@ -1,12 +1,10 @@
-"""The third kernel of the backward pass: adds up the prefix's gradients and takes them through W = U Vᵀ.
+"""The prefix's gradients from their parts: sums over shares, and of the G query heads of a key head.
 
-With dk' the sum of all shares and of the G query heads of a key head (`backward_keys.Parts`):
+    dk' = Σ parts        dK = dk' ∘ W        dα, dτ = Σ parts
 
-    dK = dk' ∘ W      dU[p, r] = Σ_hd (dk' ∘ K)[h, p, d] V[r, h, d]      dV[r, h, d] = Σ_p U[p, r] (dk' ∘ K)[h, p, d]
-
-and the same for values. Rows that are not reweighted (the first `n_shared`) have dK = dk' and no part in dU and dV.
-Each number is the sum of one program, in a fixed order: a row of dK, an entry of dU, a few columns of dV, an entry
-of dα.
+and the same for values. Rows that are not reweighted (the first `n_shared`) have dK = dk'. dU and dV come from dk' in a
+launch of their own (`backward_reweighting`), so that parts are read once. Each number is the sum of one program, in a
+fixed order: a row of dk', an entry of dα.
 """
 
 from typing import Any, NamedTuple
@@ -16,20 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
+from .arguments import Stored
 from .backward_keys import Parts
 from .launch import Launch
 from .tiles import length_of, weight_rows
 
-COLUMNS = tl.constexpr(16)  # of dV a program
-TILE = tl.constexpr(4096)  # numbers that a program adds at once
+TILE = tl.constexpr(2048)  # numbers that a program adds at once
 
 
-class Gradients(NamedTuple):
-    """Where the sums go: contiguous, in the dtypes of what they are gradients of. None: not needed."""
+class Sums(NamedTuple):
+    """Keys' or values' parts, and where their sums go, [T, Hkv, P, D], contiguous. None: not needed."""
 
-    rows: Any  # [T, Hkv, P, D]
-    U: Any  # [T, P, R]
-    V: Any  # [T, R, Hkv, D]
+    parts: Any  # [shares, T, Hq, P, D], float32
+    rows: Any  # dK, in the dtype of the stored rows
+    total: Any  # dk', float32
+    stored: Stored
+    end: None = None  # see arguments.py
 
 
 class GateGradient(NamedTuple):
@@ -39,11 +39,18 @@ class GateGradient(NamedTuple):
 
 
 @triton.jit
-def backward_prefix_kernel(key, value, d_key, d_value, d_alpha, d_tau, parts, prefix, sizes, n_shared):
-    """The grid counts through all rows of dK, all entries of dU, ...: each program finds its place in turn."""
+def backward_prefix_kernel(key, value, d_alpha, d_tau, parts, prefix, sizes, n_shared):
+    """The grid counts through all rows of dk', then of dv', then all entries of dα and dτ."""
     pid = tl.program_id(0)
-    pid = one_side(pid, d_key, key, parts.key, parts.shares, prefix, sizes, n_shared)
-    pid = one_side(pid, d_value, value, parts.value, parts.shares, prefix, sizes, n_shared)
+    count = prefix.n_prefixes * (sizes.heads // sizes.group) * prefix.n_rows
+    if key.parts is not None:
+        if pid < count:
+            row_of_sums(pid, key, parts.shares, prefix, sizes, n_shared)
+        pid -= count
+    if value.parts is not None:
+        if (pid >= 0) & (pid < count):
+            row_of_sums(pid, value, parts.shares, prefix, sizes, n_shared)
+        pid -= count
     if d_alpha.pointer is not None:
         count = d_alpha.prefixes * d_alpha.heads
         if (pid >= 0) & (pid < count):
@@ -56,110 +63,29 @@ def backward_prefix_kernel(key, value, d_key, d_value, d_alpha, d_tau, parts, pr
 
 
 @triton.jit
-def one_side(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
-    """The programs of the keys or of the values; returns pid counted from behind them."""
-    heads = sizes.heads // sizes.group
-    if gradients.rows is not None:
-        count = prefix.n_prefixes * heads * prefix.n_rows
-        if (pid >= 0) & (pid < count):
-            row_of_rows(pid, gradients, stored, part, shares, prefix, sizes, n_shared)
-        pid -= count
-    if gradients.U is not None:
-        count = prefix.n_prefixes * prefix.n_rows * stored.weights.rank
-        if (pid >= 0) & (pid < count):
-            entry_of_U(pid, gradients, stored, part, shares, prefix, sizes, n_shared)
-        pid -= count
-    if gradients.V is not None:
-        count = prefix.n_prefixes * stored.weights.rank * heads * tl.cdiv(stored.rows.D, COLUMNS)
-        if (pid >= 0) & (pid < count):
-            columns_of_V(pid, gradients, stored, part, shares, prefix, sizes, n_shared)
-        pid -= count
-    return pid
-
-
-@triton.jit
-def part_rows(part, share, t, h, p, d, prefix, sizes, D: tl.constexpr):
-    """Pointers to row p of head h in each share, for d [1, columns]."""
-    block = (share.to(tl.int64) * prefix.n_prefixes + t) * sizes.heads + h
-    return part + ((block * prefix.n_rows + p) * D)[:, None] + d
-
-
-@triton.jit
-def row_of_rows(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
-    """One row of dK: the sum over shares and the G heads, times W."""
-    BLOCK: tl.constexpr = TILE // stored.rows.BLOCK_D
+def row_of_sums(pid, side, shares, prefix, sizes, n_shared):
+    """One row of dk', and of dK = dk' ∘ W."""
+    BLOCK: tl.constexpr = TILE // side.stored.rows.BLOCK_D
     heads = sizes.heads // sizes.group
     p = pid % prefix.n_rows
     hk = pid // prefix.n_rows % heads
     t = (pid // prefix.n_rows // heads).to(tl.int64)
-    d = tl.arange(0, stored.rows.BLOCK_D)[None, :]
-    total = tl.zeros([BLOCK, stored.rows.BLOCK_D], tl.float32)
+    d = tl.arange(0, side.stored.rows.BLOCK_D)[None, :]
+    total = tl.zeros([BLOCK, side.stored.rows.BLOCK_D], tl.float32)
     for start in range(0, shares * sizes.group, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        h = hk * sizes.group + index % sizes.group
-        inside = (index < shares * sizes.group)[:, None] & (d < stored.rows.D)
-        x = part_rows(part, index // sizes.group, t, h, p, d, prefix, sizes, stored.rows.D)
-        total += tl.load(x, mask=inside, other=0.0)
+        block = (index // sizes.group).to(tl.int64) * prefix.n_prefixes + t
+        block = block * sizes.heads + hk * sizes.group + index % sizes.group
+        part = side.parts + ((block * prefix.n_rows + p) * side.stored.rows.D)[:, None] + d
+        total += tl.load(part, mask=(index < shares * sizes.group)[:, None] & (d < side.stored.rows.D), other=0.0)
     row = tl.sum(total, 0)[None, :]
-    if stored.weights.U is not None:
-        row *= weight_rows(stored, n_shared, t, hk, p, length_of(prefix, t), 1)
-    row = row.to(gradients.rows.dtype.element_ty)
-    tl.store(gradients.rows + pid.to(tl.int64) * stored.rows.D + d, row, mask=d < stored.rows.D)
-
-
-@triton.jit
-def entry_of_U(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
-    """One entry of dU: the sum over shares, heads and columns."""
-    BLOCK: tl.constexpr = TILE // stored.rows.BLOCK_D
-    weights = stored.weights
-    r = pid % weights.rank
-    p = pid // weights.rank % prefix.n_rows
-    t = (pid // weights.rank // prefix.n_rows).to(tl.int64)
-    d = tl.arange(0, stored.rows.BLOCK_D)[None, :]
-    total = tl.zeros([BLOCK, stored.rows.BLOCK_D], tl.float32)
-    reweighted = (p >= n_shared) & (p < length_of(prefix, t))
-    count = tl.where(reweighted, shares * sizes.heads, 0)
-    for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        h = index % sizes.heads
-        hk = (h // sizes.group).to(tl.int64)[:, None]
-        inside = (index < count)[:, None] & (d < stored.rows.D)
-        x = part_rows(part, index // sizes.heads, t, h, p, d, prefix, sizes, stored.rows.D)
-        k = stored.rows.pointer + t * stored.rows.outer + hk * stored.rows.head + p.to(tl.int64) * stored.rows.row + d
-        v = weights.V + t * weights.V_prefix + r * weights.V_rank + hk * weights.V_head + d
-        kv = tl.load(k, mask=inside, other=0.0).to(tl.float32) * tl.load(v, mask=inside, other=0.0).to(tl.float32)
-        total += tl.load(x, mask=inside, other=0.0) * kv
-    tl.store(gradients.U + pid, tl.sum(tl.sum(total, 1), 0).to(gradients.U.dtype.element_ty))
-
-
-@triton.jit
-def columns_of_V(pid, gradients, stored, part, shares, prefix, sizes, n_shared):
-    """COLUMNS columns of one row of dV: the sum over shares, the G heads and the reweighted rows."""
-    BLOCK: tl.constexpr = TILE // COLUMNS
-    weights = stored.weights
-    heads = sizes.heads // sizes.group
-    tiles = tl.cdiv(stored.rows.D, COLUMNS)
-    d = (pid % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    hk = pid // tiles % heads
-    r = pid // tiles // heads % weights.rank
-    t = (pid // tiles // heads // weights.rank).to(tl.int64)
-    total = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    per_row = shares * sizes.group
-    count = tl.maximum(length_of(prefix, t) - n_shared, 0) * per_row
-    for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        p = n_shared + index // per_row
-        h = hk * sizes.group + index % sizes.group
-        inside = (index < count)[:, None] & (d < stored.rows.D)
-        x = part_rows(part, index % per_row // sizes.group, t, h, p, d, prefix, sizes, stored.rows.D)
-        k = stored.rows.pointer + t * stored.rows.outer + tl.cast(hk, tl.int64) * stored.rows.head
-        k = k + (p.to(tl.int64) * stored.rows.row)[:, None] + d
-        u = weights.U + t * weights.U_prefix + p.to(tl.int64) * weights.U_row + r
-        ku = tl.load(k, mask=inside, other=0.0).to(tl.float32)
-        ku *= tl.load(u, mask=index < count, other=0.0).to(tl.float32)[:, None]
-        total += tl.load(x, mask=inside, other=0.0) * ku
-    V = gradients.V + ((t * weights.rank + r) * heads + hk) * stored.rows.D + d
-    tl.store(V, tl.sum(total, 0)[None, :].to(gradients.V.dtype.element_ty), mask=d < stored.rows.D)
+    at = pid.to(tl.int64) * side.stored.rows.D + d
+    if side.total is not None:
+        tl.store(side.total + at, row, mask=d < side.stored.rows.D)
+    if side.rows is not None:
+        if side.stored.weights.U is not None:
+            row *= weight_rows(side.stored, n_shared, t, hk, p, length_of(prefix, t), 1)
+        tl.store(side.rows + at, row.to(side.rows.dtype.element_ty), mask=d < side.stored.rows.D)
 
 
 @triton.jit
@@ -179,28 +105,21 @@ def gate_entry(pid, gradient, part, parts, prefix, sizes):
     tl.store(gradient.pointer + pid, tl.sum(total, 0).to(gradient.pointer.dtype.element_ty))
 
 
-def launch(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Launch:
+def launch(
+    call: Any, parts: Parts, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None
+) -> Launch:
+    """dK, dV, dα and dτ into the gradients; dk' and dv', `[T, Hkv, P, D]` in float32, into the totals."""
     T, Hkv, P = arguments.n_prefixes(call), call.key.shape[1], call.prefix_key.shape[-2]
-    d_key = Gradients(gradients.get("prefix_key"), gradients.get("U_key"), gradients.get("V_key"))
-    d_value = Gradients(gradients.get("prefix_value"), gradients.get("U_value"), gradients.get("V_value"))
+    key = arguments.stored(call.prefix_key, call.reweight_key)
+    value = arguments.stored(call.prefix_value, call.reweight_value)
     d_alpha, d_tau = _gate_gradient(gradients.get("gate_alpha")), _gate_gradient(gradients.get("gate_tau"))
-
-    programs = 0
-    for d_side in (d_key, d_value):
-        programs += T * Hkv * P if d_side.rows is not None else 0
-        programs += d_side.U.numel() if d_side.U is not None else 0
-        if d_side.V is not None:
-            D = d_side.V.shape[-1]
-            programs += d_side.V.numel() // D * arguments.cdiv(D, COLUMNS.value)
-    programs += sum(d.prefixes * d.heads for d in (d_alpha, d_tau))
+    sides = (parts.key is not None) + (parts.value is not None)
     return Launch(
         backward_prefix_kernel,
-        programs=programs,
+        programs=sides * T * Hkv * P + sum(d.prefixes * d.heads for d in (d_alpha, d_tau)),
         arguments={
-            "key": arguments.stored(call.prefix_key, call.reweight_key),
-            "value": arguments.stored(call.prefix_value, call.reweight_value),
-            "d_key": d_key,
-            "d_value": d_value,
+            "key": Sums(parts.key, gradients.get("prefix_key"), total_key, key),
+            "value": Sums(parts.value, gradients.get("prefix_value"), total_value, value),
             "d_alpha": d_alpha,
             "d_tau": d_tau,
             "parts": parts,

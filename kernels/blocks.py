@@ -54,14 +54,23 @@ def blocks_for(target: str, element_size: int, head_size: int, direction: str) -
 @contextmanager
 def instead(blocks: Blocks) -> Iterator[None]:
     """Within it, these blocks for every call in their direction: to try them out."""
+    global _edition
     _instead[blocks.direction] = blocks
+    _edition += 1
     try:
         yield
     finally:
         del _instead[blocks.direction]
+        _edition += 1
 
 
 _instead: dict[str, Blocks] = {}
+_edition = 0
+
+
+def edition() -> int:
+    """Another number when the blocks are others than before."""
+    return _edition
 
 
 @cache
@@ -83,5 +92,7 @@ def write(entries: Sequence[Blocks]) -> None:
     order = sorted(entries, key=lambda e: (e.target, -e.element_size, e.head_size, DIRECTIONS.index(e.direction)))
     lines = [json.dumps({name: value for name, value in asdict(entry).items() if value != ""}) for entry in order]
     PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
+    global _edition
     table.cache_clear()
     _from_table.cache_clear()
+    _edition += 1

@@ -28,6 +28,7 @@ class Side(NamedTuple):
 
     stored: Stored
     folded: Rows
+    end: None = None  # see arguments.py
 
 
 @triton.jit
@@ -107,4 +108,4 @@ def _room(call: Any, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> T
     """For folded rows; None where the stored ones are those."""
     if weights is None and stored.dtype == call.query.dtype:
         return None
-    return call.query.new_empty(stored.shape)
+    return arguments.scratch(call.query, stored.shape, call.query.dtype)

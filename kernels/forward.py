@@ -25,6 +25,7 @@ from . import arguments
 from .fold import folded
 from .gate import gated
 from .launch import Launch, is_exact, over_queries
+from .replay import run
 from .tiles import (
     LOG2E,
     context_range,
@@ -115,8 +116,7 @@ def launches(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Iterat
 def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and what rounding the latter left; see empty_outputs."""
     outputs = empty_outputs(call)
-    for each in launches(call, *outputs):
-        each.run()
+    run("forward", call, outputs, lambda: launches(call, *outputs))
     return outputs
 
 

@@ -39,9 +39,9 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]  # num_warps, num_stages
 
-    def run(self) -> None:
-        if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """The compiled kernel; None where no program runs, and in the interpreter."""
+        return self.kernel[(self.programs,)](**self.arguments, **self.options) if self.programs else None
 
     def compile(self) -> Any:
         """The kernel compiled for the active driver's target; tensors may be on the meta device."""

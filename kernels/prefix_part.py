@@ -1,23 +1,24 @@
-"""The prefix's part of attention whose context others compute: two launches forward, at most four backward.
+"""The prefix's part of attention whose context others compute: two launches forward, at most five backward.
 
 fold                k' and v', in both passes
 prefix_forward      the prefix joins the context's output and log-sum-exp
 prefix_queries      δ, and what the prefix adds to dq
 backward_keys       the prefix's gradients in parts
-backward_prefix     the parts added up: dK, dU, dV, dα, dτ
+backward_prefix     the parts added up: dK, dα, dτ
+backward_reweighting    dU, dV
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import arguments, prefix_forward, prefix_queries
-from .arguments import PerQuery
+from .arguments import PerQuery, scratch
 from .backward import INPUTS, empty_gradients, launches_over_keys
 from .fold import folded
 from .launch import Launch, is_exact
+from .replay import run
 
 CONTEXT_INPUTS = INPUTS[:3]  # their gradients are for others to compute
 
@@ -37,9 +38,13 @@ def merge(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
 
     A query that sees nothing at all keeps 0 and -inf.
     """
-    call, folding = folded(call)
-    for launch in (*folding, prefix_forward.launch(call, output, lse, lse_rest)):
-        launch.run()
+
+    def launches() -> Iterator[Launch]:
+        as_seen, folding = folded(call)
+        yield from folding
+        yield prefix_forward.launch(as_seen, output, lse, lse_rest)
+
+    run("merge", call, (output, lse, lse_rest), launches)
 
 
 def backward(
@@ -57,8 +62,12 @@ def backward(
     its last dimension contiguous, the prefix's part of that gradient is added in place.
     """
     gradients = empty_gradients(call, [False] * len(CONTEXT_INPUTS) + list(needs[len(CONTEXT_INPUTS) :]))
-    for launch in launches(call, output, lse, lse_rest, d_output, d_query, gradients):
-        launch.run()
+    run(
+        f"backward of the prefix {' '.join(gradients)}",
+        call,
+        (output, lse, lse_rest, d_output, d_query, *gradients.values()),
+        lambda: launches(call, output, lse, lse_rest, d_output, d_query, gradients),
+    )
     return list(gradients.values())
 
 
@@ -77,7 +86,7 @@ def launches(
     as_seen, folding = folded(call)
     yield from folding
     shared = arguments.attention_to_prefix(as_seen)
-    per_query = PerQuery(lse, lse_rest, delta=torch.empty_like(lse))
+    per_query = PerQuery(lse, lse_rest, delta=scratch(lse, lse.shape, lse.dtype))
     yield prefix_queries.launch(call, shared, output, d_output, per_query, d_query)
     absent = arguments.written_rows(None)
     yield from launches_over_keys(call, shared | {"key": absent, "value": absent}, d_output, per_query, gradients)

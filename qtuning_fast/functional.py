@@ -157,7 +157,8 @@ def attention_with_weights(
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
     """Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:

@@ -124,15 +124,14 @@ class _Known:
         return x
 
     def _check_shape(self, name: str, x: Tensor, dims: Sequence[str]) -> None:
-        got = f"got shape {list(x.shape)}"
         if x.ndim != len(dims):
-            raise ValueError(f"{name} must be [{', '.join(dims)}], {got}")
+            raise _misshapen(name, x, dims)
         for dim, size in zip(dims, x.shape):
             settled, origin = self.sizes.setdefault(dim, (size, name))
             if size != settled:
-                raise ValueError(f"{name} must be [{', '.join(dims)}], {dim} = {settled} as {origin} has it, {got}")
+                raise _misshapen(name, x, dims, f", {dim} = {settled} as {origin} has it")
             if size == 0 and dim not in MAY_BE_EMPTY:
-                raise ValueError(f"{name} must be [{', '.join(dims)}], {dim} >= 1, {got}")
+                raise _misshapen(name, x, dims, f", {dim} >= 1")
 
     def additive(self, name: str, x: object, dtype: str, dims: Sequence[str]) -> None:
         """Checks what is laid over scores: it broadcasts to them, and it carries no gradient."""
@@ -142,6 +141,10 @@ class _Known:
             padding = " or be [B, M]" if name == "attn_mask" else ""
             raise ValueError(f"{name} must broadcast to [{', '.join(dims)}] = {sizes}{padding}, got {list(x.shape)}")
         _refuse_gradient(name, x)
+
+
+def _misshapen(name: str, x: Tensor, dims: Sequence[str], also: str = "") -> ValueError:
+    return ValueError(f"{name} must be [{', '.join(dims)}]{also}, got shape {list(x.shape)}")
 
 
 def _check_index_and_length(

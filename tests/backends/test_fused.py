@@ -37,7 +37,8 @@ def run(arguments):
         ({"key"}, ["backward_queries", "backward_keys"]),
         ({"prefix_key"}, ["fold", "backward_queries", "backward_keys", "backward_prefix"]),
         ({"query", "key", "value"}, ["fold", "backward_queries", "backward_keys"]),
-        (set(NEEDS), ["fold", "backward_queries", "backward_keys", "backward_prefix"]),
+        ({"U_key"}, ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
+        (set(NEEDS), ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
     ],
     ids=lambda x: "-".join(sorted(x)) if isinstance(x, (set, list)) else str(x),
 )

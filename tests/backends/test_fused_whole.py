@@ -63,9 +63,9 @@ def test_it_is_as_exact_as_three_launches(assert_accurate, make_call, call_of, o
     assert_accurate("fused", **options)
 
 
-def test_it_stands_for_two_launches(make_call, call_of):
+def test_it_stands_for_two(make_call, call_of):
     arguments = make_call(**BASE | WHOLE)
-    assert launched(arguments, call_of) == ["fold", "backward_whole", "backward_prefix"]
+    assert launched(arguments, call_of) == ["fold", "backward_whole", "backward_prefix", "backward_reweighting"]
     frozen = [name in ("query", "key", "value") for name in backward.INPUTS]
     assert launched(arguments, call_of, frozen) == ["fold", "backward_whole"]
 

@@ -12,17 +12,35 @@ from qtuning_fast.bench import host
 
 ROOT = Path(__file__).parent.parent.parent
 
-COUNTED = """
-from qtuning_fast.bench import host
+LAUNCHED = """
+import torch
+from qtuning_fast.bench import host, shapes
+from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.kernels import replay
 
 launched = []
 host.Launcher.launch = staticmethod(lambda *arguments: launched.append(arguments))
+
+
+def leaves(x, given):
+    if isinstance(x, torch.Tensor):
+        return [(x.dtype, given.get(x.data_ptr(), "new"))]
+    return [leaf for each in x for leaf in leaves(each, given)] if isinstance(x, tuple) else [repr(x)]
+
+
 with host.without_gpu():
-    runs = host.calls()
-    for name in ("fused, forward", "fused, step", "composed, step"):
-        launched.clear()
-        runs[name]()
-        print(name, len(launched))
+    for shape in (shapes.TINY, shapes.TINY_PADDED, shapes.TINY_MIXED):
+        for backend in ("fused", "composed"):
+            for enabled in (False, True, True):  # built, recorded, run again
+                x = shapes.inputs(shape, dtype=torch.bfloat16, device="cpu").tracked()
+                replay.enabled = enabled
+                launched.clear()
+                PEERS[backend].prepare(shape, x).step(x.d_output)
+                given = {y.data_ptr(): name for name, y in x.tensors().items()}
+                found = [leaves(tuple(y for y in each if isinstance(y, (int, tuple))), given) for each in launched]
+                assert not enabled or found == expected, (shape, backend)
+                expected = found
+            print(shape.name, backend, len(found))
 """
 
 
@@ -35,8 +53,9 @@ def in_a_process(*arguments: str) -> str:
     return result.stdout
 
 
-def test_every_launch_of_a_step_gets_as_far_as_the_launcher():
-    assert in_a_process("-c", COUNTED).splitlines() == ["fused, forward 1", "fused, step 4", "composed, step 4"]
+def test_every_launch_of_a_step_gets_as_far_as_the_launcher_and_takes_the_same_when_it_is_run_again():
+    shapes = ("tiny", "tiny-padded", "tiny-mixed")
+    assert in_a_process("-c", LAUNCHED).splitlines() == [f"{x} {by} 7" for x in shapes for by in ("fused", "composed")]
 
 
 def test_rows_and_stages(tmp_path):

@@ -117,7 +117,7 @@ def test_a_query_that_sees_nothing_stays_as_it_is(make):
         ({"query"}, ["fold", "prefix_queries"]),
         ({"key", "value"}, []),
         ({"prefix_value"}, ["fold", "prefix_queries", "backward_keys", "backward_prefix"]),
-        (set(INPUTS), ["fold", "prefix_queries", "backward_keys", "backward_prefix"]),
+        (set(INPUTS), ["fold", "prefix_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
     ],
     ids=lambda x: "-".join(sorted(x)) if isinstance(x, set) else "",
 )

@@ -1,0 +1,184 @@
+"""Launches that are run again: where a pass differs from an earlier one in its pointers alone, nothing is built anew.
+
+What a launch takes beside pointers follows from shapes, strides, dtypes and a call's numbers, which models repeat in
+every layer and step. Building it costs the host as much as launching it, and Triton, which looks at every leaf of it to
+find the compiled kernel, costs twice that. So the launches of a pass are kept under all that decides about them, their
+compiled kernels with them, and of their arguments only the pointers are put in again.
+
+A pass is not kept if it launches something whose pointer is none that it was handed, and none of its scratch: the copy
+of a tensor, say, that kernels cannot read in place. Then it is built each time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from . import blocks
+from .arguments import is_scratch
+from .launch import Launch
+from .target import INTERPRETED
+
+MOST = 1024  # passes that are kept
+ALIGNED = 16  # bytes; by this Triton tells pointers apart
+
+# On AMD Triton also looks at how large the memory behind a pointer is. In the interpreter there is nothing to gain.
+enabled = not INTERPRETED and torch.version.hip is None
+
+Step = tuple[Callable[..., Any], Callable[[list[Tensor]], tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The launches of one pass.
+
+    Args:
+        scratch: shape and dtype of what it allocates for itself.
+        steps: what launches a kernel, and what makes its arguments of all tensors, the scratch behind those handed in.
+    """
+
+    scratch: list[tuple[torch.Size, torch.dtype]]
+    steps: list[Step]
+
+    def run(self, tensors: list[Tensor]) -> None:
+        new_empty = tensors[0].new_empty
+        everything = [*tensors, *[new_empty(shape, dtype=dtype) for shape, dtype in self.scratch]]
+        for launch, arguments in self.steps:
+            launch(*arguments(everything))
+
+
+_kept: dict[Any, Replay | None] = {}  # None: it cannot be
+
+
+def run(name: str, call: Any, others: Sequence[Tensor | None], launches: Callable[[], Iterable[Launch]]) -> None:
+    """Runs the launches of a pass, or an earlier one's in their stead.
+
+    Args:
+        name: of the pass; it and the other arguments decide about all launches, but for their pointers.
+        others: what they read and write beside the call's own tensors.
+        launches: builds them.
+    """
+    if not enabled:
+        for launch in launches():
+            launch.run()
+        return
+    key, tensors = _key(name, call, others)
+    replay = _kept.get(key, _unknown)
+    if replay is _unknown:
+        if len(_kept) >= MOST:
+            _kept.clear()
+        _kept[key] = _recorded(tensors, launches())
+    elif replay is None:
+        for launch in launches():
+            launch.run()
+    else:
+        replay.run(tensors)
+
+
+_unknown: Any = object()
+
+
+def _key(name: str, call: Any, others: Sequence[Tensor | None]) -> tuple[Any, list[Tensor]]:
+    """All that decides about a pass but the pointers; and its tensors."""
+    given = (
+        call.query,
+        call.key,
+        call.value,
+        call.prefix_key,
+        call.prefix_value,
+        call.prefix_index,
+        call.prefix_length,
+        *(call.reweight_key or (None, None)),
+        *(call.reweight_value or (None, None)),
+        call.gate_alpha,
+        call.gate_tau,
+        call.padding_mask,
+        call.attn_mask,
+        call.prefix_bias,
+        *others,
+    )
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    facts = tuple([(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in given])
+    bits = 0
+    for x in tensors:
+        bits |= x.data_ptr()
+    unaligned = tuple([x.data_ptr() % ALIGNED for x in tensors]) if bits % ALIGNED else None
+    precision = torch.backends.cuda.matmul.fp32_precision if call.query.dtype == torch.float32 else None
+    driver = None if INTERPRETED else triton.runtime.driver.active
+    device = None if driver is None else driver.get_current_device()
+    numbers = call.n_shared, call.gate, call.is_causal, call.scale
+    return (name, facts, unaligned, numbers, precision, driver, device, blocks.edition()), tensors
+
+
+def _recorded(tensors: list[Tensor], launches: Iterable[Launch]) -> Replay | None:
+    """Runs them; None if they cannot be run again with other tensors."""
+    places = _Places(tensors)
+    steps = []
+    for launch in launches:
+        compiled = launch.run()
+        if launch.programs:
+            steps.append((_launcher(launch, compiled), places.filler(launch)))
+    known = places.known and all(launcher is not None for launcher, _ in steps)
+    return Replay([(x.shape, x.dtype) for x in places.scratch], steps) if known else None
+
+
+def _launcher(launch: Launch, compiled: Any) -> Any:
+    """What launches it with other arguments; None if it was compiled in some way that is not known here."""
+    if INTERPRETED:
+        kernel, programs, options = launch.kernel, launch.programs, launch.options
+        return lambda *arguments: kernel[(programs,)](*arguments, **options)
+    return compiled[(launch.programs, 1, 1)] if isinstance(compiled, CompiledKernel) else None
+
+
+class _Places:
+    """Where a pass's tensors stand in its launches."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors, self.scratch = tensors, list[Tensor]()
+        pointers = [x.data_ptr() for x in tensors if x.numel()]
+        self.known = len(set(pointers)) == len(pointers)  # else one could stand for another
+
+    def filler(self, launch: Launch) -> Callable[[list[Tensor]], tuple[Any, ...]]:
+        """What makes a launch's arguments, in the order of the kernel's, of all tensors: a function written for it."""
+        constants: dict[str, Any] = {"new": tuple.__new__}
+        found = [self._source(launch.arguments[name], constants) for name in launch.kernel.arg_names]
+        return eval(f"lambda t: ({', '.join(found)},)", constants)
+
+    def _source(self, x: Any, constants: dict[str, Any]) -> str:
+        if isinstance(x, Tensor):
+            place = self._place(x)
+            same = place >= len(self.tensors) or self.tensors[place].dtype == x.dtype
+            return f"t[{place}]" if same else f"t[{place}].view({_constant(x.dtype, constants)})"
+        if isinstance(x, tuple) and any(True for _ in _tensors(x)):
+            inner = "".join(f"{self._source(each, constants)}, " for each in x)
+            if not INTERPRETED:
+                return f"({inner})"  # a compiled kernel knows no names
+            return f"new({_constant(type(x), constants)}, ({inner}))"
+        return _constant(x, constants)
+
+    def _place(self, x: Tensor) -> int:
+        everything = [*self.tensors, *self.scratch]
+        for place, other in enumerate(everything):
+            if other is x or (x.numel() and other.numel() and other.data_ptr() == x.data_ptr()):
+                return place
+        self.known &= is_scratch(x)
+        self.scratch.append(x)
+        return len(everything)
+
+
+def _constant(x: Any, constants: dict[str, Any]) -> str:
+    name = f"c{len(constants)}"
+    constants[name] = x
+    return name
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, tuple):
+        for each in x:
+            yield from _tensors(each)
