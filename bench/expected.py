@@ -1,6 +1,6 @@
 """What the units of a plan take on an H100, in seconds, before any was measured there: plans leave room by this.
 
-Kernel times are those of `bench/results/predicted/h100.json` where it knows them, else ESTIMATES. All else is counted
+Kernel times are those of `bench/results/predicted` where it knows them, else ESTIMATES. All else is counted
 in seconds of the host: a process that starts, a compiler that runs, calls of Python. Sources stand beside the figures;
 those marked "assumed" no one has measured. A schedule stretches what it expects by what its units have taken so far.
 """
@@ -18,7 +18,8 @@ from qtuning_fast.bench.shapes import Shape
 from qtuning_fast.bench.timing import FEWEST_ROUNDS, MOST_SETS, Turns
 from qtuning_fast.kernels.blocks import Blocks
 
-PREDICTED = ROOT / "bench/results/predicted/h100.json"
+PREDICTED = ROOT / "bench/results/predicted"  # written by bench.predict
+ENTRY = ("target", "element_size", "head_size", "direction", "queries", "keys", "prefix", "warps", "stages")
 # Milliseconds of a training step of "fused", read off its sm_90 code by hand; of decoding, bytes over 3 TB/s.
 ESTIMATES = {"bert-base": 0.075, "bert-base-512": 0.245, "vit-b16": 0.55, "llama-8b": 2.1, "minilm": 0.075}
 ESTIMATES |= {"llama-8b-4096": 7.0, "long": 26.0, "decode-64": 0.1, "decode-64-mixed": 0.13}
@@ -39,15 +40,30 @@ SETS_BYTES = 150e6  # the sets of inputs together hold so much, three times the 
 
 
 @cache
-def _predicted() -> dict[str, Any]:
-    return json.loads(PREDICTED.read_text()) if PREDICTED.exists() else {}
+def _steps() -> dict[str, float]:
+    """By shape: the milliseconds of all kernels of a step of ours, one after the other."""
+    found: dict[str, float] = {}
+    for row in _rows("h100.json"):
+        found[row["shape"]] = found.get(row["shape"], 0.0) + row["microseconds"] / 1e3
+    return found
+
+
+@cache
+def _candidates() -> dict[tuple[Any, ...], float]:
+    """By what makes up an entry of the table of blocks: its milliseconds."""
+    return {tuple(row[name] for name in ENTRY): row["microseconds"] / 1e3 for row in _rows("h100-candidates.json")}
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = PREDICTED / name
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row.get("microseconds") and not row.get("error")]
 
 
 def step_ms(shape: Shape, peer: str = "fused") -> float:
     """A step, or a forward pass where there is no training, as predicted."""
-    found = _predicted().get("shapes", {}).get(shape.name, {}).get("step_ms")
     work = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * shape.D
-    ms = found or ESTIMATES.get(shape.name) or work * 1e-9 * 0.4  # as bert-base has it
+    ms = _steps().get(shape.name) or ESTIMATES.get(shape.name) or work * 1e-9 * 0.4  # as bert-base has it
     return ms * next((factor for name, factor in OVER_FUSED.items() if peer.startswith(name)), 1.0)
 
 
@@ -93,9 +109,7 @@ def heat_seconds(on_shapes: Sequence[Shape], candidates: int, rounds: int) -> fl
 
 def candidate_ms(entry: Blocks, direction: str) -> float | None:
     """What is predicted of a candidate of tuning; None: nothing, and the order of the table stands."""
-    name = f"{entry.target}/{entry.element_size}/{entry.head_size}/{direction}"
-    blocks = f"{entry.queries}x{entry.keys}x{entry.prefix} w{entry.warps} s{entry.stages}"
-    return _predicted().get("candidates", {}).get(name, {}).get(blocks)
+    return _candidates().get(tuple(getattr(entry, name) for name in ENTRY))
 
 
 def _calls_seconds(shape: Shape, peer: str) -> float:

@@ -35,6 +35,15 @@ def _fails():
     raise ValueError("no\nmore")
 
 
+def test_who_runs_on_the_gpu_has_the_driver_that_is_there(monkeypatch):
+    reset = []
+    monkeypatch.setattr(ahead.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ahead.triton.runtime.driver, "reset_active", lambda: reset.append(True))
+    monkeypatch.setattr(ahead.os, "nice", lambda more: 0)
+    assert ahead._make(partial(sum, [1, 2]), True) == 3 and not reset
+    assert ahead._make(partial(sum, [1, 2]), False) == 3 and reset
+
+
 def test_each_job_is_heard_of_and_whoever_is_not_done_in_time_is_ended():
     heard, started = {}, time.monotonic()
     jobs = [Wanted("sum", 1.0, partial(sum, [1, 2])), Wanted("fails", 1.0, _fails)]

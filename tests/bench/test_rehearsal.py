@@ -73,7 +73,8 @@ def test_the_second_call_brings_what_the_first_left_out_and_long_contexts():
         found = home(world, TOTAL_SECONDS["gpu-second"])
         assert found >= rows(plan.SHAPES[:4], plan.PEERS) | rows(["llama-8b-4096"], plan.LONG_PEERS[:4])
         assert sum(row.startswith("choose: ") for row in found) >= points
-        assert any(row.startswith("growth: ") for row in found) and world.now <= TOTAL_SECONDS["gpu-second"] + 1
+        assert machine == SLOW or any(row.startswith("growth: ") for row in found)
+        assert world.now <= TOTAL_SECONDS["gpu-second"] + 1
 
 
 def test_kernels_that_are_wrong_have_the_rest_of_the_time_to_say_why():

@@ -230,7 +230,7 @@ def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(mo
         replace(off, target="interpreter", element_size=4, queries=32, keys=keys, prefix=16, stages=1)
         for keys in (0, 32)
     )
-    assert [len(one.launches(e)) for e in (two, whole)] == [3, 2]
+    assert len(one.launches(two)) == len(one.launches(whole)) + 1
     expected_gradients = one.compute(two)
     assert set(expected_gradients) == set(backward.INPUTS)
     assert difference(one.compute(whole), expected_gradients)[0] < 1e-4
@@ -238,7 +238,8 @@ def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(mo
 
 def test_the_most_promising_come_first(monkeypatch):
     entries = candidates(entry())
-    assert in_order(entries, "forward") == entries  # nothing is predicted yet
+    monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None)
+    assert in_order(entries, "forward") == entries  # where nothing is predicted
     monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None if e.warps == 8 else 1.0 / e.keys)
     found = in_order(entries, "forward")
     assert found[0] == entries[0] and set(found) == set(entries)
@@ -296,7 +297,11 @@ def test_a_run_rewrites_the_table_and_keeps_all_measurements(table, tmp_path, mo
     changed = set(blocks.table()) - set(before)
     assert len(blocks.table()) == len(before) and len(changed) == (0 if dry_run else 4)
     for e in changed:
-        assert e.stages == 2 and e.measured.startswith("a GPU, 140 GiB, torch ") and e.target == "sm_90"
+        assert (
+            e.queries == min(c.queries for c in candidates(e)[1:])
+            and e.measured.startswith("a GPU, 140 GiB, torch ")
+            and e.target == "sm_90"
+        )
     text = capsys.readouterr().out
     assert text.endswith("all measured\n") and max(map(len, text.splitlines())) <= 120
 

@@ -1,0 +1,55 @@
+"""What a plan expects comes from what was predicted and measured, where there is such a file."""
+
+import json
+
+import pytest
+
+from qtuning_fast.bench import expected
+from qtuning_fast.bench.candidates import candidates
+from qtuning_fast.bench.measure import QUICK
+from qtuning_fast.bench.shapes import BERT_BASE, LLAMA_8B, VIT_B16
+from qtuning_fast.bench.tune import Job, incumbent_of
+
+
+@pytest.fixture
+def predicted(tmp_path, monkeypatch):
+    """Files of predictions in a folder of their own; forgotten afterwards."""
+    monkeypatch.setattr(expected, "PREDICTED", tmp_path)
+    known = (expected._steps, expected._candidates)
+
+    def write(name, *rows):
+        (tmp_path / name).write_text(json.dumps({"rows": rows}))
+        for function in known:
+            function.cache_clear()
+
+    write("none.json")
+    yield write
+    for function in known:
+        function.cache_clear()
+
+
+def test_a_step_takes_the_sum_of_its_kernels_where_they_are_predicted(predicted):
+    assert expected.step_ms(BERT_BASE) == expected.ESTIMATES["bert-base"]
+    rows = [{"shape": "bert-base", "kernel": name, "microseconds": 20.0} for name in ("forward", "queries", "keys")]
+    predicted("h100.json", *rows)
+    assert expected.step_ms(BERT_BASE) == pytest.approx(0.06)
+    assert expected.step_ms(BERT_BASE, "flex-frozen-gate") > expected.step_ms(BERT_BASE, "fused-frozen-gate")
+    assert expected.step_ms(VIT_B16) == expected.ESTIMATES["vit-b16"]
+
+
+def test_a_candidate_is_found_by_all_that_makes_it_up(predicted):
+    first, second, *_ = candidates(incumbent_of("sm_90", Job("bf16", 64, "keys")))
+    row = {name: getattr(second, name) for name in expected.ENTRY} | {"microseconds": 30.0, "error": ""}
+    predicted("h100-candidates.json", row, row | {"warps": 16, "error": "spills"})
+    assert expected.candidate_ms(second, "keys") == pytest.approx(0.03)
+    assert expected.candidate_ms(first, "keys") is None
+
+
+def test_what_is_compiled_first_or_computes_more_is_given_more_time():
+    seconds = {peer: expected.row_seconds(BERT_BASE, peer) for peer in ("fused", "flex-merged", "eager")}
+    assert seconds["flex-merged"] > seconds["eager"] > seconds["fused"]
+    peers = ["fused", "eager"]
+    assert expected.turns_seconds(LLAMA_8B, peers, QUICK) != expected.turns_seconds(BERT_BASE, peers, QUICK) > 0
+    kinds = [unit.kind for unit in expected.rows(BERT_BASE, ["fused", "eager"], QUICK, ("fused",))]
+    assert kinds == ["row", "row", "turns", "memory"]
+    assert 0.3 < expected.KERNEL < 3 and 0.1 < expected.LAUNCHER < 1  # measured
