@@ -36,7 +36,7 @@ TILES_OF_KEYS = TILES | {
     (2, 256): [(16, 16, 4), (32, 16, 4), (32, 16, 8), (32, 32, 8), (64, 16, 8), (64, 32, 8)],
 }
 PREFIX = {(2, 256): (16, 32), (4, 64): (16, 32), (4, 128): (16, 32), (4, 256): (16,)}  # rows of a tile of the prefix
-WALKED_PREFIX = (16, 32, 64)  # where no context is walked over, and nothing is pipelined
+WALKED_PREFIX = (16, 32, 64)  # where no context is walked over
 STAGES = {(2, 256): (1, 2), (4, 32): (2,), (4, 64): (2,), (4, 128): (1, 2), (4, 256): (1, 2)}
 # Of the backward pass in one launch, which takes contexts and prefixes of so many rows at the most.
 QUERIES_OF_WHOLE, KEYS_OF_WHOLE, PREFIX_OF_WHOLE = (32, 64, 128), 128, 64
@@ -58,7 +58,7 @@ def candidates(incumbent: Blocks) -> list[Blocks]:
         if of_prefix:
             keys = 0
         for prefix in WALKED_PREFIX if of_prefix else PREFIX.get(size, (32, 64)):
-            for stages in (1,) if of_prefix else STAGES.get(size, (2, 3)):
+            for stages in (1, 3) if of_prefix else STAGES.get(size, (2, 3)):
                 found.append(replace(incumbent, queries=queries, keys=keys, prefix=prefix, warps=warps, stages=stages))
     return list(dict.fromkeys(found))
 

@@ -9,7 +9,7 @@ additive masks on context and prefix, "bank" a bank with lengths, a sigmoid gate
 "tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of "decode",
 one query a sample, there is only the first.
 Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, in bf16 and for head sizes
-up to 128 on sm_90, spills registers.
+up to 128 on sm_90, spills registers (under additive masks: more than 64 bytes).
 """
 
 import argparse
@@ -57,6 +57,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONTEXTS = ("plain", "padded", "causal", "biased", "bank", "tasks", "decode")
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "merge": 2, "prefix-queries": 3}
 MAY_NOT_SPILL = {("sm_90", D) for D in (32, 64, 128)}  # in bf16
+MAY_SPILL_A_LITTLE = {"biased": 64}  # bytes a thread, by context: beside masks of N x M numbers it does not show
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Row:
             return self.error
         if self.shared > TARGETS[self.target].shared_memory:
             return f"{self.shared} bytes of shared memory, {TARGETS[self.target].shared_memory} are there"
-        if self.spilled and self.dtype == "bf16" and (self.target, self.head_size) in MAY_NOT_SPILL:
+        never = self.dtype == "bf16" and (self.target, self.head_size) in MAY_NOT_SPILL
+        if never and self.spilled > MAY_SPILL_A_LITTLE.get(self.context, 0):
             return f"{self.spilled} bytes spilled"
         return ""
 

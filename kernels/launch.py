@@ -10,7 +10,7 @@ from .blocks import Blocks, blocks_for
 from .target import current_target
 
 MULTIPROCESSORS = 132  # of an H100, and near enough for others: a tile more or less to each costs little
-MOST_PREFIX_ROWS = 32  # of a tile that was made lower
+MOST_PREFIX_ROWS = 64  # of a tile that was made lower
 SMALLEST = 16  # rows of a tile: the least that matrix units take
 
 
