@@ -60,7 +60,7 @@ def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[st
     if shape.trained:
         gradients = backward.empty_gradients(call, [True] * len(backward.INPUTS))
         found += backward.launches(call, *outputs, x.d_output, gradients)
-    return [(name_of(launch), launch) for launch in found]
+    return [(name_of(launch), launch) for launch in found if launch.programs]
 
 
 def name_of(launch: Launch) -> str:
