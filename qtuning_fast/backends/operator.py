@@ -1,9 +1,9 @@
 """A backend's forward and backward pass as a pair of PyTorch custom operators, and as an autograd function.
 
-Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them is active, the
-passes are called through an autograd function, which saves the same tensors and does the same with them: the plumbing of
-an operator with so many arguments takes the host as long as all else. Both take the fields of a call one by one:
-`arguments_of` and `_call_of` translate.
+Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them is active,
+the passes are called through an autograd function, which saves the same tensors and does the same with them: the
+plumbing of an operator with so many arguments takes the host as long as all else. Both take the fields of a call one
+by one: `arguments_of` and `_call_of` translate.
 """
 
 from __future__ import annotations
