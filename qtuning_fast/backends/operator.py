@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qtuning_fast.call import PrefixAttentionCall
 
@@ -110,6 +111,8 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
         if call.gate is None:
             call = replace(call, gate_alpha=1.0, gate_tau=1.0)  # they play no part, and get no gradient
         arguments = arguments_of(call)
+        if _has_tangents(arguments):  # an operator would drop them, and say nothing
+            raise NotImplementedError(f"{name} has no forward-mode derivative; backend='reference' has it")
         run = PrefixAttention.apply if _is_unseen(arguments) else forward_operator
         output, lse, _ = run(*arguments)
         return output, lse.detach()
@@ -211,6 +214,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
     ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
+
+
+def _has_tangents(arguments: Iterable[Any]) -> bool:
+    """Whether forward-mode automatic differentiation goes through some argument."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in arguments if isinstance(x, Tensor))
 
 
 def _is_unseen(arguments: Iterable[Any]) -> bool:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -368,3 +369,17 @@ def test_numbers_that_memory_holds_with_the_other_sign(make_call, backend, leave
         return output, *torch.autograd.grad(output, given["value"], d)
 
     assert all(torch.equal(x, y) for x, y in zip(results(True), results(False), strict=True))
+
+
+def test_forward_mode_is_refused_and_not_silently_zero(arguments):
+    query = arguments["query"].detach()
+
+    def attend(query):
+        return run({**arguments, "query": query}).sum()
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative; backend='reference' has it"):
+        torch.func.jvp(attend, (query,), (torch.ones_like(query),))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode"):
+            attend(forward_ad.make_dual(query, torch.ones_like(query)))
+        attend(query)  # without a tangent it is a call like any other
