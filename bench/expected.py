@@ -36,6 +36,7 @@ FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torc
 HOST_MS = 2.0  # of a step in Python, where the GPU is faster; measured 1.0, on this machine
 CHECK = 0.3  # seconds of a peer's outputs and gradients beside float64; assumed
 PEAK = 0.5  # seconds of a step whose memory is counted; assumed
+IN_TURNS = "in turns"  # the unit of a shape in which its peers take turns
 SETS_BYTES = 150e6  # the sets of inputs together hold so much, three times the last cache
 
 
@@ -70,7 +71,7 @@ def step_ms(shape: Shape, peer: str = "fused") -> float:
 def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
     """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all."""
     found = [Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer) for peer in peers]
-    found.append(Unit(f"{shape.name}: in turns", turns_seconds(shape, peers, turns), "turns"))
+    found.append(Unit(f"{shape.name}: {IN_TURNS}", turns_seconds(shape, peers, turns), "turns"))
     asked = [peer for peer in peers if peaks is None or peer in peaks]
     return found + [Unit(f"{shape.name}: memory, {peer}", PEAK, "memory", peer) for peer in asked]
 

@@ -93,7 +93,7 @@ def summary(document: Document) -> str:
     for name, found in document["documents"].items():
         entries = (found or {}).get("entries", {})
         for entry in entries.values():
-            if "floor_ms" in entry:
+            if "shape" in entry and "rows" in entry:
                 lines.extend(tables.headline(entry))
             elif "said" in entry:
                 lines.append(f"  {name}: {entry['said']}"[: tables.WIDTH])
@@ -135,14 +135,17 @@ def merged(known: Document, added: Document) -> Document:
     entries = dict(known["entries"])
     for name, entry in added["entries"].items():
         rows = entries.get(name, {}).get("rows", {}) | {
-            n: r for n, r in entry.get("rows", {}).items() if not _left_out(r)
+            n: r
+            for n, r in entry.get("rows", {}).items()
+            if not _is_worse(r, known["entries"].get(name, {}).get("rows", {}).get(n))
         }
         entries[name] = entries.get(name, entry) | ({"rows": rows} if rows else {})
     return known | {"entries": entries, "units": known.get("units", {}) | added.get("units", {})}
 
 
-def _left_out(row: Document) -> bool:
-    return row.get("error", "") == NO_TIME
+def _is_worse(row: Document, known: Document | None) -> bool:
+    """Whether a row was left out, or timed alone where the known one took turns with others."""
+    return row.get("error", "") == NO_TIME or bool(known and known.get("turns") and not row.get("turns"))
 
 
 def device_folder(device: Mapping[str, Any]) -> str:

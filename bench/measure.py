@@ -51,6 +51,7 @@ class Row:
     forward: Measurement = field(default_factory=Measurement)
     backward: Measurement = field(default_factory=Measurement)
     step: Measurement = field(default_factory=Measurement)
+    turns: bool = False  # whether it took turns with the other rows; else it was timed alone
     peak: int | None = None  # bytes that a step, or a forward pass, takes at the most beyond its inputs
     error: str = ""  # what it cannot do, or does wrong
 
@@ -161,6 +162,8 @@ class SideBySide:
         if torch.device(self.device).type == "cuda":
             give_back()  # what the checks took, for the graphs
         self._take_times(list(self.cases), self._setups, self.turns)
+        for name in self.cases:
+            self.rows[name].turns = f"{name} forward" in self._setups
 
     def timed(self, name: str) -> bool:
         """Whether a peer has done all that is asked of it."""

@@ -233,11 +233,12 @@ def _ceilings(world: World, step: Step, deadline: float) -> Work:
 def _attention(world: World, step: Step, deadline: float) -> Work:
     options = attention.parser(step.name, None).parse_args(list(step.arguments))
     schedule = Schedule(deadline, clock=world.clock)
+    home = {row.removeprefix("attention: ") for row in world.home}  # of a run before this one
     yield from world.starts()
     for name in options.shape:
+        if options.rest_of and not attention.is_missing(name, options.peer, home):
+            continue
         for unit in expected.rows(SHAPES[name], options.peer, QUICK, attention.PEAKS):
-            if f"{step.name.partition('-')[0]}: {unit.name}" in world.home:  # by a run before this one
-                continue
             if not schedule.begins(unit.name, unit.seconds):
                 continue
             if unit.kind == "row" and unit.of in COMPILED and unit.name not in world.compiled:

@@ -164,7 +164,7 @@ def attention_table(document: Document) -> list[str]:
         if ours is None:
             continue
         ms = tables.median(rows[ours], "step")
-        cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['step'][0] / ms:.0%}"]
+        cells = [f"{ms:.3g} ms ({ours})", _floor(entry, "step", ms)]
         cells += [_times(tables.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
         cells.append(_times(attention_alone(rows, rows[ours])))
         cells.append(", ".join(_mebibytes(rows.get(peer)) for peer in (ours, "eager", "sdpa")))
@@ -197,7 +197,7 @@ def decode_table(document: Document) -> list[str]:
         if ours is None:
             continue
         ms = tables.median(rows[ours], "forward")
-        cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['forward'][0] / ms:.0%}"]
+        cells = [f"{ms:.3g} ms ({ours})", _floor(entry, "forward", ms)]
         cells += [_times(tables.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
         lines.append(f"| {entry['title']} | {' | '.join(cells)} |")
     return lines
@@ -387,6 +387,10 @@ def _said_of_tasks(documents: Mapping[str, Document]) -> str:
 
 
 # Pieces
+
+
+def _floor(entry: Mapping[str, Any], which: str, ms: float) -> str:
+    return f"{entry['floor_ms'][which][0] / ms:.0%}" if "floor_ms" in entry else ""
 
 
 def _times(x: float | None) -> str:

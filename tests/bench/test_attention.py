@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from qtuning_fast.bench import attention, decode, growth, ingredients, measure
+from qtuning_fast.bench import attention, decode, gathered, growth, ingredients, measure
 from qtuning_fast.bench.floors import Ceilings
 from qtuning_fast.bench.memory import too_large
 from qtuning_fast.bench.results import Results
@@ -116,8 +116,44 @@ def test_what_an_earlier_run_brought_home_is_left_out(tmp_path):
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     (tmp_path / "a.json").unlink()
     _, document = within_a_plan(tmp_path, "--rest-of", str(tmp_path / "earlier.json"))
-    assert {name: list(entry["rows"]) for name, entry in document["entries"].items()} == {"tiny-causal": ["sdpa"]}
+    rows = {name: list(entry["rows"]) for name, entry in document["entries"].items()}
+    assert rows == {"tiny-causal": ["eager", "sdpa"]}  # all of the shape: only rows that took turns compare
     assert attention.at_home(tmp_path / "none.json") == set()
+
+
+@pytest.mark.parametrize("what", ["unit", "row"])
+def test_a_shape_whose_turns_are_missing_is_measured_again(tmp_path, what):
+    _, earlier = within_a_plan(tmp_path)
+    assert all(row["turns"] for entry in earlier["entries"].values() for row in entry["rows"].values())
+    if what == "unit":
+        earlier["units"]["tiny: in turns"]["said"] = NO_TIME
+    else:  # as a second process of the step leaves it
+        earlier["entries"]["tiny"]["rows"]["eager"]["turns"] = False
+    (tmp_path / "a.json").write_text(json.dumps(earlier))
+    home = attention.at_home(tmp_path / "a.json")
+    assert attention.is_missing("tiny", ["eager"], home) and not attention.is_missing("tiny-causal", ["eager"], home)
+
+
+@pytest.mark.parametrize("found", [{}, {"ceilings": None}])
+def test_ceilings_that_are_not_there_are_measured_again_or_done_without(tmp_path, monkeypatch, capsys, found):
+    ceilings = tmp_path / "cut-off.json"
+    ceilings.write_text(json.dumps(found | {"entries": {}}))  # as the step writes it before it has measured anything
+    _, document = within_a_plan(tmp_path, "--ceilings", str(ceilings))
+    assert document["ceilings"]["flops"] == 1e12
+
+    def fails(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(attention, "in_a_process", fails)
+    (tmp_path / "a.json").unlink()
+    status, document = within_a_plan(tmp_path, "--ceilings", str(ceilings))
+    assert status == 0 and document["ceilings"] is None and "floor_ms" not in document["entries"]["tiny"]
+    assert document["entries"]["tiny"]["rows"]["eager"]["step"]["eager"]
+    printed = capsys.readouterr().out
+    assert "not measured, RuntimeError: out of memory" in printed and "floor: unknown" in printed
+    assert gathered.summary(
+        {"plan": "gpu", "device": {"name": "x"}, "date": "", "steps": [], "documents": {"attention": document}}
+    )
 
 
 def test_what_would_not_fit_is_not_tried(monkeypatch):
