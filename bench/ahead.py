@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -57,13 +57,15 @@ def wanted(plan_name: str) -> list[Wanted]:
     """What a plan runs, in the order in which it is missed most."""
     if plan_name == "gpu-second":
         long = [SHAPES[name] for name in plan.LONG]
-        return [*of_peers(plan.LONG, COMPILED), *of_kernels((*long, *choose.training_shapes("cuda")))]
-    first = [*of_peers(plan.SHAPES, COMPILED), *of_peers((*plan.SHAPES, *plan.DECODING), plan.OURS)]
-    return [*first, *of_candidates(), *of_peers(plan.LONG, COMPILED)]
+        peers = [*of_peers(plan.LONG, plan.LONG_PEERS, COMPILED), *of_peers(*plan.GATE_TRAINED, COMPILED)]
+        return [*peers, *of_kernels((*long, *choose.training_shapes("cuda")))]
+    shapes_run = (*plan.SHAPES, *plan.DECODING)
+    first = [*of_peers(plan.SHAPES, plan.PEERS, COMPILED), *of_peers(shapes_run, plan.PEERS, plan.OURS)]
+    return [*first, *of_candidates(), *of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)]
 
 
-def of_peers(names: Sequence[str], peers: Sequence[str]) -> list[Wanted]:
-    """Peers of a plan that are compiled, by being run once."""
+def of_peers(names: Sequence[str], peers: Sequence[str], chosen: Collection[str]) -> list[Wanted]:
+    """Those of some shapes' peers that are chosen: they are compiled by being run once."""
     return [
         Wanted(
             f"{name}: {peer}",
@@ -71,8 +73,8 @@ def of_peers(names: Sequence[str], peers: Sequence[str]) -> list[Wanted]:
             partial(compile_peer, SHAPES[name], peer),
         )
         for name in names
-        for peer in (plan.LONG_PEERS if name in plan.LONG else plan.PEERS)
-        if peer in peers
+        for peer in peers
+        if peer in chosen
     ]
 
 

@@ -93,7 +93,7 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
             name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
             for name, job in jobs.items()
         }
-    return measure_each(results, jobs, tables.attention, apart=not within)
+    return measure_each(results, jobs, tables.attention, each_apart=not within)
 
 
 def is_missing(shape: str, peers: Sequence[str], home: Collection[str]) -> bool:

@@ -66,6 +66,11 @@ class Gathered:
         """The log of a step's units (`schedule.py`), as far as it has one."""
         return (self._documents.get(step) or {}).get("units", {})
 
+    def verdict(self, step: str) -> str | None:
+        """What a step has found to be wrong; empty: nothing, None: it has not said so yet (`first.py`)."""
+        found: str | None = (self._documents.get(step) or {}).get("entries", {}).get("verdict", {}).get("wrong")
+        return found
+
     def _read(self, path: Path, known: Any) -> Any:
         """What a file holds; what it held where it has not changed or is being written."""
         with suppress(FileNotFoundError, json.JSONDecodeError):

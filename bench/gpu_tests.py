@@ -122,8 +122,9 @@ def run(
         "-p",
         __spec__.name,
     ]
+    own = {PART: part, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each process, which are many already
     processes = [
-        subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | {LOG: str(log), PART: part})
+        subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | own | {LOG: str(log)})
         for arguments, log in zip(shards, logs)
     ]
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:

@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
             name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
             for name, job in jobs.items()
         }
-    return measure_each(results, jobs, tables.growth, apart=not within)
+    return measure_each(results, jobs, tables.growth, each_apart=not within)
 
 
 if __name__ == "__main__":

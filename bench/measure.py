@@ -1,7 +1,6 @@
 """One shape, peer by peer: first what it computes, then how long it takes and how much memory."""
 
 import gc
-import math
 import multiprocessing
 import sys
 import time
@@ -265,33 +264,27 @@ def measure_each(
     jobs: Mapping[str, Callable[[], dict[str, Any]]],
     table: Callable[[dict[str, Any]], str],
     *,
-    seconds: float = math.inf,
-    apart: bool = True,
+    each_apart: bool = True,
 ) -> int:
     """Entry after entry into the file and onto the screen.
 
     Args:
         jobs: by the entry's name, what makes it; other processes must be able to load it.
         table: an entry as text.
-        seconds: after so many no entry is begun.
-        apart: each in a process of its own; else all in this one, which starts once and is ended by what breaks it.
+        each_apart: each in a process of its own; else all in this one, which starts once and which an error may end.
 
     Returns the exit status: 1 if some entry could not be had.
     """
-    started = time.perf_counter()
     for name, job in tqdm(jobs.items(), disable=None):
-        if time.perf_counter() - started > seconds:
-            results.fail(name, "left out: the time was spent")
-            continue
         try:
-            entry = in_a_process(job) if apart else job()
+            entry = in_a_process(job) if each_apart else job()
         except Exception as error:  # one that died, too; the others go on
             results.fail(name, first_line(error))
             continue
         results.add(name, entry)
         tqdm.write(f"\n{table(entry)}")
         sys.stdout.flush()
-        if not apart:
+        if not each_apart:
             _forget()
     return results.finish()
 
@@ -314,12 +307,17 @@ def default_device() -> str:
 
 def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """In a process of its own: what breaks a CUDA context, or takes memory, does so for this one only."""
-    method = "spawn" if sys.platform == "win32" else "forkserver"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])  # forks of a process that has PyTorch and has computed nothing
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=apart()) as pool:
         return pool.submit(function, *arguments, **options).result()
+
+
+def apart() -> Any:
+    """What starts processes: forks of one that has PyTorch and has computed nothing, where there are forks."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _prepared(

@@ -27,7 +27,6 @@ class Step:
     beside: tuple["Step", ...] = ()  # what runs at the same time, and is ended with it
     otherwise: "Step | None" = None  # what has all the rest of the plan when this one fails
     ceilings: bool = False  # whether it takes --ceilings, the file of the step of that name
-    compiles_only: bool = False  # needs the compiler, which Triton's interpreter would stand in for
 
     def command(self, folder: Path, deadline: float, *, dry_run: bool) -> list[str]:
         given = list(self.rehearsal if dry_run else self.arguments)
@@ -48,15 +47,16 @@ def all_steps(plan: tuple[Step, ...]) -> Iterator[Step]:
             yield step.otherwise
 
 
-# Shapes and peers, the most important first.
+# Shapes and peers, the most important first; those that torch.compile may take long for come last.
 SHAPES = ("bert-base", "bert-base-512", "vit-b16", "llama-8b", "minilm")
 PEERS = (
-    *("fused", "fused-frozen-gate", "flex-frozen-gate", "sdpa", "composed", "flex-merged"),
-    *("sdpa-no-concat", "eager", "fused-plain"),
+    *("fused", "sdpa", "sdpa-no-concat", "composed", "fused-plain", "eager"),
+    *("fused-frozen-gate", "flex-frozen-gate", "flex-merged", "reference"),
 )
-DECODING, DECODERS = ("decode-64", "decode-64-mixed"), ("composed", "fused", "sdpa-no-concat")
+DECODING, DECODERS = ("decode-64", "decode-64-mixed", "decode-256"), ("composed", "fused", "sdpa-no-concat")
 LONG = ("llama-8b-4096", "long")
-LONG_PEERS = ("composed", "sdpa", "context-alone", "composed-frozen-gate", "flex-frozen-gate", "flex-merged", "eager")
+LONG_PEERS = ("composed", "sdpa", "context-alone", "composed-frozen-gate", "eager", "flex-frozen-gate", "flex-merged")
+GATE_TRAINED = ("bert-base",), ("flex",)  # a row that says why FlexAttention's gate is frozen elsewhere
 TUNED_HEAD_SIZES, TUNED_DIRECTIONS = (64, 128), ("keys", "whole", "queries", "forward")
 OURS = ("fused", "fused-frozen-gate", "composed", "fused-plain")
 
@@ -91,7 +91,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
             within=True,
             beside=(
                 Step("ahead", "ahead", 0, arguments=("--plan", "gpu"), within=True),
-                Step("memcheck", "memcheck", 0),
+                Step("memcheck", "memcheck", 0, within=True),
             ),
         ),
         _CEILINGS,
@@ -108,7 +108,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
     ),
     "gpu-second": (
         # What the first call has compiled is there still, if it is the same machine, and this step ends at once.
-        Step("ahead", "ahead", 55, arguments=("--plan", "gpu-second"), within=True),
+        Step("ahead", "ahead", 50, arguments=("--plan", "gpu-second"), within=True),
         replace(_CEILINGS, seconds=8),
         replace(
             _ATTENTION,
@@ -124,11 +124,18 @@ PLANS: dict[str, tuple[Step, ...]] = {
             arguments=("--quick", "--shape", *LONG, "--peer", *LONG_PEERS),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-causal"),
         ),
+        replace(
+            _ATTENTION,
+            name="attention-gate",
+            seconds=12,
+            arguments=("--quick", "--shape", *GATE_TRAINED[0], "--peer", *GATE_TRAINED[1]),
+            rehearsal=("--dry-run", "--peer", "composed", "--shape", "tiny"),
+        ),
         Step("choose", "choose", 30, rehearsal=("--dry-run", "--rounds", "2"), within=True),
         Step(
             "growth",
             "growth",
-            24,
+            17,
             arguments=("--peer", "fused", "composed", "eager", "sdpa", "--with", "N", "P", "tasks"),
             rehearsal=("--dry-run", "--peer", "composed", "--with", "B", "tasks"),
             within=True,

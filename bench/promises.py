@@ -131,7 +131,6 @@ def _fused_on_gpu() -> list[Promise]:
 
     for shape in ("bert-base", "vit-b16", "minilm", "bert-base-512", "llama-8b"):
         promise(shape, "flex-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.5)
-        promise(shape, "flex-approx-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.0)
         promise(shape, "flex-merged", "fused", AT_LEAST, 1.0)
         if shape != "llama-8b":
             promise(shape, "reference", "fused", AT_LEAST, 4.0)
@@ -147,7 +146,6 @@ def _composed_on_gpu() -> list[Promise]:
         found.append(Promise(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
         for peer, ours, bound in (
             ("flex-frozen-gate", "composed-frozen-gate", 1.5),
-            ("flex-approx-frozen-gate", "composed-frozen-gate", 1.0),
             ("flex-merged", "composed", 1.0),
         ):
             figure = partial(time_ratio, shape, peer, ours)

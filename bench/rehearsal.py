@@ -14,7 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from qtuning_fast.bench import ahead, attention, choose, expected, gpu_tests, growth, plan, run, tune
+from qtuning_fast.bench import (
+    ahead,
+    attention,
+    choose,
+    counters,
+    expected,
+    gpu_tests,
+    growth,
+    memcheck,
+    plan,
+    run,
+    tune,
+)
 from qtuning_fast.bench.ahead import COMPILED
 from qtuning_fast.bench.candidates import candidates
 from qtuning_fast.bench.measure import QUICK
@@ -141,13 +153,14 @@ def _why(world: World, step: Step, deadline: float) -> Work:
     from qtuning_fast.bench.why import CASES, variants
 
     yield from world.starts()
+    yield HOST, expected.IMPORTS
+    world.row("why: compiled")  # by `first` already
+    yield from _sanitizers(world, "why")
     for name in (*(case.name for case in CASES), *(name for name, _ in variants())):
         yield GPU, expected.CONTEXT + 1.0
         yield HOST, 4 * (expected.KERNEL + expected.LAUNCHER)
         world.row(f"why: {name}")
-    for name in ("compiled", "memcheck", "racecheck"):
-        yield HOST, 60.0
-        world.row(f"why: {name}")
+    return 1  # type: ignore[return-value]
 
 
 # Tests: (what their names hold, how many, how many kernels of ours each compiles)
@@ -219,9 +232,18 @@ def _ahead(world: World, step: Step, deadline: float) -> Work:
 
 
 def _memcheck(world: World, step: Step, deadline: float) -> Work:
-    for tool in ("memcheck", "racecheck"):
-        yield HOST, 45.0  # assumed: a tenth of the speed
-        world.row(f"memcheck: {tool}")
+    yield HOST, expected.IMPORTS
+    yield from _sanitizers(world, "memcheck")
+
+
+def _sanitizers(world: World, step: str) -> Iterator[tuple[str, float]]:
+    """A plain step, which compiles, then both tools at the same time."""
+    yield from world.starts()
+    yield from world.compiles("memcheck", 4 * len(memcheck.SMALL))
+    world.row(f"{step}: plain")
+    yield HOST, 45.0  # assumed: a tenth of the speed
+    for tool in memcheck.TOOLS:
+        world.row(f"{step}: {tool}")
 
 
 def _ceilings(world: World, step: Step, deadline: float) -> Work:
@@ -304,7 +326,7 @@ def _units(
 
 
 def _counters(world: World, step: Step, deadline: float) -> Work:
-    for name in ("bert-base", "llama-8b"):
+    for name in counters.MEASURED:
         yield HOST, 3 * expected.IMPORTS  # under Nsight Compute; assumed
         yield GPU, 5.0
         world.row(f"counters: {name}")
