@@ -50,18 +50,23 @@ class Wanted(NamedTuple):
     name: str
     seconds: float  # that are expected of it, on one core
     make: Callable[[], Any]
-    alone: bool = False  # whether it has no GPU to wait for, and makes way for those that have
+    needs_no_gpu: bool = False  # whether it has no GPU to wait for, and makes way for those that have
 
 
 def wanted(plan_name: str) -> list[Wanted]:
     """What a plan runs, in the order in which it is missed most."""
     if plan_name == "gpu-second":
         long = [SHAPES[name] for name in plan.LONG]
-        peers = [*of_peers(plan.LONG, plan.LONG_PEERS, COMPILED), *of_peers(*plan.GATE_TRAINED, COMPILED)]
+        peers = of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)
         return [*peers, *of_kernels((*long, *choose.training_shapes("cuda")))]
     shapes_run = (*plan.SHAPES, *plan.DECODING)
     first = [*of_peers(plan.SHAPES, plan.PEERS, COMPILED), *of_peers(shapes_run, plan.PEERS, plan.OURS)]
-    return [*first, *of_candidates(), *of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)]
+    return [
+        *first,
+        *of_candidates(),
+        *of_peers(*plan.GATE_TRAINED, COMPILED),
+        *of_peers(plan.LONG, plan.LONG_PEERS, COMPILED),
+    ]
 
 
 def of_peers(names: Sequence[str], peers: Sequence[str], chosen: Collection[str]) -> list[Wanted]:
@@ -85,7 +90,7 @@ def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
             f"{shape.name}: launch {number}",
             KERNEL + LAUNCHER,
             partial(compile_kernel, SM_90, shape, number),
-            alone=True,
+            needs_no_gpu=True,
         )
         for shape in on_shapes
         for number in range(MOST_LAUNCHES)
@@ -102,7 +107,7 @@ def of_candidates() -> list[Wanted]:
             if rank < len(entries):
                 on = shapes_of(job.head_size, job.direction)
                 make = partial(compile_for, SM_90, DTYPES[job.dtype], entries[rank], on)
-                found.append(Wanted(f"{job}: {rank}", KERNEL * len(on), make, alone=True))
+                found.append(Wanted(f"{job}: {rank}", KERNEL * len(on), make, needs_no_gpu=True))
     return found
 
 
@@ -158,7 +163,7 @@ def compile_kernels(deadline: float = math.inf) -> dict[str, Any]:
     """All that both plans run of ours, for a GPU that is not there: what each took, or its error."""
     found: dict[str, Any] = {}
     shapes_run = [SHAPES[name] for name in (*plan.SHAPES, *plan.DECODING)]
-    own = [each for each in (*wanted("gpu"), *wanted("gpu-second")) if each.alone]
+    own = [each for each in (*wanted("gpu"), *wanted("gpu-second")) if each.needs_no_gpu]
     in_processes([*of_kernels(shapes_run), *own], deadline, lambda name, said: found.update({name: said}))
     return found
 
@@ -169,7 +174,7 @@ def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, 
     own = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # in each process, which are many already
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
     with patch.dict(os.environ, own), spawn.Pool(workers, _start) as pool:
-        waiting = {job.name: pool.apply_async(_make, (job.make, job.alone)) for job in jobs}
+        waiting = {job.name: pool.apply_async(_make, (job.make, job.needs_no_gpu)) for job in jobs}
         while waiting and time.monotonic() < deadline:
             for name in [name for name, result in waiting.items() if result.ready()]:
                 try:
@@ -185,10 +190,10 @@ def _start() -> None:
     settle()
 
 
-def _make(make: Callable[[], Any], alone: bool) -> Any:
-    if alone and os.nice(0) < NICENESS:
+def _make(make: Callable[[], Any], needs_no_gpu: bool) -> Any:
+    if needs_no_gpu and os.nice(0) < NICENESS:
         os.nice(NICENESS)
-    if not alone and torch.cuda.is_available():
+    if not needs_no_gpu and torch.cuda.is_available():
         triton.runtime.driver.reset_active()  # what was compiled before may have been for a GPU that is not there
     return make()
 
@@ -206,9 +211,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     results = Results("ahead", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
-    jobs = [job for job in wanted(options.plan) if job.alone or default_device() == "cuda"]
+    jobs = [job for job in wanted(options.plan) if job.needs_no_gpu or default_device() == "cuda"]
     if options.dry_run:
-        jobs = [] if INTERPRETED else [job for job in jobs if job.alone][:1]
+        jobs = [] if INTERPRETED else [job for job in jobs if job.needs_no_gpu][:1]
     started, done = time.monotonic(), dict[str, Any]()
 
     def heard(name: str, said: Any) -> None:

@@ -86,7 +86,8 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
     one = partial(measure, device=default_device(), ceilings=ceilings, turns=turns, peaks=peaks)
     home = at_home(options.rest_of)
-    jobs = {shape.name: partial(one, shape, peers) for shape in chosen if is_missing(shape.name, peers, home)}
+    names = most_missing_first([shape.name for shape in chosen], home)
+    jobs = {name: partial(one, SHAPES[name], peers) for name in names if is_missing(name, peers, home)}
     if within:
         schedule, entries = results.schedule(options.deadline), results.document["entries"]
         jobs = {
@@ -102,6 +103,11 @@ def is_missing(shape: str, peers: Sequence[str], home: Collection[str]) -> bool:
     Times of peers that did not take turns do not compare.
     """
     return any(f"{shape}: {unit}" not in home for unit in (*peers, IN_TURNS))
+
+
+def most_missing_first(shapes: Sequence[str], home: Collection[str]) -> list[str]:
+    """Those whose peers have not taken turns before those that lack a row; else as they are."""
+    return sorted(shapes, key=lambda shape: f"{shape}: {IN_TURNS}" in home)
 
 
 def at_home(earlier: Path | None) -> set[str]:

@@ -82,7 +82,7 @@ def measure(
     points = []
     for unit in units(shapes_measured):
         shape = unit.of
-        if not schedule.begins(unit.name, unit.seconds):
+        if not schedule.may_begin(unit.name, unit.seconds):
             continue
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)

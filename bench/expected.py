@@ -69,8 +69,14 @@ def step_ms(shape: Shape, peer: str = "fused") -> float:
 
 
 def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
-    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all."""
-    found = [Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer) for peer in peers]
+    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all.
+
+    A row begins only where the turns still fit after it: rows that were timed alone do not compare.
+    """
+    found = [
+        Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer, turns_seconds(shape, peers[:count], turns))
+        for count, peer in enumerate(peers, start=1)
+    ]
     found.append(Unit(f"{shape.name}: {IN_TURNS}", turns_seconds(shape, peers, turns), "turns"))
     asked = [peer for peer in peers if peaks is None or peer in peaks]
     return found + [Unit(f"{shape.name}: memory, {peer}", PEAK, "memory", peer) for peer in asked]

@@ -116,7 +116,7 @@ def unpack(source: Path) -> list[Path]:
     if document["dry_run"]:
         raise SystemExit(f"{source} is of a dry run, which measures nothing")
     written = []
-    for name, content in document["documents"].items():
+    for name, content in sorted(document["documents"].items()):  # a question before what adds to it
         if content is None:  # it was being written at the last moment
             continue
         path = results / f"{name.partition('-')[0]}.json"

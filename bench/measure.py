@@ -93,7 +93,9 @@ def measure(
         return entry | {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
 
     for unit in expected.rows(shape, peers, turns, peaks):
-        peer, begins = unit.of, schedule.begins(unit.name, unit.seconds)
+        if unit.kind == "turns" and not side.ready:
+            continue
+        peer, begins = unit.of, schedule.may_begin(unit.name, unit.seconds, unit.reserve)
         if unit.kind == "row":
             asked.add(peer)
             if begins:
@@ -163,6 +165,11 @@ class SideBySide:
         self._take_times(list(self.cases), self._setups, self.turns)
         for name in self.cases:
             self.rows[name].turns = f"{name} forward" in self._setups
+
+    @property
+    def ready(self) -> bool:
+        """Whether some peer may be timed."""
+        return bool(self._setups)
 
     def timed(self, name: str) -> bool:
         """Whether a peer has done all that is asked of it."""

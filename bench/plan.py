@@ -102,18 +102,25 @@ PLANS: dict[str, tuple[Step, ...]] = {
         ),
         replace(_DECODE, arguments=("--quick", "--shape", *DECODING, "--peer", *DECODERS)),
         Step(
-            "tuning", "tune", 120, arguments=("--head-size", "64", "128", "--direction", *TUNED_DIRECTIONS), within=True
+            "tuning", "tune", 112, arguments=("--head-size", "64", "128", "--direction", *TUNED_DIRECTIONS), within=True
         ),
         Step("counters", "counters", 45),
+        replace(
+            _ATTENTION,
+            name="attention-gate",
+            seconds=8,
+            arguments=("--quick", "--shape", *GATE_TRAINED[0], "--peer", *GATE_TRAINED[1]),
+            rehearsal=("--dry-run", "--peer", "composed", "--shape", "tiny"),
+        ),
     ),
     "gpu-second": (
         # What the first call has compiled is there still, if it is the same machine, and this step ends at once.
-        Step("ahead", "ahead", 50, arguments=("--plan", "gpu-second"), within=True),
+        Step("ahead", "ahead", 47, arguments=("--plan", "gpu-second"), within=True),
         replace(_CEILINGS, seconds=8),
         replace(
             _ATTENTION,
             name="attention-rest",
-            seconds=15,
+            seconds=32,
             arguments=("--quick", "--shape", *SHAPES, "--peer", *PEERS, "--rest-of", str(RUNS / "gpu/attention.json")),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-bias"),
         ),
@@ -124,18 +131,11 @@ PLANS: dict[str, tuple[Step, ...]] = {
             arguments=("--quick", "--shape", *LONG, "--peer", *LONG_PEERS),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-causal"),
         ),
-        replace(
-            _ATTENTION,
-            name="attention-gate",
-            seconds=12,
-            arguments=("--quick", "--shape", *GATE_TRAINED[0], "--peer", *GATE_TRAINED[1]),
-            rehearsal=("--dry-run", "--peer", "composed", "--shape", "tiny"),
-        ),
-        Step("choose", "choose", 30, rehearsal=("--dry-run", "--rounds", "2"), within=True),
+        Step("choose", "choose", 25, rehearsal=("--dry-run", "--rounds", "2"), within=True),
         Step(
             "growth",
             "growth",
-            17,
+            20,
             arguments=("--peer", "fused", "composed", "eager", "sdpa", "--with", "N", "P", "tasks"),
             rehearsal=("--dry-run", "--peer", "composed", "--with", "B", "tasks"),
             within=True,

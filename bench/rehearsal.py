@@ -219,8 +219,8 @@ def _ahead(world: World, step: Step, deadline: float) -> Work:
         yield HOST, expected.IMPORTS
         yield GPU, expected.CONTEXT
         for job in waiting:
-            there = job.name in world.compiled or (job.alone and world.machine.carried)
-            yield NICE if job.alone else HOST, 0.2 if there else job.seconds
+            there = job.name in world.compiled or (job.needs_no_gpu and world.machine.carried)
+            yield NICE if job.needs_no_gpu else HOST, 0.2 if there else job.seconds
             world.compiled.add(job.name)
 
     yield HOST, expected.IMPORTS
@@ -257,12 +257,16 @@ def _attention(world: World, step: Step, deadline: float) -> Work:
     schedule = Schedule(deadline, clock=world.clock)
     home = {row.removeprefix("attention: ") for row in world.home}  # of a run before this one
     yield from world.starts()
-    for name in options.shape:
+    for name in attention.most_missing_first(options.shape, home if options.rest_of else ()):
         if options.rest_of and not attention.is_missing(name, options.peer, home):
             continue
+        ready = False
         for unit in expected.rows(SHAPES[name], options.peer, QUICK, attention.PEAKS):
-            if not schedule.begins(unit.name, unit.seconds):
+            if unit.kind == "turns" and not ready:
                 continue
+            if not schedule.may_begin(unit.name, unit.seconds, unit.reserve):
+                continue
+            ready = True
             if unit.kind == "row" and unit.of in COMPILED and unit.name not in world.compiled:
                 yield HOST, expected.FLEX - expected.FLEX_AGAIN
             if unit.kind == "row" and unit.of in plan.OURS:
@@ -318,7 +322,7 @@ def _units(
     schedule = Schedule(deadline, clock=world.clock)
     yield from world.starts()
     for unit in units:
-        if schedule.begins(unit.name, unit.seconds):
+        if schedule.may_begin(unit.name, unit.seconds):
             yield HOST, compiling(unit)
             yield GPU, unit.seconds
             world.row(f"{step.name}: {unit.name}")

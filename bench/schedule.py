@@ -22,6 +22,7 @@ class Unit(NamedTuple):
     seconds: float  # that are expected of it
     kind: str = ""
     of: Any = None  # what it is about
+    reserve: float = 0.0  # seconds of what must still fit after it
 
 
 Log = dict[str, dict[str, Any]]  # by unit: "said", "expected" and "took" in seconds
@@ -33,7 +34,8 @@ class Schedule:
     Args:
         deadline: no unit begins that would end after it.
         clock: seconds; that of the deadline.
-        log: that of a process before this one: what it has done is not done again, what killed it neither.
+        log: that of a process before this one: what it has done is not done again. A unit that killed a process is not
+            tried again.
         write: called whenever the log has changed.
     """
 
@@ -53,17 +55,18 @@ class Schedule:
             if entry["said"] == UNDER_WAY:
                 entry["said"] = DIED
 
-    def begins(self, unit: str, seconds: float) -> bool:
+    def may_begin(self, unit: str, seconds: float, reserve: float = 0.0) -> bool:
         """Whether a unit of so many seconds is to be done now; ends the one before it.
 
         Args:
             unit: its name.
             seconds: that are expected of it.
+            reserve: those of what must still fit after it.
         """
         self.end()
         if self.said(unit) in (DONE, DIED):
             return False
-        fits = self._clock() + seconds * self._pace() <= self.deadline
+        fits = self._clock() + (seconds + reserve) * self._pace() <= self.deadline
         self.log[unit] = {"said": UNDER_WAY if fits else NO_TIME, "expected": round(seconds, 2), "took": None}
         if fits:
             self._now, self._started = unit, self._clock()

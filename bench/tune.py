@@ -256,7 +256,7 @@ def tune(
         one, again = by_job[job], unit.kind == "again"
         if again and (one.best is None or one.best is one.trials[0]):
             continue  # nothing beats the incumbent
-        if schedule.begins(unit.name, unit.seconds):
+        if schedule.may_begin(unit.name, unit.seconds):
             _run_heat(one, one.heat(number), device, schedule.deadline, 2 * rounds if again else rounds)
             one.tried = one.tried if again else min(1 + (number + 1) * HEAT, len(one.trials))
             finished(one.job, one.trials[: one.tried], one.best)

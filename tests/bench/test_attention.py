@@ -186,3 +186,9 @@ def test_shapes_have_the_features_that_their_names_say():
     folded = inputs(SHAPES["decode-cpu"], dtype=torch.bfloat16, device="cpu")
     assert folded.prefix_key.dtype == torch.bfloat16 and folded.query.shape[2] == 1 and folded.key.shape[2] == 1024
     assert all(shape.of for shape in (*GPU, *CPU)) and len(SHAPES) == len({s.name for s in SHAPES.values()})
+
+
+def test_shapes_that_have_not_taken_turns_come_first_in_a_second_run():
+    home = {"a: in turns", "a: fused", "b: fused"}
+    assert attention.most_missing_first(["a", "b", "c"], home) == ["b", "c", "a"]
+    assert attention.most_missing_first(["a", "b", "c"], ()) == ["a", "b", "c"]

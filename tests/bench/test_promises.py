@@ -31,7 +31,7 @@ def documents():
                 entry = entries.setdefault(shape.name, entry_of(shape) | {"rows": {}})
                 entry["rows"] |= dict.fromkeys(options.peer, ROW)
         elif question == "mixed_tasks":
-            rows = dict.fromkeys(("named-16", "one-task"), {"eager": TIMING})
+            rows = {name: {"eager": TIMING} for name in ("named-16", "one-task")}
             found[question] = {"entries": {"forward": {"rows": rows}}}
         elif question == "lifelong":
             verdict = {"ratios": {"step_ms": 1.0, "device_peak_bytes": 1.0}}

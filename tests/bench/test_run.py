@@ -126,7 +126,7 @@ def write():
     os.replace(sys.argv[1] + '~', sys.argv[1])
 schedule = Schedule(log=log, write=write)
 for unit in 'abc':
-    if schedule.begins(unit, 0.01) and unit == 'b': {what}
+    if schedule.may_begin(unit, 0.01) and unit == 'b': {what}
 schedule.end()
 """
 
@@ -257,6 +257,14 @@ def test_what_a_second_run_adds_to_a_question_goes_into_its_file(unpacked):
     assert found["entries"]["a"]["rows"] == {"x": {"error": ""}, "y": {"error": ""}}
     assert found["entries"].keys() == {"a", "b"} and found["units"] == {"a: x": {}}
     assert merged(found, {"entries": {}}) == found
+
+
+def test_what_a_step_adds_to_a_question_of_the_same_run_is_kept(unpacked):
+    """Files are gathered by name, and "attention-gate.json" comes before "attention.json"."""
+    added = {"entries": {"a": {"rows": {"y": {"error": ""}}}}}
+    root = unpacked(documents={"attention-gate": added, "attention": {"entries": {"a": {"rows": {"x": {}}}}}})
+    [path] = (root / "bench/results/h200").iterdir()
+    assert json.loads(path.read_text())["entries"]["a"]["rows"].keys() == {"x", "y"}
 
 
 @pytest.mark.parametrize(
