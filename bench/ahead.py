@@ -54,7 +54,7 @@ class Wanted(NamedTuple):
 
 
 def wanted(plan_name: str) -> list[Wanted]:
-    """What a plan runs, in the order in which it is missed most."""
+    """What a plan runs, most needed first."""
     if plan_name == "gpu-second":
         long = [SHAPES[name] for name in plan.LONG]
         peers = of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)
@@ -100,7 +100,7 @@ def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
 def of_candidates() -> list[Wanted]:
     """Blocks that tuning tries, the most promising of each job first."""
     jobs = asked(["bf16"], plan.TUNED_HEAD_SIZES, plan.TUNED_DIRECTIONS)
-    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)), job.direction)) for job in jobs]
+    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)))) for job in jobs]
     found = []
     for rank in range(max(len(entries) for _, entries in tried)):
         for job, entries in tried:

@@ -68,6 +68,15 @@ def step_ms(shape: Shape, peer: str = "fused") -> float:
     return ms * next((factor for name, factor in OVER_FUSED.items() if peer.startswith(name)), 1.0)
 
 
+def predicted_ms(shape: str, device: str) -> dict[str, float]:
+    """Milliseconds of "fused", forward and step, as predicted for a device ("h100"); empty: nothing is."""
+    found = [row for row in _rows(f"{device}.json") if row["shape"] == shape]
+    names, ms = [row["kernel"] for row in found], [row["microseconds"] / 1e3 for row in found]
+    if "forward" not in names:
+        return {}
+    return {"forward": sum(ms[: names.index("forward") + 1]), "step": sum(ms)}
+
+
 def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
     """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all.
 
@@ -114,7 +123,7 @@ def heat_seconds(on_shapes: Sequence[Shape], candidates: int, rounds: int) -> fl
     return sum(0.3 + candidates * (0.1 + (rounds + 4) * _calls_seconds(shape, "fused") / 3) for shape in on_shapes)
 
 
-def candidate_ms(entry: Blocks, direction: str) -> float | None:
+def candidate_ms(entry: Blocks) -> float | None:
     """What is predicted of a candidate of tuning; None: nothing, and the order of the table stands."""
     return _candidates().get(tuple(getattr(entry, name) for name in ENTRY))
 

@@ -5,7 +5,6 @@ that was found by then.
 """
 
 import json
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.results import ROOT, TABLES, provenance, write_json
+from qtuning_fast.bench.results import ROOT, TABLES, device_folder, provenance, write_json
+from qtuning_fast.bench.schedule import NO_TIME
 
-NOT_BEGUN, NO_TIME = "not begun", "left out: no time"
+NOT_BEGUN = "not begun"
 MEASURED_BY = {"blocks.json": "tuning", "choice.json": "choose"}  # which step writes a table
 Document = dict[str, Any]
 
@@ -151,9 +151,3 @@ def merged(known: Document, added: Document) -> Document:
 def _is_worse(row: Document, known: Document | None) -> bool:
     """Whether a row was left out, or timed alone where the known one took turns with others."""
     return row.get("error", "") == NO_TIME or bool(known and known.get("turns") and not row.get("turns"))
-
-
-def device_folder(device: Mapping[str, Any]) -> str:
-    """As short as people say it: "cpu", "h100", "h200"."""
-    model = re.search(r"[A-Z]+\d+", device["name"])
-    return "cpu" if device["type"] == "cpu" else (model[0] if model else device["name"].replace(" ", "-")).lower()

@@ -3,9 +3,9 @@
     python -m qtuning_fast.bench.gpu_tests --out FILE                   all of them
     python -m qtuning_fast.bench.gpu_tests --part telling --out FILE    without most of those in float32
 
-FILE counts the tests as they end, and names each one that failed with the first line of why. Those that tell most come
-first. Kernels in IEEE float32 compile for twenty seconds each, twenty times as long as others: of their tests three
-are among those that tell. The harness that takes times is tested alone, since processes that share a GPU disturb each
+FILE counts the tests as they end, and names each one that failed with the first line of why. The most informative tests
+come first. Kernels in IEEE float32 compile for twenty seconds each, twenty times as long as others: three of their tests
+are in the part "telling". The harness that takes times is tested alone, since processes that share a GPU disturb each
 other.
 """
 

@@ -20,7 +20,7 @@ from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdi
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.memory import peak, too_large
 from qtuning_fast.bench.peers import PEERS, Prepared
-from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.results import Results, device_folder
 from qtuning_fast.bench.schedule import RESTART, Schedule
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import (
@@ -86,6 +86,7 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         **({} if ceilings is None else floors(shape, dtype, ceilings)),
         **backends_for(shape, device, dtype),
+        **predicted(shape, device),
     }
 
     def by_now() -> dict[str, Any]:
@@ -264,6 +265,15 @@ def floors(shape: Shape, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, An
         "work": {name: asdict(each) for name, each in work.items()},
         "floor_ms": {name: each.floor(ceilings) for name, each in work.items()},
     }
+
+
+def predicted(shape: Shape, device: str) -> dict[str, Any]:
+    """What was predicted of "fused" before it was measured, where a prediction is of this GPU and this shape."""
+    if torch.device(device).type != "cuda":
+        return {}
+    gpu = device_folder({"type": "cuda", "name": torch.cuda.get_device_name()})
+    ms = expected.predicted_ms(shape.name, gpu)
+    return {"predicted_ms": {"fused": ms}} if ms else {}
 
 
 def measure_each(

@@ -1,8 +1,7 @@
 """What the plans of `bench.run` hold: which steps, in which order, in how many seconds, and what runs beside what.
 
-The order is that of what a step is worth. A step's seconds are its share of the plan: what it does not use goes to
-those after it, and it is told a deadline, not a limit of its own. Within a step units follow each other likewise
-(`schedule.py`).
+The order is that of what a step is worth. A step's seconds are its share of the plan. Unused time goes to later steps.
+Each step gets a deadline. Within a step units follow each other likewise (`schedule.py`).
 """
 
 import sys
@@ -24,7 +23,7 @@ class Step:
     rehearsal: tuple[str, ...] = ("--dry-run",)  # its arguments in a dry run, in place of the others
     out: str = "--out"  # the option that takes the file it writes
     within: bool = False  # whether it takes --deadline, and goes on where a process before it has died
-    beside: tuple["Step", ...] = ()  # what runs at the same time, and is ended with it
+    concurrent: tuple["Step", ...] = ()  # what runs at the same time, and is ended with it
     otherwise: "Step | None" = None  # what has all the rest of the plan when this one fails
     ceilings: bool = False  # whether it takes --ceilings, the file of the step of that name
 
@@ -42,7 +41,7 @@ def all_steps(plan: tuple[Step, ...]) -> Iterator[Step]:
     """Those of a plan, with those beside them and those for when they fail."""
     for step in plan:
         yield step
-        yield from step.beside
+        yield from step.concurrent
         if step.otherwise is not None:
             yield step.otherwise
 
@@ -89,7 +88,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
             125,
             arguments=("--part", "telling"),
             within=True,
-            beside=(
+            concurrent=(
                 Step("ahead", "ahead", 0, arguments=("--plan", "gpu"), within=True),
                 Step("memcheck", "memcheck", 0, within=True),
             ),

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtuning_fast.bench import carried
-from qtuning_fast.bench.gathered import NO_TIME, Gathered, Outcome, device, summary, unpack
+from qtuning_fast.bench.gathered import Gathered, Outcome, device, summary, unpack
 from qtuning_fast.bench.plan import PLANS, TOTAL_SECONDS, Step, all_steps
 from qtuning_fast.bench.results import ROOT, RUNS
-from qtuning_fast.bench.schedule import UNDER_WAY
+from qtuning_fast.bench.schedule import NO_TIME, UNDER_WAY
 
 POLL_SECONDS = 1.0
 GRACE = 10.0  # seconds beyond its deadline after which a step is stopped
@@ -117,13 +117,13 @@ class Run:
 
     def together(self, step: Step, deadline: float) -> None:
         """A step and what runs beside it, until all have ended or the time is up."""
-        for each in (step, *step.beside):
+        for each in (step, *step.concurrent):
             print(f"\n=== {each.name} ===", flush=True)
             self._start(each, deadline)
         while self._at_work:
             self.executor.wait(POLL_SECONDS)
             self.gather()
-            for each in (step, *step.beside):
+            for each in (step, *step.concurrent):
                 if each.name in self._at_work:
                     self._look(each, deadline)
 

@@ -30,6 +30,7 @@ def attention(entry: Mapping[str, Any]) -> str:
         if best(row, "forward") is not None:
             lines.append(_line(name, row, floor_ms.get(whole, NO_FLOOR)[0], whole, rows[ours] if ours else None))
     lines.extend(_standing(rows, whole, floor_ms.get(whole, NO_FLOOR)[0]))
+    lines.extend(predictions(entry))
     lines.extend(_trained(rows) if shape["trained"] else [])
     failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
     return "\n".join([*lines, *failed])
@@ -51,6 +52,21 @@ def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> st
         *(f"{error:>9.0e}" for error in (row["errors"]["output"], max(gradients, default=0.0))),
     ]
     return f"  {name:<24}{''.join(cells)}"
+
+
+def predictions(entry: Mapping[str, Any]) -> list[str]:
+    """What was predicted of ours, beside what was measured; nothing where nothing was predicted."""
+    lines = []
+    for name, by_pass in entry.get("predicted_ms", {}).items():
+        measured = {which: median(entry["rows"][name], which) for which in by_pass if name in entry["rows"]}
+        said = [
+            f"{which} {by_pass[which]:.4f} ms, measured {ms:.4f} ({ms / by_pass[which] - 1:+.0%})"
+            for which, ms in measured.items()
+            if ms
+        ]
+        if said:
+            lines.append(f"  predicted of {name}: {'; '.join(said)}")
+    return lines
 
 
 def _trained(rows: Mapping[str, Row]) -> list[str]:

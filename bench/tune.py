@@ -240,7 +240,7 @@ def tune(
     work = []
     for job in jobs:
         incumbent = incumbent_of(target, job)
-        entries = in_order(tried(incumbent), job.direction)
+        entries = in_order(tried(incumbent))
         best = (known or {}).get(str(job), incumbent)
         trials = [Trial(entry) for entry in dict.fromkeys((*entries[:1], best, *entries[1:]))]
         on = measured_on(job.head_size, job.direction)
@@ -263,9 +263,9 @@ def tune(
     schedule.end()
 
 
-def in_order(entries: Sequence[Blocks], direction: str) -> list[Blocks]:
+def in_order(entries: Sequence[Blocks]) -> list[Blocks]:
     """The incumbent, then the others by the time that is predicted of them; as they came where nothing is."""
-    times = {entry: candidate_ms(entry, direction) for entry in entries[1:]}
+    times = {entry: candidate_ms(entry) for entry in entries[1:]}
     return [entries[0], *sorted(entries[1:], key=lambda entry: math.inf if (ms := times[entry]) is None else ms)]
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from qtuning_fast.bench import gathered
 from qtuning_fast.bench import run as running
-from qtuning_fast.bench.gathered import NO_TIME, Gathered, device_folder, merged, summary, unpack
+from qtuning_fast.bench.gathered import Gathered, merged, summary, unpack
 from qtuning_fast.bench.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.results import device_folder
 from qtuning_fast.bench.run import Processes, Run
-from qtuning_fast.bench.schedule import DIED, DONE
+from qtuning_fast.bench.schedule import DIED, DONE, NO_TIME
 
 WRITES = "import json, os, sys; json.dump({'entries': {}}, open(sys.argv[1], 'w')); "
 
@@ -85,7 +86,7 @@ def test_no_step_begins_when_the_time_is_spent(plan):
 def test_what_runs_beside_a_step_runs_at_the_same_time(plan, tmp_path):
     waits = "import time, pathlib; "
     waits += "exec('while not pathlib.Path(sys.argv[1]).with_name(\"b.json\").exists(): time.sleep(0.05)')"
-    fine, document = plan(script("a", waits, beside=(script("b", ""),)))
+    fine, document = plan(script("a", waits, concurrent=(script("b", ""),)))
     assert fine and said(document) == {"a": "done", "b": "done"}
 
 

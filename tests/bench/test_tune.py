@@ -238,10 +238,10 @@ def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(mo
 
 def test_the_most_promising_come_first(monkeypatch):
     entries = candidates(entry())
-    monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None)
-    assert in_order(entries, "forward") == entries  # where nothing is predicted
-    monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None if e.warps == 8 else 1.0 / e.keys)
-    found = in_order(entries, "forward")
+    monkeypatch.setattr(tune, "candidate_ms", lambda e: None)
+    assert in_order(entries) == entries  # where nothing is predicted
+    monkeypatch.setattr(tune, "candidate_ms", lambda e: None if e.warps == 8 else 1.0 / e.keys)
+    found = in_order(entries)
     assert found[0] == entries[0] and set(found) == set(entries)
     known = [e.keys for e in found[1:] if e.warps != 8]
     assert known == sorted(known, reverse=True) and all(e.warps == 8 for e in found[1 + len(known) :])
