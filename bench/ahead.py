@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def heard(name: str, said: Any) -> None:
         done[name] = said or {}
-        results.add("compiled", {"jobs": len(jobs), "said": f"{len(done)} of {len(jobs)} compiled", "each": done})
+        results.add("compiled", {"jobs": len(jobs), "summary": f"{len(done)} of {len(jobs)} compiled", "each": done})
 
     in_processes(jobs, options.deadline, heard)
     print(f"{len(done)} of {len(jobs)} compiled in {time.monotonic() - started:.0f} s", flush=True)

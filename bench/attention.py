@@ -119,9 +119,9 @@ def at_home(earlier: Path | None) -> set[str]:
         f"{shape}: {peer}"
         for shape, entry in document["entries"].items()
         for peer, row in entry["rows"].items()
-        if not row["turns"] and not row["error"]  # its process died before it took turns with the others
+        if not row.get("turns") and not row["error"]  # its process died before it took turns with the others
     }
-    return {name for name, entry in document["units"].items() if entry["said"] == DONE} - alone
+    return {name for name, entry in document["units"].items() if entry["status"] == DONE} - alone
 
 
 def begin(

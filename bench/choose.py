@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     found = rules(device, points, results.measured())
     print(*found, sep="\n")
-    if not options.dry_run and NO_TIME not in (entry["said"] for entry in schedule.log.values()):
+    if not options.dry_run and NO_TIME not in (entry["status"] for entry in schedule.log.values()):
         others = [rule for rule in choice.TABLE if rule.device != found[0].device]
         choice.write([*found, *others])
     return 0

@@ -58,7 +58,7 @@ def step(shape: Shape, backend: str, device: str) -> Errors:
     return errors
 
 
-def said(errors: Mapping[str, float]) -> str:
+def summary(errors: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
@@ -73,29 +73,30 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("first", options.out, device, sys.argv[1:] if arguments is None else arguments)
     cache = "nothing is compiled" if INTERPRETED else carried.says()
     machine = {"cores": os.cpu_count(), "cache": cache, "key": {} if INTERPRETED else carried.key()}
-    results.add("machine", machine | {"said": f"{results.heading()}, {cache}".replace("\n", ", ")})
+    results.add("machine", machine | {"summary": f"{results.heading()}, {cache}".replace("\n", ", ")})
     print(f"{results.heading()}\n{cache}", flush=True)
     if device == "cuda" and not INTERPRETED:
         compiled: dict[str, Any] = {}
         until = time.monotonic() + COMPILING
         ahead.in_processes(ahead.of_kernels([shape]), until, lambda name, took: compiled.update({name: took}))
-        results.add("compiled", {"said": f"{len(compiled)} kernels", "each": compiled})
+        results.add("compiled", {"summary": f"{len(compiled)} kernels", "each": compiled})
     wrong: dict[str, str] = {}
     for backend in OURS:
         try:
             errors = step(shape, backend, device)
             wrong[backend] = verdict(errors, default_dtype(device))
-            results.add(backend, {"said": f"{backend}, {shape.name}: {said(errors)}", "errors": errors})
+            results.add(backend, {"summary": f"{backend}, {shape.name}: {summary(errors)}", "errors": errors})
         except Exception as error:  # whatever it is: it is what was to be found out
             wrong[backend] = first_line(error)
-            results.add(backend, {"said": f"{backend}, {shape.name}: {first_line(error)}", "errors": {}})
-        print(results.document["entries"][backend]["said"], flush=True)
+            results.add(backend, {"summary": f"{backend}, {shape.name}: {first_line(error)}", "errors": {}})
+        print(results.document["entries"][backend]["summary"], flush=True)
         status = "; ".join(f"{name}: {why}" for name, why in wrong.items() if why) or "all is right"
         seconds = round(time.perf_counter() - started, 1)
         # After each backend: what the runner decides by is there, even if the next one hangs.
-        results.add("verdict", {"said": status, "wrong": wrong["fused"], "seconds": seconds})
-    results.add("tools", {"said": "tools", "versions": tools()})
-    print(results.document["entries"]["tools"]["versions"], flush=True)
+        results.add("verdict", {"summary": status, "wrong": wrong["fused"], "seconds": seconds})
+    found = tools()
+    results.add("tools", {"summary": f"tools: {', '.join(found)}", "versions": found})
+    print(found, flush=True)
     return 1 if wrong["fused"] else 0
 
 

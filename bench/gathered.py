@@ -26,7 +26,7 @@ class Outcome:
     """What became of a step."""
 
     name: str
-    said: str = NOT_BEGUN
+    status: str = NOT_BEGUN
     seconds: float = 0.0
     processes: int = 0  # more than one where it died and went on
 
@@ -94,14 +94,14 @@ def device() -> Mapping[str, Any] | str:
 def summary(document: Document) -> str:
     """Steps, what the first of them found, and headlines, at most 120 columns wide."""
     lines = [f"\n=== {document['plan']}, {document['device']['name']}, {document['date']} ==="]
-    lines += [f"  {step['name']:<16}{step['seconds']:>8.1f} s  {step['said']}" for step in document["steps"]]
+    lines += [f"  {step['name']:<16}{step['seconds']:>8.1f} s  {step['status']}" for step in document["steps"]]
     for name, found in document["documents"].items():
         entries = (found or {}).get("entries", {})
         for entry in entries.values():
             if "shape" in entry and "rows" in entry:
                 lines.extend(tables.headline(entry))
-            elif "said" in entry:
-                lines.append(f"  {name}: {entry['said']}"[: tables.WIDTH])
+            elif "summary" in entry:
+                lines.append(f"  {name}: {entry['summary']}"[: tables.WIDTH])
     return "\n".join(lines)
 
 
@@ -125,7 +125,7 @@ def unpack(source: Path) -> list[Path]:
             content = merged(json.loads(path.read_text()), content)
         path.write_text(json.dumps(content, indent=1) + "\n")
         written.append(path)
-    begun = {step["name"] for step in document["steps"] if step["said"] not in (NOT_BEGUN, NO_TIME)}
+    begun = {step["name"] for step in document["steps"] if step["status"] not in (NOT_BEGUN, NO_TIME)}
     for name, content in document["tables"].items():
         if MEASURED_BY[name] not in begun:  # it is the one that the run found
             continue

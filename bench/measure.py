@@ -103,7 +103,7 @@ def measure(
                 before.pop(peer, None)
                 side.one(peer, alone=wrote is not None)
             elif peer not in before:
-                side.rows[peer].error = schedule.said(unit.name)
+                side.rows[peer].error = schedule.status(unit.name)
         elif unit.kind == "turns" and begins:
             side.all()
         elif unit.kind == "memory" and begins and peer not in before and side.timed(peer):

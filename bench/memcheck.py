@@ -30,7 +30,7 @@ from qtuning_fast.bench.results import ROOT, RUNS, Results
 from qtuning_fast.bench.shapes import Shape
 
 TOOLS = ("memcheck", "racecheck")
-SECONDS = 100.0  # of one tool
+SECONDS, PLAIN_SECONDS = 100.0, 40.0  # of one tool, and without any
 LAST_SECONDS = 2.0  # before the deadline, to write what there is
 # Odd in all that blocks divide, grouped heads, several tasks.
 SMALL = {
@@ -47,10 +47,10 @@ def sanitized(names: Sequence[str], deadline: float = math.inf) -> Iterator[tupl
     """
     program = shutil.which("compute-sanitizer")
     if program is None:
-        yield from ((tool, {"said": f"{tool}: compute-sanitizer is not installed", "fine": True}) for tool in TOOLS)
+        yield from ((tool, {"summary": f"{tool}: compute-sanitizer is not installed", "fine": True}) for tool in TOOLS)
         return
     step = [sys.executable, "-m", __spec__.name, "--step", *names]
-    yield "plain", _ran("plain", step, deadline)
+    yield "plain", _ran("plain", step, min(deadline, time.monotonic() + PLAIN_SECONDS))
     with ThreadPoolExecutor() as pool:
         command = {tool: [program, "--tool", tool, "--print-limit", "20", *step] for tool in TOOLS}
         running = {pool.submit(_ran, tool, command[tool], deadline): tool for tool in TOOLS}
@@ -65,12 +65,16 @@ def _ran(tool: str, command: Sequence[str], deadline: float) -> dict[str, Any]:
     try:
         ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"said": f"{tool}: not through after {limit:.0f} s", "fine": False}
+        return {"summary": f"{tool}: not through after {limit:.0f} s", "fine": False}
     text = ran.stdout + ran.stderr
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
     words = [*summary[-1:], *([f"exit status {ran.returncode}"] if ran.returncode or not summary else [])]
     errors = bool(summary) and not any(none in summary[-1] for none in (": 0 errors", ": 0 hazards"))
-    found = {"said": f"{tool}: {', '.join(words)}", "status": ran.returncode, "fine": not (ran.returncode or errors)}
+    found = {
+        "summary": f"{tool}: {', '.join(words)}",
+        "exit_status": ran.returncode,
+        "fine": not (ran.returncode or errors),
+    }
     return found | {"output": text[-20000:], "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -98,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("memcheck", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
     for tool, found in sanitized(list(SMALL), options.deadline - LAST_SECONDS):
         results.add(tool, found)
-        print(found["said"], flush=True)
+        print(found["summary"], flush=True)
     return 0 if all(found["fine"] for found in results.document["entries"].values()) else 1
 
 

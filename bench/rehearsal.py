@@ -369,7 +369,7 @@ def timetable(one: run.Run, world: World, at: tuple[float, ...]) -> str:
     for outcome in one.outcomes.values():
         rows = [when for row, when in world.home.items() if row.partition(":")[0] == outcome.name.partition("-")[0]]
         counts = "".join(f"{sum(when <= t for when in rows):>8}" for t in at)
-        lines.append(f"  {outcome.name:<16}{outcome.seconds:>7.1f}  {outcome.said[:26]:<28}{counts}")
+        lines.append(f"  {outcome.name:<16}{outcome.seconds:>7.1f}  {outcome.status[:26]:<28}{counts}")
     return "\n".join(lines)
 
 

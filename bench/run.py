@@ -95,25 +95,26 @@ class Run:
             for number, step in enumerate(self.steps):
                 left = self.end - self.clock()
                 if left < min(15.0, step.seconds):
-                    self.outcomes[step.name].said = NO_TIME
+                    self.outcomes[step.name].status = NO_TIME
                     continue
                 others = sum(later.seconds for later in self.steps[number + 1 :])
                 self.together(step, self.clock() + min(max(step.seconds, left - others), left))
                 if step.otherwise is not None and self._is_wrong(step):
                     self.together(step.otherwise, self.end)
-                    if self.outcomes[step.otherwise.name].said != "done":  # else it has found nothing that is wrong
+                    if self.outcomes[step.otherwise.name].status != "done":  # else it has found nothing that is wrong
                         break
         finally:
             for process in self._at_work.values():
                 process.stop()
             self.gather()
         begun = [outcome for outcome in self.outcomes.values() if outcome.processes]
-        return bool(begun) and all(outcome.said == "done" for outcome in begun) and NO_TIME not in self._said()
+        return bool(begun) and all(outcome.status == "done" for outcome in begun) and NO_TIME not in self._statuses()
 
     def _is_wrong(self, step: Step) -> bool:
         """By its own verdict; where it died before it had one, too, but not where it only took too long."""
+        self.gather()
         verdict = self.verdict(step.name)
-        return bool(verdict) or (verdict is None and self.outcomes[step.name].said.startswith("exit status"))
+        return bool(verdict) or (verdict is None and self.outcomes[step.name].status.startswith("exit status"))
 
     def together(self, step: Step, deadline: float) -> None:
         """A step and what runs beside it, until all have ended or the time is up."""
@@ -132,32 +133,32 @@ class Run:
         self._started.setdefault(step.name, self.clock())
         self._died[step.name] = self._seen.pop(step.name, ("",))[0]
         self._at_work[step.name] = self.executor.start(step, deadline)
-        outcome.said, outcome.processes = "cut off with the run", outcome.processes + 1
+        outcome.status, outcome.processes = "cut off with the run", outcome.processes + 1
 
     def _look(self, step: Step, deadline: float) -> None:
         outcome, process = self.outcomes[step.name], self._at_work[step.name]
         outcome.seconds = round(self.clock() - self._started[step.name], 1)
         grace = FIRST_GRACE if step.otherwise is not None else GRACE
-        hung, status = self._hangs(step), process.ended()
-        if status is None and self.clock() >= min(deadline + grace, self.end):
-            said = f"stopped at its limit of {self.clock() - self._started[step.name]:.0f} s"
-        elif status is None and not hung:
+        hung, ended = self._hangs(step), process.ended()
+        if ended is None and self.clock() >= min(deadline + grace, self.end):
+            status = f"stopped at its limit of {self.clock() - self._started[step.name]:.0f} s"
+        elif ended is None and not hung:
             return
-        elif status in (0, 1):
-            said = "done" if status == 0 else "exit status 1"
+        elif ended in (0, 1):
+            status = "done" if ended == 0 else "exit status 1"
         else:
-            said = f"it hung in {hung}" if hung else f"exit status {status}"
+            status = f"it hung in {hung}" if hung else f"exit status {ended}"
             if step.within and outcome.processes < MOST_PROCESSES and deadline - self.clock() > LEAST_SECONDS:
                 process.stop()
                 self._start(step, deadline)
                 return
         process.stop()
         del self._at_work[step.name]
-        outcome.said = said
+        outcome.status = status
 
     def _hangs(self, step: Step) -> str:
         """The unit that a step is stuck in; empty: none."""
-        now = [(unit, entry) for unit, entry in self.units(step.name).items() if entry["said"] == UNDER_WAY]
+        now = [(unit, entry) for unit, entry in self.units(step.name).items() if entry["status"] == UNDER_WAY]
         if not now:
             return ""
         unit, entry = now[-1]
@@ -168,8 +169,8 @@ class Run:
         patience = max(PATIENCE, TIMES_EXPECTED * entry["expected"])
         return unit if self.clock() - self._seen[step.name][1] > patience else ""
 
-    def _said(self) -> list[str]:
-        return [outcome.said for outcome in self.outcomes.values()]
+    def _statuses(self) -> list[str]:
+        return [outcome.status for outcome in self.outcomes.values()]
 
 
 class Processes:

@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    left_out = [unit for unit in schedule.log if schedule.said(unit) != DONE]
+    left_out = [unit for unit in schedule.log if schedule.status(unit) != DONE]
     print(f"\nno time left for: {', '.join(left_out)}" if left_out else "\nall measured")
     return 0
 

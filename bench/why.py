@@ -22,7 +22,7 @@ import torch
 from qtuning_fast.bench import compile_report, memcheck, shapes
 from qtuning_fast.bench.accuracy import verdict
 from qtuning_fast.bench.carried import settle
-from qtuning_fast.bench.first import said, step
+from qtuning_fast.bench.first import step, summary
 from qtuning_fast.bench.measure import apart, default_device, default_dtype
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
@@ -104,9 +104,9 @@ def outcome(changes: dict[str, int], shape: Shape, device: str) -> dict[str, Any
     try:
         errors = limited(with_blocks, changes, shape, device)
     except Exception as error:  # of the kernel, the compiler, or the process that it took along
-        return {"said": f"{shape.name}: {first_line(error)}", "wrong": first_line(error)}
+        return {"summary": f"{shape.name}: {first_line(error)}", "wrong": first_line(error)}
     wrong = verdict(errors, default_dtype(device))
-    return {"said": f"{shape.name}: {wrong or 'right'}; {said(errors)}", "wrong": wrong, "errors": errors}
+    return {"summary": f"{shape.name}: {wrong or 'right'}; {summary(errors)}", "wrong": wrong, "errors": errors}
 
 
 def compiled(shape: Shape) -> dict[str, dict[str, str]]:
@@ -129,22 +129,22 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("why", options.out, device, sys.argv[1:] if arguments is None else arguments)
     if not INTERPRETED:
         try:
-            results.add("compiled", {"said": "TTGIR and PTX", "each": limited(compiled, BERT_BASE)})
+            results.add("compiled", {"summary": "TTGIR and PTX", "each": limited(compiled, BERT_BASE)})
         except RuntimeError as error:
             results.fail("compiled", str(error))
     for tool, found in memcheck.sanitized(list(memcheck.SMALL)):
         results.add(tool, found)
-        print(found["said"], flush=True)
+        print(found["summary"], flush=True)
     failed: Shape | None = None
     for shape in (TINY,) if options.dry_run else CASES:
         found = outcome({}, shape, device)
         results.add(shape.name, found | {"shape": asdict(shape)})
-        print(found["said"], flush=True)
+        print(found["summary"], flush=True)
         failed = failed or (shape if found["wrong"] else None)
     for name, changes in variants() if failed and not INTERPRETED else ():
         found = outcome(changes, failed, device)
         results.add(f"{failed.name}, {name}", found | {"blocks": changes})
-        print(f"{name}: {found['said']}", flush=True)
+        print(f"{name}: {found['summary']}", flush=True)
     return 1 if failed else 0
 
 

@@ -78,7 +78,7 @@ def test_within_a_plan_each_row_is_written_as_it_comes(tmp_path, monkeypatch):
     status, document = within_a_plan(tmp_path)
     assert status == 0 and document["ceilings"]["flops"] == 2e12
     assert seen[:3] == [("tiny", ["eager"]), ("tiny", ["eager", "sdpa"]), ("tiny", ["eager", "sdpa"])]
-    units = {name: entry["said"] for name, entry in document["units"].items()}
+    units = {name: entry["status"] for name, entry in document["units"].items()}
     assert set(units.values()) == {DONE}
     assert list(units)[:3] == ["tiny: eager", "tiny: sdpa", "tiny: in turns"]
 
@@ -91,8 +91,8 @@ def test_what_there_is_no_time_for_is_said_so(tmp_path):
 
 def test_a_process_goes_on_where_the_one_before_it_died(tmp_path, monkeypatch):
     _, before = within_a_plan(tmp_path)
-    before["units"] = {"tiny: eager": {"said": DONE, "expected": 1.0, "took": 1.0}}
-    before["units"]["tiny: sdpa"] = {"said": UNDER_WAY, "expected": 1.0, "took": None}
+    before["units"] = {"tiny: eager": {"status": DONE, "expected": 1.0, "took": 1.0}}
+    before["units"]["tiny: sdpa"] = {"status": UNDER_WAY, "expected": 1.0, "took": None}
     del before["entries"]["tiny"]["rows"]["sdpa"], before["entries"]["tiny-causal"]
     (tmp_path / "a.json").write_text(json.dumps(before))
     _, after = within_a_plan(tmp_path)
@@ -112,7 +112,7 @@ def test_an_error_that_breaks_the_process_is_written_before_it_makes_way(tmp_pat
 def test_what_an_earlier_run_brought_home_is_left_out(tmp_path):
     within_a_plan(tmp_path)
     earlier = json.loads((tmp_path / "a.json").read_text())
-    earlier["units"]["tiny-causal: sdpa"]["said"] = NO_TIME
+    earlier["units"]["tiny-causal: sdpa"]["status"] = NO_TIME
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     (tmp_path / "a.json").unlink()
     _, document = within_a_plan(tmp_path, "--rest-of", str(tmp_path / "earlier.json"))
@@ -126,7 +126,7 @@ def test_a_shape_whose_turns_are_missing_is_measured_again(tmp_path, what):
     _, earlier = within_a_plan(tmp_path)
     assert all(row["turns"] for entry in earlier["entries"].values() for row in entry["rows"].values())
     if what == "unit":
-        earlier["units"]["tiny: in turns"]["said"] = NO_TIME
+        earlier["units"]["tiny: in turns"]["status"] = NO_TIME
     else:  # as a second process of the step leaves it
         earlier["entries"]["tiny"]["rows"]["eager"]["turns"] = False
     (tmp_path / "a.json").write_text(json.dumps(earlier))

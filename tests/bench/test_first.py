@@ -29,7 +29,7 @@ def test_the_machine_and_each_backend_beside_float64(tmp_path, capsys):
     out = tmp_path / "first.json"
     assert first.main(["--dry-run", "--out", str(out)]) == 0
     found = entries(out)
-    assert found.keys() >= {"machine", "fused", "composed", "verdict"} and found["verdict"]["said"] == "all is right"
+    assert found.keys() >= {"machine", "fused", "composed", "verdict"} and found["verdict"]["summary"] == "all is right"
     assert found["fused"]["errors"].keys() >= {"output", "query", "key", "prefix_value", "gate_tau"}
     assert found["machine"]["cores"] and "gcc" in found["tools"]["versions"]
 
@@ -47,7 +47,7 @@ def test_what_is_wrong_is_said_and_ends_the_plan(tmp_path, monkeypatch, what):
     out = tmp_path / "first.json"
     assert first.main(["--dry-run", "--out", str(out)]) == 1
     found = entries(out)
-    assert ("is off by 0.1" if what == "wrong" else "illegal memory access") in found["verdict"]["said"]
+    assert ("is off by 0.1" if what == "wrong" else "illegal memory access") in found["verdict"]["summary"]
     assert found["verdict"]["wrong"] and found["composed"]["errors"]  # the others are asked all the same
     assert why.main(["--dry-run", "--out", str(tmp_path / "why.json")]) == 1
     assert entries(tmp_path / "why.json")["tiny"]["wrong"]
@@ -61,7 +61,7 @@ def test_a_composed_backend_that_fails_is_a_row_and_the_plan_goes_on(tmp_path, m
     out = tmp_path / "first.json"
     assert first.main(["--dry-run", "--out", str(out)]) == 0
     verdict = entries(out)["verdict"]
-    assert verdict["wrong"] == "" and "composed: RuntimeError: no such kernel" in verdict["said"]
+    assert verdict["wrong"] == "" and "composed: RuntimeError: no such kernel" in verdict["summary"]
 
 
 def test_where_all_cases_are_right_the_plan_has_the_time_back(tmp_path):
@@ -110,8 +110,8 @@ def test_a_tool_that_is_not_there_is_said_so(tmp_path, monkeypatch):
     monkeypatch.setattr(memcheck.shutil, "which", lambda name: None)
     assert memcheck.main(["--out", str(tmp_path / "m.json")]) == 0
     assert counters.main(["--dry-run", "--out", str(tmp_path / "c.json")]) == 0
-    assert "not installed" in entries(tmp_path / "m.json")["memcheck"]["said"]
-    assert "not installed" in entries(tmp_path / "c.json")["none"]["said"]
+    assert "not installed" in entries(tmp_path / "m.json")["memcheck"]["summary"]
+    assert "not installed" in entries(tmp_path / "c.json")["none"]["summary"]
 
 
 def test_what_a_sanitizer_finds_fails_the_step(tmp_path, monkeypatch):
@@ -132,7 +132,8 @@ def test_what_a_sanitizer_finds_fails_the_step(tmp_path, monkeypatch):
     assert memcheck.main(["--out", str(tmp_path / "m.json")]) == 1
     found = entries(tmp_path / "m.json")
     assert (
-        found["memcheck"]["said"] == "memcheck: ERROR SUMMARY: 0 errors" and "2 hazards" in found["racecheck"]["said"]
+        found["memcheck"]["summary"] == "memcheck: ERROR SUMMARY: 0 errors"
+        and "2 hazards" in found["racecheck"]["summary"]
     )
 
 
@@ -146,7 +147,7 @@ def test_a_step_that_never_ran_has_no_errors_and_is_not_fine(tmp_path, monkeypat
     monkeypatch.setattr(memcheck.subprocess, "run", run)
     found = dict(memcheck.sanitized(["tasks"]))
     assert next(iter(found)) == "plain" and not any(each["fine"] for each in found.values())
-    assert found["memcheck"]["said"] == "memcheck: ERROR SUMMARY: 0 errors, exit status 1"
+    assert found["memcheck"]["summary"] == "memcheck: ERROR SUMMARY: 0 errors, exit status 1"
 
 
 def test_tools_end_with_the_step(monkeypatch):
@@ -157,7 +158,7 @@ def test_tools_end_with_the_step(monkeypatch):
     monkeypatch.setattr(memcheck.shutil, "which", lambda name: "/bin/compute-sanitizer")
     monkeypatch.setattr(memcheck.subprocess, "run", run)
     found = dict(memcheck.sanitized(["tasks"], time.monotonic() + 10.0))
-    assert "not through" in found["racecheck"]["said"] and not found["racecheck"]["fine"]
+    assert "not through" in found["racecheck"]["summary"] and not found["racecheck"]["fine"]
 
 
 def test_the_counters_of_all_shapes_fit_into_their_step():

@@ -56,7 +56,7 @@ def test_after_nine_minutes_all_of_the_plan_is_home(first):
     jobs = tune.asked(["bf16"], plan.TUNED_HEAD_SIZES, plan.TUNED_DIRECTIONS)
     assert {f"tuning: {job}: {unit}" for job in jobs for unit in ("heat 1", "heat 2", "again")} <= heats
     assert {"counters: bert-base", "counters: llama-8b", "attention: bert-base: flex"} <= found
-    assert {o.said for o in run.outcomes.values() if o.processes} == {"done"} and world.now <= TOTAL_SECONDS["gpu"]
+    assert {o.status for o in run.outcomes.values() if o.processes} == {"done"} and world.now <= TOTAL_SECONDS["gpu"]
 
 
 def test_where_all_takes_half_as_long_again_what_matters_most_is_home():

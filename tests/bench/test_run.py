@@ -55,7 +55,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def said(document):
-    return {step["name"]: step["said"] for step in document["steps"]}
+    return {step["name"]: step["status"] for step in document["steps"]}
 
 
 def test_what_each_step_finds_is_gathered_with_tables_and_provenance(plan):
@@ -139,7 +139,7 @@ def test_a_step_that_dies_or_hangs_goes_on_behind_the_unit_that_it_died_in(plan,
     fine, document = plan(Script("units", "", 60.0, code=code, within=True))
     [outcome] = document["steps"]
     assert fine and outcome["processes"] == 2, (outcome, document["documents"])
-    units = {name: entry["said"] for name, entry in document["documents"]["units"]["units"].items()}
+    units = {name: entry["status"] for name, entry in document["documents"]["units"]["units"].items()}
     assert units == {"a": DONE, "b": DIED, "c": DONE}
 
 
@@ -208,7 +208,7 @@ def test_a_run_that_is_killed_leaves_all_that_was_found(tmp_path):
         process.wait()
     document = json.loads(out.read_text())
     assert document["documents"]["ceilings"]["ceilings"]["flops"] > 0
-    assert {step["said"] for step in document["steps"]} & {"done", "cut off with the run"}
+    assert {step["status"] for step in document["steps"]} & {"done", "cut off with the run"}
 
 
 def test_a_dry_run_without_a_gpu_interprets_kernels(plan, monkeypatch):
@@ -240,7 +240,7 @@ def test_a_run_is_unpacked_to_where_it_is_read(unpacked):
     root = unpacked(
         documents={"growth": {"entries": {}}, "half": None},
         tables={"blocks.json": [{"a": 1}, {"b": 2}], "choice.json": []},
-        steps=[{"name": "tuning", "said": "done"}, {"name": "choose", "said": NO_TIME}],
+        steps=[{"name": "tuning", "status": "done"}, {"name": "choose", "status": NO_TIME}],
     )
     assert [path.name for path in (root / "bench/results/h200").iterdir()] == ["growth.json"]
     assert (root / "kernels/blocks.json").read_text() == '[\n  {"a": 1},\n  {"b": 2}\n]\n'

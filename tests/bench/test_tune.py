@@ -196,7 +196,7 @@ def test_tuning_stops_when_the_time_is_spent(monkeypatch):
     jobs = [Job("bf16", D, "forward") for D in (32, 128, 256)]
     schedule, heats, finished = tuned(monkeypatch, jobs, deadline=25, tried=lambda incumbent: [incumbent])
     assert [job for job, _, _ in finished] == jobs[:2] and [name for name, *_ in heats] == ["minilm", "llama-8b"]
-    assert schedule.said(f"{jobs[2]}: heat 1") == NO_TIME
+    assert schedule.status(f"{jobs[2]}: heat 1") == NO_TIME
 
 
 def test_every_job_has_a_heat_before_any_has_its_second_and_the_best_are_timed_again(monkeypatch):
