@@ -67,19 +67,22 @@ def run(name: str, call: Any, others: Sequence[Tensor | None], launches: Callabl
             launch.run()
         return
     key, tensors = _key(name, call, others)
-    replay = _kept.get(key, _unknown)
-    if replay is _unknown:
-        if len(_kept) >= MOST:
-            _kept.clear()
+    replay = _kept.get(key, _UNKNOWN)
+    if replay is _SEEN_ONCE:
         _kept[key] = _recorded(tensors, launches())
-    elif replay is None:
+    elif isinstance(replay, Replay):
+        replay.run(tensors)
+    else:
+        if replay is _UNKNOWN:
+            if len(_kept) >= MOST:
+                del _kept[next(iter(_kept))]  # the oldest
+            _kept[key] = _SEEN_ONCE
         for launch in launches():
             launch.run()
-    else:
-        replay.run(tensors)
 
 
-_unknown: Any = object()
+_UNKNOWN: Any = object()
+_SEEN_ONCE: Any = object()  # in decoding each token has another length: what does not come again is not recorded
 
 
 def _key(name: str, call: Any, others: Sequence[Tensor | None]) -> tuple[Any, list[Tensor]]:

@@ -1,9 +1,9 @@
 """A backend's forward and backward pass as a pair of PyTorch custom operators, and as an autograd function.
 
-Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them looks on, the
-passes are called through an autograd function, which saves the same tensors and does the same with them: the plumbing
-of an operator with so many arguments takes the host as long as all else. Both take the fields of a call one by one:
-`arguments_of` and `_call_of` translate.
+Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them is active,
+the passes are called through an autograd function, which saves the same tensors and does the same with them: the
+plumbing of an operator with so many arguments takes the host as long as all else. Both take the fields of a call one
+by one: `arguments_of` and `_call_of` translate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from qtuning_fast.call import PrefixAttentionCall
 
@@ -216,11 +215,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _is_unseen(arguments: Iterable[Any]) -> bool:
     """Whether no compiler, tracer, transform, mode or kind of tensor is there that would want to see the operators."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._len_torch_dispatch_stack():  # of this thread
         return False
-    return all(type(x) in _PLAIN and not x.is_meta for x in arguments if isinstance(x, Tensor))
+    return all(type(x) in _PLAIN and _is_what_it_points_to(x) for x in arguments if isinstance(x, Tensor))
+
+
+def _is_what_it_points_to(x: Tensor) -> bool:
+    """Whether kernels that read its memory read its numbers: else the dispatcher makes it so before an operator."""
+    return not (x.is_meta or x.is_neg() or x._is_zerotensor())
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

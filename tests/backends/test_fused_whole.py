@@ -56,8 +56,12 @@ def launched(arguments, call_of, needs=EVERYTHING):
     ],
     ids=lambda options: "-".join(f"{name} {x}" for name, x in options.items()),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=thorough)])
-def test_it_is_as_exact_as_three_launches(assert_accurate, make_call, call_of, options, dtype):
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(dtype, marks=thorough) for dtype in (torch.float16, torch.bfloat16))]
+)
+def test_it_is_as_exact_as_three_launches(assert_accurate, make_call, call_of, request, options, dtype):
+    if dtype == torch.bfloat16:
+        request.getfixturevalue("bfloat16_as_on_nvidia")
     options = BASE | WHOLE | options | {"dtype": dtype}
     assert "backward_whole" in launched(make_call(**options), call_of)
     assert_accurate("fused", **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -327,3 +328,43 @@ def test_gradients_of_what_is_not_used_are_none(make_call, backend):
     output, lse = prefix_attention(**arguments, return_lse=True)
     grads = torch.autograd.grad((lse * other).sum(), [other, arguments["query"]], allow_unused=True)
     assert grads[0] is not None and grads[1] is None and not output._is_view()
+
+
+def test_a_mode_of_this_thread_is_seen_whatever_other_threads_have(arguments):
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with Seen():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(10)
+    with Seen() as seen:
+        leave.set()
+        thread.join()
+        run(arguments)
+    assert seen.operators
+    run(arguments)  # and no mode is left over
+
+
+@pytest.mark.parametrize("name", ["query", "attn_mask", "prefix_bias", "gate_alpha", "d_output"])
+def test_numbers_that_memory_holds_with_the_other_sign(make_call, backend, leaves, name):
+    """`x.conj().imag` and the like share memory with -x; so may the gradient that comes in."""
+    arguments = make_call(**BASE | WHOLE, mask="full float", bias=True) | {"backend": backend}
+    arguments = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+    arguments["value"].requires_grad_()
+    d_output = torch.linspace(-1, 1, 2 * 17 * 16).view(1, 2, 17, 16)
+
+    def results(flipped):
+        given, d = dict(arguments), d_output
+        if flipped and name == "d_output":
+            d = torch._neg_view(-d)
+        elif flipped:
+            given[name] = torch._neg_view(-given[name])
+            assert given[name].is_neg()
+        output = run(given)
+        return output, *torch.autograd.grad(output, given["value"], d)
+
+    assert all(torch.equal(x, y) for x, y in zip(results(True), results(False), strict=True))
