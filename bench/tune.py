@@ -178,6 +178,8 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
         cells += "".join(f"{trial.times[name].median:>15.4f}" for name in names)
         cells += f"{max(t.spread for t in trial.times.values()):>8.4f}"
         lines.append(cells + (" incumbent" if trial is trials[0] else ""))
+    predicted = [f"{t.name()} {ms:.4f} ms" for t in shown if (ms := candidate_ms(t.entry)) is not None]
+    lines.extend([f"  predicted mean: {', '.join(predicted)}"[:120]] if predicted else [])
     lines.extend(f"  {t.name()}: {t.error}"[:120] for t in wrong)
     if trials[0].error:
         lines.append(f"  the incumbent, {trials[0].name()}: {trials[0].error}"[:120])
@@ -186,7 +188,10 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
 
 def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any = None) -> dict[str, Any]:
     """Of all trials, those of a process before this one (`before`, its entry) among them."""
-    own = [asdict(t) | {"mean": None if t.mean() == math.inf else t.mean()} for t in trials]
+    own = [
+        asdict(t) | {"mean": None if t.mean() == math.inf else t.mean(), "predicted": candidate_ms(t.entry)}
+        for t in trials
+    ]
     others = [t for t in (before or {}).get("trials", []) if t["entry"] not in [mine["entry"] for mine in own]]
     return {
         **job._asdict(),

@@ -94,13 +94,20 @@ def test_the_incumbent_stays_within_the_noise_and_goes_when_it_fails():
     assert winner([trial(), close]) is close  # the incumbent was never timed
 
 
-def test_reports_fit_a_terminal():
+def test_reports_fit_a_terminal(monkeypatch):
+    monkeypatch.setattr(tune, "candidate_ms", lambda entry: None)
     trials = [trial(1.0, 2.0, 3.0), trial(0.5, 1.0, 1.5, keys=128, prefix=128, queries=128, warps=8)]
     trials += [trial(error="spills 8 bytes", warps=8), trial(error="wrong: output is off by 1", stages=3)]
     text = tune.report(Job("bf16", 64, "forward"), trials, trials[1])
     assert "2 timed, 1 spill, 1 wrong, 0 otherwise out" in text and "+100.0%" in text and "incumbent" in text
     assert max(map(len, text.splitlines())) <= 120
     json.dumps(tune.as_json(Job("bf16", 64, "forward"), trials, trials[1]), allow_nan=False)
+    assert "predicted mean" not in text
+    monkeypatch.setattr(tune, "candidate_ms", lambda entry: 0.5 if entry.warps == 8 else None)
+    text = tune.report(Job("bf16", 64, "forward"), trials, trials[1])
+    assert f"  predicted mean: {trials[1].name()} 0.5000 ms" in text.splitlines()
+    found = tune.as_json(Job("bf16", 64, "forward"), trials, trials[1])["trials"]
+    assert [each["predicted"] for each in found[:2]] == [None, 0.5]
     failed = [replace(trials[0], error="OutOfMemoryError: ")]
     assert "the incumbent" in tune.report(Job("bf16", 64, "forward"), failed, None)
     json.dumps(tune.as_json(Job("bf16", 64, "forward"), failed, None), allow_nan=False)
