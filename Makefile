@@ -88,7 +88,7 @@ OUT ?= runs/bench
 # What needs a GPU runs from a bare checkout, by the Python that has torch and triton. A rehearsal without a GPU:
 # make bench-gpu DRY=1; some steps: ONLY="tests tuning"
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-BARE = PYTHONPATH=. PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
+BARE = PYTHONPATH=.:$$PYTHONPATH PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
 PLAN = $(BARE) qtuning_fast.bench.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
 test-gpu:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -50,20 +50,27 @@ class Wanted(NamedTuple):
     name: str
     seconds: float  # that are expected of it, on one core
     make: Callable[[], Any]
-    alone: bool = False  # whether it has no GPU to wait for, and makes way for those that have
+    needs_no_gpu: bool = False  # whether it has no GPU to wait for, and makes way for those that have
 
 
 def wanted(plan_name: str) -> list[Wanted]:
-    """What a plan runs, in the order in which it is missed most."""
+    """What a plan runs, most needed first."""
     if plan_name == "gpu-second":
         long = [SHAPES[name] for name in plan.LONG]
-        return [*of_peers(plan.LONG, COMPILED), *of_kernels((*long, *choose.training_shapes("cuda")))]
-    first = [*of_peers(plan.SHAPES, COMPILED), *of_peers((*plan.SHAPES, *plan.DECODING), plan.OURS)]
-    return [*first, *of_candidates(), *of_peers(plan.LONG, COMPILED)]
+        peers = of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)
+        return [*peers, *of_kernels((*long, *choose.training_shapes("cuda")))]
+    shapes_run = (*plan.SHAPES, *plan.DECODING)
+    first = [*of_peers(plan.SHAPES, plan.PEERS, COMPILED), *of_peers(shapes_run, plan.PEERS, plan.OURS)]
+    return [
+        *first,
+        *of_candidates(),
+        *of_peers(*plan.GATE_TRAINED, COMPILED),
+        *of_peers(plan.LONG, plan.LONG_PEERS, COMPILED),
+    ]
 
 
-def of_peers(names: Sequence[str], peers: Sequence[str]) -> list[Wanted]:
-    """Peers of a plan that are compiled, by being run once."""
+def of_peers(names: Sequence[str], peers: Sequence[str], chosen: Collection[str]) -> list[Wanted]:
+    """Those of some shapes' peers that are chosen: they are compiled by being run once."""
     return [
         Wanted(
             f"{name}: {peer}",
@@ -71,8 +78,8 @@ def of_peers(names: Sequence[str], peers: Sequence[str]) -> list[Wanted]:
             partial(compile_peer, SHAPES[name], peer),
         )
         for name in names
-        for peer in (plan.LONG_PEERS if name in plan.LONG else plan.PEERS)
-        if peer in peers
+        for peer in peers
+        if peer in chosen
     ]
 
 
@@ -83,7 +90,7 @@ def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
             f"{shape.name}: launch {number}",
             KERNEL + LAUNCHER,
             partial(compile_kernel, SM_90, shape, number),
-            alone=True,
+            needs_no_gpu=True,
         )
         for shape in on_shapes
         for number in range(MOST_LAUNCHES)
@@ -93,14 +100,14 @@ def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
 def of_candidates() -> list[Wanted]:
     """Blocks that tuning tries, the most promising of each job first."""
     jobs = asked(["bf16"], plan.TUNED_HEAD_SIZES, plan.TUNED_DIRECTIONS)
-    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)), job.direction)) for job in jobs]
+    tried = [(job, in_order(candidates(incumbent_of(SM_90, job)))) for job in jobs]
     found = []
     for rank in range(max(len(entries) for _, entries in tried)):
         for job, entries in tried:
             if rank < len(entries):
                 on = shapes_of(job.head_size, job.direction)
                 make = partial(compile_for, SM_90, DTYPES[job.dtype], entries[rank], on)
-                found.append(Wanted(f"{job}: {rank}", KERNEL * len(on), make, alone=True))
+                found.append(Wanted(f"{job}: {rank}", KERNEL * len(on), make, needs_no_gpu=True))
     return found
 
 
@@ -156,7 +163,7 @@ def compile_kernels(deadline: float = math.inf) -> dict[str, Any]:
     """All that both plans run of ours, for a GPU that is not there: what each took, or its error."""
     found: dict[str, Any] = {}
     shapes_run = [SHAPES[name] for name in (*plan.SHAPES, *plan.DECODING)]
-    own = [each for each in (*wanted("gpu"), *wanted("gpu-second")) if each.alone]
+    own = [each for each in (*wanted("gpu"), *wanted("gpu-second")) if each.needs_no_gpu]
     in_processes([*of_kernels(shapes_run), *own], deadline, lambda name, said: found.update({name: said}))
     return found
 
@@ -167,7 +174,7 @@ def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, 
     own = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # in each process, which are many already
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
     with patch.dict(os.environ, own), spawn.Pool(workers, _start) as pool:
-        waiting = {job.name: pool.apply_async(_make, (job.make, job.alone)) for job in jobs}
+        waiting = {job.name: pool.apply_async(_make, (job.make, job.needs_no_gpu)) for job in jobs}
         while waiting and time.monotonic() < deadline:
             for name in [name for name, result in waiting.items() if result.ready()]:
                 try:
@@ -183,10 +190,10 @@ def _start() -> None:
     settle()
 
 
-def _make(make: Callable[[], Any], alone: bool) -> Any:
-    if alone and os.nice(0) < NICENESS:
+def _make(make: Callable[[], Any], needs_no_gpu: bool) -> Any:
+    if needs_no_gpu and os.nice(0) < NICENESS:
         os.nice(NICENESS)
-    if not alone and torch.cuda.is_available():
+    if not needs_no_gpu and torch.cuda.is_available():
         triton.runtime.driver.reset_active()  # what was compiled before may have been for a GPU that is not there
     return make()
 
@@ -204,14 +211,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     results = Results("ahead", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
-    jobs = [job for job in wanted(options.plan) if job.alone or default_device() == "cuda"]
+    jobs = [job for job in wanted(options.plan) if job.needs_no_gpu or default_device() == "cuda"]
     if options.dry_run:
-        jobs = [] if INTERPRETED else [job for job in jobs if job.alone][:1]
+        jobs = [] if INTERPRETED else [job for job in jobs if job.needs_no_gpu][:1]
     started, done = time.monotonic(), dict[str, Any]()
 
     def heard(name: str, said: Any) -> None:
         done[name] = said or {}
-        results.add("compiled", {"jobs": len(jobs), "said": f"{len(done)} of {len(jobs)} compiled", "each": done})
+        results.add("compiled", {"jobs": len(jobs), "summary": f"{len(done)} of {len(jobs)} compiled", "each": done})
 
     in_processes(jobs, options.deadline, heard)
     print(f"{len(done)} of {len(jobs)} compiled in {time.monotonic() - started:.0f} s", flush=True)

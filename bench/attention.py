@@ -14,7 +14,7 @@ gradients.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 
 from qtuning_fast.bench import tables
 from qtuning_fast.bench.carried import settle
+from qtuning_fast.bench.expected import IN_TURNS
 from qtuning_fast.bench.floors import Ceilings, measured_ceilings
 from qtuning_fast.bench.measure import (
     QUICK,
@@ -37,6 +38,7 @@ from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.schedule import DONE
 from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINIES
+from qtuning_fast.bench.timing import first_line
 
 ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "flex-approx")
 IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
@@ -84,41 +86,72 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
     one = partial(measure, device=default_device(), ceilings=ceilings, turns=turns, peaks=peaks)
     home = at_home(options.rest_of)
-    jobs = {
-        shape.name: partial(one, shape, [peer for peer in peers if f"{shape.name}: {peer}" not in home])
-        for shape in chosen
-        if any(f"{shape.name}: {peer}" not in home for peer in peers)
-    }
+    names = most_missing_first([shape.name for shape in chosen], home)
+    jobs = {name: partial(one, SHAPES[name], peers) for name in names if is_missing(name, peers, home)}
     if within:
         schedule, entries = results.schedule(options.deadline), results.document["entries"]
         jobs = {
             name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
             for name, job in jobs.items()
         }
-    return measure_each(results, jobs, tables.attention, apart=not within)
+    return measure_each(results, jobs, tables.attention, each_apart=not within)
+
+
+def is_missing(shape: str, peers: Sequence[str], home: Collection[str]) -> bool:
+    """Whether a shape is to be measured: all of it again, if only a row or the turns are missing.
+
+    Times of peers that did not take turns do not compare.
+    """
+    return any(f"{shape}: {unit}" not in home for unit in (*peers, IN_TURNS))
+
+
+def most_missing_first(shapes: Sequence[str], home: Collection[str]) -> list[str]:
+    """Those whose peers have not taken turns before those that lack a row; else as they are."""
+    return sorted(shapes, key=lambda shape: f"{shape}: {IN_TURNS}" in home)
 
 
 def at_home(earlier: Path | None) -> set[str]:
     """The units that an earlier run has brought home; none where its file is not there."""
     if earlier is None or not earlier.exists():
         return set()
-    units = json.loads(earlier.read_text()).get("units", {})
-    return {name for name, entry in units.items() if entry["said"] == DONE}
+    document = json.loads(earlier.read_text())
+    alone = {
+        f"{shape}: {peer}"
+        for shape, entry in document["entries"].items()
+        for peer, row in entry["rows"].items()
+        if not row.get("turns") and not row["error"]  # its process died before it took turns with the others
+    }
+    return {name for name, entry in document["units"].items() if entry["status"] == DONE} - alone
 
 
 def begin(
     question: str, out: Path, arguments: Sequence[str], known: Path | None = None, *, going_on: bool = False
-) -> tuple[Results, Ceilings]:
-    """The file, with the device's ceilings in it, and a heading on the screen."""
-    device = default_device()
-    if known is not None and known.exists():
-        ceilings = Ceilings(**json.loads(known.read_text())["ceilings"])
-    else:
-        ceilings = in_a_process(measured_ceilings, torch.device(device))
-    results = Results(question, out, device, arguments, going_on=going_on, ceilings=asdict(ceilings))
-    rates = f"copying {ceilings.copied / 1e12:.3f} TB/s, reading {ceilings.read / 1e12:.3f} TB/s"
-    print(f"{results.heading()}\nceilings: {ceilings.flops / 1e12:.2f} TFLOP/s, {rates}", flush=True)
+) -> tuple[Results, Ceilings | None]:
+    """The file, with the device's ceilings in it, and a heading on the screen.
+
+    None where the ceilings cannot be measured: rows without floors are worth having.
+    """
+    device, ceilings, status = default_device(), known_ceilings(known), ""
+    if ceilings is None:
+        try:
+            ceilings = in_a_process(measured_ceilings, torch.device(device))
+        except Exception as error:
+            status = f"not measured, {first_line(error)}"
+    if ceilings is not None:
+        rates = f"copying {ceilings.copied / 1e12:.3f} TB/s, reading {ceilings.read / 1e12:.3f} TB/s"
+        status = f"{ceilings.flops / 1e12:.2f} TFLOP/s, {rates}"
+    found = None if ceilings is None else asdict(ceilings)
+    results = Results(question, out, device, arguments, going_on=going_on, ceilings=found)
+    print(f"{results.heading()}\nceilings: {status}", flush=True)
     return results, ceilings
+
+
+def known_ceilings(known: Path | None) -> Ceilings | None:
+    """What a step before this one has measured; None where it has not, or was cut off before it had."""
+    if known is None or not known.exists():
+        return None
+    found = json.loads(known.read_text()).get("ceilings")
+    return Ceilings(**found) if found else None
 
 
 def default_peers(device: str) -> list[str]:

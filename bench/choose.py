@@ -82,7 +82,7 @@ def measure(
     points = []
     for unit in units(shapes_measured):
         shape = unit.of
-        if not schedule.begins(unit.name, unit.seconds):
+        if not schedule.may_begin(unit.name, unit.seconds):
             continue
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     found = rules(device, points, results.measured())
     print(*found, sep="\n")
-    if not options.dry_run and NO_TIME not in (entry["said"] for entry in schedule.log.values()):
+    if not options.dry_run and NO_TIME not in (entry["status"] for entry in schedule.log.values()):
         others = [rule for rule in choice.TABLE if rule.device != found[0].device]
         choice.write([*found, *others])
     return 0

@@ -36,6 +36,7 @@ FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torc
 HOST_MS = 2.0  # of a step in Python, where the GPU is faster; measured 1.0, on this machine
 CHECK = 0.3  # seconds of a peer's outputs and gradients beside float64; assumed
 PEAK = 0.5  # seconds of a step whose memory is counted; assumed
+IN_TURNS = "in turns"  # the unit of a shape in which its peers take turns
 SETS_BYTES = 150e6  # the sets of inputs together hold so much, three times the last cache
 
 
@@ -67,10 +68,25 @@ def step_ms(shape: Shape, peer: str = "fused") -> float:
     return ms * next((factor for name, factor in OVER_FUSED.items() if peer.startswith(name)), 1.0)
 
 
+def predicted_ms(shape: str, device: str) -> dict[str, float]:
+    """Milliseconds of "fused", forward and step, as predicted for a device ("h100"); empty: nothing is."""
+    found = [row for row in _rows(f"{device}.json") if row["shape"] == shape]
+    names, ms = [row["kernel"] for row in found], [row["microseconds"] / 1e3 for row in found]
+    if "forward" not in names:
+        return {}
+    return {"forward": sum(ms[: names.index("forward") + 1]), "step": sum(ms)}
+
+
 def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
-    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all."""
-    found = [Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer) for peer in peers]
-    found.append(Unit(f"{shape.name}: in turns", turns_seconds(shape, peers, turns), "turns"))
+    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all.
+
+    A row begins only where the turns still fit after it: rows that were timed alone do not compare.
+    """
+    found = [
+        Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer, turns_seconds(shape, peers[:count], turns))
+        for count, peer in enumerate(peers, start=1)
+    ]
+    found.append(Unit(f"{shape.name}: {IN_TURNS}", turns_seconds(shape, peers, turns), "turns"))
     asked = [peer for peer in peers if peaks is None or peer in peaks]
     return found + [Unit(f"{shape.name}: memory, {peer}", PEAK, "memory", peer) for peer in asked]
 
@@ -107,7 +123,7 @@ def heat_seconds(on_shapes: Sequence[Shape], candidates: int, rounds: int) -> fl
     return sum(0.3 + candidates * (0.1 + (rounds + 4) * _calls_seconds(shape, "fused") / 3) for shape in on_shapes)
 
 
-def candidate_ms(entry: Blocks, direction: str) -> float | None:
+def candidate_ms(entry: Blocks) -> float | None:
     """What is predicted of a candidate of tuning; None: nothing, and the order of the table stands."""
     return _candidates().get(tuple(getattr(entry, name) for name in ENTRY))
 

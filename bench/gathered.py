@@ -5,7 +5,6 @@ that was found by then.
 """
 
 import json
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_fast.bench import tables
-from qtuning_fast.bench.results import ROOT, TABLES, provenance, write_json
+from qtuning_fast.bench.results import ROOT, TABLES, device_folder, provenance, write_json
+from qtuning_fast.bench.schedule import NO_TIME
 
-NOT_BEGUN, NO_TIME = "not begun", "left out: no time"
+NOT_BEGUN = "not begun"
 MEASURED_BY = {"blocks.json": "tuning", "choice.json": "choose"}  # which step writes a table
 Document = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Outcome:
     """What became of a step."""
 
     name: str
-    said: str = NOT_BEGUN
+    status: str = NOT_BEGUN
     seconds: float = 0.0
     processes: int = 0  # more than one where it died and went on
 
@@ -66,6 +66,11 @@ class Gathered:
         """The log of a step's units (`schedule.py`), as far as it has one."""
         return (self._documents.get(step) or {}).get("units", {})
 
+    def verdict(self, step: str) -> str | None:
+        """What a step has found to be wrong; empty: nothing, None: it has not said so yet (`first.py`)."""
+        found: str | None = (self._documents.get(step) or {}).get("entries", {}).get("verdict", {}).get("wrong")
+        return found
+
     def _read(self, path: Path, known: Any) -> Any:
         """What a file holds; what it held where it has not changed or is being written."""
         with suppress(FileNotFoundError, json.JSONDecodeError):
@@ -89,14 +94,14 @@ def device() -> Mapping[str, Any] | str:
 def summary(document: Document) -> str:
     """Steps, what the first of them found, and headlines, at most 120 columns wide."""
     lines = [f"\n=== {document['plan']}, {document['device']['name']}, {document['date']} ==="]
-    lines += [f"  {step['name']:<16}{step['seconds']:>8.1f} s  {step['said']}" for step in document["steps"]]
+    lines += [f"  {step['name']:<16}{step['seconds']:>8.1f} s  {step['status']}" for step in document["steps"]]
     for name, found in document["documents"].items():
         entries = (found or {}).get("entries", {})
         for entry in entries.values():
-            if "floor_ms" in entry:
+            if "shape" in entry and "rows" in entry:
                 lines.extend(tables.headline(entry))
-            elif "said" in entry:
-                lines.append(f"  {name}: {entry['said']}"[: tables.WIDTH])
+            elif "summary" in entry:
+                lines.append(f"  {name}: {entry['summary']}"[: tables.WIDTH])
     return "\n".join(lines)
 
 
@@ -111,7 +116,7 @@ def unpack(source: Path) -> list[Path]:
     if document["dry_run"]:
         raise SystemExit(f"{source} is of a dry run, which measures nothing")
     written = []
-    for name, content in document["documents"].items():
+    for name, content in sorted(document["documents"].items()):  # a question before what adds to it
         if content is None:  # it was being written at the last moment
             continue
         path = results / f"{name.partition('-')[0]}.json"
@@ -120,7 +125,7 @@ def unpack(source: Path) -> list[Path]:
             content = merged(json.loads(path.read_text()), content)
         path.write_text(json.dumps(content, indent=1) + "\n")
         written.append(path)
-    begun = {step["name"] for step in document["steps"] if step["said"] not in (NOT_BEGUN, NO_TIME)}
+    begun = {step["name"] for step in document["steps"] if step["status"] not in (NOT_BEGUN, NO_TIME)}
     for name, content in document["tables"].items():
         if MEASURED_BY[name] not in begun:  # it is the one that the run found
             continue
@@ -135,17 +140,14 @@ def merged(known: Document, added: Document) -> Document:
     entries = dict(known["entries"])
     for name, entry in added["entries"].items():
         rows = entries.get(name, {}).get("rows", {}) | {
-            n: r for n, r in entry.get("rows", {}).items() if not _left_out(r)
+            n: r
+            for n, r in entry.get("rows", {}).items()
+            if not _is_worse(r, known["entries"].get(name, {}).get("rows", {}).get(n))
         }
         entries[name] = entries.get(name, entry) | ({"rows": rows} if rows else {})
     return known | {"entries": entries, "units": known.get("units", {}) | added.get("units", {})}
 
 
-def _left_out(row: Document) -> bool:
-    return row.get("error", "") == NO_TIME
-
-
-def device_folder(device: Mapping[str, Any]) -> str:
-    """As short as people say it: "cpu", "h100", "h200"."""
-    model = re.search(r"[A-Z]+\d+", device["name"])
-    return "cpu" if device["type"] == "cpu" else (model[0] if model else device["name"].replace(" ", "-")).lower()
+def _is_worse(row: Document, known: Document | None) -> bool:
+    """Whether a row was left out, or timed alone where the known one took turns with others."""
+    return row.get("error", "") == NO_TIME or bool(known and known.get("turns") and not row.get("turns"))

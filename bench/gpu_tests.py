@@ -3,10 +3,10 @@
     python -m qtuning_fast.bench.gpu_tests --out FILE                   all of them
     python -m qtuning_fast.bench.gpu_tests --part telling --out FILE    without most of those in float32
 
-FILE counts the tests as they end, and names each one that failed with the first line of why. Those that tell most come
-first. Kernels in IEEE float32 compile for twenty seconds each, twenty times as long as others: of their tests three
-are among those that tell. The harness that takes times is tested alone, since processes that share a GPU disturb each
-other.
+FILE counts the tests as they end, and names each one that failed with the first line of why. The most informative tests
+come first. Kernels in IEEE float32 compile for twenty seconds each, twenty times as long as others: three of their
+tests are in the part "telling". The harness that takes times is tested alone, since processes that share a GPU disturb
+each other.
 """
 
 import argparse
@@ -122,8 +122,9 @@ def run(
         "-p",
         __spec__.name,
     ]
+    own = {PART: part, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each process, which are many already
     processes = [
-        subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | {LOG: str(log), PART: part})
+        subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | own | {LOG: str(log)})
         for arguments, log in zip(shards, logs)
     ]
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -174,8 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         def heard(found: dict[str, Any], name: str = name, started: float = started) -> None:
             counts = found.get("passed", 0), len(found["failures"]), found.get("skipped", 0)
-            said = "{} passed, {} failed, {} skipped".format(*counts)
-            results.add(name, found | {"said": said, "seconds": round(time.perf_counter() - started, 1)})
+            summary = "{} passed, {} failed, {} skipped".format(*counts)
+            results.add(name, found | {"summary": summary, "seconds": round(time.perf_counter() - started, 1)})
 
         with tempfile.TemporaryDirectory() as folder:
             found = run(plan, Path(folder), heard, part=options.part, deadline=options.deadline)

@@ -104,7 +104,7 @@ def measure(
 
     for unit in units(of, shapes, peers, turns):
         size, shape = unit.of, shapes[unit.of]
-        if not schedule.begins(unit.name, unit.seconds):
+        if not schedule.may_begin(unit.name, unit.seconds):
             continue
         torch._dynamo.reset()  # else the eighth size would not be compiled any more
         cases = {peer: (shape, peer) for peer in peers}
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
             name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
             for name, job in jobs.items()
         }
-    return measure_each(results, jobs, tables.growth, apart=not within)
+    return measure_each(results, jobs, tables.growth, each_apart=not within)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """One shape, peer by peer: first what it computes, then how long it takes and how much memory."""
 
 import gc
-import math
 import multiprocessing
 import sys
 import time
@@ -21,7 +20,7 @@ from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdi
 from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.memory import peak, too_large
 from qtuning_fast.bench.peers import PEERS, Prepared
-from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.results import Results, device_folder
 from qtuning_fast.bench.schedule import RESTART, Schedule
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import (
@@ -51,6 +50,7 @@ class Row:
     forward: Measurement = field(default_factory=Measurement)
     backward: Measurement = field(default_factory=Measurement)
     step: Measurement = field(default_factory=Measurement)
+    turns: bool = False  # whether it took turns with the other rows; else it was timed alone
     peak: int | None = None  # bytes that a step, or a forward pass, takes at the most beyond its inputs
     error: str = ""  # what it cannot do, or does wrong
 
@@ -86,6 +86,7 @@ def measure(
         "dtype": str(dtype).removeprefix("torch."),
         **({} if ceilings is None else floors(shape, dtype, ceilings)),
         **backends_for(shape, device, dtype),
+        **predicted(shape, device),
     }
 
     def by_now() -> dict[str, Any]:
@@ -93,14 +94,16 @@ def measure(
         return entry | {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
 
     for unit in expected.rows(shape, peers, turns, peaks):
-        peer, begins = unit.of, schedule.begins(unit.name, unit.seconds)
+        if unit.kind == "turns" and not side.ready:
+            continue
+        peer, begins = unit.of, schedule.may_begin(unit.name, unit.seconds, unit.reserve)
         if unit.kind == "row":
             asked.add(peer)
             if begins:
                 before.pop(peer, None)
                 side.one(peer, alone=wrote is not None)
             elif peer not in before:
-                side.rows[peer].error = schedule.said(unit.name)
+                side.rows[peer].error = schedule.status(unit.name)
         elif unit.kind == "turns" and begins:
             side.all()
         elif unit.kind == "memory" and begins and peer not in before and side.timed(peer):
@@ -161,6 +164,13 @@ class SideBySide:
         if torch.device(self.device).type == "cuda":
             give_back()  # what the checks took, for the graphs
         self._take_times(list(self.cases), self._setups, self.turns)
+        for name in self.cases:
+            self.rows[name].turns = f"{name} forward" in self._setups
+
+    @property
+    def ready(self) -> bool:
+        """Whether some peer may be timed."""
+        return bool(self._setups)
 
     def timed(self, name: str) -> bool:
         """Whether a peer has done all that is asked of it."""
@@ -257,38 +267,41 @@ def floors(shape: Shape, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, An
     }
 
 
+def predicted(shape: Shape, device: str) -> dict[str, Any]:
+    """What was predicted of "fused" before it was measured, where a prediction is of this GPU and this shape."""
+    if torch.device(device).type != "cuda":
+        return {}
+    gpu = device_folder({"type": "cuda", "name": torch.cuda.get_device_name()})
+    ms = expected.predicted_ms(shape.name, gpu)
+    return {"predicted_ms": {"fused": ms}} if ms else {}
+
+
 def measure_each(
     results: Results,
     jobs: Mapping[str, Callable[[], dict[str, Any]]],
     table: Callable[[dict[str, Any]], str],
     *,
-    seconds: float = math.inf,
-    apart: bool = True,
+    each_apart: bool = True,
 ) -> int:
     """Entry after entry into the file and onto the screen.
 
     Args:
         jobs: by the entry's name, what makes it; other processes must be able to load it.
         table: an entry as text.
-        seconds: after so many no entry is begun.
-        apart: each in a process of its own; else all in this one, which starts once and is ended by what breaks it.
+        each_apart: each in a process of its own; else all in this one, which starts once and which an error may end.
 
     Returns the exit status: 1 if some entry could not be had.
     """
-    started = time.perf_counter()
     for name, job in tqdm(jobs.items(), disable=None):
-        if time.perf_counter() - started > seconds:
-            results.fail(name, "left out: the time was spent")
-            continue
         try:
-            entry = in_a_process(job) if apart else job()
+            entry = in_a_process(job) if each_apart else job()
         except Exception as error:  # one that died, too; the others go on
             results.fail(name, first_line(error))
             continue
         results.add(name, entry)
         tqdm.write(f"\n{table(entry)}")
         sys.stdout.flush()
-        if not apart:
+        if not each_apart:
             _forget()
     return results.finish()
 
@@ -311,12 +324,17 @@ def default_device() -> str:
 
 def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """In a process of its own: what breaks a CUDA context, or takes memory, does so for this one only."""
-    method = "spawn" if sys.platform == "win32" else "forkserver"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])  # forks of a process that has PyTorch and has computed nothing
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=apart()) as pool:
         return pool.submit(function, *arguments, **options).result()
+
+
+def apart() -> Any:
+    """What starts processes: forks of one that has PyTorch and has computed nothing, where there are forks."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _prepared(

@@ -1,8 +1,7 @@
 """What the plans of `bench.run` hold: which steps, in which order, in how many seconds, and what runs beside what.
 
-The order is that of what a step is worth. A step's seconds are its share of the plan: what it does not use goes to
-those after it, and it is told a deadline, not a limit of its own. Within a step units follow each other likewise
-(`schedule.py`).
+The order is that of what a step is worth. A step's seconds are its share of the plan. Unused time goes to later steps.
+Each step gets a deadline. Within a step units follow each other likewise (`schedule.py`).
 """
 
 import sys
@@ -24,10 +23,9 @@ class Step:
     rehearsal: tuple[str, ...] = ("--dry-run",)  # its arguments in a dry run, in place of the others
     out: str = "--out"  # the option that takes the file it writes
     within: bool = False  # whether it takes --deadline, and goes on where a process before it has died
-    beside: tuple["Step", ...] = ()  # what runs at the same time, and is ended with it
+    concurrent: tuple["Step", ...] = ()  # what runs at the same time, and is ended with it
     otherwise: "Step | None" = None  # what has all the rest of the plan when this one fails
     ceilings: bool = False  # whether it takes --ceilings, the file of the step of that name
-    compiles_only: bool = False  # needs the compiler, which Triton's interpreter would stand in for
 
     def command(self, folder: Path, deadline: float, *, dry_run: bool) -> list[str]:
         given = list(self.rehearsal if dry_run else self.arguments)
@@ -43,20 +41,21 @@ def all_steps(plan: tuple[Step, ...]) -> Iterator[Step]:
     """Those of a plan, with those beside them and those for when they fail."""
     for step in plan:
         yield step
-        yield from step.beside
+        yield from step.concurrent
         if step.otherwise is not None:
             yield step.otherwise
 
 
-# Shapes and peers, the most important first.
+# Shapes and peers, the most important first; those that torch.compile may take long for come last.
 SHAPES = ("bert-base", "bert-base-512", "vit-b16", "llama-8b", "minilm")
 PEERS = (
-    *("fused", "fused-frozen-gate", "flex-frozen-gate", "sdpa", "composed", "flex-merged"),
-    *("sdpa-no-concat", "eager", "fused-plain"),
+    *("fused", "sdpa", "sdpa-no-concat", "composed", "fused-plain", "eager"),
+    *("fused-frozen-gate", "flex-frozen-gate", "flex-merged", "reference"),
 )
-DECODING, DECODERS = ("decode-64", "decode-64-mixed"), ("composed", "fused", "sdpa-no-concat")
+DECODING, DECODERS = ("decode-64", "decode-64-mixed", "decode-256"), ("composed", "fused", "sdpa-no-concat")
 LONG = ("llama-8b-4096", "long")
-LONG_PEERS = ("composed", "sdpa", "context-alone", "composed-frozen-gate", "flex-frozen-gate", "flex-merged", "eager")
+LONG_PEERS = ("composed", "sdpa", "context-alone", "composed-frozen-gate", "eager", "flex-frozen-gate", "flex-merged")
+GATE_TRAINED = ("bert-base",), ("flex",)  # a row that says why FlexAttention's gate is frozen elsewhere
 TUNED_HEAD_SIZES, TUNED_DIRECTIONS = (64, 128), ("keys", "whole", "queries", "forward")
 OURS = ("fused", "fused-frozen-gate", "composed", "fused-plain")
 
@@ -89,9 +88,9 @@ PLANS: dict[str, tuple[Step, ...]] = {
             125,
             arguments=("--part", "telling"),
             within=True,
-            beside=(
+            concurrent=(
                 Step("ahead", "ahead", 0, arguments=("--plan", "gpu"), within=True),
-                Step("memcheck", "memcheck", 0),
+                Step("memcheck", "memcheck", 0, within=True),
             ),
         ),
         _CEILINGS,
@@ -102,18 +101,25 @@ PLANS: dict[str, tuple[Step, ...]] = {
         ),
         replace(_DECODE, arguments=("--quick", "--shape", *DECODING, "--peer", *DECODERS)),
         Step(
-            "tuning", "tune", 120, arguments=("--head-size", "64", "128", "--direction", *TUNED_DIRECTIONS), within=True
+            "tuning", "tune", 112, arguments=("--head-size", "64", "128", "--direction", *TUNED_DIRECTIONS), within=True
         ),
         Step("counters", "counters", 45),
+        replace(
+            _ATTENTION,
+            name="attention-gate",
+            seconds=8,
+            arguments=("--quick", "--shape", *GATE_TRAINED[0], "--peer", *GATE_TRAINED[1]),
+            rehearsal=("--dry-run", "--peer", "composed", "--shape", "tiny"),
+        ),
     ),
     "gpu-second": (
         # What the first call has compiled is there still, if it is the same machine, and this step ends at once.
-        Step("ahead", "ahead", 55, arguments=("--plan", "gpu-second"), within=True),
+        Step("ahead", "ahead", 47, arguments=("--plan", "gpu-second"), within=True),
         replace(_CEILINGS, seconds=8),
         replace(
             _ATTENTION,
             name="attention-rest",
-            seconds=15,
+            seconds=32,
             arguments=("--quick", "--shape", *SHAPES, "--peer", *PEERS, "--rest-of", str(RUNS / "gpu/attention.json")),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-bias"),
         ),
@@ -124,11 +130,11 @@ PLANS: dict[str, tuple[Step, ...]] = {
             arguments=("--quick", "--shape", *LONG, "--peer", *LONG_PEERS),
             rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-causal"),
         ),
-        Step("choose", "choose", 30, rehearsal=("--dry-run", "--rounds", "2"), within=True),
+        Step("choose", "choose", 25, rehearsal=("--dry-run", "--rounds", "2"), within=True),
         Step(
             "growth",
             "growth",
-            24,
+            20,
             arguments=("--peer", "fused", "composed", "eager", "sdpa", "--with", "N", "P", "tasks"),
             rehearsal=("--dry-run", "--peer", "composed", "--with", "B", "tasks"),
             within=True,

@@ -59,10 +59,9 @@ def over_context(shape: str, peer: str, documents: Documents) -> float | None:
     if entry is None:
         return None
     rows, sizes = entry["rows"], entry["shape"]
-    alone = [median(row, "step") for name, row in rows.items() if name.startswith("context-alone")]
-    times = [ms for ms in alone if ms]
-    ours = median(rows[peer], "step") if peer in rows else None
-    return ours / (min(times) * (1 + 2 * sizes["P"] / sizes["N"])) if ours and times else None
+    alone = [ratio(rows.get(peer), row, "step") for name, row in rows.items() if name.startswith("context-alone")]
+    ratios = [x for x in alone if x]
+    return max(ratios) / (1 + 2 * sizes["P"] / sizes["N"]) if ratios else None
 
 
 def of_ceiling(shape: str, peer: str, documents: Documents) -> float | None:
@@ -70,7 +69,9 @@ def of_ceiling(shape: str, peer: str, documents: Documents) -> float | None:
     document = documents.get("attention", {})
     entry = document.get("entries", {}).get(shape)
     ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
-    return entry["work"]["forward"]["flops"] / ms * 1e3 / document["ceilings"]["flops"] if entry and ms else None
+    if not ms or "work" not in entry:  # without ceilings there are no floors
+        return None
+    return entry["work"]["forward"]["flops"] / ms * 1e3 / document["ceilings"]["flops"]
 
 
 def floor_beside(shape: str, peers: tuple[str, ...], documents: Documents) -> str:
@@ -88,7 +89,7 @@ def of_floor(shape: str, peer: str, documents: Documents) -> float | None:
     """The share of the time that the bytes needed would take at the bandwidth that was measured."""
     entry = documents.get("decode", {}).get("entries", {}).get(shape)
     ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
-    return entry["floor_ms"]["forward"][0] / ms if entry and ms else None
+    return entry["floor_ms"]["forward"][0] / ms if ms and "floor_ms" in entry else None
 
 
 def flatness(figure: str, documents: Documents) -> float | None:
@@ -130,7 +131,6 @@ def _fused_on_gpu() -> list[Promise]:
 
     for shape in ("bert-base", "vit-b16", "minilm", "bert-base-512", "llama-8b"):
         promise(shape, "flex-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.5)
-        promise(shape, "flex-approx-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.0)
         promise(shape, "flex-merged", "fused", AT_LEAST, 1.0)
         if shape != "llama-8b":
             promise(shape, "reference", "fused", AT_LEAST, 4.0)
@@ -146,7 +146,6 @@ def _composed_on_gpu() -> list[Promise]:
         found.append(Promise(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
         for peer, ours, bound in (
             ("flex-frozen-gate", "composed-frozen-gate", 1.5),
-            ("flex-approx-frozen-gate", "composed-frozen-gate", 1.0),
             ("flex-merged", "composed", 1.0),
         ):
             figure = partial(time_ratio, shape, peer, ours)

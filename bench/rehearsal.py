@@ -14,7 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from qtuning_fast.bench import ahead, attention, choose, expected, gpu_tests, growth, plan, run, tune
+from qtuning_fast.bench import (
+    ahead,
+    attention,
+    choose,
+    counters,
+    expected,
+    gpu_tests,
+    growth,
+    memcheck,
+    plan,
+    run,
+    tune,
+)
 from qtuning_fast.bench.ahead import COMPILED
 from qtuning_fast.bench.candidates import candidates
 from qtuning_fast.bench.measure import QUICK
@@ -141,13 +153,14 @@ def _why(world: World, step: Step, deadline: float) -> Work:
     from qtuning_fast.bench.why import CASES, variants
 
     yield from world.starts()
+    yield HOST, expected.IMPORTS
+    world.row("why: compiled")  # by `first` already
+    yield from _sanitizers(world, "why")
     for name in (*(case.name for case in CASES), *(name for name, _ in variants())):
         yield GPU, expected.CONTEXT + 1.0
         yield HOST, 4 * (expected.KERNEL + expected.LAUNCHER)
         world.row(f"why: {name}")
-    for name in ("compiled", "memcheck", "racecheck"):
-        yield HOST, 60.0
-        world.row(f"why: {name}")
+    return 1  # type: ignore[return-value]
 
 
 # Tests: (what their names hold, how many, how many kernels of ours each compiles)
@@ -206,8 +219,8 @@ def _ahead(world: World, step: Step, deadline: float) -> Work:
         yield HOST, expected.IMPORTS
         yield GPU, expected.CONTEXT
         for job in waiting:
-            there = job.name in world.compiled or (job.alone and world.machine.carried)
-            yield NICE if job.alone else HOST, 0.2 if there else job.seconds
+            there = job.name in world.compiled or (job.needs_no_gpu and world.machine.carried)
+            yield NICE if job.needs_no_gpu else HOST, 0.2 if there else job.seconds
             world.compiled.add(job.name)
 
     yield HOST, expected.IMPORTS
@@ -219,9 +232,18 @@ def _ahead(world: World, step: Step, deadline: float) -> Work:
 
 
 def _memcheck(world: World, step: Step, deadline: float) -> Work:
-    for tool in ("memcheck", "racecheck"):
-        yield HOST, 45.0  # assumed: a tenth of the speed
-        world.row(f"memcheck: {tool}")
+    yield HOST, expected.IMPORTS
+    yield from _sanitizers(world, "memcheck")
+
+
+def _sanitizers(world: World, step: str) -> Iterator[tuple[str, float]]:
+    """A plain step, which compiles, then both tools at the same time."""
+    yield from world.starts()
+    yield from world.compiles("memcheck", 4 * len(memcheck.SMALL))
+    world.row(f"{step}: plain")
+    yield HOST, 45.0  # assumed: a tenth of the speed
+    for tool in memcheck.TOOLS:
+        world.row(f"{step}: {tool}")
 
 
 def _ceilings(world: World, step: Step, deadline: float) -> Work:
@@ -233,13 +255,18 @@ def _ceilings(world: World, step: Step, deadline: float) -> Work:
 def _attention(world: World, step: Step, deadline: float) -> Work:
     options = attention.parser(step.name, None).parse_args(list(step.arguments))
     schedule = Schedule(deadline, clock=world.clock)
+    home = {row.removeprefix("attention: ") for row in world.home}  # of a run before this one
     yield from world.starts()
-    for name in options.shape:
+    for name in attention.most_missing_first(options.shape, home if options.rest_of else ()):
+        if options.rest_of and not attention.is_missing(name, options.peer, home):
+            continue
+        ready = False
         for unit in expected.rows(SHAPES[name], options.peer, QUICK, attention.PEAKS):
-            if f"{step.name.partition('-')[0]}: {unit.name}" in world.home:  # by a run before this one
+            if unit.kind == "turns" and not ready:
                 continue
-            if not schedule.begins(unit.name, unit.seconds):
+            if not schedule.may_begin(unit.name, unit.seconds, unit.reserve):
                 continue
+            ready = True
             if unit.kind == "row" and unit.of in COMPILED and unit.name not in world.compiled:
                 yield HOST, expected.FLEX - expected.FLEX_AGAIN
             if unit.kind == "row" and unit.of in plan.OURS:
@@ -295,7 +322,7 @@ def _units(
     schedule = Schedule(deadline, clock=world.clock)
     yield from world.starts()
     for unit in units:
-        if schedule.begins(unit.name, unit.seconds):
+        if schedule.may_begin(unit.name, unit.seconds):
             yield HOST, compiling(unit)
             yield GPU, unit.seconds
             world.row(f"{step.name}: {unit.name}")
@@ -303,7 +330,7 @@ def _units(
 
 
 def _counters(world: World, step: Step, deadline: float) -> Work:
-    for name in ("bert-base", "llama-8b"):
+    for name in counters.MEASURED:
         yield HOST, 3 * expected.IMPORTS  # under Nsight Compute; assumed
         yield GPU, 5.0
         world.row(f"counters: {name}")
@@ -342,7 +369,7 @@ def timetable(one: run.Run, world: World, at: tuple[float, ...]) -> str:
     for outcome in one.outcomes.values():
         rows = [when for row, when in world.home.items() if row.partition(":")[0] == outcome.name.partition("-")[0]]
         counts = "".join(f"{sum(when <= t for when in rows):>8}" for t in at)
-        lines.append(f"  {outcome.name:<16}{outcome.seconds:>7.1f}  {outcome.said[:26]:<28}{counts}")
+        lines.append(f"  {outcome.name:<16}{outcome.seconds:>7.1f}  {outcome.status[:26]:<28}{counts}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench import tables
+from qtuning_fast.bench import page_tables, tables
 from qtuning_fast.bench.promises import AT_MOST, PROMISES, flatness, mixed
 from qtuning_fast.bench.results import ROOT, changed_since, device_line
 
@@ -152,117 +152,8 @@ def promised(devices: Mapping[str, Mapping[str, Document]]) -> str:
     return "\n".join(lines)
 
 
-# Tables
-
-
-def attention_table(document: Document) -> list[str]:
-    """Milliseconds of a step of ours, and the times of others over it."""
-    lines = ["| | ours | of it the floor | eager | sdpa | attention alone | memory: ours, eager, sdpa | again |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for entry in document["entries"].values():
-        rows, ours = entry["rows"], tables.auto(entry, "step")
-        if ours is None:
-            continue
-        ms = tables.median(rows[ours], "step")
-        cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['step'][0] / ms:.0%}"]
-        cells += [_times(tables.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
-        cells.append(_times(attention_alone(rows, rows[ours])))
-        cells.append(", ".join(_mebibytes(rows.get(peer)) for peer in (ours, "eager", "sdpa")))
-        cells.append(_times(tables.ratio(rows.get(f"{ours}-again"), rows[ours], "step")))
-        lines.append(f"| {entry['shape']['of']}: {entry['title']} | {' | '.join(cells)} |")
-    return [*lines, "", *_cannot(document)]
-
-
-def attention_alone(rows: Mapping[str, Any], ours: Mapping[str, Any]) -> float | None:
-    """The fastest that has the prefix in place already and knows no gate, over ours: the lower bound."""
-    found = [tables.ratio(row, ours, "step") for name, row in rows.items() if name.endswith("-no-concat")]
-    return min((x for x in found if x), default=None)
-
-
-def _cannot(document: Document) -> list[str]:
-    """Peers that could not do some shape, and what they said."""
-    said: dict[str, set[str]] = {}
-    for entry in document["entries"].values():
-        for peer, row in entry["rows"].items():
-            if row["error"] and tables.best(row, "step") is None:
-                said.setdefault(row["error"], set()).add(peer)
-    lines = [f"- {', '.join(sorted(peers))}: `{error}`" for error, peers in said.items()]
-    return ["Who could not train on some shape, and what it said:", "", *lines] if lines else []
-
-
-def decode_table(document: Document) -> list[str]:
-    lines = ["| | ours | of it the floor | sdpa, prefix in the cache | eager |", "|---|---|---|---|---|"]
-    for entry in document["entries"].values():
-        rows, ours = entry["rows"], tables.auto(entry, "forward")
-        if ours is None:
-            continue
-        ms = tables.median(rows[ours], "forward")
-        cells = [f"{ms:.3g} ms ({ours})", f"{entry['floor_ms']['forward'][0] / ms:.0%}"]
-        cells += [_times(tables.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
-        lines.append(f"| {entry['title']} | {' | '.join(cells)} |")
-    return lines
-
-
-def tests_table(document: Document) -> list[str]:
-    lines = ["| | passed | failed | skipped |", "|---|---|---|---|"]
-    for name, entry in document["entries"].items():
-        lines.append(f"| {name} | {' | '.join(str(entry.get(x, 0)) for x in ('passed', 'failed', 'skipped'))} |")
-    failures = {test: why for entry in document["entries"].values() for test, why in entry["failures"].items()}
-    return [*lines, "", *(f"- `{test}`: `{why}`" for test, why in failures.items())]
-
-
-def ingredients_table(document: Document) -> list[str]:
-    lines = [
-        "| | " + " | ".join(("gate", "reweighting", "bank", "padding", "all of them")) + " |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in document["entries"].values():
-        rows, everything = entry["rows"], tables.median(entry["rows"]["all"], "step")
-        cells = []
-        for name in ("gate", "reweighting", "bank", "padding", "any"):
-            ms = tables.median(rows[f"without {name}"], "step")
-            cells.append(f"{(everything - ms) / ms:+.1%}" if ms and everything else "")
-        lines.append(f"| {entry['peer']}, {entry['title']} | {' | '.join(cells)} |")
-    return lines
-
-
-def lifelong_table(document: Document) -> list[str]:
-    lines = ["| last ten tasks over tasks 6 to 15 | step | step over the anchor | anchor | memory | adapter |"]
-    lines.append("|---|---|---|---|---|---|")
-    names = ("step_ms", "step_over_anchor", "anchor_ms", "resident_bytes", "adapter_bytes")
-    for method, entry in document["entries"].items():
-        ratios = (entry["verdict"] or {"ratios": {}})["ratios"]
-        cells = [f"{ratios[name]:.3f}" if name in ratios else "" for name in names]
-        lines.append(f"| {method}: {entry['about']} | {' | '.join(cells)} |")
-    return lines
-
-
-def models_table(document: Document) -> list[str]:
-    lines = ["| | tokens a second | memory beyond the weights | trained |", "|---|---|---|---|"]
-    for name, entry in document["entries"].items():
-        for way, row in entry["rows"].items():
-            if row["timing"] is None:
-                lines.append(f"| {name}: {way} | {row['error']} | | |")
-                continue
-            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
-            lines.append(
-                f"| {name}: {way} | {row['tokens_per_second']:,.0f} | {peak} | {row['trainable_parameters']:,} |"
-            )
-    return lines
-
-
-def mixed_table(document: Document) -> list[str]:
-    rows = document["entries"]["forward"]["rows"]
-    base = rows["one-task"]["eager"]["median"]
-    lines = ["| | ms | over one task |", "|---|---|---|"]
-    for name, row in rows.items():
-        timing = row["eager"]
-        lines.append(f"| {name} | {timing['median']:.1f} ± {timing['spread']:.1f} | {timing['median'] / base:.2f} |")
-    return lines
-
-
 SECTIONS = (
-    Section("tests", "Tests", "Those that need a GPU.", tests_table, drawn=False),
+    Section("tests", "Tests", "Those that need a GPU.", page_tables.tests, drawn=False),
     Section(
         "attention",
         "Against peers",
@@ -275,14 +166,14 @@ where the prefix stands there already, with nothing to reweight either: the lowe
 in the same run: how far two measurements of one thing are apart. On a GPU our block sizes are tuned on some of these
 shapes; FlexAttention has its own defaults.
 """,
-        attention_table,
+        page_tables.attention,
     ),
-    Section("decode", "Decoding", "One new token for each sequence, with the prefix stored once.", decode_table),
+    Section("decode", "Decoding", "One new token for each sequence, with the prefix stored once.", page_tables.decode),
     Section(
         "ingredients",
         "What each ingredient costs",
         "A step with gate, reweighting, a bank of prefixes and padding, and without one of them at a time.",
-        ingredients_table,
+        page_tables.ingredients,
     ),
     Section("growth", "Growth", "With the length, the prefix, the batch, and the tasks in a mixed batch."),
     Section(
@@ -295,7 +186,7 @@ from a method that does. The queue's step becomes dearer once, at task 6, where 
 what a task needs to be computed. Where prompts accumulate the newest one holds all of them, so that 200 tasks can be
 stored in as much; the queue stores one of constant size for each.
 """,
-        lifelong_table,
+        page_tables.lifelong,
     ),
     Section(
         "models",
@@ -306,7 +197,7 @@ attention computed their way. `peft` is prefix tuning without gate, queue and ne
 prefix sits in the decoder alone, so `qtuning_fast-decoder` belongs beside it. `frozen-base` trains an offset behind the
 lowest attention and no prefix: the lower bound.
 """,
-        models_table,
+        page_tables.models,
     ),
     Section(
         "peft",
@@ -315,14 +206,14 @@ lowest attention and no prefix: the lower bound.
 peft's own prefix tuning beside ours, by `make bench-peft` in an environment of its own: peft does not run on
 [every transformers](peft.md).
 """,
-        models_table,
+        page_tables.models,
         drawn=False,
     ),
     Section(
         "mixed_tasks",
         "Batches of several tasks",
         "A forward pass of a whole model over 64 samples: one task for all, several tasks in no order, task by task.",
-        mixed_table,
+        page_tables.mixed,
         drawn=False,
     ),
 )
@@ -387,14 +278,6 @@ def _said_of_tasks(documents: Mapping[str, Document]) -> str:
 
 
 # Pieces
-
-
-def _times(x: float | None) -> str:
-    return "" if x is None else f"{x:.2f} ×"
-
-
-def _mebibytes(row: Mapping[str, Any] | None) -> str:
-    return "–" if row is None or row["peak"] is None else f"{row['peak'] / 2**20:.0f}" + " MiB"
 
 
 def _image(device: str, question: str) -> str:

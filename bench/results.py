@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -118,6 +119,12 @@ def device_facts(device: str) -> dict[str, Any]:
         memory = round(properties.total_memory / 2**30, 1)
         return {"type": "cuda", "name": torch.cuda.get_device_name(), "GiB": memory, "nvidia_smi": _nvidia_smi()}
     return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def device_folder(device: Mapping[str, Any]) -> str:
+    """As short as people say it: "cpu", "h100", "h200"."""
+    model = re.search(r"[A-Z]+\d+", device["name"])
+    return "cpu" if device["type"] == "cpu" else (model[0] if model else device["name"].replace(" ", "-")).lower()
 
 
 def device_line(facts: dict[str, Any]) -> str:

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtuning_fast.bench import carried
-from qtuning_fast.bench.gathered import NO_TIME, Gathered, Outcome, device, summary, unpack
+from qtuning_fast.bench.gathered import Gathered, Outcome, device, summary, unpack
 from qtuning_fast.bench.plan import PLANS, TOTAL_SECONDS, Step, all_steps
 from qtuning_fast.bench.results import ROOT, RUNS
-from qtuning_fast.bench.schedule import UNDER_WAY
+from qtuning_fast.bench.schedule import NO_TIME, UNDER_WAY
 
 POLL_SECONDS = 1.0
 GRACE = 10.0  # seconds beyond its deadline after which a step is stopped
@@ -66,6 +66,7 @@ class Run:
         clock: seconds; the one that deadlines are on.
         gather: called whenever something may have been found.
         units: a step's log of units by now.
+        verdict: a step's own by now, of what it was to find out: empty if all is right; None: it has none.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Run:
         clock: Callable[[], float] = time.monotonic,
         gather: Callable[[], None] = lambda: None,
         units: Callable[[str], dict[str, Any]] = lambda step: {},
+        verdict: Callable[[str], str | None] = lambda step: None,
     ) -> None:
-        self.steps, self.executor, self.clock, self.gather, self.units = steps, executor, clock, gather, units
+        self.steps, self.executor, self.clock = steps, executor, clock
+        self.gather, self.units, self.verdict = gather, units, verdict
         self.outcomes = {step.name: Outcome(step.name) for step in all_steps(tuple(steps))}
         self.end = math.inf
         self._at_work: dict[str, Process] = {}
@@ -92,29 +95,36 @@ class Run:
             for number, step in enumerate(self.steps):
                 left = self.end - self.clock()
                 if left < min(15.0, step.seconds):
-                    self.outcomes[step.name].said = NO_TIME
+                    self.outcomes[step.name].status = NO_TIME
                     continue
                 others = sum(later.seconds for later in self.steps[number + 1 :])
                 self.together(step, self.clock() + min(max(step.seconds, left - others), left))
-                if step.otherwise is not None and self.outcomes[step.name].said != "done":
+                if step.otherwise is not None and self._is_wrong(step):
                     self.together(step.otherwise, self.end)
-                    break
+                    if self.outcomes[step.otherwise.name].status != "done":  # else it has found nothing that is wrong
+                        break
         finally:
             for process in self._at_work.values():
                 process.stop()
             self.gather()
         begun = [outcome for outcome in self.outcomes.values() if outcome.processes]
-        return bool(begun) and all(outcome.said == "done" for outcome in begun) and NO_TIME not in self._said()
+        return bool(begun) and all(outcome.status == "done" for outcome in begun) and NO_TIME not in self._statuses()
+
+    def _is_wrong(self, step: Step) -> bool:
+        """By its own verdict; where it died before it had one, too, but not where it only took too long."""
+        self.gather()
+        verdict = self.verdict(step.name)
+        return bool(verdict) or (verdict is None and self.outcomes[step.name].status.startswith("exit status"))
 
     def together(self, step: Step, deadline: float) -> None:
         """A step and what runs beside it, until all have ended or the time is up."""
-        for each in (step, *step.beside):
+        for each in (step, *step.concurrent):
             print(f"\n=== {each.name} ===", flush=True)
             self._start(each, deadline)
         while self._at_work:
             self.executor.wait(POLL_SECONDS)
             self.gather()
-            for each in (step, *step.beside):
+            for each in (step, *step.concurrent):
                 if each.name in self._at_work:
                     self._look(each, deadline)
 
@@ -123,32 +133,32 @@ class Run:
         self._started.setdefault(step.name, self.clock())
         self._died[step.name] = self._seen.pop(step.name, ("",))[0]
         self._at_work[step.name] = self.executor.start(step, deadline)
-        outcome.said, outcome.processes = "cut off with the run", outcome.processes + 1
+        outcome.status, outcome.processes = "cut off with the run", outcome.processes + 1
 
     def _look(self, step: Step, deadline: float) -> None:
         outcome, process = self.outcomes[step.name], self._at_work[step.name]
         outcome.seconds = round(self.clock() - self._started[step.name], 1)
         grace = FIRST_GRACE if step.otherwise is not None else GRACE
-        hung, status = self._hangs(step), process.ended()
-        if status is None and self.clock() >= min(deadline + grace, self.end):
-            said = f"stopped at its limit of {self.clock() - self._started[step.name]:.0f} s"
-        elif status is None and not hung:
+        hung, ended = self._hangs(step), process.ended()
+        if ended is None and self.clock() >= min(deadline + grace, self.end):
+            status = f"stopped at its limit of {self.clock() - self._started[step.name]:.0f} s"
+        elif ended is None and not hung:
             return
-        elif status in (0, 1):
-            said = "done" if status == 0 else "exit status 1"
+        elif ended in (0, 1):
+            status = "done" if ended == 0 else "exit status 1"
         else:
-            said = f"it hung in {hung}" if hung else f"exit status {status}"
+            status = f"it hung in {hung}" if hung else f"exit status {ended}"
             if step.within and outcome.processes < MOST_PROCESSES and deadline - self.clock() > LEAST_SECONDS:
                 process.stop()
                 self._start(step, deadline)
                 return
         process.stop()
         del self._at_work[step.name]
-        outcome.said = said
+        outcome.status = status
 
     def _hangs(self, step: Step) -> str:
         """The unit that a step is stuck in; empty: none."""
-        now = [(unit, entry) for unit, entry in self.units(step.name).items() if entry["said"] == UNDER_WAY]
+        now = [(unit, entry) for unit, entry in self.units(step.name).items() if entry["status"] == UNDER_WAY]
         if not now:
             return ""
         unit, entry = now[-1]
@@ -159,37 +169,39 @@ class Run:
         patience = max(PATIENCE, TIMES_EXPECTED * entry["expected"])
         return unit if self.clock() - self._seen[step.name][1] > patience else ""
 
-    def _said(self) -> list[str]:
-        return [outcome.said for outcome in self.outcomes.values()]
+    def _statuses(self) -> list[str]:
+        return [outcome.status for outcome in self.outcomes.values()]
 
 
 class Processes:
     """Steps as processes of their own."""
 
     def __init__(self, folder: Path, *, dry_run: bool) -> None:
-        self.folder, self.dry_run = folder, dry_run
+        self.folder, self.dry_run, self._watcher = folder, dry_run, _Watcher()
 
     def start(self, step: Step, deadline: float) -> Process:
-        return _Started(step.command(self.folder, deadline, dry_run=self.dry_run), self._environment(step))
+        command = step.command(self.folder, deadline, dry_run=self.dry_run)
+        return _Started(command, self._environment(), self._watcher)
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    def _environment(self, step: Step) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         """A dry run without a GPU runs kernels in Triton's interpreter."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         environment.pop("TRITON_INTERPRET", None)
         if self.dry_run and device() == "cpu":
             environment["OMP_NUM_THREADS"] = "1"  # nothing is measured, and threads that wait disturb others
-            if not step.compiles_only:
-                environment["TRITON_INTERPRET"] = "1"
+            environment["TRITON_INTERPRET"] = "1"
         return environment
 
 
 class _Started:
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], environment: dict[str, str], watcher: "_Watcher") -> None:
         # In a session of its own, so that it can be stopped with all that it has started.
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        self.watcher = watcher
+        watcher.tell("+", self.process.pid)
 
     def ended(self) -> int | None:
         return self.process.poll()
@@ -200,7 +212,37 @@ class _Started:
                 os.killpg(self.process.pid, sign)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(3)
-                return
+                break
+        self.watcher.tell("-", self.process.pid)
+
+
+class _Watcher:
+    """A process that outlives a run that is killed, and ends the steps at work with all that they have started.
+
+    A signal to a parent that dies would reach a step, and not the processes that it has started.
+    """
+
+    CODE = """
+import os, signal, sys
+groups = set()
+for line in sys.stdin:
+    (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+for group in groups:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-S", "-c", self.CODE]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
+
+    def tell(self, sign: str, group: int) -> None:
+        """That a group of processes has begun (+) or ended (-)."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(f"{sign}{group}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -226,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder, out = (RUNS / options.plan).resolve(), options.out or RUNS / f"{options.plan}.json"
     run = Run(steps, Processes(folder, dry_run=options.dry_run))
     gathered = Gathered(options.plan, folder, out, list(run.outcomes.values()), dry_run=options.dry_run)
-    run.gather, run.units = gathered.write, gathered.units
+    run.gather, run.units, run.verdict = gathered.write, gathered.units, gathered.verdict
     carried.unpack()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps at work are stopped, too
     try:

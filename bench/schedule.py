@@ -22,9 +22,10 @@ class Unit(NamedTuple):
     seconds: float  # that are expected of it
     kind: str = ""
     of: Any = None  # what it is about
+    reserve: float = 0.0  # seconds of what must still fit after it
 
 
-Log = dict[str, dict[str, Any]]  # by unit: "said", "expected" and "took" in seconds
+Log = dict[str, dict[str, Any]]  # by unit: "status", "expected" and "took" in seconds
 
 
 class Schedule:
@@ -33,7 +34,8 @@ class Schedule:
     Args:
         deadline: no unit begins that would end after it.
         clock: seconds; that of the deadline.
-        log: that of a process before this one: what it has done is not done again, what killed it neither.
+        log: that of a process before this one: what it has done is not done again. A unit that killed a process is not
+            tried again.
         write: called whenever the log has changed.
     """
 
@@ -50,21 +52,22 @@ class Schedule:
         self._started = 0.0
         self._now = ""  # the unit under way
         for entry in self.log.values():
-            if entry["said"] == UNDER_WAY:
-                entry["said"] = DIED
+            if entry["status"] == UNDER_WAY:
+                entry["status"] = DIED
 
-    def begins(self, unit: str, seconds: float) -> bool:
+    def may_begin(self, unit: str, seconds: float, reserve: float = 0.0) -> bool:
         """Whether a unit of so many seconds is to be done now; ends the one before it.
 
         Args:
             unit: its name.
             seconds: that are expected of it.
+            reserve: those of what must still fit after it.
         """
         self.end()
-        if self.said(unit) in (DONE, DIED):
+        if self.status(unit) in (DONE, DIED):
             return False
-        fits = self._clock() + seconds * self._pace() <= self.deadline
-        self.log[unit] = {"said": UNDER_WAY if fits else NO_TIME, "expected": round(seconds, 2), "took": None}
+        fits = self._clock() + (seconds + reserve) * self._pace() <= self.deadline
+        self.log[unit] = {"status": UNDER_WAY if fits else NO_TIME, "expected": round(seconds, 2), "took": None}
         if fits:
             self._now, self._started = unit, self._clock()
         self._write()
@@ -73,13 +76,13 @@ class Schedule:
     def end(self) -> None:
         """The unit under way is done."""
         if self._now:
-            self.log[self._now] |= {"said": DONE, "took": round(self._clock() - self._started, 2)}
+            self.log[self._now] |= {"status": DONE, "took": round(self._clock() - self._started, 2)}
             self._now = ""
             self._write()
 
-    def said(self, unit: str) -> str:
+    def status(self, unit: str) -> str:
         """What became of a unit; empty: nobody has asked for it."""
-        return self.log[unit]["said"] if unit in self.log else ""
+        return self.log[unit]["status"] if unit in self.log else ""
 
     def _pace(self) -> float:
         """How many times as long as expected the units so far took; at least 1."""

@@ -8,6 +8,7 @@ from qtuning_fast.bench.peers import OURS, PEERS
 
 WIDTH = 120
 UNGATED = "sdpa"
+NO_FLOOR = (0.0, "unknown")  # where the ceilings could not be measured
 
 Row = Mapping[str, Any]  # as measure.as_json has it
 
@@ -15,7 +16,8 @@ Row = Mapping[str, Any]  # as measure.as_json has it
 def attention(entry: Mapping[str, Any]) -> str:
     """Peers on one shape: who took how long, how far from the floor and from float64. Who could not, at the end."""
     shape, rows = entry["shape"], entry["rows"]
-    floors = [f"{name} {ms:.4f} ms ({limit})" for name, (ms, limit) in entry["floor_ms"].items()]
+    floor_ms = entry.get("floor_ms", {})
+    floors = [f"{name} {ms:.4f} ms ({limit})" for name, (ms, limit) in floor_ms.items()] or ["unknown"]
     whole = "step" if shape["trained"] else "forward"
     lines = [
         f"{shape['name']}: {entry['title']}, {entry['dtype']}; {shape['of']}".rstrip("; "),
@@ -26,15 +28,16 @@ def attention(entry: Mapping[str, Any]) -> str:
     ours = auto(entry, whole)
     for name, row in rows.items():
         if best(row, "forward") is not None:
-            lines.append(_line(name, row, entry["floor_ms"], whole, rows[ours] if ours else None))
-    lines.extend(_standing(rows, whole, entry["floor_ms"][whole][0]))
+            lines.append(_line(name, row, floor_ms.get(whole, NO_FLOOR)[0], whole, rows[ours] if ours else None))
+    lines.extend(_standing(rows, whole, floor_ms.get(whole, NO_FLOOR)[0]))
+    lines.extend(predictions(entry))
     lines.extend(_trained(rows) if shape["trained"] else [])
     failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
     return "\n".join([*lines, *failed])
 
 
-def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: Row | None) -> str:
-    ms, spread, floor = median(row, whole), best(row, whole), floor_ms[whole][0]
+def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> str:
+    ms, spread = median(row, whole), best(row, whole)
     eager = row[whole]["eager"] if row[whole]["graph"] else None  # on a CPU it is the figure itself
     gradients = [error for key, error in row["errors"].items() if key != "output"]
     cells = [
@@ -43,12 +46,27 @@ def _line(name: str, row: Row, floor_ms: Mapping[str, Any], whole: str, ours: Ro
         number(ms, 10, 4),
         number(spread["spread"] if spread else None, 9, 4),
         number(ratio(row, ours, whole), 7, 2),
-        f"{floor / ms:>7.0%}" if ms else f"{'-':>7}",
+        f"{floor / ms:>7.0%}" if ms and floor else f"{'-':>7}",
         number(eager["median"] if eager else None, 10, 3),
         number(None if row["peak"] is None else row["peak"] / 2**20, 9, 1),
         *(f"{error:>9.0e}" for error in (row["errors"]["output"], max(gradients, default=0.0))),
     ]
     return f"  {name:<24}{''.join(cells)}"
+
+
+def predictions(entry: Mapping[str, Any]) -> list[str]:
+    """What was predicted of ours, beside what was measured; nothing where nothing was predicted."""
+    lines = []
+    for name, by_pass in entry.get("predicted_ms", {}).items():
+        measured = {which: median(entry["rows"][name], which) for which in by_pass if name in entry["rows"]}
+        said = [
+            f"{which} {by_pass[which]:.4f} ms, measured {ms:.4f} ({ms / by_pass[which] - 1:+.0%})"
+            for which, ms in measured.items()
+            if ms
+        ]
+        if said:
+            lines.append(f"  predicted of {name}: {'; '.join(said)}")
+    return lines
 
 
 def _trained(rows: Mapping[str, Row]) -> list[str]:
@@ -80,9 +98,8 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
             said.append(f"{slowdown:.2f} times the time of {UNGATED}, without a gate")
         if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
             both = [floor / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
-            said.append(
-                f"gate and reweighting {cost - 1:+.1%}, the floor {both[0]:.0%} of it and {both[1]:.0%} without"
-            )
+            beside = f", the floor {both[0]:.0%} of it and {both[1]:.0%} without" if floor else ""
+            said.append(f"gate and reweighting {cost - 1:+.1%}{beside}")
         lines.append(f"  {name}: {'; '.join(said)}")
     return lines
 
@@ -90,7 +107,8 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
 def headline(entry: Mapping[str, Any]) -> list[str]:
     """A shape, and how ours stands there."""
     whole = "step" if entry["shape"]["trained"] else "forward"
-    standing = [line.strip() for line in _standing(entry["rows"], whole, entry["floor_ms"][whole][0])]
+    floor = entry.get("floor_ms", {}).get(whole, NO_FLOOR)[0]
+    standing = [line.strip() for line in _standing(entry["rows"], whole, floor)]
     return [f"  {entry['shape']['name']}: {'; '.join(standing) or 'ours was not measured'}"[:WIDTH]]
 
 
@@ -132,8 +150,8 @@ def median(row: Row, which: str) -> float | None:
 
 
 def same_clock(row: Row | None, other: Row | None, which: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Both timings: the GPU's own where both have it, else the host's."""
-    if row is None or other is None:
+    """Both timings: the GPU's own where both have it, else the host's; None where one took turns, the other did not."""
+    if row is None or other is None or row.get("turns") != other.get("turns"):
         return None
     pairs = ((row[which][clock], other[which][clock]) for clock in ("graph", "eager"))
     return next(((a, b) for a, b in pairs if a and b), None)

@@ -178,6 +178,8 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
         cells += "".join(f"{trial.times[name].median:>15.4f}" for name in names)
         cells += f"{max(t.spread for t in trial.times.values()):>8.4f}"
         lines.append(cells + (" incumbent" if trial is trials[0] else ""))
+    predicted = [f"{t.name()} {ms:.4f} ms" for t in shown if (ms := candidate_ms(t.entry)) is not None]
+    lines.extend([f"  predicted mean: {', '.join(predicted)}"[:120]] if predicted else [])
     lines.extend(f"  {t.name()}: {t.error}"[:120] for t in wrong)
     if trials[0].error:
         lines.append(f"  the incumbent, {trials[0].name()}: {trials[0].error}"[:120])
@@ -186,7 +188,10 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
 
 def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any = None) -> dict[str, Any]:
     """Of all trials, those of a process before this one (`before`, its entry) among them."""
-    own = [asdict(t) | {"mean": None if t.mean() == math.inf else t.mean()} for t in trials]
+    own = [
+        asdict(t) | {"mean": None if t.mean() == math.inf else t.mean(), "predicted": candidate_ms(t.entry)}
+        for t in trials
+    ]
     others = [t for t in (before or {}).get("trials", []) if t["entry"] not in [mine["entry"] for mine in own]]
     return {
         **job._asdict(),
@@ -240,7 +245,7 @@ def tune(
     work = []
     for job in jobs:
         incumbent = incumbent_of(target, job)
-        entries = in_order(tried(incumbent), job.direction)
+        entries = in_order(tried(incumbent))
         best = (known or {}).get(str(job), incumbent)
         trials = [Trial(entry) for entry in dict.fromkeys((*entries[:1], best, *entries[1:]))]
         on = measured_on(job.head_size, job.direction)
@@ -256,16 +261,16 @@ def tune(
         one, again = by_job[job], unit.kind == "again"
         if again and (one.best is None or one.best is one.trials[0]):
             continue  # nothing beats the incumbent
-        if schedule.begins(unit.name, unit.seconds):
+        if schedule.may_begin(unit.name, unit.seconds):
             _run_heat(one, one.heat(number), device, schedule.deadline, 2 * rounds if again else rounds)
             one.tried = one.tried if again else min(1 + (number + 1) * HEAT, len(one.trials))
             finished(one.job, one.trials[: one.tried], one.best)
     schedule.end()
 
 
-def in_order(entries: Sequence[Blocks], direction: str) -> list[Blocks]:
+def in_order(entries: Sequence[Blocks]) -> list[Blocks]:
     """The incumbent, then the others by the time that is predicted of them; as they came where nothing is."""
-    times = {entry: candidate_ms(entry, direction) for entry in entries[1:]}
+    times = {entry: candidate_ms(entry) for entry in entries[1:]}
     return [entries[0], *sorted(entries[1:], key=lambda entry: math.inf if (ms := times[entry]) is None else ms)]
 
 
@@ -363,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    left_out = [unit for unit in schedule.log if schedule.said(unit) != DONE]
+    left_out = [unit for unit in schedule.log if schedule.status(unit) != DONE]
     print(f"\nno time left for: {', '.join(left_out)}" if left_out else "\nall measured")
     return 0
 

@@ -2,16 +2,18 @@
 
     python -m qtuning_fast.bench.why --out FILE
 
-Each case runs in a process of its own, since what breaks one CUDA context must not hide the next: from one tile of one
-head with nothing beside it to the shape that failed. The smallest that fails goes through compute-sanitizer, and what
-the compiler made of the kernels (TTGIR, PTX) is kept.
+First what the compiler made of the kernels (TTGIR, PTX) and what compute-sanitizer says of small steps. Then case after
+case, each in a process of its own, since what breaks one CUDA context must not hide the next, and for a limited time:
+from one tile of one head with nothing beside it to the shape that failed. The smallest that fails is tried with other
+blocks. Exits with 1 if something is wrong; where all is right, the plan has the time back.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ import torch
 
 from qtuning_fast.bench import compile_report, memcheck, shapes
 from qtuning_fast.bench.accuracy import verdict
-from qtuning_fast.bench.first import said, step
-from qtuning_fast.bench.measure import default_device, default_dtype, in_a_process
+from qtuning_fast.bench.carried import settle
+from qtuning_fast.bench.first import step, summary
+from qtuning_fast.bench.measure import apart, default_device, default_dtype
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.blocks import DIRECTIONS, blocks_for, instead
 from qtuning_fast.kernels.target import INTERPRETED, current_target
 
+CASE_SECONDS = 40.0  # after which a case hangs
 ONE_TILE = Shape("one tile", B=1, Hq=1, Hkv=1, N=16, D=64, P=16)
 CASES = (  # the smallest first; each adds one thing
     ONE_TILE,
@@ -53,33 +57,61 @@ def variants() -> Iterator[tuple[str, dict[str, int]]]:
 
 def with_blocks(changes: dict[str, int], shape: Shape, device: str) -> Any:
     """A step where every direction has other blocks than the table's."""
-    if not changes:
+    settle()
+    with ExitStack() as stack:
+        for direction in DIRECTIONS if changes else ():
+            known = blocks_for(current_target(), default_dtype(device).itemsize, shape.D, direction)
+            new = {name: value if getattr(known, name) else 0 for name, value in changes.items()}
+            stack.enter_context(instead(replace(known, **new)))
         return step(shape, "fused", device)
-    direction, *others = DIRECTIONS
 
-    def within(left: list[str]) -> Any:
-        if not left:
-            return step(shape, "fused", device)
-        known = blocks_for(current_target(), default_dtype(device).itemsize, shape.D, left[0])
-        new = {name: value if getattr(known, name) else 0 for name, value in changes.items()}
-        with instead(replace(known, **new)):
-            return within(left[1:])
 
-    return within([direction, *others])
+def limited(function: Callable[..., Any], *arguments: Any, seconds: float = CASE_SECONDS) -> Any:
+    """What a function returns in a process of its own, which is killed if it takes longer.
+
+    Raises:
+        RuntimeError: what it raised, that its process died, or that it took too long.
+    """
+    context = apart()
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, function, arguments))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(seconds):
+            raise RuntimeError(f"not through after {seconds:.0f} s")
+        result, error = here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process ended with status {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join(1)
+    if error:
+        raise RuntimeError(error)
+    return result
+
+
+def _send(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        there.send((function(*arguments), ""))
+    except Exception as error:  # of the kernel or of the compiler
+        there.send((None, first_line(error)))
 
 
 def outcome(changes: dict[str, int], shape: Shape, device: str) -> dict[str, Any]:
     """In a process of its own: what became of a step. `wrong` is empty if all is right."""
     try:
-        errors = in_a_process(with_blocks, changes, shape, device)
+        errors = limited(with_blocks, changes, shape, device)
     except Exception as error:  # of the kernel, the compiler, or the process that it took along
-        return {"said": f"{shape.name}: {first_line(error)}", "wrong": first_line(error)}
+        return {"summary": f"{shape.name}: {first_line(error)}", "wrong": first_line(error)}
     wrong = verdict(errors, default_dtype(device))
-    return {"said": f"{shape.name}: {wrong or 'right'}; {said(errors)}", "wrong": wrong, "errors": errors}
+    return {"summary": f"{shape.name}: {wrong or 'right'}; {summary(errors)}", "wrong": wrong, "errors": errors}
 
 
 def compiled(shape: Shape) -> dict[str, dict[str, str]]:
     """TTGIR and PTX of each kernel of a step, by name."""
+    settle()
     call = shapes.inputs(shape, dtype=torch.bfloat16, device="meta").call(shape)
     found = {}
     for name, launch in compile_report.launches(call):
@@ -95,27 +127,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = default_device()
     results = Results("why", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    if not INTERPRETED:
+        try:
+            results.add("compiled", {"summary": "TTGIR and PTX", "each": limited(compiled, BERT_BASE)})
+        except RuntimeError as error:
+            results.fail("compiled", str(error))
+    for tool, found in memcheck.sanitized(list(memcheck.SMALL)):
+        results.add(tool, found)
+        print(found["summary"], flush=True)
     failed: Shape | None = None
     for shape in (TINY,) if options.dry_run else CASES:
         found = outcome({}, shape, device)
         results.add(shape.name, found | {"shape": asdict(shape)})
-        print(found["said"], flush=True)
+        print(found["summary"], flush=True)
         failed = failed or (shape if found["wrong"] else None)
-    smallest = failed or (TINY if options.dry_run else BERT_BASE)
-    for name, changes in () if INTERPRETED else variants():
-        found = outcome(changes, smallest, device)
-        results.add(f"{smallest.name}, {name}", found | {"blocks": changes})
-        print(f"{name}: {found['said']}", flush=True)
-    jobs = {"compiled": partial(compiled, smallest)} if not INTERPRETED else {}
-    for name, job in jobs.items():
-        try:
-            results.add(name, {"said": f"{smallest.name}: TTGIR and PTX", "each": in_a_process(job)})
-        except Exception as error:
-            results.fail(name, first_line(error))
-    for tool in memcheck.TOOLS:
-        results.add(tool, memcheck.sanitized(tool, list(memcheck.SMALL)))
-        print(results.document["entries"][tool]["said"], flush=True)
-    return 0
+    for name, changes in variants() if failed and not INTERPRETED else ():
+        found = outcome(changes, failed, device)
+        results.add(f"{failed.name}, {name}", found | {"blocks": changes})
+        print(f"{name}: {found['summary']}", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

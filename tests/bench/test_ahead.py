@@ -26,8 +26,8 @@ def test_what_takes_longest_and_is_measured_first_is_compiled_first():
 
 
 def test_peers_are_run_on_the_gpu_and_kernels_need_none():
-    alone = {job.alone for job in wanted("gpu") if job.name.startswith("bf16")}
-    assert alone == {True} and not any(job.alone for job in wanted("gpu") if ": fused" in job.name)
+    alone = {job.needs_no_gpu for job in wanted("gpu") if job.name.startswith("bf16")}
+    assert alone == {True} and not any(job.needs_no_gpu for job in wanted("gpu") if ": fused" in job.name)
     ahead.compile_peer(SHAPES["tiny"], "eager")  # without a GPU it fails, and is not heard of
 
 
@@ -47,7 +47,7 @@ def test_who_runs_on_the_gpu_has_the_driver_that_is_there(monkeypatch):
 def test_each_job_is_heard_of_and_whoever_is_not_done_in_time_is_ended():
     heard, started = {}, time.monotonic()
     jobs = [Wanted("sum", 1.0, partial(sum, [1, 2])), Wanted("fails", 1.0, _fails)]
-    jobs += [Wanted("nice", 1.0, partial(os.nice, 0), alone=True)]
+    jobs += [Wanted("nice", 1.0, partial(os.nice, 0), needs_no_gpu=True)]
     assert in_processes(jobs, time.monotonic() + 60, heard.__setitem__)
     assert heard == {"sum": 3, "fails": {"error": "ValueError: no"}, "nice": ahead.NICENESS}
     heard.clear()

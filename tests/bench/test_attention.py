@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from qtuning_fast.bench import attention, decode, growth, ingredients, measure
+from qtuning_fast.bench import attention, decode, gathered, growth, ingredients, measure
 from qtuning_fast.bench.floors import Ceilings
 from qtuning_fast.bench.memory import too_large
 from qtuning_fast.bench.results import Results
@@ -78,7 +78,7 @@ def test_within_a_plan_each_row_is_written_as_it_comes(tmp_path, monkeypatch):
     status, document = within_a_plan(tmp_path)
     assert status == 0 and document["ceilings"]["flops"] == 2e12
     assert seen[:3] == [("tiny", ["eager"]), ("tiny", ["eager", "sdpa"]), ("tiny", ["eager", "sdpa"])]
-    units = {name: entry["said"] for name, entry in document["units"].items()}
+    units = {name: entry["status"] for name, entry in document["units"].items()}
     assert set(units.values()) == {DONE}
     assert list(units)[:3] == ["tiny: eager", "tiny: sdpa", "tiny: in turns"]
 
@@ -91,8 +91,8 @@ def test_what_there_is_no_time_for_is_said_so(tmp_path):
 
 def test_a_process_goes_on_where_the_one_before_it_died(tmp_path, monkeypatch):
     _, before = within_a_plan(tmp_path)
-    before["units"] = {"tiny: eager": {"said": DONE, "expected": 1.0, "took": 1.0}}
-    before["units"]["tiny: sdpa"] = {"said": UNDER_WAY, "expected": 1.0, "took": None}
+    before["units"] = {"tiny: eager": {"status": DONE, "expected": 1.0, "took": 1.0}}
+    before["units"]["tiny: sdpa"] = {"status": UNDER_WAY, "expected": 1.0, "took": None}
     del before["entries"]["tiny"]["rows"]["sdpa"], before["entries"]["tiny-causal"]
     (tmp_path / "a.json").write_text(json.dumps(before))
     _, after = within_a_plan(tmp_path)
@@ -112,12 +112,48 @@ def test_an_error_that_breaks_the_process_is_written_before_it_makes_way(tmp_pat
 def test_what_an_earlier_run_brought_home_is_left_out(tmp_path):
     within_a_plan(tmp_path)
     earlier = json.loads((tmp_path / "a.json").read_text())
-    earlier["units"]["tiny-causal: sdpa"]["said"] = NO_TIME
+    earlier["units"]["tiny-causal: sdpa"]["status"] = NO_TIME
     (tmp_path / "earlier.json").write_text(json.dumps(earlier))
     (tmp_path / "a.json").unlink()
     _, document = within_a_plan(tmp_path, "--rest-of", str(tmp_path / "earlier.json"))
-    assert {name: list(entry["rows"]) for name, entry in document["entries"].items()} == {"tiny-causal": ["sdpa"]}
+    rows = {name: list(entry["rows"]) for name, entry in document["entries"].items()}
+    assert rows == {"tiny-causal": ["eager", "sdpa"]}  # all of the shape: only rows that took turns compare
     assert attention.at_home(tmp_path / "none.json") == set()
+
+
+@pytest.mark.parametrize("what", ["unit", "row"])
+def test_a_shape_whose_turns_are_missing_is_measured_again(tmp_path, what):
+    _, earlier = within_a_plan(tmp_path)
+    assert all(row["turns"] for entry in earlier["entries"].values() for row in entry["rows"].values())
+    if what == "unit":
+        earlier["units"]["tiny: in turns"]["status"] = NO_TIME
+    else:  # as a second process of the step leaves it
+        earlier["entries"]["tiny"]["rows"]["eager"]["turns"] = False
+    (tmp_path / "a.json").write_text(json.dumps(earlier))
+    home = attention.at_home(tmp_path / "a.json")
+    assert attention.is_missing("tiny", ["eager"], home) and not attention.is_missing("tiny-causal", ["eager"], home)
+
+
+@pytest.mark.parametrize("found", [{}, {"ceilings": None}])
+def test_ceilings_that_are_not_there_are_measured_again_or_done_without(tmp_path, monkeypatch, capsys, found):
+    ceilings = tmp_path / "cut-off.json"
+    ceilings.write_text(json.dumps(found | {"entries": {}}))  # as the step writes it before it has measured anything
+    _, document = within_a_plan(tmp_path, "--ceilings", str(ceilings))
+    assert document["ceilings"]["flops"] == 1e12
+
+    def fails(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(attention, "in_a_process", fails)
+    (tmp_path / "a.json").unlink()
+    status, document = within_a_plan(tmp_path, "--ceilings", str(ceilings))
+    assert status == 0 and document["ceilings"] is None and "floor_ms" not in document["entries"]["tiny"]
+    assert document["entries"]["tiny"]["rows"]["eager"]["step"]["eager"]
+    printed = capsys.readouterr().out
+    assert "not measured, RuntimeError: out of memory" in printed and "floor: unknown" in printed
+    assert gathered.summary(
+        {"plan": "gpu", "device": {"name": "x"}, "date": "", "steps": [], "documents": {"attention": document}}
+    )
 
 
 def test_what_would_not_fit_is_not_tried(monkeypatch):
@@ -150,3 +186,9 @@ def test_shapes_have_the_features_that_their_names_say():
     folded = inputs(SHAPES["decode-cpu"], dtype=torch.bfloat16, device="cpu")
     assert folded.prefix_key.dtype == torch.bfloat16 and folded.query.shape[2] == 1 and folded.key.shape[2] == 1024
     assert all(shape.of for shape in (*GPU, *CPU)) and len(SHAPES) == len({s.name for s in SHAPES.values()})
+
+
+def test_shapes_that_have_not_taken_turns_come_first_in_a_second_run():
+    home = {"a: in turns", "a: fused", "b: fused"}
+    assert attention.most_missing_first(["a", "b", "c"], home) == ["b", "c", "a"]
+    assert attention.most_missing_first(["a", "b", "c"], ()) == ["a", "b", "c"]

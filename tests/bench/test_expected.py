@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from qtuning_fast.bench import expected
+from qtuning_fast.bench import expected, measure, tables
 from qtuning_fast.bench.candidates import candidates
 from qtuning_fast.bench.measure import QUICK
 from qtuning_fast.bench.shapes import BERT_BASE, LLAMA_8B, VIT_B16
@@ -37,12 +38,28 @@ def test_a_step_takes_the_sum_of_its_kernels_where_they_are_predicted(predicted)
     assert expected.step_ms(VIT_B16) == expected.ESTIMATES["vit-b16"]
 
 
+def test_a_measured_row_of_ours_stands_beside_what_was_predicted_of_it(predicted, monkeypatch):
+    assert measure.predicted(BERT_BASE, "cpu") == {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert measure.predicted(BERT_BASE, "cuda") == {}  # nothing is predicted
+    kernels = ("fold", "forward", "fold", "queries", "keys")
+    predicted("h200.json", *({"shape": "bert-base", "kernel": name, "microseconds": 20.0} for name in kernels))
+    found = measure.predicted(BERT_BASE, "cuda")
+    assert found == {"predicted_ms": {"fused": {"forward": pytest.approx(0.04), "step": pytest.approx(0.1)}}}
+    timing = {"graph": {"median": 0.12}, "eager": None}
+    row = {"forward": {"graph": None, "eager": None}, "step": timing}
+    assert tables.predictions(found | {"rows": {"fused": row}}) == [
+        "  predicted of fused: step 0.1000 ms, measured 0.1200 (+20%)"
+    ]
+    assert tables.predictions(found | {"rows": {}}) == tables.predictions({"rows": {"fused": row}}) == []
+
+
 def test_a_candidate_is_found_by_all_that_makes_it_up(predicted):
     first, second, *_ = candidates(incumbent_of("sm_90", Job("bf16", 64, "keys")))
     row = {name: getattr(second, name) for name in expected.ENTRY} | {"microseconds": 30.0, "error": ""}
     predicted("h100-candidates.json", row, row | {"warps": 16, "error": "spills"})
-    assert expected.candidate_ms(second, "keys") == pytest.approx(0.03)
-    assert expected.candidate_ms(first, "keys") is None
+    assert expected.candidate_ms(second) == pytest.approx(0.03)
+    assert expected.candidate_ms(first) is None
 
 
 def test_what_is_compiled_first_or_computes_more_is_given_more_time():

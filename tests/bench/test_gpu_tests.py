@@ -61,6 +61,13 @@ def test_a_process_that_dies_is_a_failure(tests):
     assert found == {"failures": {"process 0": "exit status 4"}, "each": {}}
 
 
+def test_a_shard_compiles_by_itself(tests):
+    """Inductor's own pool in each of fifteen processes would be more of them than there are cores."""
+    code = "import os\nimport pytest\n@pytest.mark.gpu\ndef test_it():\n"
+    (tests / "test_pool.py").write_text(f"{code}    assert os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '1'\n")
+    assert gpu_tests.run([["test_pool.py"]], tests, lambda found: None)["passed"] == 1
+
+
 def test_what_is_not_through_at_the_deadline_is_ended_and_what_passed_by_then_counts(tests):
     slow = "import time\nimport pytest\n"
     slow += "".join(f"@pytest.mark.gpu\ndef test_{n}(): time.sleep({n})\n" for n in (0, 60))

@@ -13,10 +13,11 @@ import pytest
 
 from qtuning_fast.bench import gathered
 from qtuning_fast.bench import run as running
-from qtuning_fast.bench.gathered import NO_TIME, Gathered, device_folder, merged, summary, unpack
+from qtuning_fast.bench.gathered import Gathered, merged, summary, unpack
 from qtuning_fast.bench.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.results import device_folder
 from qtuning_fast.bench.run import Processes, Run
-from qtuning_fast.bench.schedule import DIED, DONE
+from qtuning_fast.bench.schedule import DIED, DONE, NO_TIME
 
 WRITES = "import json, os, sys; json.dump({'entries': {}}, open(sys.argv[1], 'w')); "
 
@@ -46,7 +47,7 @@ def plan(tmp_path, monkeypatch):
         folder, out = tmp_path / "steps", tmp_path / "new" / "plan.json"
         one = Run(steps, Processes(folder, dry_run=dry_run))
         file = Gathered("gpu", folder, out, list(one.outcomes.values()), dry_run=dry_run)
-        one.gather, one.units = file.write, file.units
+        one.gather, one.units, one.verdict = file.write, file.units, file.verdict
         fine = one.all(total)
         return fine, json.loads(out.read_text())
 
@@ -54,7 +55,7 @@ def plan(tmp_path, monkeypatch):
 
 
 def said(document):
-    return {step["name"]: step["said"] for step in document["steps"]}
+    return {step["name"]: step["status"] for step in document["steps"]}
 
 
 def test_what_each_step_finds_is_gathered_with_tables_and_provenance(plan):
@@ -85,16 +86,37 @@ def test_no_step_begins_when_the_time_is_spent(plan):
 def test_what_runs_beside_a_step_runs_at_the_same_time(plan, tmp_path):
     waits = "import time, pathlib; "
     waits += "exec('while not pathlib.Path(sys.argv[1]).with_name(\"b.json\").exists(): time.sleep(0.05)')"
-    fine, document = plan(script("a", waits, beside=(script("b", ""),)))
+    fine, document = plan(script("a", waits, concurrent=(script("b", ""),)))
     assert fine and said(document) == {"a": "done", "b": "done"}
 
 
 def test_when_the_first_step_fails_the_rest_of_the_time_goes_to_finding_out_why(plan):
-    first = script("first", "sys.exit(1)", 5.0, otherwise=script("why", "", 0.0))
+    first = script("first", "sys.exit(1)", 5.0, otherwise=script("why", "sys.exit(1)", 0.0))
     fine, document = plan(first, script("others", ""))
-    assert not fine and said(document) == {"first": "exit status 1", "why": "done", "others": "not begun"}
+    assert not fine and said(document) == {"first": "exit status 1", "why": "exit status 1", "others": "not begun"}
     fine, document = plan(replace(first, code=WRITES), script("others", ""))
     assert fine and said(document) == {"first": "done", "why": "not begun", "others": "done"}
+
+
+VERDICT = "json.dump({'entries': {'verdict': {'wrong': WRONG}}}, open(sys.argv[1], 'w')); import time; "
+
+
+@pytest.mark.parametrize("wrong", ["", "it is off", None])
+def test_a_first_step_that_is_slow_is_wrong_only_if_it_says_so(plan, monkeypatch, wrong):
+    monkeypatch.setattr(running, "FIRST_GRACE", 0.0)
+    code = "import json, sys, time; " if wrong is None else WRITES + VERDICT.replace("WRONG", repr(wrong))
+    first = Script("first", "", 1.0, code=code + "time.sleep(60)", otherwise=script("why", "sys.exit(1)"))
+    _, document = plan(first, script("others", "", 58.0))
+    words = said(document)
+    assert words["first"].startswith("stopped at its limit")
+    expected = ("exit status 1", "not begun") if wrong else ("not begun", "done")
+    assert (words["why"], words["others"]) == expected
+
+
+def test_time_that_finding_out_why_did_not_need_goes_to_the_others(plan):
+    first = script("first", "sys.exit(1)", 5.0, otherwise=script("why", "", 0.0))
+    _, document = plan(first, script("others", ""))
+    assert said(document) == {"first": "exit status 1", "why": "done", "others": "done"}
 
 
 UNITS = """
@@ -105,7 +127,7 @@ def write():
     os.replace(sys.argv[1] + '~', sys.argv[1])
 schedule = Schedule(log=log, write=write)
 for unit in 'abc':
-    if schedule.begins(unit, 0.01) and unit == 'b': {what}
+    if schedule.may_begin(unit, 0.01) and unit == 'b': {what}
 schedule.end()
 """
 
@@ -117,8 +139,56 @@ def test_a_step_that_dies_or_hangs_goes_on_behind_the_unit_that_it_died_in(plan,
     fine, document = plan(Script("units", "", 60.0, code=code, within=True))
     [outcome] = document["steps"]
     assert fine and outcome["processes"] == 2, (outcome, document["documents"])
-    units = {name: entry["said"] for name, entry in document["documents"]["units"]["units"].items()}
+    units = {name: entry["status"] for name, entry in document["documents"]["units"]["units"].items()}
     assert units == {"a": DONE, "b": DIED, "c": DONE}
+
+
+STARTS = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+open(sys.argv[1], "w").write(f"{os.getpid()} {child.pid}")
+time.sleep(300)
+"""
+
+
+def test_a_run_that_is_killed_takes_its_steps_along_with_all_that_they_have_started(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from qtuning_fast.bench.run import Processes
+class Script:
+    def command(self, *arguments, **options):
+        return [sys.executable, "-c", {STARTS!r}, sys.argv[1]]
+Processes(Path("."), dry_run=False).start(Script(), 0.0)
+while True:
+    pass
+"""
+    pids = tmp_path / "pids"
+    environment = os.environ | {"PYTHONPATH": str(running.ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(pids)], env=environment)
+    try:
+        until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 60)
+        at_work = [int(pid) for pid in pids.read_text().split()]
+        assert all(map(is_alive, at_work))
+    finally:
+        process.kill()
+        process.wait()
+    until(lambda: not any(map(is_alive, at_work)), 10)
+
+
+def until(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    """Not counting one that has ended, and that no one has asked about yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_run_that_is_killed_leaves_all_that_was_found(tmp_path):
@@ -138,15 +208,13 @@ def test_a_run_that_is_killed_leaves_all_that_was_found(tmp_path):
         process.wait()
     document = json.loads(out.read_text())
     assert document["documents"]["ceilings"]["ceilings"]["flops"] > 0
-    assert {step["said"] for step in document["steps"]} & {"done", "cut off with the run"}
+    assert {step["status"] for step in document["steps"]} & {"done", "cut off with the run"}
 
 
-def test_a_dry_run_without_a_gpu_interprets_kernels_but_does_not_compile_so(plan, monkeypatch):
+def test_a_dry_run_without_a_gpu_interprets_kernels(plan, monkeypatch):
     monkeypatch.setattr(running, "device", lambda: "cpu")
     interpreted = "import os; sys.exit(os.environ.get('TRITON_INTERPRET') != '1')"
-    code = "import os, sys; sys.exit('TRITON_INTERPRET' in os.environ)"
-    compiled = Script("compiles", "", 60.0, code=code, compiles_only=True)
-    fine, document = plan(script("interprets", interpreted), compiled, dry_run=True)
+    fine, document = plan(script("interprets", interpreted), dry_run=True)
     assert fine, said(document)
 
 
@@ -172,7 +240,7 @@ def test_a_run_is_unpacked_to_where_it_is_read(unpacked):
     root = unpacked(
         documents={"growth": {"entries": {}}, "half": None},
         tables={"blocks.json": [{"a": 1}, {"b": 2}], "choice.json": []},
-        steps=[{"name": "tuning", "said": "done"}, {"name": "choose", "said": NO_TIME}],
+        steps=[{"name": "tuning", "status": "done"}, {"name": "choose", "status": NO_TIME}],
     )
     assert [path.name for path in (root / "bench/results/h200").iterdir()] == ["growth.json"]
     assert (root / "kernels/blocks.json").read_text() == '[\n  {"a": 1},\n  {"b": 2}\n]\n'
@@ -190,6 +258,14 @@ def test_what_a_second_run_adds_to_a_question_goes_into_its_file(unpacked):
     assert found["entries"]["a"]["rows"] == {"x": {"error": ""}, "y": {"error": ""}}
     assert found["entries"].keys() == {"a", "b"} and found["units"] == {"a: x": {}}
     assert merged(found, {"entries": {}}) == found
+
+
+def test_what_a_step_adds_to_a_question_of_the_same_run_is_kept(unpacked):
+    """Files are gathered by name, and "attention-gate.json" comes before "attention.json"."""
+    added = {"entries": {"a": {"rows": {"y": {"error": ""}}}}}
+    root = unpacked(documents={"attention-gate": added, "attention": {"entries": {"a": {"rows": {"x": {}}}}}})
+    [path] = (root / "bench/results/h200").iterdir()
+    assert json.loads(path.read_text())["entries"]["a"]["rows"].keys() == {"x", "y"}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +300,14 @@ def test_a_table_that_is_being_written_stops_nothing(plan, tmp_path, monkeypatch
     (tmp_path / "blocks.json").write_text("[{")
     fine, document = plan(script("one", ""))
     assert fine and document["tables"] == {}
+
+
+def test_the_second_run_does_not_replace_rows_in_turns_by_rows_alone():
+    def document(turns, ms):
+        return {"entries": {"a": {"rows": {"x": {"error": "", "turns": turns, "ms": ms}}}}}
+
+    assert merged(document(True, 1), document(False, 2))["entries"]["a"]["rows"]["x"]["ms"] == 1
+    assert merged(document(False, 1), document(True, 2))["entries"]["a"]["rows"]["x"]["ms"] == 2
 
 
 @pytest.mark.parametrize("plan_name", TOTAL_SECONDS)

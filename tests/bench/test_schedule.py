@@ -13,33 +13,38 @@ class Clock:
 def test_a_unit_begins_if_it_ends_before_the_deadline():
     clock, written = Clock(), []
     schedule = Schedule(10.0, clock=clock, write=lambda: written.append(dict(schedule.log)))
-    assert schedule.begins("a", 4.0) and schedule.said("a") == UNDER_WAY
+    assert schedule.may_begin("a", 4.0) and schedule.status("a") == UNDER_WAY
     clock.now = 5.0
-    assert not schedule.begins("b", 6.0) and schedule.begins("c", 5.0)
+    assert not schedule.may_begin("b", 6.0) and schedule.may_begin("c", 5.0)
     clock.now = 9.0
     schedule.end()
-    assert {name: schedule.said(name) for name in "abcd"} == {"a": DONE, "b": NO_TIME, "c": DONE, "d": ""}
-    assert schedule.log["a"] == {"said": DONE, "expected": 4.0, "took": 5.0} and len(written) >= 4
+    assert {name: schedule.status(name) for name in "abcd"} == {"a": DONE, "b": NO_TIME, "c": DONE, "d": ""}
+    assert schedule.log["a"] == {"status": DONE, "expected": 4.0, "took": 5.0} and len(written) >= 4
+
+
+def test_a_unit_leaves_room_for_what_must_follow_it():
+    schedule = Schedule(10.0, clock=Clock())
+    assert not schedule.may_begin("row", 6.0, 5.0) and schedule.may_begin("other row", 5.0, 5.0)
 
 
 def test_what_an_earlier_process_did_is_not_done_again_and_what_it_had_no_time_for_may_be():
-    log = {"a": {"said": DONE, "expected": 1, "took": 1}, "b": {"said": UNDER_WAY, "expected": 1, "took": None}}
-    log["c"] = {"said": NO_TIME, "expected": 1, "took": None}
+    log = {"a": {"status": DONE, "expected": 1, "took": 1}, "b": {"status": UNDER_WAY, "expected": 1, "took": None}}
+    log["c"] = {"status": NO_TIME, "expected": 1, "took": None}
     schedule = Schedule(log=log)
-    assert [unit for unit in "abcd" if schedule.begins(unit, 1.0)] == ["c", "d"]
-    assert schedule.said("b") == DIED
+    assert [unit for unit in "abcd" if schedule.may_begin(unit, 1.0)] == ["c", "d"]
+    assert schedule.status("b") == DIED
 
 
 def test_a_machine_that_is_slower_than_expected_is_given_less_to_do():
     clock = Clock()
     schedule = Schedule(100.0, clock=clock)
     for unit in "abc":
-        assert schedule.begins(unit, 10.0)
+        assert schedule.may_begin(unit, 10.0)
         clock.now += 20.0
-    assert not schedule.begins("d", 21.0) and schedule.begins(
+    assert not schedule.may_begin("d", 21.0) and schedule.may_begin(
         "e", 19.0
     )  # 40 seconds are left, and all take twice as long
     clock.now += 1000.0
     schedule.end()
     schedule.deadline = clock.now + SLOWEST * 2.0
-    assert schedule.begins("f", 2.0) and not schedule.begins("g", 2.1)
+    assert schedule.may_begin("f", 2.0) and not schedule.may_begin("g", 2.1)

@@ -94,13 +94,20 @@ def test_the_incumbent_stays_within_the_noise_and_goes_when_it_fails():
     assert winner([trial(), close]) is close  # the incumbent was never timed
 
 
-def test_reports_fit_a_terminal():
+def test_reports_fit_a_terminal(monkeypatch):
+    monkeypatch.setattr(tune, "candidate_ms", lambda entry: None)
     trials = [trial(1.0, 2.0, 3.0), trial(0.5, 1.0, 1.5, keys=128, prefix=128, queries=128, warps=8)]
     trials += [trial(error="spills 8 bytes", warps=8), trial(error="wrong: output is off by 1", stages=3)]
     text = tune.report(Job("bf16", 64, "forward"), trials, trials[1])
     assert "2 timed, 1 spill, 1 wrong, 0 otherwise out" in text and "+100.0%" in text and "incumbent" in text
     assert max(map(len, text.splitlines())) <= 120
     json.dumps(tune.as_json(Job("bf16", 64, "forward"), trials, trials[1]), allow_nan=False)
+    assert "predicted mean" not in text
+    monkeypatch.setattr(tune, "candidate_ms", lambda entry: 0.5 if entry.warps == 8 else None)
+    text = tune.report(Job("bf16", 64, "forward"), trials, trials[1])
+    assert f"  predicted mean: {trials[1].name()} 0.5000 ms" in text.splitlines()
+    found = tune.as_json(Job("bf16", 64, "forward"), trials, trials[1])["trials"]
+    assert [each["predicted"] for each in found[:2]] == [None, 0.5]
     failed = [replace(trials[0], error="OutOfMemoryError: ")]
     assert "the incumbent" in tune.report(Job("bf16", 64, "forward"), failed, None)
     json.dumps(tune.as_json(Job("bf16", 64, "forward"), failed, None), allow_nan=False)
@@ -196,7 +203,7 @@ def test_tuning_stops_when_the_time_is_spent(monkeypatch):
     jobs = [Job("bf16", D, "forward") for D in (32, 128, 256)]
     schedule, heats, finished = tuned(monkeypatch, jobs, deadline=25, tried=lambda incumbent: [incumbent])
     assert [job for job, _, _ in finished] == jobs[:2] and [name for name, *_ in heats] == ["minilm", "llama-8b"]
-    assert schedule.said(f"{jobs[2]}: heat 1") == NO_TIME
+    assert schedule.status(f"{jobs[2]}: heat 1") == NO_TIME
 
 
 def test_every_job_has_a_heat_before_any_has_its_second_and_the_best_are_timed_again(monkeypatch):
@@ -238,10 +245,10 @@ def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(mo
 
 def test_the_most_promising_come_first(monkeypatch):
     entries = candidates(entry())
-    monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None)
-    assert in_order(entries, "forward") == entries  # where nothing is predicted
-    monkeypatch.setattr(tune, "candidate_ms", lambda e, direction: None if e.warps == 8 else 1.0 / e.keys)
-    found = in_order(entries, "forward")
+    monkeypatch.setattr(tune, "candidate_ms", lambda e: None)
+    assert in_order(entries) == entries  # where nothing is predicted
+    monkeypatch.setattr(tune, "candidate_ms", lambda e: None if e.warps == 8 else 1.0 / e.keys)
+    found = in_order(entries)
     assert found[0] == entries[0] and set(found) == set(entries)
     known = [e.keys for e in found[1:] if e.warps != 8]
     assert known == sorted(known, reverse=True) and all(e.warps == 8 for e in found[1 + len(known) :])

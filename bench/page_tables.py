@@ -1,0 +1,133 @@
+"""The tables of docs/performance.md, one a question, as lines of Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qtuning_fast.bench import tables
+
+Document = Mapping[str, Any]
+
+
+def attention(document: Document) -> list[str]:
+    """Milliseconds of a step of ours, and the times of others over it."""
+    lines = ["| | ours | of it the floor | eager | sdpa | attention alone | memory: ours, eager, sdpa | again |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for entry in document["entries"].values():
+        rows, ours = entry["rows"], tables.auto(entry, "step")
+        if ours is None:
+            continue
+        ms = tables.median(rows[ours], "step")
+        cells = [f"{ms:.3g} ms ({ours})", _floor(entry, "step", ms)]
+        cells += [_times(tables.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
+        cells.append(_times(attention_alone(rows, rows[ours])))
+        cells.append(", ".join(_mebibytes(rows.get(peer)) for peer in (ours, "eager", "sdpa")))
+        cells.append(_times(tables.ratio(rows.get(f"{ours}-again"), rows[ours], "step")))
+        lines.append(f"| {entry['shape']['of']}: {entry['title']} | {' | '.join(cells)} |")
+    return [*lines, "", *_predicted(document), *_cannot(document)]
+
+
+def attention_alone(rows: Mapping[str, Any], ours: Mapping[str, Any]) -> float | None:
+    """The fastest that has the prefix in place already and knows no gate, over ours: the lower bound."""
+    found = [tables.ratio(row, ours, "step") for name, row in rows.items() if name.endswith("-no-concat")]
+    return min((x for x in found if x), default=None)
+
+
+def _predicted(document: Document) -> list[str]:
+    """What was predicted of ours before it was measured, where something was."""
+    entries = document["entries"].items()
+    lines = [f"- {name},{line.removeprefix('  predicted of')}" for name, e in entries for line in tables.predictions(e)]
+    return ["Predicted before it was measured:", "", *lines, ""] if lines else []
+
+
+def _cannot(document: Document) -> list[str]:
+    """Peers that could not do some shape, and what they said."""
+    said: dict[str, set[str]] = {}
+    for entry in document["entries"].values():
+        for peer, row in entry["rows"].items():
+            if row["error"] and tables.best(row, "step") is None:
+                said.setdefault(row["error"], set()).add(peer)
+    lines = [f"- {', '.join(sorted(peers))}: `{error}`" for error, peers in said.items()]
+    return ["Who could not train on some shape, and what it said:", "", *lines] if lines else []
+
+
+def decode(document: Document) -> list[str]:
+    lines = ["| | ours | of it the floor | sdpa, prefix in the cache | eager |", "|---|---|---|---|---|"]
+    for entry in document["entries"].values():
+        rows, ours = entry["rows"], tables.auto(entry, "forward")
+        if ours is None:
+            continue
+        ms = tables.median(rows[ours], "forward")
+        cells = [f"{ms:.3g} ms ({ours})", _floor(entry, "forward", ms)]
+        cells += [_times(tables.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
+        lines.append(f"| {entry['title']} | {' | '.join(cells)} |")
+    return lines
+
+
+def tests(document: Document) -> list[str]:
+    lines = ["| | passed | failed | skipped |", "|---|---|---|---|"]
+    for name, entry in document["entries"].items():
+        lines.append(f"| {name} | {' | '.join(str(entry.get(x, 0)) for x in ('passed', 'failed', 'skipped'))} |")
+    failures = {test: why for entry in document["entries"].values() for test, why in entry["failures"].items()}
+    return [*lines, "", *(f"- `{test}`: `{why}`" for test, why in failures.items())]
+
+
+def ingredients(document: Document) -> list[str]:
+    lines = [
+        "| | " + " | ".join(("gate", "reweighting", "bank", "padding", "all of them")) + " |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in document["entries"].values():
+        rows, everything = entry["rows"], tables.median(entry["rows"]["all"], "step")
+        cells = []
+        for name in ("gate", "reweighting", "bank", "padding", "any"):
+            ms = tables.median(rows[f"without {name}"], "step")
+            cells.append(f"{(everything - ms) / ms:+.1%}" if ms and everything else "")
+        lines.append(f"| {entry['peer']}, {entry['title']} | {' | '.join(cells)} |")
+    return lines
+
+
+def lifelong(document: Document) -> list[str]:
+    lines = ["| last ten tasks over tasks 6 to 15 | step | step over the anchor | anchor | memory | adapter |"]
+    lines.append("|---|---|---|---|---|---|")
+    names = ("step_ms", "step_over_anchor", "anchor_ms", "resident_bytes", "adapter_bytes")
+    for method, entry in document["entries"].items():
+        ratios = (entry["verdict"] or {"ratios": {}})["ratios"]
+        cells = [f"{ratios[name]:.3f}" if name in ratios else "" for name in names]
+        lines.append(f"| {method}: {entry['about']} | {' | '.join(cells)} |")
+    return lines
+
+
+def models(document: Document) -> list[str]:
+    lines = ["| | tokens a second | memory beyond the weights | trained |", "|---|---|---|---|"]
+    for name, entry in document["entries"].items():
+        for way, row in entry["rows"].items():
+            if row["timing"] is None:
+                lines.append(f"| {name}: {way} | {row['error']} | | |")
+                continue
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+            lines.append(
+                f"| {name}: {way} | {row['tokens_per_second']:,.0f} | {peak} | {row['trainable_parameters']:,} |"
+            )
+    return lines
+
+
+def mixed(document: Document) -> list[str]:
+    rows = document["entries"]["forward"]["rows"]
+    base = rows["one-task"]["eager"]["median"]
+    lines = ["| | ms | over one task |", "|---|---|---|"]
+    for name, row in rows.items():
+        timing = row["eager"]
+        lines.append(f"| {name} | {timing['median']:.1f} ± {timing['spread']:.1f} | {timing['median'] / base:.2f} |")
+    return lines
+
+
+def _floor(entry: Mapping[str, Any], which: str, ms: float) -> str:
+    return f"{entry['floor_ms'][which][0] / ms:.0%}" if "floor_ms" in entry else ""
+
+
+def _times(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f} ×"
+
+
+def _mebibytes(row: Mapping[str, Any] | None) -> str:
+    return "–" if row is None or row["peak"] is None else f"{row['peak'] / 2**20:.0f}" + " MiB"
