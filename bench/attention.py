@@ -33,6 +33,7 @@ from qtuning_fast.bench.measure import (
     in_a_process,
     measure,
     measure_each,
+    scheduled,
 )
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
@@ -89,11 +90,7 @@ def ask(question: str, about: str | None, arguments: list[str] | None, *, traine
     names = most_missing_first([shape.name for shape in chosen], home)
     jobs = {name: partial(one, SHAPES[name], peers) for name in names if is_missing(name, peers, home)}
     if within:
-        schedule, entries = results.schedule(options.deadline), results.document["entries"]
-        jobs = {
-            name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
-            for name, job in jobs.items()
-        }
+        jobs = scheduled(jobs, results, options.deadline)
     return measure_each(results, jobs, tables.attention, each_apart=not within)
 
 

@@ -29,6 +29,7 @@ from qtuning_fast.bench.measure import (
     default_dtype,
     measure_cases,
     measure_each,
+    scheduled,
 )
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import RUNS, Results
@@ -142,11 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {name: SERIES[name].shapes(device, tiny=options.dry_run) for name in options.sizes}
     jobs = {name: partial(measure, name, shapes, options.peer, device, turns) for name, shapes in chosen.items()}
     if within:
-        schedule, entries = results.schedule(options.deadline), results.document["entries"]
-        jobs = {
-            name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
-            for name, job in jobs.items()
-        }
+        jobs = scheduled(jobs, results, options.deadline)
     return measure_each(results, jobs, tables.growth, each_apart=not within)
 
 

@@ -276,6 +276,18 @@ def predicted(shape: Shape, device: str) -> dict[str, Any]:
     return {"predicted_ms": {"fused": ms}} if ms else {}
 
 
+def scheduled(
+    jobs: Mapping[str, Callable[..., dict[str, Any]]], results: Results, deadline: float
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The same jobs under a deadline: they leave out what would end after it, go on from an entry that is there, and
+    write with each row."""
+    schedule, entries = results.schedule(deadline), results.document["entries"]
+    return {
+        name: partial(job, schedule=schedule, known=entries.get(name), wrote=partial(results.add, name))
+        for name, job in jobs.items()
+    }
+
+
 def measure_each(
     results: Results,
     jobs: Mapping[str, Callable[[], dict[str, Any]]],

@@ -213,6 +213,7 @@ def constant(value: Any) -> tl.constexpr:
 
 
 def prefix(call: Any) -> Prefix:
+    """Of a folded call; of another one its rows are not what attention sees, and only the rest of it is of use."""
     index, length = call.prefix_index, call.prefix_length
     return Prefix(
         key=rows(call.prefix_key),
@@ -225,6 +226,7 @@ def prefix(call: Any) -> Prefix:
 
 
 def stored(x: Tensor, weights: tuple[Tensor, Tensor] | None) -> Stored:
+    """Rows as they are stored, with their weights (U, V)."""
     return Stored(rows(x), _low_rank(weights))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import arguments
 from .arguments import Rows, Stored
 from .launch import Launch
-from .tiles import length_of, load_rows, store_rows, weight_rows
+from .tiles import length_of, load_rows, store_rows, weight_rows, within_bank
 
 ROWS = tl.constexpr(16)  # a program
 SAMPLES = tl.constexpr(1024)  # whose prefixes it looks through at once
@@ -63,12 +63,11 @@ def fold_rows(pid, side, prefix, B, heads, n_shared, tiles):
 
 @triton.jit
 def is_used(prefix, t, B):
-    """Whether some sample uses prefix t; an index out of range is clamped, as everywhere (`tiles.prefix_of`)."""
+    """Whether some sample uses prefix t."""
     found = tl.zeros([SAMPLES], tl.int32)
     for start in range(0, B, SAMPLES):
         b = start + tl.arange(0, SAMPLES)
-        used = tl.load(prefix.index + b, mask=b < B, other=0).to(tl.int64)
-        used = tl.minimum(tl.maximum(used, 0), prefix.n_prefixes - 1)
+        used = within_bank(prefix, tl.load(prefix.index + b, mask=b < B, other=0).to(tl.int64))
         found |= ((used == t) & (b < B)).to(tl.int32)
     return tl.max(found, 0) > 0
 

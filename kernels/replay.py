@@ -5,8 +5,8 @@ every layer and step. Building it costs the host as much as launching it, and Tr
 find the compiled kernel, costs twice that. So the launches of a pass are kept under all that decides about them, their
 compiled kernels with them, and of their arguments only the pointers are put in again.
 
-A pass is not kept if it launches something whose pointer is none that it was handed, and none of its scratch: the copy
-of a tensor, say, that kernels cannot read in place. Then it is built each time.
+A pass is kept only if every pointer that it launches with is one of its arguments or of its own scratch. The copy of a
+tensor that kernels cannot read in place is neither: such a pass is built each time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +51,7 @@ class Replay:
             launch(*arguments(everything))
 
 
-_kept: dict[Any, Replay | None] = {}  # None: it cannot be
+_kept: dict[Any, Any] = {}  # a Replay; None: it cannot be one; _SEEN_ONCE
 
 
 def run(name: str, call: Any, others: Sequence[Tensor | None], launches: Callable[[], Iterable[Launch]]) -> None:

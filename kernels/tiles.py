@@ -124,8 +124,14 @@ def prefix_of(prefix, b):
     else:
         t = tl.load(prefix.index + b).to(tl.int64)
         tl.device_assert((t >= 0) & (t < prefix.n_prefixes), "prefix_index out of range")  # with TRITON_DEBUG=1
-        t = tl.minimum(tl.maximum(t, 0), prefix.n_prefixes - 1)
+        t = within_bank(prefix, t)
     return t, length_of(prefix, t)
+
+
+@triton.jit
+def within_bank(prefix, t):
+    """An index clamped to the prefixes there are."""
+    return tl.minimum(tl.maximum(t, 0), prefix.n_prefixes - 1)
 
 
 @triton.jit

@@ -66,6 +66,7 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
         return passes.empty_gradients(_call_of(*arguments), needs)
 
     def autograd(ctx: Any, d_output: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of all arguments, None for those that need none; only the first output passes one on."""
         needs = list(ctx.needs_input_grad[: len(INPUTS)])
         nothing = (None,) * len(ctx.is_tensor)
         if d_output is None or not any(needs):
