@@ -61,7 +61,7 @@ test-all: $(STAMP)
 # What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
 test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
-		-k "not compile and not graph and not fused" tests/test_model.py \
+		-k "not compile and not graph and not fused" tests/model/test_model.py \
 		$(addprefix tests/integrations/test_,caches.py edges.py families.py generation.py mixed.py peft.py saving.py \
 		scoring.py training.py transformers.py) $(addprefix tests/bench/test_,lifelong.py mixed_tasks.py models.py)
 
@@ -89,18 +89,18 @@ OUT ?= runs/bench
 # make bench-gpu DRY=1; some steps: ONLY="tests tuning"
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 BARE = PYTHONPATH=.:$$PYTHONPATH PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
-PLAN = $(BARE) qtuning_fast.bench.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
+PLAN = $(BARE) qtuning_fast.bench.plans.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
 test-gpu:
-	$(BARE) qtuning_fast.bench.gpu_tests --out $(OUT)/tests.json
+	$(BARE) qtuning_fast.bench.plans.gpu_tests --out $(OUT)/tests.json
 
 tune:
-	$(BARE) qtuning_fast.bench.tune --out $(OUT)/tuning.json
+	$(BARE) qtuning_fast.bench.plans.tune --out $(OUT)/tuning.json
 	cp kernels/blocks.json $(OUT)/
 
 choose:
-	$(BARE) qtuning_fast.bench.choose --out $(OUT)/choose.json
-	cp qtuning_fast/backends/choice.json $(OUT)/
+	$(BARE) qtuning_fast.bench.plans.rank_backends --out $(OUT)/choose.json
+	cp qtuning_fast/attention/backend_order.json $(OUT)/
 
 # Tests, the operator beside its peers, tuning: nine minutes, all of it in one file.
 bench-gpu:
@@ -116,16 +116,16 @@ bench-gpu-models:
 
 # Triton's cache for the plans, made without a GPU by the Python and the Triton of the machine that will have one.
 triton-cache:
-	$(BARE) qtuning_fast.bench.carried
+	$(BARE) qtuning_fast.bench.plans.triton_cache
 
 # Every question on a CPU, 45 minutes on two idle cores.
 bench-cpu: $(STAMP)
-	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.run $(if $(DRY),--dry-run) cpu --out $(OUT)/cpu.json
-	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.run --unpack $(OUT)/cpu.json)
+	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.plans.run $(if $(DRY),--dry-run) cpu --out $(OUT)/cpu.json
+	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.plans.run --unpack $(OUT)/cpu.json)
 
 # The rows that need peft's prefix tuning as a peer, beside ours, on the newest transformers that it runs on.
 bench-peft: $(PEFT)/.ready
-	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.models --row qtuning_fast qtuning_fast-decoder peft --out $(OUT)/peft.json
+	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.rows.models --row qtuning_fast qtuning_fast-decoder peft --out $(OUT)/peft.json
 
 # The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
 bench: $(STAMP)
@@ -134,12 +134,17 @@ bench: $(STAMP)
 
 # docs/performance.md, its pictures and README's figures, from bench/results.
 report: $(STAMP)
-	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.report
+	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.report.performance
 
+# kernels/ and bench/ are subpackages that stand elsewhere: mypy and import-linter see a copy that has them in place.
+LINTED := build/lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	rm -rf $(LINTED) && mkdir -p $(LINTED)/qtuning_fast
+	find qtuning_fast -name '*.py' | tar -cf - -T - | tar -xf - -C $(LINTED)
+	find kernels bench -name '*.py' | tar -cf - -T - | tar -xf - -C $(LINTED)/qtuning_fast
+	cd $(LINTED) && $(CURDIR)/$(BIN)/lint-imports $(CURDIR)/pyproject.toml
 	$(BIN)/mypy
 
 format: $(STAMP)

@@ -30,19 +30,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast.
-    # kernels/ has no __init__.py: a top-level package of that name belongs to another project.
+    # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast; of bench/ a wheel has
+    # what `qtuning-fast bench` needs. In a checkout qtuning_fast/kernels and qtuning_fast/bench point there.
     packages=[
-        *find_packages(include=["qtuning_fast", "qtuning_fast.*"]),
+        *find_packages(
+            include=["qtuning_fast", "qtuning_fast.*"], exclude=["qtuning_fast.kernels", "qtuning_fast.bench"]
+        ),
         "qtuning_fast.kernels",
         "qtuning_fast.bench",
     ],
     package_dir={"qtuning_fast.kernels": "kernels", "qtuning_fast.bench": "bench"},
     package_data={
         "qtuning_fast": ["py.typed"],
-        "qtuning_fast.backends": ["choice.json"],
+        "qtuning_fast.attention": ["backend_order.json"],
         "qtuning_fast.kernels": ["blocks.json"],
-        "qtuning_fast.lifelong": ["*.html.j2"],
+        "qtuning_fast.lifelong.report": ["*.html.j2"],
     },
     install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
     extras_require={

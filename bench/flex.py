@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.bench.eager import concatenated, in_front, per_head, prefix_rows
 from qtuning_fast.bench.tanh_approx import lower_to_ptx, tanh_approx
-from qtuning_fast.call import PrefixAttentionCall
 
 Kernel = Callable[..., Tensor]  # of a call and its block mask
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qtuning_fast import backends
-from qtuning_fast.bench import expected, shapes
+from qtuning_fast.attention import dispatch
+from qtuning_fast.bench import durations, shapes
 from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdict
-from qtuning_fast.bench.floors import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.memory import peak, too_large
 from qtuning_fast.bench.peers import PEERS, Prepared
 from qtuning_fast.bench.results import Results, device_folder
+from qtuning_fast.bench.roofline import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.schedule import RESTART, Schedule
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import (
@@ -93,7 +93,7 @@ def measure(
         rows = before | as_json({peer: row for peer, row in side.rows.items() if peer in asked and peer not in before})
         return entry | {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
 
-    for unit in expected.rows(shape, peers, turns, peaks):
+    for unit in durations.rows(shape, peers, turns, peaks):
         if unit.kind == "turns" and not side.ready:
             continue
         peer, begins = unit.of, schedule.may_begin(unit.name, unit.seconds, unit.reserve)
@@ -121,9 +121,9 @@ def backends_for(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Any
     """What `auto` takes, and why; and by whose attention the composed backend computes the context."""
     x = shapes.inputs(shape, dtype=dtype, device=device)
     call = (x.tracked() if shape.trained else x).call(shape)
-    able = backends.BACKENDS["composed"].why_not(call) is None
-    how = backends.BACKENDS["composed"].how(call) if able else ""
-    return {"auto": vars(backends.explain(call, "auto")), "composed": how}
+    able = dispatch.BACKENDS["composed"].why_not(call) is None
+    how = dispatch.BACKENDS["composed"].how(call) if able else ""
+    return {"auto": vars(dispatch.explain(call, "auto")), "composed": how}
 
 
 class SideBySide:
@@ -272,7 +272,7 @@ def predicted(shape: Shape, device: str) -> dict[str, Any]:
     if torch.device(device).type != "cuda":
         return {}
     gpu = device_folder({"type": "cuda", "name": torch.cuda.get_device_name()})
-    ms = expected.predicted_ms(shape.name, gpu)
+    ms = durations.predicted_ms(shape.name, gpu)
     return {"predicted_ms": {"fused": ms}} if ms else {}
 
 

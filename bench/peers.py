@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention
+from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.bench import eager, flex, sdpa
 from qtuning_fast.bench.shapes import Inputs, Shape
-from qtuning_fast.call import PrefixAttentionCall
 
 Attend = Callable[[PrefixAttentionCall], Tensor]
 Gradients = dict[str, Tensor]

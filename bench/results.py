@@ -23,8 +23,11 @@ from qtuning_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn")
-SOURCES = {"kernels": "kernels", "backends": "qtuning_fast/backends"}  # what computes the operator
-TABLES = {"blocks.json": "kernels/blocks.json", "choice.json": "qtuning_fast/backends/choice.json"}  # what runs measure
+SOURCES = {"kernels": "kernels", "backends": "qtuning_fast/attention"}  # what computes the operator
+TABLES = {
+    "blocks.json": "kernels/blocks.json",
+    "backend_order.json": "qtuning_fast/attention/backend_order.json",
+}  # what runs measure
 RUNS = Path("runs/bench")
 
 

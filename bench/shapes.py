@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtuning_fast.call import PrefixAttentionCall
-from qtuning_fast.validation import validate
+from qtuning_fast.attention.arguments import validate
+from qtuning_fast.attention.call import PrefixAttentionCall
 
 N_SHARED = 10
 

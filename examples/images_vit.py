@@ -22,11 +22,11 @@ from rich.console import Console
 
 from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
 from qtuning_fast.lifelong.base_models import load_base_model
-from qtuning_fast.lifelong.console import summary_table
-from qtuning_fast.lifelong.images import open_image
+from qtuning_fast.lifelong.data.images import open_image
+from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.own_data import load_task
 from qtuning_fast.lifelong.progress import ProgressBars
+from qtuning_fast.lifelong.report.console import summary_table
 
 COLOURS = {"red": (220, 50, 40), "green": (50, 170, 60), "blue": (50, 80, 220)}
 SHAPES = ["circle", "square", "triangle"]

@@ -1,8 +1,8 @@
 """What the kernels take: named tuples of pointers and strides, and how they come from tensors.
 
-`call` here and in the launchers is anything with the attributes of `qtuning_fast.call.PrefixAttentionCall`; sizes are
-called as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time" is known
-when a kernel is compiled, and so is a pointer that is None, which stands for what a call lacks: one kernel serves all
+`call` here and in the launchers has the attributes of `PrefixAttentionCall` (qtuning_fast/attention); sizes are called
+as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time" is known when a
+kernel is compiled, and so is a pointer that is None, which stands for what a call lacks: one kernel serves all
 variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare every tuple with None.)
 
 A tuple that holds tuples ends with `end`, which is always None. Triton 3.6 copies what a branch or a loop finds, and

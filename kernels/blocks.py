@@ -1,7 +1,7 @@
 """The block sizes of the attention kernels, per target, precision, head size and direction: blocks.json.
 
-`python -m qtuning_fast.bench.tune` measures candidates on the GPU at hand and rewrites its entries there; nothing is
-tuned at run time, so that the first call is as fast as the next and the same seed gives the same bits.
+`python -m qtuning_fast.bench.plans.tune` measures candidates on the GPU at hand and rewrites its entries there; nothing
+is tuned at run time, so that the first call is as fast as the next and the same seed gives the same bits.
 """
 
 import json

@@ -3,17 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qtuning_fast.config import QTuningConfig
-from qtuning_fast.functional import explain_backend, prefix_attention
-from qtuning_fast.queue import PromptQueue, dq_pca
+from qtuning_fast.attention.api import explain_backend, prefix_attention
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.queue import PromptQueue, dq_pca
 from qtuning_fast.version import __version__
 
 if TYPE_CHECKING:
     from qtuning_fast.integrations.modules import replace_attention, restore_attention
+    from qtuning_fast.integrations.modules.multihead import PrefixMultiheadAttention
     from qtuning_fast.lifelong.trainer import LifelongTrainer
-    from qtuning_fast.model import QTuningModel
-    from qtuning_fast.nn.multihead import PrefixMultiheadAttention
-    from qtuning_fast.scoring import answer_scores
+    from qtuning_fast.model.model import QTuningModel
+    from qtuning_fast.model.scoring import answer_scores
 
 __all__ = [
     "LifelongTrainer",
@@ -33,11 +33,11 @@ __all__ = [
 # Imported when it is first asked for: the operator alone should load fast, and without transformers.
 _LAZY = {
     "LifelongTrainer": "qtuning_fast.lifelong.trainer",
-    "PrefixMultiheadAttention": "qtuning_fast.nn.multihead",
-    "QTuningModel": "qtuning_fast.model",
-    "replace_attention": "qtuning_fast.integrations.modules",
-    "restore_attention": "qtuning_fast.integrations.modules",
-    "answer_scores": "qtuning_fast.scoring",
+    "PrefixMultiheadAttention": "qtuning_fast.integrations.modules.multihead",
+    "QTuningModel": "qtuning_fast.model.model",
+    "replace_attention": "qtuning_fast.integrations.modules.replacement",
+    "restore_attention": "qtuning_fast.integrations.modules.replacement",
+    "answer_scores": "qtuning_fast.model.scoring",
 }
 
 

@@ -19,9 +19,9 @@ try:
 except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
-from qtuning_fast.config import TASK_TYPES, QTuningConfig
+from qtuning_fast.attention.reference import GATES
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.reference import GATES
+from qtuning_fast.method.config import TASK_TYPES, QTuningConfig
 from qtuning_fast.version import __version__
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ def _clear_errors(
 @contextmanager
 def _notes() -> Iterator[None]:
     """What the data makes one warn of is a line, without the place in the code."""
-    from qtuning_fast.lifelong.data_files import DataWarning
+    from qtuning_fast.lifelong.data.tables import DataWarning
 
     def show(
         message: Warning | str,
@@ -209,8 +209,8 @@ def run(
             ),
             forward_transfer=forward_transfer,
         )
-        from qtuning_fast.lifelong.console import seeds_table, summary_table
         from qtuning_fast.lifelong.progress import ProgressBars
+        from qtuning_fast.lifelong.report.console import seeds_table, summary_table
 
         def listening(tasks: Any, title: str) -> ProgressBars:
             return ProgressBars(len(tasks), title, console)
@@ -241,7 +241,7 @@ def evaluate(
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows those of its own tasks")
         _quiet()
-        from qtuning_fast.lifelong.own_data import load_examples
+        from qtuning_fast.lifelong.data.loading import load_examples
         from qtuning_fast.lifelong.runs import OpenRun
 
         opened = OpenRun(folder)
@@ -294,7 +294,7 @@ def predict(
 def report(folder: RunFolder) -> None:
     """Write a run's report and pictures again, from its metrics."""
     with _clear_errors():
-        from qtuning_fast.lifelong.console import seeds_table, summary_table
+        from qtuning_fast.lifelong.report.console import seeds_table, summary_table
         from qtuning_fast.lifelong.runs import rewrite_report
 
         page, metrics, is_summary = rewrite_report(folder)
@@ -328,8 +328,8 @@ def bench(
     with _clear_errors("Nothing is kept."):
         _quiet()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
+        from qtuning_fast.bench.layer_cost import Question, Wanted, results_file
         from qtuning_fast.bench.measure import QUICK, TURNS
-        from qtuning_fast.bench.own_model import Question, Wanted, results_file
 
         sizes = (batch, tokens, context, prefix_rows, tasks, padding, causal, decode)
         question = Question.of(Wanted(model, shape, heads, kv_heads, head_size, *sizes), dtype, peer or ())

@@ -358,7 +358,7 @@ def test_a_peer_that_cannot_do_it_says_why() -> None:
 
 
 def test_an_interrupted_bench_ends_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtuning_fast.bench.own_model import Question
+    from qtuning_fast.bench.layer_cost import Question
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -389,7 +389,7 @@ WRONG_BENCH = {
 
 @pytest.mark.parametrize("option", WRONG_BENCH)
 def test_what_bench_cannot_measure_is_refused_by_name(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtuning_fast.bench.own_model import Question
+    from qtuning_fast.bench.layer_cost import Question
 
     monkeypatch.delattr(Question, "measure")
     for value in WRONG_BENCH[option]:

@@ -24,7 +24,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from qtuning_fast.cli import app
-from qtuning_fast.storage import read_json
+from qtuning_fast.model.checked_files import read_json
 
 NOTE = "note: this model's tokenizer has no padding token; token 0 pads, which the mask hides"
 FAST = "--steps=2 --batch-size=4 --max-length=10 --eval-every=2 --prompt-length=2 --shared-length=2 --queue-size=2"

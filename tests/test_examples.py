@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from qtuning_fast.lifelong import sources
+from qtuning_fast.lifelong.data import packaged
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -110,7 +110,7 @@ def test_classify_bert(
     def not_installed(package: str, path: str) -> Path:
         raise ImportError(f"{package} is not there")
 
-    monkeypatch.setattr(sources, "packaged_file", not_installed)
+    monkeypatch.setattr(packaged, "packaged_file", not_installed)
     module = example("classify_bert")
     texts = [text for task in module.load_tasks(toy=True) for text in (*task.train.inputs, *task.test.inputs)]
     out = tmp_path / "adapters"

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.integrations.transformers import without_head
 from qtuning_fast.integrations.transformers.caches import takes_cache
+from qtuning_fast.method.adapter import TaskAdapter
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from qtuning_fast.functional import explain_backend
+from qtuning_fast.attention.api import explain_backend
 from qtuning_fast.version import __version__
 
 _PACKAGES = {

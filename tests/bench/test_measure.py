@@ -8,11 +8,11 @@ import torch
 
 from qtuning_fast.bench import measure as measuring
 from qtuning_fast.bench import memory, tables
-from qtuning_fast.bench.floors import Ceilings
-from qtuning_fast.bench.ingredients import cases
 from qtuning_fast.bench.measure import QUICK, in_a_process, measure, measure_cases, measure_each
 from qtuning_fast.bench.peers import PEERS, Peer
 from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.roofline import Ceilings
+from qtuning_fast.bench.rows.ingredients import cases
 from qtuning_fast.bench.shapes import MINILM_CPU, TINY, TINY_DECODE
 
 CEILINGS = Ceilings(flops=1e12, copied=1e11, read=9e10, special=1e11)

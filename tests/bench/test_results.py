@@ -26,7 +26,7 @@ def test_the_file_grows_as_results_come(tmp_path):
     written.fail("P", "no time left")
     document = json.loads(out.read_text())
     assert document["entries"] == {"N": {"ms": 1.5}} and document["errors"] == {"P": "no time left"}
-    assert document["command"] == "python -m qtuning_fast.bench.growth --with N" and document["rounds"] == 3
+    assert document["command"] == "python -m qtuning_fast.bench.rows.growth --with N" and document["rounds"] == 3
     assert document["device"]["type"] == "cpu" and document["versions"]["torch"] and document["date"]
     assert document["digests"].keys() == {"kernels", "backends"} and "torch" in written.heading()
     assert list(out.parent.iterdir()) == [out]
@@ -39,7 +39,7 @@ def test_what_has_changed_since_is_named(checkout):
     assert changed_since(document) == []
     (checkout / "kernels" / "blocks.json").write_text("[]")
     assert changed_since(document) == ["kernels"]
-    (checkout / "qtuning_fast/backends" / "code.py").rename(checkout / "qtuning_fast/backends" / "renamed.py")
+    (checkout / "qtuning_fast/attention" / "code.py").rename(checkout / "qtuning_fast/attention" / "renamed.py")
     assert changed_since(document) == ["kernels", "backends"]
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from qtuning_fast import QTuningConfig, QTuningModel
-from qtuning_fast.adapter import TaskAdapter
 from qtuning_fast.integrations.peft import adapter_from_peft, adapter_to_peft
+from qtuning_fast.method.adapter import TaskAdapter
 
 peft = pytest.importorskip("peft")
 

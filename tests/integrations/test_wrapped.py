@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtuning_fast import QTuningConfig, QTuningModel
-from qtuning_fast.fingerprint import fingerprint
 from qtuning_fast.integrations.transformers import without_head
+from qtuning_fast.model.fingerprint import fingerprint
 
 SMALL = {"prompt_length": 2, "queue_size": 2, "shared_length": 1, "reparameterization": None}
 NAMES = ["BERT", "Llama"]

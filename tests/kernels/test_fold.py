@@ -7,10 +7,11 @@ import inspect
 import pytest
 import torch
 
-from qtuning_fast import prefix_attention, reference
+from qtuning_fast import prefix_attention
+from qtuning_fast.attention import reference
+from qtuning_fast.attention.arguments import validate
 from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.target import INTERPRETED
-from qtuning_fast.validation import validate
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="sizes are those of the interpreter")
 

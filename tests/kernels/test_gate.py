@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qtuning_fast.attention.reference import GATES
 from qtuning_fast.kernels.gate import gated, gated_with_derivatives
-from qtuning_fast.reference import GATES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,4 +1,4 @@
-"""The prefix's part by kernels: launches, layouts, determinism. How exact it is: tests/backends/test_accuracy.py."""
+"""The prefix's part by kernels: launches, layouts, determinism. How exact it is: tests/attention/test_accuracy.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtuning_fast import prefix_attention, reference
+from qtuning_fast import prefix_attention
+from qtuning_fast.attention import reference
+from qtuning_fast.attention.arguments import validate
 from qtuning_fast.kernels import prefix_forward, prefix_part
 from qtuning_fast.kernels.backward import INPUTS, empty_gradients, named_inputs
 from qtuning_fast.kernels.target import INTERPRETED
-from qtuning_fast.validation import validate
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="shapes and precisions are those of the interpreter")
 

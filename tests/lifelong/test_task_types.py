@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from qtuning_fast import LifelongTrainer, QTuningConfig
 from qtuning_fast.cli import app
 from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.own_data import load_task
 from qtuning_fast.lifelong.progress import _StepBar
 
 TYPES = ["text-to-text", "causal-lm", "image-classification"]

@@ -3,8 +3,8 @@
 Importing this registers `attn_implementation="qtuning_fast"` with transformers' attention and mask interfaces.
 """
 
-from qtuning_fast.integrations.transformers.attached import AttachedAttention
-from qtuning_fast.integrations.transformers.attention import NAME
+from qtuning_fast.integrations.transformers.injector import AttachedAttention
+from qtuning_fast.integrations.transformers.interface import NAME
 from qtuning_fast.integrations.transformers.layers import AttentionLayer, without_head
 from qtuning_fast.integrations.transformers.offload import input_device, loaded
 

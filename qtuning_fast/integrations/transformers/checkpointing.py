@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qtuning_fast.integrations.transformers.attention import PREFIX
+from qtuning_fast.integrations.transformers.interface import PREFIX
 
 _FUNCTION = "_gradient_checkpointing_func"
 _BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours is in its place, and our hooks

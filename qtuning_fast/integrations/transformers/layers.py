@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qtuning_fast.integrations.transformers.attention import watched
+from qtuning_fast.integrations.transformers.interface import watched
 from qtuning_fast.integrations.transformers.offload import input_device
-from qtuning_fast.nn.prefix import LayerShape
+from qtuning_fast.method.prompts import LayerShape
 
 _TOKENS = 5  # of the dummy input
 _DECODER_TOKENS = 3  # another number, so that cross-attention is told from self-attention by its sizes

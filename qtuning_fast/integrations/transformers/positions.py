@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers.attention import for_batch, watched
 from qtuning_fast.integrations.transformers.caches import cache_among
+from qtuning_fast.integrations.transformers.interface import for_batch, watched
 from qtuning_fast.integrations.transformers.layers import dummy_inputs
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers.attention import for_batch
+from qtuning_fast.integrations.transformers.interface import for_batch
 from qtuning_fast.integrations.transformers.positions import Positions, argument_names, by_name
 
 

@@ -1,0 +1,162 @@
+"""Measures which backend is the fastest from which size on, on the device at hand, and writes the rules for it.
+
+    python -m qtuning_fast.bench.plans.rank_backends   rewrites the device's lines in backend_order.json
+    python -m qtuning_fast.bench.plans.rank_backends --dry-run   only says what it would write
+
+A training step, forward and backward, is measured at growing sizes: on a CPU with the composed backend beside the
+reference, by the number of scores; on a GPU beside the fused one, by the number of context keys. The bound is put where
+the composed backend is last slower, in the geometric middle between that size and the next. Where there was no time for
+all sizes, no line is rewritten.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from qtuning_fast.attention import backend_order
+from qtuning_fast.attention.backend_order import Rule
+from qtuning_fast.attention.composed.vendors import FEW_QUERIES
+from qtuning_fast.bench import shapes
+from qtuning_fast.bench.accuracy import prepare
+from qtuning_fast.bench.durations import row_seconds
+from qtuning_fast.bench.measure import default_device, default_dtype
+from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.bench.plans.triton_cache import settle
+from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.schedule import NO_TIME, Schedule, Unit
+from qtuning_fast.bench.shapes import Inputs, Shape
+from qtuning_fast.bench.timing import Call, compare, sets_for
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Point:
+    """Two backends at one size; milliseconds."""
+
+    size: int  # scores on a CPU, context keys on a GPU
+    shape: Shape
+    composed: float
+    other: float
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.size:,}: composed {self.composed:.3f} ms, other {self.other:.3f} ms"
+
+
+def training_shapes(device: str) -> list[Shape]:
+    """MiniLM's heads from four tokens of one sample on; on a GPU BERT-base's and Llama's."""
+    if device == "cpu":
+        sizes = [(1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (4, 32), (8, 32), (8, 64), (16, 64), (16, 128)]
+        return [Shape(f"B{B} N{N}", B=B, Hq=12, Hkv=12, N=N, D=32, P=50) for B, N in sizes]
+    lengths = [2**n for n in range(7, 14)]
+    bert = [Shape(f"N{N}", B=max(4096 // N, 1), Hq=12, Hkv=12, N=N, D=64, P=60) for N in lengths]
+    llama = [
+        Shape(f"N{N} causal", B=max(4096 // N, 1), Hq=32, Hkv=8, N=N, D=128, P=100, is_causal=True) for N in lengths
+    ]
+    return [shape for pair in zip(bert, llama) for shape in pair]
+
+
+def units(shapes_measured: Sequence[Shape]) -> list[Unit]:
+    """What is measured, and the seconds that are expected of it."""
+    peers = ("composed", "fused")
+    return [Unit(s.name, sum(row_seconds(s, peer) for peer in peers), "point", s) for s in shapes_measured]
+
+
+def measure(
+    device: str,
+    rounds: int,
+    shapes_measured: Sequence[Shape],
+    heard: Callable[[Point], None],
+    schedule: Schedule | None = None,
+) -> list[Point]:
+    """Each shape, the smallest first, as far as there is time; hands each point on as it comes."""
+    schedule = schedule or Schedule()
+    gpu = torch.device(device)
+    dtype = default_dtype(device)
+    points = []
+    for unit in units(shapes_measured):
+        shape = unit.of
+        if not schedule.may_begin(unit.name, unit.seconds):
+            continue
+        count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
+        sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
+        other = "fused" if gpu.type == "cuda" else "reference"
+        setups = {peer: partial(_steps, peer, shape, sets) for peer in ("composed", other)}
+        times = compare(setups, device=gpu, rounds=rounds)
+        clock = "graph" if all(x.graph for x in times.values()) else "eager"
+        composed, beside = (getattr(x, clock) for x in times.values())
+        if composed is None or beside is None:
+            print(f"{shape}: left out, {'; '.join(x.error for x in times.values() if x.error)}", flush=True)
+            continue
+        scores = shape.B * shape.Hq * shape.N * (shape.N + shape.P)
+        size = scores if gpu.type == "cpu" else shape.N
+        points.append(Point(size, shape, composed.median, beside.median))
+        print(points[-1], flush=True)
+        heard(points[-1])
+    schedule.end()
+    return sorted(points, key=lambda point: point.size)
+
+
+def _steps(peer: str, shape: Shape, sets: Sequence[Inputs]) -> list[Call]:
+    return [partial(prepare(PEERS[peer], shape, x, training=True).step, x.d_output) for x in sets]
+
+
+def crossing(points: Sequence[Point]) -> int:
+    """The size from which on the composed backend is never slower; beyond the largest measured if it always is."""
+    slower = [point.size for point in points if point.composed > point.other]
+    if not slower:
+        return 0
+    faster = [point.size for point in points if point.size > max(slower)]
+    return round(math.sqrt(max(slower) * min(faster))) if faster else 2 * max(slower)
+
+
+def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
+    """The lines of the table for the device at hand."""
+    name, bound = backend_order.device_name(torch.device(device)), crossing(points)
+    composed = Rule(name, "composed", measured=measured)
+    if device == "cpu":
+        small = Rule(name, "reference", most_scores=bound, measured=measured)
+        return [small, composed] if bound else [composed]
+    if not bound:
+        return [composed]
+    decoding = Rule(name, "composed", most_queries=FEW_QUERIES)  # taken over from the default
+    long = Rule(name, "composed", least_keys=bound, measured=measured)
+    return [decoding, long, Rule(name, "fused", measured=measured)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=RUNS / "choose.json", metavar="FILE")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="leave out what would end later")
+    options = parser.parse_args(arguments)
+    settle()
+    device = default_device()
+    results = Results("choose", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    print(results.heading())
+
+    def heard(p: Point) -> None:
+        results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
+
+    schedule = results.schedule(options.deadline)
+    points = measure(device, options.rounds, training_shapes(device), heard, schedule)
+    if not points:
+        print("nothing was measured: the table stays as it is")
+        return 1
+    found = rules(device, points, results.measured())
+    print(*found, sep="\n")
+    if not options.dry_run and NO_TIME not in (entry["status"] for entry in schedule.log.values()):
+        others = [rule for rule in backend_order.TABLE if rule.device != found[0].device]
+        backend_order.write([*found, *others])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

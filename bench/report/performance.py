@@ -1,0 +1,309 @@
+"""Turns the results in bench/results/ into docs/performance.md, its pictures, and the figures in README.md.
+
+    python -m qtuning_fast.bench.report.performance               after results have changed
+    python -m qtuning_fast.bench.report.performance --check       says whether that was forgotten
+
+Each folder of results is a device. No figure is written anywhere that is not in one of its files.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtuning_fast.bench import tables
+from qtuning_fast.bench.report import page_tables
+from qtuning_fast.bench.report.targets import AT_MOST, PROMISES, flatness, mixed
+from qtuning_fast.bench.results import ROOT, changed_since, device_line
+
+RESULTS, PAGE, IMAGES, README = "bench/results", "docs/performance.md", "docs/images/performance", "README.md"
+BEGIN, END = (
+    "<!-- figures: begin, written by make report -->",
+    "<!-- figures: end -->",
+)
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question on the page."""
+
+    question: str
+    title: str
+    text: str
+    table: Callable[[Document], list[str]] | None = None
+    drawn: bool = True  # whether `pictures` has one
+
+
+INTRODUCTION = """\
+# Performance
+
+What one layer and whole models cost, beside every other way to compute them, in the same run. Of one layer each peer's
+output and gradients are compared with float64 before it is timed, of whole models with ours; whoever is wrong is not
+timed, and whoever cannot do the work is listed with what it said. Times are medians of interleaved runs; on a GPU they
+are the GPU's own, by CUDA-graph replay, wherever both sides of a ratio have it. Below each section stands the command
+that takes its figures anew, and `bench/README.md` in the repository says how they are taken. Your own model on your own
+machine: `qtuning-fast bench`.
+"""
+NO_GPU = """\
+!!! warning "No figure has been measured on a GPU yet"
+    The Triton kernels are tested in Triton's interpreter and compiled for sm_80, sm_89, sm_90, sm_100 and gfx942; their
+    speed is unknown. `make bench-gpu` measures it, from a bare checkout, within nine minutes.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
+    options = parser.parse_args(arguments)
+    devices = read(ROOT / RESULTS)
+    pages = {PAGE: page(devices), README: with_figures((ROOT / README).read_text(), devices)}
+    if options.check:
+        stale = [name for name, text in pages.items() if (ROOT / name).read_text() != text]
+        stale += [path for path, _, _ in pictures(devices) if not (ROOT / path).exists()]
+        print("\n".join(f"{name} is not what the results say" for name in stale) or "all is as the results say")
+        return 1 if stale else 0
+    for name, text in pages.items():
+        (ROOT / name).write_text(text)
+        print(name)
+    (ROOT / IMAGES).mkdir(parents=True, exist_ok=True)
+    for path, draw, document in pictures(devices):
+        draw(document).savefig(ROOT / path)
+        print(path)
+    return 0
+
+
+def read(folder: Path) -> dict[str, dict[str, Document]]:
+    """Documents by device's folder and by question; what was not written by a benchmark is left alone."""
+    devices: dict[str, dict[str, Document]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        document = json.loads(path.read_text())
+        if "question" in document:
+            devices.setdefault(path.parent.name, {})[path.stem] = document
+    return devices
+
+
+def pictures(devices: Mapping[str, Mapping[str, Document]]) -> list[tuple[str, Callable[[Document], Any], Document]]:
+    """Where each goes, what draws it, and from what."""
+    from qtuning_fast.bench.report.pictures import PICTURES  # matplotlib, which no one else needs
+
+    found = []
+    for device, documents in devices.items():
+        for question, draw in PICTURES.items():
+            if documents.get(question, {}).get("entries"):
+                found.append((_image(device, question), draw, documents[question]))
+    return found
+
+
+# The page
+
+
+def page(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    kinds = {name: _kind(documents) for name, documents in devices.items()}
+    parts = [INTRODUCTION]
+    if "cuda" not in kinds.values():
+        parts.append(NO_GPU)
+    parts.append(promised(devices))
+    for name, documents in devices.items():
+        parts.append(f"## On {_device(documents)}\n")
+        parts += [section(name, each, documents[each.question]) for each in SECTIONS if each.question in documents]
+    return "\n".join(parts)
+
+
+def section(device: str, each: Section, document: Document) -> str:
+    lines = [f"### {each.title}", "", each.text.strip(), ""]
+    if each.drawn:
+        lines += [f"![{each.title}](images/performance/{device}-{each.question}.png)", ""]
+    if each.table is not None:
+        lines += [*each.table(document), ""]
+    for name, reason in document["errors"].items():
+        lines += [f"Not measured: {name}, {reason}.", ""]
+    return "\n".join([*lines, source(document), ""])
+
+
+def source(document: Document) -> str:
+    """Which command, when, from which code; and whether that code has changed since."""
+    changed = changed_since(document)
+    since = f"**changed since: {', '.join(changed)}**" if changed else "kernels and backends have not changed since"
+    commit = f"commit {document['commit']}" if document["commit"] else "no commit known"
+    modified = ", with changes not committed" if document["modified"] else ""
+    names = ("torch", "triton", "transformers", *(["peft"] if "peft" in document["command"] else []))
+    versions = ", ".join(f"{name} {document['versions'][name]}" for name in names)
+    return (
+        f"<small>`{_rerun(document['command'])}`; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
+        f"load before {document['load_before']}</small>"
+    )
+
+
+def promised(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """What was promised of each kind of device, and what was measured there."""
+    lines = ["## What was promised", "", "Bounds that were set before anything was measured; ratios are of times.", ""]
+    by_kind = {_kind(documents): documents for documents in reversed(devices.values())}  # of several GPUs the first
+    for kind, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
+        documents = by_kind.get(kind, {})
+        lines += [f"### {title}", "", "| | bound | measured | |", "|---|---|---|---|"]
+        for promise in PROMISES:
+            if promise.device == kind:
+                figure, sign = promise.figure(documents), "≤" if promise.relation == AT_MOST else "≥"
+                beside = promise.beside(documents)
+                shown = "" if figure is None else f"{figure:.3f}" + (f" ({beside})" if beside else "")
+                lines.append(f"| {promise.of} | {sign} {promise.bound:g} | {shown} | {promise.verdict(documents)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+SECTIONS = (
+    Section("tests", "Tests", "Those that need a GPU.", page_tables.tests, drawn=False),
+    Section(
+        "attention",
+        "Against peers",
+        """
+Forward and backward of one attention layer with query, key, value, prefix, reweighting and gate all trained. *Ours* is
+the backend that `auto` takes; the others' times are over it. *Floor*: the share of our time that the matrix products,
+bytes and special functions needed would take at what the device was measured to do. *sdpa* is PyTorch's own attention
+with the reweighted prefix put in front of every sample, without a gate; *attention alone* the fastest of its backends
+where the prefix stands there already, with nothing to reweight either: the lower bound. *Again* is ours a second time
+in the same run: how far two measurements of one thing are apart. On a GPU our block sizes are tuned on some of these
+shapes; FlexAttention has its own defaults.
+""",
+        page_tables.attention,
+    ),
+    Section("decode", "Decoding", "One new token for each sequence, with the prefix stored once.", page_tables.decode),
+    Section(
+        "ingredients",
+        "What each ingredient costs",
+        "A step with gate, reweighting, a bank of prefixes and padding, and without one of them at a time.",
+        page_tables.ingredients,
+    ),
+    Section("growth", "Growth", "With the length, the prefix, the batch, and the tasks in a mixed batch."),
+    Section(
+        "lifelong",
+        "200 tasks in a row",
+        """
+Each task is started, trained and finished in a whole model, once with a queue of five prompts and once with prompts
+that only accumulate. The anchor is the base model alone, timed beside each step: it tells a machine that slows down
+from a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins. An adapter is
+what a task needs to be computed. Where prompts accumulate the newest one holds all of them, so that 200 tasks can be
+stored in as much; the queue stores one of constant size for each.
+""",
+        page_tables.lifelong,
+    ),
+    Section(
+        "models",
+        "Whole models",
+        """
+Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model and parameters with
+attention computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix; in T5 its
+prefix sits in the decoder alone, so `qtuning_fast-decoder` belongs beside it. `frozen-base` trains an offset behind the
+lowest attention and no prefix: the lower bound.
+""",
+        page_tables.models,
+    ),
+    Section(
+        "peft",
+        "Beside peft",
+        """
+peft's own prefix tuning beside ours, by `make bench-peft` in an environment of its own: peft does not run on
+[every transformers](peft.md).
+""",
+        page_tables.models,
+        drawn=False,
+    ),
+    Section(
+        "mixed_tasks",
+        "Batches of several tasks",
+        "A forward pass of a whole model over 64 samples: one task for all, several tasks in no order, task by task.",
+        page_tables.mixed,
+        drawn=False,
+    ),
+)
+
+
+# README
+
+
+def with_figures(readme: str, devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """README with its figures between the two marks."""
+    before, _, rest = readme.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{README} has no place for figures between {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{headlines(devices)}\n{END}{after}"
+
+
+def headlines(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """The two pictures that matter most and what they say, of the fastest kind of device that was measured."""
+    order = sorted(devices, key=lambda name: _kind(devices[name]) != "cuda")
+    name = next((n for n in order if {"attention", "lifelong"} <= devices[n].keys()), None)
+    if name is None:
+        return "No figures yet: `make bench-cpu` or `make bench-gpu`."
+    documents = devices[name]
+    lines = [f"On {_device(documents)}:", ""]
+    lines += [f"![Against peers]({_image(name, 'attention')})", "", _said_of_peers(documents["attention"]), ""]
+    lines += [f"![200 tasks in a row]({_image(name, 'lifelong')})", "", _said_of_tasks(documents), ""]
+    if _kind(documents) != "cuda":
+        lines += ["**No figure has been measured on a GPU yet**; `make bench-gpu` takes them within nine minutes.", ""]
+    lines.append(
+        "All figures, the commands that take them, and what was promised: [docs/performance.md](docs/performance.md)."
+    )
+    return "\n".join(lines)
+
+
+def _said_of_peers(document: Document) -> str:
+    over_eager, over_sdpa = [], []
+    for entry in document["entries"].values():
+        rows, ours = entry["rows"], tables.auto(entry, "step")
+        if ours:
+            over_eager.append(tables.ratio(rows.get("eager"), rows[ours], "step"))
+            over_sdpa.append(tables.ratio(rows[ours], rows.get("sdpa"), "step"))
+    eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
+    spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
+    return (
+        f"Over {len(eager)} shapes a training step of one layer is {spans[0]} times as fast as eager PyTorch, the more "
+        f"the longer the context, and takes {spans[1]} times the time of PyTorch's own attention on the concatenated "
+        "prefix, which has no gate."
+    )
+
+
+def _said_of_tasks(documents: Mapping[str, Document]) -> str:
+    changes = [
+        f"{name} changed by {value - 1:+.1%}"
+        for name, figure in (("a step", "step_ms"), ("memory", "resident_bytes"))
+        if (value := flatness(figure, documents))
+    ]
+    tasks = len(documents["lifelong"]["entries"]["queue"]["per_task"])
+    said = f"Between tasks 6 to 15 and the last ten of {tasks}, {' and '.join(changes)}." if changes else ""
+    several = mixed(documents)
+    return f"{said} A batch of sixteen tasks takes {several:.2f} times as long as a batch of one." if several else said
+
+
+# Pieces
+
+
+def _image(device: str, question: str) -> str:
+    return f"{IMAGES}/{device}-{question}.png"
+
+
+def _kind(documents: Mapping[str, Document]) -> str:
+    return next(iter(documents.values()))["device"]["type"]
+
+
+def _device(documents: Mapping[str, Document]) -> str:
+    return device_line(next(iter(documents.values()))["device"])
+
+
+def _rerun(command: str) -> str:
+    """Without where its result went."""
+    words = command.split()
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What a shape costs at the least: matrix products, bytes and special functions, over what the device can do.
+
+Matrix products are counted as if every score were computed once a pass: 2 products forward (q kᵀ, p v), 5 backward
+(q kᵀ once more, dO vᵀ, dq, dk, dv), over the pairs of query and key that causality leaves. Each input of a pass is read
+once and each of its results written once. A pair takes one exponential, a pair with a prefix row also a tanh.
+
+    python -m qtuning_fast.bench.roofline --out FILE       measures the ceilings, once for all that stands over them
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.timing import compare
+
+SPECIAL_A_CLOCK = 16  # exponentials or tanh a multiprocessor, on NVIDIA's architectures 8 and 9
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device does at most; measured, but for the special functions."""
+
+    flops: float  # of matrix products, a second: 16-bit ones on a GPU, float32 on a CPU
+    copied: float  # bytes a second, read plus written
+    read: float  # bytes a second, where nothing is written
+    special: float  # exponentials a second, by the data sheet's clock; 0: unknown
+
+    @property
+    def bytes(self) -> float:
+        """A second, whatever is done with them."""
+        return max(self.copied, self.read)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass has to do."""
+
+    flops: int
+    bytes: int
+    special: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.special + other.special)
+
+    def floor(self, ceilings: Ceilings) -> tuple[float, str]:
+        """Milliseconds, and what they go to."""
+        seconds = {"products": self.flops / ceilings.flops, "bytes": self.bytes / ceilings.bytes}
+        if ceilings.special:
+            seconds["special functions"] = self.special / ceilings.special
+        limit = max(seconds, key=lambda name: seconds[name])
+        return seconds[limit] * 1e3, limit
+
+
+def forward_work(shape: Shape, element_size: int = 2) -> Work:
+    context_pairs, prefix_pairs = _context_pairs(shape), shape.N * shape.P
+    heads = shape.B * shape.Hq
+    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
+    read = (queries + 2 * _seen(keys, shape)) * shape.D * element_size + _parameter_bytes(shape, element_size)
+    written = queries * (shape.D * element_size + 4)  # the output and a float32 log-sum-exp
+    return Work(
+        flops=4 * heads * (context_pairs + prefix_pairs) * shape.D,
+        bytes=read + written,
+        special=heads * (context_pairs + 2 * prefix_pairs),
+    )
+
+
+def backward_work(shape: Shape, element_size: int = 2) -> Work:
+    forward = forward_work(shape, element_size)
+    heads = shape.B * shape.Hq
+    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
+    read = (3 * queries + 2 * _seen(keys, shape)) * shape.D * element_size + queries * 4  # also o, dO and lse
+    read += _parameter_bytes(shape, element_size)
+    written = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape, element_size)
+    return Work(flops=forward.flops * 5 // 2, bytes=read + written, special=forward.special)
+
+
+def _context_pairs(shape: Shape) -> int:
+    """Of a query and a key that it sees, in one head; with padding on average over the batch."""
+    if shape.is_causal:
+        return shape.N * (shape.N + 1) // 2 + shape.N * (shape.M - shape.N)
+    return round(shape.N * shape.M * (1 - shape.padding))
+
+
+def _prefix_bytes(shape: Shape, element_size: int) -> int:
+    """Of each prefix rows, alpha and tau; in training float32, and U and V of keys and values as well."""
+    rows, gate = 2 * shape.Hkv * shape.P * shape.D, 2 * shape.Hq
+    reweighting = 2 * (shape.P + shape.Hkv * shape.D)
+    return shape.tasks * (4 * (rows + gate + reweighting) if shape.trained else element_size * (rows + gate))
+
+
+def _parameter_bytes(shape: Shape, element_size: int) -> int:
+    """Of what samples share: prefixes, and a bias."""
+    bias = shape.Hq * shape.N * shape.M if shape.bias else 0
+    return _prefix_bytes(shape, element_size) + bias * element_size
+
+
+def _seen(keys: int, shape: Shape) -> int:
+    """Without those that are padding, which need not be read."""
+    return round(keys * (1 - shape.padding))
+
+
+def measured_ceilings(
+    device: torch.device, *, rounds: int = 10, clock_rate: float = 0.0, sizes: tuple[int, int] | None = None
+) -> Ceilings:
+    """By a large product of random matrices, a large copy, and a sum over as much.
+
+    The special functions are counted by the highest clock in Hz, where it is known. Sizes are those of a matrix's side
+    and of the copy in bytes.
+    """
+    on_gpu = device.type == "cuda"
+    size, copied = sizes or ((8192, 1 << 32) if on_gpu else (1024, 1 << 27))
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.ones(copied // 4, device=device).view(torch.uint8)
+    target = torch.empty_like(source)
+    times = compare(
+        {
+            "product": lambda: [lambda: torch.mm(a, b, out=product)],
+            "copy": lambda: [lambda: target.copy_(source)],
+            "read": lambda: [lambda: torch.sum(source.view(torch.float32))],
+        },
+        device=device,
+        rounds=rounds,
+        eager=not on_gpu,
+    )
+    if errors := {name: m.error or m.graph_error for name, m in times.items() if m.best is None}:
+        raise RuntimeError(f"the ceilings could not be measured: {errors}")
+    seconds = {name: m.best.fastest / 1e3 for name, m in times.items() if m.best}
+    special = 0.0
+    if on_gpu:
+        device_properties = torch.cuda.get_device_properties(device)
+        clock = clock_rate or getattr(device_properties, "clock_rate", 0) * 1e3  # the latter in kHz
+        special = SPECIAL_A_CLOCK * device_properties.multi_processor_count * clock
+    flops, both_ways, read = 2 * size**3 / seconds["product"], 2 * copied / seconds["copy"], copied / seconds["read"]
+    return Ceilings(flops, both_ways, read, special)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="small sizes, to see that all is there")
+    parser.add_argument("--out", type=Path, default=RUNS / "ceilings.json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = Results("floors", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    clock_rate = highest_clock(results.document["device"])
+    sizes = (128, 1 << 20) if options.dry_run else None
+    ceilings = measured_ceilings(torch.device(device), clock_rate=clock_rate, sizes=sizes)
+    results.document["ceilings"] = asdict(ceilings)
+    summary = f"{ceilings.flops / 1e12:.1f} TFLOP/s, copying {ceilings.copied / 1e12:.3f} TB/s, "
+    results.add("ceilings", {"summary": summary + f"reading {ceilings.read / 1e12:.3f} TB/s"})
+    print(results.document["entries"]["ceilings"]["summary"])
+    return 0
+
+
+def highest_clock(device: dict[str, Any]) -> float:
+    """Hz, as the driver says it; 0 where it does not."""
+    found = re.search(r"(\d+) MHz", device.get("nvidia_smi") or "")
+    return int(found[1]) * 1e6 if found else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+"""Two hundred tasks in a row: does a task cost more, the more tasks have gone by?
+
+    python -m qtuning_fast.bench.rows.lifelong                       both methods
+    python -m qtuning_fast.bench.rows.lifelong --method queue --tasks 50
+    python -m qtuning_fast.bench.rows.lifelong --dry-run             a tiny model, a few tasks
+
+`queue` is this library as it comes: a queue of five prompts, the shared prompt, the gate, memory retention. Each task
+is saved as soon as it is finished, and its adapter then lies on disk only.
+
+`accumulate` keeps every prompt, as Progressive Prompts do (Razdaibiedina et al., ICLR 2023, arXiv 2301.12314): the same
+model and code with a queue that never fills, so that the prefix of task k is k prompts long, without shared prompt,
+gate and retention. What differs from theirs: prompts are keys and values in each layer and not embeddings, which would
+take more (every layer would compute them); and older prompts are reweighted, at rank one. Nothing of it is saved, and
+earlier adapters are dropped, since the newest one holds their prompts.
+
+The base model is a BERT with random weights; tokens and labels are random. For each task:
+
+- *step*: forward, loss, backward and AdamW, by the host's clock; the median of a task's steps without the first ones.
+  From the first eviction on, at task 6, the queue's loss holds the retention term, which takes a batch twice as large:
+  so that is where flatness begins, and tasks 6 to 15 are what the last ten are held against.
+- *anchor*: forward and backward of the base model alone, without a prompt, timed after each step in the same way. Where
+  it grows the machine has slowed down, and not the method: *step/anchor* is the median of what a step takes of the
+  anchor beside it.
+- *between*: all that a task takes beside its steps: the queue and its eviction, the features that retention is held
+  against (once per example, as `LifelongTrainer` does), the adapter, the save.
+- *resident*: what the process holds at the end of a task's steps, after a garbage collection; on a GPU also what
+  PyTorch's allocator has handed out then, and the most within the task. Each method has a process of its own.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BertConfig, BertModel
+
+from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.bench.measure import in_a_process
+from qtuning_fast.bench.memory import resident_bytes
+from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.timing import Call, host_milliseconds, synchronized_milliseconds
+from qtuning_fast.method.adapter import AdapterInfo
+
+TASKS, STEPS = 200, 8
+DRY_TASKS, DRY_STEPS = 7, 3
+WARM_UP = 2  # steps of a task that are not counted: kernels are chosen, memory is found
+BATCHES = 4  # of a task's examples, used in turn
+RATE = 1e-3
+WRITTEN_EVERY = 10  # tasks
+
+WINDOW = 10  # tasks, of which medians are taken
+EARLY = slice(5, 5 + WINDOW)  # tasks 6 to 15
+LIMITS = {  # what the last ten tasks may take, of what the early ones took
+    "step_ms": 1.05,
+    "step_over_anchor": 1.05,  # the same, whatever the machine does
+    "resident_bytes": 1.02,
+    "device_bytes": 1.02,
+    "device_peak_bytes": 1.02,
+    "adapter_bytes": 1.02,
+}
+ALONGSIDE = ("anchor_ms", "between_seconds", "prefix_rows")  # compared, without a limit
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The base model, and the batches that it reads."""
+
+    hidden: int
+    layers: int
+    heads: int
+    samples: int
+    tokens: int
+    vocabulary: int = 30522
+
+    def model(self) -> BertModel:
+        sizes = {"hidden_size": self.hidden, "intermediate_size": 4 * self.hidden, "vocab_size": self.vocabulary}
+        return BertModel(BertConfig(num_hidden_layers=self.layers, num_attention_heads=self.heads, **sizes))
+
+
+ON_GPU = Setting(hidden=768, layers=12, heads=12, samples=32, tokens=128)  # BERT-base
+ON_CPU = Setting(hidden=256, layers=4, heads=4, samples=8, tokens=32)
+DRY = Setting(hidden=32, layers=2, heads=2, samples=2, tokens=8, vocabulary=100)
+
+
+@dataclass(frozen=True)
+class Method:
+    about: str
+    config: Callable[[int], QTuningConfig]  # of the number of tasks
+    saves: bool  # each finished task; otherwise the newest adapter is all that is kept
+
+
+def accumulating(tasks: int) -> QTuningConfig:
+    """A queue with room for every task's prompt, and nothing beside it."""
+    return QTuningConfig(queue_size=tasks, eviction="fifo", shared_length=0, retention_weight=0, gate=None)
+
+
+METHODS = {
+    "queue": Method("a queue of five prompts, shared prompt, gate, retention", lambda tasks: QTuningConfig(), True),
+    "accumulate": Method("every prompt stays, as in Progressive Prompts", accumulating, False),
+}
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """What one task took; None where there is no way to know."""
+
+    task: int  # from 1 on
+    prefix_rows: int
+    step_ms: float
+    anchor_ms: float
+    step_over_anchor: float
+    between_seconds: float
+    adapter_bytes: int
+    adapters_in_memory_bytes: int  # after the save, of all tasks
+    resident_bytes: int | None
+    device_bytes: int | None
+    device_peak_bytes: int | None
+
+
+class Stream:
+    """A model that learns task after task by one method.
+
+    Args:
+        method: one of METHODS.
+        tasks: how many there will be.
+        setting: the model and its batches.
+        steps: of each task.
+        device: "cpu" or "cuda"; on the latter the model computes in bfloat16, by autocast.
+        folder: where finished tasks are saved.
+    """
+
+    def __init__(self, method: Method, tasks: int, setting: Setting, steps: int, device: str, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.method, self.setting, self.steps, self.folder = method, setting, steps, folder
+        self.on_gpu = device == "cuda"
+        self.model = QTuningModel(setting.model().to(device), method.config(tasks)).train()
+        self.model.set_memory_limits(host_bytes=1)  # what lies on disk is dropped
+        self.number = 0
+
+    def next_task(self) -> TaskFigures:
+        """Start, train and finish one more task."""
+        self.number += 1
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        examples = self._random_examples()
+        began = self._now()
+        batches = self._start(examples)
+        started = self._now()
+        figures = self._train(batches)
+        trained = self._now()
+        info = self._finish()
+        return TaskFigures(
+            task=self.number,
+            prefix_rows=info.prefix_rows,
+            between_seconds=started - began + self._now() - trained,
+            adapter_bytes=info.bytes,
+            adapters_in_memory_bytes=self.model.adapters.bytes_in_memory,
+            **figures,
+        )
+
+    # A task
+
+    def _random_examples(self) -> dict[str, Tensor]:
+        """All of a task's, in one batch."""
+        count, device = BATCHES * self.setting.samples, self.model.device
+        ids = torch.randint(self.setting.vocabulary, (count, self.setting.tokens), device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+
+    def _start(self, examples: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The task's batches, with the features that retention is held against where it is due."""
+        model = self.model
+        model.start_task(f"task-{self.number}", num_labels=2)
+        if model.retains_memory:
+            inputs = {name: examples[name] for name in ("input_ids", "attention_mask")}
+            with self._autocast():
+                examples |= {"retention_features": model.features(inputs, task=model.tasks[-1])}
+        parts = {name: tensor.split(self.setting.samples) for name, tensor in examples.items()}
+        return [{name: tensors[batch] for name, tensors in parts.items()} for batch in range(BATCHES)]
+
+    def _train(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Medians of a step and of the anchor, which take turns, without the first ones; and what is held then."""
+        stopwatch = synchronized_milliseconds if self.on_gpu else host_milliseconds
+        step, anchor, task = self._training_step(batches), self._anchor(), self.model.active_task
+        steps, anchors = [], []
+        for _ in range(self.steps):
+            steps.append(stopwatch(step, 1))
+            self.model.set_task(None)
+            anchors.append(stopwatch(anchor, 1))
+            self.model.set_task(task)
+        quotients = [one / other for one, other in zip(steps, anchors)]
+        times = {"step_ms": steps, "anchor_ms": anchors, "step_over_anchor": quotients}
+        return {name: statistics.median(values[WARM_UP:]) for name, values in times.items()} | self._held()
+
+    def _training_step(self, batches: Sequence[dict[str, Tensor]]) -> Call:
+        """Each call is a step, on the next batch."""
+        optimizer = torch.optim.AdamW([each for each in self.model.parameters() if each.requires_grad], lr=RATE)
+        count = 0
+
+        def step() -> None:
+            nonlocal count
+            with self._autocast():
+                loss = self.model(**batches[count % BATCHES]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            count += 1
+
+        return step
+
+    def _finish(self) -> AdapterInfo:
+        """What is known of the finished task's adapter."""
+        model = self.model
+        adapter = model.finish_task()
+        if self.method.saves:
+            model.save_pretrained(self.folder)
+        else:
+            for earlier in model.tasks[:-1]:
+                model.remove_task(earlier)
+        return adapter.info
+
+    def _anchor(self) -> Call:
+        """Forward and backward of the base model by its own functions, where no task is set, down to its input."""
+        sizes = self.setting.samples, self.setting.tokens, self.setting.hidden
+        x = torch.randn(sizes, device=self.model.device, requires_grad=True)
+
+        def anchor() -> None:
+            with self._autocast():
+                hidden = self.model(inputs_embeds=x).last_hidden_state
+            hidden.float().square().mean().backward()
+            x.grad = None
+
+        return anchor
+
+    # What time it is, and what is held
+
+    def _now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _held(self) -> dict[str, int | None]:
+        gc.collect()
+        return {
+            "resident_bytes": resident_bytes(),
+            "device_bytes": torch.cuda.memory_allocated() if self.on_gpu else None,
+            "device_peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
+        }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.on_gpu)
+
+
+# What the figures say
+
+
+def median_of(per_task: Sequence[TaskFigures], name: str) -> float | None:
+    """Of one figure over several tasks; None where it is not known."""
+    values = [getattr(each, name) for each in per_task]
+    return None if None in values else statistics.median(values)
+
+
+def verdict(per_task: Sequence[TaskFigures]) -> dict[str, Any] | None:
+    """Whether the last ten tasks take what tasks 6 to 15 took; None where there are too few tasks to tell.
+
+    Returns:
+        `ratios`: the median of the last ten over that of the early ones, by name. `limits`: the most that some of them
+        may be. `flat`: whether they are.
+    """
+    if len(per_task) < EARLY.stop + WINDOW:
+        return None
+    ratios = {}
+    for name in (*LIMITS, *ALONGSIDE):
+        early, late = median_of(per_task[EARLY], name), median_of(per_task[-WINDOW:], name)
+        if early and late:
+            ratios[name] = late / early
+    limits = {name: limit for name, limit in LIMITS.items() if name in ratios}
+    return {"ratios": ratios, "limits": limits, "flat": {name: ratios[name] <= limits[name] for name in limits}}
+
+
+def entry(method: Method, config: QTuningConfig, per_task: Sequence[TaskFigures], seconds: float) -> dict[str, Any]:
+    return {
+        "about": method.about,
+        "config": config.to_dict(),
+        "seconds": seconds,
+        "verdict": verdict(per_task),
+        "per_task": [asdict(each) for each in per_task],
+    }
+
+
+COLUMNS = {  # a heading, and the unit in which a figure stands below it
+    "prefix_rows": ("rows", 1),
+    "step_ms": ("step ms", 1),
+    "anchor_ms": ("anchor ms", 1),
+    "step_over_anchor": ("step/anchor", 1),
+    "between_seconds": ("between s", 1),
+    "adapter_bytes": ("adapter KiB", 1 << 10),
+    "resident_bytes": ("host MiB", 1 << 20),
+    "device_bytes": ("device MiB", 1 << 20),
+    "device_peak_bytes": ("peak MiB", 1 << 20),
+}
+DIGITS = {"prefix_rows": 0, "between_seconds": 3, "adapter_bytes": 1, "resident_bytes": 1, "device_bytes": 1}
+
+
+def table(name: str, per_task: Sequence[TaskFigures]) -> str:
+    """Medians over ten tasks here and there, or every task where there are few; and the verdict."""
+    known = [column for column in COLUMNS if median_of(per_task, column) is not None]
+    lines = [f"{name}: {METHODS[name].about}", _line("task", [COLUMNS[column][0] for column in known])]
+    for tasks in windows(per_task):
+        numbers = dict.fromkeys((tasks[0].task, tasks[-1].task))  # one where they are the same
+        cells = [f"{median_of(tasks, each) / COLUMNS[each][1]:.{DIGITS.get(each, 2)}f}" for each in known]
+        lines.append(_line("-".join(map(str, numbers)), cells))
+    found = verdict(per_task)
+    if found is None:
+        return "\n".join([*lines, "  too few tasks for a verdict"])
+    ratios, words = found["ratios"], {True: "flat", False: "grows", None: ""}
+    lines.append(_line("ratio", [f"{ratios[each]:.3f}" if each in ratios else "-" for each in known]))
+    return "\n".join([*lines, _line("", [words[found["flat"].get(each)] for each in known]).rstrip()])
+
+
+def _line(first: str, cells: Sequence[str]) -> str:
+    return f"  {first:<9}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:
+    """The first task, then tens: those of the verdict and some between them. Where there are few tasks, each."""
+    count = len(per_task)
+    if count < EARLY.stop + WINDOW:
+        return [per_task[number : number + 1] for number in range(count)]
+    ends = range(50, count - WINDOW + 1, 50)
+    return [per_task[:1], per_task[EARLY], *(per_task[end - WINDOW : end] for end in ends), per_task[-WINDOW:]]
+
+
+def run(
+    name: str, tasks: int, steps: int, setting: Setting, device: str, results: Results
+) -> tuple[Results, list[TaskFigures]]:
+    """One method. It returns the results too, since in another process they are a copy."""
+    method, per_task, began = METHODS[name], [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Stream(method, tasks, setting, steps, device, Path(folder))
+        for number in tqdm(range(1, tasks + 1), desc=name, unit="task", disable=None):
+            per_task.append(stream.next_task())
+            if number % WRITTEN_EVERY == 0 or number == tasks:
+                seconds = time.perf_counter() - began
+                results.add(name, entry(method, stream.model.qtuning_config, per_task, seconds))
+    return results, per_task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--tasks", type=int, help=f"{TASKS} unless told")
+    parser.add_argument("--steps", type=int, help=f"of each task, {WARM_UP} of which are not counted; {STEPS}")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU, a few tasks: does it run?")
+    parser.add_argument("--out", type=Path, default=RUNS / "lifelong.json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    options.tasks = options.tasks or (DRY_TASKS if options.dry_run else TASKS)
+    options.steps = options.steps or (DRY_STEPS if options.dry_run else STEPS)
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps is {options.steps}; it must be more than the {WARM_UP} that are not counted")
+    device = "cuda" if torch.cuda.is_available() and not options.dry_run else "cpu"
+    setting = DRY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
+
+    sizes = {"tasks": options.tasks, "steps": options.steps, "warm_up": WARM_UP, "batches": BATCHES}
+    given = sys.argv[1:] if arguments is None else arguments
+    results = Results("lifelong", options.out, device, given, sizes=sizes | asdict(setting))
+    print(results.heading())
+    model = (
+        f"BERT of {setting.layers} layers, hidden size {setting.hidden}, {setting.samples} x {setting.tokens} tokens"
+    )
+    print(f"{options.tasks} tasks of {options.steps} steps; {model}", flush=True)
+    for name in options.method:
+        results, per_task = in_a_process(run, name, options.tasks, options.steps, setting, device, results)
+        print(f"\n{table(name, per_task)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""prefix_attention: checks its arguments, picks a backend, calls it."""
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtuning_fast.attention import dispatch, reference
+from qtuning_fast.attention.arguments import validate
+from qtuning_fast.attention.dispatch import BackendChoice
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+    n_shared: int = 0,
+    reweight_key: tuple[Tensor, Tensor] | None = None,
+    reweight_value: tuple[Tensor, Tensor] | None = None,
+    gate: str | None = "tanh",
+    gate_alpha: float | Tensor = 1.0,
+    gate_tau: float | Tensor = 1.0,
+    attn_mask: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | Any:  # Any: the pair that return_lse asks for
+    """Attention over a prompt and the context, with a gate on the prompt's scores.
+
+    One softmax runs over both parts. The prompt's rows are reweighted by a low-rank matrix (Q-tuning: Guo et al.,
+    arXiv 2404.14607), their scores pass a gate (NoRGa: Le et al., arXiv 2405.14124, its non-linear residual gating):
+
+        o = softmax([g(c q k'ᵀ) + prefix_bias, c q kᵀ + attn_mask]) [v' ; v],    g(s) = s + alpha σ(tau s)
+        k' = (U Vᵀ) ∘ prefix_key,  v' = (U Vᵀ) ∘ prefix_value                    each with its own U and V
+
+    With softcap, s -> softcap tanh(s / softcap) comes between the products c q kᵀ and c q k'ᵀ and all the rest.
+
+    Every query sees every row of its prefix: masks and causality are about the context. A query that sees no context
+    attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
+
+    Args:
+        query: [B, Hq, N, D] in float64, float32, float16 or bfloat16. Any strides, as for all tensors here.
+        key: [B, Hkv, M, D] in query's dtype. Hq is a multiple of Hkv.
+        value: [B, Hkv, M, Dv] in query's dtype.
+        prefix_key: [Hkv, P, D], one prefix for all samples, or [T, Hkv, P, D], a bank of T >= 1 prefixes. In query's
+            dtype or float32, as the following ones and the gate's.
+        prefix_value: [Hkv, P, Dv] or [T, Hkv, P, Dv].
+        prefix_index: [B] integers in [0, T), required with a bank: the prefix of each sample. The range is checked on
+            the CPU; on an accelerator it is clamped.
+        prefix_length: [T] integers in [0, P], only with a bank: rows from there on are not there, whatever they hold.
+        n_shared: how many rows at the front are not reweighted; their rows of U are ignored.
+        reweight_key: (U [P, R], V [R, Hkv, D]) with any R >= 1; with a bank both with a leading T. None: weights of 1.
+        reweight_value: (U [P, R], V [R, Hkv, Dv]), likewise. Its R may be another.
+        gate: σ, one of "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity"; None is plain prefix
+            attention, g(s) = s, in which alpha and tau play no part and get no gradient.
+        gate_alpha: a finite number, or a tensor [] or [Hq], with a bank also [T, 1] or [T, Hq].
+        gate_tau: likewise.
+        attn_mask: bool (True: attend) or floating (added; entries at or below its dtype's most negative finite number
+            mean -inf). [B, M], or 4-D and broadcastable to [B, Hq, N, M]. Combines with is_causal. Gets no gradient.
+        prefix_bias: floating, 4-D and broadcastable to [B, Hq, N, P], added to the gated scores by the rule for masks.
+            Gets no gradient.
+        is_causal: query i sees context key j when j <= i + M - N, so the last query sees all.
+        scale: c, any finite number; None means 1 / sqrt(D).
+        softcap: a positive number that caps scaled scores, context's and prefix's alike, before gate, masks and bias
+            (Gemma 2, arXiv 2408.00118); None does not. So far "reference" alone computes it.
+        return_lse: also return the log-sum-exp of each query's scores.
+        backend: "auto", or one of "fused", "composed", "reference". With "auto" the environment variable
+            QTUNING_FAST_BACKEND, where it is set, stands in. "fused" and "composed" are differentiable once, in reverse
+            mode; "reference" as often and in any way that PyTorch knows.
+
+    Returns:
+        The output [B, Hq, N, Dv] in query's dtype. With return_lse also the log-sum-exp [B, Hq, N], natural, of prefix
+        and context together, in float32 (float64 for float64 input), without gradient; -inf for a query that sees
+        nothing. Scores, gate and softmax are computed in that precision too, autocast or not; but with bfloat16 on an
+        NVIDIA GPU "fused" and "composed" take the hardware's tanh for the gate, by which the log-sum-exp may be off by
+        2**-11 * abs(alpha) with "tanh", and by half of that with "sigmoid".
+
+        Gradients reach query, key, value, prefix_key, prefix_value, U, V, gate_alpha and gate_tau, each in its own
+        dtype. They are 0 for rows beyond prefix_length, and for the first n_shared rows of U.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says which, what it must be and what it was.
+        NotImplementedError: the backend asked for by name cannot do this call.
+    """
+    call = validate(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        prefix_index=prefix_index,
+        prefix_length=prefix_length,
+        n_shared=n_shared,
+        reweight_key=reweight_key,
+        reweight_value=reweight_value,
+        gate=gate,
+        gate_alpha=gate_alpha,
+        gate_tau=gate_tau,
+        attn_mask=attn_mask,
+        prefix_bias=prefix_bias,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        return_lse=return_lse,
+        backend=backend,
+    )
+    run = dispatch.BACKENDS[dispatch.choose(call, backend)].run
+    with _no_autocast(query.device.type):
+        output, lse = run(call)
+    return (output, lse) if return_lse else output
+
+
+def attention_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """`prefix_attention` by definition, with what the fused operator has not: weights, dropout and learned masks.
+
+    Args:
+        query, key, value: as `prefix_attention` takes them.
+        attn_mask: likewise, but a floating one may require a gradient.
+        dropout: probability with which a weight is dropped, those of the prefix too.
+        arguments: the other arguments of `prefix_attention`.
+
+    Returns:
+        The output `[B, Hq, N, Dv]` and the weights over the context `[B, Hq, N, M]`, after dropout, both in query's
+        dtype. What the weights of a query lack to 1 (without dropout) is the share of its prefix.
+    """
+    bound = _SIGNATURE.bind(query, key, value, attn_mask=None if attn_mask is None else attn_mask.detach(), **arguments)
+    bound.apply_defaults()
+    call = validate(*bound.args, **bound.kwargs)
+    if attn_mask is not None and attn_mask.requires_grad:
+        call = replace(call, padding_mask=attn_mask) if attn_mask.ndim == 2 else replace(call, attn_mask=attn_mask)
+    with _no_autocast(query.device.type):
+        weights, _ = reference.attention_weights(call)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        return reference.weighted_values(call, weights), weights[..., weights.shape[-1] - key.shape[-2] :]
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
+
+
+def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:
+    """Which backend `prefix_attention`, called with the same arguments, uses and why, and why none of the others.
+
+    Computes nothing. Prints as a few lines of text, and raises what the call itself would raise.
+    """
+    arguments = _SIGNATURE.bind(*args, **kwargs)
+    arguments.apply_defaults()
+    call = validate(*arguments.args, **arguments.kwargs)
+    return dispatch.explain(call, arguments.arguments["backend"])
+
+
+_SIGNATURE = inspect.signature(prefix_attention)
+explain_backend.__signature__ = _SIGNATURE.replace(return_annotation=BackendChoice)  # type: ignore[attr-defined]

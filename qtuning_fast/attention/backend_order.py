@@ -1,0 +1,97 @@
+"""Which backend "auto" takes: a table of rules, backend_order.json.
+
+`python -m qtuning_fast.bench.plans.rank_backends` measures it.
+
+For a device the table knows, its own rules hold, for others those of "default": the first whose bounds a call is
+within. A bound is on shapes alone, so that the same shapes always get the same backend. Where that backend cannot do a
+call, the next in PREFERENCE can.
+
+The default is not measured. It goes by what is known of attention on GPUs: a single launch wins while sequences are
+short, vendors' kernels win from some thousand keys on, and in decoding, with few queries, a prefix should be read once
+for all samples. On a CPU it is the composed backend, but for a handful of scores.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.common import constant
+
+PATH = Path(__file__).with_name("backend_order.json")
+PREFERENCE = ("fused", "composed", "reference")
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table. A bound of None is none."""
+
+    device: str  # "cpu", "sm_90", "gfx942"; "default" for GPUs that were never measured
+    backend: str
+    most_scores: int | None = None  # B · Hq · N · (P + M)
+    most_queries: int | None = None  # N
+    least_keys: int | None = None  # M
+    measured: str = ""  # on which device, by which versions; empty: never
+
+    def holds(self, call: PrefixAttentionCall) -> bool:
+        B, Hq, N, _ = call.query.shape
+        M, P = call.key.shape[2], call.prefix_key.shape[-2]
+        return (
+            (self.most_scores is None or B * Hq * N * (P + M) <= self.most_scores)
+            and (self.most_queries is None or N <= self.most_queries)
+            and (self.least_keys is None or M >= self.least_keys)
+        )
+
+    def __str__(self) -> str:
+        bounds = {
+            "scores at most": self.most_scores,
+            "queries at most": self.most_queries,
+            "context keys at least": self.least_keys,
+        }
+        said = ", ".join(f"{name} {bound:,}" for name, bound in bounds.items() if bound is not None) or "any sizes"
+        by = f"measured on {self.measured}" if self.measured else "not measured"
+        return f"on {self.device}, {said} ({by})"
+
+
+def read() -> tuple[Rule, ...]:
+    return tuple(Rule(**rule) for rule in json.loads(PATH.read_text()))
+
+
+TABLE = read()
+
+
+def write(rules: Iterable[Rule]) -> None:
+    """Rewrites the table, one rule a line, in the order in which rules are asked."""
+    lines = [json.dumps({name: x for name, x in asdict(rule).items() if x not in (None, "")}) for rule in rules]
+    PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
+
+
+def rule_for(call: PrefixAttentionCall) -> Rule | None:
+    """The rule that a call falls under."""
+    known = {rule.device for rule in TABLE}
+    device = device_name(call.query.device)
+    device = device if device in known else DEFAULT
+    return next((rule for rule in TABLE if rule.device == device and rule.holds(call)), None)
+
+
+@constant
+def device_name(device: torch.device) -> str:
+    """As the table has it."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def in_order(call: PrefixAttentionCall) -> tuple[str, ...]:
+    """All backends in the order in which "auto" asks whether they can do a call."""
+    rule = rule_for(call)
+    if rule is None:
+        return PREFERENCE
+    return (rule.backend, *(name for name in PREFERENCE if name != rule.backend))

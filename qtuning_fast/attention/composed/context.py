@@ -1,0 +1,183 @@
+"""The context part of the composed backend: plain attention by a vendor, cut into pieces that the vendor does right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.composed.vendors import Attention, Vendor
+from qtuning_fast.attention.reference import masked, score_dtype
+
+ALL = slice(None)
+NEAR = 256.0  # additive masks up to here stay as they are
+
+
+class Piece(NamedTuple):
+    """Some queries attend to some keys. What is in no piece does not see each other."""
+
+    queries: slice
+    keys: slice
+    is_causal: bool  # aligned bottom-right
+
+
+def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
+    """Disjoint, and together the whole context."""
+    N, M = call.query.shape[2], call.key.shape[2]
+    if 0 in call.query.shape or M == 0:
+        return ()
+    if not call.is_causal or N == 1:
+        return (Piece(ALL, ALL, False),)
+    if N == M or (N < M and vendor.bottom_right):
+        return (Piece(ALL, ALL, True),)
+    if N < M:  # all queries see the first M - N keys
+        return (Piece(ALL, slice(M - N), False), Piece(ALL, slice(M - N, None), True))
+    return (Piece(slice(N - M, None), ALL, True),)  # the first N - M queries see none
+
+
+def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over the context alone.
+
+    Returns:
+        As `empty_outputs` has them: the output, the log-sum-exp, and what is to be added to the latter. A query that
+        sees nothing gets 0 and -inf. Which do is known from masks and causality: what vendors report differs.
+    """
+    mask, shift = _additive(call)
+    parts = pieces(call, vendor)
+    if [piece.queries for piece in parts] == [ALL]:
+        o, L = _seen(_attention(call, mask, parts[0]), vendor)
+        like, like_lse, _ = empty_outputs(call, vendor, keeps_rest, device="meta")
+        output, lse = _laid_out(o, like), _laid_out(L, like_lse)
+    else:
+        output, lse, _ = empty_outputs(call, vendor, keeps_rest)
+        output.zero_()
+        lse.fill_(-torch.inf)
+        for piece in parts:
+            o, L = _seen(_attention(call, mask, piece), vendor)
+            _merge(output[:, :, piece.queries], lse[:, :, piece.queries], o, L)
+    if not keeps_rest:
+        return output, lse, lse.new_empty(0)
+    total = lse + shift
+    return output, total, (shift - total + lse).nan_to_num_(0.0)
+
+
+def backward(
+    call: PrefixAttentionCall, vendor: Vendor, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value from the context, given the global output and log-sum-exp."""
+    mask, shift = _additive(call)
+    parts = pieces(call, vendor)
+    if lse_rest.numel():
+        lse = lse - shift + lse_rest
+    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # sees nothing at all: exp(s - lse) is to be 0
+    d_output = _laid_out(d_output, output)
+    if [piece.queries for piece in parts] == [ALL]:
+        found = vendor.backward(_attention(call, mask, parts[0]), output, lse, d_output)
+        dq, dk, dv = (_laid_out(x, room) for x, room in zip(found, empty_gradients(call, vendor, device="meta")))
+        return dq, dk, dv
+    dq, dk, dv = (room.zero_() for room in empty_gradients(call, vendor))
+    for queries, keys, is_causal in parts:
+        x = _attention(call, mask, Piece(queries, keys, is_causal))
+        found = vendor.backward(x, output[:, :, queries], lse[:, :, queries], d_output[:, :, queries])
+        dq[:, :, queries] += found[0]
+        dk[:, :, keys] = found[1]
+        dv[:, :, keys] = found[2]
+    return dq, dk, dv
+
+
+def empty_outputs(
+    call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool, device: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for output [B, Hq, N, Dv], log-sum-exp [B, Hq, N] and its rest, of that shape or empty.
+
+    On "meta" their shapes and strides only.
+    """
+    output = _room(call.query, call.value.shape[-1], vendor, device)
+    lse = output.new_empty(call.query.shape[:3], dtype=score_dtype(call.query))
+    return output, lse, torch.empty_like(lse) if keeps_rest else lse.new_empty(0)
+
+
+def empty_gradients(
+    call: PrefixAttentionCall, vendor: Vendor, device: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of query, key and value."""
+    dq, dk, dv = (_room(x, x.shape[-1], vendor, device) for x in (call.query, call.key, call.value))
+    return dq, dk, dv
+
+
+def _room(x: Tensor, columns: int, vendor: Vendor, device: str | None) -> Tensor:
+    """Like x [B, H, N, D] but for D, its memory ordered as the vendor orders what it returns."""
+    B, H, N, D = x.shape
+    if vendor.keeps_layout and columns == D and x.stride(-1) == 1:
+        return torch.empty_like(x, device=device)
+    return x.new_empty(B, N, H, columns, device=device or x.device).transpose(1, 2)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x with like's strides, copied only if it lies otherwise in memory."""
+    if all(a == b or n == 1 for a, b, n in zip(x.stride(), like.stride(), x.shape)):
+        return x if x.stride() == like.stride() else x.as_strided(x.shape, like.stride())
+    return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _attention(call: PrefixAttentionCall, mask: Tensor | None, piece: Piece) -> Attention:
+    """What a vendor computes for a piece."""
+    queries, keys, is_causal = piece
+    if mask is not None:
+        mask = mask[:, :, queries if mask.shape[2] > 1 else ALL, keys if mask.shape[3] > 1 else ALL]
+    query, key, value = (
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.query, call.key, call.value)
+    )
+    return Attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], mask, is_causal, call.scale)
+
+
+def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]:
+    """The mask on the context, 4-D, in the scores' dtype, and what was taken off it, one number a query.
+
+    It is added to scores, and -inf where a query must not see a key. Attention does not change when a number is taken
+    off all scores of a query: so the log-sum-exp stays near the scores' where the mask's numbers are far from 0. (Where
+    one row of a mask serves all queries, it is the largest number of that row, though causality may hide it from some.)
+    """
+    mask = call.attn_mask if call.padding_mask is None else call.padding_mask[:, None, None, :]
+    if mask is None:
+        return None, 0.0
+    for dim, stride in enumerate(mask.stride()):  # what was expanded, and would be written out
+        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] else mask
+    additive = masked(torch.zeros(mask.shape, dtype=score_dtype(call.query), device=mask.device), mask)
+    if mask.dtype == torch.bool or 0 in mask.shape:
+        return additive, 0.0
+    N, M = call.query.shape[2], call.key.shape[2]
+    seen = additive
+    if call.is_causal and additive.shape[2:] == (N, M):
+        seen = additive.masked_fill(torch.ones(N, M, dtype=torch.bool, device=mask.device).triu(M - N + 1), -torch.inf)
+    shift = seen.amax(-1, keepdim=True)
+    shift = shift.masked_fill(shift.isinf() | (shift.abs() <= NEAR), 0)
+    return additive.sub_(shift), shift.squeeze(-1)
+
+
+def _seen(x: Attention, vendor: Vendor) -> tuple[Tensor, Tensor]:
+    """A vendor's output and log-sum-exp; 0 and -inf for queries that see nothing."""
+    output, lse = vendor.forward(x)
+    if x.mask is None:
+        return output, lse
+    visible = x.mask > -torch.inf
+    N, M = x.query.shape[2], x.key.shape[2]
+    if not x.is_causal:
+        sees = visible.any(-1)
+    elif visible.shape[2] == 1:  # the first visible key comes in time
+        last = torch.arange(M - N, M, device=visible.device)
+        sees = visible.any(-1) & (visible.byte().argmax(-1) <= last)
+    else:
+        sees = visible.tril(M - N).any(-1)
+    return output.masked_fill_(~sees[..., None], 0), lse.masked_fill_(~sees, -torch.inf)
+
+
+def _merge(output: Tensor, lse: Tensor, o: Tensor, L: Tensor) -> None:
+    """Attention over more keys, o and L, merged in place into output and lse."""
+    total = torch.logaddexp(lse, L)
+    finite = total.masked_fill(total.isneginf(), 0)
+    output.copy_(output * (lse - finite).exp()[..., None] + o * (L - finite).exp()[..., None])
+    lse.copy_(total)

@@ -1,0 +1,83 @@
+"""Backend "fused": one Triton kernel forward, at most three backward.
+
+The kernels are imported when first needed: importing triton takes a second, and most calls on a CPU do without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.custom_op import Outputs, Passes, operator
+
+LARGEST_HEAD_SIZE = 256
+
+
+def why_not(call: PrefixAttentionCall) -> str | None:
+    """What the kernels cannot do about a call."""
+    query = call.query
+    if call.softcap is not None:
+        return "softcap: its Triton kernels do not cap scores"
+    if query.device.type == "cpu" and not _interpreted():
+        return "its Triton kernels need a GPU, and query is on the CPU"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"its Triton kernels run on CUDA and ROCm devices, and query is on {query.device}"
+    if query.dtype == torch.float64:
+        return "its Triton kernels compute in float32, and query is float64"
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return "Triton's interpreter cannot multiply bfloat16"
+    largest = max(query.shape[-1], call.value.shape[-1])
+    if largest > LARGEST_HEAD_SIZE:
+        return f"its Triton kernels take head sizes up to {LARGEST_HEAD_SIZE}, got {largest}"
+    return None
+
+
+def only_by_name(call: PrefixAttentionCall) -> str | None:
+    """Why "auto" passes by what the kernels could do."""
+    return "Triton's interpreter, for tests, runs only when asked for by name" if call.query.is_cpu else None
+
+
+def _interpreted() -> bool:
+    if "TRITON_INTERPRET" not in os.environ:  # most calls on a CPU: importing triton takes a second
+        return False
+    from qtuning_fast.kernels.target import INTERPRETED
+
+    return INTERPRETED
+
+
+def _forward(call: PrefixAttentionCall) -> Outputs:
+    from qtuning_fast.kernels.forward import forward
+
+    return forward(call)
+
+
+def _empty_outputs(call: PrefixAttentionCall) -> Outputs:
+    from qtuning_fast.kernels.forward import empty_outputs
+
+    return empty_outputs(call)
+
+
+def _backward(
+    call: PrefixAttentionCall,
+    output: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    d_output: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    from qtuning_fast.kernels.backward import backward
+
+    return backward(call, output, lse, lse_rest, d_output, needs)
+
+
+def _empty_gradients(call: PrefixAttentionCall, needs: Sequence[bool]) -> list[Tensor]:
+    from qtuning_fast.kernels.backward import empty_gradients
+
+    return list(empty_gradients(call, needs).values())
+
+
+attend = operator("attention", Passes(_forward, _empty_outputs, _backward, _empty_gradients))

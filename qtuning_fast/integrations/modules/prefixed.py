@@ -1,0 +1,183 @@
+"""What attention modules have that own a prefix: its parameters, and the way to another prefix for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qtuning_fast.attention.api import attention_with_weights, prefix_attention
+from qtuning_fast.attention.reference import GATES
+from qtuning_fast.method.gate import GATE_PER, NO_GATE, Gate
+from qtuning_fast.method.prompts import KEY_STD, VALUE_STD, no_prefix
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_OF_A_PREFIX = (
+    *("prefix_key", "prefix_value", "prefix_index", "prefix_length", "prefix_bias", "n_shared"),
+    *("reweight_key", "reweight_value", "gate", "gate_alpha", "gate_tau"),
+)
+
+
+class PrefixedAttention(nn.Module):
+    """The part of an attention module that has to do with its prefix. A base class, in front of another one or alone.
+
+    Attributes:
+        prefix_key, prefix_value: `[H, P, D]` each, or None: the module has no prefix of its own.
+        prefix_gate: the gate on the prefix's scores (NoRGa, arXiv 2405.14124), or None.
+    """
+
+    prefix_key: nn.Parameter | None
+    prefix_value: nn.Parameter | None
+    prefix_gate: Gate | None
+
+    _placed: Mapping[str, Any] | None = None
+    _plain_class: type[nn.Module]  # of a module that `convert_` has changed
+
+    def place(self, prefix: Mapping[str, Any] | None) -> None:
+        """From here on attend to this prefix instead of the module's own; None: to its own again.
+
+        It stays in place until the next call, is no part of the state dict, and gets gradients where its tensors
+        require them. A bank with one index a sample serves batches of mixed tasks.
+
+        Args:
+            prefix: keyword arguments of `prefix_attention` that are about the prefix: `prefix_key` and `prefix_value`,
+                maybe `prefix_index`, `prefix_length`, `prefix_bias`, `n_shared`, `reweight_key`, `reweight_value` and
+                the gate. What is left out has that function's default: the module's own gate plays no part.
+
+        Raises:
+            TypeError: `prefix` is no mapping.
+            ValueError: it lacks the rows, or has an argument that is not about the prefix.
+        """
+        self._placed = None if prefix is None else _checked_prefix(prefix)
+
+    def prefix_arguments(self) -> dict[str, Any]:
+        """The module's own prefix as keyword arguments of `prefix_attention`; empty when it has none."""
+        if self.prefix_key is None:
+            return {}
+        gate = NO_GATE if self.prefix_gate is None else self.prefix_gate.arguments()
+        return {"prefix_key": self.prefix_key, "prefix_value": self.prefix_value, **gate}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        need_weights: bool = False,
+        prefix: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the prefix and the context; arguments as in `prefix_attention`, where not said otherwise.
+
+        Args:
+            attn_mask: a floating one may require a gradient.
+            dropout: on the weights.
+            need_weights: also return the weights over the context.
+            prefix: one for this call, as `place` takes it.
+
+        Returns:
+            The output `[B, H, N, Dv]`, and the weights over the context `[B, H, N, M]` or None.
+        """
+        prefix = self._placed if prefix is None else _checked_prefix(prefix)
+        arguments = dict(prefix or self.prefix_arguments() or no_prefix(key, value))
+        arguments |= {"is_causal": is_causal, "scale": scale}
+        if attn_mask is not None and not torch.is_grad_enabled():
+            attn_mask = attn_mask.detach()  # a learned one too is the operator's then
+        learned_mask = attn_mask is not None and attn_mask.requires_grad
+        if need_weights or dropout or learned_mask:  # which the operator knows nothing of
+            output, weights = attention_with_weights(
+                query, key, value, attn_mask=attn_mask, dropout=dropout, **arguments
+            )
+            return output, weights if need_weights else None
+        return prefix_attention(query, key, value, attn_mask=attn_mask, **arguments), None
+
+    @classmethod
+    def check_convertible(cls, module: nn.Module) -> None:
+        """Raises a NotImplementedError where this class would not compute what the module does."""
+
+    @classmethod
+    def convert_(cls, module: nn.Module, *, prefix_length: int, gate: str | None, gate_per: str) -> Self:
+        """Makes an attention module one of this class, in place: parameters, hooks and all else stay what they are.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as `check_prefix` and `check_convertible` do; the module is
+                then what it was.
+        """
+        check_prefix(prefix_length, gate, gate_per)
+        cls.check_convertible(module)
+        plain_class = type(module)
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module._plain_class = plain_class
+        module._begin_prefix(prefix_length, gate, gate_per)
+        return module
+
+    def revert_(self) -> None:
+        """Undoes `convert_`; the prefix is gone."""
+        del self.prefix_key, self.prefix_value, self.prefix_gate
+        self.__dict__.pop("_placed", None)
+        self.__class__ = self.__dict__.pop("_plain_class")
+
+    @property
+    def was_converted(self) -> bool:
+        """Whether `revert_` can give back what this module was."""
+        return "_plain_class" in self.__dict__
+
+    def _prefix_shape(self) -> tuple[int, int]:
+        """Heads and head size."""
+        raise NotImplementedError
+
+    def _prefix_like(self) -> Tensor:
+        """A parameter on whose device and in whose dtype the prefix shall be."""
+        raise NotImplementedError
+
+    def _begin_prefix(self, length: int, gate: str | None, gate_per: str) -> None:
+        """Keys from N(0, 0.5²), values from N(0, 0.02²); nothing at all where the length is 0."""
+        self.register_parameter("prefix_key", None)
+        self.register_parameter("prefix_value", None)
+        self.register_module("prefix_gate", None)
+        if not length:
+            return
+        heads, size = self._prefix_shape()
+        like = self._prefix_like()
+        dtype = like.dtype if like.dtype.is_floating_point else torch.get_default_dtype()
+        rows = torch.randn(2, heads, length, size, device=like.device, dtype=dtype)
+        self.prefix_key = nn.Parameter(KEY_STD * rows[0])
+        self.prefix_value = nn.Parameter(VALUE_STD * rows[1])
+        if gate is not None:
+            self.prefix_gate = Gate(gate, heads if gate_per == "head" else None).to(like.device, dtype)
+
+
+def check_prefix(prefix_length: int, gate: str | None, gate_per: str) -> None:
+    """Whether a module can be given such a prefix.
+
+    Raises:
+        TypeError, ValueError: it cannot; the message names the argument.
+    """
+    if not isinstance(prefix_length, int) or isinstance(prefix_length, bool):
+        raise TypeError(f"prefix_length must be an integer, got {prefix_length!r}")
+    if prefix_length < 0:
+        raise ValueError(f"prefix_length must not be negative, got {prefix_length}")
+    if gate is not None and gate not in GATES:
+        raise ValueError(f"gate must be None or one of {', '.join(GATES)}, got {gate!r}")
+    if gate_per not in GATE_PER:
+        raise ValueError(f"gate_per must be one of {', '.join(GATE_PER)}, got {gate_per!r}")
+
+
+def _checked_prefix(prefix: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(prefix, Mapping):
+        raise TypeError(f"prefix must be a mapping of arguments of prefix_attention, got a {type(prefix).__name__}")
+    for name in prefix:
+        if name not in _OF_A_PREFIX:
+            raise ValueError(f"prefix must hold arguments about the prefix, got {name!r}; known: {_OF_A_PREFIX}")
+    for name in ("prefix_key", "prefix_value"):
+        if name not in prefix:
+            raise ValueError(f"prefix must hold {name}, got {', '.join(prefix) or 'nothing'}")
+    return prefix

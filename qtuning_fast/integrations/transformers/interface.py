@@ -1,0 +1,238 @@
+"""Prefix attention as transformers' attention and mask functions; no forward is patched.
+
+A model with `attn_implementation="qtuning_fast"` computes its attention here, without a prefix until one is placed on
+its attention layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from qtuning_fast.attention.api import prefix_attention
+from qtuning_fast.method.prompts import no_prefix
+
+NAME = "qtuning_fast"
+
+Arguments = Mapping[str, Any]
+
+# A plain attribute on each attention module holds its prefix, keyword arguments of prefix_attention. With
+# `prompt_tokens=P` and no rows, the first P tokens of the sequence are the prefix.
+PREFIX = "qtuning_prefix"
+
+_NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
+
+_ALL = slice(None)
+
+Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+
+_WATCHER = "qtuning_watcher"  # an attribute too, since torch.compile follows no context variables
+
+
+@contextmanager
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Within the block `watcher(module, query, key, value)` is told of every call of the attention function."""
+    modules = list(model.modules())
+    for module in modules:
+        setattr(module, _WATCHER, watcher)
+    try:
+        yield
+    finally:
+        for module in modules:
+            delattr(module, _WATCHER)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query `[B, Hq, N, D]` to output `[B, N, Hq, Dv]`, and no weights.
+
+    Sliding windows are in `attention_mask`; `position_bias` is T5's relative bias, `[1 or B, Hq, N, M]`.
+
+    Raises:
+        ValueError: attention dropout or attention weights are asked for.
+        NotImplementedError: the model has attention sinks.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: fused attention never forms the weights; use attn_implementation='eager'"
+        )
+    if dropout:
+        raise ValueError(f"dropout is {dropout}: prefix attention has no dropout; put the model in eval mode")
+    for name, what in _NOT_DONE.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention has not")
+    watcher: Watcher | None = getattr(module, _WATCHER, None)
+    if watcher is not None:
+        watcher(module, query, key, value)
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    options = {
+        "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # else the mask holds it
+        "scale": scaling,
+        "softcap": kwargs.get("softcap"),
+    }
+    if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
+        position_bias = position_bias.detach()  # a reentrant checkpoint lets it require a gradient, which nobody takes
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
+    call = _Call(query, key, value, attention_mask, position_bias, options)
+    prefix: Arguments | None = getattr(module, PREFIX, None)
+    if prefix is None:
+        output = call.with_prefix(no_prefix(call.key, call.value))
+    elif "prompt_tokens" in prefix:
+        output = _attend_behind_prompt(call, **_fitting(prefix, query))
+    else:
+        output = call.with_prefix(_fitting(prefix, query))
+    return output.transpose(1, 2), None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer asks for; every part of it (some queries, some keys) can be computed with a prefix of its own."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    options: dict[str, Any]
+
+    def with_prefix(self, prefix: Arguments, *, queries: slice = _ALL, keys: slice = _ALL) -> Tensor:
+        """`[B, Hq, n, Dv]`, the output of these queries over the prefix and these keys."""
+        mask, bias = self.mask, None if self.bias is None else self.bias[:, :, queries, keys]
+        if mask is not None:
+            mask = mask[:, keys] if mask.ndim == 2 else mask[:, :, queries, keys]
+        output = prefix_attention(
+            self.query[:, :, queries],
+            self.key[:, :, keys],
+            self.value[:, :, keys],
+            **prefix,
+            attn_mask=_with_bias(mask, bias),
+            **self.options,
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+
+def _attend_behind_prompt(
+    call: _Call,
+    prompt_tokens: int,
+    prefix_index: Tensor | None = None,
+    prefix_length: Tensor | None = None,
+    **gate: Any,
+) -> Tensor:
+    """The first tokens are the prompt: all others attend to them through the gate, they themselves as any token does.
+
+    Each sample's prompt has passed through the layers below, so each sample has a prefix of its own.
+    """
+    in_front, behind = slice(prompt_tokens), slice(prompt_tokens, None)
+    bias = None if call.bias is None else call.bias[:, :, behind, in_front]
+    if prefix_index is not None:  # from one a task to one a sample
+        gate |= {name: x[prefix_index] for name, x in gate.items() if isinstance(x, Tensor) and x.ndim == 2}
+        if prefix_length is not None:  # shorter prompts fill the last rows
+            there = (
+                torch.arange(prompt_tokens, device=call.key.device) >= prompt_tokens - prefix_length[prefix_index, None]
+            )
+            bias = _with_bias(there, call.query.new_zeros(1, 1, 1, prompt_tokens) if bias is None else bias)
+            call = replace(
+                call, mask=_both(call.mask, F.pad(there, (0, call.key.shape[2] - prompt_tokens), value=True))
+            )
+    prefix = gate | {
+        "prefix_key": call.key[:, :, in_front],
+        "prefix_value": call.value[:, :, in_front],
+        "prefix_index": torch.arange(len(call.key), device=call.key.device),
+        "prefix_bias": bias,
+    }
+    prompt = call.with_prefix(no_prefix(call.key, call.value), queries=in_front)
+    return torch.cat([prompt, call.with_prefix(prefix, queries=behind, keys=behind)], dim=2)
+
+
+def _both(mask: Tensor | None, padding: Tensor) -> Tensor:
+    """What a mask `[B, M]` or `[B, 1, N, M]`, if any, and a bool `[B, M]` both leave to be seen."""
+    if mask is None:
+        return padding
+    return mask & padding if mask.ndim == 2 else mask & padding[:, None, None]
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Mask and relative bias as one `attn_mask`."""
+    if mask is None or bias is None:
+        return mask if bias is None else bias
+    if mask.ndim == 2:
+        mask = mask[:, None, None]
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _fitting(prefix: Arguments, query: Tensor) -> dict[str, Any]:
+    """The prefix on query's device, and with an index for each of its samples.
+
+    Layers of one model may sit on several devices. Beams and several answers to one question repeat each sample.
+    """
+    fitting = tree_map_only(Tensor, lambda x: x.to(query.device), dict(prefix))
+    if "prefix_index" in fitting:
+        fitting["prefix_index"] = for_batch(fitting["prefix_index"], len(query))
+    return fitting
+
+
+def for_batch(each: Tensor, batch: int) -> Tensor:
+    """`[B, ...]` for a batch in which each sample may stand several times in a row.
+
+    Raises:
+        ValueError: the batch is no multiple of B.
+    """
+    if batch % len(each):
+        raise ValueError(f"the batch has {batch} samples, but tasks were named for {len(each)}")
+    return each if len(each) == batch else each.repeat_interleave(batch // len(each), dim=0)
+
+
+def attention_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: `[B, M]` where padding is all there is beside causality, else `[B, 1, N, M]`.
+
+    Both are bool. A static cache's `M` is its capacity and not the number of keys written so far, so that causality
+    cannot be told from `N` and `M`, and goes into the explicit mask; so do sliding windows and packed sequences.
+    """
+    fits = attention_mask is None or (attention_mask.ndim == 2 and attention_mask.shape[1] == kv_length)
+    up_to_date = isinstance(q_offset, int) and not kv_offset and q_offset + q_length == kv_length
+    plain = mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and up_to_date)
+    if plain and fits and not kwargs.get("use_vmap"):
+        return None if attention_mask is None else attention_mask.bool()
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        q_offset=q_offset,  # type: ignore[arg-type]
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)

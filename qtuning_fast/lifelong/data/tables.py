@@ -1,0 +1,252 @@
+"""Files of labelled texts, read as they are: a cell is what the file says, and what is unclear is refused.
+
+Nothing is cached and no type is inferred. docs/data.md states the rules.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qtuning_fast.lifelong.data.delimited import Cells, place, read_csv, read_tsv
+
+ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # endings behind those, and the modules that unpack them
+_READABLE = tuple(ending + packed for ending in ENDINGS for packed in ("", *_PACKED))
+
+# By their first bytes: how a text file says what its encoding is. UTF-32's mark begins with one of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16BE"),
+)
+_OTHER_KINDS = {
+    b"\x1f\x8b": "is packed by gzip; add .gz to its name",
+    b"BZh91AY&SY": "is packed by bzip2; add .bz2 to its name",
+    b"\xfd7zXZ": "is packed by xz; add .xz to its name",
+    b"PK\x03\x04": "is a ZIP archive or an Excel file; unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "is an old Excel file; save it as CSV",
+    b"PAR1": "is a Parquet file; name it .parquet",
+}
+
+
+class DataWarning(UserWarning):
+    """Something in the data that can be read, but may not be what was meant."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of labelled texts.
+
+    Args:
+        where: what messages call it.
+        size: how many there are.
+        names: of its columns.
+        column: the values of one of them, as the source has them; None where there is none.
+        classes: of columns whose values are numbers of classes, the names of these.
+        lines: in which each row begins; None where it is no file of lines.
+        delimiter: between cells; None where there are no such.
+    """
+
+    where: str
+    size: int
+    names: Sequence[str]
+    column: Callable[[str], list[Any]]
+    classes: Mapping[str, list[str]] = field(default_factory=dict)
+    lines: Sequence[int] | None = None
+    delimiter: str | None = None
+
+    def place(self, row: int) -> str:
+        """Which row that is, and in which line."""
+        return place(row, self.lines)
+
+
+def read_table(file: Path, where: str | None = None) -> Table:
+    """All rows of a file.
+
+    Args:
+        file: its ending, in upper or lower case, says what it is: .csv, .tsv, .json, .jsonl or .parquet; with .gz,
+            .bz2 or .xz behind it where it is packed.
+        where: what messages about its columns call it; None for its path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: pyarrow is missing, which reads Parquet.
+        ValueError: the file cannot be read; the message says in which row, why, and what to do.
+    """
+    ending = split_name(file.name)[1]
+    if ending not in _READABLE:
+        raise ValueError(
+            f"{file} ends in {file.suffix!r}; the endings that can be read are {', '.join(ENDINGS)}, "
+            f"each also with {', '.join(_PACKED)} behind it"
+        )
+    if not file.is_file():  # a pipe would be waited for, without end
+        raise FileNotFoundError(f"{file} is a link to nothing, or no file at all")
+    data = _unpacked(file, "." + ending.split(".")[-1])
+    if not data:
+        raise ValueError(f"{file} is empty")
+    where = where or str(file)
+    match "." + ending.split(".")[1]:
+        case ".csv":
+            table = _of_cells(read_csv(_decoded(data, file), str(file)), where, ",")
+        case ".tsv":
+            table = _of_cells(read_tsv(_decoded(data, file), str(file)), where, "\t")
+        case ".parquet":
+            table = _of_parquet(data, file, where)
+        case _:
+            table = _of_json(_decoded(data, file), file, where)
+    if not table.size:
+        raise ValueError(f"{file} has no rows")
+    twice = sorted(name for name, count in Counter(table.names).items() if name and count > 1)
+    if twice:  # columns without a name are no matter: many tables end in some
+        raise ValueError(f"{file} has several columns with the name {twice[0]!r}; rename all but one")
+    return table
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A file's name without its ending, and that, in lower case; unreadable endings begin at the first point."""
+    ending = next((ending for ending in reversed(_READABLE) if name.lower().endswith(ending)), None)
+    if ending is None:
+        stem, point, rest = name.partition(".")
+        return stem, (point + rest).lower()
+    return name[: -len(ending)], ending
+
+
+def is_readable(name: str) -> bool:
+    """Whether a file of this name has an ending that `read_table` reads."""
+    return split_name(name)[1] in _READABLE
+
+
+def first_ten(names: Sequence[str]) -> str:
+    """For a message: so many names and no more."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _unpacked(file: Path, ending: str) -> bytes:
+    if ending not in _PACKED:
+        return file.read_bytes()
+    module = import_module(_PACKED[ending])  # lzma is missing from some builds of Python
+    try:
+        with module.open(file) as opened:
+            return opened.read()
+    except (OSError, EOFError, zlib.error, getattr(module, "LZMAError", EOFError)) as error:
+        raise ValueError(
+            f"{file} cannot be unpacked: {error or 'it ends too early'}; is it a whole {ending} file?"
+        ) from None
+
+
+def _decoded(data: bytes, file: Path) -> str:
+    for start, other in _OTHER_KINDS.items():
+        if data.startswith(start):
+            raise ValueError(f"{file} {other}")
+    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "UTF-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        offset = len(mark) + error.start
+        raise ValueError(
+            f"{file} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset} (line {_line(data, offset)}) does "
+            f"not fit; save it as UTF-8, or if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+        ) from None
+    if "\0" in text:
+        offset = data.index(b"\0")
+        raise ValueError(
+            f"{file} holds a NUL byte at offset {offset} (line {_line(data, offset)}): it is no text, or UTF-16 "
+            f"without a mark at its beginning; if so: iconv -f UTF-16{'LE' if offset else 'BE'} -t UTF-8 OLD > NEW"
+        )
+    return text
+
+
+def _line(data: bytes, offset: int) -> int:
+    return data.count(b"\n", 0, offset) + 1
+
+
+def _of_cells(cells: Cells, where: str, delimiter: str) -> Table:
+    names, rows, lines = cells
+
+    def column(name: str) -> list[str]:
+        index = names.index(name)
+        return [row[index] for row in rows]
+
+    return Table(where, len(rows), names, column, lines=lines, delimiter=delimiter)
+
+
+def _of_json(text: str, file: Path, where: str) -> Table:
+    """One list of objects, or an object in each line that is not blank, whatever the ending."""
+    lines: list[int] | None = None
+    if text.lstrip().startswith("["):
+        rows = _parsed(text, file)
+    else:
+        written = [(number, line) for number, line in enumerate(StringIO(text, newline=None), 1) if line.strip()]
+        lines = [number for number, _ in written]
+        rows = [_parsed(line.rstrip("\n"), file, number) for number, line in written]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{file}: {place(number, lines)} is {json.dumps(row)[:40]}, but each row must be an object"
+            )
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(where, len(rows), names, lambda name: [row.get(name) for row in rows], lines=lines)
+
+
+def _parsed(text: str, file: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except json.JSONDecodeError as error:
+        line, reason = line or error.lineno, f"{error.msg}, column {error.colno}"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(
+        f"{file}{'' if line is None else f', line {line},'} cannot be read as JSON: {reason}; a file holds one list of "
+        "objects, or one object on each line"
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"an object holds {next(name for name in names if names.count(name) > 1)!r} twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _of_parquet(data: bytes, file: Path, where: str) -> Table:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ImportError("reading Parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        table = ParquetFile(pyarrow.BufferReader(data)).read()
+        table.validate(full=True)  # strings are UTF-8
+        classes = _declared_classes(table.schema)
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {error}") from None
+    return Table(where, table.num_rows, table.column_names, lambda name: table[name].to_pylist(), classes)
+
+
+def _declared_classes(schema: Any) -> dict[str, list[str]]:
+    """The names of classes that the package `datasets` writes beside a table."""
+    classes: dict[str, list[str]] = {}
+    match json.loads((schema.metadata or {}).get(b"huggingface", b"{}")):
+        case {"info": {"features": dict(features)}}:
+            for name, feature in features.items():
+                match feature:  # of lists it may be a list itself
+                    case {"_type": "ClassLabel", "names": list(names)}:
+                        classes[name] = names
+    return classes

@@ -1,0 +1,1 @@
+"""Q-tuning and NoRGa in plain PyTorch."""

@@ -1,0 +1,169 @@
+"""What is kept of a finished task: its folded prefix, its gate and its head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtuning_fast.method.gate import NO_GATE, gate_arguments
+from qtuning_fast.method.prompts import Prefix
+
+NO_HEAD = "task {!r} has no head, only a prompt: it gives features, but no logits"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is known of an adapter without its tensors; see `TaskAdapter`.
+
+    Attributes:
+        gate_per: `"layer"` or `"head"`, how many pairs (alpha, tau) a layer has; None without a gate.
+        prefix_rows: P.
+        classes: of the head; 0 without one.
+        bytes: of all tensors.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    gate: str | None
+    gate_per: str | None
+    position_shift: int
+    prefix_rows: int
+    classes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TaskAdapter:
+    """A finished task, small and, once the queue is full, constant in size (Q-tuning, arXiv 2404.14607).
+
+    Attributes:
+        name: of the task.
+        label_names: one a class; empty where a task has none.
+        keys, values: the folded prefix, `[Hkv, P, D]` and `[Hkv, P, Dv]` a layer; empty where there are embeddings.
+        embeddings: the folded prompt `[P, E]` in front of the input, or None.
+        gate: NoRGa's activation, or None.
+        alphas, taus: `[]` or `[Hq]` a layer; empty without a gate.
+        head_weight, head_bias: `[classes, hidden]` and `[classes]`; None without a head.
+        position_shift: by how much the context's position ids are larger than without the adapter.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    gate: str | None
+    alphas: tuple[Tensor, ...]
+    taus: tuple[Tensor, ...]
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    embeddings: Tensor | None = None
+    position_shift: int = 0
+
+    @property
+    def prefix_rows(self) -> int:
+        return self.keys[0].shape[1] if self.embeddings is None else len(self.embeddings)
+
+    @property
+    def info(self) -> AdapterInfo:
+        """What is known without the tensors."""
+        per_head = any(alpha.ndim > 0 for alpha in self.alphas)
+        return AdapterInfo(
+            name=self.name,
+            label_names=self.label_names,
+            gate=self.gate,
+            gate_per=None if self.gate is None else "head" if per_head else "layer",
+            position_shift=self.position_shift,
+            prefix_rows=self.prefix_rows,
+            classes=0 if self.head_bias is None else len(self.head_bias),
+            bytes=sum(tensor.nbytes for tensor in self.tensors().values()),
+        )
+
+    def prefix(self, device: torch.device, *, num_layers: int) -> Prefix:
+        """The stored prefix, ready to be placed on this many layers."""
+        layers = [self._rows(layer, device) | self._gate(layer, device) for layer in range(num_layers)]
+        shift = torch.tensor([self.position_shift], device=device) if self.position_shift else None
+        embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        return Prefix(layers, embeddings, position_shift=shift, largest_shift=self.position_shift)
+
+    def _rows(self, layer: int, device: torch.device) -> dict[str, Any]:
+        if self.embeddings is not None:
+            return {}
+        return {"prefix_key": self.keys[layer].to(device), "prefix_value": self.values[layer].to(device)}
+
+    def _gate(self, layer: int, device: torch.device) -> dict[str, Any]:
+        if self.gate is None:
+            return NO_GATE
+        return gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`[B, hidden]` to `[B, classes]`.
+
+        Raises:
+            RuntimeError: the task has no head.
+        """
+        if self.head_weight is None or self.head_bias is None:
+            raise RuntimeError(NO_HEAD.format(self.name))
+        return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for saving."""
+        single = {"head.weight": self.head_weight, "head.bias": self.head_bias, "embeddings": self.embeddings}
+        named = {name: tensor for name, tensor in single.items() if tensor is not None}
+        for kind in ("keys", "values", "alphas", "taus"):
+            named |= {f"{kind}.{layer}": tensor for layer, tensor in enumerate(getattr(self, kind))}
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], info: AdapterInfo) -> TaskAdapter:
+        """What `tensors` gave, with the name, labels, gate and position shift of `info`."""
+
+        def layers(kind: str) -> tuple[Tensor, ...]:
+            count = sum(key.startswith(f"{kind}.") for key in tensors)
+            return tuple(tensors[f"{kind}.{layer}"] for layer in range(count))
+
+        return cls(
+            name=info.name,
+            label_names=info.label_names,
+            keys=layers("keys"),
+            values=layers("values"),
+            embeddings=tensors.get("embeddings"),
+            gate=info.gate,
+            alphas=layers("alphas"),
+            taus=layers("taus"),
+            head_weight=tensors.get("head.weight"),
+            head_bias=tensors.get("head.bias"),
+            position_shift=info.position_shift,
+        )
+
+
+def checked_labels(
+    name: object, num_labels: object, label_names: Sequence[str] | None, *, required: bool
+) -> tuple[str, ...]:
+    """The label names of a new task, from what `start_task` was given.
+
+    Args:
+        required: whether the task needs labels; otherwise it may have none.
+
+    Raises:
+        TypeError, ValueError: the name or the labels are not usable.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {name!r}; it must be a string")
+    if not name:
+        raise ValueError("name is empty; a task needs one")
+    if label_names is None and num_labels is None and not required:
+        return ()
+    if label_names is None:
+        if isinstance(num_labels, bool) or not isinstance(num_labels, int):
+            raise TypeError(f"num_labels is {num_labels!r}; it must be an integer, or label_names must be given")
+        label_names = [str(label) for label in range(num_labels)]
+    elif num_labels not in (None, len(label_names)):
+        raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")
+    if len(label_names) < 2 or len(set(label_names)) < len(label_names):
+        raise ValueError(f"num_labels: task {name!r} has the labels {list(label_names)}; it needs two, all different")
+    return tuple(label_names)

@@ -1,0 +1,228 @@
+"""The trainable rows in front of a context, `[P* ; P_new ; W ∘ Q_old]`: keys and values of a layer, or embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtuning_fast.method.gate import NO_GATE
+from qtuning_fast.method.reweighting import Reweighting
+
+KEY_STD = 0.5  # keys that start tiny collapse onto one direction
+VALUE_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the layers of a model attend to in front of their context, ready to be placed; one, or a bank of T.
+
+    Attributes:
+        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate. Where there are
+            embeddings, no rows.
+        embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
+        index: `[B]` with a bank: which of them each sample uses.
+        lengths: `[T]` with a bank: how many rows of each there are.
+        position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
+        largest_shift: the largest of these as a number, known without asking the device.
+    """
+
+    layers: list[dict[str, Any]]
+    embeddings: Tensor | None = None
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+    position_shift: Tensor | None = None
+    largest_shift: int = 0
+
+    def with_rows(self, rows: Sequence[dict[str, Tensor]]) -> Prefix:
+        """In a causal model: the keys and values that the embeddings became, behind which the context stands."""
+        assert self.embeddings is not None
+        P = self.embeddings.shape[-2]
+        shift = torch.tensor([P], device=self.embeddings.device) if self.lengths is None else self.lengths
+        layers = [layer | row for layer, row in zip(self.layers, rows)]
+        return replace(self, layers=layers, embeddings=None, position_shift=shift, largest_shift=P)
+
+    def arguments(self) -> list[dict[str, Any]]:
+        """For each layer all keyword arguments of `prefix_attention`."""
+        bank = {"prefix_index": self.index, "prefix_length": self.lengths}
+        bank = {name: value for name, value in bank.items() if value is not None}
+        return [layer | bank for layer in self.layers]
+
+
+def no_prefix(key: Tensor, value: Tensor) -> dict[str, Any]:
+    """Arguments of `prefix_attention` for a context without a prefix, whose keys and values are these."""
+    rows = {"prefix_key": key.new_empty(key.shape[1], 0, key.shape[3])}
+    return rows | {"prefix_value": value.new_empty(value.shape[1], 0, value.shape[3]), **NO_GATE}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of an attention layer: query heads, key/value heads, head size of keys and of values."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def row_features(self) -> int:
+        """Length of a row's feature vector `[k ; v]`."""
+        return self.num_kv_heads * (self.key_size + self.value_size)
+
+    def to_rows(self, key: Tensor, value: Tensor) -> Tensor:
+        """`[Hkv, n, D]` and `[Hkv, n, Dv]` as rows `[n, F]`."""
+        return torch.cat([key.transpose(0, 1).flatten(1), value.transpose(0, 1).flatten(1)], dim=1)
+
+    def from_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `[n, F]` as a key `[Hkv, n, D]` and a value `[Hkv, n, Dv]`."""
+        sizes = (self.num_kv_heads * self.key_size, self.num_kv_heads * self.value_size)
+        key, value = rows.split(sizes, dim=1)
+        heads = (len(rows), self.num_kv_heads, -1)
+        return key.reshape(heads).transpose(0, 1), value.reshape(heads).transpose(0, 1)
+
+
+class PromptRows(nn.Module):
+    """Trainable rows `[P* ; P_new ; W ∘ Q_old]` (Q-tuning, arXiv 2404.14607).
+
+    Rows are kept as feature vectors `[n, F]`, the shape in which the queue holds them.
+
+    Attributes:
+        shared: `[S, F]`, the prefix prompt `P*` of all tasks.
+        prompt: `[l, F]`, the prompt of the task in training; none before the first task.
+        old: `[n, F]`, the queue's rows, frozen.
+    """
+
+    old: Tensor
+
+    def __init__(self, features: int, *, shared_length: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.shared = nn.Parameter(self.new_rows(shared_length))
+        self.prompt = nn.Parameter(self.new_rows(0))
+        self.register_buffer("old", torch.zeros(0, features), persistent=False)  # the queue saves its rows
+
+    def new_rows(self, n: int) -> Tensor:
+        """`n` rows `[n, F]` as a prompt starts."""
+        raise NotImplementedError
+
+    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
+        """A new prompt in front of the queue's rows, whose reweighting starts at `row_scale` (`[n]`)."""
+        device = self.shared.device
+        self.prompt = nn.Parameter(self.new_rows(prompt_length).to(device))
+        self.old = old.to(device)
+
+    def no_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows and scale of an empty queue."""
+        return self.old.new_zeros(0, self.old.shape[1]), self.old.new_zeros(0)
+
+    def row_weights(self) -> Tensor:
+        """`W` of the old rows as `[n, F]`."""
+        raise NotImplementedError
+
+
+class LayerPrefix(PromptRows):
+    """The rows of one attention layer: keys and values beside those of its context, `F = Hkv * (D + Dv)`.
+
+    Attributes:
+        reweight_key, reweight_value: `W` of the old rows; none while there are no old rows.
+    """
+
+    reweight_key: Reweighting | None
+    reweight_value: Reweighting | None
+
+    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int) -> None:
+        self.shape = shape
+        super().__init__(shape.row_features, shared_length=shared_length, rank=rank)
+        self.register_module("reweight_key", None)
+        self.register_module("reweight_value", None)
+
+    def new_rows(self, n: int) -> Tensor:
+        """`n` rows, keys from N(0, 0.5²) and values from N(0, 0.02²)."""
+        shape = self.shape
+        keys = KEY_STD * torch.randn(n, shape.num_kv_heads * shape.key_size)
+        values = VALUE_STD * torch.randn(n, shape.num_kv_heads * shape.value_size)
+        return torch.cat([keys, values], dim=1)
+
+    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
+        super().begin(prompt_length, old, row_scale)
+        shape = self.shape
+        self.reweight_key = self.reweight_value = None
+        if len(old):
+            heads, device = shape.num_kv_heads, self.shared.device
+            self.reweight_key = Reweighting(row_scale, heads, shape.key_size, self.rank).to(device)
+            self.reweight_value = Reweighting(row_scale, heads, shape.value_size, self.rank).to(device)
+
+    def row_weights(self) -> Tensor:
+        if self.reweight_key is None or self.reweight_value is None:
+            return torch.ones_like(self.old)
+        return self.shape.to_rows(self.reweight_key(), self.reweight_value())
+
+    def arguments(self, prompt: Tensor) -> dict[str, Any]:
+        """The rows as keyword arguments of `prefix_attention`, which reweights them as it goes.
+
+        Args:
+            prompt: `[l, F]`, the new prompt as it is or after a reparametrisation.
+        """
+        key, value = self.shape.from_rows(torch.cat([self.shared, prompt, self.old]))
+        n_shared = len(self.shared) + len(prompt)
+        arguments: dict[str, Any] = {"prefix_key": key, "prefix_value": value, "n_shared": n_shared}
+        if self.reweight_key is not None and self.reweight_value is not None:
+            for name, weighting in (("reweight_key", self.reweight_key), ("reweight_value", self.reweight_value)):
+                unweighted = weighting.U.new_zeros(n_shared, self.rank)
+                arguments[name] = (torch.cat([unweighted, weighting.U]), weighting.V)
+        return arguments
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """The prefix with `W` baked in: key `[Hkv, P, D]`, value `[Hkv, P, Dv]`."""
+        key, value = self.shape.from_rows(torch.cat([self.shared, self.prompt, self.row_weights() * self.old]))
+        return key.clone(), value.clone()
+
+
+class InputPrompt(PromptRows):
+    """Rows that are embeddings in front of the input, `F = E`: Q-tuning's own placement.
+
+    Args:
+        vocabulary: the base model's embedding of words, of which new rows are random ones (Lester et al., EMNLP 2021,
+            section 3.2); without one, in image models, rows start from N(0, 0.02²).
+        features: E.
+    """
+
+    reweight: Reweighting | None
+
+    def __init__(self, vocabulary: nn.Embedding | None, features: int, *, shared_length: int, rank: int) -> None:
+        self._vocabulary = () if vocabulary is None else (vocabulary,)  # in a tuple: no part of this module
+        self._features = features
+        super().__init__(features, shared_length=shared_length, rank=rank)
+        self.register_module("reweight", None)
+
+    @torch.no_grad()
+    def new_rows(self, n: int) -> Tensor:
+        """`n` embeddings of random words."""
+        if not self._vocabulary:
+            return VALUE_STD * torch.randn(n, self._features)
+        words = self._vocabulary[0]
+        picked = torch.randint(words.num_embeddings, (n,))
+        # An offloaded embedding brings its input to where it computes itself.
+        placed = picked if words.weight.is_meta else picked.to(words.weight.device)
+        return words(placed).to("cpu", torch.float32)
+
+    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
+        super().begin(prompt_length, old, row_scale)
+        self.reweight = None
+        if len(old):
+            self.reweight = Reweighting(row_scale, 1, self._features, self.rank).to(self.shared.device)
+
+    def row_weights(self) -> Tensor:
+        return torch.ones_like(self.old) if self.reweight is None else self.reweight().squeeze(0)
+
+    def embeddings(self, prompt: Tensor) -> Tensor:
+        """`[P, E]`, reweighted.
+
+        Args:
+            prompt: `[l, E]`, the new prompt as it is or after a reparametrisation.
+        """
+        return torch.cat([self.shared, prompt, self.row_weights() * self.old])

@@ -1,0 +1,159 @@
+"""A saved model on disk: `adapter_config.json` and safetensors files beside it, never a pickle.
+
+`adapter_config.json` names every other file with its SHA-256 and is written last, in one step: until then the files of
+the older save stay, so that a folder is always one whole save or refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torch import Tensor
+
+from qtuning_fast.attention.reference import GATES
+from qtuning_fast.method.adapter import AdapterInfo
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.gate import GATE_PER
+from qtuning_fast.model.checked_files import (
+    TEMPORARY,
+    CorruptFileError,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from qtuning_fast.model.registry import AdapterFile, AdapterStore, StoredAdapter
+
+CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 3
+
+_OURS = re.compile(
+    rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
+)
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Everything that `QTuningModel.save_pretrained` keeps.
+
+    Attributes:
+        config: of the model.
+        fingerprint: of the base model it belongs to (`qtuning_fast.model.fingerprint`).
+        base_model: name of the base model's class, for people.
+        adapters: of the finished tasks, in order.
+        state: the queue, the live prefix and the discriminator, by name.
+        last_learned: the task that was learned last, whose prompt the live prefix holds; None where there is none.
+    """
+
+    config: QTuningConfig
+    fingerprint: str
+    base_model: str
+    adapters: AdapterStore
+    state: dict[str, Tensor]
+    last_learned: str | None = None
+
+
+def write_saved(folder: Path, saved: SavedModel) -> None:
+    """Write `saved` into `folder`; a save that was there stays valid until this one is whole.
+
+    Adapters that lie in the folder already stay where they are, and what was in memory only has a file from here on.
+    Files that were there and belong to no save are left alone.
+
+    Raises:
+        CorruptFileError: an adapter that is on disk only cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    with FileLock(folder / ".lock"):
+        entries = saved.adapters.entries()
+        files = [_written(folder, number, entry, saved.adapters) for number, entry in enumerate(entries)]
+        state = write_tensors(folder, "state", saved.state)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "config": saved.config.to_dict(),
+            "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
+            "tasks": [
+                {**asdict(entry.info), "file": file.file, "sha256": file.sha256} for entry, file in zip(entries, files)
+            ],
+            "last_learned": saved.last_learned,
+            "state": state,
+        }
+        write_json(folder / CONFIG_FILE, content)
+        for entry, file in zip(entries, files):
+            saved.adapters.lies_in(entry, file)
+        named = {state["file"], *(file.file for file in files)}
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in named:
+                path.unlink(missing_ok=True)
+
+
+def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterStore) -> AdapterFile:
+    """An adapter's file in `folder`: the one that is there, or a new one."""
+    file = entry.file
+    if file is not None and file.folder == folder and file.is_whole():
+        return file
+    return AdapterFile(folder, **write_tensors(folder, f"task-{number:03d}", store.load(entry, keep=False).tensors()))
+
+
+def read_saved(folder: Path, *, lazy: bool = False) -> SavedModel:
+    """What `write_saved` wrote.
+
+    Args:
+        lazy: leave the adapters on disk until they are needed.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+        CorruptFileError: a file is damaged or missing, or the index is not one that `write_saved` wrote.
+        ValueError: the format version is not this one.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: no Q-tuning model was saved there")
+    while True:
+        content = read_json(path)
+        try:
+            return _read_files(folder.resolve(), content, lazy)
+        except CorruptFileError:
+            if read_json(path) == content:  # otherwise it was saved anew while it was read
+                raise
+
+
+def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> SavedModel:
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has format version {version}; this version of qtuning_fast reads {FORMAT_VERSION}"
+        )
+    try:
+        config = QTuningConfig.from_dict(content["config"])
+        adapters = AdapterStore()
+        for entry in content["tasks"]:
+            file = AdapterFile(folder, entry["file"], entry["sha256"])
+            stored = adapters.add(_info(folder, entry), file=file)
+            if not lazy:
+                adapters.load(stored)
+        if len(adapters) < len(content["tasks"]):
+            raise CorruptFileError(f"{folder / CONFIG_FILE} names a task twice")
+        state = read_tensors(folder, content["state"])
+        base, last = content["base_model"], content["last_learned"]
+        if last is not None and last not in adapters:
+            raise CorruptFileError(f"{folder / CONFIG_FILE}: the task learned last, {last!r}, is not among its tasks")
+        return SavedModel(config, base["fingerprint"], base["class"], adapters, state, last)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
+
+
+def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:
+    """What the index says of an adapter."""
+    name, labels = entry["name"], entry["label_names"]
+    if not isinstance(name, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the name or the labels of task {name!r} are no text")
+    numbers = {key: entry[key] for key in ("position_shift", "prefix_rows", "classes", "bytes")}
+    kinds = entry["gate"] in (None, *GATES) and entry["gate_per"] in (None, *GATE_PER)
+    if not kinds or not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the gate or the sizes of task {name!r} are none")
+    return AdapterInfo(name=name, label_names=tuple(labels), gate=entry["gate"], gate_per=entry["gate_per"], **numbers)

@@ -1,0 +1,325 @@
+"""Batches in which each sample has a task of its own: adapters in slots on the device, and the samples' slot numbers.
+
+A forward pass stacks nothing. An adapter is written into a slot when a batch first names it and stays there until its
+slot goes to another, the least recently used one first; a batch then takes with it no more than one number a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtuning_fast.method.adapter import NO_HEAD, AdapterInfo, TaskAdapter
+from qtuning_fast.method.gate import NO_GATE, gate_arguments
+from qtuning_fast.method.prompts import Prefix
+from qtuning_fast.model.backbone import FrozenModel
+from qtuning_fast.model.registry import AdapterStore, StoredAdapter
+
+_FIRST_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """What a batch of B samples needs to compute under its samples' own tasks.
+
+    Attributes:
+        prefix: the bank's prefixes, with each sample's slot as `index`, ready to be placed.
+        names: each sample's task.
+        classes: of each sample's task; 0 where it has no head.
+        head_weight, head_bias: `[slots, most classes, hidden]` and `[slots, most classes]`, −inf beyond a task's own;
+            None without heads.
+    """
+
+    prefix: Prefix
+    names: tuple[str, ...]
+    classes: tuple[int, ...]
+    head_weight: Tensor | None = None
+    head_bias: Tensor | None = None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features `[B, hidden]` to `[B, most classes]`, by each sample's own head; −inf beyond its classes.
+
+        Raises:
+            RuntimeError: a task has no head.
+        """
+        if 0 in self.classes:
+            raise RuntimeError(NO_HEAD.format(self.names[self.classes.index(0)]))
+        assert self.head_weight is not None and self.head_bias is not None
+        most, slots = max(self.classes), self.prefix.index
+        weight = self.head_weight[:, :most][slots].to(features)  # [B, most classes, hidden]
+        bias = self.head_bias[:, :most][slots].to(features)
+        logits = torch.baddbmm(bias[..., None], weight, features[..., None]).squeeze(-1)
+        return logits.to(features.dtype)  # autocast has the product in 16 bits
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise a ValueError where a label is none of its sample's task; on an accelerator no one looks."""
+        if labels.device.type == "cpu" and (labels >= torch.tensor(self.classes)).any():
+            raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {[*self.classes]} classes")
+
+
+@dataclass(frozen=True)
+class _SlotSize:
+    """What slots have room for: rows P of a prefix, classes of a head, gates one a head."""
+
+    rows: int = 0
+    classes: int = 0
+    gate_per_head: bool = False
+
+    @classmethod
+    def of(cls, infos: Iterable[AdapterInfo]) -> _SlotSize:
+        """The least that has room for each of them."""
+        infos = list(infos)
+        return cls(
+            max((info.prefix_rows for info in infos), default=0),
+            max((info.classes for info in infos), default=0),
+            any(info.gate_per == "head" for info in infos),
+        )
+
+    def holds(self, other: _SlotSize) -> bool:
+        return self.rows >= other.rows and self.classes >= other.classes and self.gate_per_head >= other.gate_per_head
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One tensor of a slot, and what an adapter leaves in it where it has nothing."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    empty: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class AdapterBank:
+    """Adapters on a model's device, each in a slot: one tensor a layer for the keys of all of them, and so on.
+
+    The rows are kept in the precision of their layer, to which attention rounds them anyway. In a causal model
+    embeddings are kept as the keys and values that they become, since those do not depend on the context.
+
+    Args:
+        store: where adapters come from. What is removed from it, or replaced, is never computed with again.
+        model: on whose layers prefixes are placed.
+        layers: which of them.
+        embedding_size: E, where prefixes are embeddings in front of the input.
+        hidden_size: of the features that heads take; None where there are no heads.
+        device_bytes: bound on the slots' memory; None: there are as many as were ever needed at once, or more.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        model: FrozenModel,
+        layers: Sequence[int],
+        *,
+        embedding_size: int | None,
+        hidden_size: int | None,
+        device_bytes: int | None = None,
+    ) -> None:
+        self.device_bytes = device_bytes
+        self._store = store
+        self._model = (model,)  # in a tuple: the model has the bank
+        self._layers = layers
+        self._embedding_size = embedding_size
+        self._hidden_size = hidden_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Give all slots back; they are made anew when a batch needs some."""
+        self._size = _SlotSize()
+        self._where: tuple[Any, ...] = ()
+        self._parts: dict[str, _Part] = {}
+        self._slots: dict[str, Tensor] = {}  # by the names of an adapter's tensors, each [slots, ...]
+        self._count = 0
+        self._free: list[int] = []
+        self._held: OrderedDict[str, tuple[StoredAdapter, int]] = OrderedDict()  # least recently used first
+
+    @property
+    def slots(self) -> int:
+        """How many there are now."""
+        return self._count
+
+    @property
+    def bytes(self) -> int:
+        """Of all slots there are now."""
+        return sum(tensor.nbytes for tensor in self._slots.values())
+
+    @property
+    def held(self) -> list[str]:
+        """The tasks that have a slot, the least recently used one first."""
+        return list(self._held)
+
+    def discard(self, name: str) -> None:
+        """Free a task's slot, if it has one."""
+        if name in self._held:
+            self._free.append(self._held.pop(name)[1])
+
+    def batch(self, names: Sequence[str]) -> MixedBatch:
+        """What a batch computes with.
+
+        Args:
+            names: a task of the store for each sample.
+
+        Raises:
+            ValueError: the tasks have different gates, or are more than the bound on memory has slots for.
+            CorruptFileError: an adapter's file is missing or damaged.
+        """
+        entries = {name: self._store.entry(name) for name in dict.fromkeys(names)}
+        gates = {entry.info.gate for entry in entries.values()} - {None}
+        if len(gates) > 1:
+            raise ValueError(f"adapters with the gates {sorted(map(str, gates))} cannot be used in one batch")
+        self._make_fit(entries)
+        for name, entry in entries.items():
+            if name in self._held and self._held[name][0] is entry:
+                self._held.move_to_end(name)
+            else:
+                self.discard(name)
+        for name, entry in entries.items():
+            if name not in self._held:
+                self._take_in(name, entry)
+        infos = [entry.info for entry in entries.values()]
+        index = self._index([self._held[name][1] for name in names])
+        return MixedBatch(
+            prefix=self._prefix(index, infos, next(iter(gates), None)),
+            names=tuple(names),
+            classes=tuple(entries[name].info.classes for name in names),
+            head_weight=self._slots.get("head.weight"),
+            head_bias=self._slots.get("head.bias"),
+        )
+
+    # Slots
+
+    def _make_fit(self, entries: dict[str, StoredAdapter]) -> None:
+        """Slots wide enough for these adapters and enough of them, on the devices where the model is now."""
+        model = self._model[0]
+        where = model.device, model.base_model.dtype
+        needed = _SlotSize.of(entry.info for entry in entries.values())
+        if where != self._where or not self._size.holds(needed):
+            self.clear()
+            self._size = _SlotSize.of(entry.info for entry in self._store.entries())  # so that this is rare
+            self._where, self._parts = where, self._slot_parts()
+        slot_bytes = sum(part.bytes for part in self._parts.values())
+        most = math.inf if self.device_bytes is None else self.device_bytes // slot_bytes
+        if len(entries) > most:
+            raise ValueError(
+                f"the batch names {len(entries)} tasks, but device_bytes={self.device_bytes} has room for {most} "
+                f"adapters of {slot_bytes} bytes; name fewer in one batch, or raise the bound (set_memory_limits)"
+            )
+        short = sum(name not in self._held for name in entries) - len(self._free)
+        if short > 0:
+            self._grow(int(min(max(self._count + short, 2 * self._count, _FIRST_SLOTS), most)))
+
+    def _slot_parts(self) -> dict[str, _Part]:
+        """The tensors of a slot, by the names that they have in an adapter."""
+        model, size = self._model[0], self._size
+        number = _Part((), torch.int64, model.device)
+        parts = {"length": number, "position_shift": number}
+        for layer, index in enumerate(self._layers):
+            module, shape = model.attention.layers[index].module, model.attention.layers[index].shape
+            dtype, device = _where_computes(module, model)
+            if self._keeps_rows:
+                parts[f"keys.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.key_size), dtype, device)
+                parts[f"values.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.value_size), dtype, device)
+            heads, wide = shape.num_heads if size.gate_per_head else 1, torch.promote_types(dtype, torch.float32)
+            parts[f"alphas.{layer}"] = _Part((heads,), wide, device)  # without a gate beside tasks with one: alpha 0
+            parts[f"taus.{layer}"] = _Part((heads,), wide, device, empty=1.0)
+        wide = torch.promote_types(model.base_model.dtype, torch.float32)
+        if not self._keeps_rows:
+            assert self._embedding_size is not None
+            parts["embeddings"] = _Part((size.rows, self._embedding_size), model.base_model.dtype, model.device)
+        if self._hidden_size is not None:
+            parts["head.weight"] = _Part((size.classes, self._hidden_size), wide, model.device)
+            parts["head.bias"] = _Part((size.classes,), wide, model.device, empty=-math.inf)
+        return parts
+
+    @property
+    def _keeps_rows(self) -> bool:
+        return self._embedding_size is None or self._model[0].attention.is_causal
+
+    @torch.no_grad()
+    @torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
+    def _grow(self, count: int) -> None:
+        for name, part in self._parts.items():
+            before = self._slots.get(name)
+            slots = torch.full((count, *part.shape), part.empty, dtype=part.dtype, device=part.device)
+            if before is not None:
+                slots[: self._count] = before[: self._count]
+            self._slots[name] = slots
+        self._free += range(self._count, count)
+        self._count = count
+
+    def _take_in(self, name: str, entry: StoredAdapter) -> None:
+        """Read an adapter and write it into a free slot, or into the one that was least recently used."""
+        adapter = self._store.load(entry)  # an error leaves the slots as they are
+        if not self._free:
+            self.discard(next(iter(self._held)))
+        self._write(self._free[-1], adapter)
+        self._held[name] = entry, self._free.pop()
+
+    @torch.no_grad()
+    @torch.inference_mode(False)
+    def _write(self, slot: int, adapter: TaskAdapter) -> None:
+        tensors = adapter.tensors()
+        tensors["length"], tensors["position_shift"] = map(torch.tensor, (adapter.prefix_rows, adapter.position_shift))
+        if adapter.embeddings is not None and self._keeps_rows:
+            tensors |= self._rows_of(adapter.embeddings)
+        for name, part in self._parts.items():
+            room, tensor = self._slots[name][slot], tensors.get(name)
+            room.fill_(part.empty)
+            if tensor is not None:  # smaller than its room, or a scalar for all of it
+                room[tuple(slice(size) for size in tensor.shape)] = tensor.to(room.device)
+
+    def _rows_of(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """The keys and values that a prompt `[P, E]` becomes in each layer of a causal model."""
+        model = self._model[0]
+        with torch.autocast(model.device.type, enabled=False):  # they stay, autocast or not
+            rows = model.attention.rows_of_prompt(self._layers, embeddings.to(model.device))
+        keys = {f"keys.{layer}": each["prefix_key"] for layer, each in enumerate(rows)}
+        return keys | {f"values.{layer}": each["prefix_value"] for layer, each in enumerate(rows)}
+
+    # A batch
+
+    def _index(self, slots: list[int]) -> Tensor:
+        device = self._model[0].device
+        if device.type != "cuda":
+            return torch.tensor(slots, device=device)
+        return torch.tensor(slots, pin_memory=True).to(device, non_blocking=True)  # so that the host goes on at once
+
+    def _prefix(self, index: Tensor, infos: Sequence[AdapterInfo], gate: str | None) -> Prefix:
+        slots, longest = self._slots, max(info.prefix_rows for info in infos)
+        layers: list[dict[str, Any]] = []
+        for layer in range(len(self._layers)):
+            alpha, tau = slots[f"alphas.{layer}"], slots[f"taus.{layer}"]
+            arguments = NO_GATE if gate is None else gate_arguments(gate, alpha, tau)
+            if self._keeps_rows:
+                arguments = arguments | {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
+            layers.append(arguments)
+        if self._keeps_rows and self._embedding_size is not None:
+            shift, largest = slots["length"], longest  # behind a prompt that has become keys and values
+        else:
+            shift, largest = slots["position_shift"], max(info.position_shift for info in infos)
+        return Prefix(
+            layers,
+            # Rows cost time, as tokens do: no more than the batch needs.
+            embeddings=None if self._keeps_rows else slots["embeddings"][:, :longest],
+            index=index,
+            lengths=slots["length"],
+            position_shift=shift if largest else None,
+            largest_shift=largest,
+        )
+
+
+def _where_computes(module: nn.Module, model: FrozenModel) -> tuple[torch.dtype, torch.device]:
+    """In which precision and where an attention module computes, as far as its parameters tell."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            return parameter.dtype, parameter.device
+    return torch.float32, model.device

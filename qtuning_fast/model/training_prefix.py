@@ -1,0 +1,187 @@
+"""The live prefix of a model: the new prompt in front of the queue, the gates, and what trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.gate import NO_GATE, Gate
+from qtuning_fast.method.prompts import InputPrompt, LayerPrefix, LayerShape, Prefix, PromptRows
+from qtuning_fast.method.queue import Eviction, PromptQueue
+from qtuning_fast.method.reparameterization import ResidualReparameterization
+from qtuning_fast.model.distributed import agree
+
+
+class LivePrefix(nn.Module):
+    """`[P* ; P_new ; W ∘ Q_old]`, the gates, and the queue that holds `Q_old`.
+
+    With `placement="prefix"` each chosen layer has rows of its own, keys and values; with `placement="input"` there is
+    one set of rows for all, embeddings. Each layer has its gate either way.
+
+    Args:
+        shapes: of the layers that get a prefix.
+        config: see `QTuningConfig`.
+        vocabulary, embedding_size: what rows that are embeddings start from, and their length.
+
+    Attributes:
+        queue: the rows of finished prompts.
+        last_eviction: what the start of the current task evicted, or None.
+        reparameterization: what new prompts pass through while they train.
+
+    Raises:
+        ValueError: the config does not fit these layers.
+    """
+
+    reparameterization: ResidualReparameterization | None
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        config: QTuningConfig,
+        *,
+        vocabulary: nn.Embedding | None = None,
+        embedding_size: int = 0,
+    ) -> None:
+        super().__init__()
+        in_input = config.placement == "input"
+        _check_rows(config, {embedding_size} if in_input else {shape.row_features for shape in shapes})
+        self.config = config
+        lengths = {"shared_length": config.shared_length, "rank": config.rank}
+        self._rows = nn.ModuleList(
+            [InputPrompt(vocabulary, embedding_size, **lengths)]
+            if in_input
+            else [LayerPrefix(shape, **lengths) for shape in shapes]
+        )
+        heads = [shape.num_heads if config.gate_per == "head" else None for shape in shapes]
+        self._gates = nn.ModuleList() if config.gate is None else nn.ModuleList(Gate(config.gate, n) for n in heads)
+        self._layer_count = len(shapes)
+        self.requires_grad_(False)
+        self.register_module("reparameterization", None)
+        self.queue = PromptQueue(config.queue_size, config.prompt_length, eviction=config.eviction)
+        self.last_eviction: Eviction | None = None
+
+    @property
+    def rows(self) -> list[PromptRows]:
+        """One a layer, or one in all where they are embeddings."""
+        return cast("list[PromptRows]", list(self._rows))
+
+    @property
+    def gates(self) -> list[Gate]:
+        """One a layer; empty without a gate."""
+        return cast("list[Gate]", list(self._gates))
+
+    @property
+    def prompt_length(self) -> int:
+        """Rows of the newest prompt; 0 before the first task."""
+        return len(self.rows[0].prompt)
+
+    def begin_task(self) -> None:
+        """Take the finished prompt into the queue and begin a new one; everything but old rows is trainable."""
+        first = not self.prompt_length
+        if not first:
+            prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
+            weights = [rows.row_weights().detach().cpu() for rows in self.rows]
+            seed = torch.randint(2**31, ())
+            agree([seed])
+            self.last_eviction = self.queue.push(prompts, weights, seed=int(seed))
+        self.begin_prompts(self.config.prompt_length)
+        self._rows.requires_grad_(True)
+        self._gates.requires_grad_(first or self.config.gate_training == "every-task")
+        if self.config.reparameterization == "mlp":
+            row = self.rows[0].shared
+            self.reparameterization = ResidualReparameterization(row.shape[1]).to(row.device)
+
+    def begin_prompts(self, prompt_length: int) -> None:
+        """New prompts over the queue as it is."""
+        for index, rows in enumerate(self.rows):
+            held = (self.queue.rows[index], self.queue.row_scale[index]) if self.queue.rows else rows.no_rows()
+            rows.begin(prompt_length, *held)
+
+    @torch.no_grad()
+    def finish_task(self, name: str, label_names: Sequence[str], head: nn.Linear | None) -> TaskAdapter:
+        """Fold the reparametrisation into the prompts, freeze them, and give what is kept of the task."""
+        for rows, prompt in zip(self.rows, self._prompts()):
+            rows.prompt = nn.Parameter(prompt.clone())
+        self.reparameterization = None
+        self.requires_grad_(False)
+        folded = [rows.folded() for rows in self.rows if isinstance(rows, LayerPrefix)]
+        embeddings = [rows.embeddings(rows.prompt) for rows in self.rows if isinstance(rows, InputPrompt)]
+        return TaskAdapter(
+            name=name,
+            label_names=tuple(label_names),
+            keys=_kept(key for key, _ in folded),
+            values=_kept(value for _, value in folded),
+            embeddings=_kept(embeddings)[0] if embeddings else None,
+            gate=self.config.gate,
+            alphas=_kept(gate.alpha for gate in self.gates),
+            taus=_kept(gate.tau for gate in self.gates),
+            head_weight=None if head is None else _kept([head.weight])[0],
+            head_bias=None if head is None else _kept([head.bias])[0],
+        )
+
+    def _prompts(self) -> Sequence[Tensor]:
+        """The new prompts, `[l, F]` each, through the reparametrisation while there is one."""
+        prompts: list[Tensor] = [rows.prompt for rows in self.rows]
+        if self.reparameterization is None:
+            return prompts
+        return self.reparameterization(torch.stack(prompts)).unbind()
+
+    def prefix(self) -> Prefix:
+        """The live prefix as it stands."""
+        gates = [gate.arguments() for gate in self.gates] or [NO_GATE] * self._layer_count
+        arguments, embeddings = [], None
+        for rows, prompt in zip(self.rows, self._prompts()):
+            if isinstance(rows, InputPrompt):
+                embeddings = rows.embeddings(prompt)
+            elif isinstance(rows, LayerPrefix):
+                arguments.append(rows.arguments(prompt))
+        return Prefix([a | g for a, g in zip(arguments or [{}] * self._layer_count, gates)], embeddings)
+
+    def prefix_with_shared(self, index: Tensor) -> Prefix:
+        """A bank of two: 0 is the live prefix, 1 the shared prompt alone, with the gate held fixed.
+
+        Since the shared rows come first, the second is the first one cut to their length.
+
+        Args:
+            index: `[B]`, which of the two each sample uses.
+        """
+        live = self.prefix()
+        rows = sum(len(part) for part in (self.rows[0].shared, self.rows[0].prompt, self.rows[0].old))
+        lengths = torch.tensor([rows, self.config.shared_length], device=index.device)
+        embeddings = None if live.embeddings is None else torch.stack([live.embeddings, live.embeddings])
+        return Prefix([_twice(layer) for layer in live.layers], embeddings, index, lengths)
+
+
+def _kept(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().cpu().clone() for tensor in tensors)
+
+
+def _twice(live: dict[str, Any]) -> dict[str, Any]:
+    """A layer's arguments as a bank of two that are the same, the second one's gate without gradient."""
+    bank = dict(live)
+    for name in live.keys() & {"prefix_key", "prefix_value"}:
+        bank[name] = torch.stack([live[name], live[name]])
+    for name in live.keys() & {"reweight_key", "reweight_value"}:
+        bank[name] = tuple(torch.stack([factor, factor]) for factor in live[name])
+    for name in live.keys() & {"gate_alpha", "gate_tau"}:
+        bank[name] = torch.stack([live[name].reshape(-1), live[name].detach().reshape(-1)])
+    return bank
+
+
+def _check_rows(config: QTuningConfig, features: set[int]) -> None:
+    rows = (config.queue_size - 1) * config.prompt_length
+    if config.eviction == "pca" and rows > min(features):
+        raise ValueError(
+            f"queue_size={config.queue_size} with prompt_length={config.prompt_length} keeps {rows} rows, more than "
+            f"the {min(features)} features of a row: DQ-PCA cannot; use less, or another eviction"
+        )
+    if config.reparameterization is not None and len(features) > 1:
+        raise ValueError(
+            f"reparameterization={config.reparameterization!r} is shared by all layers, but rows have "
+            f"{sorted(features)} features in different layers; use None"
+        )

@@ -1,0 +1,260 @@
+"""How exact a backend must be: as exact as plain PyTorch in the same precision, within a factor."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtuning_fast import prefix_attention
+from qtuning_fast.attention import fused, reference
+from qtuning_fast.attention.arguments import validate
+from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.dispatch import BACKENDS
+
+Arguments = dict[str, Any]
+
+RATIO = 2.0  # to the largest error of plain PyTorch
+FLOOR = 1e-6
+LONG_SUM = 8.0  # times epsilon and Σ|terms|, for alpha, tau, U and V: a small error of every term adds up there
+TF32_RATIO = 4.0  # to what rounding the arguments alone loses: kernels round weights and their gradients, too
+CPU_FLASH_ULPS = 20.0  # PyTorch's flash attention for CPUs takes exponentials to 20 units in the last place
+LSE_SHARE = 2.0**-4  # of epsilon: in 16 bits weights are rounded by half an epsilon, whatever the log-sum-exp says
+TANH_APPROX = {"tanh": 2.0**-11, "sigmoid": 2.0**-12}  # how far off NVIDIA's instruction may leave a gate's σ
+DRAWS = 24  # of plain PyTorch's error: in a small tensor the largest is a matter of luck
+
+
+def _call_of(arguments: Arguments) -> PrefixAttentionCall:
+    bound = inspect.signature(prefix_attention).bind(**arguments)
+    bound.apply_defaults()
+    return validate(**bound.arguments)
+
+
+def _mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """A call with every tensor changed; what required a gradient does so again."""
+
+    def changed(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(changed(half) for half in x)
+        return change(x.detach()).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    return {name: changed(x) for name, x in arguments.items()}
+
+
+def _in_float64(arguments: Arguments) -> Arguments:
+    return _mapped(arguments, lambda x: x.double() if x.is_floating_point() else x)
+
+
+def _to_tf32(x: Tensor) -> Tensor:
+    """Truncated to 10 bits after the point, as matrix units read float32."""
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+
+
+def _noise(x: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+
+def _results(arguments: Arguments, backend: str, leaves: Callable[[Arguments], dict[str, Tensor]], seed: int):
+    """Output, log-sum-exp and all gradients, by name."""
+    named = leaves(arguments)
+    output, lse = prefix_attention(**arguments, return_lse=True, backend=backend)
+    d_output = _noise(output, seed).to(arguments["query"].dtype)
+    grads = torch.autograd.grad(output, list(named.values()), d_output, allow_unused=True, materialize_grads=True)
+    return {"output": output.detach(), "lse": lse, **dict(zip(named, grads))}, d_output
+
+
+def _by_delta(arguments: Arguments, leaves: Callable[[Arguments], dict[str, Tensor]], d_output: Tensor):
+    """Gradients that pass through scores, in plain PyTorch as fused kernels compute them: p (dO vᵀ - δ), δ = Σ dO ∘ O.
+
+    Autograd's way, through p ∘ dp - p Σ p dp, is exactly 0 where a query sees one key; this one rounds there.
+    """
+    call = _call_of(arguments)
+    k, v = (
+        reference.prefix_rows(call, rows, weights)
+        for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
+    )
+    g, s = reference._prefix_scores(call, k), reference._context_scores(call)
+    output, lse = reference.attend(call)
+    delta = (d_output.to(g) * output.to(g)).sum(-1, keepdim=True)
+    gradients = [
+        (scores - lse[..., None]).exp().nan_to_num(0.0) * (reference._products(d_output, values) - delta)
+        for scores, values in ((g, v), (s, call.value))
+    ]
+    named = {name: x for name, x in leaves(arguments).items() if "value" not in name}
+    inputs = list(named.values())
+    found = torch.autograd.grad([g, s], inputs, [x.detach() for x in gradients], allow_unused=True)
+    return {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(named.items(), found)}
+
+
+def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Tensor]:
+    """Σ|terms| of the gradients of alpha, tau, U and V: one term per score, or per score and column."""
+    call = _call_of(arguments)
+    k, v = (
+        reference.prefix_rows(call, rows, weights).detach()
+        for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
+    )
+    s = (call.scale * reference._products(call.query, k)).detach().requires_grad_()
+    factors = [torch.zeros_like(s) + reference._per_head(call, x, s.dtype) for x in (call.gate_alpha, call.gate_tau)]
+    alpha, tau = (x.detach().requires_grad_() for x in factors)
+    with torch.no_grad():
+        output, lse = reference.attend(call)
+        weights = (reference._prefix_scores(call, k) - lse[..., None]).exp().nan_to_num(0.0)
+        delta = (d_output * output).sum(-1, keepdim=True)
+        dg = weights * (reference._products(d_output, v) - delta)
+    g = s if call.gate is None else s + alpha * reference.GATES[call.gate](tau * s)
+    ds, d_alpha, d_tau = (
+        torch.zeros_like(s) if x is None else x.abs()
+        for x in torch.autograd.grad(g, [s, alpha, tau], dg, allow_unused=True)
+    )
+
+    bank = call.prefix_index is not None
+    T = call.prefix_key.shape[0] if bank else 1
+    index = reference.bank_index(call) if bank else torch.zeros(len(s), dtype=torch.long, device=s.device)
+
+    def by_prefix(x: Tensor) -> Tensor:  # [B, ...] -> [T, ...]
+        return x.new_zeros(T, *x.shape[1:]).index_add_(0, index, x)
+
+    sums = {}
+    for name, terms in (("gate_alpha", d_alpha), ("gate_tau", d_tau)):
+        if isinstance(arguments[name], Tensor):
+            shape = arguments[name].shape
+            sums[name] = by_prefix(terms.sum((-1, -2))).sum_to_size((1,) * (2 - len(shape)) + shape).reshape(shape)
+    for name, pair, rows, terms in (
+        ("reweight_key", call.reweight_key, call.prefix_key, call.scale * ds.mT @ call.query.abs()),
+        ("reweight_value", call.reweight_value, call.prefix_value, weights.mT @ d_output.abs()),
+    ):
+        if pair is not None:
+            terms = by_prefix(terms.detach().abs().unflatten(1, (rows.shape[-3], -1)).sum(2))  # [T, Hkv, P, D]
+            U, V, K = (x.detach().abs().nan_to_num(0.0) for x in (*pair, rows))
+            U, V, K = U.reshape(T, *U.shape[-2:]), V.reshape(T, *V.shape[-3:]), K.reshape(T, *K.shape[-3:])
+            sums[f"{name}[0]"] = torch.einsum("thpd,thpd,trhd->tpr", terms, K, V).reshape(pair[0].shape)
+            sums[f"{name}[1]"] = torch.einsum("thpd,thpd,tpr->trhd", terms, K, U).reshape(pair[1].shape)
+    return sums
+
+
+def _lse_by_tanh_approx(call: PrefixAttentionCall) -> Tensor:
+    """What tanh.approx in the gate may move the log-sum-exp [B, Hq, N] by: as far as one gated score."""
+    from qtuning_fast.kernels import arguments
+    from qtuning_fast.kernels.target import INTERPRETED
+
+    in_kernels = call.query.is_cuda or INTERPRETED
+    if call.gate not in TANH_APPROX or not in_kernels or not arguments.gate(call).fast_tanh.value:
+        return torch.zeros(())
+    alpha = reference._per_head(call, call.gate_alpha, torch.float64)
+    alpha = alpha.detach().squeeze(-1) if isinstance(alpha, Tensor) else torch.tensor(alpha)
+    return TANH_APPROX[call.gate] * alpha.abs()
+
+
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item() if error.numel() else 0.0
+
+
+@pytest.fixture
+def on_gpu(make_call, request):
+    """make_call, on the GPU, for the backend that the test file is about; bfloat16 unless it says otherwise."""
+
+    def make(**options: Any) -> Arguments:
+        arguments = make_call(**{"dtype": torch.bfloat16} | options)
+        return _mapped(arguments, lambda x: x.cuda()) | {"backend": request.module.BACKEND}
+
+    return make
+
+
+@cache
+def _beside(name: str) -> ModuleType:
+    """A module in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def bfloat16_in_interpreter(monkeypatch):
+    """Triton's interpreter with bfloat16 done right."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, method in _beside("bfloat16").METHODS.items():
+        monkeypatch.setattr(InterpreterBuilder, name, method)
+
+
+@pytest.fixture
+def tanh_approx_in_interpreter(request, monkeypatch):
+    """Triton's interpreter with tanh.approx.f32; a parameter names its error, one of tanh_approx.ERRORS."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    method = _beside("tanh_approx").create_inline_asm(getattr(request, "param", "varied"))
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", method)
+
+
+@pytest.fixture
+def bfloat16_as_on_nvidia(bfloat16_in_interpreter, tanh_approx_in_interpreter, monkeypatch):
+    """Kernels in Triton's interpreter take bfloat16, and calculate with it as on an NVIDIA GPU."""
+    from qtuning_fast.kernels import arguments
+
+    def why_not(call: PrefixAttentionCall) -> str | None:
+        return None if call.query.dtype == torch.bfloat16 else fused.why_not(call)
+
+    monkeypatch.setitem(BACKENDS, "fused", replace(BACKENDS["fused"], why_not=why_not))
+    monkeypatch.setattr(arguments, "current_target", lambda: "sm_90")  # there the gate asks for the instruction
+
+
+@pytest.fixture(scope="session")
+def call_of():
+    return _call_of
+
+
+@pytest.fixture(scope="session")
+def assert_accurate(make_call, leaves):
+    """Checks one call on a backend, made by make_call's options: output, log-sum-exp and every gradient."""
+
+    def check(backend: str, *, device: str = "cpu", seed: int = 0, draws: int = DRAWS, **options: Any) -> None:
+        largest: dict[str, float] = {}
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and options["dtype"] == torch.float32
+        for draw in range(draws):
+            arguments = _mapped(make_call(seed=seed + draw, **options), lambda x: x.to(device))
+            exact, d_output = _results(_in_float64(arguments), "reference", leaves, seed + draw)
+            rounded = _mapped(arguments, _to_tf32) if tf32 else arguments
+            plain, _ = _results(rounded, "reference", leaves, seed + draw)
+            for name, x in (*plain.items(), *_by_delta(arguments, leaves, d_output).items()):
+                largest[name] = max(largest.get(name, 0.0), _largest(_distance(x, exact[name])))
+            if draw == 0:
+                first = exact
+                actual, _ = _results(arguments, backend, leaves, seed)
+                errors = {name: _distance(x, exact[name]) for name, x in actual.items()}
+                sums = _sums_of_magnitudes(_in_float64(arguments), d_output.double())
+                by_tanh_approx = _lse_by_tanh_approx(_call_of(arguments))
+        dtype = arguments["query"].dtype
+        epsilon = 2.0**-10 if tf32 else torch.finfo(dtype).eps
+        ratio = TF32_RATIO if tf32 else RATIO
+        for name, error in errors.items():
+            assert actual[name].dtype == plain[name].dtype and actual[name].shape == plain[name].shape, name
+            allowed = ratio * largest[name] + FLOOR + LONG_SUM * epsilon * sums.get(name, torch.zeros(()))
+            if name == "lse":
+                allowed = allowed + by_tanh_approx
+            if (backend, device) == ("composed", "cpu"):  # by PyTorch's flash attention for CPUs
+                if name == "lse":
+                    allowed += LSE_SHARE * epsilon if dtype in (torch.float16, torch.bfloat16) else 0.0
+                elif dtype == torch.float32:
+                    allowed += CPU_FLASH_ULPS * epsilon * _largest(first[name])
+            excess = (error - allowed).clamp(min=0)
+            assert not excess.any(), f"{name}: error {_largest(error):.3g}, plain PyTorch's {largest[name]:.3g}"
+
+    return check
+
+
+def _distance(x: Tensor, exact: Tensor) -> Tensor:
+    """|x - exact|, 0 where both are the same infinity; a NaN is infinitely far."""
+    x = x.double()
+    return (x - exact).abs().where(x != exact, 0.0).nan_to_num(torch.inf, posinf=torch.inf)

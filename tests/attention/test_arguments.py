@@ -1,0 +1,317 @@
+"""Malformed calls end in a ValueError or TypeError that names what is wrong, never in an answer or a crash."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qtuning_fast import explain_backend, prefix_attention
+from qtuning_fast.attention.arguments import validate
+from qtuning_fast.attention.reference import GATES
+
+# Which dimensions an argument has: where sizes disagree, a complaint may be about either side.
+DIMS = {
+    "query": {"B", "Hq", "N", "D"},
+    "key": {"B", "Hkv", "M", "D"},
+    "value": {"B", "Hkv", "M", "Dv"},
+    "prefix_key": {"T", "Hkv", "P", "D"},
+    "prefix_value": {"T", "Hkv", "P", "Dv"},
+    "prefix_index": {"B", "T"},
+    "prefix_length": {"T", "P"},
+    "n_shared": {"P"},
+    "reweight_key": {"T", "Hkv", "P", "D"},
+    "reweight_value": {"T", "Hkv", "P", "Dv"},
+    "gate_alpha": {"T", "Hq"},
+    "gate_tau": {"T", "Hq"},
+    "attn_mask": {"B", "Hq", "N", "M"},
+    "prefix_bias": {"B", "Hq", "N", "P"},
+}
+REQUIRED = ("query", "key", "value", "prefix_key", "prefix_value")
+TRAINED = ("prefix_key", "prefix_value", "reweight_key", "reweight_value", "gate_alpha", "gate_tau")
+PAIRS = ("reweight_key", "reweight_value")
+
+
+@st.composite
+def call_options(draw):
+    """Options of make_call that give a valid call."""
+    P, T = draw(st.integers(0, 3)), draw(st.none() | st.integers(1, 3))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
+    shapes = ["float", "scalar", "head"] + ([] if T is None else ["task", "task, head"])
+    return {
+        "dtype": dtype,
+        "prefix_dtype": draw(st.sampled_from([dtype, torch.float32])),
+        **{size: draw(st.integers(0, 2)) for size in ("B", "N", "M")},
+        **{size: draw(st.integers(1, 3)) for size in ("Hkv", "G", "D", "Dv")},
+        "P": P,
+        "T": T,
+        "lengths": T is not None and draw(st.booleans()),
+        "n_shared": draw(st.integers(0, P)),
+        "rank_key": draw(st.none() | st.integers(1, 2)),
+        "rank_value": draw(st.none() | st.integers(1, 2)),
+        "gate": draw(st.none() | st.sampled_from(sorted(GATES))),
+        "gate_shape": draw(st.sampled_from(shapes)),
+        "mask": draw(st.none() | st.sampled_from(["padding bool", "padding float", "full bool", "full float"])),
+        "bias": draw(st.booleans()),
+        "is_causal": draw(st.booleans()),
+        "softcap": draw(st.none() | st.sampled_from([2, 0.5, 1e30])),
+    }
+
+
+def partners(name):
+    """The arguments that one must agree with; all of them with query, in dtype and device."""
+    return {other for other, dims in DIMS.items() if dims & DIMS[name]} | {"query"}
+
+
+# A corruption changes arguments in place, and returns the names of which a complaint must hold one.
+
+
+def change_a_tensor(draw, arguments, candidates, change):
+    """Puts change(draw, name, tensor) in the place of one tensor, which may be half of a pair (U, V)."""
+    name = draw(st.sampled_from([n for n in candidates if isinstance(arguments.get(n), torch.Tensor | tuple)]))
+    x = arguments[name]
+    if isinstance(x, tuple):
+        half = draw(st.integers(0, 1))
+        changed = change(draw, f"{name}[{half}]", x[half].detach())
+        arguments[name] = (changed, x[1]) if half == 0 else (x[0], changed)
+    else:
+        arguments[name] = change(draw, name, x.detach())
+    return partners(name)
+
+
+def wrong_rank(draw, arguments):
+    def change(draw, name, x):
+        if name in ("gate_alpha", "gate_tau"):
+            return x[None, None, None]  # with one more, or one fewer, it could be right
+        return x[None] if x.shape[0] == 0 or draw(st.booleans()) else x[0]
+
+    return change_a_tensor(draw, arguments, DIMS, change)
+
+
+def wrong_size(draw, arguments):
+    """Seven more than any size of a valid call can be, so that it is never right by chance."""
+
+    def change(draw, name, x):
+        dims = [0, 3] if name == "query" else range(x.ndim)  # more queries, or heads, can be right
+        if x.ndim == 0:
+            return x.expand(7)
+        dim = draw(st.sampled_from(dims))
+        return torch.cat([x, x.new_zeros([7 if d == dim else size for d, size in enumerate(x.shape)])], dim)
+
+    return change_a_tensor(draw, arguments, DIMS, change)
+
+
+def wrong_dtype(draw, arguments):
+    float_dtype = arguments["query"].dtype
+
+    def change(draw, name, x):
+        wrong = [torch.complex64] if name in ("prefix_index", "prefix_length") else [torch.complex64, torch.int64]
+        if name != "attn_mask":
+            wrong.append(torch.bool)
+        if name in ("prefix_index", "prefix_length"):
+            wrong.append(torch.float32)
+        if name in ("key", "value"):
+            wrong.append(torch.float32 if float_dtype == torch.float16 else torch.float16)
+        if name.split("[")[0] in TRAINED:
+            wrong.append(torch.float64 if float_dtype == torch.float16 else torch.float16)
+            if wrong[-1] == float_dtype:
+                wrong.pop()
+        return x.to(draw(st.sampled_from(wrong)))
+
+    return change_a_tensor(draw, arguments, DIMS, change)
+
+
+def wrong_device(draw, arguments):
+    return change_a_tensor(draw, arguments, DIMS, lambda draw, name, x: x.to("meta"))
+
+
+def not_dense(draw, arguments):
+    def change(draw, name, x):
+        return torch.nested.nested_tensor([x, x]) if x.ndim and draw(st.booleans()) else x.to_sparse()
+
+    return change_a_tensor(draw, arguments, DIMS, change)
+
+
+def no_tensor(draw, arguments):
+    name = draw(st.sampled_from([name for name in DIMS if name in arguments and name != "n_shared"]))
+    junk = ["tensor", [1.0, 2.0], (), {}, object(), np.ones((2, 2)), torch.float32, 1j, True]
+    if name in (*REQUIRED, "gate_alpha", "gate_tau"):
+        junk.append(None)
+    arguments[name] = draw(st.sampled_from(junk))
+    return partners(name) if name == "prefix_key" else {name}
+
+
+def no_pair(draw, arguments):
+    name = draw(st.sampled_from(PAIRS))
+    half = arguments["prefix_key"].detach()
+    junk = [half, (half,), (half, half, half), (None, half), "UV", [[1.0], [1.0]], {"U": half, "V": half}, 1.0]
+    arguments[name] = draw(st.sampled_from(junk))
+    return {name}
+
+
+def heads_no_multiple(draw, arguments):
+    x, Hkv = arguments["query"], arguments["key"].shape[1]
+    heads = x.shape[1] + 1 if Hkv > 1 else 0
+    arguments["query"] = x.new_zeros(x.shape[0], heads, *x.shape[2:])
+    return {"query"}
+
+
+def bad_number(draw, arguments):
+    name = draw(st.sampled_from(["gate_alpha", "gate_tau", "scale", "softcap"]))
+    bad = [math.nan, math.inf, -math.inf, 10**400, -(10**400), 1j, "1", True, [1.0]]
+    if name == "softcap":
+        bad += [0, 0.0, -1, -30.0, 5e-324, torch.tensor(30.0)]
+    arguments[name] = draw(st.sampled_from(bad))
+    return {name}
+
+
+def bad_bank(draw, arguments):
+    """An index or length that is missing, out of range, or there without a bank."""
+    name = draw(st.sampled_from(["prefix_index", "prefix_length"]))
+    T, P, B = arguments["prefix_key"].shape[0], arguments["prefix_key"].shape[-2], arguments["query"].shape[0]
+    if arguments["prefix_key"].ndim == 3:
+        arguments[name] = torch.zeros(B if name == "prefix_index" else T, dtype=torch.int64)
+    elif name == "prefix_index" and (B == 0 or draw(st.booleans())):
+        arguments[name] = None
+    else:
+        size, high = (B, T) if name == "prefix_index" else (T, P + 1)
+        values = torch.zeros(size, dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.int8])))
+        values[draw(st.integers(0, size - 1))] = draw(st.sampled_from([-1, high, 100]))
+        arguments[name] = values
+    return {name}
+
+
+def bad_n_shared(draw, arguments):
+    rows = arguments["prefix_key"].shape[-2] if isinstance(arguments["prefix_key"], torch.Tensor) else 3
+    arguments["n_shared"] = draw(st.sampled_from([-1, rows + 8, True, 1.0, "1", None, torch.tensor(0)]))
+    return {"n_shared"}
+
+
+def mask_with_gradient(draw, arguments):
+    name = draw(st.sampled_from(["attn_mask", "prefix_bias"]))
+    x = arguments["query"]
+    shape = draw(st.sampled_from([(1, 1, 1, 1), (x.shape[0], arguments["key"].shape[2])]))
+    arguments[name] = x.new_zeros((1, 1, 1, 1) if name == "prefix_bias" else shape).requires_grad_()
+    return {name}
+
+
+def bad_choice(draw, arguments):
+    name = draw(st.sampled_from(["gate", "backend"]))
+    arguments[name] = draw(st.sampled_from(["step", "", "TANH", "tanh ", 3, ["tanh"], torch.tanh, b"auto", True]))
+    return {name}
+
+
+def bad_flag(draw, arguments):
+    name = draw(st.sampled_from(["is_causal", "return_lse"]))
+    arguments[name] = draw(st.sampled_from([0, 1, None, "yes", torch.tensor(True), np.True_]))
+    return {name}
+
+
+ANYTHING = [wrong_rank, wrong_size, wrong_dtype, wrong_device, not_dense, heads_no_multiple, no_tensor, no_pair]
+ANYTHING += [bad_number, bad_bank, bad_n_shared, mask_with_gradient, bad_choice, bad_flag]
+LOCAL = [bad_number, bad_n_shared, bad_choice, bad_flag]  # these cannot make good what another has corrupted
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(options=call_options(), data=st.data())
+def test_malformed_calls_are_refused_by_name(make_call, options, data):
+    arguments = make_call(**options)
+    explain_backend(**arguments)  # a valid call up to here
+    names = data.draw(st.sampled_from(ANYTHING), "corruption")(data.draw, arguments)
+    if data.draw(st.integers(0, 3)) == 0:
+        names |= data.draw(st.sampled_from(LOCAL), "another")(data.draw, arguments)
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        prefix_attention(**arguments)
+    message = str(refusal.value)
+    assert any(re.search(rf"\b{name}\b", message) for name in names), f"{message!r} names none of {names}"
+    assert refusal.traceback[-1].path.name == "validation.py"
+
+
+def complaint(arguments, **wrong):
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        prefix_attention(**arguments | wrong)
+    return f"{refusal.typename}: {refusal.value}"
+
+
+def test_a_complaint_says_what_must_be_and_what_was(make_call):
+    call, bank = make_call(B=2, N=3, M=4, P=3, D=3, Dv=2), make_call(T=2)
+    assert complaint(call, key=torch.zeros(2, 2, 4, 5).double()) == (
+        "ValueError: key must be [B, Hkv, M, D], D = 3 as query has it, got shape [2, 2, 4, 5]"
+    )
+    assert complaint(call, prefix_value=torch.zeros(2, 3, 2).half()) == (
+        "TypeError: prefix_value must have query's or float32 dtype (float64, float32), got torch.float16"
+    )
+    assert complaint(call, attn_mask=torch.zeros(2, 5, dtype=torch.bool)) == (
+        "ValueError: attn_mask must be [B, M], M = 4 as key has it, got shape [2, 5]"
+    )
+    assert complaint(call, attn_mask=torch.zeros(3, 4, 5, dtype=torch.bool)) == (
+        "ValueError: attn_mask must broadcast to [B, Hq, N, M] = [2, 4, 3, 4] or be [B, M], got [3, 4, 5]"
+    )
+    assert complaint(bank, prefix_index=torch.tensor([0, 2])) == (
+        "ValueError: prefix_index must lie in 0..1, got values in 0..2"
+    )
+    assert complaint(call, scale="wide") == "TypeError: scale must be None or a number, got str 'wide'"
+    assert complaint(call, softcap=torch.tensor(30.0)) == (
+        "TypeError: softcap must be None or a number, got a torch.float32 tensor of shape []"
+    )
+    assert complaint(call, softcap=-30) == (
+        "ValueError: softcap must be None or positive, in 2.23e-308..1.8e+308 for scores in float64, got int -30"
+    )
+    assert complaint(call, gate_tau=torch.ones(3)) == (
+        "ValueError: gate_tau must be [], [Hq] or, with a bank, [T, 1] or [T, Hq], here one of [], [4], got shape [3]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("query", (2, 0, 3, 3)),
+        ("query", (2, 4, 3, 0)),
+        ("key", (2, 0, 4, 3)),
+        ("value", (2, 2, 4, 0)),
+        ("prefix_key", (0, 2, 3, 3)),
+    ],
+)
+def test_only_batch_and_lengths_may_be_empty(make_call, name, shape):
+    empty = {name: torch.zeros(shape, dtype=torch.float64)}
+    assert re.match(rf"ValueError: {name} must be .* >= 1, got", complaint(make_call(), **empty))
+
+
+def test_a_rank_of_zero_is_refused(make_call):
+    empty = (torch.zeros(3, 0), torch.zeros(0, 2, 3))
+    assert complaint(make_call(), reweight_key=empty).startswith("ValueError: reweight_key[0] must be ")
+
+
+def test_a_pair_has_two_halves(make_call):
+    arguments = make_call(rank_key=1)
+    U, V = arguments["reweight_key"]
+    assert complaint(arguments, reweight_key=(U, V, V)).startswith("TypeError: reweight_key must be None or a pair")
+
+
+def normalised(arguments):
+    rest = {"prefix_index", "prefix_length", "reweight_key", "reweight_value", "attn_mask", "prefix_bias"}
+    return validate(**dict.fromkeys(rest) | arguments, return_lse=False, backend="auto")
+
+
+def test_what_backends_get(make_call):
+    padded, masked = normalised(make_call(D=4, mask="padding bool")), normalised(make_call(mask="full float", scale=2))
+    assert padded.padding_mask is not None and padded.attn_mask is None and padded.scale == 0.5
+    assert masked.padding_mask is None and masked.attn_mask is not None and masked.scale == 2.0
+
+
+def test_a_cap_is_a_float_that_scores_can_hold(make_call):
+    assert normalised(make_call()).softcap is None
+    cap = normalised(make_call(softcap=30)).softcap
+    assert cap == 30.0 and isinstance(cap, float)
+    assert normalised(make_call(softcap=1e300)).softcap == 1e300
+    for cap in (1e39, 1e-39):  # infinite, and without its digits, in float32
+        assert "softcap must be" in complaint(make_call(dtype=torch.float16), softcap=cap)
+
+
+def test_values_are_looked_at_on_the_cpu_only(make_call):
+    on_meta = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in make_call(T=2, lengths=True).items()}
+    assert normalised(on_meta).prefix_index.device.type == "meta"

@@ -1,0 +1,146 @@
+"""Which backend a call gets."""
+
+import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qtuning_fast import explain_backend, prefix_attention
+from qtuning_fast.attention import backend_order, dispatch
+from qtuning_fast.attention.backend_order import Rule
+from qtuning_fast.attention.dispatch import Backend
+from qtuning_fast.attention.reference import attend
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv("QTUNING_FAST_BACKEND", raising=False)
+
+
+def test_auto_says_what_it_picks_and_why_not_the_others(make_call):
+    choice = explain_backend(**make_call(N=300, M=300))
+    assert choice.backend == "composed" and choice.rejected.keys() == {"fused", "reference"}
+    text = str(choice)
+    assert text.startswith("composed: the fastest by its table: on cpu") and "not fused: its Triton kernels" in text
+    assert "context by PyTorch's flash attention for CPUs" in text and "not reference: composed comes first" in text
+
+
+def test_explaining_takes_the_arguments_of_the_call(make_call):
+    assert inspect.signature(explain_backend).parameters == inspect.signature(prefix_attention).parameters
+    with pytest.raises(ValueError, match="gate must be"):
+        explain_backend(**make_call(gate="step"))
+
+
+@pytest.mark.parametrize("attend_or_explain", [prefix_attention, explain_backend])
+def test_what_a_backend_cannot_do_is_refused_by_name(make_call, attend_or_explain):
+    with pytest.raises(NotImplementedError, match=r"'fused'.*float32.*: composed, reference"):
+        attend_or_explain(**make_call(), backend="fused")
+
+
+@pytest.mark.parametrize("backend", ["fused", "composed"])
+def test_a_cap_on_scores_is_left_to_the_reference(make_call, monkeypatch, backend):
+    capped = make_call(softcap=30, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match=rf"'{backend}', .*: softcap: .*: reference$"):
+        prefix_attention(**capped, backend=backend)
+    monkeypatch.setattr(backend_order, "TABLE", (Rule("cpu", backend),))
+    explained = explain_backend(**capped)
+    assert explained.backend == "reference" and explained.reason.startswith(f"{backend} would be the fastest")
+    assert all(why.startswith("softcap: ") for why in explained.rejected.values()) and len(explained.rejected) == 2
+    assert torch.equal(prefix_attention(**capped), prefix_attention(**capped, backend="reference"))
+
+
+def test_fused_says_when_triton_is_missing_too(make_call, monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    with pytest.raises(NotImplementedError, match="triton is not installed"):
+        prefix_attention(**make_call(), backend="fused")
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, torch; had = {*sys.modules}; import qtuning_fast; assert 'triton' not in {*sys.modules} - had"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_environment_stands_in_for_auto_only(make_call, monkeypatch):
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "reference")
+    assert "QTUNING_FAST_BACKEND" in explain_backend(**make_call()).reason
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "fused")
+    with pytest.raises(NotImplementedError, match="QTUNING_FAST_BACKEND"):
+        prefix_attention(**make_call())
+    assert explain_backend(**make_call(), backend="reference").reason == "asked for by name"
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"QTUNING_FAST_BACKEND must be one of auto, fused.*'fastest'"):
+        prefix_attention(**make_call())
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "")
+    assert "by its table" in explain_backend(**make_call()).reason
+
+
+def test_auto_takes_the_next_when_the_fastest_cannot_do_the_call(make_call, monkeypatch):
+    def no_causal(call):
+        return "it knows no causality" if call.is_causal else None
+
+    def all_zero(call):
+        output, lse = attend(call)
+        return output * 0, lse
+
+    monkeypatch.setattr(backend_order, "TABLE", (Rule("cpu", "composed"),))
+    monkeypatch.setitem(dispatch.BACKENDS, "composed", Backend("composed", no_causal, all_zero))
+    explained = explain_backend(**make_call())
+    assert explained.backend == "composed" and explained.rejected["reference"] == "composed comes first"
+    assert (prefix_attention(**make_call()) == 0).all() and (prefix_attention(**make_call(is_causal=True)) != 0).all()
+    causal = explain_backend(**make_call(is_causal=True))
+    assert causal.rejected["composed"] == "it knows no causality" and causal.reason.startswith("composed would be")
+    with pytest.raises(NotImplementedError, match="it knows no causality"):
+        prefix_attention(**make_call(is_causal=True), backend="composed")
+    by_name = explain_backend(**make_call(), backend="reference")
+    assert by_name.rejected["composed"] == "reference was asked for by name"
+
+
+def test_on_a_gpu_the_composed_backend_needs_triton(monkeypatch):
+    call = SimpleNamespace(query=SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert dispatch._why_not("composed", call) == "triton is not installed"
+
+
+RULES = (
+    Rule("cpu", "reference", most_scores=100, measured="this machine"),
+    Rule("cpu", "composed", most_queries=2),
+    Rule("cpu", "fused", least_keys=50),
+    Rule("default", "reference"),
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    [
+        ({"N": 5, "M": 2, "P": 3}, 0),  # 5 · (2 + 3) · 4 = 100 scores
+        ({"N": 5, "M": 3, "P": 3}, None),
+        ({"N": 2, "M": 99, "P": 3}, 1),
+        ({"N": 3, "M": 50, "P": 3}, 2),
+        ({"N": 3, "M": 49, "P": 3}, None),
+    ],
+)
+def test_the_first_rule_whose_bounds_hold(make_call, call_of, monkeypatch, sizes, rule):
+    monkeypatch.setattr(backend_order, "TABLE", RULES)
+    call = call_of(make_call(B=1, **sizes))
+    assert backend_order.rule_for(call) == (None if rule is None else RULES[rule])
+    order = backend_order.in_order(call)
+    assert sorted(order) == sorted(backend_order.PREFERENCE)
+    assert order[0] == ("fused" if rule is None else RULES[rule].backend)
+
+
+def test_a_device_without_rules_of_its_own_gets_the_default(make_call, call_of, monkeypatch):
+    monkeypatch.setattr(backend_order, "TABLE", RULES)
+    monkeypatch.setattr(backend_order, "device_name", lambda device: "sm_123")
+    assert backend_order.rule_for(call_of(make_call())) == RULES[-1]
+
+
+def test_the_table_is_read_and_rewritten_as_it_was(tmp_path, monkeypatch):
+    text = backend_order.PATH.read_text()
+    rules = backend_order.TABLE
+    assert {rule.backend for rule in rules} <= set(backend_order.PREFERENCE) and "default" in {r.device for r in rules}
+    monkeypatch.setattr(backend_order, "PATH", tmp_path / "backend_order.json")
+    backend_order.write(rules)
+    assert backend_order.PATH.read_text() == text and backend_order.read() == rules

@@ -1,0 +1,71 @@
+"""The command for predicted times: what a step launches, what is saved, and the ratios that peers' parts come to."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from qtuning_fast.bench.predictions import predict, ratios
+from qtuning_fast.bench.predictions.cost_model import H100, H200
+from qtuning_fast.bench.shapes import BERT_BASE, DECODE_64, LLAMA_8B, VIT_B16
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        (BERT_BASE, ["fold", "forward", "fold", "queries", "keys", "prefix", "reweighting"]),
+        (replace(BERT_BASE, P=0), ["forward", "queries", "keys"]),
+        (replace(BERT_BASE, trained=False), ["forward"]),
+        (DECODE_64, ["merge"]),
+    ],
+    ids=["trained", "no prefix", "served", "decoding"],
+)
+def test_launches_of_a_step_are_those_that_run(shape, names):
+    found = predict.launches(shape)
+    programs = {name: launch.programs for name, launch in found}
+    assert [name for name in names if name in programs] == names and all(programs.values())
+
+
+def test_floors_of_both_gpus():
+    for shape in (BERT_BASE, LLAMA_8B):
+        h100, h200 = predict.floor(shape, H100), predict.floor(shape, H200)
+        assert h100.keys() == h200.keys() == {"forward", "backward"}
+        assert all(microseconds > 0 for microseconds, _ in h100.values())
+    assert (
+        predict.floor(BERT_BASE, H200)["forward"][0] < predict.floor(BERT_BASE, H100)["forward"][0]
+    )  # it waits for bytes
+
+
+def test_rows_replace_their_like(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "FOLDER", tmp_path / "predicted")
+    assert predict.saved("h100") == []
+    predict.save("h100", [{"shape": "a", "us": 1}, {"shape": "b", "us": 2}], by=("shape",))
+    predict.save("h100", [{"shape": "a", "us": 3}], by=("shape",))
+    assert {row["shape"]: row["us"] for row in predict.saved("h100")} == {"a": 3, "b": 2}
+    assert json.loads((tmp_path / "predicted" / "h100.json").read_text())["versions"]["triton"]
+
+
+def test_every_headline_shape_is_predicted_in_a_file():
+    for name in ("h100", "h200"):
+        shapes = {row["shape"] for row in predict.saved(name)}
+        assert shapes >= {shape.name for shape in predict.HEADLINES}
+        kernels = {row["kernel"] for row in predict.saved(name) if row["shape"] == "vit-b16"}
+        assert kernels == {"fold", "forward", "queries", "keys", "prefix", "reweighting"}
+
+
+def test_ratios_are_those_of_the_parts(monkeypatch):
+    """A peer's step is attention alone, putting the prefix in front, and with FlexAttention the gate on every score."""
+
+    def step(shape, device):
+        assert shape.P or shape.M == VIT_B16.M + VIT_B16.P
+        return [("all", SimpleNamespace(microseconds=100.0 if shape.P else 80.0))]
+
+    monkeypatch.setattr(predict, "step", step)
+    monkeypatch.setattr(predict, "HEADLINES", (VIT_B16,))
+    (row,) = ratios.rows(H100)
+    sdpa, flex = row["parts"]["sdpa"], row["parts"]["flex-frozen-gate"]
+    assert sdpa["attention"] == flex["attention"] == 80.0 and sdpa["gate"] == 0.0 < flex["gate"]
+    assert sdpa["concat"] > flex["concat"] > 0  # the compiler fuses what PyTorch launches one by one
+    assert row["ratios"]["fused / sdpa"] == pytest.approx(100.0 / sum(sdpa.values()))
+    assert row["ratios"]["flex-frozen-gate / fused"] == pytest.approx(sum(flex.values()) / 100.0)

@@ -1,0 +1,98 @@
+"""Whose attention `qtuning-fast bench` measures, and what it says of the result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from qtuning_fast.bench import console, layer_cost
+from qtuning_fast.bench.layer_cost import FULL_QUEUE, Question, Wanted
+from qtuning_fast.bench.shapes import SHAPES
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8}
+CONFIGS = {  # Hq, Hkv, D, causal, bias
+    "BertConfig": (SMALL, (8, 8, 8, False, False)),
+    "ViTConfig": (SMALL, (8, 8, 8, False, False)),
+    "LlamaConfig": (SMALL | {"num_key_value_heads": 2}, (8, 2, 8, True, False)),
+    "Qwen3Config": (SMALL | {"num_key_value_heads": 2, "head_dim": 16}, (8, 2, 16, True, False)),
+    "GPT2Config": ({"n_embd": 64, "n_head": 4}, (4, 4, 16, True, False)),
+    "T5Config": ({"d_model": 64, "d_kv": 32, "num_heads": 4}, (4, 4, 32, False, True)),
+    "BartConfig": ({"d_model": 64, "encoder_attention_heads": 4}, (4, 4, 16, False, False)),
+    "MarianConfig": ({"d_model": 64, "encoder_attention_heads": 4}, (4, 4, 16, False, False)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_heads_and_masks_are_read_from_a_models_configuration(name, tmp_path):
+    settings, expected = CONFIGS[name]
+    getattr(transformers, name)(**settings).save_pretrained(tmp_path / "mine")
+    shape = Wanted(model=str(tmp_path / "mine")).as_shape()
+    assert (shape.Hq, shape.Hkv, shape.D, shape.is_causal, shape.bias) == expected
+    assert shape.name == "mine" and shape.P == FULL_QUEUE == 60 and shape.trained
+
+
+def test_a_model_without_attention_is_refused(tmp_path):
+    transformers.ResNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names no heads"):
+        Wanted(model=str(tmp_path)).as_shape()
+
+
+def test_what_is_said_overrides_a_shape_of_the_registry():
+    llama = SHAPES["llama-8b"]
+    assert Wanted(shape="llama-8b").as_shape() == llama
+    wanted = Wanted(shape="llama-8b", batch=2, tokens=7, prefix_rows=3, tasks=2, padding=0.1, causal=False)
+    assert wanted.as_shape() == replace(llama, B=2, N=7, P=3, tasks=2, padding=0.1, is_causal=False)
+    decoding = Wanted(shape="llama-8b", decode=True).as_shape()
+    assert (decoding.N, decoding.M, decoding.trained) == (1, llama.M, False)
+    assert Wanted(heads=2, head_size=8, decode=True, context=9).as_shape().M == 9
+
+
+def test_what_auto_takes_is_measured_asked_for_or_not(monkeypatch):
+    tiny = Wanted(shape="tiny-padded")
+    monkeypatch.setenv("QTUNING_FAST_BACKEND", "reference")
+    question = Question.of(tiny, peers=["sdpa", "eager"])
+    assert question.peers == ["reference", "sdpa", "eager"] and "QTUNING_FAST_BACKEND" in question.choice.reason
+    monkeypatch.delenv("QTUNING_FAST_BACKEND")
+    assert Question.of(tiny).choice.backend in Question.of(tiny).peers
+
+
+def test_what_would_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = Wanted(
+        heads=12, head_size=32, batch=64, tokens=512
+    )  # its scores: 0.8 GiB in float32, of which eager has 5
+    monkeypatch.setattr(layer_cost, "_free_bytes", lambda device: 20 << 30)
+    Question.of(wanted)
+    monkeypatch.setattr(layer_cost, "_free_bytes", lambda device: 3 << 30)
+    with pytest.raises(ValueError, match=r"--tokens 512.* would take about .* GiB, and 3 are free"):
+        Question.of(wanted)
+    monkeypatch.setattr(layer_cost, "LARGEST_REFERENCE", 1)
+    with pytest.raises(ValueError, match="--peer eager would take"):
+        Question.of(wanted)
+    Question.of(wanted, peers=["sdpa"])
+
+
+def entry(**steps):
+    """Of a training shape: peers with a step's median, or what it failed by."""
+    rows = {}
+    for name, ms in steps.items():
+        timing = None if isinstance(ms, str) else {"median": ms, "spread": 0.1, "rounds": 8}
+        passes = {each: {"graph": None, "eager": timing} for each in ("forward", "backward", "step")}
+        rows[name] = passes | {"peak": 1 << 20, "error": ms if timing is None else "", "errors": {"output": 1e-7}}
+    return {"shape": {"trained": True}, "rows": rows, "auto": {"backend": next(iter(rows))}}
+
+
+def test_the_sentence_says_how_ours_stands():
+    assert console.verdict(entry(composed=2.0, eager=8.4, sdpa=1.8)) == (
+        "composed is 4.2 times as fast as eager and takes 1.1 times the time of PyTorch's attention without a gate."
+    )
+    assert console.verdict(entry(fused=2.0, sdpa="no")) == "fused takes 2.00 ms."
+    assert console.verdict(entry(composed="wrong: tau", eager=1.0)) == "composed was not measured: wrong: tau"
+
+
+def test_a_backend_that_is_faster_here_is_named_unless_it_is_noise():
+    assert console.verdict(entry(composed=2.0, eager=4.0, fused=1.5)).endswith(
+        "Here fused takes 0.75 times as long: QTUNING_FAST_BACKEND=fused chooses it."
+    )
+    assert "Here" not in console.verdict(entry(composed=2.0, eager=4.0, fused=1.9))

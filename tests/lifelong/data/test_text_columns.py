@@ -1,0 +1,99 @@
+"""Texts and labels out of tables: the order of classes, and what is pointed out."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+
+from qtuning_fast.lifelong.data.delimited import read_csv
+from qtuning_fast.lifelong.data.tables import DataWarning, Table
+from qtuning_fast.lifelong.data.text_columns import labels_of, point_out_joined_rows, refuse_unknown
+
+
+def table(labels: list[Any], **more: Any) -> Table:
+    return Table("a.csv", len(labels), ["text", "label"], lambda name: labels, **more)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10", "9", "2"], ["2", "9", "10"]),
+        ([10, 9, -2], ["-2", "9", "10"]),
+        (["10", "9", "02"], ["02", "10", "9"]),
+        (["10", "9", "-0"], ["-0", "10", "9"]),
+        (["10", "9", "1.0"], ["1.0", "10", "9"]),
+        (["10", "9", "١"], ["10", "9", "١"]),
+        (["b", "B", "a"], ["B", "a", "b"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::qtuning_fast.lifelong.data.tables.DataWarning")
+def test_classes_are_in_order_by_number_where_all_are_integers(labels: list[Any], names: list[str]) -> None:
+    assert labels_of(table(labels), "label")[1] == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["Spam", "spam", "spam", "ham"], "holds 'Spam' 1 times, 'spam' 2 times: they are 2 classes"),
+        (["very good", "very  good", "x"], "holds 'very good' 1 times, 'very  good' 1 times: they are 2 classes"),
+        (["ham", " ham", "x", "ham"], "holds 'ham' 2 times, ' ham' 1 times: they are read as one, 'ham'"),
+        (["caf\u00e9", "cafe\u0301"], "they are 2 classes"),
+        (["good", "good\u200b", "\ufeffgood", "\u200fgood", "go\u00adod"], "they are 5 classes"),
+    ],
+)
+def test_labels_that_look_alike_are_pointed_out(labels: list[str], said: str) -> None:
+    with pytest.warns(DataWarning, match=f"^a.csv: column 'label' .*{said}$"):
+        labels_of(table(labels), "label")
+
+
+def test_labels_that_do_not_look_alike_are_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labels_of(table([" good", " bad", "1", "01", "١"]), "label")
+        labels_of(table([1, 2, 11]), "label")
+
+
+def test_a_text_that_holds_a_row_is_pointed_out() -> None:
+    texts = ["one\ntwo, three", "Great film,good\nbad film"]
+    said = r"column 'text' in row 2 \(line 4\) holds a line that looks like .* 'Great film,good'"
+    with pytest.warns(DataWarning, match=said):
+        point_out_joined_rows(table(texts, lines=[2, 4], delimiter=","), ["good", "bad"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        point_out_joined_rows(table(texts[:1], lines=[2, 4], delimiter=","), ["good", "bad"])
+        point_out_joined_rows(table(texts), ["good", "bad"])  # of JSON, which has no such quotes
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "said"),
+    [
+        ("id,text,label", '7,"Great film,good\n8,awful",bad', "'text' in row 1 .* 'Great film,good'"),
+        ("id,text,label,by", '7,"Great film,good,x\n8,awful",bad,y', "'text' in row 1 .* 'Great film,good,x'"),
+        ("note,text,label", '"so,Great film,good\nso",awful,bad', "'note' in row 1 .* 'so,Great film,good'"),
+        ("label,note,text", 'good,"so,Great film\nbad,so",awful', "'note' in row 1 .* 'bad,so'"),
+        ("id,text,label", '7,"one, two, good, three\nfour, bad",bad', None),
+        ("id,text,label", '7,"one\nin a word: good",bad', None),
+    ],
+)
+def test_two_rows_that_a_stray_quote_joins_are_pointed_out(header: str, row: str, said: str | None) -> None:
+    cells = read_csv(f"{header}\n{row}\n", "a.csv")
+    columns = dict(zip(cells.names, map(list, zip(*cells.rows))))
+    joined = Table("a.csv", 1, cells.names, columns.__getitem__, lines=cells.lines, delimiter=",")
+    with pytest.warns(DataWarning, match=said) if said else warnings.catch_warnings():
+        if not said:
+            warnings.simplefilter("error")
+        point_out_joined_rows(joined, ["good", "bad"])
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [("Good", ", and is not 'good' but 'Good'"), ("go\u200bod", r", and is not 'good' but 'go\u200bod'"), ("x", "")],
+)
+def test_an_unknown_label_that_looks_like_a_known_one(label: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"is new; it stands in row 2{said}") + "$"):
+        refuse_unknown(table(["bad", label]), ["bad", label], ["bad", "good"], "is new")
+    with pytest.raises(ValueError, match=re.escape(r"and is not 'caf\xe9' but 'cafe\u0301'")):
+        refuse_unknown(table([]), ["cafe\u0301"], ["caf\u00e9"], "is new")

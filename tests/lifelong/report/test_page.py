@@ -1,0 +1,157 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from matplotlib.container import BarContainer
+from matplotlib.image import imread
+
+from qtuning_fast.lifelong.metrics import mean_and_spread
+from qtuning_fast.lifelong.report import plots
+from qtuning_fast.lifelong.report.page import PICTURES, write_report, write_seeds_report
+
+HOSTILE = ["<script>alert(1)</script>", "a & b", "$\\frac{1}$", "_hidden", '"><img src=x>', "two\nlines", "x" * 300]
+ALL_PICTURES = {picture.name for section in PICTURES.values() for picture in section}
+EVICTION_PICTURES = {"queue-spectrum", "queue-energy"}
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def links(self):
+        return [attrs[key] for _, attrs in self.tags for key in ("src", "href") if key in attrs]
+
+    def images(self):
+        return [attrs["src"] for tag, attrs in self.tags if tag == "img"]
+
+
+def assert_self_contained(page):
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [link for link in page.links() if re.match(r"\w+://|//", link)]
+    assert all(source.startswith("data:image/png;base64,") for source in page.images())
+
+
+def assert_pictures_are_real(page, folder):
+    """Each embedded picture decodes, shows something, and lies in plots/ as well."""
+    files = {path.read_bytes() for path in (folder / "plots").glob("*.png")}
+    embedded = [base64.b64decode(source.split(",", 1)[1]) for source in page.images()]
+    assert set(embedded) == files
+    for content in embedded:
+        assert imread(io.BytesIO(content), format="png")[..., :3].var() > 1e-4
+
+
+def drawn(folder):
+    return {path.stem for path in (folder / "plots").glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "missing"),
+    [
+        (1, EVICTION_PICTURES | {"row-weights", "accuracy-over-time"} | {n for n in ALL_PICTURES if "matrix" in n}),
+        (2, EVICTION_PICTURES),
+        (5, set()),
+        (70, set()),
+    ],
+)
+def test_report_of_a_stream(make_metrics, tmp_path, tasks, missing):
+    path = write_report(make_metrics(tasks), tmp_path / "run")
+    page = Page(path)
+    assert path == tmp_path / "run" / "report.html"
+    assert drawn(tmp_path / "run") == ALL_PICTURES - missing
+    assert page.text.count("no eviction on record") == len(EVICTION_PICTURES & missing)
+    assert_self_contained(page)
+    assert_pictures_are_real(page, tmp_path / "run")
+
+
+def test_headline_and_table_hold_the_numbers(make_metrics, tmp_path):
+    metrics = make_metrics(5)
+    page = Page(write_report(metrics, tmp_path))
+    for result in (metrics["task_adapter"], metrics["live_queue"], metrics["baselines"]["linear_probe"]):
+        assert f"{result['average_accuracy']:.3f}" in page.text
+    for task in metrics["per_task"]:
+        assert task["name"] in page.text
+        assert f"{1000 * task['step_seconds']:.1f}" in page.text
+    assert "training.few_shot.per_class" in page.text
+    assert "forward transfer" not in page.text
+    metrics["task_adapter"]["forward_transfer"] = 0.123
+    assert "0.123" in Page(write_report(metrics, tmp_path)).text
+
+
+def test_no_gate_is_said_in_words(make_metrics, tmp_path):
+    write_report(make_metrics(5), tmp_path)  # the pictures of an earlier report must not outlive it
+    page = Page(write_report(make_metrics(5, gate=False), tmp_path))
+    assert "Gate: this run has none." in page.text
+    assert drawn(tmp_path) == ALL_PICTURES - {"gate"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_hostile_names_are_shown_as_they_are(make_metrics, tmp_path):
+    metrics = make_metrics(len(HOSTILE))
+    metrics["tasks"] = HOSTILE
+    for task, name in zip(metrics["per_task"], HOSTILE):
+        task.update(name=name, label_names=[name, "other"])
+    metrics["config"]["stream"] = "<b>stream</b>"
+    page = Page(write_report(metrics, tmp_path))
+    assert_self_contained(page)
+    assert_pictures_are_real(page, tmp_path)
+    for name in [*HOSTILE, "<b>stream</b>"]:
+        assert name in page.text
+
+
+def test_what_is_missing_is_left_out(tmp_path):
+    metrics = {
+        "tasks": ["a", "b"],
+        "per_task": [{"name": "a"}, {"name": "b"}],
+        "task_adapter": {"accuracy_matrix": [[0.5, None], [0.5, 0.6]], "average_accuracy": 0.55},
+    }
+    page = Page(write_report(metrics, tmp_path))
+    assert drawn(tmp_path) == {"accuracy-over-time", "accuracy-by-task", "accuracy-matrix-task-adapter"}
+    assert "this run was not evaluated that way" in page.text
+
+
+def test_tasks_without_some_curves_are_drawn_all_the_same(make_metrics):
+    metrics = make_metrics(6)
+    for key in ("loss_curve", "validation_curve", "step_seconds", "gate", "row_weights"):
+        del metrics["per_task"][2][key]
+    metrics["per_task"][3]["loss_curve"] = [[10, None], [20, 0.5]]
+    for draw in (plots.training_curves, plots.cost, plots.gate, plots.row_weights):
+        assert draw(metrics).axes
+
+
+def test_a_step_costs_from_zero(make_metrics):
+    for axes in plots.cost(make_metrics(5)).axes:
+        assert axes.get_ylim()[0] == 0
+
+
+def test_seeds_report_links_to_each_seed(make_metrics, tmp_path):
+    runs = [make_metrics(4, seed) for seed in (3, 8)]
+    summary = mean_and_spread(runs)
+    page = Page(write_seeds_report(runs, summary, tmp_path))
+    assert_self_contained(page)
+    assert_pictures_are_real(page, tmp_path)
+    assert [link for link in page.links() if link.endswith(".html")] == ["seed-3/report.html", "seed-8/report.html"]
+    spread = summary["live_queue"]["average_accuracy"]
+    assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in " ".join(page.text.split())
+
+
+def test_seeds_match_tasks_by_name(make_metrics):
+    first, second = make_metrics(2, 0), make_metrics(2, 0)
+    second["tasks"] = second["tasks"][::-1]
+    second["task_adapter"]["accuracy_matrix"][-1].reverse()
+    second["live_queue"]["accuracy_matrix"][-1].reverse()
+    second["baselines"]["linear_probe"]["accuracy"].reverse()
+    [axes] = plots.seeds_accuracy([first, second]).axes
+    adapter, *_ = (container for container in axes.containers if isinstance(container, BarContainer))
+    assert [bar.get_width() for bar in adapter] == pytest.approx(first["task_adapter"]["accuracy_matrix"][-1])
