@@ -138,8 +138,9 @@ def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]
     """The mask on the context, 4-D, in the scores' dtype, and what was taken off it, one number a query.
 
     It is added to scores, and -inf where a query must not see a key. Attention does not change when a number is taken
-    off all scores of a query: so the log-sum-exp stays near the scores' where the mask's numbers are far from 0. (Where
-    one row of a mask serves all queries, it is the largest number of that row, though causality may hide it from some.)
+    off all scores of a query, and the largest one that a query sees keeps its log-sum-exp near its scores, however far
+    from 0 the mask's numbers are. Causality shows different keys to different queries: a row of numbers that serves all
+    of them is therefore written out for each.
     """
     mask = call.attn_mask if call.padding_mask is None else call.padding_mask[:, None, None, :]
     if mask is None:
@@ -150,10 +151,10 @@ def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]
     if mask.dtype == torch.bool or 0 in mask.shape:
         return additive, 0.0
     N, M = call.query.shape[2], call.key.shape[2]
-    seen = additive
-    if call.is_causal and additive.shape[2:] == (N, M):
-        seen = additive.masked_fill(torch.ones(N, M, dtype=torch.bool, device=mask.device).triu(M - N + 1), -torch.inf)
-    shift = seen.amax(-1, keepdim=True)
+    if call.is_causal and additive.shape[3] == M:
+        hidden = torch.ones(N, M, dtype=torch.bool, device=mask.device).triu(M - N + 1)
+        additive = additive.masked_fill(hidden, -torch.inf)
+    shift = additive.amax(-1, keepdim=True)
     shift = shift.masked_fill(shift.isinf() | (shift.abs() <= NEAR), 0)
     return additive.sub_(shift), shift.squeeze(-1)
 

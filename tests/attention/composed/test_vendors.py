@@ -498,6 +498,9 @@ CASES = {
     "mask and causal": {"mask": "whole", "N": 7, "is_causal": True},
     "mask and bottom-right": {"mask": "padding", "N": 4, "is_causal": True},
     "mask and more queries": {"mask": "whole", "N": 11, "is_causal": True},
+    "added and causal": {"mask": "padding", "is_bool": False, "N": 7, "is_causal": True},
+    "added and bottom-right": {"mask": "by head", "is_bool": False, "N": 4, "is_causal": True},
+    "added and more queries": {"mask": "padding", "is_bool": False, "N": 11, "is_causal": True},
 }
 
 

@@ -57,6 +57,7 @@ CASES = {  # who does it, and how it differs from BASE
     "by head": ([EFFICIENT], {"mask": "by head"}),
     "added": ([CUDNN, EFFICIENT], {"mask": "whole", "is_bool": False, "M": 63}),
     "mask and causal": ([EFFICIENT], {"mask": "padding", "is_causal": True, "N": 67}),
+    "added and causal": ([EFFICIENT], {"mask": "padding", "is_bool": False, "is_causal": True, "N": 67}),
 }
 
 
