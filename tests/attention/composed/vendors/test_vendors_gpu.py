@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from qtuning_fast.attention.composed import context
 from qtuning_fast.attention.composed.vendors import Vendor, vendor_for
+from qtuning_fast.attention.composed.vendors.cuda import CUDNN, EFFICIENT, FLASH_2
+from qtuning_fast.attention.composed.vendors.packages import FLASH_3, FLASH_4
 
 pytestmark = pytest.mark.gpu
-
-# Calls and their checks are those of the tests without a GPU.
-_spec = importlib.util.spec_from_file_location("vendor_cases", Path(__file__).with_name("test_vendors.py"))
-assert _spec is not None and _spec.loader is not None
-shared = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(shared)
-
-CUDNN, FLASH_2, EFFICIENT = shared.CUDNN, shared.FLASH_2, shared.EFFICIENT
-FLASH_3, FLASH_4 = shared.FLASH_3, shared.FLASH_4
 
 # Weights and their gradients are rounded before they are multiplied, and so are results: a few units of the largest
 # value. Float32 goes through three products of TF32, and its sums are longer than its precision is fine.
@@ -61,8 +51,9 @@ CASES = {  # who does it, and how it differs from BASE
 }
 
 
-def gpu_call(**options):
-    return shared.real_call(**BASE | options, device="cuda")
+@pytest.fixture
+def gpu_call(calls):
+    return lambda **options: calls.real_call(**BASE | options, device="cuda")
 
 
 def ready(vendor: Vendor, call) -> None:
@@ -84,36 +75,36 @@ def deterministic():
     ("vendor", "case"),
     [pytest.param(vendor, case, id=f"{vendor.name}, {case}") for case in CASES for vendor in CASES[case][0]],
 )
-def test_both_passes_are_right(vendor, case):
+def test_both_passes_are_right(calls, gpu_call, vendor, case):
     call = gpu_call(**CASES[case][1])
     ready(vendor, call)
-    shared.assert_right(vendor, call, TOLERANCES[call.query.dtype], LSE_TOLERANCE)
+    calls.assert_right(vendor, call, TOLERANCES[call.query.dtype], LSE_TOLERANCE)
 
 
 @pytest.mark.parametrize("vendor", THREE, ids=lambda vendor: vendor.name)
-def test_the_layout_of_the_outputs_gradient_does_not_matter(vendor):
+def test_the_layout_of_the_outputs_gradient_does_not_matter(calls, gpu_call, vendor):
     call = gpu_call(layout="by position")
     ready(vendor, call)
-    o, L, rest = shared.forward(call, vendor)
+    o, L, rest = calls.forward(call, vendor)
     room = torch.ones_like(o)
     for d_o in (room, room.contiguous(), room[:1, :1, :1, :1].expand(o.shape)):
         found = context.backward(call, vendor, o, L, rest, d_o)
-        exact = shared.gradients(
+        exact = calls.gradients(
             call.query.double(), call.key.double(), call.value.double(), None, False, call.scale,
             o.double(), L.double(), d_o.double(),
         )  # fmt: skip
         for x, x_exact in zip(found, exact):
-            shared.assert_close(x, x_exact, TOLERANCES[torch.bfloat16])
+            calls.assert_close(x, x_exact, TOLERANCES[torch.bfloat16])
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"mask": "padding"}, {"dtype": torch.float32}])
-def test_the_same_bits_every_time(deterministic, options):
+def test_the_same_bits_every_time(calls, gpu_call, deterministic, options):
     call = gpu_call(**{"N": 1024, "M": 1024, "Hq": 8} | options)
     vendor = vendor_for(call)
     assert vendor is (FLASH_2 if "is_causal" in options else EFFICIENT)
 
     def passes():
-        o, L, rest = shared.forward(call, vendor)
+        o, L, rest = calls.forward(call, vendor)
         return o, L, *context.backward(call, vendor, o, L, rest, torch.ones_like(o))
 
     first = passes()
@@ -122,30 +113,30 @@ def test_the_same_bits_every_time(deterministic, options):
 
 
 @pytest.mark.parametrize(("vendor", "mask"), [(FLASH_2, None), (EFFICIENT, "padding")], ids=["no mask", "padding"])
-def test_a_decoding_step_can_be_captured(vendor, mask):
+def test_a_decoding_step_can_be_captured(calls, gpu_call, vendor, mask):
     call = gpu_call(N=1, M=1000, Hq=8, mask=mask)
     assert vendor_for(call) is vendor
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        shared.forward(call, vendor)
+        calls.forward(call, vendor)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = shared.forward(call, vendor)
+        captured = calls.forward(call, vendor)
     call.query.neg_()
     call.key.mul_(0.5)
     graph.replay()
-    for x, y in zip(captured, shared.forward(call, vendor)):
+    for x, y in zip(captured, calls.forward(call, vendor)):
         assert x.equal(y)
 
 
-def test_a_training_step_can_be_captured():
+def test_a_training_step_can_be_captured(calls, gpu_call):
     call = gpu_call(is_causal=True)
     for vendor in (FLASH_2, EFFICIENT):
 
         def passes(vendor=vendor):
-            o, L, rest = shared.forward(call, vendor)
+            o, L, rest = calls.forward(call, vendor)
             return o, L, *context.backward(call, vendor, o, L, rest, torch.ones_like(o))
 
         side = torch.cuda.Stream()
@@ -162,11 +153,11 @@ def test_a_training_step_can_be_captured():
         assert not any(x.isnan().any() for x in captured)
 
 
-def test_a_compiler_sees_through_the_choice():
+def test_a_compiler_sees_through_the_choice(calls, gpu_call):
     torch._dynamo.reset()
 
     def name_length(query, key, value):
-        return query * len(vendor_for(shared.call_of(query, key, value)).name)
+        return query * len(vendor_for(calls.call_of(query, key, value)).name)
 
     call = gpu_call()
     arguments = call.query, call.key, call.value
