@@ -67,30 +67,6 @@ def test_it_is_as_exact_as_three_launches(assert_accurate, make_call, call_of, r
     assert_accurate("fused", **options)
 
 
-def test_it_stands_for_two(make_call, call_of):
-    arguments = make_call(**BASE | WHOLE)
-    assert launched(arguments, call_of) == ["fold", "backward_whole", "backward_prefix", "backward_reweighting"]
-    frozen = [name in ("query", "key", "value") for name in backward.INPUTS]
-    assert launched(arguments, call_of, frozen) == ["fold", "backward_whole"]
-
-
-@pytest.mark.parametrize("options", [{"N": 65}, {"M": 65}, {"P": 65}])
-def test_what_does_not_fit_takes_three(make_call, call_of, options):
-    assert "backward_whole" not in launched(make_call(**BASE | WHOLE | options), call_of)
-
-
-def test_what_needs_less_takes_three(make_call, call_of):
-    for without in ("query", "key", "value"):
-        needs = [name != without for name in backward.INPUTS]
-        assert "backward_whole" not in launched(make_call(**BASE | WHOLE), call_of, needs)
-
-
-def test_a_few_programs_are_no_gain(make_call, call_of, monkeypatch):
-    monkeypatch.setattr(backward_whole, "MULTIPROCESSORS", 3)
-    assert "backward_whole" not in launched(make_call(**BASE | WHOLE), call_of)
-    assert "backward_whole" in launched(make_call(**BASE | WHOLE | {"B": 3}), call_of)
-
-
 def test_the_same_bits_twice(make_call, leaves):
     arguments = make_call(**BASE | WHOLE)
     inputs = list(leaves(arguments).values())
