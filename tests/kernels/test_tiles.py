@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
 import triton
@@ -12,6 +10,7 @@ import triton.language as tl
 from qtuning_fast.kernels import arguments
 from qtuning_fast.kernels.arguments import PerQuery
 from qtuning_fast.kernels.launch import Variant
+from qtuning_fast.kernels.target import INTERPRETED
 from qtuning_fast.kernels.tiles import (
     context_range,
     length_of,
@@ -28,14 +27,9 @@ from qtuning_fast.kernels.tiles import (
     within_bank,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
+
 BASE = {"dtype": torch.float32, "B": 2, "Hkv": 2, "G": 2, "N": 20, "M": 7, "P": 5, "D": 16, "Dv": 16}
-
-
-class Flags(NamedTuple):
-    """As much of a variant as a test needs."""
-
-    EXACT: Any
 
 
 def variant(**changes):
@@ -51,7 +45,7 @@ def copy_kernel(source, target, outer, head, start, end, BLOCK: tl.constexpr):
 @pytest.mark.parametrize(("start", "end"), [(0, 5), (3, 16), (8, 21), (20, 20)])
 @pytest.mark.parametrize("D", [16, 24])
 def test_rows_are_copied_from_start_to_end_and_no_others(start, end, D):
-    x = torch.randn(2, 21, 3, D, device=DEVICE).transpose(1, 2)
+    x = torch.randn(2, 21, 3, D).transpose(1, 2)
     room = torch.full_like(x, torch.nan)
     copy_kernel[(1,)](arguments.rows(x), arguments.written_rows(room), 1, 2, start, end, 16)
     last = min(end, start + 16)
@@ -69,8 +63,8 @@ def masked_kernel(scores, mask, out, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_infinity_and_the_most_negative_number_hide_and_the_next_one_does_not(dtype):
     least = torch.finfo(dtype).min
-    numbers = torch.tensor([0.0, -torch.inf, least, least / 2, 1.5, -3.0, 0.0, -1e4], dtype=dtype, device=DEVICE)
-    scores = torch.arange(8, dtype=torch.float32, device=DEVICE)
+    numbers = torch.tensor([0.0, -torch.inf, least, least / 2, 1.5, -3.0, 0.0, -1e4], dtype=dtype)
+    scores = torch.arange(8, dtype=torch.float32)
     out = torch.empty_like(scores)
     masked_kernel[(1,)](scores, numbers, out, 8)
     hidden = [False, True, True, dtype == torch.float64, False, False, False, False]  # float32 holds no such number
@@ -79,8 +73,8 @@ def test_infinity_and_the_most_negative_number_hide_and_the_next_one_does_not(dt
 
 
 def test_false_hides():
-    scores = torch.arange(8, dtype=torch.float32, device=DEVICE)
-    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1], dtype=torch.uint8, device=DEVICE)
+    scores = torch.arange(8, dtype=torch.float32)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1], dtype=torch.uint8)
     out = torch.empty_like(scores)
     masked_kernel[(1,)](scores, mask, out, 8)
     assert torch.equal(out, scores.masked_fill(mask == 0, -torch.inf))
@@ -103,17 +97,17 @@ def test_a_log_sum_exp_is_read_as_it_was_written(exact):
     N = 5
     m = torch.tensor([0.3, -1e9, 1e9, -torch.inf, 12.0] if exact else [0.3, -40.0, 90.0, -torch.inf, 12.0])
     l = torch.tensor([1.0, 3.0, 7.0, 0.0, 2.0])
-    lse, rest = torch.full((N,), torch.nan, device=DEVICE), torch.full((N if exact else 0,), torch.nan, device=DEVICE)
-    found = torch.full((2, 16), torch.nan, device=DEVICE)
+    lse, rest = torch.full((N,), torch.nan), torch.full((N if exact else 0,), torch.nan)
+    found = torch.full((2, 16), torch.nan)
     sizes = arguments.Sizes(B=1, N=N, M=1, heads=1, group=1)
-    lse_kernel[(1,)](PerQuery(lse, rest, None), torch.stack([m, l]).to(DEVICE), found, sizes, variant(EXACT=exact))
+    lse_kernel[(1,)](PerQuery(lse, rest, None), torch.stack([m, l]), found, sizes, variant(EXACT=exact))
     natural = 1.0 if exact else torch.log(torch.tensor(2.0)).item()
     expected = (m * natural).double() + l.double().log()
     assert lse[3].isneginf() and (found[0, [3, *range(N, 16)]] == torch.inf).all() and (found[1, 3:4] == 0).all()
     seen = [0, 1, 2, 4]
-    written = lse.cpu().double() + (rest.cpu().double() if exact else 0)
+    written = lse.double() + (rest.double() if exact else 0)
     torch.testing.assert_close(written[seen], expected[seen], rtol=1e-6, atol=1e-6)
-    L = found[0, :N].cpu().double() * natural + found[1, :N].cpu().double()
+    L = found[0, :N].double() * natural + found[1, :N].double()
     torch.testing.assert_close(L[seen], expected[seen], rtol=1e-6, atol=1e-6)
     if exact:  # -1e9 + log 3 in one float would lose the logarithm
         torch.testing.assert_close(
@@ -140,7 +134,7 @@ def range_kernel(out, sizes, n, variant):
     ],
 )
 def test_keys_that_need_no_mask_and_keys_that_no_query_sees(N, M, n, changes, expected):
-    out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    out = torch.zeros(2, dtype=torch.int32)
     range_kernel[(1,)](out, arguments.Sizes(1, N, M, 1, 1), n, variant(**changes))
     assert tuple(out.tolist()) == expected
 
@@ -155,7 +149,7 @@ def query_tile_kernel(out, sizes, variant):
 
 
 def test_each_tile_of_queries_is_one_programs_the_last_of_a_head_first():
-    out = torch.full((12, 3), -1, dtype=torch.int32, device=DEVICE)
+    out = torch.full((12, 3), -1, dtype=torch.int32)
     query_tile_kernel[(12,)](out, arguments.Sizes(B=2, N=20, M=1, heads=3, group=1), variant())
     assert out.tolist() == [[b, h, n] for b in range(2) for h in range(3) for n in (16, 0)]
 
@@ -173,8 +167,8 @@ def stacked_kernel(out, sizes, order, variant):
 @pytest.mark.parametrize("order", [None, [2, 0, 1]])
 def test_a_key_heads_queries_stand_in_one_list(order):
     sizes = arguments.Sizes(B=3, N=2, M=1, heads=4, group=2)  # 12 rows a key head, in one tile of 16
-    out = torch.full((2, 16, 4), -1, dtype=torch.int32, device=DEVICE)
-    samples = None if order is None else torch.tensor(order, dtype=torch.int64, device=DEVICE)
+    out = torch.full((2, 16, 4), -1, dtype=torch.int32)
+    samples = None if order is None else torch.tensor(order, dtype=torch.int64)
     stacked_kernel[(2,)](out, sizes, samples, variant())
     for hk in range(2):
         rows = [[b, hk * 2 + g, n, 1 + 2 * hk] for b in order or range(3) for g in range(2) for n in range(2)]
@@ -193,9 +187,9 @@ def prefix_kernel(out, prefix, tasks):
 def test_prefixes_are_clamped_and_found_in_order(checked):
     call = checked(**BASE | {"T": 3, "lengths": True})
     lengths = torch.tensor([2, 9, -1])
-    prefix = arguments.prefix(call)._replace(index=None, length=lengths.to(DEVICE))
-    out = torch.full((3, 6), -1, dtype=torch.int32, device=DEVICE)
-    prefix_kernel[(6,)](out, prefix, torch.tensor([1, 1, 2, 1], device=DEVICE))
+    prefix = arguments.prefix(call)._replace(index=None, length=lengths)
+    out = torch.full((3, 6), -1, dtype=torch.int32)
+    prefix_kernel[(6,)](out, prefix, torch.tensor([1, 1, 2, 1]))
     assert out[0].tolist() == [0, 0, 0, 1, 2, 2]  # of -2..3
     assert out[1].tolist() == [2, 2, 2, 5, 0, 0]  # 9 and -1 are clamped to 0..P
     assert out[2].tolist() == [1, 1, 1, 2, 3, 3]  # the next in use; 3: there is none
@@ -210,9 +204,9 @@ def weights_kernel(out, stored, n_shared, t, h, length, BLOCK: tl.constexpr):
 
 def test_weights_are_ones_then_products_then_zeros(checked):
     call = checked(**BASE | {"T": 2, "rank_key": 3})
-    U, V = (x.detach().to(DEVICE) for x in call.reweight_key)
-    out = torch.full((16, 16), torch.nan, device=DEVICE)
-    stored = arguments.stored(call.prefix_key.detach().to(DEVICE), (U, V))
+    U, V = (x.detach() for x in call.reweight_key)
+    out = torch.full((16, 16), torch.nan)
+    stored = arguments.stored(call.prefix_key.detach(), (U, V))
     weights_kernel[(1,)](out, stored, 2, 1, 1, 4, 16)
     assert (out[:2] == 1).all() and (out[4:] == 0).all()
     torch.testing.assert_close(out[2:4], U[1, 2:4] @ V[1, :, 1])

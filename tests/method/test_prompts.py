@@ -1,65 +1,13 @@
-"""The small modules: reweighting, reparametrisation, discriminator, and the prefix of a layer."""
-
-import math
+"""The rows of a prefix: of a layer, and in front of the input."""
 
 import pytest
 import torch
 
 from qtuning_fast import prefix_attention
 from qtuning_fast.method.gate import Gate
-from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.method.prompts import InputPrompt, LayerPrefix, LayerShape
-from qtuning_fast.method.reparameterization import ResidualReparameterization
-from qtuning_fast.method.retention import Discriminator, retention_loss
-from qtuning_fast.method.reweighting import Reweighting
 
 SHAPE = LayerShape(num_heads=4, num_kv_heads=2, key_size=3, value_size=5)
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_weights_start_at_the_scale_of_the_rows(rank: int) -> None:
-    scale = torch.tensor([1.0, 0.25, 1.0, 0.5])
-    weighting = Reweighting(scale, heads=2, width=3, rank=rank)
-    assert torch.equal(weighting(), scale[None, :, None].expand(2, 4, 3))
-    assert weighting.U.shape == (4, rank) and weighting.V.shape == (rank, 2, 3)
-    if rank > 1:  # further components must be able to leave zero, and to differ
-        assert (weighting.U[:, 1:] != 0).all() and not torch.equal(weighting.U[:, 1], weighting.U[:, 2])
-
-
-def test_reparameterization_starts_as_the_identity() -> None:
-    mlp = ResidualReparameterization(16)
-    rows = torch.randn(2, 3, 16)
-    assert torch.equal(mlp(rows), rows)
-    mlp(rows).sum().backward()
-    assert mlp.up.weight.grad is not None and mlp.up.weight.grad.abs().sum() > 0
-
-
-def test_retention_loss_of_a_discriminator_that_is_zero() -> None:
-    zero = Discriminator(4)
-    torch.nn.init.zeros_(zero.score[-1].weight)
-    torch.nn.init.zeros_(zero.score[-1].bias)
-    loss = retention_loss(zero, torch.randn(5, 4), torch.randn(5, 4), shift=2)
-    assert loss.item() == pytest.approx(2 * math.log(2))
-
-
-def test_retention_loss_is_the_jensen_shannon_estimate() -> None:
-    torch.manual_seed(0)
-    score = Discriminator(4).double()
-    z_new, z_old = torch.randn(2, 5, 4, dtype=torch.float64)
-    information = 0.0
-    for b in range(5):
-        joint, product = score(z_new[b], z_old[b]).item(), score(z_new[b], z_old[(b - 2) % 5]).item()
-        information += (-math.log1p(math.exp(-joint)) - math.log1p(math.exp(product))) / 5
-    assert retention_loss(score, z_new, z_old, shift=2).item() == pytest.approx(-information, abs=1e-12)
-
-
-def test_retention_loss_gives_old_features_no_gradient_and_refuses_a_shift_of_nothing() -> None:
-    z_new, z_old = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    retention_loss(Discriminator(4), z_new, z_old, shift=1).backward()
-    assert z_new.grad is not None and z_old.grad is None
-    for shift in (0, 3):
-        with pytest.raises(ValueError, match="shift"):
-            retention_loss(Discriminator(4), z_new, z_old, shift=shift)
 
 
 def test_rows_go_to_heads_and_back() -> None:
@@ -109,16 +57,3 @@ def test_embeddings_start_as_words_and_old_ones_are_reweighted(rank: int) -> Non
     assert not any(parameter is words.weight for parameter in prompt.parameters())
     without_words = InputPrompt(None, 64, shared_length=200, rank=rank)
     assert without_words.shared.std().item() == pytest.approx(0.02, rel=0.05)
-
-
-def test_what_is_pooled() -> None:
-    hidden = torch.randn(3, 4, 8)
-    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
-    for pooled, expected in (
-        (mean_pool(hidden, mask), [hidden[0, :2].mean(0), hidden[1, 2:].mean(0), hidden[2].mean(0)]),
-        (last_token(hidden, mask), [hidden[0, 1], hidden[1, 3], hidden[2, 3]]),
-        (first_token(hidden, mask), hidden[:, 0].unbind()),
-        (last_token(hidden, None), hidden[:, -1].unbind()),
-    ):
-        for mine, theirs in zip(pooled, expected):
-            torch.testing.assert_close(mine, theirs / theirs.square().mean().sqrt())
