@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.kernels import backward, backward_whole
 from qtuning_fast.kernels.blocks import Blocks, instead
 from qtuning_fast.kernels.target import INTERPRETED
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the blocks are the inte
 BASE = {"B": 2, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16, "dtype": torch.float32}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
 BLOCKS = Blocks("interpreter", 4, 256, "whole", queries=16, keys=64, prefix=64, warps=1, stages=1)
-EVERYTHING = [True] * len(backward.INPUTS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def whole(monkeypatch):
         yield
 
 
-def launched(arguments, call_of, needs=EVERYTHING):
+def launched(arguments, call_of, needed=INPUTS):
     call = call_of(arguments)
-    gradients = backward.empty_gradients(call, needs)
+    gradients = backward.rooms(call, needed)
     output = torch.empty(*call.query.shape[:-1], call.value.shape[-1])
     launches = backward.launches(call, output, output[..., 0], output[..., 0], output, gradients)
     return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches]

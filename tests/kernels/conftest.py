@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtuning_fast import prefix_attention
 from qtuning_fast.attention import reference
-from qtuning_fast.attention.arguments import validate
-from qtuning_fast.attention.call import PrefixAttentionCall
-from qtuning_fast.kernels.backward import named_inputs
+from qtuning_fast.attention.api import call_of
+from qtuning_fast.attention.arguments import INPUTS, PrefixAttentionCall
 
 
 @pytest.fixture
@@ -23,10 +20,8 @@ def checked(make_call) -> Callable[..., PrefixAttentionCall]:
     """Calls as backends get them, by make_call's options."""
 
     def checked(**options: Any) -> PrefixAttentionCall:
-        bound = inspect.signature(prefix_attention).bind(**make_call(**options))
-        bound.apply_defaults()
-        call = validate(**bound.arguments)
-        return replace(call, gate_alpha=1.0, gate_tau=1.0) if call.gate is None else call
+        call = call_of(**make_call(**options))
+        return replace(call, gate_alpha=None, gate_tau=None) if call.gate is None else call
 
     return checked
 
@@ -52,8 +47,6 @@ def _context_alone(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _in_float64(x: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(map(_in_float64, x))
     return x.detach().double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
@@ -61,7 +54,7 @@ def _by_definition(call: PrefixAttentionCall, d_output: Tensor) -> tuple[Tensor,
     """Output, log-sum-exp and the gradients of all tensors by name, in float64."""
     exact = replace(call, **{name: _in_float64(x) for name, x in vars(call).items()})
     output, lse = reference.attend(exact)
-    inputs = {name: x for name, x in named_inputs(exact).items() if isinstance(x, Tensor)}
+    inputs = {name: getattr(exact, name) for name in INPUTS if getattr(exact, name) is not None}
     found = torch.autograd.grad(output, list(inputs.values()), d_output.double(), allow_unused=True)
     gradients = {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(inputs.items(), found)}
     return output.detach(), lse, gradients

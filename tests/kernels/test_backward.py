@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtuning_fast.attention import custom_op
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.kernels import backward
 from qtuning_fast.kernels.forward import forward
 from qtuning_fast.kernels.target import INTERPRETED
@@ -15,11 +15,6 @@ from qtuning_fast.kernels.target import INTERPRETED
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
 BASE = {"dtype": torch.float32, "B": 1, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
-NEEDS = backward.INPUTS
-
-
-def test_the_kernels_know_the_inputs_by_the_operators_names():
-    assert backward.INPUTS == custom_op.INPUTS
 
 
 @pytest.mark.parametrize(
@@ -30,7 +25,7 @@ def test_the_kernels_know_the_inputs_by_the_operators_names():
         ({"prefix_key"}, ["fold", "backward_queries", "backward_keys", "backward_prefix"]),
         ({"query", "key", "value"}, ["fold", "backward_queries", "backward_keys"]),
         ({"U_key"}, ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
-        (set(NEEDS), ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
+        (set(INPUTS), ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
     ],
     ids=lambda x: "-".join(sorted(x)) if isinstance(x, (set, list)) else str(x),
 )
@@ -38,7 +33,7 @@ def test_only_what_is_needed_is_launched(checked, needed, launched):
     call = checked(**BASE | WHOLE, mask="padding bool")
     output, _, _ = forward(call)
     lse = torch.zeros(output.shape[:-1])
-    gradients = backward.empty_gradients(call, [name in needed for name in NEEDS])
+    gradients = backward.rooms(call, [name for name in INPUTS if name in needed])
     found = list(backward.launches(call, output, lse, lse, output, gradients))
     launches = {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in found}
     assert list(launches) == launched
@@ -56,11 +51,11 @@ def test_room_for_gradients_lies_as_kernels_write_it(checked):
         query=call.query.detach().transpose(1, 2).contiguous().transpose(1, 2),
         prefix_key=call.prefix_key.detach().mT.contiguous().mT,
     )
-    room = backward.empty_gradients(strided, [name in ("query", "prefix_key", "U_value") for name in NEEDS])
+    room = backward.rooms(strided, ["query", "prefix_key", "U_value"])
     assert list(room) == ["query", "prefix_key", "U_value"]
     assert room["query"].stride() == strided.query.stride() and room["prefix_key"].is_contiguous()
     for name, x in room.items():
-        assert (x.shape, x.dtype) == (backward.named_inputs(call)[name].shape, backward.named_inputs(call)[name].dtype)
+        assert (x.shape, x.dtype) == (getattr(call, name).shape, getattr(call, name).dtype)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +64,7 @@ def test_room_for_gradients_lies_as_kernels_write_it(checked):
         (["query"], set()),
         (["V_key"], {"key"}),
         (["prefix_value", "gate_tau"], {"value", "gate"}),
-        (NEEDS, {"key", "value", "gate"}),
+        (INPUTS, {"key", "value", "gate"}),
     ],
     ids=str,
 )
@@ -83,6 +78,6 @@ def test_all_gradients_are_those_of_the_definition(checked, gradient_at, by_defi
     call = checked(**BASE | WHOLE | options)
     d_output = gradient_at(call)
     _, _, exact = by_definition(call, d_output)
-    found = backward.backward(call, *forward(call), d_output, [True] * len(NEEDS))
-    for name, x in zip(NEEDS, found, strict=True):
+    found = backward.backward(call, *forward(call), d_output, INPUTS)
+    for name, x in zip(INPUTS, found, strict=True):
         torch.testing.assert_close(x.double(), exact[name], rtol=1e-4, atol=1e-4, msg=name)

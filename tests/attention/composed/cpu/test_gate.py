@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.attention.composed.cpu.gate import sigma, times_slope
-from qtuning_fast.attention.reference import GATES
 
 
 @pytest.mark.parametrize("name", GATES)
