@@ -1,4 +1,4 @@
-"""What transformers calls a cache, whatever its version, and which models take one, or position ids."""
+"""What transformers calls a cache, whatever its version, and which models take one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from qtuning_fast.integrations.transformers import PrefixInjector, without_head
+from qtuning_fast.integrations.transformers import without_head
 from qtuning_fast.integrations.transformers.caches import CACHE, cache_among, takes_cache
 
 WITHOUT = {"DistilBERT", "ModernBERT", "ViT", "DINOv2", "DeiT", "CLIP vision tower"}
@@ -32,8 +32,3 @@ def test_which_models_take_a_cache_is_found_by_trying(family: Any) -> None:
     model = without_head(family.base_model()).train()
     assert takes_cache(model) == (family.name not in WITHOUT)
     assert all(module.training for module in model.modules())
-
-
-def test_whether_position_ids_are_read_is_found_by_trying(family: Any) -> None:
-    follows = family.kind == "image" or family.name in ("T5", "mT5", "BART")
-    assert PrefixInjector(family.base_model()).positions.are_taken == (not follows)
