@@ -61,9 +61,10 @@ test-all: $(STAMP)
 # What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
 test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
-		-k "not compile and not graph and not fused" tests/model/test_model.py \
-		$(addprefix tests/integrations/test_,caches.py edges.py families.py generation.py mixed.py peft.py saving.py \
-		scoring.py training.py transformers.py) $(addprefix tests/bench/test_,lifelong.py mixed_tasks.py models.py)
+		-k "not compile and not graph and not fused" tests/model/test_model.py tests/model/test_scoring.py \
+		tests/integrations/transformers \
+		$(addprefix tests/integrations/test_,edges.py families.py generation.py mixed.py peft.py saving.py training.py) \
+		$(addprefix tests/bench/rows/test_,lifelong.py mixed_tasks.py models.py)
 
 # Other versions of some packages, in folders that stand in front of the environment.
 $(OLDEST)/.ready $(PEFT)/.ready: $(VENV)/%-transformers/.ready: requirements/%.txt $(STAMP)

@@ -7,14 +7,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import qtuning_fast
+
 ROOT = Path(__file__).parent.parent
-DRAWING = {"plots.py", "plot_style.py", "report.py"}  # themselves imported only where a report is written
+DRAWING = {"plots.py", "plot_style.py", "page.py"}  # themselves imported only where a report is written
 # Parameters are renamed, so what a model can do is found by running it. Who reads signatures all the same, and why:
 READING_SIGNATURES = {
     "attention/api.py": "its own function's, to bind arguments",
     "attention/composed/vendors/packages.py": "an interface of flash-attn 4, which needs its GPU",
     "integrations/transformers/positions.py": "a stack's, to read a call's positional arguments; nothing is decided",
 }
+# What has no test file of its name, and why. (A module that only imports needs none.)
+WITHOUT_TESTS = {
+    "qtuning_fast/__init__.py": "what it imports is tested here, and so is what it leaves alone",
+    "qtuning_fast/bench/__init__.py": "a path; imported here from a bare checkout, in test_wheel.py from a wheel",
+    "qtuning_fast/kernels/__init__.py": "likewise",
+    "qtuning_fast/version.py": "one constant",
+}
+# Folders whose test files are being moved to the names of their modules.
+STILL_MISSING = ("bench/", "qtuning_fast/lifelong/", "qtuning_fast/model/")
 LAZY_ONLY = {"datasets", "sklearn", "matplotlib"}  # heavy, or absent from some machines
 
 
@@ -39,6 +52,62 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
     )
+
+
+def only_imports(path: Path) -> bool:
+    """Whether a file does nothing but import, and list in `__all__` what."""
+    return all(
+        isinstance(node, (ast.Import, ast.ImportFrom))
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+        for node in ast.parse(path.read_text()).body
+    )
+
+
+def test_file_of(module: Path) -> Path:
+    """Where the tests of a module belong: the same folders, less `qtuning_fast`; a package's own stand inside it."""
+    folders = module.parent.parts[1:] if module.parts[0] == "qtuning_fast" else module.parent.parts
+    name = module.parent.name if module.stem == "__init__" else module.stem
+    return Path("tests", *folders, f"test_{name}.py")
+
+
+test_file_of.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_every_module_has_a_test_file_of_its_name() -> None:
+    modules = {
+        path.relative_to(ROOT)
+        for folder in ("kernels", "qtuning_fast", "bench")
+        for path in (ROOT / folder).rglob("*.py")
+        if not only_imports(path)
+    }
+    without = {str(module) for module in modules if not (ROOT / test_file_of(module)).exists()}
+    without = {name for name in without if not name.startswith(STILL_MISSING)}
+    assert without == WITHOUT_TESTS.keys(), "each needs a test file of its name, or a reason in WITHOUT_TESTS"
+
+
+def test_test_files_that_are_named_somewhere_exist() -> None:
+    """In the Makefile's targets and in the order in which a GPU runs them."""
+    recipe = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    named = set(re.findall(r"(?<![\w,])tests/[\w/]+(?:\.py)?(?=\s|$)", recipe))
+    for folder, names in re.findall(r"\$\(addprefix (tests/[\w/]+),([^)]*)\)", recipe):
+        named |= {folder + name for name in names.split()}
+    for path in (ROOT / "bench").rglob("*.py"):
+        named |= set(re.findall(r"[\"'(](tests/[\w/]+(?:\.py)?)[\"':]", path.read_text()))
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    for name in qtuning_fast.__all__:
+        assert getattr(qtuning_fast, name) is not None
+    with pytest.raises(AttributeError, match="'qtuning_fast' has no attribute 'attention_with_gates'"):
+        qtuning_fast.attention_with_gates  # noqa: B018
+
+
+def test_the_operator_loads_without_transformers() -> None:
+    result = run_python("import sys, qtuning_fast; sys.exit('transformers' in sys.modules)", PYTHONPATH=".")
+    assert result.returncode == 0, result.stderr
 
 
 def test_kernels_know_nothing_of_the_package() -> None:
