@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,25 @@ def as_a_reader(
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
 def test_the_python_of_a_page_runs(page: str, as_a_reader: Any) -> None:
     as_a_reader(page)
+
+
+PRINTING = [page for page in PAGES if "\n<!-- printed, by " in (ROOT / page).read_text()]
+
+
+@pytest.mark.parametrize("page", PRINTING)
+def test_a_page_shows_what_its_python_prints(page: str) -> None:
+    """To the word; numbers with a fraction within 0.05, since CPUs round differently."""
+    run_page = runpy.run_path(str(DOCS / "run_page.py"))["executed"]
+    shown = (ROOT / page).read_text()
+    printed = run_page(shown, page)
+    fraction = re.compile(r"\d+\.\d+")
+    assert fraction.sub("#", printed) == fraction.sub("#", shown)
+    numbers = [[float(x) for x in fraction.findall(text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.05)
+
+
+def test_some_page_shows_what_its_python_prints() -> None:
+    assert "docs/method-in-code.md" in PRINTING
 
 
 @pytest.mark.parametrize("page", PAGES)
