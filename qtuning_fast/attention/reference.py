@@ -13,24 +13,11 @@ rounded to query's dtype before their products, as attention implementations do:
 the yardstick for theirs.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
-
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "relu": torch.relu,
-    # PyTorch's default threshold of 20 cuts off 2e-9, which float64 sees; 40 cuts off 4e-18, and exp(40) is finite.
-    "softplus": lambda s: F.softplus(s, threshold=40.0),
-    "elu": F.elu,
-    "identity": lambda s: s,
-}
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import GATES, masked, score_dtype
 
 
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
@@ -90,8 +77,8 @@ def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
     """g(cap(c · q k'ᵀ)) + bias; -inf for what lies beyond a prefix's length."""
     s = _capped(call, call.scale * _products(call.query, prefix_key))
     if call.gate is not None:
-        alpha = _per_head(call, call.gate_alpha, s.dtype)
-        tau = _per_head(call, call.gate_tau, s.dtype)
+        alpha = _per_head(call, call.alpha, s.dtype)
+        tau = _per_head(call, call.tau, s.dtype)
         s = s + alpha * GATES[call.gate](tau * s)
     if call.prefix_bias is not None:
         s = masked(s, call.prefix_bias)
@@ -137,18 +124,6 @@ def _per_head(call: PrefixAttentionCall, parameter: float | Tensor, dtype: torch
     if parameter.ndim == 2:  # one row a prefix of the bank
         parameter = parameter[bank_index(call)]
     return parameter.to(dtype)[..., None, None]
-
-
-def masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores under a mask, bool (True: attend) or additive (the dtype's most negative finite number means -inf)."""
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf).to(scores.dtype)
-
-
-def score_dtype(query: Tensor) -> torch.dtype:
-    """In which scores, gate and softmax are computed."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
