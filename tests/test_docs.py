@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from qtuning_fast import __version__
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in DOCS.rglob("*.md"))]
@@ -82,6 +84,13 @@ def test_links_lead_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", each.lower()).strip().replace(" ", "-") for each in headings}
             assert anchor in anchors, f"{page}: {target}#{anchor}"
+
+
+def test_changelog_and_citation_have_the_version() -> None:
+    dates = re.findall(rf"^## \[{re.escape(__version__)}\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    [date] = dates
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in citation and f"\ndate-released: {date}\n" in citation
 
 
 def test_every_page_is_in_the_navigation() -> None:
