@@ -1,8 +1,8 @@
-"""A frozen BERT learns two tasks, one after the other: attach it, start a task, train with transformers' own Trainer.
+"""Train two tasks on a frozen BERT, one after the other, with transformers' own Trainer.
 
-Shows: training, evaluating each task under its own adapter, saving, loading, predicting.
-Needs: pip install 'qtuning_fast[lifelong]'. Real texts where the packages of docs/data.md are, else toy texts.
-Takes: 78 s on one of two CPU cores, to accuracies of 0.890 (questions) and 0.760 (film reviews).
+Shows: attaching, training, evaluating each task under its own adapter, saving, loading, predicting.
+Needs: pip install 'qtuning_fast[lifelong]'. It uses the packages of docs/data.md if they are installed, else toy texts.
+Takes: 78 s on one of two CPU cores, for accuracies of 0.890 (questions) and 0.760 (film reviews).
 
     python examples/classify_bert.py
     python examples/classify_bert.py --model bert-base-uncased --steps 200

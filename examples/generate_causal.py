@@ -1,8 +1,8 @@
-"""A decoder learns two ways to answer the same words from a handful of pairs, and writes under either of them.
+"""Train two tasks on a decoder, from a few pairs of texts each, and generate under either of them.
 
 Shows: training a gated prefix on pairs of texts, `generate` with a cache, with beams, and both tasks in one batch.
 Needs: pip install 'qtuning_fast[lifelong]', and the model by name from the Hugging Face hub or as a folder.
-Takes: as long as the model does, for two times 60 steps of one batch of six pairs.
+Takes: two times 60 steps of one batch of six pairs; how long depends on the model.
 
     python examples/generate_causal.py
     python examples/generate_causal.py --model Qwen/Qwen3-0.6B --steps 100

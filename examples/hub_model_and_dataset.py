@@ -1,9 +1,9 @@
-"""Any model and any labelled texts of the Hugging Face hub, by name, through LifelongTrainer.
+"""Train any model on any labelled texts of the Hugging Face hub, by name, with LifelongTrainer.
 
-Shows: AutoModel, datasets.load_dataset, and how a Task is made of what that returns. (`load_task("dair-ai/emotion")`
-does it in one line; by hand you can filter, join columns, or rename labels on the way.)
+Shows: AutoModel, datasets.load_dataset, and how to make a Task of its result. (`load_task("dair-ai/emotion")` does it
+in one line; this way you can also filter, join columns, or rename labels.)
 Needs: pip install 'qtuning_fast[lifelong]' and a network, or folders: a saved model, and train.csv with text and label.
-Takes: as long as the model does, for two times 100 steps of 16 texts, after the downloads.
+Takes: two times 100 steps of 16 texts, after the downloads; how long depends on the model.
 
     python examples/hub_model_and_dataset.py
     python examples/hub_model_and_dataset.py --model FacebookAI/roberta-base --dataset stanfordnlp/imdb --shots 32

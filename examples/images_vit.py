@@ -1,10 +1,10 @@
-"""A frozen vision transformer learns tasks of images with NoRGa's prompts: gated, in its first five layers.
+"""Train tasks of images on a frozen vision transformer, with NoRGa's gated prompts in its first five layers.
 
 Shows: layers, gate="tanh", gate_training="first-task" as in NoRGa's published runs, folders of images as tasks.
 Needs: pip install 'qtuning_fast[lifelong]', and the model by name from the Hugging Face hub or as a folder.
-Takes: as long as the model does, for two times 60 steps of 16 images.
+Takes: two times 60 steps of 16 images; how long depends on the model.
 
-    python examples/images_vit.py                              # two tasks of shapes that it draws itself
+    python examples/images_vit.py                              # two tasks of shapes that the script draws
     python examples/images_vit.py --task birds=birds --task cars=cars   # folders with a folder of images for each class
 """
 

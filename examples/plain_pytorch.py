@@ -1,7 +1,7 @@
-"""Prefixes in a model of plain PyTorch: `replace_attention` on `nn.TransformerEncoder`, and nothing but them trains.
+"""Train only prefixes in a model of plain PyTorch: `replace_attention` on `nn.TransformerEncoder`.
 
-A small model reads three words and answers about one of them, which a fourth word in front names: "colour red big cat"
-gives "red". Then that word is hidden. A prefix for each question learns to stand for it, the model staying as it is.
+A small model learns to answer about one of three words, which a fourth word in front names: "colour red big cat" gives
+"red". Then the fourth word is hidden and the model frozen. One prefix for each question learns to replace that word.
 
 Needs: pip install qtuning_fast rich.
 Takes: 15 s on one of two CPU cores.

@@ -1,7 +1,7 @@
-"""One frozen model serves many tasks: adapters on disk, bounds on memory, and a task for each row of a batch.
+"""Serve many tasks with one frozen model: adapters on disk, bounded memory, and a task for each row of a batch.
 
 Shows: from_pretrained(..., lazy=True), task_names, set_memory_limits, remove_task and load_task between requests.
-Needs: pip install 'qtuning_fast[lifelong]'. Without --adapters, untrained ones stand in, which take as long.
+Needs: pip install 'qtuning_fast[lifelong]'. Without --adapters it uses untrained ones, which take as long.
 Takes: 13 s on one of two CPU cores.
 
     python examples/serve_mixed_tasks.py --tasks 64

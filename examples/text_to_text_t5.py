@@ -1,8 +1,8 @@
-"""Q-tuning as published: T5 learns a stream of tasks through a bounded queue of prompts in front of its input.
+"""Train a stream of tasks on T5 with Q-tuning as published: a bounded queue of prompts in front of the input.
 
-Shows: placement="input", classes as words, LifelongTrainer with resume, and scoring that allows only those words.
+Shows: placement="input", words for classes, LifelongTrainer with resume, and scores of those words alone.
 Needs: pip install 'qtuning_fast[lifelong]', and the model by name from the Hugging Face hub or as a folder.
-Takes: as long as the model does, for three times 300 steps. A run that was cut off goes on when it is started again.
+Takes: three times 300 steps; how long depends on the model. The same command resumes an interrupted run.
 
     python examples/text_to_text_t5.py --task mood=reviews.csv --task spam=sms.csv
     python examples/text_to_text_t5.py --words "mood=bad,good"   # the packaged tasks of docs/data.md, one in your words

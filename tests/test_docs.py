@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from qtuning_fast import __version__
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,6 +52,25 @@ def test_the_python_of_a_page_runs(page: str, as_a_reader: Any) -> None:
     as_a_reader(page)
 
 
+PRINTING = [page for page in PAGES if "\n<!-- printed, by " in (ROOT / page).read_text()]
+
+
+@pytest.mark.parametrize("page", PRINTING)
+def test_a_page_shows_what_its_python_prints(page: str) -> None:
+    """To the word; numbers with a fraction within 0.05, since CPUs round differently."""
+    run_page = runpy.run_path(str(DOCS / "run_page.py"))["executed"]
+    shown = (ROOT / page).read_text()
+    printed = run_page(shown, page)
+    fraction = re.compile(r"\d+\.\d+")
+    assert fraction.sub("#", printed) == fraction.sub("#", shown)
+    numbers = [[float(x) for x in fraction.findall(text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=0.05)
+
+
+def test_some_page_shows_what_its_python_prints() -> None:
+    assert "docs/method-in-code.md" in PRINTING
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target, anchor in LINK.findall(without_code((ROOT / page).read_text())):
@@ -62,6 +84,13 @@ def test_links_lead_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", each.lower()).strip().replace(" ", "-") for each in headings}
             assert anchor in anchors, f"{page}: {target}#{anchor}"
+
+
+def test_changelog_and_citation_have_the_version() -> None:
+    dates = re.findall(rf"^## \[{re.escape(__version__)}\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    [date] = dates
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in citation and f"\ndate-released: {date}\n" in citation
 
 
 def test_every_page_is_in_the_navigation() -> None:

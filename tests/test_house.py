@@ -84,14 +84,16 @@ def test_every_module_has_a_test_file_of_its_name() -> None:
 
 
 def test_test_files_that_are_named_somewhere_exist() -> None:
-    """In the Makefile's targets and in the order in which a GPU runs them."""
+    """In the Makefile's targets, on the pages, and in the order in which a GPU runs them."""
     recipe = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     named = set(re.findall(r"(?<![\w,])tests/[\w/]+(?:\.py)?(?=\s|$)", recipe))
     for folder, names in re.findall(r"\$\(addprefix (tests/[\w/]+),([^)]*)\)", recipe):
         named |= {folder + name for name in names.split()}
     for path in (ROOT / "bench").rglob("*.py"):
         named |= set(re.findall(r"[\"'(](tests/[\w/]+(?:\.py)?)[\"':]", path.read_text()))
-    assert len(named) > 10
+    for path in (ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        named |= set(re.findall(r"tests/[\w/]+\.py", path.read_text()))
+    assert len(named) > 20
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
