@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -19,9 +21,10 @@ try:
 except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
-from qtuning_fast.attention.reference import GATES
-from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.method.config import TASK_TYPES, QTuningConfig
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.streams import STREAMS
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.settings import Setting, settings_of
 from qtuning_fast.version import __version__
 
 app = typer.Typer(
@@ -39,16 +42,12 @@ class _Output(Console):
 
 console = _Output()
 
-_METHOD = QTuningConfig()
-_TRAINING = TrainingOptions()
-
 
 def _option(panel: str, text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=panel)
 
 
-_data, _method, _training = (partial(_option, panel) for panel in ("Data", "Method", "Training of each task"))
-_which, _sizes = (partial(_option, panel) for panel in ("Whose attention", "What of it"))
+_data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Whose attention", "What of it"))
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
@@ -118,6 +117,85 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+@dataclass(frozen=True)
+class _Options:
+    """A dataclass of settings as options of a command.
+
+    Args:
+        settings: the dataclass.
+        panel: the heading of its options in `--help`.
+        left_out: settings that are no options.
+        defaults: what `--help` says of defaults that the command works out, by the setting; the option is then None.
+    """
+
+    settings: type
+    panel: str
+    left_out: tuple[str, ...] = ()
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The options as parameters of a function, as typer reads them."""
+        for each in self._options():
+            name, kind, default, text = each.name, each.kind, each.default, each.help
+            flags: tuple[str, ...] = ()
+            if name in self.defaults:
+                kind, default, text = kind | None, None, f"{text.rstrip('.')}; {self.defaults[name]}."
+            elif None in each.choices:
+                kind, default = str, default or "none"
+            elif kind == INDICES:
+                kind = str | None
+            elif kind == REPEATED:
+                kind, default, flags = list[str] | None, None, (f"--{name.removesuffix('s')}",)
+            option = typer.Option(*flags, help=text, rich_help_panel=self.panel)
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+    def read(self, given: Mapping[str, Any], **more: Any) -> Any:
+        """The settings from what was given on the command line; raises what the dataclass raises."""
+        return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()}, **more)
+
+    def _options(self) -> list[Setting]:
+        return [each for each in settings_of(self.settings) if each.name not in self.left_out]
+
+
+INDICES, REPEATED = tuple[int, ...] | None, tuple[str, ...]  # types of settings that are read from strings
+
+
+def _read(option: Setting, given: Any) -> Any:
+    """The value of a setting from that of its option."""
+    if None in option.choices:
+        return None if given == "none" else given
+    if option.kind == REPEATED:
+        return tuple(given or ())
+    if option.kind == INDICES and given is not None:
+        try:
+            return tuple(int(index) for index in given.split(","))
+        except ValueError:
+            raise ValueError(f"{option.name} is {given!r}; it must be indices such as 0,1,2") from None
+    return given
+
+
+def _with_options(*groups: _Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these settings behind its own; it takes them by `**`."""
+
+    def extended(command: Any) -> Any:
+        own = signature(command, eval_str=True).parameters.values()
+        named = [each for each in own if each.kind is not Parameter.VAR_KEYWORD]
+        added = [parameter for group in groups for parameter in group.parameters()]
+        command.__signature__ = Signature([each.replace(kind=Parameter.KEYWORD_ONLY) for each in named] + added)
+        return command
+
+    return extended
+
+
+_QUEUE_SIZE = QTuningConfig().queue_size
+_QUEUE_SIZES = {name: stream.queue_size for name, stream in STREAMS.items() if stream.queue_size != _QUEUE_SIZE}
+_QUEUE_DEFAULT = ", ".join([f"default {_QUEUE_SIZE}", *(f"for {name} {size}" for name, size in _QUEUE_SIZES.items())])
+
+_DATA = _Options(DataOptions, "Data", left_out=("seed",))
+_METHOD = _Options(QTuningConfig, "Method", defaults={"queue_size": _QUEUE_DEFAULT})
+_TRAINING = _Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
+
+
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
@@ -126,89 +204,24 @@ def options(
 
 
 @app.command()
+@_with_options(_DATA, _METHOD, _TRAINING)
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run cut off there goes on.")],
-    stream: Annotated[str | None, _data("A stream of tasks: offline-5 or offline-15.")] = None,
-    task: Annotated[
-        list[str] | None,
-        _data("Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat."),
-    ] = None,
-    text_column: Annotated[str, _data("Column of the texts in your own data.")] = "text",
-    label_column: Annotated[str, _data("Column of the labels in your own data.")] = "label",
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
-    shots: Annotated[int | None, _data("Training examples a class; default 16, of your own data all.")] = None,
-    validation_shots: Annotated[int, _data("Validation examples a class.")] = 16,
-    test_size: Annotated[int, _data("Test examples a task at most.")] = 200,
     seed: Annotated[int, typer.Option(help="Random seed, of the draw of examples too.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Learn each task alone, too.")] = False,
-    task_type: Annotated[str, _method(f"{', '.join(TASK_TYPES)}.")] = _METHOD.task_type,
-    prompt_length: Annotated[int, _method("Rows of a task's prompt.")] = _METHOD.prompt_length,
-    queue_size: Annotated[int | None, _method("Capacity in prompts; default 5, for offline-5 3.")] = None,
-    shared_length: Annotated[int, _method("Rows of the shared prompt.")] = _METHOD.shared_length,
-    rank: Annotated[int, _method("Rank of the reweighting.")] = _METHOD.rank,
-    gate: Annotated[str, _method(f"{', '.join(GATES)} or none.")] = _METHOD.gate or "none",
-    gate_per: Annotated[str, _method("layer or head.")] = _METHOD.gate_per,
-    gate_training: Annotated[str, _method("every-task or first-task.")] = _METHOD.gate_training,
-    placement: Annotated[str, _method("prefix, in each layer; or input, in front of it.")] = _METHOD.placement,
-    stack: Annotated[str, _method("Of an encoder-decoder: encoder, decoder or both.")] = _METHOD.stack,
-    layers: Annotated[str | None, _method("Layers with a prefix, such as 0,1,2; default all.")] = None,
-    reparameterization: Annotated[str, _method("mlp or none.")] = _METHOD.reparameterization or "none",
-    eviction: Annotated[str, _method("pca, fifo or random.")] = _METHOD.eviction,
-    retention_weight: Annotated[float, _method("Weight of memory retention; 0: off.")] = _METHOD.retention_weight,
-    steps: Annotated[int, _training("Steps a task at most.")] = _TRAINING.steps,
-    batch_size: Annotated[int, _training("Examples a step.")] = _TRAINING.batch_size,
-    max_length: Annotated[int, _training("Tokens a text is cut or padded to.")] = _TRAINING.max_length,
-    prompt_rate: Annotated[float, _training("Learning rate of prompts and reweighting.")] = _TRAINING.prompt_rate,
-    head_rate: Annotated[float, _training("Learning rate of heads.")] = _TRAINING.head_rate,
-    gate_rate: Annotated[float, _training("Learning rate of the gate.")] = _TRAINING.gate_rate,
-    network_rate: Annotated[float, _training("Learning rate of the reparametrisation.")] = _TRAINING.network_rate,
-    eval_every: Annotated[int, _training("Steps between looks at the validation split.")] = _TRAINING.eval_every,
-    patience: Annotated[int, _training("Looks without a gain before a task stops; 0: never.")] = _TRAINING.patience,
+    **given: Any,
 ) -> None:
     """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
     with _clear_errors():
         _quiet()
-        from qtuning_fast.lifelong.runs import DataOptions, RunSettings, execute, execute_seeds
-        from qtuning_fast.lifelong.streams import STREAMS
+        from qtuning_fast.lifelong.runs import RunSettings, execute, execute_seeds
 
-        if queue_size is None:
-            queue_size = STREAMS[stream].queue_size if stream in STREAMS else _METHOD.queue_size
-        settings = RunSettings(
-            model=model,
-            data=DataOptions(
-                stream, tuple(task or ()), shots, validation_shots, test_size, seed, text_column, label_column
-            ),
-            method=QTuningConfig(
-                prompt_length=prompt_length,
-                queue_size=queue_size,
-                shared_length=shared_length,
-                rank=rank,
-                gate=_or_none(gate),
-                gate_per=gate_per,
-                gate_training=gate_training,
-                placement=placement,
-                stack=stack,
-                layers=_indices(layers),
-                reparameterization=_or_none(reparameterization),
-                eviction=eviction,
-                retention_weight=retention_weight,
-                task_type=task_type,
-            ),
-            training=TrainingOptions(
-                steps=steps,
-                batch_size=batch_size,
-                max_length=max_length,
-                prompt_rate=prompt_rate,
-                head_rate=head_rate,
-                gate_rate=gate_rate,
-                network_rate=network_rate,
-                eval_every=eval_every,
-                patience=patience,
-                seed=seed,
-            ),
-            forward_transfer=forward_transfer,
-        )
+        data = _DATA.read(given, seed=seed)
+        if given["queue_size"] is None:
+            given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
+        settings = RunSettings(model, data, _METHOD.read(given), _TRAINING.read(given, seed=seed), forward_transfer)
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import seeds_table, summary_table
 
@@ -354,16 +367,3 @@ def info() -> None:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-
-
-def _or_none(value: str) -> str | None:
-    return None if value == "none" else value
-
-
-def _indices(layers: str | None) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    try:
-        return tuple(int(index) for index in layers.split(","))
-    except ValueError:
-        raise ValueError(f"layers is {layers!r}; it must be indices such as 0,1,2") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ from torch import Tensor
 
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleReader
-from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.evaluation import accuracy, probabilities
 from qtuning_fast.lifelong.metrics import mean_and_spread
-from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.streams import load_stream
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
 from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
 from qtuning_fast.method.config import QTuningConfig
@@ -25,49 +23,6 @@ from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 
 METRICS_FILE = "metrics.json"
-_COLUMNS = {"text_column": "text", "label_column": "label"}  # as they are where nobody says otherwise
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where the tasks come from.
-
-    Args:
-        stream: name of a stream, or None.
-        tasks: one's own data, `name=path` each; exactly one of the two is given.
-        shots: training examples a class; None takes 16 of a stream, and all there are of one's own data.
-        validation_shots: validation examples a class.
-        test_size: test examples a task at most.
-        seed: of the draw.
-        text_column, label_column: of one's own data, the same for all tasks.
-    """
-
-    stream: str | None = None
-    tasks: tuple[str, ...] = ()
-    shots: int | None = None
-    validation_shots: int = 16
-    test_size: int = 200
-    seed: int = 0
-    text_column: str = _COLUMNS["text_column"]
-    label_column: str = _COLUMNS["label_column"]
-
-    def load(self) -> list[Task]:
-        """The tasks in order.
-
-        Raises:
-            ValueError, FileNotFoundError, ImportError: what is missing or wrong, by name.
-        """
-        if (self.stream is None) == (not self.tasks):
-            raise ValueError("either a stream or tasks of one's own must be named, and not both")
-        sizes: dict[str, Any] = {"validation_shots": self.validation_shots, "test_size": self.test_size}
-        sizes["seed"] = self.seed
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
-        if self.stream is not None:
-            for name, column in columns.items():
-                if column != _COLUMNS[name]:
-                    raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave it out")
-            return load_stream(self.stream, shots=16 if self.shots is None else self.shots, **sizes)
-        return [load_task(spec, shots=self.shots, **sizes, **columns) for spec in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -114,7 +69,7 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
             settings.training,
             folder,
             forward_transfer=settings.forward_transfer,
-            about={"stream": title, "base_model": _anywhere(settings.model), "data": _plain(settings.data)},
+            about={"stream": title, "base_model": _anywhere(settings.model), "data": _recorded(settings.data)},
             listener=listener,
         ).run()
     write_report(metrics, folder)
@@ -250,10 +205,8 @@ def _by_seed(folder: Path, file: str) -> list[Path]:
     return sorted(found, key=lambda path: int(path.parent.name.removeprefix("seed-")))
 
 
-def _plain(data: DataOptions) -> dict[str, Any]:
-    values = {**asdict(data), "tasks": [_anywhere(spec) for spec in data.tasks]}
-    # Columns of the usual names are left out, as in runs from before they could be chosen, which so go on.
-    return {name: value for name, value in values.items() if value != _COLUMNS.get(name, ...)}
+def _recorded(data: DataOptions) -> dict[str, Any]:
+    return data.to_dict() | {"tasks": [_anywhere(spec) for spec in data.tasks]}
 
 
 def _anywhere(spec: str) -> str:
