@@ -34,13 +34,13 @@ app = typer.Typer(
 )
 
 
-class _Output(Console):
+class _Console(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True  # whoever read along has left; the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Output()
+console = _Console()
 
 
 def _option(panel: str, text: str) -> Any:
@@ -58,12 +58,12 @@ def main() -> None:
 
 
 @contextmanager
-def _clear_errors(
+def _readable_errors(
     interrupted: str = "What is finished is kept: the same command goes on from here.",
 ) -> Iterator[None]:
     """What a user can mend ends in one line and exit code 2; Ctrl-C says how to go on."""
     try:
-        with _notes():
+        with _warnings_as_notes():
             yield
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. {interrupted}")
@@ -77,7 +77,7 @@ def _clear_errors(
 
 
 @contextmanager
-def _notes() -> Iterator[None]:
+def _warnings_as_notes() -> Iterator[None]:
     """What the data makes one warn of is a line, without the place in the code."""
     from qtuning_fast.lifelong.data.tables import DataWarning
 
@@ -100,7 +100,7 @@ def _notes() -> Iterator[None]:
         yield
 
 
-def _quiet() -> None:
+def _silence_libraries() -> None:
     """Libraries' progress and advice stay out of the way of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -214,9 +214,9 @@ def run(
     **given: Any,
 ) -> None:
     """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
-    with _clear_errors():
-        _quiet()
-        from qtuning_fast.lifelong.runs import RunSettings, execute, execute_seeds
+    with _readable_errors():
+        _silence_libraries()
+        from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
         data = _DATA.read(given, seed=seed)
         if given["queue_size"] is None:
@@ -225,13 +225,13 @@ def run(
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import seeds_table, summary_table
 
-        def listening(tasks: Any, title: str) -> ProgressBars:
+        def progress_bars(tasks: Any, title: str) -> ProgressBars:
             return ProgressBars(len(tasks), title, console)
 
         if seeds == 1:
-            console.print(summary_table(execute(settings, out, listening)))
+            console.print(summary_table(run_stream(settings, out, progress_bars)))
         else:
-            console.print(seeds_table(execute_seeds(settings, seeds, out, listening)))
+            console.print(seeds_table(run_seeds(settings, seeds, out, progress_bars)))
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
 
 
@@ -248,30 +248,30 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate the stored adapters, on the run's test splits or on labelled examples of your own."""
-    with _clear_errors():
+    with _readable_errors():
         if data is not None and task is None:
             raise ValueError("--data needs --task, to say which adapter")
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows those of its own tasks")
-        _quiet()
+        _silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
-        from qtuning_fast.lifelong.runs import OpenRun
+        from qtuning_fast.lifelong.runs import SavedRun
 
-        opened = OpenRun(folder)
+        saved = SavedRun(folder)
         if data is not None and task is not None:
             columns = {
-                "text_column": text_column or opened.data.text_column,
-                "label_column": label_column or opened.data.label_column,
+                "text_column": text_column or saved.data.text_column,
+                "label_column": label_column or saved.data.label_column,
             }
-            tests = {task: load_examples(data, opened.model.label_names(task), **columns)}
+            tests = {task: load_examples(data, saved.model.label_names(task), **columns)}
         else:
-            tests = {each.name: each.test for each in opened.load_tasks()}
+            tests = {each.name: each.test for each in saved.load_tasks()}
             if task is not None:
-                opened.model.label_names(task)  # an unknown task is an error here
+                saved.model.label_names(task)  # an unknown task is an error here
                 tests = {task: tests[task]}
         table = Table("task", "examples", "accuracy")
         for name, examples in tests.items():
-            table.add_row(Text(name), str(len(examples)), f"{opened.accuracy(examples, name):.3f}")
+            table.add_row(Text(name), str(len(examples)), f"{saved.accuracy(examples, name):.3f}")
         console.print(table)
 
 
@@ -282,19 +282,19 @@ def predict(
     task: Annotated[str | None, typer.Option(help="The task they belong to; all tasks answer without it.")] = None,
 ) -> None:
     """Classify texts or images under a stored task."""
-    with _clear_errors():
+    with _readable_errors():
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; there is nothing to classify")
-        _quiet()
-        from qtuning_fast.lifelong.runs import OpenRun
+        _silence_libraries()
+        from qtuning_fast.lifelong.runs import SavedRun
 
-        opened = OpenRun(folder)
-        names = [task] if task is not None else opened.model.tasks
-        answers = {name: opened.predict(text, name).max(-1) for name in names}
+        saved = SavedRun(folder)
+        names = [task] if task is not None else saved.model.tasks
+        answers = {name: saved.predict(text, name).max(-1) for name in names}
         for row, each in enumerate(text):
             console.print(each, style="bold", markup=False, highlight=False)
             for name, (confidence, label) in answers.items():
-                answer = opened.model.label_names(name)[int(label[row])]
+                answer = saved.model.label_names(name)[int(label[row])]
                 console.print(f"  {name}: {answer} ({float(confidence[row]):.0%})", markup=False, highlight=False)
         if task is None:
             console.print(
@@ -306,7 +306,7 @@ def predict(
 @app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report and pictures again, from its metrics."""
-    with _clear_errors():
+    with _readable_errors():
         from qtuning_fast.lifelong.report.console import seeds_table, summary_table
         from qtuning_fast.lifelong.runs import rewrite_report
 
@@ -338,8 +338,8 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
     """What attention with a prompt costs a model on this machine, beside other ways to compute it."""
-    with _clear_errors("Nothing is kept."):
-        _quiet()
+    with _readable_errors("Nothing is kept."):
+        _silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
         from qtuning_fast.bench.layer_cost import Question, Wanted, results_file
         from qtuning_fast.bench.measure import QUICK, TURNS
@@ -359,10 +359,10 @@ def bench(
 @app.command()
 def info() -> None:
     """Versions, devices, backends, and what is missing."""
-    with _clear_errors():
-        from qtuning_fast.lifelong.environment import describe
+    with _readable_errors():
+        from qtuning_fast.lifelong.environment import describe_environment
 
-        for title, rows in describe().items():
+        for title, rows in describe_environment().items():
             table = Table(title=title, title_justify="left", show_header=False)
             for row in rows:
                 table.add_row(*row)

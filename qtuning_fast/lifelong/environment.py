@@ -6,7 +6,9 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import torch
+import transformers
 
 from qtuning_fast.attention.api import explain_backend
 from qtuning_fast.version import __version__
@@ -28,7 +30,7 @@ _PACKAGES = {
 }
 
 
-def describe() -> dict[str, list[tuple[str, str]]]:
+def describe_environment() -> dict[str, list[tuple[str, str]]]:
     """Rows of name and text by title."""
     return {
         f"qtuning_fast {__version__}": [
@@ -39,6 +41,24 @@ def describe() -> dict[str, list[tuple[str, str]]]:
         "Devices": _devices(),
         "Backends": _backends(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's figures depend on."""
+    return {
+        "qtuning_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _installed(package: str) -> str | None:

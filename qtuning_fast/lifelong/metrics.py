@@ -75,7 +75,7 @@ def _forward_transfer(learned: np.ndarray, alone: Sequence[float | None] | None)
     return float(known.mean()) if known.size else None
 
 
-def results(metrics: Metrics) -> dict[str, dict[str, Any]]:
+def evaluations_and_baselines(metrics: Metrics) -> dict[str, dict[str, Any]]:
     """What the run has to compare, by name: its evaluations, then its baselines."""
     return {name: metrics[name] for name in EVALUATIONS if name in metrics} | metrics.get("baselines", {})
 
@@ -84,7 +84,7 @@ def final_accuracies(metrics: Metrics) -> dict[str, list[float]]:
     """Accuracy on each task at the end of the run, by evaluation or baseline."""
     return {
         name: result["accuracy_matrix"][-1] if name in EVALUATIONS else result["accuracy"]
-        for name, result in results(metrics).items()
+        for name, result in evaluations_and_baselines(metrics).items()
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-STRENGTHS = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
+C_VALUES = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
 
 
 def linear_probe(train: Any, validation: Any, test: Any) -> dict[str, float]:
@@ -25,7 +25,7 @@ def linear_probe(train: Any, validation: Any, test: Any) -> dict[str, float]:
     best, best_score = None, -1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for strength in STRENGTHS:
+        for strength in C_VALUES:
             probe = LogisticRegression(C=strength, max_iter=300).fit(*train)
             score = probe.score(*validation)
             if score > best_score:

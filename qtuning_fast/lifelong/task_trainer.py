@@ -61,7 +61,7 @@ class TaskTrainer(Trainer):
         self.options = options
         self.folder = folder
         self.answers = answers
-        self.clock = StepClock()
+        self.clock = StepTimer()
         self._retention_losses: list[Tensor] = []
         stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
         super().__init__(
@@ -70,7 +70,7 @@ class TaskTrainer(Trainer):
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=_accuracy,
-            callbacks=[self.clock, Manifest(), *stopping, *(callbacks or [])],
+            callbacks=[self.clock, WriteManifest(), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
 
@@ -129,7 +129,7 @@ class TaskTrainer(Trainer):
         # By its step, not by the path in the state: that one goes stale when the run's folder is moved.
         assert self.state.best_global_step is not None
         best = self._checkpoint(self.state.best_global_step)
-        if not _is_whole(best):
+        if not _is_complete(best):
             raise CorruptFileError(f"{best} is damaged, and it holds the best state of the task")
         self.qtuning.load_trainable_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
 
@@ -138,7 +138,7 @@ class TaskTrainer(Trainer):
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            if state.best_global_step is not None and not _is_whole(self._checkpoint(state.best_global_step)):
+            if state.best_global_step is not None and not _is_complete(self._checkpoint(state.best_global_step)):
                 shutil.rmtree(self.folder)  # what the task is to end with was lost: it begins again
                 checkpoint = None
             elif self._is_over(state):  # training on would look at further steps than the run that was cut off
@@ -154,7 +154,7 @@ class TaskTrainer(Trainer):
         return bool(stopped) or state.global_step >= self.options.steps
 
 
-class Manifest(TrainerCallback):
+class WriteManifest(TrainerCallback):
     """Writes, after everything else of a checkpoint, what it holds."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -164,7 +164,7 @@ class Manifest(TrainerCallback):
             write_json(folder / _MANIFEST, {"files": {path.name: file_digest(path) for path in files}})
 
 
-class StepClock(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Measures each optimiser step."""
 
     def __init__(self) -> None:
@@ -187,14 +187,14 @@ def latest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint in `folder`; those that are not whole are removed."""
     whole = {}
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
+        if _is_complete(path):
             whole[int(path.name.removeprefix("checkpoint-"))] = path
         else:
             shutil.rmtree(path)
     return str(whole[max(whole)]) if whole else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         files = read_json(checkpoint / _MANIFEST)["files"]
         return all(file_digest(checkpoint / name) == digest for name, digest in files.items())

@@ -76,7 +76,10 @@ def data_digest(task: Task) -> str:
     """A hash that tells whether a task's examples are the same; of images the contents count, not where they are."""
     kind = _kind(task.train.inputs)
     splits = [
-        {kind: [_content(each) if isinstance(each, Path) else each for each in split.inputs], "labels": split.labels}
+        {
+            kind: [_content_key(each) if isinstance(each, Path) else each for each in split.inputs],
+            "labels": split.labels,
+        }
         for split in (task.train, task.validation, task.test)
     ]
     return sha256(json.dumps([list(task.label_names), splits]).encode()).hexdigest()[:16]
@@ -86,7 +89,7 @@ def _kind(inputs: Sequence[Input]) -> str:
     return "images" if inputs and isinstance(inputs[0], Path) else "texts"
 
 
-def _content(each: Input) -> str:
+def _content_key(each: Input) -> str:
     """What makes an example the same as another: its text with white space normalised, or a digest of the file."""
     return file_digest(each) if isinstance(each, Path) else " ".join(each.split())
 
@@ -138,9 +141,9 @@ def few_shot_split(
 
     kind = _kind(inputs)
 
-    own_test = _Pool(test or ((), ()), classes, rank)
-    own_validation = _Pool(validation or ((), ()), classes, rank, without=own_test.seen)
-    pool = _Pool((inputs, labels), classes, rank, without=own_validation.seen | own_test.seen)
+    given_test = _Pool(test or ((), ()), classes, rank)
+    given_validation = _Pool(validation or ((), ()), classes, rank, without=given_test.seen)
+    pool = _Pool((inputs, labels), classes, rank, without=given_validation.seen | given_test.seen)
     if not pool.seen:
         raise ValueError(f"task {name!r}: none of its {len(inputs)} training {kind} holds anything")
 
@@ -158,11 +161,11 @@ def few_shot_split(
     if test is None:
         test_part = pool.take(balanced_counts(to_test, test_size), at_end=True)
     else:
-        test_part = own_test.take(balanced_counts(own_test.sizes, test_size))
+        test_part = given_test.take(balanced_counts(given_test.sizes, test_size))
     if validation is None:
         validation_part = pool.take(to_validate)
     else:
-        validation_part = own_validation.take([validation_shots] * len(classes))
+        validation_part = given_validation.take([validation_shots] * len(classes))
     for split, part, wanted in (("test", test_part, test_size), ("validation", validation_part, validation_shots)):
         if wanted and not part:
             raise ValueError(f"task {name!r}: its {split} split has no {kind} of the classes {classes} left to draw")
@@ -189,13 +192,13 @@ class _Pool:
         if len(inputs) != len(labels):
             raise ValueError(f"there are {len(inputs)} {_kind(inputs)}, but {len(labels)} labels")
         self.rank = rank
-        self.written: dict[str, Any] = {}  # by content
+        self.input_by_content: dict[str, Any] = {}
         label_of: dict[str, str | None] = {}  # None: it occurs under two labels
         for each, label in zip(inputs, labels):
-            key = _content(each)
+            key = _content_key(each)
             if key:
                 # Of two with the same content the lesser stays, so that the order of the files means nothing.
-                self.written[key] = min(each, self.written.get(key, each))
+                self.input_by_content[key] = min(each, self.input_by_content.get(key, each))
                 label_of[key] = label if label_of.get(key, label) == label else None
         self.by_class: list[list[str]] = [[] for _ in classes]
         index = {label: number for number, label in enumerate(classes)}
@@ -208,7 +211,7 @@ class _Pool:
     @property
     def seen(self) -> Set[str]:
         """The contents of all its examples, those under two labels or of other classes too."""
-        return self.written.keys()
+        return self.input_by_content.keys()
 
     @property
     def sizes(self) -> list[int]:
@@ -222,7 +225,7 @@ class _Pool:
             taken += [(key, label) for key in members[part]]
             del members[part]
         taken.sort(key=lambda example: self.rank(example[0]))
-        return Examples([self.written[key] for key, _ in taken], [label for _, label in taken])
+        return Examples([self.input_by_content[key] for key, _ in taken], [label for _, label in taken])
 
 
 def _check_sizes(name: str, shots: int | None, validation_shots: int, test_size: int) -> None:

@@ -65,5 +65,5 @@ def test_a_run_that_goes_on_is_not_rehearsed(
 ) -> None:
     model = load_base_model(str(tiny_model_folder))
     lifelong(model, tmp_path, toy()).run()
-    monkeypatch.delattr("qtuning_fast.lifelong.trainer.rehearse")
+    monkeypatch.delattr("qtuning_fast.lifelong.trainer.preflight")
     assert lifelong(model, tmp_path, toy()).run()["tasks"] == ["toy"]

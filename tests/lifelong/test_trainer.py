@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 from qtuning_fast import LifelongTrainer, QTuningConfig
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.loading import load_task
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.task_trainer import latest_checkpoint
 from qtuning_fast.lifelong.tasks import Examples, Task
-from qtuning_fast.lifelong.trainer import RunListener
 from qtuning_fast.model.checked_files import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)

@@ -55,13 +55,13 @@ def read_tsv(text: str, file: str) -> Cells:
         plain_lines, quoted_lines = readings[0].lines, set(readings[1].lines)
         joined = next(row for row, line in enumerate(plain_lines) if line not in quoted_lines)
         raise ValueError(
-            f"{file}: {place(max(joined - 1, 0), plain_lines)} can be read in two ways, for a quote in "
+            f"{file}: {row_location(max(joined - 1, 0), plain_lines)} can be read in two ways, for a quote in "
             "it opens a cell that may end there or in a later line; write the file as .csv or .jsonl"
         )
     return readings[-1]
 
 
-def place(row: int, lines: Sequence[int] | None) -> str:
+def row_location(row: int, lines: Sequence[int] | None) -> str:
     """Which row that is, counted from 1, and which line of the file where that is another number."""
     line = row + 1 if lines is None else lines[row]
     return f"row {row + 1}" + (f" (line {line})" if line != row + 1 else "")
@@ -111,7 +111,7 @@ def _checked(numbered: list[tuple[int, list[str]]], file: str, advice: str) -> C
     for number, row in enumerate(rows):
         if len(row) != len(names):
             raise ValueError(
-                f"{file}: the header has {len(names)} columns, but {place(number, lines)} has {len(row)} "
+                f"{file}: the header has {len(names)} columns, but {row_location(number, lines)} has {len(row)} "
                 f"cell{'s' * (len(row) != 1)}; "
                 + (advice if len(row) > len(names) else "a row has a cell for each column, an empty one too")
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-ANY_TOKEN = 0  # pads where a tokenizer has no token for it, as those of many decoders; the mask hides it
+FALLBACK_PAD_TOKEN = 0  # pads where a tokenizer has no token for it, as those of many decoders; the mask hides it
 
 
 class EncodedExamples(Dataset[dict[str, Tensor]]):
@@ -46,18 +46,19 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
             yield {name: column.to(device) for name, column in rows.items() if name != "labels"}
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
     """`[rows, length]`, each row filled up on the right."""
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
 
-def tokenized(texts: Sequence[Any], tokenizer: Any, max_length: int, labels: Sequence[int]) -> EncodedExamples:
+def tokenize_texts(texts: Sequence[Any], tokenizer: Any, max_length: int, labels: Sequence[int]) -> EncodedExamples:
     """Texts as the tokenizer's tensors, every text cut or padded to `max_length` tokens, for models with heads."""
     asked = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
     if tokenizer.pad_token_id is None:
         given = tokenizer(list(texts), **asked)
         encoded = {
-            name: padded(rows, max_length, ANY_TOKEN if name == "input_ids" else 0) for name, rows in given.items()
+            name: pad_rows(rows, max_length, FALLBACK_PAD_TOKEN if name == "input_ids" else 0)
+            for name, rows in given.items()
         }
     else:
         encoded = dict(tokenizer(list(texts), padding="max_length", return_tensors="pt", **asked))

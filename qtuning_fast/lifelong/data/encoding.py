@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from qtuning_fast.integrations.transformers.positions import first_position
-from qtuning_fast.lifelong.data.encoded import ANY_TOKEN, EncodedExamples, padded, tokenized
-from qtuning_fast.lifelong.data.images import ImageFiles
+from qtuning_fast.lifelong.data.encoded import FALLBACK_PAD_TOKEN, EncodedExamples, pad_rows, tokenize_texts
+from qtuning_fast.lifelong.data.images import ImageExamples
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.method.config import HEAD_TASK_TYPES
 from qtuning_fast.model.scoring import Answers
@@ -26,7 +26,7 @@ from qtuning_fast.model.scoring import Answers
 _IGNORED = -100  # a label that the loss of language modelling leaves out
 
 
-class ExampleReader:
+class ExampleEncoder:
     """Reads the examples of a run.
 
     Args:
@@ -66,7 +66,7 @@ class ExampleReader:
                 )
         if self.reads_images:
             return
-        longest = [len(answer) for task in tasks for answer in self.answers(task.answers, task=task.name) or ()]
+        longest = [len(answer) for task in tasks for answer in self.encode_answers(task.answers, task=task.name) or ()]
         after = max(longest, default=0) if self.task_type == "causal-lm" else 0
         added = self.processor.num_special_tokens_to_add()
         taken = prompt_tokens + after
@@ -80,28 +80,30 @@ class ExampleReader:
                 + f", {added} of them not of the text"
             )
 
-    def questions(self, examples: Examples) -> EncodedExamples:
+    def encode(self, examples: Examples) -> EncodedExamples:
         """What the model reads, with the index of the class as `labels`: to be evaluated, and for features."""
         if self.reads_images:
-            return ImageFiles(examples.inputs, self.processor, examples.labels)  # type: ignore[arg-type]
+            return ImageExamples(examples.inputs, self.processor, examples.labels)  # type: ignore[arg-type]
         if self.task_type in HEAD_TASK_TYPES:
-            return tokenized(examples.inputs, self.processor, self.max_length, examples.labels)
-        tokens = self._tokens(examples)
-        return self._columns(tokens, self.max_length).with_column("labels", torch.tensor(examples.labels))
+            return tokenize_texts(examples.inputs, self.processor, self.max_length, examples.labels)
+        tokens = self._tokenize(examples)
+        return self._padded_inputs(tokens, self.max_length).with_column("labels", torch.tensor(examples.labels))
 
-    def lessons(self, examples: Examples, answers: Answers) -> EncodedExamples:
+    def encode_with_answers(self, examples: Examples, answers: Answers) -> EncodedExamples:
         """What a language model learns from, `labels` being the tokens that count; all rows of one length."""
         given = [answers[label] for label in examples.labels]
         longest = max(map(len, answers))
-        tokens = self._tokens(examples)
+        tokens = self._tokenize(examples)
         if self.task_type == "text-to-text":
-            return self._columns(tokens, self.max_length).with_column("labels", padded(given, longest, _IGNORED))
+            return self._padded_inputs(tokens, self.max_length).with_column(
+                "labels", pad_rows(given, longest, _IGNORED)
+            )
         length = self.max_length + longest
         labels = [[_IGNORED] * len(text) + answer for text, answer in zip(tokens, given)]
-        whole = self._columns([text + answer for text, answer in zip(tokens, given)], length)
-        return whole.with_column("labels", padded(labels, length, _IGNORED))
+        whole = self._padded_inputs([text + answer for text, answer in zip(tokens, given)], length)
+        return whole.with_column("labels", pad_rows(labels, length, _IGNORED))
 
-    def answers(self, words: Sequence[str], *, task: str) -> Answers | None:
+    def encode_answers(self, words: Sequence[str], *, task: str) -> Answers | None:
         """The tokens of the words for a task's classes; None where heads answer.
 
         Raises:
@@ -109,7 +111,7 @@ class ExampleReader:
         """
         if self.task_type in HEAD_TASK_TYPES:
             return None
-        answers = [self._answer(word) for word in words]
+        answers = [self._answer_tokens(word) for word in words]
         for i, answer in enumerate(answers):
             for j, other in enumerate(answers):
                 if i != j and other[: len(answer)] == answer:
@@ -120,7 +122,7 @@ class ExampleReader:
                     )
         return answers
 
-    def _answer(self, word: str) -> list[int]:
+    def _answer_tokens(self, word: str) -> list[int]:
         if self.task_type == "text-to-text":
             return list(self.processor(text_target=word)["input_ids"])
         # What a word is to a tokenizer depends on whether something stands before it.
@@ -128,15 +130,15 @@ class ExampleReader:
         end = self.processor.eos_token_id
         return [*both[len(before) :], *([] if end is None else [end])]
 
-    def _tokens(self, examples: Examples) -> list[list[int]]:
+    def _tokenize(self, examples: Examples) -> list[list[int]]:
         texts = [str(text).rstrip() for text in examples.inputs]  # a word of its own begins with the space before it
         return self.processor(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
-    def _columns(self, tokens: Sequence[Sequence[int]], length: int) -> EncodedExamples:
+    def _padded_inputs(self, tokens: Sequence[Sequence[int]], length: int) -> EncodedExamples:
         fill = self.processor.pad_token_id
         return EncodedExamples(
             {
-                "input_ids": padded(tokens, length, ANY_TOKEN if fill is None else fill),
-                "attention_mask": padded([[1] * len(row) for row in tokens], length, 0),
+                "input_ids": pad_rows(tokens, length, FALLBACK_PAD_TOKEN if fill is None else fill),
+                "attention_mask": pad_rows([[1] * len(row) for row in tokens], length, 0),
             }
         )

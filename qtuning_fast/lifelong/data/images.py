@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class ImageFiles(EncodedExamples):
+class ImageExamples(EncodedExamples):
     """Examples whose `pixel_values` are made when they are asked for.
 
     Args:

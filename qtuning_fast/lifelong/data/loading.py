@@ -12,14 +12,14 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from qtuning_fast.lifelong.data.image_folders import check_images, images_by_class, is_image_folder, read_image_folder
-from qtuning_fast.lifelong.data.splits import one_of_each, split_files, warn_of_ignored
-from qtuning_fast.lifelong.data.tables import DataWarning, Table, first_ten, is_readable, read_table, split_name
+from qtuning_fast.lifelong.data.splits import names_by_split, split_files, warn_about_ignored
+from qtuning_fast.lifelong.data.tables import DataWarning, Table, is_readable, read_table, shortened, stem_and_ending
 from qtuning_fast.lifelong.data.text_columns import (
+    check_known_labels,
     is_unlabelled,
-    labels_of,
-    point_out_joined_rows,
-    refuse_unknown,
-    texts_of,
+    read_labels,
+    read_texts,
+    warn_about_joined_rows,
 )
 from qtuning_fast.lifelong.tasks import Examples, Input, Labelled, Task, few_shot_split
 
@@ -63,9 +63,9 @@ def load_task(
         ConnectionError: the hub does not answer.
         ValueError: the data cannot be read, or not be used: the message says which, where and why.
     """
-    name, path = _name_and_path(spec)
+    name, path = _parse_spec(spec)
     images = is_image_folder(Path(path).expanduser())
-    splits, label_names = read_image_folder(path) if images else _read_texts(path, text_column, label_column)
+    splits, label_names = read_image_folder(path) if images else _load_texts(path, text_column, label_column)
     inputs, labels = splits["train"]
     task = few_shot_split(
         inputs,
@@ -85,17 +85,17 @@ def load_task(
     return task
 
 
-def _read_texts(path: str, text_column: str, label_column: str) -> tuple[dict[str, Labelled], list[str]]:
+def _load_texts(path: str, text_column: str, label_column: str) -> tuple[dict[str, Labelled], list[str]]:
     """The labelled texts of each split, and the names of the classes."""
     splits = _read_files(path) if _is_local(path) else _read_hub(path)
     if "train" not in splits:
         raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
-    _refuse_one_column(text_column, label_column)
-    texts = texts_of(splits["train"], text_column)
-    labels, label_names = labels_of(splits["train"], label_column)
-    point_out_joined_rows(splits["train"], label_names)
-    own: dict[str, Labelled] = {"train": (texts, labels)}
-    reason = f"does not occur in train, which has [{first_ten([repr(name) for name in label_names])}]"
+    _check_two_columns(text_column, label_column)
+    texts = read_texts(splits["train"], text_column)
+    labels, label_names = read_labels(splits["train"], label_column)
+    warn_about_joined_rows(splits["train"], label_names)
+    given: dict[str, Labelled] = {"train": (texts, labels)}
+    reason = f"does not occur in train, which has [{shortened([repr(name) for name in label_names])}]"
     for split in ("validation", "test"):
         if split not in splits:
             continue
@@ -104,13 +104,13 @@ def _read_texts(path: str, text_column: str, label_column: str) -> tuple[dict[st
             note = f"{table.where}: not used, for its labels are all -1, which means none; another is cut from train"
             warnings.warn(note, DataWarning, stacklevel=2)
             continue
-        own[split] = texts_of(table, text_column), labels_of(table, label_column)[0]
-        refuse_unknown(table, own[split][1], label_names, reason)
-        point_out_joined_rows(table, label_names)
-    return own, label_names
+        given[split] = read_texts(table, text_column), read_labels(table, label_column)[0]
+        check_known_labels(table, given[split][1], label_names, reason)
+        warn_about_joined_rows(table, label_names)
+    return given, label_names
 
 
-def _refuse_one_column(text_column: str, label_column: str) -> None:
+def _check_two_columns(text_column: str, label_column: str) -> None:
     if text_column == label_column:
         raise ValueError(f"text_column and label_column are both {text_column!r}; texts and labels are two columns")
 
@@ -129,7 +129,7 @@ def load_examples(
         ImportError, FileNotFoundError, ValueError: as in `load_task`; also a label that is none of these.
     """
     file = Path(path).expanduser()
-    reason = f"is none of the task's, which are {first_ten(label_names)}"
+    reason = f"is none of the task's, which are {shortened(label_names)}"
     inputs: Sequence[Input]
     if is_image_folder(file):
         inputs, labels = images_by_class(file)
@@ -139,22 +139,22 @@ def load_examples(
     else:
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        _refuse_one_column(text_column, label_column)
+        _check_two_columns(text_column, label_column)
         table = read_table(file)
-        texts, labels = texts_of(table, text_column), labels_of(table, label_column)[0]
-        refuse_unknown(table, labels, label_names, reason)
-        point_out_joined_rows(table, label_names)
+        texts, labels = read_texts(table, text_column), read_labels(table, label_column)[0]
+        check_known_labels(table, labels, label_names, reason)
+        warn_about_joined_rows(table, label_names)
         inputs = texts
     index = {name: number for number, name in enumerate(label_names)}
     return Examples(inputs, [index[label] for label in labels])
 
 
-def _name_and_path(spec: str) -> tuple[str, str]:
+def _parse_spec(spec: str) -> tuple[str, str]:
     name, separator, path = spec.partition("=")
     if not separator or "/" in name or Path(spec).exists():  # a path may hold an equals sign itself
         path = spec
         file = Path(path).expanduser()
-        name = split_name(file.name)[0] if file.is_file() else file.name.partition(":")[0]
+        name = stem_and_ending(file.name)[0] if file.is_file() else file.name.partition(":")[0]
     if not name or not path:
         raise ValueError(f"{spec!r} is not a task: write a path, or a name and a path as in reviews=data/reviews.csv")
     try:
@@ -197,28 +197,28 @@ def _read_hub(path: str) -> dict[str, Table]:
 
     name, _, config = path.partition(":")
     if not datasets.config.HF_HUB_OFFLINE:  # offline the cache is all there is, and nobody is asked
-        _reach(datasets.config.HF_ENDPOINT, wanted=path)
+        _check_reachable(datasets.config.HF_ENDPOINT, wanted=path)
     try:
         loaded = dict(datasets.load_dataset(name, config or None))
     except ConnectionError as error:
         raise ConnectionError(f"{path} is no path here, and cannot be fetched from the hub: {error}") from error
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no path here, and cannot be loaded from the hub: {error}") from error
-    found = one_of_each(path, loaded)
+    found = names_by_split(path, loaded)
     if found:  # else the splits that there are will be named
-        warn_of_ignored(path, [split for split in loaded if split not in found.values()])
+        warn_about_ignored(path, [split for split in loaded if split not in found.values()])
         loaded = {split: loaded[theirs] for split, theirs in found.items()}
-    return {split: _of_dataset(data, f"{split} of {path}") for split, data in loaded.items()}
+    return {split: _hub_table(data, f"{split} of {path}") for split, data in loaded.items()}
 
 
-def _of_dataset(data: "Dataset", where: str) -> Table:
+def _hub_table(data: "Dataset", where: str) -> Table:
     from datasets import ClassLabel
 
     classes = {name: each.names for name, each in data.features.items() if isinstance(each, ClassLabel)}
     return Table(where, len(data), list(data.features), lambda name: data[name][:], classes)
 
 
-def _reach(endpoint: str, wanted: str) -> None:
+def _check_reachable(endpoint: str, wanted: str) -> None:
     """Fail soon where there is no network: `load_dataset` would try for half a minute."""
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT).close()

@@ -16,21 +16,21 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qtuning_fast.lifelong.data.delimited import Cells, place, read_csv, read_tsv
+from qtuning_fast.lifelong.data.delimited import Cells, read_csv, read_tsv, row_location
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # endings behind those, and the modules that unpack them
 _READABLE = tuple(ending + packed for ending in ENDINGS for packed in ("", *_PACKED))
 
 # By their first bytes: how a text file says what its encoding is. UTF-32's mark begins with one of UTF-16.
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF32_LE, "UTF-32LE"),
     (codecs.BOM_UTF32_BE, "UTF-32BE"),
     (codecs.BOM_UTF16_LE, "UTF-16LE"),
     (codecs.BOM_UTF16_BE, "UTF-16BE"),
 )
-_OTHER_KINDS = {
+_OTHER_FORMATS = {
     b"\x1f\x8b": "is packed by gzip; add .gz to its name",
     b"BZh91AY&SY": "is packed by bzip2; add .bz2 to its name",
     b"\xfd7zXZ": "is packed by xz; add .xz to its name",
@@ -66,9 +66,9 @@ class Table:
     lines: Sequence[int] | None = None
     delimiter: str | None = None
 
-    def place(self, row: int) -> str:
+    def row_location(self, row: int) -> str:
         """Which row that is, and in which line."""
-        return place(row, self.lines)
+        return row_location(row, self.lines)
 
 
 def read_table(file: Path, where: str | None = None) -> Table:
@@ -84,7 +84,7 @@ def read_table(file: Path, where: str | None = None) -> Table:
         ImportError: pyarrow is missing, which reads Parquet.
         ValueError: the file cannot be read; the message says in which row, why, and what to do.
     """
-    ending = split_name(file.name)[1]
+    ending = stem_and_ending(file.name)[1]
     if ending not in _READABLE:
         raise ValueError(
             f"{file} ends in {file.suffix!r}; the endings that can be read are {', '.join(ENDINGS)}, "
@@ -98,13 +98,13 @@ def read_table(file: Path, where: str | None = None) -> Table:
     where = where or str(file)
     match "." + ending.split(".")[1]:
         case ".csv":
-            table = _of_cells(read_csv(_decoded(data, file), str(file)), where, ",")
+            table = _delimited_table(read_csv(_decoded(data, file), str(file)), where, ",")
         case ".tsv":
-            table = _of_cells(read_tsv(_decoded(data, file), str(file)), where, "\t")
+            table = _delimited_table(read_tsv(_decoded(data, file), str(file)), where, "\t")
         case ".parquet":
-            table = _of_parquet(data, file, where)
+            table = _parquet_table(data, file, where)
         case _:
-            table = _of_json(_decoded(data, file), file, where)
+            table = _json_table(_decoded(data, file), file, where)
     if not table.size:
         raise ValueError(f"{file} has no rows")
     twice = sorted(name for name, count in Counter(table.names).items() if name and count > 1)
@@ -113,7 +113,7 @@ def read_table(file: Path, where: str | None = None) -> Table:
     return table
 
 
-def split_name(name: str) -> tuple[str, str]:
+def stem_and_ending(name: str) -> tuple[str, str]:
     """A file's name without its ending, and that, in lower case; unreadable endings begin at the first point."""
     ending = next((ending for ending in reversed(_READABLE) if name.lower().endswith(ending)), None)
     if ending is None:
@@ -124,10 +124,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 def is_readable(name: str) -> bool:
     """Whether a file of this name has an ending that `read_table` reads."""
-    return split_name(name)[1] in _READABLE
+    return stem_and_ending(name)[1] in _READABLE
 
 
-def first_ten(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
     """For a message: so many names and no more."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -146,10 +146,10 @@ def _unpacked(file: Path, ending: str) -> bytes:
 
 
 def _decoded(data: bytes, file: Path) -> str:
-    for start, other in _OTHER_KINDS.items():
+    for start, other in _OTHER_FORMATS.items():
         if data.startswith(start):
             raise ValueError(f"{file} {other}")
-    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "UTF-8"))
+    mark, encoding = next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), (b"", "UTF-8"))
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
@@ -171,7 +171,7 @@ def _line(data: bytes, offset: int) -> int:
     return data.count(b"\n", 0, offset) + 1
 
 
-def _of_cells(cells: Cells, where: str, delimiter: str) -> Table:
+def _delimited_table(cells: Cells, where: str, delimiter: str) -> Table:
     names, rows, lines = cells
 
     def column(name: str) -> list[str]:
@@ -181,7 +181,7 @@ def _of_cells(cells: Cells, where: str, delimiter: str) -> Table:
     return Table(where, len(rows), names, column, lines=lines, delimiter=delimiter)
 
 
-def _of_json(text: str, file: Path, where: str) -> Table:
+def _json_table(text: str, file: Path, where: str) -> Table:
     """One list of objects, or an object in each line that is not blank, whatever the ending."""
     lines: list[int] | None = None
     if text.lstrip().startswith("["):
@@ -193,7 +193,7 @@ def _of_json(text: str, file: Path, where: str) -> Table:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(
-                f"{file}: {place(number, lines)} is {json.dumps(row)[:40]}, but each row must be an object"
+                f"{file}: {row_location(number, lines)} is {json.dumps(row)[:40]}, but each row must be an object"
             )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Table(where, len(rows), names, lambda name: [row.get(name) for row in rows], lines=lines)
@@ -201,7 +201,7 @@ def _of_json(text: str, file: Path, where: str) -> Table:
 
 def _parsed(text: str, file: Path, line: int | None = None) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except RecursionError:
         reason = "it is nested too deeply"
     except json.JSONDecodeError as error:
@@ -214,18 +214,18 @@ def _parsed(text: str, file: Path, line: int | None = None) -> Any:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"an object holds {next(name for name in names if names.count(name) > 1)!r} twice")
     return dict(pairs)
 
 
-def _no_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _of_parquet(data: bytes, file: Path, where: str) -> Table:
+def _parquet_table(data: bytes, file: Path, where: str) -> Table:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile

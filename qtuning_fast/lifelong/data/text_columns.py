@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from typing import Any
 
-from qtuning_fast.lifelong.data.tables import DataWarning, Table, first_ten
+from qtuning_fast.lifelong.data.tables import DataWarning, Table, shortened
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")  # as Python and JSON write them: 01 and 1.0 are names like any other
 _KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number with a fraction"}
 
 
-def texts_of(table: Table, column: str) -> list[str]:
+def read_texts(table: Table, column: str) -> list[str]:
     """The texts, as they are written.
 
     Raises:
@@ -25,12 +25,12 @@ def texts_of(table: Table, column: str) -> list[str]:
     for row, value in enumerate(values):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{_cell(table, column, row)} {_shown(value)}, but it must be a string")
-    _refuse_gaps(table, column, [value is None or not value.strip() for value in values])
-    _refuse_half_characters(table, column, values)
+    _check_not_empty(table, column, [value is None or not value.strip() for value in values])
+    _check_unicode(table, column, values)
     return values
 
 
-def labels_of(table: Table, column: str) -> tuple[list[str], list[str]]:
+def read_labels(table: Table, column: str) -> tuple[list[str], list[str]]:
     """The label of each row, and the names of all in order.
 
     Strings lose the white space around them, integers are written in digits and booleans as JSON writes them. The order
@@ -42,19 +42,21 @@ def labels_of(table: Table, column: str) -> tuple[list[str], list[str]]:
     values = _values(table, column, option="label")
     if column in table.classes:
         names = table.classes[column]
-        _refuse_gaps(table, column, [value is None or (isinstance(value, int) and value < 0) for value in values])
+        _check_not_empty(table, column, [value is None or (isinstance(value, int) and value < 0) for value in values])
         for row, value in enumerate(values):
             if type(value) is not int or value >= len(names):
                 raise ValueError(
                     f"{_cell(table, column, row)} {value!r:.40}, but it declares {len(names)} classes, numbered from 0"
                 )
         return [names[value] for value in values], names
-    _refuse_gaps(table, column, [value is None or (isinstance(value, str) and not value.strip()) for value in values])
-    _refuse_kinds(table, column, values)
-    _refuse_half_characters(table, column, values)
+    _check_not_empty(
+        table, column, [value is None or (isinstance(value, str) and not value.strip()) for value in values]
+    )
+    _check_label_types(table, column, values)
+    _check_unicode(table, column, values)
     written = [_written(value) for value in values]
     labels = [label.strip() for label in written]
-    _point_out_look_alikes(table, column, written)
+    _warn_about_similar_labels(table, column, written)
     names = sorted(set(labels), key=int if all(map(_INTEGER.fullmatch, labels)) else None)
     return labels, names
 
@@ -64,16 +66,16 @@ def is_unlabelled(table: Table, column: str) -> bool:
     return column in table.classes and set(table.column(column)) == {-1}
 
 
-def refuse_unknown(table: Table, labels: Sequence[str], known: Sequence[str], reason: str) -> None:
+def check_known_labels(table: Table, labels: Sequence[str], known: Sequence[str], reason: str) -> None:
     """Raise a `ValueError` where a label is none of the known; the reason follows its name."""
     names = set(known)
     for row, label in enumerate(labels):
         if label not in names:
             alike = next((f", and is not {name!a} but {label!a}" for name in known if _look(name) == _look(label)), "")
-            raise ValueError(f"{table.where}: label {label!r} {reason}; it stands in {table.place(row)}{alike}")
+            raise ValueError(f"{table.where}: label {label!r} {reason}; it stands in {table.row_location(row)}{alike}")
 
 
-def point_out_joined_rows(table: Table, label_names: Sequence[str]) -> None:
+def warn_about_joined_rows(table: Table, label_names: Sequence[str]) -> None:
     """Warn of a cell with a line that looks like a row or the end of one: a stray quote before it makes them one."""
     if table.delimiter is None:
         return
@@ -83,8 +85,8 @@ def point_out_joined_rows(table: Table, label_names: Sequence[str]) -> None:
             for line in cell.splitlines() if "\n" in cell or "\r" in cell else ():
                 if _may_be_a_row(line.split(table.delimiter), labels, cell.count(table.delimiter), len(table.names)):
                     warnings.warn(
-                        f"{table.where}: column {column!r} in {table.place(row)} holds a line that looks like a row "
-                        f"of its own, {line[:60]!r}; if it is one, a double quote before it is one too many",
+                        f"{table.where}: column {column!r} in {table.row_location(row)} holds a line that looks "
+                        f"like a row of its own, {line[:60]!r}; if it is one, a double quote before it is one too many",
                         DataWarning,
                         stacklevel=3,
                     )
@@ -100,7 +102,7 @@ def _may_be_a_row(cells: Sequence[str], labels: Set[str], delimiters: int, colum
 
 def _values(table: Table, column: str, option: str) -> list[Any]:
     if column not in table.names:
-        held = first_ten([repr(name) for name in table.names]) or "empty objects"
+        held = shortened([repr(name) for name in table.names]) or "empty objects"
         raise ValueError(
             f"{table.where}: there is no column {column!r}, only {held}; "
             f"name yours with --{option}-column (in Python {option}_column)"
@@ -112,7 +114,7 @@ def _values(table: Table, column: str, option: str) -> list[Any]:
 
 
 def _cell(table: Table, column: str, row: int) -> str:
-    return f"{table.where}: column {column!r} in {table.place(row)} holds"
+    return f"{table.where}: column {column!r} in {table.row_location(row)} holds"
 
 
 def _shown(value: Any) -> str:
@@ -124,15 +126,15 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _refuse_gaps(table: Table, column: str, gaps: list[bool]) -> None:
+def _check_not_empty(table: Table, column: str, gaps: list[bool]) -> None:
     if any(gaps):
         raise ValueError(
             f"{table.where}: column {column!r} is empty in {sum(gaps)} of {len(gaps)} rows, "
-            f"first in {table.place(gaps.index(True))}; fill in what is missing, or leave these rows out"
+            f"first in {table.row_location(gaps.index(True))}; fill in what is missing, or leave these rows out"
         )
 
 
-def _refuse_kinds(table: Table, column: str, values: Sequence[Any]) -> None:
+def _check_label_types(table: Table, column: str, values: Sequence[Any]) -> None:
     for row, value in enumerate(values):
         if type(value) not in (str, int, bool):
             raise ValueError(
@@ -140,12 +142,12 @@ def _refuse_kinds(table: Table, column: str, values: Sequence[Any]) -> None:
             )
         if type(value) is not type(values[0]):
             raise ValueError(
-                f"{_cell(table, column, row)} {_shown(value)}, but in {table.place(0)} {_shown(values[0])}; write all "
-                "labels in one way"
+                f"{_cell(table, column, row)} {_shown(value)}, but in {table.row_location(0)} {_shown(values[0])}; "
+                "write all labels in one way"
             )
 
 
-def _refuse_half_characters(table: Table, column: str, values: Sequence[Any]) -> None:
+def _check_unicode(table: Table, column: str, values: Sequence[Any]) -> None:
     for row, value in enumerate(values):
         try:
             str(value).encode()
@@ -161,7 +163,7 @@ def _look(label: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
 
 
-def _point_out_look_alikes(table: Table, column: str, written: Sequence[str]) -> None:
+def _warn_about_similar_labels(table: Table, column: str, written: Sequence[str]) -> None:
     """Warn of labels that a reader would take for one and the same."""
     alike: dict[str, Counter[str]] = {}
     for label in written:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, final_accuracies, results
+from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, evaluations_and_baselines, final_accuracies
 
 
 def summary_table(metrics: Metrics) -> Table:
@@ -25,7 +25,7 @@ def summary_table(metrics: Metrics) -> Table:
     table.add_section()
 
     for measure in MEASURES:
-        values = [result.get(measure) for result in results(metrics).values()]
+        values = [result.get(measure) for result in evaluations_and_baselines(metrics).values()]
         table.add_row(measure.replace("_", " "), *map(_number, values), style="bold")
     return table
 

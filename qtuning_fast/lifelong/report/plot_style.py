@@ -16,7 +16,7 @@ INK, FAINT = "#333333", "#d9d9d9"
 
 # Okabe and Ito's colours stay apart under the common forms of colour blindness.
 PALETTE = {"task_adapter": "#0072B2", "live_queue": "#D55E00", "linear_probe": "#6b6b6b"}
-SPARE = "#009E73"  # any other baseline
+OTHER_COLOUR = "#009E73"  # any other baseline
 
 
 def new_figure(title: str, height: float, panels: int = 1, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
@@ -52,7 +52,7 @@ def task_ticks(axis: Axis, names: Sequence[str], at: Sequence[float] | None = No
             text.set_rotation_mode("anchor" if len(shown) <= 12 else "default")
 
 
-def from_zero(axes: Axes, highest: float) -> None:
+def start_y_at_zero(axes: Axes, highest: float) -> None:
     """Start y at zero with some air on top, so that a flat line looks flat."""
     axes.set_ylim(0, 1.15 * highest if highest > 0 else 1)
 
@@ -62,7 +62,7 @@ def legend(axes: Axes, columns: int = 3) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=9, frameon=False, borderaxespad=0.2)
 
 
-def padded(rows: Sequence[Sequence[float]]) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence[float]]) -> np.ndarray:
     """Rows of different lengths as one float array, NaN where a row has ended."""
     array = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for line, row in zip(array, rows):
@@ -77,12 +77,12 @@ def band(axes: Axes, x: np.ndarray, values: np.ndarray, color: str, name: str | 
         axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.12, linewidth=0)
 
 
-def sample(count: int, limit: int) -> list[int]:
+def evenly_spaced(count: int, limit: int) -> list[int]:
     """Up to `limit` of `count` positions, evenly spaced, the first and the last among them."""
     return sorted({int(position) for position in np.linspace(0, count - 1, min(count, limit)).round()})
 
 
-def in_order(count: int) -> list[str]:
+def sequential_colours(count: int) -> list[str]:
     """Colours for `count` things that come one after the other, dark to light."""
     positions = np.linspace(0.05, 0.8, count)  # viridis without its palest end, which fades into paper
     return ["#{:02x}{:02x}{:02x}".format(*colormaps["viridis"](p, bytes=True)[:3]) for p in positions]

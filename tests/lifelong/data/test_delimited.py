@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qtuning_fast.lifelong.data.delimited import read_csv, read_tsv
 from qtuning_fast.lifelong.data.tables import read_table
-from qtuning_fast.lifelong.data.text_columns import labels_of, texts_of
+from qtuning_fast.lifelong.data.text_columns import read_labels, read_texts
 
 CSV = b"text,label\na film,good\na play,bad\n"
 TSV = CSV.replace(b",", b"\t")
@@ -24,7 +24,7 @@ TSV = CSV.replace(b",", b"\t")
 
 def rows_of(file: Path) -> list[tuple[str, str]]:
     table = read_table(file)
-    return list(zip(texts_of(table, "text"), labels_of(table, "label")[0]))
+    return list(zip(read_texts(table, "text"), read_labels(table, "label")[0]))
 
 
 READ: dict[str, tuple[str, bytes, list[tuple[str, str]]]] = {

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from qtuning_fast.lifelong.data.images import ImageFiles, open_image
+from qtuning_fast.lifelong.data.images import ImageExamples, open_image
 from qtuning_fast.lifelong.data.loading import load_examples, load_task
 from qtuning_fast.lifelong.data.tables import DataWarning
 from qtuning_fast.lifelong.tasks import data_digest
@@ -165,7 +165,7 @@ def test_pixels_are_made_when_they_are_asked_for(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("qtuning_fast.lifelong.data.images.open_image", lambda f: opened.append(f) or open_image(f))
     processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
-    images = ImageFiles(files, processor, [0, 1, 0, 1, 0]).with_column("more", torch.arange(5))
+    images = ImageExamples(files, processor, [0, 1, 0, 1, 0]).with_column("more", torch.arange(5))
     assert len(images) == 5 and not opened
     batches = images.batches(2, torch.device("cpu"))
     first = next(batches)

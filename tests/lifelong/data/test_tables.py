@@ -18,12 +18,12 @@ import pytest
 
 from qtuning_fast.lifelong.data.loading import load_examples, load_task
 from qtuning_fast.lifelong.data.tables import read_table
-from qtuning_fast.lifelong.data.text_columns import labels_of, texts_of
+from qtuning_fast.lifelong.data.text_columns import read_labels, read_texts
 
 
 def rows_of(file: Path) -> list[tuple[str, str]]:
     table = read_table(file)
-    return list(zip(texts_of(table, "text"), labels_of(table, "label")[0]))
+    return list(zip(read_texts(table, "text"), read_labels(table, "label")[0]))
 
 
 PLAIN = [("a film", "good"), ("a play", "bad")]

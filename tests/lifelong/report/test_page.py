@@ -9,10 +9,10 @@ from matplotlib.image import imread
 
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.report import plots
-from qtuning_fast.lifelong.report.page import PICTURES, write_report, write_seeds_report
+from qtuning_fast.lifelong.report.page import PLOTS, write_report, write_seeds_report
 
 HOSTILE = ["<script>alert(1)</script>", "a & b", "$\\frac{1}$", "_hidden", '"><img src=x>', "two\nlines", "x" * 300]
-ALL_PICTURES = {picture.name for section in PICTURES.values() for picture in section}
+ALL_PICTURES = {picture.name for section in PLOTS.values() for picture in section}
 EVICTION_PICTURES = {"queue-spectrum", "queue-energy"}
 
 
