@@ -36,7 +36,7 @@ app = typer.Typer(
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        self.quiet = True  # whoever read along has left; the run goes on
+        self.quiet = True  # the reader of the pipe is gone; the run continues
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -59,9 +59,9 @@ def main() -> None:
 
 @contextmanager
 def _readable_errors(
-    interrupted: str = "What is finished is kept: the same command goes on from here.",
+    interrupted: str = "What is finished is kept: the same command resumes from here.",
 ) -> Iterator[None]:
-    """What a user can mend ends in one line and exit code 2; Ctrl-C says how to go on."""
+    """Errors that a user can fix end in one line and exit code 2; Ctrl-C says how to resume."""
     try:
         with _warnings_as_notes():
             yield
@@ -78,7 +78,7 @@ def _readable_errors(
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """What the data makes one warn of is a line, without the place in the code."""
+    """Warnings about the data are one line each, without the place in the code."""
     from qtuning_fast.lifelong.data.tables import DataWarning
 
     def show(
@@ -101,7 +101,7 @@ def _warnings_as_notes() -> Iterator[None]:
 
 
 def _silence_libraries() -> None:
-    """Libraries' progress and advice stay out of the way of ours."""
+    """Hide the progress bars and advice of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
@@ -117,6 +117,9 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+_INDICES, _REPEATED = tuple[int, ...] | None, tuple[str, ...]  # settings that options spell in another way
+
+
 @dataclass(frozen=True)
 class _Options:
     """A dataclass of settings as options of a command.
@@ -124,8 +127,8 @@ class _Options:
     Args:
         settings: the dataclass.
         panel: the heading of its options in `--help`.
-        left_out: settings that are no options.
-        defaults: what `--help` says of defaults that the command works out, by the setting; the option is then None.
+        left_out: settings without an option.
+        defaults: by setting, the text in `--help` for a default that the command computes; the option is then None.
     """
 
     settings: type
@@ -134,7 +137,7 @@ class _Options:
     defaults: Mapping[str, str] = field(default_factory=dict)
 
     def parameters(self) -> Iterator[Parameter]:
-        """The options as parameters of a function, as typer reads them."""
+        """The options as function parameters, which typer reads."""
         for each in self._options():
             name, kind, default, text = each.name, each.kind, each.default, each.help
             flags: tuple[str, ...] = ()
@@ -142,31 +145,28 @@ class _Options:
                 kind, default, text = kind | None, None, f"{text.rstrip('.')}; {self.defaults[name]}."
             elif None in each.choices:
                 kind, default = str, default or "none"
-            elif kind == INDICES:
+            elif kind == _INDICES:
                 kind = str | None
-            elif kind == REPEATED:
+            elif kind == _REPEATED:
                 kind, default, flags = list[str] | None, None, (f"--{name.removesuffix('s')}",)
             option = typer.Option(*flags, help=text, rich_help_panel=self.panel)
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
     def read(self, given: Mapping[str, Any], **more: Any) -> Any:
-        """The settings from what was given on the command line; raises what the dataclass raises."""
+        """The settings from the values on the command line; raises what the dataclass raises."""
         return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()}, **more)
 
     def _options(self) -> list[Setting]:
         return [each for each in settings_of(self.settings) if each.name not in self.left_out]
 
 
-INDICES, REPEATED = tuple[int, ...] | None, tuple[str, ...]  # types of settings that are read from strings
-
-
 def _read(option: Setting, given: Any) -> Any:
-    """The value of a setting from that of its option."""
+    """Convert the value of an option to that of its setting."""
     if None in option.choices:
         return None if given == "none" else given
-    if option.kind == REPEATED:
+    if option.kind == _REPEATED:
         return tuple(given or ())
-    if option.kind == INDICES and given is not None:
+    if option.kind == _INDICES and given is not None:
         try:
             return tuple(int(index) for index in given.split(","))
         except ValueError:
@@ -175,7 +175,7 @@ def _read(option: Setting, given: Any) -> Any:
 
 
 def _with_options(*groups: _Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of these settings behind its own; it takes them by `**`."""
+    """Add the options of these settings to those of a command, which takes them as `**given`."""
 
     def extended(command: Any) -> Any:
         own = signature(command, eval_str=True).parameters.values()
@@ -250,7 +250,7 @@ def evaluate(
     """Evaluate the stored adapters, on the run's test splits or on labelled examples of your own."""
     with _readable_errors():
         if data is not None and task is None:
-            raise ValueError("--data needs --task, to say which adapter")
+            raise ValueError("--data needs --task, which names the adapter")
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows those of its own tasks")
         _silence_libraries()
@@ -267,7 +267,7 @@ def evaluate(
         else:
             tests = {each.name: each.test for each in saved.load_tasks()}
             if task is not None:
-                saved.model.label_names(task)  # an unknown task is an error here
+                saved.model.label_names(task)  # refuses an unknown task
                 tests = {task: tests[task]}
         table = Table("task", "examples", "accuracy")
         for name, examples in tests.items():
@@ -284,7 +284,7 @@ def predict(
     """Classify texts or images under a stored task."""
     with _readable_errors():
         if not all(each.strip() for each in text):
-            raise ValueError("text is empty; there is nothing to classify")
+            raise ValueError("text is empty; give a text to classify")
         _silence_libraries()
         from qtuning_fast.lifelong.runs import SavedRun
 
@@ -298,8 +298,8 @@ def predict(
                 console.print(f"  {name}: {answer} ({float(confidence[row]):.0%})", markup=False, highlight=False)
         if task is None:
             console.print(
-                "A guess by every task: which task a text belongs to is not known, and confidences of different tasks "
-                "do not compare. Name it with --task."
+                "A guess by every task: the task of a text is unknown, and confidences of different tasks are not "
+                "comparable. Name the task with --task."
             )
 
 

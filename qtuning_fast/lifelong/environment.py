@@ -1,4 +1,4 @@
-"""What this machine has and what is missing."""
+"""What the machine has: packages, devices and backends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = {
 
 
 def describe_environment() -> dict[str, list[tuple[str, str]]]:
-    """Rows of name and text by title."""
+    """The sections of `qtuning-fast info`: by title, rows of a name and a text."""
     return {
         f"qtuning_fast {__version__}": [
             ("python", platform.python_version()),
@@ -44,7 +44,7 @@ def describe_environment() -> dict[str, list[tuple[str, str]]]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's figures depend on."""
+    """The versions that a run's results depend on."""
     return {
         "qtuning_fast": __version__,
         "python": platform.python_version(),
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's threads."""
+    """The name of the GPU, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
@@ -77,7 +77,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[tuple[str, str]]:
-    """What `auto` would say of a small call on the best device."""
+    """The backend that `auto` takes for a small call on the best device, and why it takes no other."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, prefix = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 16, device=device)
     choice = explain_backend(query, query, query, prefix, prefix)

@@ -1,4 +1,4 @@
-"""Callbacks of a run."""
+"""The events of a run, for progress bars and the like."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qtuning_fast.lifelong.tasks import Task
 
 
 class RunListener:
-    """Is told what a run does while it goes on. This base class does nothing; override what you need."""
+    """Receives the events of a run. This base class ignores them; override the methods that you need."""
 
     def task_begins(self, number: int, task: Task) -> None: ...
 
@@ -19,5 +19,5 @@ class RunListener:
     def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None: ...
 
     def step_callback(self, steps: int) -> TrainerCallback:
-        """A callback for the training of one task of so many steps."""
+        """A transformers callback for the training of one task, which has at most `steps` steps."""
         return TrainerCallback()

@@ -1,4 +1,4 @@
-"""One example of a run, learned and forgotten: what would fail in training fails before the run's folder is claimed."""
+"""Checks before a run: what would fail in training fails before the run's folder exists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qtuning_fast.lifelong.data.tables import DataWarning
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.model.model import QTuningModel
 
-_PACKAGES = {"accelerate": "accelerate", "sklearn": "scikit-learn"}  # by the names of their modules
-_LONGEST_NAME = 200  # characters; a task's folder has its name, and file systems end at 255 bytes
+_PACKAGES = {"accelerate": "accelerate", "sklearn": "scikit-learn"}  # by module
+_LONGEST_NAME = 200  # characters; it names the task's folder, and file systems allow 255 bytes
 
 
 def preflight(
@@ -24,20 +24,20 @@ def preflight(
     tasks: Sequence[Task],
     encode: Callable[[Task], dict[str, EncodedExamples]],
 ) -> None:
-    """Look at what every task gives the model to read, and learn one example of the first.
+    """Check the inputs of every task, and train on one example of the first.
 
     Args:
-        model: a new one, for nothing else.
-        encoder: of the run.
-        tasks: of the run.
-        encode: the inputs of each split of a task.
+        model: a fresh model that nothing else uses.
+        encoder: the encoder of the run.
+        tasks: the tasks of the run.
+        encode: returns the encoded splits of a task.
 
     Warns:
-        DataWarning: the tokenizer has no token to pad with.
+        DataWarning: the tokenizer has no padding token.
 
     Raises:
-        ImportError: a package is missing that training needs.
-        ValueError: a task's name is too long, its texts are not of this model's tokens, or the model cannot learn.
+        ImportError: a package that training needs is missing.
+        ValueError: a task's name is too long, the tokenizer does not belong to the model, or training fails.
     """
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
@@ -54,7 +54,7 @@ def preflight(
         raise ValueError(f"this {name} cannot learn task {task.name!r}: {error}") from error
     if not encoder.reads_images and encoder.processor.pad_token_id is None:
         warnings.warn(
-            f"this model's tokenizer has no padding token; token {FALLBACK_PAD_TOKEN} pads, which the mask hides",
+            f"this model's tokenizer has no padding token; token {FALLBACK_PAD_TOKEN} pads instead, hidden by the mask",
             DataWarning,
             stacklevel=3,
         )
@@ -76,7 +76,7 @@ def _check_tokens(model: QTuningModel, encoder: ExampleEncoder, task: Task, spli
         highest = max(highest, int(tokens.max()))
     if known is not None and highest >= known:
         raise ValueError(
-            f"task {task.name!r}: the tokenizer makes the token {highest}, but the model knows {known}; "
+            f"task {task.name!r}: the tokenizer has a token {highest}, but the model has only {known} tokens; "
             "they do not belong together"
         )
 

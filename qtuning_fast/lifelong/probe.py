@@ -1,4 +1,4 @@
-"""The baseline that anyone would ask for: a linear probe on the frozen model."""
+"""The baseline: a linear probe on the features of the frozen model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ C_VALUES = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
 
 
 def linear_probe(train: Any, validation: Any, test: Any) -> dict[str, float]:
-    """Logistic regression on features, its regularisation tuned on the validation split.
+    """Fit a logistic regression on features; the validation split chooses its regularisation.
 
     Args:
         train, validation, test: pairs of features `[n, F]` and labels `[n]`.
 
     Returns:
-        `accuracy` on the test split and the inverse regularisation strength `C` that was chosen.
+        `accuracy` on the test split, and `C`, the inverse strength of the chosen regularisation.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

@@ -1,4 +1,4 @@
-"""A run on disk: begun from its settings, gone on with, and opened again to evaluate and predict."""
+"""Start or resume a run from its settings, and open a saved run to evaluate and predict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that makes a run what it is."""
+    """All settings of a run."""
 
     model: str
     data: DataOptions
@@ -37,7 +37,7 @@ class RunSettings:
     forward_transfer: bool = False
 
     def with_seed(self, seed: int) -> RunSettings:
-        """The same run from another seed, which also draws other examples."""
+        """The same run with another seed, which also draws other examples."""
         return replace(self, data=replace(self.data, seed=seed), training=replace(self.training, seed=seed))
 
 
@@ -45,20 +45,22 @@ ListenerFactory = Callable[[Sequence[Task], str], AbstractContextManager[RunList
 
 
 def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFactory) -> dict[str, Any]:
-    """Begin the run in `folder`, or go on with it; writes metrics and report.
+    """Start the run in `folder`, or resume it; write its metrics and its report.
 
     Args:
-        settings: of the run.
-        folder: a new one, or that of the same run cut off.
-        make_listener: makes a listener for a list of tasks and a title.
+        settings: the settings of the run.
+        folder: a new folder, or that of the same run after an interruption.
+        make_listener: makes a listener from the tasks and a title.
 
     Returns:
         The metrics.
     """
-    from qtuning_fast.lifelong.report.page import write_report  # draws: evaluating and predicting do without
+    from qtuning_fast.lifelong.report.page import (
+        write_report,
+    )  # imports matplotlib
 
     _check_writable(folder)
-    tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
+    tasks = settings.data.load()  # before the model, so that errors in the data come at once
     base_model, processor = load_base_model(settings.model, settings.method.task_type)
     title = settings.data.stream or "own data"
     with make_listener(tasks, title) as listener:
@@ -82,15 +84,18 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
 
 
 def run_seeds(settings: RunSettings, seeds: int, folder: Path, make_listener: ListenerFactory) -> dict[str, Any]:
-    """The run from several seeds, each in a folder of its own below `folder`.
+    """Run from several seeds, each in its own folder below `folder`.
 
     Returns:
         Mean and spread over the seeds.
+
+    Raises:
+        ValueError: `folder` holds a run from one seed.
     """
     from qtuning_fast.lifelong.report.page import write_seeds_report
 
     if (folder / RUN_FILE).exists():
-        raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; name another folder")
+        raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; choose another folder")
     first = settings.training.seed
     runs = [
         run_stream(settings.with_seed(seed), folder / f"seed-{seed}", make_listener)
@@ -103,10 +108,13 @@ def run_seeds(settings: RunSettings, seeds: int, folder: Path, make_listener: Li
 
 
 def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
-    """`report.html` and its pictures again, from `metrics.json`; with several seeds, those of each seed as well.
+    """Write `report.html` and its pictures again from `metrics.json`; with several seeds, also those of each seed.
 
     Returns:
         The page, the metrics or the summary that it shows, and whether it is a summary.
+
+    Raises:
+        FileNotFoundError: no run has finished in `folder`.
     """
     from qtuning_fast.lifelong.report.page import write_report, write_seeds_report
 
@@ -115,7 +123,7 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
         return write_report(metrics, folder), metrics, False
     runs = [(read_json(path), path.parent) for path in _files_by_seed(folder, METRICS_FILE)]
     if not runs:
-        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has ended there")
+        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has finished there")
     for metrics, seed_folder in runs:
         write_report(metrics, seed_folder)
     every = [metrics for metrics, _ in runs]
@@ -124,13 +132,13 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
 
 
 class SavedRun:
-    """A run's stored adapters, ready to evaluate and predict.
+    """The stored adapters of a run, ready to evaluate and predict.
 
     Args:
-        folder: of a run; of a run from several seeds the first seed is taken.
+        folder: the folder of the run; with several seeds, the first seed is opened.
 
     Raises:
-        FileNotFoundError: there is no run, or no task of it is finished.
+        FileNotFoundError: the folder holds no run, or no task of the run is finished.
         ValueError: a file is damaged.
     """
 
@@ -142,7 +150,7 @@ class SavedRun:
         self._words = settings.get("label_words", {})
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
-                f"{folder}: this run was begun from Python; open its adapters by QTuningModel.from_pretrained"
+                f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
             )
         self.data = DataOptions(**{**self._about["data"], "tasks": tuple(self._about["data"]["tasks"])})
         task_type = settings["method"]["task_type"]
@@ -151,19 +159,19 @@ class SavedRun:
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
 
     def load_tasks(self) -> list[Task]:
-        """The run's tasks again, the finished ones.
+        """Load the finished tasks of the run again.
 
         Raises:
-            ValueError: a task's data is not what the run learned from.
+            ValueError: the data of a task has changed since the run.
         """
         tasks = self.data.load()[: len(self.model.tasks)]
         for task in tasks:
             if data_digest(task) != self._digests.get(task.name):
-                raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
+                raise ValueError(f"the data of task {task.name!r} has changed since the run; give data with --data")
         return tasks
 
     def predict(self, inputs: Sequence[str], task: str) -> Tensor:
-        """Probabilities `[inputs, classes]` of texts, or of images by their paths, under a task's adapter.
+        """Probabilities `[inputs, classes]` of texts, or of images by path, under the adapter of a task.
 
         A language model chooses among the words for the classes.
         """
@@ -173,10 +181,10 @@ class SavedRun:
         return probabilities(self.model, encoded, self._batch_size, self._answers(task))
 
     def accuracy(self, examples: Examples, task: str) -> float:
-        """Share of the examples that a task's adapter gets right.
+        """The share of the examples that the adapter of a task classifies correctly.
 
         Raises:
-            ValueError: they are images where the run reads texts, or the other way round.
+            ValueError: the examples are images but the run reads texts, or the other way round.
         """
         if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:
             kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
@@ -193,10 +201,10 @@ class SavedRun:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before anything is loaded; it is made only when the run begins."""
+    """Refuse a folder that cannot be made, before anything is loaded. It is made only when the run starts."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"out is {str(folder)!r}, but {existing} is not a folder that can be written to")
+        raise ValueError(f"out is {str(folder)!r}, but {existing} is not a writable folder")
 
 
 def _run_folder(folder: Path) -> Path:
@@ -216,8 +224,8 @@ def _recorded(data: DataOptions) -> dict[str, Any]:
 
 
 def _with_absolute_path(spec: str) -> str:
-    """A path, or `name=path`, that means the same from every folder; other names stay as they are."""
-    if Path(spec).exists():  # it may hold an equals sign itself
+    """The spec with an absolute path, so that it is valid from every folder; other specs stay as they are."""
+    if Path(spec).exists():  # a path may contain an equals sign
         return str(Path(spec).absolute())
     name, _, path = spec.partition("=")
     return f"{name}={Path(path).absolute()}" if path and Path(path).exists() else spec

@@ -1,18 +1,17 @@
-"""LifelongTrainer: a stream of tasks, one after another, that can be cut off anywhere and goes on where it was.
+"""Train a stream of tasks one after another; an interrupted run resumes where it stopped.
 
-Each stage of a run leaves a file behind and is skipped when that file is there:
+Each stage of a run writes a file, and is skipped if the file is there:
 
-    <folder>/run.json                       what the run is; another command in the same folder is refused
+    <folder>/run.json                       the settings of the run; another run in the folder is refused
     <folder>/tasks/NN-name/probe.json       the linear probe
-    <folder>/tasks/NN-name/checkpoints/     of the task in training, by transformers.Trainer
+    <folder>/tasks/NN-name/checkpoints/     checkpoints of the task in training, by transformers.Trainer
     <folder>/tasks/NN-name/training.json    curves, steps, seconds
     <folder>/adapter/                       the model after the last finished task
-    <folder>/tasks/NN-name/evaluation.json  every task so far under the live queue, and this one under its adapter
-    <folder>/tasks/NN-name/alone.json       the task learned alone, where that was asked for
-    <folder>/metrics.json                   all of it, when the stream is over
+    <folder>/tasks/NN-name/evaluation.json  each task so far under the live queue, and this one under its adapter
+    <folder>/tasks/NN-name/alone.json       the task learned alone, if asked for
+    <folder>/metrics.json                   all results, at the end of the stream
 
-Everything random in a task starts from the run's seed and the task's number, so a run that was cut off ends as one that
-was not.
+The randomness of a task starts from the run's seed and the task's number, so an interrupted run gives the same results.
 """
 
 from __future__ import annotations
@@ -54,25 +53,25 @@ RUN_FILE = "run.json"
 
 
 class LifelongTrainer:
-    """Runs a stream of tasks (Q-tuning, arXiv 2404.14607) on transformers.Trainer.
+    """Trains a stream of tasks with Q-tuning (arXiv 2404.14607), on transformers.Trainer.
 
-    Tasks are of the config's `task_type`: texts or images sorted by heads, or texts that a language model answers with
+    The tasks are of the config's `task_type`: heads classify texts or images, or a language model answers texts with
     the words for the classes (`Task.answers`).
 
     Args:
-        base_model: what the prompts are attached to.
+        base_model: the model to attach prompts to.
         processor: the base model's tokenizer, or its image processor.
-        config: the method.
+        config: the settings of the method.
         tasks: the stream, in order.
-        options: budget and rates of each task.
-        folder: of the run; a run that was cut off there goes on.
-        forward_transfer: also learn each task but the first alone, with an empty queue, to compare.
+        options: the budget and the learning rates of each task.
+        folder: the folder of the run; an interrupted run in it is resumed.
+        forward_transfer: also train each task but the first alone, with an empty queue, for comparison.
         about: further entries for the `config` of `metrics.json`, such as the stream's name.
-        listener: is told what happens; see `RunListener`.
+        listener: receives the events of the run.
 
     Raises:
-        TypeError, ValueError: the tasks cannot be run one after another, or not with this model and processor, or the
-            folder holds another run.
+        TypeError, ValueError: the tasks, the model and the processor do not fit together, or the folder holds another
+            run.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class LifelongTrainer:
         self._splits: dict[str, dict[str, EncodedExamples]] = {}
 
     def run(self) -> dict[str, Any]:
-        """Train and evaluate whatever is not done yet; returns the metrics, which are also in `metrics.json`."""
+        """Train and evaluate what is not done yet; returns the metrics, which are also in `metrics.json`."""
         self._refuse_foreign_folder()
         if not (self.folder / RUN_FILE).exists():
             with self._attached(alone=True) as model:
@@ -118,16 +117,16 @@ class LifelongTrainer:
             with FileLock(self.folder / ".lock", timeout=0):
                 return self._run()
         except Timeout:
-            raise ValueError(f"{self.folder}: another process is running there") from None
+            raise ValueError(f"{self.folder}: another process runs in this folder") from None
         finally:
-            if not (self.folder / RUN_FILE).exists():  # the run was refused: no trace of it stays
+            if not (self.folder / RUN_FILE).exists():  # a refused run leaves nothing behind
                 (self.folder / ".lock").unlink(missing_ok=True)
                 with suppress(OSError):
                     self.folder.rmdir()
 
     def _run(self) -> dict[str, Any]:
         with self._attached() as model:
-            self._claim_folder()  # not before the model is made: settings that it refuses leave no trace
+            self._claim_folder()  # after the model accepts the settings: a refused run leaves nothing behind
             for number, task in enumerate(self.tasks):
                 self.listener.task_begins(number, task)
                 self._run_stage(number, "probe", partial(self._probe, model, task))
@@ -150,12 +149,12 @@ class LifelongTrainer:
     def _refuse_foreign_folder(self) -> None:
         if not self.folder.exists() or (self.folder / RUN_FILE).exists():
             return
-        # Hidden files are what a run leaves that was killed in its first instant.
+        # A run that was killed at once leaves hidden files.
         if any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no run; name another folder")
+            raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
 
     def _claim_folder(self) -> None:
-        """Write `run.json`, or refuse a folder in which another run was begun."""
+        """Write `run.json`, or refuse a folder that holds another run."""
         current = {
             "method": self.config.to_dict(),
             "training": self.options.to_dict(),
@@ -174,11 +173,11 @@ class LifelongTrainer:
         different = sorted(name for name in current.keys() | recorded.keys() if current.get(name) != recorded.get(name))
         if different:
             details = "; ".join(f"{name}: {_difference(recorded.get(name), current.get(name))}" for name in different)
-            raise ValueError(f"{self.folder} holds another run ({details}); name another folder, or remove that one")
+            raise ValueError(f"{self.folder} holds another run ({details}); choose another folder, or remove that one")
 
     @contextmanager
     def _attached(self, *, alone: bool = False) -> Iterator[QTuningModel]:
-        """The run's model as far as it has come, or one without a past; taken off the base model after the block."""
+        """The model with all finished tasks, or with none (`alone`); it is detached from the base model afterwards."""
         saved = self.folder / "adapter"
         if not alone and (saved / CONFIG_FILE).exists():
             model = QTuningModel.from_pretrained(self.base_model, saved)
@@ -197,7 +196,7 @@ class LifelongTrainer:
         model.save_pretrained(self.folder / "adapter")
 
     def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
-        """Start, train and finish one task."""
+        """Start, train and finish one task; returns the content of `training.json`."""
         task = self.tasks[number]
         began = time.perf_counter()
         set_seed(_task_seed(self.options.seed, number))
@@ -225,7 +224,7 @@ class LifelongTrainer:
             "num_train": len(task.train),
             "num_validation": len(task.validation),
             "num_test": len(task.test),
-            "seconds": time.perf_counter() - began,  # of this process: what a run took that was cut off is not in it
+            "seconds": time.perf_counter() - began,  # without the time before an interruption
             "steps": trainer.state.global_step,
             "step_seconds": trainer.clock.median,
             "best_step": trainer.state.best_global_step,
@@ -237,10 +236,10 @@ class LifelongTrainer:
         }
 
     def _evaluate(self, model: QTuningModel, number: int) -> dict[str, Any]:
-        """Every task so far under the live prefix; this task under its adapter."""
+        """Evaluate each task so far under the live prefix, and this task under its adapter."""
         if len(model.tasks) != number + 1:
             raise RuntimeError(
-                f"{self.folder}: the evaluation after task {number + 1} is gone, and the queue has moved on"
+                f"{self.folder}: the evaluation after task {number + 1} is missing, and the queue has changed since"
             )
         live = [self._accuracy(model, task, live=True) for task in self.tasks[: number + 1]]
         task = self.tasks[number]
@@ -248,13 +247,13 @@ class LifelongTrainer:
         return {"live_queue": live, "task_adapter": self._accuracy(model, task), "adapter_digest": digest}
 
     def _assert_unchanged(self, model: QTuningModel) -> None:
-        """That a task under its adapter forgets nothing rests on adapters that never change."""
+        """Check that no adapter has changed since it was evaluated, which is why a stored task is never forgotten."""
         for number, (name, adapter) in enumerate(model.adapters.items()):
             if tensors_digest(adapter.tensors()) != self._read_stage(number, "evaluation")["adapter_digest"]:
                 raise RuntimeError(f"{self.folder}: the adapter of {name!r} is not the one that was evaluated")
 
     def _train_alone(self, number: int) -> dict[str, Any]:
-        """The task with an empty queue and a fresh shared prompt, with the same budget and seed."""
+        """Train the task with an empty queue and a fresh shared prompt, with the same budget and seed."""
         folder = self._task_folder(number) / "alone"
         with self._attached(alone=True) as model:
             self._train_task(model, number, folder)

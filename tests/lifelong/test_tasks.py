@@ -158,7 +158,7 @@ def test_refused(counts, changes, message):
 
 
 def test_refuses_empty_texts_and_odd_lengths():
-    with pytest.raises(ValueError, match="task 'made-up': none of its 2 training texts holds anything"):
+    with pytest.raises(ValueError, match="task 'made-up': all of its 2 training texts are empty"):
         split(["", " \n"], ["a", "b"])
     with pytest.raises(ValueError, match="2 texts, but 1 labels"):
         split(["x", "y"], ["a", "b"][:1], label_names=["a", "b"])

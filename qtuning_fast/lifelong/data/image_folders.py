@@ -1,4 +1,4 @@
-"""Images of one's own: a folder with a folder of files for each class, or with train, validation and test of these."""
+"""Read image folders: one folder of files per class, or folders train, validation and test of such folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Whether folders of images stand in it or in its folder `train`, and no file `train.*` that holds texts."""
+    """Whether the folder, or its folder `train`, contains folders of images, and it has no file `train.*` of texts."""
     if not folder.is_dir():
         return False
     files = [child.name for child in visible_entries(folder) if not child.is_dir() and is_readable(child.name)]
@@ -29,17 +29,17 @@ def is_image_folder(folder: Path) -> bool:
 
 
 def read_image_folder(path: str) -> tuple[dict[str, Labelled], list[str]]:
-    """The images of each split with the names of their classes, and all names in order.
+    """Read the images of each split with their class names, and all class names in order.
 
-    Splits are folders by the names of `SPLIT_NAMES`. Files that are no images are warned of.
+    Split folders have the names in `SPLIT_NAMES`. A warning names the files that are not images.
 
     Raises:
-        ValueError: a folder that is no split and no class, a class without images, two folders for one split, or a
-            class that train does not have.
+        ValueError: a folder is neither a split nor a class, a class has no images, two folders are for one split, or
+            train lacks a class.
     """
     folder = Path(path).expanduser()
     children = _folders(folder)
-    # A folder of that name without folders of images is a class: of vehicles, say.
+    # A folder `train` without folders of images is a class, for example of vehicles.
     if not any(split_named(child.name) == "train" and any(map(_is_image, child.glob("*/*"))) for child in children):
         whole = images_by_class(folder)
         return {"train": whole}, sorted(set(whole[1]))
@@ -59,10 +59,10 @@ def read_image_folder(path: str) -> tuple[dict[str, Labelled], list[str]]:
 
 
 def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images in the folders of `folder`, whose names are the classes; what else is there is warned of.
+    """Read the images in the folders of `folder`, which are named after the classes; a warning names other files.
 
     Raises:
-        ValueError: one of them holds no image.
+        ValueError: a class has no images.
     """
     images: list[Path] = []
     labels: list[str] = []
@@ -79,7 +79,7 @@ def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def check_images(images: Sequence[Input]) -> None:
-    """Open each of them, so that a damaged one shows before any training.
+    """Open each image, so that damaged ones are found before training.
 
     Raises:
         ImportError, ValueError: as `open_image`.

@@ -1,4 +1,4 @@
-"""Which file or folder of a folder is which split, by the names that people use."""
+"""Find the splits of a folder or a data set by their usual names."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ SPLIT_NAMES = {
 
 
 def split_named(name: str) -> str | None:
-    """The split that goes by this name, in upper or lower case; None where none does."""
+    """The split that this name means, in upper or lower case; None if it means none."""
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """The file of each split that there is; what is ignored is warned of by name.
+    """The file of each split in a folder; a warning names the files that are not used.
 
     Raises:
-        FileNotFoundError: there is none for `train`.
-        ValueError: there are several for one split, or the one that there is cannot be read.
+        FileNotFoundError: there is no file for `train`.
+        ValueError: a split has several files, or its file cannot be read.
     """
     children = visible_entries(folder)
-    files = [child for child in children if not child.is_dir()]  # links to nothing too: what they stood for is missed
+    files = [child for child in children if not child.is_dir()]  # broken links too: their splits are missing
     named = names_by_split(folder, [file.name for file in files if is_readable(file.name)])
     found = {split: folder / name for split, name in named.items()}
-    for file in files:  # a split that is not used would be cut from train instead
+    for file in files:  # otherwise the split would be cut from train
         split = split_named(stem_and_ending(file.name)[0])
         if split is not None and split not in found:
             raise ValueError(
-                f"{file} ends in {stem_and_ending(file.name)[1]!r}, so that it cannot be read as the split {split}; "
-                f"the endings that can be are {', '.join(ENDINGS)}: save it as one of these, or move it elsewhere"
+                f"{file} ends in {stem_and_ending(file.name)[1]!r}, so it cannot be read as the split {split}; "
+                f"save it as one of {', '.join(ENDINGS)}, or move it elsewhere"
             )
     if "train" not in found:
         holds = ", ".join(child.name + "/" * child.is_dir() for child in children) or "nothing"
@@ -48,10 +48,10 @@ def split_files(folder: Path) -> dict[str, Path]:
 
 
 def names_by_split(source: Path | str, names: Iterable[str]) -> dict[str, str]:
-    """Which of the names of files, folders or splits of a source is which split.
+    """The name of each split, among the names of files, folders or splits of a source.
 
     Raises:
-        ValueError: two of them are the same split.
+        ValueError: two names mean the same split.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -64,12 +64,12 @@ def names_by_split(source: Path | str, names: Iterable[str]) -> dict[str, str]:
 
 
 def visible_entries(folder: Path) -> list[Path]:
-    """What is in a folder, in order, but for hidden files."""
+    """The files and folders in a folder, in order, without hidden ones."""
     return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
 
 
 def warn_about_ignored(source: Path | str, ignored: Iterable[Path | str]) -> None:
-    """Name what is not used, the first ten of them."""
+    """Warn about files that are not used; name the first ten."""
     names = [str(each.relative_to(source)) if isinstance(each, Path) else each for each in ignored]
     if names:
         warnings.warn(f"{source}: not used: {shortened(names)}", DataWarning, stacklevel=2)

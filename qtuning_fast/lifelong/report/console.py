@@ -1,4 +1,4 @@
-"""What a run learned, as a table for the terminal."""
+"""The results of a run as a table for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, evalua
 
 
 def summary_table(metrics: Metrics) -> Table:
-    """Accuracy on each task at the end of the run, by evaluation and baseline, and what it sums up to.
+    """Accuracy on each task at the end of the run, by evaluation and baseline, with the summary measures.
 
-    Fits 80 columns: long task names are cut.
+    The table fits 80 columns; long task names are cut.
     """
     final = final_accuracies(metrics)
     table = Table(title="Accuracy at the end of the stream")

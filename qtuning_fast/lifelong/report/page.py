@@ -1,4 +1,4 @@
-"""A run as one page: tables and pictures in a single HTML file that opens from disk, on any screen, without scripts."""
+"""Write the report of a run: one HTML file with tables and plots, without scripts, that opens from disk."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from qtuning_fast.lifelong.report import plots
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture of a run: the name of its file, how to read it, and who draws it."""
+    """One plot of the report: the name of its file, how to read it, and the function that draws it."""
 
     name: str
     caption: str
@@ -95,20 +95,20 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
 
 
 def write_report(metrics: Metrics, folder: Path) -> Path:
-    """Write `folder/report.html`, and its pictures also as `folder/plots/*.png`.
+    """Write `folder/report.html`, and its plots also as `folder/plots/*.png`.
 
     Args:
-        metrics: the content of metrics.json; what it lacks is left out of the report, with the reason.
-        folder: where the run lives; made if it is not there.
+        metrics: the content of metrics.json. The report says which plots are missing and why.
+        folder: the folder of the run; made if it does not exist.
 
     Returns:
         The path of the report.
     """
     sections = {
         heading: [
-            _render_plot(picture.name, picture.caption, partial(picture.draw, metrics), folder) for picture in pictures
+            _render_plot(plot.name, plot.caption, partial(plot.draw, metrics), folder) for plot in plots_of_section
         ]
-        for heading, pictures in PLOTS.items()
+        for heading, plots_of_section in PLOTS.items()
     }
     compared = evaluations_and_baselines(metrics)
     transfers_forward = any(result.get("forward_transfer") is not None for result in compared.values())
@@ -125,12 +125,12 @@ def write_report(metrics: Metrics, folder: Path) -> Path:
 
 
 def write_seeds_report(runs: Sequence[Metrics], summary: Mapping[str, Any], folder: Path) -> Path:
-    """Write `folder/report.html` for several seeds of one run; it links to each seed's `seed-<seed>/report.html`.
+    """Write `folder/report.html` for several seeds; it links to the `seed-<seed>/report.html` of each.
 
     Args:
-        runs: metrics of each seed.
-        summary: what `mean_and_spread` says of them.
-        folder: the folder above those of the seeds; made if it is not there.
+        runs: the metrics of each seed.
+        summary: the result of `mean_and_spread`.
+        folder: the folder above those of the seeds; made if it does not exist.
 
     Returns:
         The path of the report.
@@ -142,12 +142,12 @@ def write_seeds_report(runs: Sequence[Metrics], summary: Mapping[str, Any], fold
 
 
 def _render_plot(name: str, caption: str, draw: Callable[[], Figure], folder: Path) -> dict[str, Any]:
-    """One picture as the templates want it: embedded, or the sentence that says why it is missing."""
+    """One plot for the templates: embedded, or a sentence that says why it is missing."""
     target = folder / "plots" / f"{name}.png"
     try:
         figure = draw()
     except plots.NoDataError as reason:
-        target.unlink(missing_ok=True)  # of an earlier report: it would belie this one
+        target.unlink(missing_ok=True)  # left by an earlier report
         return {"missing": str(reason)}
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -181,7 +181,7 @@ def _render_page(template: str, folder: Path, **content: Any) -> Path:
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted names with their values."""
+    """Nested settings as dotted names and values."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")

@@ -1,6 +1,6 @@
-"""Pictures of a run, one function a picture, each from the content of metrics.json.
+"""The plots of a run, one function per plot, from the content of metrics.json.
 
-A picture whose data the run does not have raises `NoDataError` with a sentence that says why.
+A plot without data raises `NoDataError` with a sentence that says why.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from qtuning_fast.lifelong.report.plot_style import (
 
 
 class NoDataError(Exception):
-    """The run has no data for a picture; the message tells the reader why."""
+    """The run has no data for a plot; the message tells the reader why."""
 
 
 def accuracy_matrix(metrics: Metrics, evaluation: str) -> Figure:
@@ -152,7 +152,7 @@ def training_curves(metrics: Metrics) -> Figure:
         for end in ends[:-1]:
             axes.axvline(end, color=FAINT, linewidth=0.8, zorder=0)
         axes.set_ylabel(name)
-        if kind != "retention_curve":  # a bound on mutual information, turned over: mostly below zero
+        if kind != "retention_curve":  # the negative of a bound on mutual information: mostly below zero
             axes.set_ylim(0, 1.02 if kind == "validation_curve" else None)
     panels[-1].set_xlim(0, 1.01 * ends[-1])
     task_ticks(panels[-1].xaxis, metrics["tasks"], at=(starts + ends) / 2)
@@ -192,7 +192,7 @@ def gate(metrics: Metrics) -> Figure:
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_ylabel(symbol, fontsize=12, rotation=0, labelpad=10)
         low, high = axes.get_ylim()
-        axes.set_ylim(min(low, 0.9), max(high, 1.1))  # or a drift of a thousandth would fill the picture
+        axes.set_ylim(min(low, 0.9), max(high, 1.1))  # or a drift of a thousandth would fill the plot
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("layer (of those with a prefix)")
     legend(panels[0])

@@ -151,7 +151,7 @@ def test_a_prompt_in_front_takes_room_where_there_is_an_end_to_it(make_tokenizer
     bert = BertModel(BertConfig(**sizes, intermediate_size=8, max_position_embeddings=12))
     encoder = ExampleEncoder(make_tokenizer(decoder=False), "sequence-classification", 9)
     encoder.check(bert, [task(["a", "b"])], prompt_tokens=3)
-    with pytest.raises(ValueError, match="at most 8 tokens behind the 4 of a prompt"):
+    with pytest.raises(ValueError, match="at most 8 tokens besides the 4 of a prompt"):
         encoder.check(bert, [task(["a", "b"])], prompt_tokens=4)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=8, d_kv=8, num_layers=1, num_heads=1, d_ff=8))
     ExampleEncoder(make_tokenizer(decoder=False), "text-to-text", 9).check(t5, [task(["a", "b"])], prompt_tokens=300)

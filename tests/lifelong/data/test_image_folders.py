@@ -117,7 +117,7 @@ def test_images_by_class_for_a_task_that_is_known(tmp_path):
     draw(tmp_path / "dog", 3)
     examples = load_examples(str(tmp_path), ["cat", "dog"])
     assert examples.labels == [1, 1, 1] and classes_of(examples, ["cat", "dog"])
-    with pytest.raises(ValueError, match="label 'dog' is none of the task's"):
+    with pytest.raises(ValueError, match="label 'dog' is not a label of the task"):
         load_examples(str(tmp_path), ["cat", "horse"])
 
 

@@ -75,7 +75,7 @@ def test_a_split_that_is_no_file_is_refused(name: str, kind: str, tmp_path: Path
         os.mkfifo(tmp_path / name)
     else:
         (tmp_path / name).symlink_to(tmp_path / (name if kind == "link to itself" else "gone.csv"))
-    with pytest.raises(FileNotFoundError, match=rf"{name} is a link to nothing, or no file at all"):
+    with pytest.raises(FileNotFoundError, match=rf"{name} is a broken link or not a regular file"):
         load_task(f"reviews={tmp_path}", validation_shots=2)
 
 

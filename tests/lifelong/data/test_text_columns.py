@@ -90,10 +90,14 @@ def test_two_rows_that_a_stray_quote_joins_are_pointed_out(header: str, row: str
 
 @pytest.mark.parametrize(
     ("label", "said"),
-    [("Good", ", and is not 'good' but 'Good'"), ("go\u200bod", r", and is not 'good' but 'go\u200bod'"), ("x", "")],
+    [
+        ("Good", "; it looks like 'good' but is 'Good'"),
+        ("go\u200bod", r"; it looks like 'good' but is 'go\u200bod'"),
+        ("x", ""),
+    ],
 )
 def test_an_unknown_label_that_looks_like_a_known_one(label: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"is new; it stands in row 2{said}") + "$"):
+    with pytest.raises(ValueError, match=re.escape(f"is new; it is in row 2{said}") + "$"):
         check_known_labels(table(["bad", label]), ["bad", label], ["bad", "good"], "is new")
-    with pytest.raises(ValueError, match=re.escape(r"and is not 'caf\xe9' but 'cafe\u0301'")):
+    with pytest.raises(ValueError, match=re.escape(r"it looks like 'caf\xe9' but is 'cafe\u0301'")):
         check_known_labels(table([]), ["cafe\u0301"], ["caf\u00e9"], "is new")
