@@ -46,7 +46,14 @@ setup(
         "qtuning_fast.kernels": ["blocks.json"],
         "qtuning_fast.lifelong.report": ["*.html.j2"],
     },
-    install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4.3", "torch>=2.11", "transformers>=5.17"],
+    install_requires=[
+        "cachetools>=5.3",
+        "filelock>=3.12",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "torch>=2.11",
+        "transformers>=5.17",
+    ],
     extras_require={
         "lifelong": LIFELONG,
         "triton": ["triton>=3.6; sys_platform == 'linux'"],

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.bench.eager import concatenated
 
 Attention = Callable[[PrefixAttentionCall, Tensor, Tensor], Tensor]  # of call, keys and values [B, Hkv, P + M, D]

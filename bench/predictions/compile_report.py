@@ -30,7 +30,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.api import call_of
+from qtuning_fast.attention.arguments import INPUTS, PrefixAttentionCall
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch
@@ -133,7 +134,8 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
     def weights() -> tuple[Tensor, Tensor]:
         return empty(*bank, P, 1), empty(*bank, 1, Hkv, head_size)
 
-    return PrefixAttentionCall(
+    masks = {"padded": empty(B, N, dtype=torch.bool), "biased": empty(1, Hq, N, N, dtype=dtype)}
+    return call_of(
         query=heads(Hq),
         key=heads(Hkv),
         value=heads(Hkv),
@@ -147,12 +149,9 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
         gate="sigmoid" if bank else "tanh",
         gate_alpha=empty(*bank, *(1 for _ in bank)),
         gate_tau=empty(*bank, *(1 for _ in bank)),
-        padding_mask=empty(B, N, dtype=torch.bool) if context == "padded" else None,
-        attn_mask=empty(1, Hq, N, N, dtype=dtype) if context == "biased" else None,
+        attn_mask=masks.get(context),
         prefix_bias=empty(1, Hq, N, P) if context == "biased" else None,
         is_causal=context == "causal",
-        scale=head_size**-0.5,
-        softcap=None,
     )
 
 
@@ -165,7 +164,7 @@ def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
         yield "merge", prefix_forward.launch(as_seen, *outputs)
         return
     frozen = {"gate_alpha", "gate_tau"} if call.prefix_index is not None else set()
-    gradients = backward.empty_gradients(call, [name not in frozen for name in backward.INPUTS])
+    gradients = backward.rooms(call, [name for name in INPUTS if name not in frozen])
     yield "forward", forward.launch(as_seen, *outputs)
     _, *others = backward.launches(call, *outputs, outputs[0], gradients)
     yield from zip(("queries", "keys", "prefix", "reweighting"), others)

@@ -36,14 +36,14 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.attention import composed, dispatch
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed.vendors import Vendor
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.predictions.compile_report import AbsentDriver
 from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.timing import Call, Turns, round_robin
-from qtuning_fast.kernels import backward, forward, prefix_part, replay
+from qtuning_fast.kernels import backward, forward, launch, prefix_part
 from qtuning_fast.kernels.target import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -159,9 +159,9 @@ def stages(x: shapes.Inputs) -> dict[str, Call]:
         dispatch.choose(inputs.call(SHAPE), "fused")
 
     def built(run: Call) -> None:
-        replay.enabled = False
+        launch.enabled = False
         run()
-        replay.enabled = True
+        launch.enabled = True
 
     return {"checks": checks} | passes | {f"{name}, built": partial(built, run) for name, run in passes.items()}
 

@@ -52,7 +52,7 @@ def random_adapter(model: QTuningModel, name: str, rows: int, generator: torch.G
     def normal(*sizes: int, std: float) -> Tensor:
         return std * torch.randn(sizes, generator=generator)
 
-    shapes = [model.attention.layers[index].shape for index in model.layer_indices]
+    shapes = [model.backbone.injector.layers[index].shape for index in model.layer_indices]
     return TaskAdapter(
         name=name,
         label_names=("no", "yes"),

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.attention import dispatch
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, Backend
 from qtuning_fast.bench.measure import default_device, in_a_process, measure_each
 from qtuning_fast.bench.memory import peak_of

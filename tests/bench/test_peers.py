@@ -90,7 +90,7 @@ def test_flex_attention_takes_one_gate_for_all_heads(monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
     monkeypatch.setattr(flex, "compiled", lambda function: function)
     call = inputs(TINY, dtype=torch.float32, device="cpu").call(TINY)
-    call = replace(call, gate_alpha=call.gate_alpha[0], gate_tau=call.gate_tau[0])
+    call = replace(call, gate_alpha=call.alpha[0], gate_tau=call.tau[0])
     torch.testing.assert_close(PEERS["flex"].attend(call), PEERS["eager"].attend(call))
 
 
