@@ -158,7 +158,7 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
         base, last = content["base_model"], content["last_learned"]
         if last is not None and last not in adapters:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: the task learned last, {last!r}, is not among its tasks")
-        learning, queue = _parted(state if version == FORMAT_VERSION else _from_version_3(state))
+        learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
         return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
@@ -173,8 +173,8 @@ def _parted(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
     return {name: x for name, x in state.items() if not name.startswith(_QUEUE)}, queue
 
 
-def _from_version_3(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The training prefix was called `live` then."""
+def from_version_3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state by the names it has now: the training prefix was called `live` then."""
     return {re.sub(r"^live\.", "prefix.", name): x for name, x in state.items()}
 
 

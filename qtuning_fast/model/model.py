@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.prefix import Prefix
+from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
-from qtuning_fast.model.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from qtuning_fast.model.checkpoint import Checkpoint, from_version_3, read_checkpoint, write_checkpoint
 from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
@@ -99,6 +100,16 @@ class QTuningModel(nn.Module):
     def training_prefix(self) -> TrainingPrefix:
         """`[P* ; P_new ; W ∘ Q_old]`, its gates, and the queue."""
         return self.learning.prefix
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The head of the task in training."""
+        return self.learning.head
+
+    @property
+    def discriminator(self) -> Discriminator | None:
+        """Memory retention's, from the first eviction on."""
+        return self.learning.discriminator
 
     @property
     def tasks(self) -> list[str]:
@@ -495,8 +506,8 @@ class QTuningModel(nn.Module):
         return self.learning.state_dict()
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `trainable_state_dict` within the same task."""
-        self.learning.load_trained(state)
+        """Restore `trainable_state_dict` within the same task, of this version or the one before."""
+        self.learning.load_trained(from_version_3(state))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the queue and the adapters of all finished tasks into a folder, replacing what was there in one step.
