@@ -116,10 +116,9 @@ class TaskTrainer(Trainer):
         tensors = {name: value.cpu().contiguous() for name, value in self.qtuning.trainable_state_dict().items()}
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing = [name for name in load_result.missing_keys if not name.startswith("base_model.")]
-        if missing or load_result.unexpected_keys:
-            raise CorruptFileError(f"a checkpoint does not fit: missing {missing}, extra {load_result.unexpected_keys}")
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # transformers would load by the names of the whole model; a checkpoint has those of what trains.
+        self.qtuning.load_trainable_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"

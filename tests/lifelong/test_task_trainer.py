@@ -76,6 +76,22 @@ def test_a_task_that_is_over_is_not_trained_again(
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.trainable_state_dict().items())
 
 
+def test_an_interrupted_task_is_resumed_from_its_checkpoint(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(model, tmp_path, batch, TrainingOptions(**{**OPTIONS.to_dict(), "steps": 2})).train_or_resume()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    loaded: list[dict[str, torch.Tensor]] = []
+    load = QTuningModel.load_trainable_state_dict
+    monkeypatch.setattr(
+        QTuningModel, "load_trainable_state_dict", lambda self, state: (loaded.append(state), load(self, state))[1]
+    )
+    resumed = trainer(model, tmp_path, batch)
+    resumed.train_or_resume()
+    assert resumed.state.global_step == 4 and len(resumed.clock.seconds) == 2  # two of four steps were left
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded[0].items())
+
+
 @pytest.mark.parametrize("damage", ["a flipped bit", "no manifest", "a missing file"])
 def test_checkpoints_that_are_not_whole_are_removed(
     damage: str, model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
