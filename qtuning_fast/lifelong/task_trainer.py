@@ -108,7 +108,8 @@ class TaskTrainer(Trainer):
             self._retention_losses.clear()
         super().log(logs, *args, **kwargs)
 
-    # Checkpoints leave out the base model. A manifest, written last, shows that a checkpoint is complete.
+    # Checkpoints leave out the base model. A manifest, written last, shows that a checkpoint is complete. These methods
+    # are private to transformers, which has no public way to say what a checkpoint holds; a test notices when they go.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.folder)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import BertModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
@@ -120,3 +121,8 @@ def test_the_timer_counts_steps() -> None:
         timer.on_step_begin(*arguments)
         timer.on_step_end(*arguments)
     assert len(timer.seconds) == 3 and timer.median == sorted(timer.seconds)[1]
+
+
+@pytest.mark.parametrize("name", ["_save", "_load_from_checkpoint", "_load_best_model"])
+def test_transformers_still_calls_the_private_methods_that_are_overridden(name: str) -> None:
+    assert f"self.{name}(" in inspect.getsource(Trainer) and name in vars(TaskTrainer)
