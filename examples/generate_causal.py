@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from qtuning_fast import QTuningConfig, QTuningModel
-from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong import load_base_model
 
 TASKS = {
     "opposite": {"hot": "cold", "big": "small", "fast": "slow", "old": "new", "full": "empty", "early": "late"},

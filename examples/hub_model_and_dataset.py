@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import AutoModel, AutoTokenizer
 
 from qtuning_fast import LifelongTrainer, QTuningConfig
-from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong import TrainingOptions
 from qtuning_fast.lifelong.progress import ProgressBars
 from qtuning_fast.lifelong.report.console import summary_table
 from qtuning_fast.lifelong.tasks import Labelled, Task, few_shot_split

@@ -21,10 +21,8 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
-from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong import TrainingOptions, load_base_model, load_task
 from qtuning_fast.lifelong.data.images import open_image
-from qtuning_fast.lifelong.data.loading import load_task
-from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.progress import ProgressBars
 from qtuning_fast.lifelong.report.console import summary_table
 

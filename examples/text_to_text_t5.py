@@ -19,13 +19,9 @@ import transformers
 from rich.console import Console
 
 from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel, answer_scores
-from qtuning_fast.lifelong.base_models import load_base_model
-from qtuning_fast.lifelong.data.loading import load_task
-from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong import Task, TrainingOptions, load_base_model, load_stream, load_task
 from qtuning_fast.lifelong.progress import ProgressBars
 from qtuning_fast.lifelong.report.console import summary_table
-from qtuning_fast.lifelong.streams import load_stream
-from qtuning_fast.lifelong.tasks import Task
 
 
 def load_tasks(specs: list[str], shots: int) -> list[Task]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -19,9 +21,10 @@ try:
 except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
-from qtuning_fast.attention.common import GATES
-from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.method.config import TASK_TYPES, QTuningConfig
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.streams import STREAMS
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.settings import Setting, settings_of
 from qtuning_fast.version import __version__
 
 app = typer.Typer(
@@ -31,24 +34,20 @@ app = typer.Typer(
 )
 
 
-class _Output(Console):
+class _Console(Console):
     def on_broken_pipe(self) -> None:
-        self.quiet = True  # whoever read along has left; the run goes on
+        self.quiet = True  # the reader of the pipe is gone; the run continues
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = _Output()
-
-_METHOD = QTuningConfig()
-_TRAINING = TrainingOptions()
+console = _Console()
 
 
 def _option(panel: str, text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=panel)
 
 
-_data, _method, _training = (partial(_option, panel) for panel in ("Data", "Method", "Training of each task"))
-_which, _sizes = (partial(_option, panel) for panel in ("Whose attention", "What of it"))
+_data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Whose attention", "What of it"))
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
@@ -59,12 +58,12 @@ def main() -> None:
 
 
 @contextmanager
-def _clear_errors(
-    interrupted: str = "What is finished is kept: the same command goes on from here.",
+def _readable_errors(
+    interrupted: str = "What is finished is kept: the same command resumes from here.",
 ) -> Iterator[None]:
-    """What a user can mend ends in one line and exit code 2; Ctrl-C says how to go on."""
+    """Errors that a user can fix end in one line and exit code 2; Ctrl-C says how to resume."""
     try:
-        with _notes():
+        with _warnings_as_notes():
             yield
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. {interrupted}")
@@ -78,8 +77,8 @@ def _clear_errors(
 
 
 @contextmanager
-def _notes() -> Iterator[None]:
-    """What the data makes one warn of is a line, without the place in the code."""
+def _warnings_as_notes() -> Iterator[None]:
+    """Warnings about the data are one line each, without the place in the code."""
     from qtuning_fast.lifelong.data.tables import DataWarning
 
     def show(
@@ -101,8 +100,8 @@ def _notes() -> Iterator[None]:
         yield
 
 
-def _quiet() -> None:
-    """Libraries' progress and advice stay out of the way of ours."""
+def _silence_libraries() -> None:
+    """Hide the progress bars and advice of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
@@ -118,6 +117,85 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+_INDICES, _REPEATED = tuple[int, ...] | None, tuple[str, ...]  # settings that options spell in another way
+
+
+@dataclass(frozen=True)
+class _Options:
+    """A dataclass of settings as options of a command.
+
+    Args:
+        settings: the dataclass.
+        panel: the heading of its options in `--help`.
+        left_out: settings without an option.
+        defaults: by setting, the text in `--help` for a default that the command computes; the option is then None.
+    """
+
+    settings: type
+    panel: str
+    left_out: tuple[str, ...] = ()
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The options as function parameters, which typer reads."""
+        for each in self._options():
+            name, kind, default, text = each.name, each.kind, each.default, each.help
+            flags: tuple[str, ...] = ()
+            if name in self.defaults:
+                kind, default, text = kind | None, None, f"{text.rstrip('.')}; {self.defaults[name]}."
+            elif None in each.choices:
+                kind, default = str, default or "none"
+            elif kind == _INDICES:
+                kind = str | None
+            elif kind == _REPEATED:
+                kind, default, flags = list[str] | None, None, (f"--{name.removesuffix('s')}",)
+            option = typer.Option(*flags, help=text, rich_help_panel=self.panel)
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+    def read(self, given: Mapping[str, Any], **more: Any) -> Any:
+        """The settings from the values on the command line; raises what the dataclass raises."""
+        return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()}, **more)
+
+    def _options(self) -> list[Setting]:
+        return [each for each in settings_of(self.settings) if each.name not in self.left_out]
+
+
+def _read(option: Setting, given: Any) -> Any:
+    """Convert the value of an option to that of its setting."""
+    if None in option.choices:
+        return None if given == "none" else given
+    if option.kind == _REPEATED:
+        return tuple(given or ())
+    if option.kind == _INDICES and given is not None:
+        try:
+            return tuple(int(index) for index in given.split(","))
+        except ValueError:
+            raise ValueError(f"{option.name} is {given!r}; it must be indices such as 0,1,2") from None
+    return given
+
+
+def _with_options(*groups: _Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the options of these settings to those of a command, which takes them as `**given`."""
+
+    def extended(command: Any) -> Any:
+        own = signature(command, eval_str=True).parameters.values()
+        named = [each for each in own if each.kind is not Parameter.VAR_KEYWORD]
+        added = [parameter for group in groups for parameter in group.parameters()]
+        command.__signature__ = Signature([each.replace(kind=Parameter.KEYWORD_ONLY) for each in named] + added)
+        return command
+
+    return extended
+
+
+_QUEUE_SIZE = QTuningConfig().queue_size
+_QUEUE_SIZES = {name: stream.queue_size for name, stream in STREAMS.items() if stream.queue_size != _QUEUE_SIZE}
+_QUEUE_DEFAULT = ", ".join([f"default {_QUEUE_SIZE}", *(f"for {name} {size}" for name, size in _QUEUE_SIZES.items())])
+
+_DATA = _Options(DataOptions, "Data", left_out=("seed",))
+_METHOD = _Options(QTuningConfig, "Method", defaults={"queue_size": _QUEUE_DEFAULT})
+_TRAINING = _Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
+
+
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
@@ -126,99 +204,34 @@ def options(
 
 
 @app.command()
+@_with_options(_DATA, _METHOD, _TRAINING)
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run cut off there goes on.")],
-    stream: Annotated[str | None, _data("A stream of tasks: offline-5 or offline-15.")] = None,
-    task: Annotated[
-        list[str] | None,
-        _data("Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat."),
-    ] = None,
-    text_column: Annotated[str, _data("Column of the texts in your own data.")] = "text",
-    label_column: Annotated[str, _data("Column of the labels in your own data.")] = "label",
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
-    shots: Annotated[int | None, _data("Training examples a class; default 16, of your own data all.")] = None,
-    validation_shots: Annotated[int, _data("Validation examples a class.")] = 16,
-    test_size: Annotated[int, _data("Test examples a task at most.")] = 200,
     seed: Annotated[int, typer.Option(help="Random seed, of the draw of examples too.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Learn each task alone, too.")] = False,
-    task_type: Annotated[str, _method(f"{', '.join(TASK_TYPES)}.")] = _METHOD.task_type,
-    prompt_length: Annotated[int, _method("Rows of a task's prompt.")] = _METHOD.prompt_length,
-    queue_size: Annotated[int | None, _method("Capacity in prompts; default 5, for offline-5 3.")] = None,
-    shared_length: Annotated[int, _method("Rows of the shared prompt.")] = _METHOD.shared_length,
-    rank: Annotated[int, _method("Rank of the reweighting.")] = _METHOD.rank,
-    gate: Annotated[str, _method(f"{', '.join(GATES)} or none.")] = _METHOD.gate or "none",
-    gate_per: Annotated[str, _method("layer or head.")] = _METHOD.gate_per,
-    gate_training: Annotated[str, _method("every-task or first-task.")] = _METHOD.gate_training,
-    placement: Annotated[str, _method("prefix, in each layer; or input, in front of it.")] = _METHOD.placement,
-    stack: Annotated[str, _method("Of an encoder-decoder: encoder, decoder or both.")] = _METHOD.stack,
-    layers: Annotated[str | None, _method("Layers with a prefix, such as 0,1,2; default all.")] = None,
-    reparameterization: Annotated[str, _method("mlp or none.")] = _METHOD.reparameterization or "none",
-    eviction: Annotated[str, _method("pca, fifo or random.")] = _METHOD.eviction,
-    retention_weight: Annotated[float, _method("Weight of memory retention; 0: off.")] = _METHOD.retention_weight,
-    steps: Annotated[int, _training("Steps a task at most.")] = _TRAINING.steps,
-    batch_size: Annotated[int, _training("Examples a step.")] = _TRAINING.batch_size,
-    max_length: Annotated[int, _training("Tokens a text is cut or padded to.")] = _TRAINING.max_length,
-    prompt_rate: Annotated[float, _training("Learning rate of prompts and reweighting.")] = _TRAINING.prompt_rate,
-    head_rate: Annotated[float, _training("Learning rate of heads.")] = _TRAINING.head_rate,
-    gate_rate: Annotated[float, _training("Learning rate of the gate.")] = _TRAINING.gate_rate,
-    network_rate: Annotated[float, _training("Learning rate of the reparametrisation.")] = _TRAINING.network_rate,
-    eval_every: Annotated[int, _training("Steps between looks at the validation split.")] = _TRAINING.eval_every,
-    patience: Annotated[int, _training("Looks without a gain before a task stops; 0: never.")] = _TRAINING.patience,
+    **given: Any,
 ) -> None:
     """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
-    with _clear_errors():
-        _quiet()
-        from qtuning_fast.lifelong.runs import DataOptions, RunSettings, execute, execute_seeds
-        from qtuning_fast.lifelong.streams import STREAMS
+    with _readable_errors():
+        _silence_libraries()
+        from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
-        if queue_size is None:
-            queue_size = STREAMS[stream].queue_size if stream in STREAMS else _METHOD.queue_size
-        settings = RunSettings(
-            model=model,
-            data=DataOptions(
-                stream, tuple(task or ()), shots, validation_shots, test_size, seed, text_column, label_column
-            ),
-            method=QTuningConfig(
-                prompt_length=prompt_length,
-                queue_size=queue_size,
-                shared_length=shared_length,
-                rank=rank,
-                gate=_or_none(gate),
-                gate_per=gate_per,
-                gate_training=gate_training,
-                placement=placement,
-                stack=stack,
-                layers=_indices(layers),
-                reparameterization=_or_none(reparameterization),
-                eviction=eviction,
-                retention_weight=retention_weight,
-                task_type=task_type,
-            ),
-            training=TrainingOptions(
-                steps=steps,
-                batch_size=batch_size,
-                max_length=max_length,
-                prompt_rate=prompt_rate,
-                head_rate=head_rate,
-                gate_rate=gate_rate,
-                network_rate=network_rate,
-                eval_every=eval_every,
-                patience=patience,
-                seed=seed,
-            ),
-            forward_transfer=forward_transfer,
-        )
+        data = _DATA.read(given, seed=seed)
+        if given["queue_size"] is None:
+            given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
+        settings = RunSettings(model, data, _METHOD.read(given), _TRAINING.read(given, seed=seed), forward_transfer)
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import seeds_table, summary_table
 
-        def listening(tasks: Any, title: str) -> ProgressBars:
+        def progress_bars(tasks: Any, title: str) -> ProgressBars:
             return ProgressBars(len(tasks), title, console)
 
         if seeds == 1:
-            console.print(summary_table(execute(settings, out, listening)))
+            console.print(summary_table(run_stream(settings, out, progress_bars)))
         else:
-            console.print(seeds_table(execute_seeds(settings, seeds, out, listening)))
+            console.print(seeds_table(run_seeds(settings, seeds, out, progress_bars)))
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
 
 
@@ -235,30 +248,30 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate the stored adapters, on the run's test splits or on labelled examples of your own."""
-    with _clear_errors():
+    with _readable_errors():
         if data is not None and task is None:
-            raise ValueError("--data needs --task, to say which adapter")
+            raise ValueError("--data needs --task, which names the adapter")
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows those of its own tasks")
-        _quiet()
+        _silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
-        from qtuning_fast.lifelong.runs import OpenRun
+        from qtuning_fast.lifelong.runs import SavedRun
 
-        opened = OpenRun(folder)
+        saved = SavedRun(folder)
         if data is not None and task is not None:
             columns = {
-                "text_column": text_column or opened.data.text_column,
-                "label_column": label_column or opened.data.label_column,
+                "text_column": text_column or saved.data.text_column,
+                "label_column": label_column or saved.data.label_column,
             }
-            tests = {task: load_examples(data, opened.model.label_names(task), **columns)}
+            tests = {task: load_examples(data, saved.model.label_names(task), **columns)}
         else:
-            tests = {each.name: each.test for each in opened.load_tasks()}
+            tests = {each.name: each.test for each in saved.load_tasks()}
             if task is not None:
-                opened.model.label_names(task)  # an unknown task is an error here
+                saved.model.label_names(task)  # refuses an unknown task
                 tests = {task: tests[task]}
         table = Table("task", "examples", "accuracy")
         for name, examples in tests.items():
-            table.add_row(Text(name), str(len(examples)), f"{opened.accuracy(examples, name):.3f}")
+            table.add_row(Text(name), str(len(examples)), f"{saved.accuracy(examples, name):.3f}")
         console.print(table)
 
 
@@ -269,31 +282,31 @@ def predict(
     task: Annotated[str | None, typer.Option(help="The task they belong to; all tasks answer without it.")] = None,
 ) -> None:
     """Classify texts or images under a stored task."""
-    with _clear_errors():
+    with _readable_errors():
         if not all(each.strip() for each in text):
-            raise ValueError("text is empty; there is nothing to classify")
-        _quiet()
-        from qtuning_fast.lifelong.runs import OpenRun
+            raise ValueError("text is empty; give a text to classify")
+        _silence_libraries()
+        from qtuning_fast.lifelong.runs import SavedRun
 
-        opened = OpenRun(folder)
-        names = [task] if task is not None else opened.model.tasks
-        answers = {name: opened.predict(text, name).max(-1) for name in names}
+        saved = SavedRun(folder)
+        names = [task] if task is not None else saved.model.tasks
+        answers = {name: saved.predict(text, name).max(-1) for name in names}
         for row, each in enumerate(text):
             console.print(each, style="bold", markup=False, highlight=False)
             for name, (confidence, label) in answers.items():
-                answer = opened.model.label_names(name)[int(label[row])]
+                answer = saved.model.label_names(name)[int(label[row])]
                 console.print(f"  {name}: {answer} ({float(confidence[row]):.0%})", markup=False, highlight=False)
         if task is None:
             console.print(
-                "A guess by every task: which task a text belongs to is not known, and confidences of different tasks "
-                "do not compare. Name it with --task."
+                "A guess by every task: the task of a text is unknown, and confidences of different tasks are not "
+                "comparable. Name the task with --task."
             )
 
 
 @app.command()
 def report(folder: RunFolder) -> None:
     """Write a run's report and pictures again, from its metrics."""
-    with _clear_errors():
+    with _readable_errors():
         from qtuning_fast.lifelong.report.console import seeds_table, summary_table
         from qtuning_fast.lifelong.runs import rewrite_report
 
@@ -325,8 +338,8 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
     """What attention with a prompt costs a model on this machine, beside other ways to compute it."""
-    with _clear_errors("Nothing is kept."):
-        _quiet()
+    with _readable_errors("Nothing is kept."):
+        _silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
         from qtuning_fast.bench.layer_cost import Question, Wanted, results_file
         from qtuning_fast.bench.measure import QUICK, TURNS
@@ -346,24 +359,11 @@ def bench(
 @app.command()
 def info() -> None:
     """Versions, devices, backends, and what is missing."""
-    with _clear_errors():
-        from qtuning_fast.lifelong.environment import describe
+    with _readable_errors():
+        from qtuning_fast.lifelong.environment import describe_environment
 
-        for title, rows in describe().items():
+        for title, rows in describe_environment().items():
             table = Table(title=title, title_justify="left", show_header=False)
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-
-
-def _or_none(value: str) -> str | None:
-    return None if value == "none" else value
-
-
-def _indices(layers: str | None) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    try:
-        return tuple(int(index) for index in layers.split(","))
-    except ValueError:
-        raise ValueError(f"layers is {layers!r}; it must be indices such as 0,1,2") from None

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from qtuning_fast.cli import app
 from qtuning_fast.model.checked_files import read_json
 
-NOTE = "note: this model's tokenizer has no padding token; token 0 pads, which the mask hides"
+NOTE = "note: this model's tokenizer has no padding token; token 0 pads instead, hidden by the mask"
 FAST = "--steps=2 --batch-size=4 --max-length=10 --eval-every=2 --prompt-length=2 --shared-length=2 --queue-size=2"
 DRAW = "--shots=4 --validation-shots=2 --test-size=8"
 WORDS = ["<unk>", "</s>", "the", "a", "film", "play", "is", "was", "good", "bad"]
@@ -82,11 +82,11 @@ def file(tmp: Path, name: str, content: str | bytes) -> str:
 REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "an unquoted comma": (
         lambda tmp: [file(tmp, "a.csv", CSV + "not bad, really,good\n")],
-        "a.csv: the header has 2 columns, but row 41 (line 42) has 3 cells; put a text that holds commas into double",
+        "a.csv: the header has 2 columns, but row 41 (line 42) has 3 cells; put a text with commas in double",
     ),
     "a stray quote": (
         lambda tmp: [file(tmp, "a.csv", CSV + '"Great" film,good\n')],
-        "a.csv: row 41 (line 42) has a cell that goes on behind its closing double quote",
+        "a.csv: row 41 (line 42) has a cell with text after its closing double quote",
     ),
     "semicolons": (
         lambda tmp: [file(tmp, "a.csv", CSV.replace(",", ";"))],
@@ -114,11 +114,11 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a test split of another kind": (
         lambda tmp: [folder(tmp, train_csv=CSV, test_xlsx="x")],
-        "test.xlsx ends in '.xlsx', so that it cannot be read as the split test",
+        "test.xlsx ends in '.xlsx', so it cannot be read as the split test",
     ),
     "a label that train has not": (
         lambda tmp: [folder(tmp, train_csv=CSV, Test_csv="text,label\nx,good\ny,ugly\n")],
-        "label 'ugly' does not occur in train, which has ['bad', 'good']; it stands in row 2 (line 3)",
+        "label 'ugly' does not occur in train, which has ['bad', 'good']; it is in row 2 (line 3)",
     ),
     "columns for a stream": (
         lambda tmp: ["--stream=offline-5", "--text-column=body"],
@@ -162,7 +162,7 @@ def test_models_that_do_not_fit_leave_no_folder(gpt2: Path, tmp_path: Path) -> N
     for name in ("small", "no start"):
         tokenizer(WORDS).save_pretrained(tmp_path / name)
     for name, task_type, message in (
-        ("small", "sequence-classification", "the tokenizer makes the token 9, but the model knows 6"),
+        ("small", "sequence-classification", "the tokenizer has a token 9, but the model has only 6 tokens"),
         ("no start", "text-to-text", "T5ForConditionalGeneration cannot learn task 'a'"),
     ):
         code, _, errors = call(*run(tmp_path / "run", tmp_path / name, data, f"--task-type={task_type}"))

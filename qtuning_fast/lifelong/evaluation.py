@@ -1,4 +1,4 @@
-"""What a model answers, and how often it is right."""
+"""Evaluate a model on examples: probabilities, accuracy and features."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qtuning_fast.model.scoring import Answers, answer_scores
 def probabilities(
     model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None
 ) -> Tensor:
-    """`[examples, classes]` on the CPU, under the task that is set.
+    """Probabilities of the classes under the current task, `[examples, classes]` on the CPU.
 
-    A language model chooses among `answers`, one a class: their probabilities, scaled to sum to one.
+    A language model gives each of `answers`, one per class, a probability; they are scaled to sum to one.
     """
     with model.evaluating():
         scores = (
@@ -27,12 +27,12 @@ def probabilities(
 
 
 def accuracy(model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None) -> float:
-    """Share of the examples that the model, under the task that is set, gets right; arguments as above."""
+    """The share of the examples that the model classifies correctly; for the arguments see `probabilities`."""
     chosen = probabilities(model, examples, batch_size, answers).argmax(-1)
     return float((chosen == examples.columns["labels"]).double().mean())
 
 
 def features(model: QTuningModel, examples: EncodedExamples, batch_size: int, *, task: str | None) -> Tensor:
-    """Pooled features `[examples, hidden]` on the CPU, under a finished task or of the base model alone."""
+    """Pooled features `[examples, hidden]` on the CPU, under a finished task; None means the base model alone."""
     batches = examples.batches(batch_size, model.device)
     return torch.cat([model.features(batch, task=task).cpu() for batch in batches])

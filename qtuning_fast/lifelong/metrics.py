@@ -1,6 +1,6 @@
-"""What a run over a stream of tasks learned, forgot and carried over, in numbers.
+"""Metrics of a run: accuracy, forgetting, and transfer between tasks.
 
-`R[i][j]` is the accuracy on task `j` after training on task `i`; above the diagonal it is not defined (None).
+`R[i][j]` is the accuracy on task `j` after training on task `i`; above the diagonal it is undefined (None).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ MEASURES = ("average_accuracy", "forgetting", "backward_transfer")
 def evaluation_summary(
     accuracy_matrix: Sequence[Sequence[float | None]], alone: Sequence[float | None] | None = None
 ) -> dict[str, Any]:
-    """One evaluation of a run: the matrix and what it says.
+    """Summarise one evaluation of a run.
 
     Args:
         accuracy_matrix: `T` rows of `T` fractions in [0, 1]; None above the diagonal.
-        alone: `T` accuracies of each task learned alone, with the same budget and seed, an empty queue and a
-            fresh shared prompt; None where it was not measured (the first task never needs it).
+        alone: the accuracy of each of the `T` tasks when it is learned alone, with the same budget and seed, an empty
+            queue and a fresh shared prompt. None where it was not measured; the first task never needs it.
 
     Returns:
         A dict, ready for JSON:
@@ -32,10 +32,10 @@ def evaluation_summary(
         - `average_accuracy`: mean of the last row.
         - `forgetting`: mean over `j < last` of `max_i R[i][j] - R[last][j]`; 0 for a single task.
         - `backward_transfer`: mean over `j < last` of `R[last][j] - R[j][j]`; 0 for a single task.
-        - `forward_transfer`: mean over the tasks that `alone` knows of `R[j][j] - alone[j]`; None where it knows none.
+        - `forward_transfer`: mean of `R[j][j] - alone[j]` over the tasks with a value in `alone`; None without any.
 
     Raises:
-        ValueError: a matrix or a list of another shape, or an accuracy outside [0, 1].
+        ValueError: the matrix or the list has the wrong shape, or an accuracy is outside [0, 1].
     """
     R = _lower_triangle(accuracy_matrix)
     tasks, final, learned = len(R), R[-1], R.diagonal()
@@ -75,24 +75,24 @@ def _forward_transfer(learned: np.ndarray, alone: Sequence[float | None] | None)
     return float(known.mean()) if known.size else None
 
 
-def results(metrics: Metrics) -> dict[str, dict[str, Any]]:
-    """What the run has to compare, by name: its evaluations, then its baselines."""
+def evaluations_and_baselines(metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """The results of a run by name: its evaluations, then its baselines."""
     return {name: metrics[name] for name in EVALUATIONS if name in metrics} | metrics.get("baselines", {})
 
 
 def final_accuracies(metrics: Metrics) -> dict[str, list[float]]:
-    """Accuracy on each task at the end of the run, by evaluation or baseline."""
+    """The accuracy on each task at the end of the run, by evaluation or baseline."""
     return {
         name: result["accuracy_matrix"][-1] if name in EVALUATIONS else result["accuracy"]
-        for name, result in results(metrics).items()
+        for name, result in evaluations_and_baselines(metrics).items()
     }
 
 
 def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
-    """Several seeds of one run, summed up: the shape of one run's metrics with a spread in place of each number.
+    """Summarise the runs from several seeds: one run's metrics, with a spread in place of each number.
 
     Args:
-        runs: metrics of the same stream and configuration, one per seed.
+        runs: the metrics of each seed, for the same stream and settings.
 
     Returns:
         `{"task_adapter": {"average_accuracy": spread, "forgetting": ..., "backward_transfer": ...},
@@ -100,7 +100,7 @@ def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
         `{"mean", "std", "values"}`: `std` is the sample standard deviation, None for a single run.
 
     Raises:
-        ValueError: no runs.
+        ValueError: `runs` is empty.
     """
     if not runs:
         raise ValueError("runs must hold the metrics of at least one run, got none")

@@ -1,58 +1,99 @@
-"""How each task of a stream is trained."""
+"""The settings of a run: where its tasks come from, and how each of them is trained."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from qtuning_fast.lifelong.data.loading import load_task
+from qtuning_fast.lifelong.streams import STREAMS, load_stream
+from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.method.settings import check_settings, documented, setting
 
+_STREAM_SHOTS = 16
+
+
+@documented
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the tasks of a run come from: a stream, or the user's own data."""
+
+    stream: str | None = setting(
+        None, f"A stream of tasks: {' or '.join(STREAMS)}.", "Give a stream or tasks, not both."
+    )
+    tasks: tuple[str, ...] = setting(
+        (),
+        "Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat.",
+        "See `load_task`.",
+    )
+    shots: int | None = setting(None, f"Training examples a class; default {_STREAM_SHOTS}, of your own data all.")
+    validation_shots: int = setting(16, "Validation examples a class.")
+    test_size: int = setting(200, "Test examples a task at most.")
+    seed: int = setting(0, "Random seed of the draw.")
+    text_column: str = setting("text", "Column of the texts in your own data.", "All tasks have the same.")
+    label_column: str = setting("label", "Column of the labels in your own data.", "All tasks have the same.")
+
+    def load(self) -> list[Task]:
+        """The tasks in order.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: something is missing or wrong; the message names it.
+        """
+        if (self.stream is None) == (not self.tasks):
+            raise ValueError("give either a stream or tasks of your own, and not both")
+        sizes: dict[str, Any] = {
+            "validation_shots": self.validation_shots,
+            "test_size": self.test_size,
+            "seed": self.seed,
+        }
+        columns: dict[str, Any] = {"text_column": self.text_column, "label_column": self.label_column}
+        if self.stream is None:
+            return [load_task(spec, shots=self.shots, **sizes, **columns) for spec in self.tasks]
+        for name, column in columns.items():
+            if column != _USUAL[name]:
+                raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave {name} out")
+        return load_stream(self.stream, shots=_STREAM_SHOTS if self.shots is None else self.shots, **sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, but for columns of the usual names: runs made before these could be chosen do not have them."""
+        return {name: value for name, value in asdict(self).items() if value != _USUAL.get(name, ...)}
+
+
+_USUAL = {each.name: each.default for each in fields(DataOptions) if each.name in ("text_column", "label_column")}
+
+
+@documented
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The budget and the rates of one task; every task of a run gets the same.
+    """The budget and the learning rates of one task; every task of a run has the same.
 
-    AdamW without weight decay, gradients clipped at norm 1, a tenth of the steps warm up, then a cosine decay.
-
-    Args:
-        steps: optimiser steps at most.
-        batch_size: examples a step.
-        eval_batch_size: examples a batch when evaluating.
-        max_length: tokens a text is cut or padded to, so that all steps cost the same.
-        prompt_rate: of the prompts, the shared prompt and the reweighting.
-        head_rate, gate_rate: of the head; of the gate's alpha and tau.
-        network_rate: of the reparametrisation MLP and the discriminator.
-        eval_every: steps between looks at the validation split; a checkpoint is written at each.
-        patience: looks without a gain before a task stops early; 0 never stops early. The best look is what is kept.
-        seed: of everything random in the run.
+    The optimiser is AdamW without weight decay. Gradients are clipped at norm 1. A tenth of the steps warm up, then
+    the rates decay along a cosine.
 
     Raises:
-        TypeError, ValueError: a field is not what it must be; the message names it.
+        TypeError, ValueError: an option has a wrong value; the message names the option.
     """
 
-    steps: int = 100
-    batch_size: int = 16
-    eval_batch_size: int = 64
-    max_length: int = 64
-    prompt_rate: float = 3e-3
-    head_rate: float = 1e-2
-    gate_rate: float = 1e-3
-    network_rate: float = 1e-3
-    eval_every: int = 20
-    patience: int = 0
-    seed: int = 0
+    steps: int = setting(100, "Steps a task at most.")
+    batch_size: int = setting(16, "Examples a step.")
+    eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
+    max_length: int = setting(64, "Tokens a text is cut or padded to.", "All steps then cost the same.")
+    prompt_rate: float = setting(
+        3e-3, "Learning rate of prompts and reweighting.", "It applies to the shared prompt too."
+    )
+    head_rate: float = setting(1e-2, "Learning rate of heads.")
+    gate_rate: float = setting(1e-3, "Learning rate of the gate.", "It applies to alpha and tau.")
+    network_rate: float = setting(
+        1e-3, "Learning rate of the reparametrisation.", "It applies to the discriminator too."
+    )
+    eval_every: int = setting(20, "Steps between looks at the validation split.", "Each look also writes a checkpoint.")
+    patience: int = setting(
+        0, "Looks without a gain before a task stops; 0: never.", "The state of the best look is kept.", least=0
+    )
+    seed: int = setting(0, "Random seed of everything in the run.", least=0)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int,) if field.type == "int" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise TypeError(
-                    f"{field.name} is {value!r}; it must be {'an integer' if len(kinds) == 1 else 'a number'}"
-                )
-            least = 0 if field.name in ("patience", "seed") else 1
-            if len(kinds) == 1 and value < least:
-                raise ValueError(f"{field.name} is {value}; it must be at least {least}")
-            if len(kinds) == 2 and not 0 <= value < float("inf"):
-                raise ValueError(f"{field.name} is {value}; it must be finite and not negative")
+        check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

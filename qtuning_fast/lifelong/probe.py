@@ -1,4 +1,4 @@
-"""The baseline that anyone would ask for: a linear probe on the frozen model."""
+"""The baseline: a linear probe on the features of the frozen model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-STRENGTHS = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
+C_VALUES = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
 
 
 def linear_probe(train: Any, validation: Any, test: Any) -> dict[str, float]:
-    """Logistic regression on features, its regularisation tuned on the validation split.
+    """Fit a logistic regression on features; the validation split chooses its regularisation.
 
     Args:
         train, validation, test: pairs of features `[n, F]` and labels `[n]`.
 
     Returns:
-        `accuracy` on the test split and the inverse regularisation strength `C` that was chosen.
+        `accuracy` on the test split, and `C`, the inverse strength of the chosen regularisation.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -25,7 +25,7 @@ def linear_probe(train: Any, validation: Any, test: Any) -> dict[str, float]:
     best, best_score = None, -1.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for strength in STRENGTHS:
+        for strength in C_VALUES:
             probe = LogisticRegression(C=strength, max_iter=300).fit(*train)
             score = probe.score(*validation)
             if score > best_score:

@@ -1,4 +1,4 @@
-"""Progress bars for a run: one for the stream, one for the steps of the task in training."""
+"""Progress bars of a run: one for the stream, one for the steps of the current task."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.tasks import Task
-from qtuning_fast.lifelong.trainer import RunListener
 
 
 class ProgressBars(RunListener):
-    """Shows a run on a terminal; elsewhere it prints a line for each finished task. Use it as a context manager.
+    """Shows the progress of a run. Without a terminal, it prints a line for each finished task.
+
+    Use it as a context manager.
 
     Args:
-        tasks: how many the stream has.
-        title: of the stream's bar.
+        tasks: the number of tasks in the stream.
+        title: the title of the stream's bar.
     """
 
     def __init__(self, tasks: int, title: str, console: Console | None = None) -> None:

@@ -1,78 +1,34 @@
-"""A run on disk: begun from its settings, gone on with, and opened again to evaluate and predict."""
+"""Start or resume a run from its settings, and open a saved run to evaluate and predict."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qtuning_fast.lifelong.base_models import load_base_model
-from qtuning_fast.lifelong.data.encoding import Answers, ExampleReader
-from qtuning_fast.lifelong.data.loading import load_task
+from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.evaluation import accuracy, probabilities
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import mean_and_spread
-from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.streams import load_stream
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
-from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer, RunListener
+from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 
 METRICS_FILE = "metrics.json"
-_COLUMNS = {"text_column": "text", "label_column": "label"}  # as they are where nobody says otherwise
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where the tasks come from.
-
-    Args:
-        stream: name of a stream, or None.
-        tasks: one's own data, `name=path` each; exactly one of the two is given.
-        shots: training examples a class; None takes 16 of a stream, and all there are of one's own data.
-        validation_shots: validation examples a class.
-        test_size: test examples a task at most.
-        seed: of the draw.
-        text_column, label_column: of one's own data, the same for all tasks.
-    """
-
-    stream: str | None = None
-    tasks: tuple[str, ...] = ()
-    shots: int | None = None
-    validation_shots: int = 16
-    test_size: int = 200
-    seed: int = 0
-    text_column: str = _COLUMNS["text_column"]
-    label_column: str = _COLUMNS["label_column"]
-
-    def load(self) -> list[Task]:
-        """The tasks in order.
-
-        Raises:
-            ValueError, FileNotFoundError, ImportError: what is missing or wrong, by name.
-        """
-        if (self.stream is None) == (not self.tasks):
-            raise ValueError("either a stream or tasks of one's own must be named, and not both")
-        sizes: dict[str, Any] = {"validation_shots": self.validation_shots, "test_size": self.test_size}
-        sizes["seed"] = self.seed
-        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
-        if self.stream is not None:
-            for name, column in columns.items():
-                if column != _COLUMNS[name]:
-                    raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave it out")
-            return load_stream(self.stream, shots=16 if self.shots is None else self.shots, **sizes)
-        return [load_task(spec, shots=self.shots, **sizes, **columns) for spec in self.tasks]
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that makes a run what it is."""
+    """All settings of a run."""
 
     model: str
     data: DataOptions
@@ -81,31 +37,33 @@ class RunSettings:
     forward_transfer: bool = False
 
     def with_seed(self, seed: int) -> RunSettings:
-        """The same run from another seed, which also draws other examples."""
+        """The same run with another seed, which also draws other examples."""
         return replace(self, data=replace(self.data, seed=seed), training=replace(self.training, seed=seed))
 
 
-Listening = Callable[[Sequence[Task], str], AbstractContextManager[RunListener]]
+ListenerFactory = Callable[[Sequence[Task], str], AbstractContextManager[RunListener]]
 
 
-def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[str, Any]:
-    """Begin the run in `folder`, or go on with it; writes metrics and report.
+def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFactory) -> dict[str, Any]:
+    """Start the run in `folder`, or resume it; write its metrics and its report.
 
     Args:
-        settings: of the run.
-        folder: a new one, or that of the same run cut off.
-        listening: makes a listener for a list of tasks and a title.
+        settings: the settings of the run.
+        folder: a new folder, or that of the same run after an interruption.
+        make_listener: makes a listener from the tasks and a title.
 
     Returns:
         The metrics.
     """
-    from qtuning_fast.lifelong.report.page import write_report  # draws: evaluating and predicting do without
+    from qtuning_fast.lifelong.report.page import (
+        write_report,
+    )  # imports matplotlib
 
     _check_writable(folder)
-    tasks = settings.data.load()  # before the model: what is wrong with the data shows at once
+    tasks = settings.data.load()  # before the model, so that errors in the data come at once
     base_model, processor = load_base_model(settings.model, settings.method.task_type)
     title = settings.data.stream or "own data"
-    with listening(tasks, title) as listener:
+    with make_listener(tasks, title) as listener:
         metrics = LifelongTrainer(
             base_model,
             processor,
@@ -114,26 +72,34 @@ def execute(settings: RunSettings, folder: Path, listening: Listening) -> dict[s
             settings.training,
             folder,
             forward_transfer=settings.forward_transfer,
-            about={"stream": title, "base_model": _anywhere(settings.model), "data": _plain(settings.data)},
+            about={
+                "stream": title,
+                "base_model": _with_absolute_path(settings.model),
+                "data": _recorded(settings.data),
+            },
             listener=listener,
         ).run()
     write_report(metrics, folder)
     return metrics
 
 
-def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Listening) -> dict[str, Any]:
-    """The run from several seeds, each in a folder of its own below `folder`.
+def run_seeds(settings: RunSettings, seeds: int, folder: Path, make_listener: ListenerFactory) -> dict[str, Any]:
+    """Run from several seeds, each in its own folder below `folder`.
 
     Returns:
         Mean and spread over the seeds.
+
+    Raises:
+        ValueError: `folder` holds a run from one seed.
     """
     from qtuning_fast.lifelong.report.page import write_seeds_report
 
     if (folder / RUN_FILE).exists():
-        raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; name another folder")
+        raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; choose another folder")
     first = settings.training.seed
     runs = [
-        execute(settings.with_seed(seed), folder / f"seed-{seed}", listening) for seed in range(first, first + seeds)
+        run_stream(settings.with_seed(seed), folder / f"seed-{seed}", make_listener)
+        for seed in range(first, first + seeds)
     ]
     summary = mean_and_spread(runs)
     write_json(folder / "summary.json", summary)
@@ -142,19 +108,22 @@ def execute_seeds(settings: RunSettings, seeds: int, folder: Path, listening: Li
 
 
 def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
-    """`report.html` and its pictures again, from `metrics.json`; with several seeds, those of each seed as well.
+    """Write `report.html` and its pictures again from `metrics.json`; with several seeds, also those of each seed.
 
     Returns:
         The page, the metrics or the summary that it shows, and whether it is a summary.
+
+    Raises:
+        FileNotFoundError: no run has finished in `folder`.
     """
     from qtuning_fast.lifelong.report.page import write_report, write_seeds_report
 
     if (folder / METRICS_FILE).is_file():
         metrics = read_json(folder / METRICS_FILE)
         return write_report(metrics, folder), metrics, False
-    runs = [(read_json(path), path.parent) for path in _by_seed(folder, METRICS_FILE)]
+    runs = [(read_json(path), path.parent) for path in _files_by_seed(folder, METRICS_FILE)]
     if not runs:
-        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has ended there")
+        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}: no run has finished there")
     for metrics, seed_folder in runs:
         write_report(metrics, seed_folder)
     every = [metrics for metrics, _ in runs]
@@ -162,14 +131,14 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
     return write_seeds_report(every, summary, folder), summary, True
 
 
-class OpenRun:
-    """A run's stored adapters, ready to evaluate and predict.
+class SavedRun:
+    """The stored adapters of a run, ready to evaluate and predict.
 
     Args:
-        folder: of a run; of a run from several seeds the first seed is taken.
+        folder: the folder of the run; with several seeds, the first seed is opened.
 
     Raises:
-        FileNotFoundError: there is no run, or no task of it is finished.
+        FileNotFoundError: the folder holds no run, or no task of the run is finished.
         ValueError: a file is damaged.
     """
 
@@ -181,84 +150,82 @@ class OpenRun:
         self._words = settings.get("label_words", {})
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
-                f"{folder}: this run was begun from Python; open its adapters by QTuningModel.from_pretrained"
+                f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
             )
         self.data = DataOptions(**{**self._about["data"], "tasks": tuple(self._about["data"]["tasks"])})
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
-        self.reader = ExampleReader(processor, task_type, self.options.max_length)
+        self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
 
     def load_tasks(self) -> list[Task]:
-        """The run's tasks again, the finished ones.
+        """Load the finished tasks of the run again.
 
         Raises:
-            ValueError: a task's data is not what the run learned from.
+            ValueError: the data of a task has changed since the run.
         """
         tasks = self.data.load()[: len(self.model.tasks)]
         for task in tasks:
             if data_digest(task) != self._digests.get(task.name):
-                raise ValueError(f"the data of task {task.name!r} has changed since the run; name it with --data")
+                raise ValueError(f"the data of task {task.name!r} has changed since the run; give data with --data")
         return tasks
 
     def predict(self, inputs: Sequence[str], task: str) -> Tensor:
-        """Probabilities `[inputs, classes]` of texts, or of images by their paths, under a task's adapter.
+        """Probabilities `[inputs, classes]` of texts, or of images by path, under the adapter of a task.
 
         A language model chooses among the words for the classes.
         """
         self.model.set_task(task)
-        given = [Path(each) if self.reader.reads_images else each for each in inputs]
-        questions = self.reader.questions(Examples(given, [0] * len(given)))
-        return probabilities(self.model, questions, self._batch_size, self._answers(task))
+        given = [Path(each) if self.encoder.reads_images else each for each in inputs]
+        encoded = self.encoder.encode(Examples(given, [0] * len(given)))
+        return probabilities(self.model, encoded, self._batch_size, self._answers(task))
 
     def accuracy(self, examples: Examples, task: str) -> float:
-        """Share of the examples that a task's adapter gets right.
+        """The share of the examples that the adapter of a task classifies correctly.
 
         Raises:
-            ValueError: they are images where the run reads texts, or the other way round.
+            ValueError: the examples are images but the run reads texts, or the other way round.
         """
-        if isinstance(examples.inputs[0], Path) != self.reader.reads_images:
-            kinds = ("images", "texts") if self.reader.reads_images else ("texts", "images")
+        if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:
+            kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
             raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
         self.model.set_task(task)
-        return accuracy(self.model, self.reader.questions(examples), self._batch_size, self._answers(task))
+        return accuracy(self.model, self.encoder.encode(examples), self._batch_size, self._answers(task))
 
     @property
     def _batch_size(self) -> int:
         return self.options.eval_batch_size
 
     def _answers(self, task: str) -> Answers | None:
-        return self.reader.answers(self._words.get(task, ()), task=task)
+        return self.encoder.encode_answers(self._words.get(task, ()), task=task)
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before anything is loaded; it is made only when the run begins."""
+    """Refuse a folder that cannot be made, before anything is loaded. It is made only when the run starts."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"out is {str(folder)!r}, but {existing} is not a folder that can be written to")
+        raise ValueError(f"out is {str(folder)!r}, but {existing} is not a writable folder")
 
 
 def _run_folder(folder: Path) -> Path:
-    seeds = _by_seed(folder, RUN_FILE)
+    seeds = _files_by_seed(folder, RUN_FILE)
     if not (folder / RUN_FILE).is_file() and not seeds:
         raise FileNotFoundError(f"{folder} holds no run")
     return folder if (folder / RUN_FILE).is_file() else seeds[0].parent
 
 
-def _by_seed(folder: Path, file: str) -> list[Path]:
+def _files_by_seed(folder: Path, file: str) -> list[Path]:
     found = [path for path in folder.glob(f"seed-*/{file}") if path.parent.name.removeprefix("seed-").isdigit()]
     return sorted(found, key=lambda path: int(path.parent.name.removeprefix("seed-")))
 
 
-def _plain(data: DataOptions) -> dict[str, Any]:
-    values = {**asdict(data), "tasks": [_anywhere(spec) for spec in data.tasks]}
-    # Columns of the usual names are left out, as in runs from before they could be chosen, which so go on.
-    return {name: value for name, value in values.items() if value != _COLUMNS.get(name, ...)}
+def _recorded(data: DataOptions) -> dict[str, Any]:
+    return data.to_dict() | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
 
 
-def _anywhere(spec: str) -> str:
-    """A path, or `name=path`, that means the same from every folder; other names stay as they are."""
-    if Path(spec).exists():  # it may hold an equals sign itself
+def _with_absolute_path(spec: str) -> str:
+    """The spec with an absolute path, so that it is valid from every folder; other specs stay as they are."""
+    if Path(spec).exists():  # a path may contain an equals sign
         return str(Path(spec).absolute())
     name, _, path = spec.partition("=")
     return f"{name}={Path(path).absolute()}" if path and Path(path).exists() else spec

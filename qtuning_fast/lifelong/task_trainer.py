@@ -1,4 +1,4 @@
-"""One task on transformers.Trainer: rates per kind of parameter, small checkpoints that are whole or ignored."""
+"""Train one task on transformers.Trainer, with small checkpoints that are complete or ignored."""
 
 from __future__ import annotations
 
@@ -37,13 +37,12 @@ class TaskTrainer(Trainer):
     """Trains the task that `model` has started.
 
     Args:
-        model: with a task in training.
-        options: budget and rates.
-        folder: for checkpoints.
-        train, validation: what is learned from, and what is asked.
-        answers: where a language model answers, its answers, one a class: it is right when the right one is the most
-            probable of them.
-        callbacks: told of every step.
+        model: a model with a task in training.
+        options: the budget and the learning rates.
+        folder: the folder of the checkpoints.
+        train, validation: the examples.
+        answers: the answers of a language model, one per class. It is right if the correct answer is the most probable.
+        callbacks: further callbacks.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class TaskTrainer(Trainer):
         self.options = options
         self.folder = folder
         self.answers = answers
-        self.clock = StepClock()
+        self.clock = StepTimer()
         self._retention_losses: list[Tensor] = []
         stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
         super().__init__(
@@ -70,12 +69,12 @@ class TaskTrainer(Trainer):
             train_dataset=train,
             eval_dataset=validation,
             compute_metrics=_accuracy,
-            callbacks=[self.clock, Manifest(), *stopping, *(callbacks or [])],
+            callbacks=[self.clock, WriteManifest(), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one rate for each kind of parameter."""
+        """AdamW with a learning rate for each kind of parameter."""
         if self.optimizer is None:
             rates = {
                 "prompt": self.options.prompt_rate,
@@ -109,7 +108,8 @@ class TaskTrainer(Trainer):
             self._retention_losses.clear()
         super().log(logs, *args, **kwargs)
 
-    # Checkpoints: the base model is left out, and a manifest, written last, says that a checkpoint is whole.
+    # Checkpoints leave out the base model. A manifest, written last, shows that a checkpoint is complete. These methods
+    # are private to transformers, which has no public way to say what a checkpoint holds; a test notices when they go.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.folder)
@@ -117,45 +117,44 @@ class TaskTrainer(Trainer):
         tensors = {name: value.cpu().contiguous() for name, value in self.qtuning.trainable_state_dict().items()}
         save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing = [name for name in load_result.missing_keys if not name.startswith("base_model.")]
-        if missing or load_result.unexpected_keys:
-            raise CorruptFileError(f"a checkpoint does not fit: missing {missing}, more {load_result.unexpected_keys}")
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # transformers would load by the names of the whole model; a checkpoint has those of what trains.
+        self.qtuning.load_trainable_state_dict(load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME))
 
     def _checkpoint(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
 
     def _load_best_model(self) -> None:
-        # By its step, not by the path in the state: that one goes stale when the run's folder is moved.
+        # By its step: the path in the state is wrong once the run's folder has been moved.
         assert self.state.best_global_step is not None
         best = self._checkpoint(self.state.best_global_step)
-        if not _is_whole(best):
-            raise CorruptFileError(f"{best} is damaged, and it holds the best state of the task")
+        if not _is_complete(best):
+            raise CorruptFileError(f"{best} is damaged, and the best state of the task is in it")
         self.qtuning.load_trainable_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
 
     def train_or_resume(self) -> None:
-        """Train the task, from the newest whole checkpoint if there is one, and leave the best state in the model."""
+        """Train the task, or resume from its newest complete checkpoint; the model ends in the best state."""
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            if state.best_global_step is not None and not _is_whole(self._checkpoint(state.best_global_step)):
-                shutil.rmtree(self.folder)  # what the task is to end with was lost: it begins again
+            if state.best_global_step is not None and not _is_complete(self._checkpoint(state.best_global_step)):
+                shutil.rmtree(self.folder)  # the best state is lost: the task starts again
                 checkpoint = None
-            elif self._is_over(state):  # training on would look at further steps than the run that was cut off
+            elif self._is_over(state):  # more training would validate at steps that an uninterrupted run never has
                 self.state = state
                 self._load_best_model()
                 return
         self.train(resume_from_checkpoint=checkpoint)
 
     def _is_over(self, state: TrainerState) -> bool:
-        callbacks: Any = state.stateful_callbacks  # as JSON here; the annotation tells of live ones
+        callbacks: Any = state.stateful_callbacks  # JSON here, whatever the annotation says
         stopping = callbacks.get(EarlyStoppingCallback.__name__)
         stopped = stopping and stopping["attributes"]["early_stopping_patience_counter"] >= self.options.patience
         return bool(stopped) or state.global_step >= self.options.steps
 
 
-class Manifest(TrainerCallback):
-    """Writes, after everything else of a checkpoint, what it holds."""
+class WriteManifest(TrainerCallback):
+    """Writes the manifest of a checkpoint after all its other files."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
@@ -164,7 +163,7 @@ class Manifest(TrainerCallback):
             write_json(folder / _MANIFEST, {"files": {path.name: file_digest(path) for path in files}})
 
 
-class StepClock(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Measures each optimiser step."""
 
     def __init__(self) -> None:
@@ -184,17 +183,17 @@ class StepClock(TrainerCallback):
 
 
 def latest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in `folder`; those that are not whole are removed."""
-    whole = {}
+    """The newest complete checkpoint in `folder`, or None; incomplete ones are removed."""
+    complete = {}
     for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
-            whole[int(path.name.removeprefix("checkpoint-"))] = path
+        if _is_complete(path):
+            complete[int(path.name.removeprefix("checkpoint-"))] = path
         else:
             shutil.rmtree(path)
-    return str(whole[max(whole)]) if whole else None
+    return str(complete[max(complete)]) if complete else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         files = read_json(checkpoint / _MANIFEST)["files"]
         return all(file_digest(checkpoint / name) == digest for name, digest in files.items())
@@ -222,7 +221,7 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         save_strategy="steps",
         eval_steps=every,
         save_steps=every,
-        # A log at every checkpoint: what is averaged between two logs would not survive a resume.
+        # Log at every checkpoint: an average since the last log would not survive a resume.
         logging_steps=max(size for size in range(1, 6) if every % size == 0),
         save_total_limit=2,
         load_best_model_at_end=True,
@@ -239,5 +238,5 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         use_cpu=device.type == "cpu",  # the model stays where its owner put it
     )
     _ = arguments.n_gpu  # sets up the device
-    arguments._n_gpu = 1  # nn.DataParallel would copy the attention layers, and leave the prefixes with the originals
+    arguments._n_gpu = 1  # nn.DataParallel would copy the attention layers without their prefixes
     return arguments

@@ -1,8 +1,8 @@
-"""A task: labelled texts or images in three disjoint splits, and how they are drawn from a pool.
+"""Tasks: labelled texts or images in three disjoint splits, and how the splits are drawn.
 
-A draw is decided by the examples themselves: within a class they are ordered by a digest of seed, task name and text
-or file content. So it is the same in every process and on every machine, whatever the order of the files and of the
-other tasks.
+The examples themselves decide the draw: within a class, they are ordered by a digest of the seed, the task's name and
+the text or file content. So the draw is the same in every process and on every machine, whatever the order of the files
+and whatever the other tasks.
 """
 
 import json
@@ -20,7 +20,7 @@ Input = str | Path
 SPLITS = ("train", "validation", "test")
 
 Labelled = tuple[Sequence[Input], Sequence[str]]
-"""Texts or images, and the name of the class of each."""
+"""Texts or images, and the class name of each."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Examples:
 class Task:
     """One task of a stream. No text or image occurs twice in it; `source` says where its examples come from.
 
-    Where a language model answers, `label_words` are its answers, one a class; None for the names of the classes with
-    spaces for underscores and hyphens. They are used as they are written, upper and lower case too.
+    A language model answers with `label_words`, one per class, spelled exactly so. None means the names of the classes,
+    with spaces in place of underscores and hyphens.
 
     Raises:
-        ValueError: there is not one label word a class, or one is empty.
+        ValueError: there are more or fewer label words than classes, or one is empty.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Task:
 
     @property
     def answers(self) -> list[str]:
-        """The words for the classes, in their order."""
+        """The word for each class, in order."""
         if self.label_words is not None:
             return list(self.label_words)
         return [" ".join(name.replace("_", " ").replace("-", " ").split()) or name for name in self.label_names]
@@ -73,10 +73,13 @@ class Task:
 
 
 def data_digest(task: Task) -> str:
-    """A hash that tells whether a task's examples are the same; of images the contents count, not where they are."""
+    """A digest of a task's examples. For images, their contents count, not their paths."""
     kind = _kind(task.train.inputs)
     splits = [
-        {kind: [_content(each) if isinstance(each, Path) else each for each in split.inputs], "labels": split.labels}
+        {
+            kind: [_content_key(each) if isinstance(each, Path) else each for each in split.inputs],
+            "labels": split.labels,
+        }
         for split in (task.train, task.validation, task.test)
     ]
     return sha256(json.dumps([list(task.label_names), splits]).encode()).hexdigest()[:16]
@@ -86,8 +89,8 @@ def _kind(inputs: Sequence[Input]) -> str:
     return "images" if inputs and isinstance(inputs[0], Path) else "texts"
 
 
-def _content(each: Input) -> str:
-    """What makes an example the same as another: its text with white space normalised, or a digest of the file."""
+def _content_key(each: Input) -> str:
+    """Equal for examples that count as one: the text with white space normalised, or a digest of the file."""
     return file_digest(each) if isinstance(each, Path) else " ".join(each.split())
 
 
@@ -105,28 +108,28 @@ def few_shot_split(
     test: Labelled | None = None,
     source: str = "",
 ) -> Task:
-    """Draw a task from labelled texts: so many training and validation examples a class, and a balanced test set.
+    """Draw a task from labelled texts or images: so many examples per class, and a balanced test split.
 
-    Before anything is drawn, texts that differ in white space alone become one, empty ones are dropped, and one that
-    occurs under two labels is dropped altogether. A text of the test split leaves the other two, one of the
-    validation split leaves the training texts. With images it is the same, and files of the same content are one.
+    First, texts that differ only in white space become one, empty texts are dropped, and so are texts with two labels.
+    Texts of the test split are removed from the other two splits, and texts of the validation split from the training
+    split. The same holds for images; files with the same content count as one.
 
     The draws are nested: with the same seed, the training examples of fewer `shots` are among those of more, the
-    validation examples are the same, and so is the test set where texts are plentiful.
+    validation examples are the same, and so is the test split if there are enough texts.
 
     Args:
-        inputs, labels: the training texts, or paths of image files, and the class of each, by name.
-        shots: training examples a class; None takes every text that is not held out.
-        validation_shots: validation examples a class (0: none). With `shots=None`, at most a fifth of a class.
-        test_size: at most so many test texts in all, spread over the classes as evenly as these allow. With
-            `shots=None`, at most a fifth of a class.
-        label_names: the classes of the task, in order; texts of other classes are left out. None: all, sorted.
-        validation, test: the source's own splits. What is drawn from them is at most as large, but may be smaller;
-            a split that is not given is cut from `inputs`.
+        inputs, labels: the training texts, or the paths of images, and the class name of each.
+        shots: training examples per class; None takes every text that is not held out.
+        validation_shots: validation examples per class, or 0. With `shots=None`, at most a fifth of a class.
+        test_size: the most test texts in all, spread over the classes as evenly as they allow. With `shots=None`, at
+            most a fifth of a class.
+        label_names: the classes of the task, in order; texts of other classes are left out. None takes all, sorted.
+        validation, test: the source's own splits. Draws from them may be smaller than asked for. A split that is not
+            given is cut from `inputs`.
 
     Raises:
-        ValueError: a size out of range, texts and labels that do not pair up, no text that is not empty, fewer than
-            two classes, or a class with too few texts: named, with how many there are and how many are needed.
+        ValueError: a size is out of range, texts and labels do not pair up, all texts are empty, there are fewer than
+            two classes, or a class has too few texts. The message names the class, and how many it has and needs.
     """
     _check_sizes(name, shots, validation_shots, test_size)
     classes = sorted(set(labels)) if label_names is None else list(label_names)
@@ -138,11 +141,11 @@ def few_shot_split(
 
     kind = _kind(inputs)
 
-    own_test = _Pool(test or ((), ()), classes, rank)
-    own_validation = _Pool(validation or ((), ()), classes, rank, without=own_test.seen)
-    pool = _Pool((inputs, labels), classes, rank, without=own_validation.seen | own_test.seen)
+    given_test = _Pool(test or ((), ()), classes, rank)
+    given_validation = _Pool(validation or ((), ()), classes, rank, without=given_test.seen)
+    pool = _Pool((inputs, labels), classes, rank, without=given_validation.seen | given_test.seen)
     if not pool.seen:
-        raise ValueError(f"task {name!r}: none of its {len(inputs)} training {kind} holds anything")
+        raise ValueError(f"task {name!r}: all of its {len(inputs)} training {kind} are empty")
 
     to_validate, to_test = _sizes_to_cut(
         name,
@@ -154,15 +157,15 @@ def few_shot_split(
         test_is_cut=test is None,
     )
 
-    # A test set is cut at the far end, where it stays the same when more examples are asked for at the near one.
+    # The test split is cut at the far end, so that it stays the same if more training examples are drawn.
     if test is None:
         test_part = pool.take(balanced_counts(to_test, test_size), at_end=True)
     else:
-        test_part = own_test.take(balanced_counts(own_test.sizes, test_size))
+        test_part = given_test.take(balanced_counts(given_test.sizes, test_size))
     if validation is None:
         validation_part = pool.take(to_validate)
     else:
-        validation_part = own_validation.take([validation_shots] * len(classes))
+        validation_part = given_validation.take([validation_shots] * len(classes))
     for split, part, wanted in (("test", test_part, test_size), ("validation", validation_part, validation_shots)):
         if wanted and not part:
             raise ValueError(f"task {name!r}: its {split} split has no {kind} of the classes {classes} left to draw")
@@ -171,7 +174,7 @@ def few_shot_split(
 
 
 def balanced_counts(available: Sequence[int], total: int) -> list[int]:
-    """How many to take of each class so that the counts are as even as they can be and sum to at most `total`."""
+    """How many to take of each class: as even as possible, and at most `total` in all."""
     counts = [0] * len(available)
     for done, label in enumerate(sorted(range(len(available)), key=available.__getitem__)):
         counts[label] = min(available[label], total // (len(available) - done))
@@ -180,7 +183,7 @@ def balanced_counts(available: Sequence[int], total: int) -> list[int]:
 
 
 class _Pool:
-    """The different examples of one split, by class, each class in the order in which it is drawn."""
+    """The distinct examples of one split by class; each class is in the order of the draw."""
 
     def __init__(
         self, labelled: Labelled, classes: Sequence[str], rank: Callable[[str], bytes], without: Set[str] = frozenset()
@@ -189,13 +192,13 @@ class _Pool:
         if len(inputs) != len(labels):
             raise ValueError(f"there are {len(inputs)} {_kind(inputs)}, but {len(labels)} labels")
         self.rank = rank
-        self.written: dict[str, Any] = {}  # by content
-        label_of: dict[str, str | None] = {}  # None: it occurs under two labels
+        self.input_by_content: dict[str, Any] = {}
+        label_of: dict[str, str | None] = {}  # None: it has two labels
         for each, label in zip(inputs, labels):
-            key = _content(each)
+            key = _content_key(each)
             if key:
-                # Of two with the same content the lesser stays, so that the order of the files means nothing.
-                self.written[key] = min(each, self.written.get(key, each))
+                # Of two with the same content the lesser stays, whatever the order of the files.
+                self.input_by_content[key] = min(each, self.input_by_content.get(key, each))
                 label_of[key] = label if label_of.get(key, label) == label else None
         self.by_class: list[list[str]] = [[] for _ in classes]
         index = {label: number for number, label in enumerate(classes)}
@@ -207,22 +210,22 @@ class _Pool:
 
     @property
     def seen(self) -> Set[str]:
-        """The contents of all its examples, those under two labels or of other classes too."""
-        return self.written.keys()
+        """The contents of all examples, with those that have two labels or another class."""
+        return self.input_by_content.keys()
 
     @property
     def sizes(self) -> list[int]:
         return [len(members) for members in self.by_class]
 
     def take(self, counts: Sequence[int], *, at_end: bool = False) -> Examples:
-        """Take so many examples of each class out of the pool, fewer where there are fewer, the classes mixed."""
+        """Take up to so many examples of each class out of the pool, and mix the classes."""
         taken: list[tuple[str, int]] = []
         for label, (members, count) in enumerate(zip(self.by_class, counts)):
             part = slice(len(members) - count, None) if at_end else slice(count)
             taken += [(key, label) for key in members[part]]
             del members[part]
         taken.sort(key=lambda example: self.rank(example[0]))
-        return Examples([self.written[key] for key, _ in taken], [label for _, label in taken])
+        return Examples([self.input_by_content[key] for key, _ in taken], [label for _, label in taken])
 
 
 def _check_sizes(name: str, shots: int | None, validation_shots: int, test_size: int) -> None:
@@ -242,7 +245,7 @@ def _sizes_to_cut(
     *,
     test_is_cut: bool,
 ) -> tuple[list[int], list[int]]:
-    """Of each class, how many examples to cut for validation, and how many can go to the test set at most."""
+    """For each class, how many examples to cut for validation, and the most that can go to the test split."""
     least_to_validate = to_validate if shots is not None else min(to_validate, 1)
     needed = {"to train on": shots or 1, "to validate": least_to_validate, "to test": int(test_is_cut)}
     for label, size in zip(classes, sizes):

@@ -1,23 +1,21 @@
-"""LifelongTrainer: a stream of tasks, one after another, that can be cut off anywhere and goes on where it was.
+"""Train a stream of tasks one after another; an interrupted run resumes where it stopped.
 
-Each stage of a run leaves a file behind and is skipped when that file is there:
+Each stage of a run writes a file, and is skipped if the file is there:
 
-    <folder>/run.json                       what the run is; another command in the same folder is refused
+    <folder>/run.json                       the settings of the run; another run in the folder is refused
     <folder>/tasks/NN-name/probe.json       the linear probe
-    <folder>/tasks/NN-name/checkpoints/     of the task in training, by transformers.Trainer
+    <folder>/tasks/NN-name/checkpoints/     checkpoints of the task in training, by transformers.Trainer
     <folder>/tasks/NN-name/training.json    curves, steps, seconds
     <folder>/adapter/                       the model after the last finished task
-    <folder>/tasks/NN-name/evaluation.json  every task so far under the live queue, and this one under its adapter
-    <folder>/tasks/NN-name/alone.json       the task learned alone, where that was asked for
-    <folder>/metrics.json                   all of it, when the stream is over
+    <folder>/tasks/NN-name/evaluation.json  each task so far under the live queue, and this one under its adapter
+    <folder>/tasks/NN-name/alone.json       the task learned alone, if asked for
+    <folder>/metrics.json                   all results, at the end of the stream
 
-Everything random in a task starts from the run's seed and the task's number, so a run that was cut off ends as one that
-was not.
+The randomness of a task starts from the run's seed and the task's number, so an interrupted run gives the same results.
 """
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 import time
@@ -29,19 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from qtuning_fast.integrations.transformers import without_head
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
-from qtuning_fast.lifelong.data.encoding import Answers, ExampleReader
+from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
+from qtuning_fast.lifelong.environment import device_name, versions
 from qtuning_fast.lifelong.evaluation import accuracy, features
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.preflight import rehearse
+from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import linear_probe
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
@@ -50,31 +48,30 @@ from qtuning_fast.model.checked_files import read_json, tensors_digest, write_js
 from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.fingerprint import fingerprint
 from qtuning_fast.model.model import QTuningModel
-from qtuning_fast.version import __version__
 
 RUN_FILE = "run.json"
 
 
 class LifelongTrainer:
-    """Runs a stream of tasks (Q-tuning, arXiv 2404.14607) on transformers.Trainer.
+    """Trains a stream of tasks with Q-tuning (arXiv 2404.14607), on transformers.Trainer.
 
-    Tasks are of the config's `task_type`: texts or images sorted by heads, or texts that a language model answers with
+    The tasks are of the config's `task_type`: heads classify texts or images, or a language model answers texts with
     the words for the classes (`Task.answers`).
 
     Args:
-        base_model: what the prompts are attached to.
+        base_model: the model to attach prompts to.
         processor: the base model's tokenizer, or its image processor.
-        config: the method.
+        config: the settings of the method.
         tasks: the stream, in order.
-        options: budget and rates of each task.
-        folder: of the run; a run that was cut off there goes on.
-        forward_transfer: also learn each task but the first alone, with an empty queue, to compare.
+        options: the budget and the learning rates of each task.
+        folder: the folder of the run; an interrupted run in it is resumed.
+        forward_transfer: also train each task but the first alone, with an empty queue, for comparison.
         about: further entries for the `config` of `metrics.json`, such as the stream's name.
-        listener: is told what happens; see `RunListener`.
+        listener: receives the events of the run.
 
     Raises:
-        TypeError, ValueError: the tasks cannot be run one after another, or not with this model and processor, or the
-            folder holds another run.
+        TypeError, ValueError: the tasks, the model and the processor do not fit together, or the folder holds another
+            run.
     """
 
     def __init__(
@@ -97,8 +94,8 @@ class LifelongTrainer:
             for split in SPLITS:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
-        self.reader = ExampleReader(processor, config.task_type, options.max_length)
-        self.reader.check(base_model, tasks, prompt_tokens=config.longest_prompt if config.placement == "input" else 0)
+        self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
+        self.encoder.check(base_model, tasks, prompt_tokens=config.longest_prompt if config.placement == "input" else 0)
         self.base_model = base_model
         self.config = config
         self.tasks = list(tasks)
@@ -110,37 +107,39 @@ class LifelongTrainer:
         self._splits: dict[str, dict[str, EncodedExamples]] = {}
 
     def run(self) -> dict[str, Any]:
-        """Train and evaluate whatever is not done yet; returns the metrics, which are also in `metrics.json`."""
+        """Train and evaluate what is not done yet; returns the metrics, which are also in `metrics.json`."""
         self._refuse_foreign_folder()
         if not (self.folder / RUN_FILE).exists():
             with self._attached(alone=True) as model:
-                rehearse(model, self.reader, self.tasks, self._questions)
+                preflight(model, self.encoder, self.tasks, self._encoded)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
                 return self._run()
         except Timeout:
-            raise ValueError(f"{self.folder}: another process is running there") from None
+            raise ValueError(f"{self.folder}: another process runs in this folder") from None
         finally:
-            if not (self.folder / RUN_FILE).exists():  # the run was refused: no trace of it stays
+            if not (self.folder / RUN_FILE).exists():  # a refused run leaves nothing behind
                 (self.folder / ".lock").unlink(missing_ok=True)
                 with suppress(OSError):
                     self.folder.rmdir()
 
     def _run(self) -> dict[str, Any]:
         with self._attached() as model:
-            self._claim_folder()  # not before the model is made: settings that it refuses leave no trace
+            self._claim_folder()  # after the model accepts the settings: a refused run leaves nothing behind
             for number, task in enumerate(self.tasks):
                 self.listener.task_begins(number, task)
-                self._stage(number, "probe", partial(self._probe, model, task))
+                self._run_stage(number, "probe", partial(self._probe, model, task))
                 if number >= len(model.tasks):
-                    self._train(model, number, task)
-                self._stage(number, "evaluation", partial(self._evaluate, model, number))
+                    self._train_and_save(model, number, task)
+                self._run_stage(number, "evaluation", partial(self._evaluate, model, number))
                 shutil.rmtree(self._task_folder(number) / "checkpoints", ignore_errors=True)
-                self.listener.task_ends(number, task, self._read(number, "probe"), self._read(number, "evaluation"))
+                self.listener.task_ends(
+                    number, task, self._read_stage(number, "probe"), self._read_stage(number, "evaluation")
+                )
             self._assert_unchanged(model)
         for number in range(1, len(self.tasks)) if self.forward_transfer else ():
-            self._stage(number, "alone", partial(self._learn_alone, number))
+            self._run_stage(number, "alone", partial(self._train_alone, number))
         metrics = self._metrics()
         write_json(self.folder / "metrics.json", metrics)
         return metrics
@@ -150,13 +149,13 @@ class LifelongTrainer:
     def _refuse_foreign_folder(self) -> None:
         if not self.folder.exists() or (self.folder / RUN_FILE).exists():
             return
-        # Hidden files are what a run leaves that was killed in its first instant.
+        # A run that was killed at once leaves hidden files.
         if any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no run; name another folder")
+            raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
 
     def _claim_folder(self) -> None:
-        """Write `run.json`, or refuse a folder in which another run was begun."""
-        mine = {
+        """Write `run.json`, or refuse a folder that holds another run."""
+        current = {
             "method": self.config.to_dict(),
             "training": self.options.to_dict(),
             "forward_transfer": self.forward_transfer,
@@ -165,20 +164,20 @@ class LifelongTrainer:
             "about": self.about,
         }
         if self.config.task_type not in HEAD_TASK_TYPES:
-            mine["label_words"] = {task.name: task.answers for task in self.tasks}
+            current["label_words"] = {task.name: task.answers for task in self.tasks}
         path = self.folder / RUN_FILE
         if not path.exists():
-            write_json(path, mine)
+            write_json(path, current)
             return
-        theirs = read_json(path)
-        different = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        recorded = read_json(path)
+        different = sorted(name for name in current.keys() | recorded.keys() if current.get(name) != recorded.get(name))
         if different:
-            details = "; ".join(f"{name}: {_difference(theirs.get(name), mine.get(name))}" for name in different)
-            raise ValueError(f"{self.folder} holds another run ({details}); name another folder, or remove that one")
+            details = "; ".join(f"{name}: {_difference(recorded.get(name), current.get(name))}" for name in different)
+            raise ValueError(f"{self.folder} holds another run ({details}); choose another folder, or remove that one")
 
     @contextmanager
     def _attached(self, *, alone: bool = False) -> Iterator[QTuningModel]:
-        """The run's model as far as it has come, or one without a past; taken off the base model after the block."""
+        """The model with all finished tasks, or with none (`alone`); it is detached from the base model afterwards."""
         saved = self.folder / "adapter"
         if not alone and (saved / CONFIG_FILE).exists():
             model = QTuningModel.from_pretrained(self.base_model, saved)
@@ -190,21 +189,21 @@ class LifelongTrainer:
         finally:
             model.detach()
 
-    def _train(self, model: QTuningModel, number: int, task: Task) -> None:
+    def _train_and_save(self, model: QTuningModel, number: int, task: Task) -> None:
         self.listener.stage_begins("training")
-        record = self._learn(model, number, self._task_folder(number) / "checkpoints")
+        record = self._train_task(model, number, self._task_folder(number) / "checkpoints")
         write_json(self._task_folder(number) / "training.json", record)
         model.save_pretrained(self.folder / "adapter")
 
-    def _learn(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
-        """Start, train and finish one task."""
+    def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
+        """Start, train and finish one task; returns the content of `training.json`."""
         task = self.tasks[number]
         began = time.perf_counter()
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
         model.start_task(task.name, label_names=task.label_names)
-        split, answers = self._questions(task), self._answers(task)
-        train = split["train"] if answers is None else self.reader.lessons(task.train, answers)
+        split, answers = self._encoded(task), self._answers(task)
+        train = split["train"] if answers is None else self.encoder.encode_with_answers(task.train, answers)
         if model.retains_memory:
             train = train.with_column("retention_features", self._features(model, train, previous))
         trainer = TaskTrainer(
@@ -225,7 +224,7 @@ class LifelongTrainer:
             "num_train": len(task.train),
             "num_validation": len(task.validation),
             "num_test": len(task.test),
-            "seconds": time.perf_counter() - began,  # of this process: what a run took that was cut off is not in it
+            "seconds": time.perf_counter() - began,  # without the time before an interruption
             "steps": trainer.state.global_step,
             "step_seconds": trainer.clock.median,
             "best_step": trainer.state.best_global_step,
@@ -233,14 +232,14 @@ class LifelongTrainer:
             "loss_curve": _curve(history, "loss"),
             "retention_curve": _curve(history, "retention_loss"),
             "validation_curve": _curve(history, "eval_accuracy"),
-            **_state_of(model),
+            **_method_state(model),
         }
 
     def _evaluate(self, model: QTuningModel, number: int) -> dict[str, Any]:
-        """Every task so far under the live prefix; this task under its adapter."""
+        """Evaluate each task so far under the live prefix, and this task under its adapter."""
         if len(model.tasks) != number + 1:
             raise RuntimeError(
-                f"{self.folder}: the evaluation after task {number + 1} is gone, and the queue has moved on"
+                f"{self.folder}: the evaluation after task {number + 1} is missing, and the queue has changed since"
             )
         live = [self._accuracy(model, task, live=True) for task in self.tasks[: number + 1]]
         task = self.tasks[number]
@@ -248,22 +247,22 @@ class LifelongTrainer:
         return {"live_queue": live, "task_adapter": self._accuracy(model, task), "adapter_digest": digest}
 
     def _assert_unchanged(self, model: QTuningModel) -> None:
-        """That a task under its adapter forgets nothing rests on adapters that never change."""
+        """Check that no adapter has changed since it was evaluated, which is why a stored task is never forgotten."""
         for number, (name, adapter) in enumerate(model.adapters.items()):
-            if tensors_digest(adapter.tensors()) != self._read(number, "evaluation")["adapter_digest"]:
+            if tensors_digest(adapter.tensors()) != self._read_stage(number, "evaluation")["adapter_digest"]:
                 raise RuntimeError(f"{self.folder}: the adapter of {name!r} is not the one that was evaluated")
 
-    def _learn_alone(self, number: int) -> dict[str, Any]:
-        """The task with an empty queue and a fresh shared prompt, with the same budget and seed."""
+    def _train_alone(self, number: int) -> dict[str, Any]:
+        """Train the task with an empty queue and a fresh shared prompt, with the same budget and seed."""
         folder = self._task_folder(number) / "alone"
         with self._attached(alone=True) as model:
-            self._learn(model, number, folder)
+            self._train_task(model, number, folder)
             accuracy = self._accuracy(model, self.tasks[number])
         shutil.rmtree(folder)
         return {"accuracy": accuracy}
 
     def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
-        split = self._questions(task)
+        split = self._encoded(task)
         pairs = (
             (self._features(model, part, None).numpy(), part.columns["labels"].numpy())
             for part in (split["train"], split["validation"], split["test"])
@@ -274,43 +273,47 @@ class LifelongTrainer:
 
     def _accuracy(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)
-        test = self._questions(task)["test"]
+        test = self._encoded(task)["test"]
         return accuracy(model, test, self.options.eval_batch_size, self._answers(task))
 
     def _features(self, model: QTuningModel, examples: EncodedExamples, task: str | None) -> Tensor:
         return features(model, examples, self.options.eval_batch_size, task=task)
 
     def _answers(self, task: Task) -> Answers | None:
-        return self.reader.answers(task.answers, task=task.name)
+        return self.encoder.encode_answers(task.answers, task=task.name)
 
-    def _questions(self, task: Task) -> dict[str, EncodedExamples]:
+    def _encoded(self, task: Task) -> dict[str, EncodedExamples]:
         if task.name not in self._splits:
-            self._splits[task.name] = {split: self.reader.questions(getattr(task, split)) for split in SPLITS}
+            self._splits[task.name] = {split: self.encoder.encode(getattr(task, split)) for split in SPLITS}
         return self._splits[task.name]
 
     def _task_folder(self, number: int) -> Path:
         return self.folder / "tasks" / f"{number:02d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.tasks[number].name)}"
 
-    def _stage(self, number: int, stage: str, compute: Callable[[], dict[str, Any]]) -> None:
+    def _run_stage(self, number: int, stage: str, compute: Callable[[], dict[str, Any]]) -> None:
         path = self._task_folder(number) / f"{stage}.json"
         if not path.exists():
             self.listener.stage_begins(stage)
             write_json(path, compute())
 
-    def _read(self, number: int, stage: str) -> dict[str, Any]:
+    def _read_stage(self, number: int, stage: str) -> dict[str, Any]:
         return read_json(self._task_folder(number) / f"{stage}.json")
 
     def _metrics(self) -> dict[str, Any]:
         numbers = range(len(self.tasks))
-        evaluations = [self._read(number, "evaluation") for number in numbers]
+        evaluations = [self._read_stage(number, "evaluation") for number in numbers]
         stored = [evaluation["task_adapter"] for evaluation in evaluations]
-        alone = [self._read(n, "alone")["accuracy"] if n else None for n in numbers] if self.forward_transfer else None
-        probes = [self._read(number, "probe")["accuracy"] for number in numbers]
-        adapter_rows = [_padded(stored[: number + 1], len(self.tasks)) for number in numbers]
-        live_rows = [_padded(evaluation["live_queue"], len(self.tasks)) for evaluation in evaluations]
+        alone = (
+            [self._read_stage(n, "alone")["accuracy"] if n else None for n in numbers]
+            if self.forward_transfer
+            else None
+        )
+        probes = [self._read_stage(number, "probe")["accuracy"] for number in numbers]
+        adapter_rows = [_padded_row(stored[: number + 1], len(self.tasks)) for number in numbers]
+        live_rows = [_padded_row(evaluation["live_queue"], len(self.tasks)) for evaluation in evaluations]
         return {
             "tasks": [task.name for task in self.tasks],
-            "per_task": [self._read(number, "training") for number in numbers],
+            "per_task": [self._read_stage(number, "training") for number in numbers],
             "task_adapter": evaluation_summary(adapter_rows, alone),
             "live_queue": evaluation_summary(live_rows, alone),
             "baselines": {"linear_probe": {"accuracy": probes, "average_accuracy": float(np.mean(probes))}},
@@ -321,50 +324,18 @@ class LifelongTrainer:
         }
 
 
-class RunListener:
-    """What a run tells while it goes on; this one listens to nothing."""
-
-    def task_begins(self, number: int, task: Task) -> None: ...
-
-    def stage_begins(self, stage: str) -> None: ...
-
-    def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None: ...
-
-    def step_callback(self, steps: int) -> TrainerCallback:
-        """A callback for the training of one task of so many steps."""
-        return TrainerCallback()
-
-
-def versions() -> dict[str, str]:
-    """Of what a run's figures depend on."""
-    return {
-        "qtuning_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
 def _task_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
 
 
-def _difference(theirs: Any, mine: Any) -> str:
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = [key for key in theirs.keys() | mine.keys() if theirs.get(key) != mine.get(key)]
-        return ", ".join(f"{key} was {theirs.get(key)!r}, now {mine.get(key)!r}" for key in sorted(keys))
-    return f"was {theirs!r}, now {mine!r}"
+def _difference(recorded: Any, current: Any) -> str:
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        keys = [key for key in recorded.keys() | current.keys() if recorded.get(key) != current.get(key)]
+        return ", ".join(f"{key} was {recorded.get(key)!r}, now {current.get(key)!r}" for key in sorted(keys))
+    return f"was {recorded!r}, now {current!r}"
 
 
-def _padded(row: list[float], length: int) -> list[float | None]:
+def _padded_row(row: list[float], length: int) -> list[float | None]:
     return [*row, *[None] * (length - len(row))]
 
 
@@ -372,7 +343,7 @@ def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
     return [[entry["step"], entry[name]] for entry in history if name in entry]
 
 
-def _state_of(model: QTuningModel) -> dict[str, Any]:
+def _method_state(model: QTuningModel) -> dict[str, Any]:
     """What the report shows of the queue, the reweighting and the gate after a task."""
     eviction = model.training_prefix.last_eviction
     gates = model.training_prefix.gates

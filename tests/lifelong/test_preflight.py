@@ -1,4 +1,4 @@
-"""What a run would fail at later is found in its rehearsal, which changes nothing."""
+"""Errors that a run would hit later are found before it starts, and the checks change nothing."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def test_what_training_raises_is_raised_before_the_folder_is_made(
     assert run.run()["tasks"] == ["toy"]
 
 
-def test_a_run_that_goes_on_is_not_rehearsed(
+def test_a_resumed_run_is_not_checked_again(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_base_model(str(tiny_model_folder))
     lifelong(model, tmp_path, toy()).run()
-    monkeypatch.delattr("qtuning_fast.lifelong.trainer.rehearse")
+    monkeypatch.delattr("qtuning_fast.lifelong.trainer.preflight")
     assert lifelong(model, tmp_path, toy()).run()["tasks"] == ["toy"]

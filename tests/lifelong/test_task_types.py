@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertLMHeadModel
 from typer.testing import CliRunner
 
 from qtuning_fast import LifelongTrainer, QTuningConfig
@@ -228,13 +228,3 @@ def test_a_language_model_that_sees_what_follows_is_refused(
     with pytest.raises(ValueError, match="needs a decoder"):
         run.run()
     assert not (tmp_path / "r").exists()
-
-
-def test_a_model_without_the_head_it_needs_is_refused(
-    folders_of_models: Folders, toy_texts: Folders, make_tokenizer: Any, tmp_path: Path
-) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    LlamaModel(LlamaConfig(**sizes, vocab_size=16)).save_pretrained(tmp_path / "model")
-    make_tokenizer(decoder=True).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"no language modelling head.*lm_head"):
-        load_base_model(str(tmp_path / "model"), "causal-lm")

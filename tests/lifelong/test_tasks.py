@@ -63,14 +63,14 @@ def test_every_split_is_refused_or_sound(examples, shots, validation_shots, test
     except ValueError as error:
         assert "made-up" in str(error)
         return
-    labels_of: dict[str, set[str]] = {}
+    read_labels: dict[str, set[str]] = {}
     for text, label in examples:
-        labels_of.setdefault(" ".join(text.split()), set()).add(label)
+        read_labels.setdefault(" ".join(text.split()), set()).add(label)
     drawn = normalised(task)
     assert len(drawn) == len(set(drawn)), "no text twice"
     for part in (task.train, task.validation, task.test):
         for text, label in zip(part.inputs, part.labels):
-            assert labels_of[" ".join(text.split())] == {task.label_names[label]}
+            assert read_labels[" ".join(text.split())] == {task.label_names[label]}
     assert 1 <= len(task.test) <= test_size
     counts = Counter(task.train.labels)
     if shots is None:
@@ -158,7 +158,7 @@ def test_refused(counts, changes, message):
 
 
 def test_refuses_empty_texts_and_odd_lengths():
-    with pytest.raises(ValueError, match="task 'made-up': none of its 2 training texts holds anything"):
+    with pytest.raises(ValueError, match="task 'made-up': all of its 2 training texts are empty"):
         split(["", " \n"], ["a", "b"])
     with pytest.raises(ValueError, match="2 texts, but 1 labels"):
         split(["x", "y"], ["a", "b"][:1], label_names=["a", "b"])

@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 from qtuning_fast import LifelongTrainer, QTuningConfig
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.loading import load_task
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.task_trainer import latest_checkpoint
 from qtuning_fast.lifelong.tasks import Examples, Task
-from qtuning_fast.lifelong.trainer import RunListener
 from qtuning_fast.model.checked_files import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)
@@ -271,12 +271,3 @@ def test_another_run_in_the_same_folder_is_refused(tiny_model_folder: Path, task
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(ValueError, match="no name twice"):
         lifelong(tiny_model_folder, tasks[:1] * 2, tmp_path / "new")
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "error"),
-    [("steps", 0, ValueError), ("steps", 1.5, TypeError), ("prompt_rate", -1, ValueError), ("seed", True, TypeError)],
-)
-def test_options_are_checked(field: str, value: object, error: type[Exception]) -> None:
-    with pytest.raises(error, match=field):
-        TrainingOptions(**{field: value})  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""What a user brings: files, folders and data sets, as tasks and as tensors."""
+"""User data: read files, folders and data sets into tasks, and encode tasks as tensors."""

@@ -1,4 +1,4 @@
-"""The cells of CSV and TSV files as they are written: strings, with no guess at what they mean."""
+"""Read the cells of CSV and TSV files as strings, exactly as written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 
 Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL or csv.QUOTE_NONE
 
-_LONGEST = 2**31 - 1  # characters of a cell; the module csv stops at 131,072 unless it is told otherwise
+_LONGEST = 2**31 - 1  # characters of a cell; the default of the module csv is 131,072
 
 
 class Cells(NamedTuple):
-    """What a file holds: the names of its columns, the cells of each row, and the line in which each row begins."""
+    """The content of a file: the names of its columns, the cells of each row, and the first line of each row."""
 
     names: list[str]
     rows: list[list[str]]
@@ -21,24 +21,24 @@ class Cells(NamedTuple):
 
 
 class QuoteError(ValueError):
-    """Quotes that do not fit."""
+    """The quotes in a file do not match."""
 
 
 def read_csv(text: str, file: str) -> Cells:
-    """Cells between commas; a cell that begins with a double quote ends with one, and holds two for each of its own.
+    """Read cells between commas. A cell that begins with a double quote ends with one and doubles those inside it.
 
     Raises:
-        QuoteError: a quote is never closed, or its cell goes on behind it.
-        ValueError: the header or a row is not as it must be; the message says which, and what to do.
+        QuoteError: a quote is never closed, or text follows it in its cell.
+        ValueError: the header or a row is malformed; the message says which, and what to do.
     """
-    return _checked(_rows(text, ",", csv.QUOTE_MINIMAL, file), file, "put a text that holds commas into double quotes")
+    return _checked(_rows(text, ",", csv.QUOTE_MINIMAL, file), file, "put a text with commas in double quotes")
 
 
 def read_tsv(text: str, file: str) -> Cells:
-    """Cells between tabs, with quotes as in CSV where the whole file fits that rule; otherwise quotes are characters.
+    """Read cells between tabs. Quotes work as in CSV if that fits the whole file; otherwise they are characters.
 
     Raises:
-        ValueError: neither way is every row as long as the header, or both ways are, with different rows.
+        ValueError: neither way gives rows as long as the header, or both do but their rows differ.
     """
     readings: list[Cells] = []
     errors: list[ValueError] = []
@@ -46,7 +46,7 @@ def read_tsv(text: str, file: str) -> Cells:
     for quoting in quotings if '"' in text else quotings[:1]:
         try:
             rows = _rows(text, "\t", quoting, file)
-            readings.append(_checked(rows, file, "a text that holds tabs must stand in double quotes"))
+            readings.append(_checked(rows, file, "put a text with tabs in double quotes"))
         except ValueError as error:
             errors.append(error)
     if not readings:
@@ -55,21 +55,21 @@ def read_tsv(text: str, file: str) -> Cells:
         plain_lines, quoted_lines = readings[0].lines, set(readings[1].lines)
         joined = next(row for row, line in enumerate(plain_lines) if line not in quoted_lines)
         raise ValueError(
-            f"{file}: {place(max(joined - 1, 0), plain_lines)} can be read in two ways, for a quote in "
-            "it opens a cell that may end there or in a later line; write the file as .csv or .jsonl"
+            f"{file}: {row_location(max(joined - 1, 0), plain_lines)} can be read in two ways, because a "
+            "quote opens a cell that may end there or in a later line; write the file as .csv or .jsonl"
         )
     return readings[-1]
 
 
-def place(row: int, lines: Sequence[int] | None) -> str:
-    """Which row that is, counted from 1, and which line of the file where that is another number."""
+def row_location(row: int, lines: Sequence[int] | None) -> str:
+    """The number of a row, counted from 1, and its line in the file if that differs."""
     line = row + 1 if lines is None else lines[row]
     return f"row {row + 1}" + (f" (line {line})" if line != row + 1 else "")
 
 
 def _rows(text: str, delimiter: str, quoting: Quoting, file: str) -> list[tuple[int, list[str]]]:
-    """The rows that are not blank, the header among them, each with the line in which it begins."""
-    lines = io.StringIO(text, newline="")  # line ends within quotes stay what they are
+    """The rows that are not blank, including the header, each with its first line."""
+    lines = io.StringIO(text, newline="")  # keep line ends inside quotes
     limit = csv.field_size_limit(_LONGEST)
     try:
         reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
@@ -91,28 +91,28 @@ def _rows(text: str, delimiter: str, quoting: Quoting, file: str) -> list[tuple[
 
 def _quote_reason(error: str) -> str:
     if "end of data" in error:
-        return "has a cell that begins with a double quote, which is never closed; to begin a text with a quote " + _HOW
-    return "has a cell that goes on behind its closing double quote; to write quotes within a text " + _HOW
+        return "has a cell that begins with a double quote and never closes it; to begin a text with a quote, " + _HOW
+    return "has a cell with text after its closing double quote; to write quotes inside a text, " + _HOW
 
 
-_HOW = 'put the whole text into double quotes and double its own, as in """Great"" film"'
+_HOW = 'put the whole text in double quotes and double its own quotes, as in """Great"" film"'
 
 
 def _checked(numbered: list[tuple[int, list[str]]], file: str, advice: str) -> Cells:
     if not numbered:
-        raise ValueError(f"{file} holds nothing but blank lines")
+        raise ValueError(f"{file} has only blank lines")
     names = [name.strip() for name in numbered[0][1]]
     if len(names) == 1:
         raise ValueError(
-            f"{file}: the header has one column, {names[0]!r}, and a task needs two; cells are separated by commas in "
+            f"{file}: the header has one column, {names[0]!r}, but a task needs two; separate cells by commas in "
             "a .csv and by tabs in a .tsv"
         )
     lines, rows = [line for line, _ in numbered[1:]], [row for _, row in numbered[1:]]
     for number, row in enumerate(rows):
         if len(row) != len(names):
             raise ValueError(
-                f"{file}: the header has {len(names)} columns, but {place(number, lines)} has {len(row)} "
+                f"{file}: the header has {len(names)} columns, but {row_location(number, lines)} has {len(row)} "
                 f"cell{'s' * (len(row) != 1)}; "
-                + (advice if len(row) > len(names) else "a row has a cell for each column, an empty one too")
+                + (advice if len(row) > len(names) else "each row needs a cell for each column, even an empty one")
             )
     return Cells(names, rows, lines)

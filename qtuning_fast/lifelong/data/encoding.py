@@ -1,10 +1,10 @@
-"""From a task's examples to what the base model takes, for each type of task.
+"""Encode the examples of a task as inputs of the base model, for each type of task.
 
-- Models with heads read a text or an image, and learn its class.
-- An encoder-decoder (text-to-text) reads the text and learns to write the word for its class.
-- A decoder (causal-lm) learns to continue the text by that word; the loss counts the word alone.
+- A model with heads reads a text or an image and learns its class.
+- An encoder-decoder (text-to-text) reads a text and learns to write the word for its class.
+- A decoder (causal-lm) learns to continue a text with this word; the loss counts only the word.
 
-A word ends with the token that the tokenizer ends sequences with, so that a word which begins another is told from it.
+The tokenizer's end-of-sequence token ends each word, so that a word can be told from a longer one that begins with it.
 """
 
 from __future__ import annotations
@@ -17,45 +17,47 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from qtuning_fast.integrations.transformers.positions import first_position
-from qtuning_fast.lifelong.data.encoded import ANY_TOKEN, EncodedExamples, padded, tokenized
-from qtuning_fast.lifelong.data.images import ImageFiles
+from qtuning_fast.lifelong.data.encoded import FALLBACK_PAD_TOKEN, EncodedExamples, pad_rows, tokenize_texts
+from qtuning_fast.lifelong.data.images import ImageExamples
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.method.config import HEAD_TASK_TYPES
 from qtuning_fast.model.scoring import Answers
 
-_IGNORED = -100  # a label that the loss of language modelling leaves out
+_IGNORED = -100  # the language modelling loss ignores this label
 
 
-class ExampleReader:
-    """Reads the examples of a run.
+class ExampleEncoder:
+    """Encodes the examples of a run.
 
     Args:
-        processor: the base model's tokenizer; for image-classification its image processor.
-        task_type: of the run's config.
-        max_length: tokens that every text is cut or padded to.
+        processor: the base model's tokenizer, or its image processor for image-classification.
+        task_type: as in the config of the run.
+        max_length: the number of tokens to which each text is cut or padded.
 
     Raises:
-        TypeError: the processor is not of the kind that the task type needs.
+        TypeError: the task type needs another kind of processor.
     """
 
     def __init__(self, processor: Any, task_type: str, max_length: int) -> None:
         self.task_type = task_type
         self.max_length = max_length
         self.reads_images = task_type == "image-classification"
-        # A processor for texts and images holds one for each.
+        # A processor for both texts and images contains one for each.
         self.processor = getattr(processor, "image_processor" if self.reads_images else "tokenizer", processor)
         if self.reads_images != isinstance(self.processor, ImageProcessingMixin):
             needed = "an image processor" if self.reads_images else "a tokenizer"
             raise TypeError(f"processor is a {type(processor).__name__}; task_type={task_type!r} needs {needed}")
 
     def check(self, base_model: PreTrainedModel, tasks: Sequence[Task], *, prompt_tokens: int = 0) -> None:
-        """Refuse what would fail later.
+        """Check that the tasks fit the model and the tokenizer.
 
         Args:
-            prompt_tokens: at most so many stand in front of a text.
+            base_model: the base model.
+            tasks: the tasks of the run.
+            prompt_tokens: the most prompt tokens in front of a text.
 
         Raises:
-            ValueError: the tasks are texts where images are needed, or the other way round; the texts are too long for
+            ValueError: the tasks hold texts but images are needed, or the other way round; the texts are too long for
                 the model; or the words for two classes of a task cannot be told apart.
         """
         for task in tasks:
@@ -66,7 +68,7 @@ class ExampleReader:
                 )
         if self.reads_images:
             return
-        longest = [len(answer) for task in tasks for answer in self.answers(task.answers, task=task.name) or ()]
+        longest = [len(answer) for task in tasks for answer in self.encode_answers(task.answers, task=task.name) or ()]
         after = max(longest, default=0) if self.task_type == "causal-lm" else 0
         added = self.processor.num_special_tokens_to_add()
         taken = prompt_tokens + after
@@ -75,41 +77,43 @@ class ExampleReader:
         if not added < self.max_length <= limit:
             raise ValueError(
                 f"max_length is {self.max_length}; this model takes at most {limit} tokens"
-                + (f" behind the {prompt_tokens} of a prompt" if prompt_tokens else "")
+                + (f" besides the {prompt_tokens} of a prompt" if prompt_tokens else "")
                 + (f" and the {after} of an answer" if after else "")
-                + f", {added} of them not of the text"
+                + f", including {added} special tokens"
             )
 
-    def questions(self, examples: Examples) -> EncodedExamples:
-        """What the model reads, with the index of the class as `labels`: to be evaluated, and for features."""
+    def encode(self, examples: Examples) -> EncodedExamples:
+        """The inputs of the model with the class indices as `labels`, for evaluation and for features."""
         if self.reads_images:
-            return ImageFiles(examples.inputs, self.processor, examples.labels)  # type: ignore[arg-type]
+            return ImageExamples(examples.inputs, self.processor, examples.labels)  # type: ignore[arg-type]
         if self.task_type in HEAD_TASK_TYPES:
-            return tokenized(examples.inputs, self.processor, self.max_length, examples.labels)
-        tokens = self._tokens(examples)
-        return self._columns(tokens, self.max_length).with_column("labels", torch.tensor(examples.labels))
+            return tokenize_texts(examples.inputs, self.processor, self.max_length, examples.labels)
+        tokens = self._tokenize(examples)
+        return self._padded_inputs(tokens, self.max_length).with_column("labels", torch.tensor(examples.labels))
 
-    def lessons(self, examples: Examples, answers: Answers) -> EncodedExamples:
-        """What a language model learns from, `labels` being the tokens that count; all rows of one length."""
+    def encode_with_answers(self, examples: Examples, answers: Answers) -> EncodedExamples:
+        """The inputs that a language model trains on, all of one length; `labels` are the tokens of the answers."""
         given = [answers[label] for label in examples.labels]
         longest = max(map(len, answers))
-        tokens = self._tokens(examples)
+        tokens = self._tokenize(examples)
         if self.task_type == "text-to-text":
-            return self._columns(tokens, self.max_length).with_column("labels", padded(given, longest, _IGNORED))
+            return self._padded_inputs(tokens, self.max_length).with_column(
+                "labels", pad_rows(given, longest, _IGNORED)
+            )
         length = self.max_length + longest
         labels = [[_IGNORED] * len(text) + answer for text, answer in zip(tokens, given)]
-        whole = self._columns([text + answer for text, answer in zip(tokens, given)], length)
-        return whole.with_column("labels", padded(labels, length, _IGNORED))
+        whole = self._padded_inputs([text + answer for text, answer in zip(tokens, given)], length)
+        return whole.with_column("labels", pad_rows(labels, length, _IGNORED))
 
-    def answers(self, words: Sequence[str], *, task: str) -> Answers | None:
-        """The tokens of the words for a task's classes; None where heads answer.
+    def encode_answers(self, words: Sequence[str], *, task: str) -> Answers | None:
+        """The tokens of the words for a task's classes; None for models with heads.
 
         Raises:
-            ValueError: two words have the same tokens, or one begins another and no token ends it.
+            ValueError: two words have the same tokens, or one begins with the other and no token ends them.
         """
         if self.task_type in HEAD_TASK_TYPES:
             return None
-        answers = [self._answer(word) for word in words]
+        answers = [self._answer_tokens(word) for word in words]
         for i, answer in enumerate(answers):
             for j, other in enumerate(answers):
                 if i != j and other[: len(answer)] == answer:
@@ -120,23 +124,23 @@ class ExampleReader:
                     )
         return answers
 
-    def _answer(self, word: str) -> list[int]:
+    def _answer_tokens(self, word: str) -> list[int]:
         if self.task_type == "text-to-text":
             return list(self.processor(text_target=word)["input_ids"])
-        # What a word is to a tokenizer depends on whether something stands before it.
+        # The tokens of a word depend on whether a text precedes it.
         before, both = (self.processor(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {word}"))
         end = self.processor.eos_token_id
         return [*both[len(before) :], *([] if end is None else [end])]
 
-    def _tokens(self, examples: Examples) -> list[list[int]]:
-        texts = [str(text).rstrip() for text in examples.inputs]  # a word of its own begins with the space before it
+    def _tokenize(self, examples: Examples) -> list[list[int]]:
+        texts = [str(text).rstrip() for text in examples.inputs]  # the space belongs to the word that follows
         return self.processor(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
-    def _columns(self, tokens: Sequence[Sequence[int]], length: int) -> EncodedExamples:
+    def _padded_inputs(self, tokens: Sequence[Sequence[int]], length: int) -> EncodedExamples:
         fill = self.processor.pad_token_id
         return EncodedExamples(
             {
-                "input_ids": padded(tokens, length, ANY_TOKEN if fill is None else fill),
-                "attention_mask": padded([[1] * len(row) for row in tokens], length, 0),
+                "input_ids": pad_rows(tokens, length, FALLBACK_PAD_TOKEN if fill is None else fill),
+                "attention_mask": pad_rows([[1] * len(row) for row in tokens], length, 0),
             }
         )

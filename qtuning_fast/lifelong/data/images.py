@@ -1,4 +1,4 @@
-"""Images as tensors, opened and processed batch by batch: a data set's pixels need not fit into memory."""
+"""Image files as tensors. They are opened batch by batch, so a data set need not fit into memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class ImageFiles(EncodedExamples):
-    """Examples whose `pixel_values` are made when they are asked for.
+class ImageExamples(EncodedExamples):
+    """Examples whose `pixel_values` are computed on access.
 
     Args:
-        files: of the images.
-        image_processor: of the base model.
+        files: the paths of the images.
+        image_processor: the base model's image processor.
         labels: class indices.
     """
 
@@ -36,12 +36,12 @@ class ImageFiles(EncodedExamples):
 
 
 def open_image(file: Path) -> Image:
-    """The image in RGB, the right way up.
+    """Open an image in RGB, the right way up.
 
     Raises:
         ImportError: Pillow is missing.
-        FileNotFoundError: there is no such file.
-        ValueError: it is no image, not a whole one, or has more than 8 bits a channel.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete image, or has more than 8 bits per channel.
     """
     try:
         from PIL import Image, ImageOps
@@ -49,8 +49,8 @@ def open_image(file: Path) -> Image:
         raise ImportError("images need the package Pillow: pip install pillow") from None
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):  # made RGB they would be white
-                raise ValueError("it has more than 8 bits a channel")
+            if image.mode.startswith(("I", "F")):  # conversion to RGB would make them white
+                raise ValueError("it has more than 8 bits per channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None

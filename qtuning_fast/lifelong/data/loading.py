@@ -1,6 +1,6 @@
-"""A task from a user's own data: a file, a folder of files or of images, or a data set on the Hugging Face hub.
+"""Load a task from user data: a file, a folder of files or images, or a data set on the Hugging Face hub.
 
-Everything that can be wrong with the data is found here, before any training starts.
+All errors in the data are found here, before training starts.
 """
 
 import re
@@ -12,14 +12,14 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from qtuning_fast.lifelong.data.image_folders import check_images, images_by_class, is_image_folder, read_image_folder
-from qtuning_fast.lifelong.data.splits import one_of_each, split_files, warn_of_ignored
-from qtuning_fast.lifelong.data.tables import DataWarning, Table, first_ten, is_readable, read_table, split_name
+from qtuning_fast.lifelong.data.splits import names_by_split, split_files, warn_about_ignored
+from qtuning_fast.lifelong.data.tables import DataWarning, Table, is_readable, read_table, shortened, stem_and_ending
 from qtuning_fast.lifelong.data.text_columns import (
+    check_known_labels,
     is_unlabelled,
-    labels_of,
-    point_out_joined_rows,
-    refuse_unknown,
-    texts_of,
+    read_labels,
+    read_texts,
+    warn_about_joined_rows,
 )
 from qtuning_fast.lifelong.tasks import Examples, Input, Labelled, Task, few_shot_split
 
@@ -39,33 +39,37 @@ def load_task(
     text_column: str = "text",
     label_column: str = "label",
 ) -> Task:
-    """Read a task from `spec`, and draw its splits by `few_shot_split`.
+    """Load a task from `spec`; `few_shot_split` draws its splits.
 
     Args:
-        spec: `path` or `name=path`. A path leads to a file (.csv, .tsv, .json, .jsonl, .parquet, each maybe packed as
-            .gz, .bz2 or .xz), or to a folder with `train.*` and, where there are any, `validation.*` and `test.*` of
-            these kinds (`SPLIT_NAMES` has other names for them). What is no path here is a data set on the Hugging
-            Face hub: `name`, `organisation/name`, with `:config` where it has several. Images are a folder with a
-            folder of files (.png, .jpg, ...) for each class, or with `train`, and maybe `validation` and `test`, of
-            such folders. Each image that is drawn is opened once, to see that it can be.
-            A split that is missing, or whose labels the hub keeps secret, is cut from the training examples.
-        shots: training examples a class; None takes all.
-        validation_shots, test_size, seed: see `few_shot_split`; splits of the data's own are drawn from too, and
-            taken whole where these numbers are large enough.
-        text_column, label_column: texts must be strings; labels strings, integers, booleans or a `ClassLabel`.
+        spec: `path` or `name=path`. The path is one of:
+
+            - a file: .csv, .tsv, .json, .jsonl or .parquet, also compressed as .gz, .bz2 or .xz;
+            - a folder with a file `train.*` and perhaps `validation.*` and `test.*`; `SPLIT_NAMES` lists other names;
+            - a folder with a folder of images (.png, .jpg, ...) for each class, or with folders `train` and perhaps
+              `validation` and `test` of such folders. Each drawn image is opened once as a check;
+            - otherwise a data set on the Hugging Face hub: `name` or `organisation/name`, with `:config` if it has
+              several.
+
+            A split that is missing, or whose labels are hidden on the hub, is cut from the training examples.
+        shots: training examples per class; None takes all.
+        validation_shots, test_size, seed: see `few_shot_split`. Splits of the data itself are drawn from too; large
+            numbers take them whole.
+        text_column, label_column: names of the columns. Texts must be strings; labels must be strings, integers,
+            booleans or a `ClassLabel`.
 
     Warns:
-        DataWarning: of what can be read but may not be meant: files that are not used, labels that look alike.
+        DataWarning: the data is readable, but something looks wrong: unused files, or labels that look alike.
 
     Raises:
-        ImportError: the package `datasets` for the hub, pyarrow for Parquet, or Pillow for images is missing.
-        FileNotFoundError: no such path, or a folder without training data.
+        ImportError: a package is missing: `datasets` for the hub, pyarrow for Parquet, or Pillow for images.
+        FileNotFoundError: the path does not exist, or the folder has no training data.
         ConnectionError: the hub does not answer.
-        ValueError: the data cannot be read, or not be used: the message says which, where and why.
+        ValueError: the data cannot be read or used; the message says where and why.
     """
-    name, path = _name_and_path(spec)
+    name, path = _parse_spec(spec)
     images = is_image_folder(Path(path).expanduser())
-    splits, label_names = read_image_folder(path) if images else _read_texts(path, text_column, label_column)
+    splits, label_names = read_image_folder(path) if images else _load_texts(path, text_column, label_column)
     inputs, labels = splits["train"]
     task = few_shot_split(
         inputs,
@@ -85,32 +89,32 @@ def load_task(
     return task
 
 
-def _read_texts(path: str, text_column: str, label_column: str) -> tuple[dict[str, Labelled], list[str]]:
-    """The labelled texts of each split, and the names of the classes."""
+def _load_texts(path: str, text_column: str, label_column: str) -> tuple[dict[str, Labelled], list[str]]:
+    """Load the labelled texts of each split, and the names of the classes."""
     splits = _read_files(path) if _is_local(path) else _read_hub(path)
     if "train" not in splits:
         raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
-    _refuse_one_column(text_column, label_column)
-    texts = texts_of(splits["train"], text_column)
-    labels, label_names = labels_of(splits["train"], label_column)
-    point_out_joined_rows(splits["train"], label_names)
-    own: dict[str, Labelled] = {"train": (texts, labels)}
-    reason = f"does not occur in train, which has [{first_ten([repr(name) for name in label_names])}]"
+    _check_two_columns(text_column, label_column)
+    texts = read_texts(splits["train"], text_column)
+    labels, label_names = read_labels(splits["train"], label_column)
+    warn_about_joined_rows(splits["train"], label_names)
+    given: dict[str, Labelled] = {"train": (texts, labels)}
+    reason = f"does not occur in train, which has [{shortened([repr(name) for name in label_names])}]"
     for split in ("validation", "test"):
         if split not in splits:
             continue
         table = splits[split]
         if is_unlabelled(table, label_column):
-            note = f"{table.where}: not used, for its labels are all -1, which means none; another is cut from train"
+            note = f"{table.where}: not used, because its labels are all -1 (hidden); a split is cut from train instead"
             warnings.warn(note, DataWarning, stacklevel=2)
             continue
-        own[split] = texts_of(table, text_column), labels_of(table, label_column)[0]
-        refuse_unknown(table, own[split][1], label_names, reason)
-        point_out_joined_rows(table, label_names)
-    return own, label_names
+        given[split] = read_texts(table, text_column), read_labels(table, label_column)[0]
+        check_known_labels(table, given[split][1], label_names, reason)
+        warn_about_joined_rows(table, label_names)
+    return given, label_names
 
 
-def _refuse_one_column(text_column: str, label_column: str) -> None:
+def _check_two_columns(text_column: str, label_column: str) -> None:
     if text_column == label_column:
         raise ValueError(f"text_column and label_column are both {text_column!r}; texts and labels are two columns")
 
@@ -118,18 +122,18 @@ def _refuse_one_column(text_column: str, label_column: str) -> None:
 def load_examples(
     path: str, label_names: Sequence[str], *, text_column: str = "text", label_column: str = "label"
 ) -> Examples:
-    """All labelled texts of a file or images of a folder, for a task whose classes are known.
+    """Load all labelled texts of a file, or images of a folder, for a task with known classes.
 
     Args:
-        path: a file as in `load_task`; or a folder with one of images a class.
+        path: a file as in `load_task`, or a folder with a folder of images per class.
         label_names: the task's classes.
-        text_column, label_column: of the file.
+        text_column, label_column: the names of the columns.
 
     Raises:
-        ImportError, FileNotFoundError, ValueError: as in `load_task`; also a label that is none of these.
+        ImportError, FileNotFoundError, ValueError: as in `load_task`; also if a label is not among `label_names`.
     """
     file = Path(path).expanduser()
-    reason = f"is none of the task's, which are {first_ten(label_names)}"
+    reason = f"is not a label of the task, which has {shortened(label_names)}"
     inputs: Sequence[Input]
     if is_image_folder(file):
         inputs, labels = images_by_class(file)
@@ -139,35 +143,35 @@ def load_examples(
     else:
         if not file.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-        _refuse_one_column(text_column, label_column)
+        _check_two_columns(text_column, label_column)
         table = read_table(file)
-        texts, labels = texts_of(table, text_column), labels_of(table, label_column)[0]
-        refuse_unknown(table, labels, label_names, reason)
-        point_out_joined_rows(table, label_names)
+        texts, labels = read_texts(table, text_column), read_labels(table, label_column)[0]
+        check_known_labels(table, labels, label_names, reason)
+        warn_about_joined_rows(table, label_names)
         inputs = texts
     index = {name: number for number, name in enumerate(label_names)}
     return Examples(inputs, [index[label] for label in labels])
 
 
-def _name_and_path(spec: str) -> tuple[str, str]:
+def _parse_spec(spec: str) -> tuple[str, str]:
     name, separator, path = spec.partition("=")
-    if not separator or "/" in name or Path(spec).exists():  # a path may hold an equals sign itself
+    if not separator or "/" in name or Path(spec).exists():  # a path may contain an equals sign
         path = spec
         file = Path(path).expanduser()
-        name = split_name(file.name)[0] if file.is_file() else file.name.partition(":")[0]
+        name = stem_and_ending(file.name)[0] if file.is_file() else file.name.partition(":")[0]
     if not name or not path:
         raise ValueError(f"{spec!r} is not a task: write a path, or a name and a path as in reviews=data/reviews.csv")
     try:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{name!r} cannot name a task, for it is not UTF-8; write a name and a path, as in reviews=..."
+            f"{name!r} cannot name a task, because it is not UTF-8; write a name and a path, as in reviews=..."
         ) from None
     return name, path
 
 
 def _is_local(path: str) -> bool:
-    """Whether `path` means the file system, there or not: then a slip of the pen never goes to the network."""
+    """Whether `path` means a file or folder, even a missing one, so that a typing error never goes to the network."""
     file = Path(path)
     return (
         file.exists()
@@ -192,40 +196,40 @@ def _read_hub(path: str) -> dict[str, Table]:
         import datasets  # an optional dependency, and slow to import
     except ImportError as error:
         raise ImportError(
-            f"{path} is no path here, and a data set on the hub needs the package datasets: pip install datasets"
+            f"{path} is not a local path, and a data set on the hub needs the package datasets: pip install datasets"
         ) from error
 
     name, _, config = path.partition(":")
-    if not datasets.config.HF_HUB_OFFLINE:  # offline the cache is all there is, and nobody is asked
-        _reach(datasets.config.HF_ENDPOINT, wanted=path)
+    if not datasets.config.HF_HUB_OFFLINE:  # offline, only the cache is used
+        _check_reachable(datasets.config.HF_ENDPOINT, wanted=path)
     try:
         loaded = dict(datasets.load_dataset(name, config or None))
     except ConnectionError as error:
-        raise ConnectionError(f"{path} is no path here, and cannot be fetched from the hub: {error}") from error
+        raise ConnectionError(f"{path} is not a local path, and cannot be fetched from the hub: {error}") from error
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no path here, and cannot be loaded from the hub: {error}") from error
-    found = one_of_each(path, loaded)
-    if found:  # else the splits that there are will be named
-        warn_of_ignored(path, [split for split in loaded if split not in found.values()])
+        raise ValueError(f"{path} is not a local path, and cannot be loaded from the hub: {error}") from error
+    found = names_by_split(path, loaded)
+    if found:  # otherwise an error names the splits that exist
+        warn_about_ignored(path, [split for split in loaded if split not in found.values()])
         loaded = {split: loaded[theirs] for split, theirs in found.items()}
-    return {split: _of_dataset(data, f"{split} of {path}") for split, data in loaded.items()}
+    return {split: _hub_table(data, f"{split} of {path}") for split, data in loaded.items()}
 
 
-def _of_dataset(data: "Dataset", where: str) -> Table:
+def _hub_table(data: "Dataset", where: str) -> Table:
     from datasets import ClassLabel
 
     classes = {name: each.names for name, each in data.features.items() if isinstance(each, ClassLabel)}
     return Table(where, len(data), list(data.features), lambda name: data[name][:], classes)
 
 
-def _reach(endpoint: str, wanted: str) -> None:
-    """Fail soon where there is no network: `load_dataset` would try for half a minute."""
+def _check_reachable(endpoint: str, wanted: str) -> None:
+    """Fail at once without a network: `load_dataset` would retry for half a minute."""
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT).close()
     except HTTPError:
-        pass  # it answers, and that is all that is asked
+        pass  # any answer will do
     except OSError as error:
         raise ConnectionError(
-            f"{wanted} is no path here, and the hub at {endpoint} cannot be reached: {error}. "
-            "Set HF_HUB_OFFLINE=1 to use a data set that was fetched before."
+            f"{wanted} is not a local path, and the hub at {endpoint} cannot be reached: {error}. "
+            "Set HF_HUB_OFFLINE=1 to use a data set from the cache."
         ) from error

@@ -1,4 +1,4 @@
-"""Which file or folder of a folder is which split, by the names that people use."""
+"""Find the splits of a folder or a data set by their usual names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from qtuning_fast.lifelong.data.tables import ENDINGS, DataWarning, first_ten, is_readable, split_name
+from qtuning_fast.lifelong.data.tables import ENDINGS, DataWarning, is_readable, shortened, stem_and_ending
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -15,47 +15,47 @@ SPLIT_NAMES = {
 }
 
 
-def split_of(name: str) -> str | None:
-    """The split that goes by this name, in upper or lower case; None where none does."""
+def split_named(name: str) -> str | None:
+    """The split that this name means, in upper or lower case; None if it means none."""
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def split_files(folder: Path) -> dict[str, Path]:
-    """The file of each split that there is; what is ignored is warned of by name.
+    """The file of each split in a folder; a warning names the files that are not used.
 
     Raises:
-        FileNotFoundError: there is none for `train`.
-        ValueError: there are several for one split, or the one that there is cannot be read.
+        FileNotFoundError: there is no file for `train`.
+        ValueError: a split has several files, or its file cannot be read.
     """
-    children = visible(folder)
-    files = [child for child in children if not child.is_dir()]  # links to nothing too: what they stood for is missed
-    named = one_of_each(folder, [file.name for file in files if is_readable(file.name)])
+    children = visible_entries(folder)
+    files = [child for child in children if not child.is_dir()]  # broken links too: their splits are missing
+    named = names_by_split(folder, [file.name for file in files if is_readable(file.name)])
     found = {split: folder / name for split, name in named.items()}
-    for file in files:  # a split that is not used would be cut from train instead
-        split = split_of(split_name(file.name)[0])
+    for file in files:  # otherwise the split would be cut from train
+        split = split_named(stem_and_ending(file.name)[0])
         if split is not None and split not in found:
             raise ValueError(
-                f"{file} ends in {split_name(file.name)[1]!r}, so that it cannot be read as the split {split}; "
-                f"the endings that can be are {', '.join(ENDINGS)}: save it as one of these, or move it elsewhere"
+                f"{file} ends in {stem_and_ending(file.name)[1]!r}, so it cannot be read as the split {split}; "
+                f"save it as one of {', '.join(ENDINGS)}, or move it elsewhere"
             )
     if "train" not in found:
         holds = ", ".join(child.name + "/" * child.is_dir() for child in children) or "nothing"
         raise FileNotFoundError(
             f"{folder} has no file train{{{','.join(ENDINGS)}}} and no folders of images; it holds {holds}"
         )
-    warn_of_ignored(folder, [child for child in children if child not in found.values()])
+    warn_about_ignored(folder, [child for child in children if child not in found.values()])
     return found
 
 
-def one_of_each(source: Path | str, names: Iterable[str]) -> dict[str, str]:
-    """Which of the names of files, folders or splits of a source is which split.
+def names_by_split(source: Path | str, names: Iterable[str]) -> dict[str, str]:
+    """The name of each split, among the names of files, folders or splits of a source.
 
     Raises:
-        ValueError: two of them are the same split.
+        ValueError: two names mean the same split.
     """
     found: dict[str, str] = {}
     for name in names:
-        split = split_of(split_name(name)[0])
+        split = split_named(stem_and_ending(name)[0])
         if split in found:
             raise ValueError(f"{source} has several files for {split}: {found[split]}, {name}; only one can be used")
         if split is not None:
@@ -63,13 +63,13 @@ def one_of_each(source: Path | str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def visible(folder: Path) -> list[Path]:
-    """What is in a folder, in order, but for hidden files."""
+def visible_entries(folder: Path) -> list[Path]:
+    """The files and folders in a folder, in order, without hidden ones."""
     return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
 
 
-def warn_of_ignored(source: Path | str, ignored: Iterable[Path | str]) -> None:
-    """Name what is not used, the first ten of them."""
+def warn_about_ignored(source: Path | str, ignored: Iterable[Path | str]) -> None:
+    """Warn about files that are not used; name the first ten."""
     names = [str(each.relative_to(source)) if isinstance(each, Path) else each for each in ignored]
     if names:
-        warnings.warn(f"{source}: not used: {first_ten(names)}", DataWarning, stacklevel=2)
+        warnings.warn(f"{source}: not used: {shortened(names)}", DataWarning, stacklevel=2)

@@ -1,6 +1,6 @@
-"""Files of labelled texts, read as they are: a cell is what the file says, and what is unclear is refused.
+"""Read files of labelled texts exactly as written; what is ambiguous is refused.
 
-Nothing is cached and no type is inferred. docs/data.md states the rules.
+Nothing is cached and no type is inferred; docs/data.md states the rules.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qtuning_fast.lifelong.data.delimited import Cells, place, read_csv, read_tsv
+from qtuning_fast.lifelong.data.delimited import Cells, read_csv, read_tsv, row_location
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # endings behind those, and the modules that unpack them
+_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}  # further endings, and the modules that unpack them
 _READABLE = tuple(ending + packed for ending in ENDINGS for packed in ("", *_PACKED))
 
-# By their first bytes: how a text file says what its encoding is. UTF-32's mark begins with one of UTF-16.
-_MARKS = (
+# The first bytes of a text file, which tell its encoding. UTF-32 comes first: its mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF32_LE, "UTF-32LE"),
     (codecs.BOM_UTF32_BE, "UTF-32BE"),
     (codecs.BOM_UTF16_LE, "UTF-16LE"),
     (codecs.BOM_UTF16_BE, "UTF-16BE"),
 )
-_OTHER_KINDS = {
-    b"\x1f\x8b": "is packed by gzip; add .gz to its name",
-    b"BZh91AY&SY": "is packed by bzip2; add .bz2 to its name",
-    b"\xfd7zXZ": "is packed by xz; add .xz to its name",
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "is packed with gzip; add .gz to its name",
+    b"BZh91AY&SY": "is packed with bzip2; add .bz2 to its name",
+    b"\xfd7zXZ": "is packed with xz; add .xz to its name",
     b"PK\x03\x04": "is a ZIP archive or an Excel file; unpack it, or save it as CSV",
     b"\xd0\xcf\x11\xe0": "is an old Excel file; save it as CSV",
     b"PAR1": "is a Parquet file; name it .parquet",
@@ -41,7 +41,7 @@ _OTHER_KINDS = {
 
 
 class DataWarning(UserWarning):
-    """Something in the data that can be read, but may not be what was meant."""
+    """The data is readable, but something in it looks like a mistake."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Table:
     """Rows of labelled texts.
 
     Args:
-        where: what messages call it.
-        size: how many there are.
-        names: of its columns.
-        column: the values of one of them, as the source has them; None where there is none.
-        classes: of columns whose values are numbers of classes, the names of these.
-        lines: in which each row begins; None where it is no file of lines.
-        delimiter: between cells; None where there are no such.
+        where: the name of the table in messages.
+        size: the number of rows.
+        names: the names of the columns.
+        column: returns the values of a column as the source has them, None for a missing value.
+        classes: the class names of columns that hold class numbers.
+        lines: the first line of each row; None if the source has no lines.
+        delimiter: what separates cells; None if nothing does.
     """
 
     where: str
@@ -66,55 +66,55 @@ class Table:
     lines: Sequence[int] | None = None
     delimiter: str | None = None
 
-    def place(self, row: int) -> str:
-        """Which row that is, and in which line."""
-        return place(row, self.lines)
+    def row_location(self, row: int) -> str:
+        """The number of a row, and its line."""
+        return row_location(row, self.lines)
 
 
 def read_table(file: Path, where: str | None = None) -> Table:
-    """All rows of a file.
+    """Read all rows of a file.
 
     Args:
-        file: its ending, in upper or lower case, says what it is: .csv, .tsv, .json, .jsonl or .parquet; with .gz,
-            .bz2 or .xz behind it where it is packed.
-        where: what messages about its columns call it; None for its path.
+        file: its ending, in upper or lower case, tells its format: .csv, .tsv, .json, .jsonl or .parquet, followed by
+            .gz, .bz2 or .xz if it is packed.
+        where: the name of the table in messages about its columns; None for the path.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: pyarrow is missing, which reads Parquet.
+        FileNotFoundError: the file does not exist.
+        ImportError: pyarrow is missing, which Parquet needs.
         ValueError: the file cannot be read; the message says in which row, why, and what to do.
     """
-    ending = split_name(file.name)[1]
+    ending = stem_and_ending(file.name)[1]
     if ending not in _READABLE:
         raise ValueError(
             f"{file} ends in {file.suffix!r}; the endings that can be read are {', '.join(ENDINGS)}, "
-            f"each also with {', '.join(_PACKED)} behind it"
+            f"each also followed by {', '.join(_PACKED)}"
         )
-    if not file.is_file():  # a pipe would be waited for, without end
-        raise FileNotFoundError(f"{file} is a link to nothing, or no file at all")
+    if not file.is_file():  # reading a pipe would wait forever
+        raise FileNotFoundError(f"{file} is a broken link or not a regular file")
     data = _unpacked(file, "." + ending.split(".")[-1])
     if not data:
         raise ValueError(f"{file} is empty")
     where = where or str(file)
     match "." + ending.split(".")[1]:
         case ".csv":
-            table = _of_cells(read_csv(_decoded(data, file), str(file)), where, ",")
+            table = _delimited_table(read_csv(_decoded(data, file), str(file)), where, ",")
         case ".tsv":
-            table = _of_cells(read_tsv(_decoded(data, file), str(file)), where, "\t")
+            table = _delimited_table(read_tsv(_decoded(data, file), str(file)), where, "\t")
         case ".parquet":
-            table = _of_parquet(data, file, where)
+            table = _parquet_table(data, file, where)
         case _:
-            table = _of_json(_decoded(data, file), file, where)
+            table = _json_table(_decoded(data, file), file, where)
     if not table.size:
         raise ValueError(f"{file} has no rows")
     twice = sorted(name for name, count in Counter(table.names).items() if name and count > 1)
-    if twice:  # columns without a name are no matter: many tables end in some
+    if twice:  # columns without a name are allowed: many tables end with some
         raise ValueError(f"{file} has several columns with the name {twice[0]!r}; rename all but one")
     return table
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """A file's name without its ending, and that, in lower case; unreadable endings begin at the first point."""
+def stem_and_ending(name: str) -> tuple[str, str]:
+    """The name of a file without its ending, and the ending in lower case; an unknown one begins at the first point."""
     ending = next((ending for ending in reversed(_READABLE) if name.lower().endswith(ending)), None)
     if ending is None:
         stem, point, rest = name.partition(".")
@@ -123,46 +123,46 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_readable(name: str) -> bool:
-    """Whether a file of this name has an ending that `read_table` reads."""
-    return split_name(name)[1] in _READABLE
+    """Whether `read_table` reads files with this ending."""
+    return stem_and_ending(name)[1] in _READABLE
 
 
-def first_ten(names: Sequence[str]) -> str:
-    """For a message: so many names and no more."""
+def shortened(names: Sequence[str]) -> str:
+    """Up to ten names, for a message."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _unpacked(file: Path, ending: str) -> bytes:
     if ending not in _PACKED:
         return file.read_bytes()
-    module = import_module(_PACKED[ending])  # lzma is missing from some builds of Python
+    module = import_module(_PACKED[ending])  # some builds of Python lack lzma
     try:
         with module.open(file) as opened:
             return opened.read()
     except (OSError, EOFError, zlib.error, getattr(module, "LZMAError", EOFError)) as error:
         raise ValueError(
-            f"{file} cannot be unpacked: {error or 'it ends too early'}; is it a whole {ending} file?"
+            f"{file} cannot be unpacked: {error or 'it ends too early'}; is the {ending} file complete?"
         ) from None
 
 
 def _decoded(data: bytes, file: Path) -> str:
-    for start, other in _OTHER_KINDS.items():
+    for start, other in _OTHER_FORMATS.items():
         if data.startswith(start):
             raise ValueError(f"{file} {other}")
-    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", "UTF-8"))
+    mark, encoding = next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), (b"", "UTF-8"))
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         offset = len(mark) + error.start
         raise ValueError(
-            f"{file} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset} (line {_line(data, offset)}) does "
-            f"not fit; save it as UTF-8, or if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+            f"{file} is not {encoding}: byte 0x{data[offset]:02x} at offset {offset} (line {_line(data, offset)}) is "
+            f"invalid; save it as UTF-8, or if it comes from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
         ) from None
     if "\0" in text:
         offset = data.index(b"\0")
         raise ValueError(
-            f"{file} holds a NUL byte at offset {offset} (line {_line(data, offset)}): it is no text, or UTF-16 "
-            f"without a mark at its beginning; if so: iconv -f UTF-16{'LE' if offset else 'BE'} -t UTF-8 OLD > NEW"
+            f"{file} holds a NUL byte at offset {offset} (line {_line(data, offset)}): it is not text, or it is UTF-16 "
+            f"without a byte order mark; then: iconv -f UTF-16{'LE' if offset else 'BE'} -t UTF-8 OLD > NEW"
         )
     return text
 
@@ -171,7 +171,7 @@ def _line(data: bytes, offset: int) -> int:
     return data.count(b"\n", 0, offset) + 1
 
 
-def _of_cells(cells: Cells, where: str, delimiter: str) -> Table:
+def _delimited_table(cells: Cells, where: str, delimiter: str) -> Table:
     names, rows, lines = cells
 
     def column(name: str) -> list[str]:
@@ -181,8 +181,8 @@ def _of_cells(cells: Cells, where: str, delimiter: str) -> Table:
     return Table(where, len(rows), names, column, lines=lines, delimiter=delimiter)
 
 
-def _of_json(text: str, file: Path, where: str) -> Table:
-    """One list of objects, or an object in each line that is not blank, whatever the ending."""
+def _json_table(text: str, file: Path, where: str) -> Table:
+    """A list of objects, or an object on each line that is not blank, whatever the ending."""
     lines: list[int] | None = None
     if text.lstrip().startswith("["):
         rows = _parsed(text, file)
@@ -193,7 +193,7 @@ def _of_json(text: str, file: Path, where: str) -> Table:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(
-                f"{file}: {place(number, lines)} is {json.dumps(row)[:40]}, but each row must be an object"
+                f"{file}: {row_location(number, lines)} is {json.dumps(row)[:40]}, but each row must be an object"
             )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Table(where, len(rows), names, lambda name: [row.get(name) for row in rows], lines=lines)
@@ -201,7 +201,7 @@ def _of_json(text: str, file: Path, where: str) -> Table:
 
 def _parsed(text: str, file: Path, line: int | None = None) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except RecursionError:
         reason = "it is nested too deeply"
     except json.JSONDecodeError as error:
@@ -209,23 +209,23 @@ def _parsed(text: str, file: Path, line: int | None = None) -> Any:
     except ValueError as error:
         reason = str(error)
     raise ValueError(
-        f"{file}{'' if line is None else f', line {line},'} cannot be read as JSON: {reason}; a file holds one list of "
+        f"{file}{'' if line is None else f', line {line},'} cannot be read as JSON: {reason}; write one list of "
         "objects, or one object on each line"
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"an object holds {next(name for name in names if names.count(name) > 1)!r} twice")
     return dict(pairs)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
-def _of_parquet(data: bytes, file: Path, where: str) -> Table:
+def _parquet_table(data: bytes, file: Path, where: str) -> Table:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -233,7 +233,7 @@ def _of_parquet(data: bytes, file: Path, where: str) -> Table:
         raise ImportError("reading Parquet needs the package pyarrow: pip install pyarrow") from error
     try:
         table = ParquetFile(pyarrow.BufferReader(data)).read()
-        table.validate(full=True)  # strings are UTF-8
+        table.validate(full=True)  # checks that strings are UTF-8
         classes = _declared_classes(table.schema)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {error}") from None
@@ -241,12 +241,12 @@ def _of_parquet(data: bytes, file: Path, where: str) -> Table:
 
 
 def _declared_classes(schema: Any) -> dict[str, list[str]]:
-    """The names of classes that the package `datasets` writes beside a table."""
+    """The class names that the package `datasets` stores in the schema of a table."""
     classes: dict[str, list[str]] = {}
     match json.loads((schema.metadata or {}).get(b"huggingface", b"{}")):
         case {"info": {"features": dict(features)}}:
             for name, feature in features.items():
-                match feature:  # of lists it may be a list itself
+                match feature:  # for a list column it may be a list
                     case {"_type": "ClassLabel", "names": list(names)}:
                         classes[name] = names
     return classes

@@ -1,4 +1,4 @@
-"""What a run learned, as a table for the terminal."""
+"""The results of a run as a table for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, final_accuracies, results
+from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, evaluations_and_baselines, final_accuracies
 
 
 def summary_table(metrics: Metrics) -> Table:
-    """Accuracy on each task at the end of the run, by evaluation and baseline, and what it sums up to.
+    """Accuracy on each task at the end of the run, by evaluation and baseline, with the summary measures.
 
-    Fits 80 columns: long task names are cut.
+    The table fits 80 columns; long task names are cut.
     """
     final = final_accuracies(metrics)
     table = Table(title="Accuracy at the end of the stream")
@@ -25,7 +25,7 @@ def summary_table(metrics: Metrics) -> Table:
     table.add_section()
 
     for measure in MEASURES:
-        values = [result.get(measure) for result in results(metrics).values()]
+        values = [result.get(measure) for result in evaluations_and_baselines(metrics).values()]
         table.add_row(measure.replace("_", " "), *map(_number, values), style="bold")
     return table
 

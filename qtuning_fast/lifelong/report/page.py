@@ -1,4 +1,4 @@
-"""A run as one page: tables and pictures in a single HTML file that opens from disk, on any screen, without scripts."""
+"""Write the report of a run: one HTML file with tables and plots, without scripts, that opens from disk."""
 
 import base64
 import io
@@ -11,52 +11,52 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, final_accuracies, results
+from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, evaluations_and_baselines, final_accuracies
 from qtuning_fast.lifelong.report import plots
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a run: the name of its file, how to read it, and who draws it."""
+class Plot:
+    """One plot of the report: the name of its file, how to read it, and the function that draws it."""
 
     name: str
     caption: str
     draw: Callable[[Metrics], Figure]
 
 
-PICTURES: dict[str, tuple[Picture, ...]] = {
+PLOTS: dict[str, tuple[Plot, ...]] = {
     "Accuracy": (
-        Picture(
+        Plot(
             "accuracy-over-time",
             "Each point is the mean over the tasks learned up to there. A line moves because a task was forgotten or "
             "because the next one is harder or easier; the dashed probe moves for the second reason only.",
             plots.accuracy_over_time,
         ),
-        Picture(
+        Plot(
             "accuracy-by-task",
             "One group of bars per task, after the whole stream: where the method beats a linear probe on the frozen "
             "base model, and where it does not.",
             plots.task_accuracy,
         ),
-        Picture(
+        Plot(
             "accuracy-matrix-task-adapter",
             "Read down a column to follow one task. Every column is constant, since a stored adapter never changes.",
             partial(plots.accuracy_matrix, evaluation="task_adapter"),
         ),
-        Picture(
+        Plot(
             "accuracy-matrix-live-queue",
             "Read down a column to follow one task: where the numbers fall, the queue is forgetting it.",
             partial(plots.accuracy_matrix, evaluation="live_queue"),
         ),
     ),
     "Training": (
-        Picture(
+        Plot(
             "training-curves",
             "The loss should fall within each task and the validation accuracy rise; a dot marks the step whose "
             "state was kept. Retention loss, where there is one, begins with the first eviction; lower keeps more.",
             plots.training_curves,
         ),
-        Picture(
+        Plot(
             "cost",
             "Rows grow until the queue is full. The first eviction switches memory retention on, which runs every "
             "batch twice. From there on both lines should be flat: a later task costs no more than an earlier one.",
@@ -64,7 +64,7 @@ PICTURES: dict[str, tuple[Picture, ...]] = {
         ),
     ),
     "Gate": (
-        Picture(
+        Plot(
             "gate",
             "Both parameters start at 1 (dotted). Lines that lie on each other mean that the gate no longer moved; "
             "with a gate per head the line is the mean over heads and the band their range.",
@@ -72,19 +72,19 @@ PICTURES: dict[str, tuple[Picture, ...]] = {
         ),
     ),
     "Queue": (
-        Picture(
+        Plot(
             "queue-spectrum",
             "How much each component of the queue carries, largest first: the steeper the fall, the less PCA loses "
             "with the components right of its dashed line. Line: mean over layers; band: their range.",
             plots.spectrum,
         ),
-        Picture(
+        Plot(
             "queue-energy",
             "Energy kept is the share of the rows' squared norm that survived; the effective rank says how many rows "
             "the queue really uses of those it keeps. Line: mean over layers; band: their range.",
             plots.energy,
         ),
-        Picture(
+        Plot(
             "row-weights",
             "1 leaves an old row as it was; above 1 (orange) a task leans on it, below 1 (purple) it turns it down. "
             "Grey: the queue had no such row yet.",
@@ -95,57 +95,59 @@ PICTURES: dict[str, tuple[Picture, ...]] = {
 
 
 def write_report(metrics: Metrics, folder: Path) -> Path:
-    """Write `folder/report.html`, and its pictures also as `folder/plots/*.png`.
+    """Write `folder/report.html`, and its plots also as `folder/plots/*.png`.
 
     Args:
-        metrics: the content of metrics.json; what it lacks is left out of the report, with the reason.
-        folder: where the run lives; made if it is not there.
+        metrics: the content of metrics.json. The report says which plots are missing and why.
+        folder: the folder of the run; made if it does not exist.
 
     Returns:
         The path of the report.
     """
     sections = {
-        heading: [_drawn(picture.name, picture.caption, partial(picture.draw, metrics), folder) for picture in pictures]
-        for heading, pictures in PICTURES.items()
+        heading: [
+            _render_plot(plot.name, plot.caption, partial(plot.draw, metrics), folder) for plot in plots_of_section
+        ]
+        for heading, plots_of_section in PLOTS.items()
     }
-    compared = results(metrics)
+    compared = evaluations_and_baselines(metrics)
     transfers_forward = any(result.get("forward_transfer") is not None for result in compared.values())
-    return _rendered(
+    return _render_page(
         "page.html.j2",
         folder,
         metrics=metrics,
         measures=(*MEASURES, "forward_transfer") if transfers_forward else MEASURES,
         results=compared,
         final=final_accuracies(metrics),
-        settings=list(_flat(metrics.get("config", {}))),
+        settings=list(_flatten(metrics.get("config", {}))),
         sections=sections,
     )
 
 
 def write_seeds_report(runs: Sequence[Metrics], summary: Mapping[str, Any], folder: Path) -> Path:
-    """Write `folder/report.html` for several seeds of one run; it links to each seed's `seed-<seed>/report.html`.
+    """Write `folder/report.html` for several seeds; it links to the `seed-<seed>/report.html` of each.
 
     Args:
-        runs: metrics of each seed.
-        summary: what `mean_and_spread` says of them.
-        folder: the folder above those of the seeds; made if it is not there.
+        runs: the metrics of each seed.
+        summary: the result of `mean_and_spread`.
+        folder: the folder above those of the seeds; made if it does not exist.
 
     Returns:
         The path of the report.
     """
     caption = "Bars are means over the seeds, whiskers one sample standard deviation to either side."
-    picture = _drawn("accuracy-by-task", caption, partial(plots.seeds_accuracy, runs), folder)
+    picture = _render_plot("accuracy-by-task", caption, partial(plots.seeds_accuracy, runs), folder)
     rows = {name: summary[name] for name in EVALUATIONS} | summary["baselines"]
-    return _rendered("seeds_report.html.j2", folder, runs=runs, measures=MEASURES, rows=rows, picture=picture)
+    return _render_page("seeds_report.html.j2", folder, runs=runs, measures=MEASURES, rows=rows, picture=picture)
 
 
-def _drawn(name: str, caption: str, draw: Callable[[], Figure], folder: Path) -> dict[str, Any]:
-    """One picture as the templates want it: embedded, or the sentence that says why it is missing."""
+def _render_plot(name: str, caption: str, draw: Callable[[], Figure], folder: Path) -> dict[str, Any]:
+    """One plot for the templates: embedded, or a sentence that says why it is missing."""
     target = folder / "plots" / f"{name}.png"
     try:
         figure = draw()
-    except plots.NothingToDraw as reason:
-        target.unlink(missing_ok=True)  # of an earlier report: it would belie this one
+    except plots.NoDataError as reason:
+        target.unlink(missing_ok=True)  # left by an earlier report
         return {"missing": str(reason)}
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -162,7 +164,7 @@ def _drawn(name: str, caption: str, draw: Callable[[], Figure], folder: Path) ->
     }
 
 
-def _rendered(template: str, folder: Path, **content: Any) -> Path:
+def _render_page(template: str, folder: Path, **content: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names of tasks and labels come from users
@@ -178,10 +180,10 @@ def _rendered(template: str, folder: Path, **content: Any) -> Path:
     return target
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted names with their values."""
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names and values."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -1,6 +1,6 @@
-"""What the pictures share: palette, axes of tasks, and how values of many layers become a line with a band.
+"""What the plots share: colours, axes of tasks, and bands over layers.
 
-Figures are built through matplotlib's objects, never through pyplot: no window, no global state.
+Figures use matplotlib's objects, never pyplot: no window, no global state.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ INK, FAINT = "#333333", "#d9d9d9"
 
 # Okabe and Ito's colours stay apart under the common forms of colour blindness.
 PALETTE = {"task_adapter": "#0072B2", "live_queue": "#D55E00", "linear_probe": "#6b6b6b"}
-SPARE = "#009E73"  # any other baseline
+OTHER_COLOUR = "#009E73"  # any other baseline
 
 
 def new_figure(title: str, height: float, panels: int = 1, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
@@ -33,14 +33,14 @@ def new_figure(title: str, height: float, panels: int = 1, width: float = WIDTH)
 
 
 def label(name: str, limit: int = 22) -> str:
-    """A user's name on a picture: one line, cut to `limit` characters, with no mathematics read into its dollars."""
+    """A user's name in a plot: one line of at most `limit` characters, with dollars as characters."""
     line = " ".join(name.split())
     short = line if len(line) <= limit else line[: limit - 1] + "…"
     return short.replace("$", r"\$")
 
 
 def task_ticks(axis: Axis, names: Sequence[str], at: Sequence[float] | None = None, limit: int = 24) -> None:
-    """Name the tasks along an axis; of more than `limit` only every k-th, so that names never overlap."""
+    """Name the tasks along an axis; with more than `limit`, only every k-th, so that names never overlap."""
     every = -(-len(names) // limit)
     ticks = np.arange(len(names)) if at is None else np.asarray(at)
     shown = [label(name) for name in names[::every]]
@@ -52,8 +52,8 @@ def task_ticks(axis: Axis, names: Sequence[str], at: Sequence[float] | None = No
             text.set_rotation_mode("anchor" if len(shown) <= 12 else "default")
 
 
-def from_zero(axes: Axes, highest: float) -> None:
-    """Start y at zero with some air on top, so that a flat line looks flat."""
+def start_y_at_zero(axes: Axes, highest: float) -> None:
+    """Start y at zero and leave space at the top, so that a flat line looks flat."""
     axes.set_ylim(0, 1.15 * highest if highest > 0 else 1)
 
 
@@ -62,8 +62,8 @@ def legend(axes: Axes, columns: int = 3) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=9, frameon=False, borderaxespad=0.2)
 
 
-def padded(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Rows of different lengths as one float array, NaN where a row has ended."""
+def pad_rows(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Rows of different lengths as one float array, padded with NaN."""
     array = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for line, row in zip(array, rows):
         line[: len(row)] = row
@@ -71,18 +71,18 @@ def padded(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def band(axes: Axes, x: np.ndarray, values: np.ndarray, color: str, name: str | None = None) -> None:
-    """The mean of `values[:, x]` over its first axis as a line, lowest to highest as a band around it."""
+    """Draw the mean of `values[:, x]` over the first axis as a line, and its range as a band."""
     axes.plot(x, np.nanmean(values, axis=0), color=color, marker="o", markersize=3.5, linewidth=1.5, label=name)
     if len(values) > 1:
         axes.fill_between(x, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.12, linewidth=0)
 
 
-def sample(count: int, limit: int) -> list[int]:
-    """Up to `limit` of `count` positions, evenly spaced, the first and the last among them."""
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """Up to `limit` of `count` positions, evenly spaced, including the first and the last."""
     return sorted({int(position) for position in np.linspace(0, count - 1, min(count, limit)).round()})
 
 
-def in_order(count: int) -> list[str]:
-    """Colours for `count` things that come one after the other, dark to light."""
-    positions = np.linspace(0.05, 0.8, count)  # viridis without its palest end, which fades into paper
+def sequential_colours(count: int) -> list[str]:
+    """Colours for `count` things in a sequence, dark to light."""
+    positions = np.linspace(0.05, 0.8, count)  # viridis without its pale end, which is hard to see on white
     return ["#{:02x}{:02x}{:02x}".format(*colormaps["viridis"](p, bytes=True)[:3]) for p in positions]

@@ -1,6 +1,6 @@
-"""Pictures of a run, one function a picture, each from the content of metrics.json.
+"""The plots of a run, one function per plot, from the content of metrics.json.
 
-A picture whose data the run does not have raises `NothingToDraw` with a sentence that says why.
+A plot without data raises `NoDataError` with a sentence that says why.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,34 +15,34 @@ from qtuning_fast.lifelong.metrics import EVALUATIONS, Metrics, final_accuracies
 from qtuning_fast.lifelong.report.plot_style import (
     FAINT,
     INK,
+    OTHER_COLOUR,
     PALETTE,
-    SPARE,
     WIDTH,
     band,
-    from_zero,
-    in_order,
+    evenly_spaced,
     label,
     legend,
     new_figure,
-    padded,
-    sample,
+    pad_rows,
+    sequential_colours,
+    start_y_at_zero,
     task_ticks,
 )
 
 
-class NothingToDraw(Exception):  # noqa: N818 - no error: the picture is left out
-    """The run has no data for a picture; the message tells the reader why."""
+class NoDataError(Exception):
+    """The run has no data for a plot; the message tells the reader why."""
 
 
 def accuracy_matrix(metrics: Metrics, evaluation: str) -> Figure:
     """Accuracy on each task (columns) after training on each task (rows), on one colour scale for every run."""
     title = f"Accuracy matrix: {evaluation.replace('_', ' ')}"
     if evaluation not in metrics:
-        raise NothingToDraw(f"{title}: this run was not evaluated that way.")
+        raise NoDataError(f"{title}: this run was not evaluated that way.")
     R = np.array(metrics[evaluation]["accuracy_matrix"], dtype=float)
     tasks = len(R)
     if tasks == 1:
-        raise NothingToDraw(f"{title}: one task makes one number, which the table shows.")
+        raise NoDataError(f"{title}: one task makes one number, which the table shows.")
     figure, [axes] = new_figure(title, height=5 if tasks <= 8 else 7, width=6 if tasks <= 8 else WIDTH)
     image = axes.imshow(R, vmin=0, vmax=1, cmap="cividis", aspect="equal")
     axes.grid(False)
@@ -62,7 +62,7 @@ def accuracy_over_time(metrics: Metrics) -> Figure:
     """Mean accuracy over the tasks seen so far, after each task."""
     names = metrics["tasks"]
     if len(names) == 1:
-        raise NothingToDraw("Accuracy over the tasks seen so far: there was only one.")
+        raise NoDataError("Accuracy over the tasks seen so far: there was only one.")
     seen = np.arange(1, len(names) + 1)
     figure, [axes] = new_figure("Average accuracy over the tasks seen so far", height=4.4)
     for evaluation in filter(metrics.__contains__, EVALUATIONS):
@@ -71,7 +71,7 @@ def accuracy_over_time(metrics: Metrics) -> Figure:
         axes.plot(np.nanmean(R, axis=1), marker="o", markersize=4, **style)
     for baseline, result in metrics.get("baselines", {}).items():
         mean = np.cumsum(result["accuracy"]) / seen
-        style = {"color": PALETTE.get(baseline, SPARE), "label": baseline.replace("_", " ")}
+        style = {"color": PALETTE.get(baseline, OTHER_COLOUR), "label": baseline.replace("_", " ")}
         axes.plot(mean, linestyle="--", **style)
     task_ticks(axes.xaxis, names)
     axes.set_xlabel("after learning")
@@ -114,7 +114,7 @@ def _accuracy_bars(title: str, names: Sequence[str], series: Mapping[str, np.nda
             height=0.9 * thickness,
             xerr=values.std(axis=0, ddof=1) if several else None,
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": INK},
-            color=PALETTE.get(name, SPARE),
+            color=PALETTE.get(name, OTHER_COLOUR),
             label=name.replace("_", " "),
         )
     axes.grid(False)
@@ -136,7 +136,7 @@ def training_curves(metrics: Metrics) -> Figure:
     kinds = {"loss_curve": "training loss", "validation_curve": "validation\naccuracy", "retention_curve": "retention"}
     kinds = {kind: name for kind, name in kinds.items() if any(task.get(kind) for task in per_task)}
     if not kinds:
-        raise NothingToDraw("Training curves: the run recorded none.")
+        raise NoDataError("Training curves: the run recorded none.")
     lengths = [max([task.get("steps", 0), *(step for k in kinds for step, _ in task.get(k, ()))]) for task in per_task]
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -152,7 +152,7 @@ def training_curves(metrics: Metrics) -> Figure:
         for end in ends[:-1]:
             axes.axvline(end, color=FAINT, linewidth=0.8, zorder=0)
         axes.set_ylabel(name)
-        if kind != "retention_curve":  # a bound on mutual information, turned over: mostly below zero
+        if kind != "retention_curve":  # the negative of a bound on mutual information: mostly below zero
             axes.set_ylim(0, 1.02 if kind == "validation_curve" else None)
     panels[-1].set_xlim(0, 1.01 * ends[-1])
     task_ticks(panels[-1].xaxis, metrics["tasks"], at=(starts + ends) / 2)
@@ -166,12 +166,12 @@ def cost(metrics: Metrics) -> Figure:
     kinds = {"step_seconds": ("milliseconds\na step", 1000.0), "prefix_rows": ("prefix rows", 1.0)}
     kinds = {kind: how for kind, how in kinds.items() if any(task.get(kind) is not None for task in per_task)}
     if not kinds:
-        raise NothingToDraw("Cost of a step: the run recorded neither times nor prefix sizes.")
+        raise NoDataError("Cost of a step: the run recorded neither times nor prefix sizes.")
     figure, panels = new_figure("Cost of a training step", height=0.9 + 1.8 * len(kinds), panels=len(kinds))
     for axes, (kind, (name, unit)) in zip(panels, kinds.items()):
         values = unit * np.array([task.get(kind) for task in per_task], dtype=float)
         axes.plot(values, color=PALETTE["task_adapter"], marker="o", markersize=4)
-        from_zero(axes, np.nanmax(values))
+        start_y_at_zero(axes, np.nanmax(values))
         axes.set_ylabel(name)
     task_ticks(panels[-1].xaxis, metrics["tasks"])
     panels[-1].set_xlabel("while learning")
@@ -182,17 +182,17 @@ def gate(metrics: Metrics) -> Figure:
     """The gate's alpha and tau in each layer, after some of the tasks; with a gate per head their range as a band."""
     gates = [(task["name"], task["gate"]) for task in metrics["per_task"] if task.get("gate")]
     if not gates:
-        raise NothingToDraw("Gate: this run has none.")
-    drawn = [gates[position] for position in sample(len(gates), limit=4)]
+        raise NoDataError("Gate: this run has none.")
+    drawn = [gates[position] for position in evenly_spaced(len(gates), limit=4)]
     figure, panels = new_figure("The gate g(s) = s + α·σ(τ·s), layer by layer", height=5, panels=2)
     for axes, parameter, symbol in zip(panels, ("alpha", "tau"), "ατ"):
-        for (name, values), color in zip(drawn, in_order(len(drawn))):
+        for (name, values), color in zip(drawn, sequential_colours(len(drawn))):
             per_layer = np.array(values[parameter], dtype=float).T  # [heads, layers]
             band(axes, np.arange(per_layer.shape[1]), per_layer, color, f"after {label(name)}")
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_ylabel(symbol, fontsize=12, rotation=0, labelpad=10)
         low, high = axes.get_ylim()
-        axes.set_ylim(min(low, 0.9), max(high, 1.1))  # or a drift of a thousandth would fill the picture
+        axes.set_ylim(min(low, 0.9), max(high, 1.1))  # or a drift of a thousandth would fill the plot
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("layer (of those with a prefix)")
     legend(panels[0])
@@ -204,18 +204,18 @@ def _evictions(metrics: Metrics, record: str, title: str) -> list[tuple[str, dic
     evictions = [(task["name"], task.get("eviction") or {}) for task in metrics["per_task"]]
     found = [(name, made) for name, made in evictions if made.get(record)]
     if not found:
-        raise NothingToDraw(f"{title}: no eviction on record; the queue makes room only once it overflows.")
+        raise NoDataError(f"{title}: no eviction on record; the queue makes room only once it overflows.")
     return found
 
 
 def spectrum(metrics: Metrics) -> Figure:
     """Singular values of the queue at some of its evictions: mean over layers, lowest to highest as a band."""
     evictions = _evictions(metrics, "spectrum", "Spectrum of the queue")
-    drawn = [evictions[position] for position in sample(len(evictions), limit=6)]
+    drawn = [evictions[position] for position in evenly_spaced(len(evictions), limit=6)]
     figure, [axes] = new_figure("Spectrum of the queue when it overflows", height=4)
     largest = 0.0
-    for (name, made), color in zip(drawn, in_order(len(drawn))):
-        values = padded(made["spectrum"])
+    for (name, made), color in zip(drawn, sequential_colours(len(drawn))):
+        values = pad_rows(made["spectrum"])
         band(axes, np.arange(1, values.shape[1] + 1), values, color, f"before {label(name)}")
         largest = max(largest, np.nanmax(values))
     axes.set_yscale("log")
@@ -246,7 +246,7 @@ def energy(metrics: Metrics) -> Figure:
     band(rank, x, ranks, PALETTE["task_adapter"], "effective rank")
     lone = "_" if len(rows) == 1 else None  # a line through one point is invisible
     rank.plot(x, rows, color=INK, linestyle="--", marker=lone, linewidth=1, label="rows kept")
-    from_zero(rank, max(ranks.max(), max(rows)))
+    start_y_at_zero(rank, max(ranks.max(), max(rows)))
     rank.set_ylabel("effective rank")
     legend(rank)
     task_ticks(rank.xaxis, [name for name, _ in evictions])
@@ -257,9 +257,9 @@ def energy(metrics: Metrics) -> Figure:
 def row_weights(metrics: Metrics) -> Figure:
     """How strongly each old row is reweighted for each task: mean |W| over features and layers, 1 is untouched."""
     per_task = metrics["per_task"]
-    weights = padded([_over_layers(task.get("row_weights") or []) for task in per_task])
+    weights = pad_rows([_over_layers(task.get("row_weights") or []) for task in per_task])
     if not weights.size:
-        raise NothingToDraw("Reweighting of old rows: no task had old rows before it.")
+        raise NoDataError("Reweighting of old rows: no task had old rows before it.")
     height = min(2 + 0.4 * len(weights), 6.5)
     figure, [axes] = new_figure("How each task reweights the old rows of the queue", height)
     reach = float(np.clip(np.nanmax(np.abs(np.log2(weights.clip(min=1e-9)))), 0.2, 4))  # in doublings

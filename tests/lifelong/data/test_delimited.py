@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qtuning_fast.lifelong.data.delimited import read_csv, read_tsv
 from qtuning_fast.lifelong.data.tables import read_table
-from qtuning_fast.lifelong.data.text_columns import labels_of, texts_of
+from qtuning_fast.lifelong.data.text_columns import read_labels, read_texts
 
 CSV = b"text,label\na film,good\na play,bad\n"
 TSV = CSV.replace(b",", b"\t")
@@ -24,7 +24,7 @@ TSV = CSV.replace(b",", b"\t")
 
 def rows_of(file: Path) -> list[tuple[str, str]]:
     table = read_table(file)
-    return list(zip(texts_of(table, "text"), labels_of(table, "label")[0]))
+    return list(zip(read_texts(table, "text"), read_labels(table, "label")[0]))
 
 
 READ: dict[str, tuple[str, bytes, list[tuple[str, str]]]] = {
@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "an unquoted comma": (
         "a.csv",
         b"text,label\nnot bad, really,good\n",
-        "the header has 2 columns, but row 1 (line 2) has 3 cells; put a text that holds commas into double quotes",
+        "the header has 2 columns, but row 1 (line 2) has 3 cells; put a text with commas in double quotes",
     ),
     "an unquoted comma later": (
         "a.csv",
@@ -71,13 +71,13 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a cell too few": (
         "a.csv",
         b"text,label\nx,good\ny\n",
-        "the header has 2 columns, but row 2 (line 3) has 1 cell; a row has a cell for each column, an empty one too",
+        "but row 2 (line 3) has 1 cell; each row needs a cell for each column, even an empty one",
     ),
     "a comma at the end of rows": ("a.csv", b"text,label\nx,good,\n", "row 1 (line 2) has 3 cells"),
     "a tab within": (
         "a.tsv",
         b"text\tlabel\none\ttwo\tgood\n",
-        "the header has 2 columns, but row 1 (line 2) has 3 cells; a text that holds tabs",
+        "the header has 2 columns, but row 1 (line 2) has 3 cells; put a text with tabs",
     ),
     "rows of nothing": (
         "a.csv",
@@ -98,22 +98,22 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a text behind a quote": (
         "a.csv",
         b'text,label\nx,bad\n"Great" film,good\n',
-        "row 2 (line 3) has a cell that goes on behind its closing double quote; to write quotes within a text put",
+        "row 2 (line 3) has a cell with text after its closing double quote; to write quotes inside a text, put",
     ),
     "a quote never closed": (
         "a.csv",
         b'text,label\nx,bad\n"Great film,good\ny,bad\n',
-        "row 2 (line 3) has a cell that begins with a double quote, which is never closed",
+        "row 2 (line 3) has a cell that begins with a double quote and never closes it",
     ),
     "a quote closed by another's": (
         "a.csv",
         b'text,label\n"Great film,good\n"a, b",bad\n',
-        "row 1 (line 2) has a cell that goes on behind",
+        "row 1 (line 2) has a cell with text after",
     ),
     "escapes by backslashes": (
         "a.csv",
         b'text,label\n"he said \\"no\\" twice",good',
-        "row 1 (line 2) has a cell that goes on behind",
+        "row 1 (line 2) has a cell with text after",
     ),
     "a quoted name never closed": (
         "a.csv",
@@ -139,14 +139,14 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "semicolons": (
         "a.csv",
         b"text;label\nx;good\n",
-        "the header has one column, 'text;label', and a task needs two; cells are separated by commas in a .csv",
+        "the header has one column, 'text;label', but a task needs two; separate cells by commas in a .csv",
     ),
     "tabs in a CSV": ("a.csv", TSV, r"the header has one column, 'text\tlabel'"),
     "commas in a TSV": ("a.tsv", CSV, "the header has one column, 'text,label'"),
     "no header": (
         "a.csv",
         b"I loved it,good\nI did not,bad\n",
-        "only 'I loved it', 'good'; name yours with --text-column (in Python text_column), or write names into",
+        "only 'I loved it', 'good'; name yours with --text-column (in Python text_column), or write the names in",
     ),
     "another name": (
         "a.csv",
@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         "has several columns with the name 'label'",
     ),
     "a header alone": ("a.csv", b"text,label\n", "has no rows"),
-    "blank lines alone": ("a.tsv", b"\r\n\r\n", "holds nothing but blank lines"),
+    "blank lines alone": ("a.tsv", b"\r\n\r\n", "has only blank lines"),
 }
 
 

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qtuning_fast.lifelong.data.encoding import ExampleReader
+from qtuning_fast.lifelong.data.encoding import ExampleEncoder
 from qtuning_fast.lifelong.tasks import Examples, Task
 
 EXAMPLES = Examples(["the red cat ", "a dog"], [0, 1])
@@ -32,30 +32,30 @@ def task(names: list[str], words: list[str] | None = None) -> Task:
 
 
 def test_an_encoder_decoder_reads_the_text_and_writes_the_word(make_tokenizer: MakeTokenizer) -> None:
-    reader = ExampleReader(make_tokenizer(decoder=False), "text-to-text", 5)
-    answers = reader.answers(["old", "very old"], task="mine")
+    encoder = ExampleEncoder(make_tokenizer(decoder=False), "text-to-text", 5)
+    answers = encoder.encode_answers(["old", "very old"], task="mine")
     assert answers == [[13, 1], [15, 13, 1]]
-    questions = reader.questions(EXAMPLES)
-    assert questions.columns["input_ids"].tolist() == [[9, 4, 7, 1, 0], [10, 8, 1, 0, 0]]
-    assert questions.columns["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
-    assert questions.columns["labels"].tolist() == [0, 1]
-    lessons = reader.lessons(EXAMPLES, answers)
-    assert lessons.columns["labels"].tolist() == [[13, 1, -100], [15, 13, 1]]
-    assert torch.equal(lessons.columns["input_ids"], questions.columns["input_ids"])
+    inputs = encoder.encode(EXAMPLES)
+    assert inputs.columns["input_ids"].tolist() == [[9, 4, 7, 1, 0], [10, 8, 1, 0, 0]]
+    assert inputs.columns["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+    assert inputs.columns["labels"].tolist() == [0, 1]
+    training_inputs = encoder.encode_with_answers(EXAMPLES, answers)
+    assert training_inputs.columns["labels"].tolist() == [[13, 1, -100], [15, 13, 1]]
+    assert torch.equal(training_inputs.columns["input_ids"], inputs.columns["input_ids"])
 
 
 def test_a_decoder_continues_the_text_by_the_word(make_tokenizer: MakeTokenizer) -> None:
-    reader = ExampleReader(make_tokenizer(decoder=True), "causal-lm", 5)
-    answers = reader.answers(["old", "very old"], task="mine")
+    encoder = ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 5)
+    answers = encoder.encode_answers(["old", "very old"], task="mine")
     assert answers == [[13, 1], [15, 13, 1]]
-    questions = reader.questions(EXAMPLES)
-    assert questions.columns["input_ids"].tolist() == [[3, 9, 4, 7, 0], [3, 10, 8, 0, 0]]
-    assert questions.columns["labels"].tolist() == [0, 1]
-    lessons = reader.lessons(EXAMPLES, answers)
-    assert lessons.columns["input_ids"].tolist() == [[3, 9, 4, 7, 13, 1, 0, 0], [3, 10, 8, 15, 13, 1, 0, 0]]
-    assert lessons.columns["attention_mask"].sum(1).tolist() == [6, 6]
+    inputs = encoder.encode(EXAMPLES)
+    assert inputs.columns["input_ids"].tolist() == [[3, 9, 4, 7, 0], [3, 10, 8, 0, 0]]
+    assert inputs.columns["labels"].tolist() == [0, 1]
+    training_inputs = encoder.encode_with_answers(EXAMPLES, answers)
+    assert training_inputs.columns["input_ids"].tolist() == [[3, 9, 4, 7, 13, 1, 0, 0], [3, 10, 8, 15, 13, 1, 0, 0]]
+    assert training_inputs.columns["attention_mask"].sum(1).tolist() == [6, 6]
     ignored = -100
-    assert lessons.columns["labels"].tolist() == [
+    assert training_inputs.columns["labels"].tolist() == [
         [ignored] * 4 + [13, 1] + [ignored] * 2,
         [ignored] * 3 + [15, 13, 1] + [ignored] * 2,
     ]
@@ -64,20 +64,20 @@ def test_a_decoder_continues_the_text_by_the_word(make_tokenizer: MakeTokenizer)
 def test_heads_need_no_padding_token(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(decoder=True)
     assert tokenizer.pad_token is None
-    questions = ExampleReader(tokenizer, "sequence-classification", 5).questions(EXAMPLES)
-    assert questions.columns["input_ids"].tolist() == [[3, 9, 4, 7, 0], [3, 10, 8, 0, 0]]
-    assert questions.columns["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
-    assert all(column.dtype == torch.int64 for column in questions.columns.values())
+    inputs = ExampleEncoder(tokenizer, "sequence-classification", 5).encode(EXAMPLES)
+    assert inputs.columns["input_ids"].tolist() == [[3, 9, 4, 7, 0], [3, 10, 8, 0, 0]]
+    assert inputs.columns["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
+    assert all(column.dtype == torch.int64 for column in inputs.columns.values())
     assert tokenizer.pad_token is None, "the tokenizer is left as it was given"
     tokenizer.pad_token = "<pad>"
-    padded = ExampleReader(tokenizer, "sequence-classification", 5).questions(EXAMPLES)
-    assert all(torch.equal(column, padded.columns[name]) for name, column in questions.columns.items())
+    padded = ExampleEncoder(tokenizer, "sequence-classification", 5).encode(EXAMPLES)
+    assert all(torch.equal(column, padded.columns[name]) for name, column in inputs.columns.items())
 
 
 def test_a_text_is_cut_and_the_word_is_not(make_tokenizer: MakeTokenizer) -> None:
-    reader = ExampleReader(make_tokenizer(decoder=True), "causal-lm", 3)
-    lessons = reader.lessons(EXAMPLES, [[13, 1], [14, 1]])
-    assert lessons.columns["input_ids"].tolist() == [[3, 9, 4, 13, 1], [3, 10, 8, 14, 1]]
+    encoder = ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 3)
+    training_inputs = encoder.encode_with_answers(EXAMPLES, [[13, 1], [14, 1]])
+    assert training_inputs.columns["input_ids"].tolist() == [[3, 9, 4, 13, 1], [3, 10, 8, 14, 1]]
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
@@ -92,12 +92,12 @@ def test_the_word_has_the_tokens_that_it_has_behind_a_text(metaspace: bool) -> N
         texts, trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet)
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    reader = ExampleReader(fast, "causal-lm", 12)
-    answers = reader.answers(["good", "bad"], task="mine")
+    encoder = ExampleEncoder(fast, "causal-lm", 12)
+    answers = encoder.encode_answers(["good", "bad"], task="mine")
     assert answers is not None
-    lessons = reader.lessons(Examples(["a film"], [0]), answers)
+    training_inputs = encoder.encode_with_answers(Examples(["a film"], [0]), answers)
     both = fast("a film good")["input_ids"]
-    assert lessons.columns["input_ids"][0, : len(both) + 1].tolist() == [*both, fast.eos_token_id]
+    assert training_inputs.columns["input_ids"][0, : len(both) + 1].tolist() == [*both, fast.eos_token_id]
     assert fast.decode(answers[1][:-1]).strip() == "bad"
 
 
@@ -121,19 +121,19 @@ def test_words_are_the_names_with_spaces_or_what_the_task_says() -> None:
 def test_words_that_cannot_be_told_apart(
     task_type: str, words: list[str], ends: bool, message: str, make_tokenizer: MakeTokenizer
 ) -> None:
-    reader = ExampleReader(make_tokenizer(decoder=False, ends=ends), task_type, 5)
+    encoder = ExampleEncoder(make_tokenizer(decoder=False, ends=ends), task_type, 5)
     with pytest.raises(ValueError, match=f"task 'mine': the label words {message}"):
-        reader.answers(words, task="mine")
-    assert reader.answers(["old", "new"], task="mine")
+        encoder.encode_answers(words, task="mine")
+    assert encoder.encode_answers(["old", "new"], task="mine")
 
 
 def test_the_answer_must_fit_behind_the_text(make_tokenizer: MakeTokenizer) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16, max_position_embeddings=12))
     tasks = [task(["old", "very_old"])]
-    ExampleReader(make_tokenizer(decoder=True), "causal-lm", 9).check(llama, tasks)
+    ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 9).check(llama, tasks)
     with pytest.raises(ValueError, match="max_length is 10; this model takes at most 9 tokens and the 3 of an answer"):
-        ExampleReader(make_tokenizer(decoder=True), "causal-lm", 10).check(llama, tasks)
+        ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 10).check(llama, tasks)
 
 
 @pytest.mark.parametrize("task_type", ["sequence-classification", "text-to-text", "causal-lm", "image-classification"])
@@ -143,15 +143,15 @@ def test_a_processor_of_the_wrong_kind(task_type: str, make_tokenizer: MakeToken
     images = task_type == "image-classification"
     wrong: Any = make_tokenizer(decoder=False) if images else ViTImageProcessorPil()
     with pytest.raises(TypeError, match="needs an image processor" if images else "needs a tokenizer"):
-        ExampleReader(wrong, task_type, 5)
+        ExampleEncoder(wrong, task_type, 5)
 
 
 def test_a_prompt_in_front_takes_room_where_there_is_an_end_to_it(make_tokenizer: MakeTokenizer) -> None:
     sizes = {"vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     bert = BertModel(BertConfig(**sizes, intermediate_size=8, max_position_embeddings=12))
-    reader = ExampleReader(make_tokenizer(decoder=False), "sequence-classification", 9)
-    reader.check(bert, [task(["a", "b"])], prompt_tokens=3)
-    with pytest.raises(ValueError, match="at most 8 tokens behind the 4 of a prompt"):
-        reader.check(bert, [task(["a", "b"])], prompt_tokens=4)
+    encoder = ExampleEncoder(make_tokenizer(decoder=False), "sequence-classification", 9)
+    encoder.check(bert, [task(["a", "b"])], prompt_tokens=3)
+    with pytest.raises(ValueError, match="at most 8 tokens besides the 4 of a prompt"):
+        encoder.check(bert, [task(["a", "b"])], prompt_tokens=4)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=8, d_kv=8, num_layers=1, num_heads=1, d_ff=8))
-    ExampleReader(make_tokenizer(decoder=False), "text-to-text", 9).check(t5, [task(["a", "b"])], prompt_tokens=300)
+    ExampleEncoder(make_tokenizer(decoder=False), "text-to-text", 9).check(t5, [task(["a", "b"])], prompt_tokens=300)

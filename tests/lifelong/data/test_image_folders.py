@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from qtuning_fast.lifelong.data.images import ImageFiles, open_image
 from qtuning_fast.lifelong.data.loading import load_examples, load_task
 from qtuning_fast.lifelong.data.tables import DataWarning
 from qtuning_fast.lifelong.tasks import data_digest
@@ -120,7 +117,7 @@ def test_images_by_class_for_a_task_that_is_known(tmp_path):
     draw(tmp_path / "dog", 3)
     examples = load_examples(str(tmp_path), ["cat", "dog"])
     assert examples.labels == [1, 1, 1] and classes_of(examples, ["cat", "dog"])
-    with pytest.raises(ValueError, match="label 'dog' is none of the task's"):
+    with pytest.raises(ValueError, match="label 'dog' is not a label of the task"):
         load_examples(str(tmp_path), ["cat", "horse"])
 
 
@@ -157,41 +154,3 @@ def test_folders_that_are_no_task(tmp_path):
     (tmp_path / "new" / "cow").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no folders of images; it holds cow"):
         load_task(f"pets={tmp_path / 'new'}")
-
-
-def test_pixels_are_made_when_they_are_asked_for(tmp_path, monkeypatch):
-    draw(tmp_path / "images", 5)
-    files = sorted((tmp_path / "images").iterdir())
-    opened = []
-    monkeypatch.setattr("qtuning_fast.lifelong.data.images.open_image", lambda f: opened.append(f) or open_image(f))
-    processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
-    images = ImageFiles(files, processor, [0, 1, 0, 1, 0]).with_column("more", torch.arange(5))
-    assert len(images) == 5 and not opened
-    batches = images.batches(2, torch.device("cpu"))
-    first = next(batches)
-    assert len(opened) == 2 and first.keys() == {"pixel_values", "more"} and first["pixel_values"].shape == (2, 3, 4, 4)
-    rest = list(batches)
-    assert [len(batch["more"]) for batch in rest] == [2, 1]
-    assert torch.equal(images[3]["pixel_values"], rest[0]["pixel_values"][1]) and images[3]["labels"] == 1
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
-def test_images_of_every_mode_become_rgb(tmp_path, mode):
-    file = tmp_path / "image.png"
-    Image.new(mode, (4, 3)).save(file)
-    assert open_image(file).mode == "RGB" and open_image(file).size == (4, 3)
-
-
-def test_more_than_eight_bits_are_refused(tmp_path):
-    file = tmp_path / "scan.png"
-    Image.new("I;16", (4, 3)).save(file)
-    with pytest.raises(ValueError, match=r"scan\.png cannot be read as an image: it has more than 8 bits a channel"):
-        open_image(file)
-
-
-def test_a_photograph_stands_upright(tmp_path):
-    file = tmp_path / "photo.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter
-    Image.new("RGB", (4, 3)).save(file, exif=exif)
-    assert open_image(file).size == (3, 4)

@@ -154,7 +154,7 @@ def test_empty_files(tmp_path, ending):
     ("name", "content", "message"),
     [
         ("head.csv", b"text,label\n", "head.csv has no rows"),
-        ("blank.csv", b"\n\n", "blank.csv holds nothing but blank lines"),
+        ("blank.csv", b"\n\n", "blank.csv has only blank lines"),
         (
             "ragged.csv",
             b"text,label\na,b\na,b,c,d\n",
@@ -196,7 +196,7 @@ def test_a_label_that_train_has_not(tmp_path):
 def test_one_of_many_labels_that_train_has_not(tmp_path):
     write(tmp_path / "train.csv", labelled([f"class {number:02d}" for number in range(40)] * 3))
     write(tmp_path / "test.csv", labelled(["ugly"]))
-    with pytest.raises(ValueError, match=r"train, which has \['class 00', .*, 'class 09' and 30 more\]; it stands in"):
+    with pytest.raises(ValueError, match=r"train, which has \['class 00', .*, 'class 09' and 30 more\]; it is in"):
         load_task(str(tmp_path))
 
 
@@ -215,14 +215,14 @@ def test_columns_that_cannot_be_told_apart(tmp_path):
         with pytest.raises(ValueError, match="text_column and label_column are both 'label'"):
             load(path, text_column="label")
     (tmp_path / "data.csv").write_text(",label,\nx,good,y\n")
-    with pytest.raises(ValueError, match="several columns have the name ''; write another into the first row"):
+    with pytest.raises(ValueError, match="several columns have the name ''; rename all but one"):
         load_task(path, text_column="")
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
     file = tmp_path / os.fsdecode(b"\xff.csv")
     write(file)
-    with pytest.raises(ValueError, match=r"'\\udcff' cannot name a task, for it is not UTF-8; write a name and a path"):
+    with pytest.raises(ValueError, match=r"'\\udcff' cannot name a task, because it is not UTF-8; write a name"):
         load_task(str(file))
     assert load_task(f"mine={file}").name == "mine"
 
@@ -259,7 +259,9 @@ def test_specs_that_name_nothing(spec):
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"org/none:config is no path here, and the hub at http://127.\S+ cannot"):
+    with pytest.raises(
+        ConnectionError, match=r"org/none:config is not a local path, and the hub at http://127\S+ cannot"
+    ):
         load_task("mine=org/none:config")
 
 
@@ -277,19 +279,19 @@ def hub(monkeypatch):
 
 
 def test_hub(hub):
-    with pytest.warns(DataWarning, match="^test of org/set:config: not used, for its labels are all -1"):
+    with pytest.warns(DataWarning, match="^test of org/set:config: not used, because its labels are all -1"):
         task = load_task("org/set:config")
     assert task.name == "set" and task.label_names == ["no", "yes"] and task.source == "org/set:config"
     assert Counter(task.test.labels) == {0: 4, 1: 4}, "its test labels are secret: a test set is cut from train"
     with pytest.raises(
-        ValueError, match=r"other is no path here, and cannot be loaded from the hub: .*'other' doesn't"
+        ValueError, match=r"other is not a local path, and cannot be loaded from the hub: .*'other' doesn't"
     ):
         load_task("mine=other")
 
 
 def test_a_hub_set_that_was_never_fetched(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="org/none is no path here, and cannot be fetched from the hub"):
+    with pytest.raises(ConnectionError, match="org/none is not a local path, and cannot be fetched from the hub"):
         load_task("org/none")
 
 
@@ -297,7 +299,7 @@ def test_files_need_no_package_datasets_and_the_hub_says_so(tmp_path, monkeypatc
     paths = [write(tmp_path / f"data{ending}") for ending in (".csv", ".jsonl", ".parquet")]
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert all(load_task(path).label_names == ["bad", "good"] for path in paths)
-    with pytest.raises(ImportError, match=r"org/set is no path here.*pip install datasets"):
+    with pytest.raises(ImportError, match=r"org/set is not a local path.*pip install datasets"):
         load_task("org/set")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):

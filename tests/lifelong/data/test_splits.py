@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from qtuning_fast.lifelong.data.loading import load_task
-from qtuning_fast.lifelong.data.splits import one_of_each, split_files, split_of
+from qtuning_fast.lifelong.data.splits import names_by_split, split_files, split_named
 from qtuning_fast.lifelong.data.tables import DataWarning
 
 VALIDATION = ["validation.csv", "valid.csv", "val.csv", "dev.csv", "eval.csv", "Dev.CSV", "VALID.csv.gz"]
@@ -75,7 +75,7 @@ def test_a_split_that_is_no_file_is_refused(name: str, kind: str, tmp_path: Path
         os.mkfifo(tmp_path / name)
     else:
         (tmp_path / name).symlink_to(tmp_path / (name if kind == "link to itself" else "gone.csv"))
-    with pytest.raises(FileNotFoundError, match=rf"{name} is a link to nothing, or no file at all"):
+    with pytest.raises(FileNotFoundError, match=rf"{name} is a broken link or not a regular file"):
         load_task(f"reviews={tmp_path}", validation_shots=2)
 
 
@@ -112,14 +112,14 @@ def test_nothing_is_said_where_all_is_used(tmp_path: Path) -> None:
 
 
 def test_splits_by_their_names() -> None:
-    assert [split_of(name) for name in ("TRAIN", "Val", "testing", "tests", "")] == [
+    assert [split_named(name) for name in ("TRAIN", "Val", "testing", "tests", "")] == [
         "train",
         "validation",
         "test",
         None,
         None,
     ]
-    assert one_of_each("a set", ["train", "dev", "more"]) == {"train": "train", "validation": "dev"}
+    assert names_by_split("a set", ["train", "dev", "more"]) == {"train": "train", "validation": "dev"}
 
 
 def test_splits_of_the_hub_that_are_not_used_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,12 @@ import pytest
 
 from qtuning_fast.lifelong.data.loading import load_examples, load_task
 from qtuning_fast.lifelong.data.tables import read_table
-from qtuning_fast.lifelong.data.text_columns import labels_of, texts_of
+from qtuning_fast.lifelong.data.text_columns import read_labels, read_texts
 
 
 def rows_of(file: Path) -> list[tuple[str, str]]:
     table = read_table(file)
-    return list(zip(texts_of(table, "text"), labels_of(table, "label")[0]))
+    return list(zip(read_texts(table, "text"), read_labels(table, "label")[0]))
 
 
 PLAIN = [("a film", "good"), ("a play", "bad")]
@@ -114,18 +114,18 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "Latin-1": (
         "a.csv",
         "text,label\nx,y\ncafé,good\n".encode("latin-1"),
-        "byte 0xe9 at offset 18 (line 3) does not fit; save it as UTF-8, or if it is from Windows: iconv -f",
+        "byte 0xe9 at offset 18 (line 3) is invalid; save it as UTF-8, or if it comes from Windows: iconv -f",
     ),
     "cut within a character": ("a.jsonl", '{"text": "é'.encode()[:-1], "is not UTF-8: byte 0xc3 at offset 10 (line 1)"),
     "UTF-16 without a mark": (
         "a.csv",
         CSV.decode().encode("utf-16-le"),
-        "holds a NUL byte at offset 1 (line 1): it is no text, or UTF-16 without a mark at its beginning; if so: iconv",
+        "holds a NUL byte at offset 1 (line 1): it is not text, or it is UTF-16 without a byte order mark; then: iconv",
     ),
     "UTF-16 big-endian without a mark": (
         "a.csv",
         CSV.decode().encode("utf-16-be"),
-        "holds a NUL byte at offset 0 (line 1): it is no text, or UTF-16 without a mark at its beginning; if so: "
+        "holds a NUL byte at offset 0 (line 1): it is not text, or it is UTF-16 without a byte order mark; then: "
         "iconv -f UTF-16BE",
     ),
     "cut UTF-16": ("a.csv", CSV.decode().encode("utf-16")[:-1], "is not UTF-16LE: byte 0x0a at offset"),
@@ -167,11 +167,11 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         b'{"text": "a", "label": "x", "text": "b"}',
         "line 1, cannot be read as JSON: an object holds 'text' twice",
     ),
-    "NaN": ("a.jsonl", lines('"x"', "NaN"), "line 2, cannot be read as JSON: NaN is no JSON"),
+    "NaN": ("a.jsonl", lines('"x"', "NaN"), "line 2, cannot be read as JSON: NaN is not JSON"),
     "a number for infinity": (
         "a.json",
         b'[{"text": "a", "label": -Infinity}]',
-        "cannot be read as JSON: -Infinity is no JSON",
+        "cannot be read as JSON: -Infinity is not JSON",
     ),
     "a row without a label": (
         "a.jsonl",
@@ -217,13 +217,13 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         gzip.compress(CSV)[:-6] + b"\xff" + gzip.compress(CSV)[-5:],
         "cannot be unpacked: CRC check failed",
     ),
-    "no gzip": ("a.csv.gz", CSV, "cannot be unpacked: Not a gzipped file (b'te'); is it a whole .gz file?"),
+    "no gzip": ("a.csv.gz", CSV, "cannot be unpacked: Not a gzipped file (b'te'); is the .gz file complete?"),
     "cut bzip2": ("a.jsonl.bz2", bz2.compress(JSONL)[:-9], "cannot be unpacked: Compressed file ended"),
     "no xz": ("a.tsv.xz", TSV, "cannot be unpacked: Input format not supported"),
     "nothing packed": ("a.csv.gz", gzip.compress(b""), "is empty"),
-    "gzip without its ending": ("a.csv", gzip.compress(CSV), "is packed by gzip; add .gz to its name"),
-    "bzip2 without its ending": ("a.csv", bz2.compress(CSV), "is packed by bzip2; add .bz2 to its name"),
-    "xz without its ending": ("a.csv", lzma.compress(CSV), "is packed by xz; add .xz to its name"),
+    "gzip without its ending": ("a.csv", gzip.compress(CSV), "is packed with gzip; add .gz to its name"),
+    "bzip2 without its ending": ("a.csv", bz2.compress(CSV), "is packed with bzip2; add .bz2 to its name"),
+    "xz without its ending": ("a.csv", lzma.compress(CSV), "is packed with xz; add .xz to its name"),
     "old Excel called CSV": ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an old Excel file; save it as CSV"),
     "Excel called CSV": (
         "a.csv",
@@ -233,7 +233,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "Excel": (
         "a.xlsx",
         b"PK\x03\x04",
-        "can be read are .csv, .tsv, .json, .jsonl, .parquet, each also with .gz, .bz2, .xz behind it",
+        "can be read are .csv, .tsv, .json, .jsonl, .parquet, each also followed by .gz, .bz2, .xz",
     ),
     "ZIP": ("a.csv.zip", b"PK\x03\x04", "ends in '.zip'"),
     "Zstandard": ("a.json.zst", b"x", "ends in '.zst'"),
@@ -350,7 +350,7 @@ def test_examples_for_a_task_that_is_known(tmp_path: Path) -> None:
     columns = {"text_column": "body", "label_column": "kind"}
     assert load_examples(str(tmp_path / "a.tsv"), ["1", "01"], **columns).labels == [1, 0]
     with pytest.raises(
-        ValueError, match=r"a.tsv: label '1' is none of the task's, which are 0, 01; it stands in row 2 \(line 3\)"
+        ValueError, match=r"a.tsv: label '1' is not a label of the task, which has 0, 01; it is in row 2 \(line 3\)"
     ):
         load_examples(str(tmp_path / "a.tsv"), ["0", "01"], **columns)
 

@@ -10,7 +10,7 @@ import pytest
 
 from qtuning_fast.lifelong.data.delimited import read_csv
 from qtuning_fast.lifelong.data.tables import DataWarning, Table
-from qtuning_fast.lifelong.data.text_columns import labels_of, point_out_joined_rows, refuse_unknown
+from qtuning_fast.lifelong.data.text_columns import check_known_labels, read_labels, warn_about_joined_rows
 
 
 def table(labels: list[Any], **more: Any) -> Table:
@@ -31,7 +31,7 @@ def table(labels: list[Any], **more: Any) -> Table:
 )
 @pytest.mark.filterwarnings("ignore::qtuning_fast.lifelong.data.tables.DataWarning")
 def test_classes_are_in_order_by_number_where_all_are_integers(labels: list[Any], names: list[str]) -> None:
-    assert labels_of(table(labels), "label")[1] == names
+    assert read_labels(table(labels), "label")[1] == names
 
 
 @pytest.mark.parametrize(
@@ -46,25 +46,25 @@ def test_classes_are_in_order_by_number_where_all_are_integers(labels: list[Any]
 )
 def test_labels_that_look_alike_are_pointed_out(labels: list[str], said: str) -> None:
     with pytest.warns(DataWarning, match=f"^a.csv: column 'label' .*{said}$"):
-        labels_of(table(labels), "label")
+        read_labels(table(labels), "label")
 
 
 def test_labels_that_do_not_look_alike_are_not() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        labels_of(table([" good", " bad", "1", "01", "١"]), "label")
-        labels_of(table([1, 2, 11]), "label")
+        read_labels(table([" good", " bad", "1", "01", "١"]), "label")
+        read_labels(table([1, 2, 11]), "label")
 
 
 def test_a_text_that_holds_a_row_is_pointed_out() -> None:
     texts = ["one\ntwo, three", "Great film,good\nbad film"]
     said = r"column 'text' in row 2 \(line 4\) holds a line that looks like .* 'Great film,good'"
     with pytest.warns(DataWarning, match=said):
-        point_out_joined_rows(table(texts, lines=[2, 4], delimiter=","), ["good", "bad"])
+        warn_about_joined_rows(table(texts, lines=[2, 4], delimiter=","), ["good", "bad"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        point_out_joined_rows(table(texts[:1], lines=[2, 4], delimiter=","), ["good", "bad"])
-        point_out_joined_rows(table(texts), ["good", "bad"])  # of JSON, which has no such quotes
+        warn_about_joined_rows(table(texts[:1], lines=[2, 4], delimiter=","), ["good", "bad"])
+        warn_about_joined_rows(table(texts), ["good", "bad"])  # of JSON, which has no such quotes
 
 
 @pytest.mark.parametrize(
@@ -85,15 +85,19 @@ def test_two_rows_that_a_stray_quote_joins_are_pointed_out(header: str, row: str
     with pytest.warns(DataWarning, match=said) if said else warnings.catch_warnings():
         if not said:
             warnings.simplefilter("error")
-        point_out_joined_rows(joined, ["good", "bad"])
+        warn_about_joined_rows(joined, ["good", "bad"])
 
 
 @pytest.mark.parametrize(
     ("label", "said"),
-    [("Good", ", and is not 'good' but 'Good'"), ("go\u200bod", r", and is not 'good' but 'go\u200bod'"), ("x", "")],
+    [
+        ("Good", "; it looks like 'good' but is 'Good'"),
+        ("go\u200bod", r"; it looks like 'good' but is 'go\u200bod'"),
+        ("x", ""),
+    ],
 )
 def test_an_unknown_label_that_looks_like_a_known_one(label: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"is new; it stands in row 2{said}") + "$"):
-        refuse_unknown(table(["bad", label]), ["bad", label], ["bad", "good"], "is new")
-    with pytest.raises(ValueError, match=re.escape(r"and is not 'caf\xe9' but 'cafe\u0301'")):
-        refuse_unknown(table([]), ["cafe\u0301"], ["caf\u00e9"], "is new")
+    with pytest.raises(ValueError, match=re.escape(f"is new; it is in row 2{said}") + "$"):
+        check_known_labels(table(["bad", label]), ["bad", label], ["bad", "good"], "is new")
+    with pytest.raises(ValueError, match=re.escape(r"it looks like 'caf\xe9' but is 'cafe\u0301'")):
+        check_known_labels(table([]), ["cafe\u0301"], ["caf\u00e9"], "is new")

@@ -4,15 +4,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from matplotlib.container import BarContainer
 from matplotlib.image import imread
 
 from qtuning_fast.lifelong.metrics import mean_and_spread
-from qtuning_fast.lifelong.report import plots
-from qtuning_fast.lifelong.report.page import PICTURES, write_report, write_seeds_report
+from qtuning_fast.lifelong.report.page import PLOTS, write_report, write_seeds_report
 
 HOSTILE = ["<script>alert(1)</script>", "a & b", "$\\frac{1}$", "_hidden", '"><img src=x>', "two\nlines", "x" * 300]
-ALL_PICTURES = {picture.name for section in PICTURES.values() for picture in section}
+ALL_PICTURES = {picture.name for section in PLOTS.values() for picture in section}
 EVICTION_PICTURES = {"queue-spectrum", "queue-energy"}
 
 
@@ -121,20 +119,6 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert "this run was not evaluated that way" in page.text
 
 
-def test_tasks_without_some_curves_are_drawn_all_the_same(make_metrics):
-    metrics = make_metrics(6)
-    for key in ("loss_curve", "validation_curve", "step_seconds", "gate", "row_weights"):
-        del metrics["per_task"][2][key]
-    metrics["per_task"][3]["loss_curve"] = [[10, None], [20, 0.5]]
-    for draw in (plots.training_curves, plots.cost, plots.gate, plots.row_weights):
-        assert draw(metrics).axes
-
-
-def test_a_step_costs_from_zero(make_metrics):
-    for axes in plots.cost(make_metrics(5)).axes:
-        assert axes.get_ylim()[0] == 0
-
-
 def test_seeds_report_links_to_each_seed(make_metrics, tmp_path):
     runs = [make_metrics(4, seed) for seed in (3, 8)]
     summary = mean_and_spread(runs)
@@ -144,14 +128,3 @@ def test_seeds_report_links_to_each_seed(make_metrics, tmp_path):
     assert [link for link in page.links() if link.endswith(".html")] == ["seed-3/report.html", "seed-8/report.html"]
     spread = summary["live_queue"]["average_accuracy"]
     assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in " ".join(page.text.split())
-
-
-def test_seeds_match_tasks_by_name(make_metrics):
-    first, second = make_metrics(2, 0), make_metrics(2, 0)
-    second["tasks"] = second["tasks"][::-1]
-    second["task_adapter"]["accuracy_matrix"][-1].reverse()
-    second["live_queue"]["accuracy_matrix"][-1].reverse()
-    second["baselines"]["linear_probe"]["accuracy"].reverse()
-    [axes] = plots.seeds_accuracy([first, second]).axes
-    adapter, *_ = (container for container in axes.containers if isinstance(container, BarContainer))
-    assert [bar.get_width() for bar in adapter] == pytest.approx(first["task_adapter"]["accuracy_matrix"][-1])

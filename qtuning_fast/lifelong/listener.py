@@ -1,0 +1,23 @@
+"""The events of a run, for progress bars and the like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qtuning_fast.lifelong.tasks import Task
+
+
+class RunListener:
+    """Receives the events of a run. This base class ignores them; override the methods that you need."""
+
+    def task_begins(self, number: int, task: Task) -> None: ...
+
+    def stage_begins(self, stage: str) -> None: ...
+
+    def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None: ...
+
+    def step_callback(self, steps: int) -> TrainerCallback:
+        """A transformers callback for the training of one task, which has at most `steps` steps."""
+        return TrainerCallback()

@@ -1,0 +1,101 @@
+"""Runs on disk: settings, seeds, and saved runs that are opened again."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtuning_fast import QTuningConfig
+from qtuning_fast.lifelong.listener import RunListener
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.runs import RunSettings, SavedRun, rewrite_report, run_seeds, run_stream
+from qtuning_fast.lifelong.tasks import Examples
+from qtuning_fast.lifelong.trainer import LifelongTrainer
+from qtuning_fast.model.checked_files import read_json
+
+METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=2)
+TRAINING = TrainingOptions(steps=2, batch_size=4, max_length=10, eval_every=2)
+
+
+def listening(tasks: Any, title: str) -> Any:
+    return nullcontext(RunListener())
+
+
+@pytest.fixture(scope="module")
+def settings(toy_files: dict[str, Path], tiny_model_folder: Path) -> RunSettings:
+    tasks = tuple(f"{name}={toy_files[name]}" for name in ("colours", "warm"))
+    data = DataOptions(tasks=tasks, shots=4, validation_shots=3, test_size=8)
+    return RunSettings(str(tiny_model_folder), data, METHOD, TRAINING)
+
+
+@pytest.fixture(scope="module")
+def folder(settings: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    metrics = run_stream(settings, folder, listening)
+    assert metrics["tasks"] == ["colours", "warm"] and (folder / "report.html").is_file()
+    return folder
+
+
+def test_another_seed_draws_and_trains_anew(settings: RunSettings) -> None:
+    other = settings.with_seed(7)
+    assert other.data.seed == other.training.seed == 7
+    assert other.with_seed(0) == settings
+
+
+def test_a_saved_run_has_its_settings_and_gives_its_accuracies_again(settings: RunSettings, folder: Path) -> None:
+    saved = SavedRun(folder)
+    assert saved.options == TRAINING and saved.data == settings.data
+    final = read_json(folder / "metrics.json")["task_adapter"]["accuracy_matrix"][-1]
+    assert [saved.accuracy(task.test, task.name) for task in saved.load_tasks()] == final
+    chances = saved.predict(["the red one", "a green one", "the red one"], "colours")
+    assert chances.shape == (3, 2) and chances[0].tolist() == pytest.approx(chances[2].tolist())
+
+
+def test_a_saved_run_refuses_images_for_texts(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="task 'colours' reads texts, but these examples are images"):
+        SavedRun(folder).accuracy(Examples([tmp_path / "a.png"], [0]), "colours")
+
+
+def test_folders_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        SavedRun(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
+        rewrite_report(tmp_path)
+
+
+def test_a_run_from_python_is_opened_by_its_adapters(settings: RunSettings, tmp_path: Path) -> None:
+    from qtuning_fast.lifelong.base_models import load_base_model
+
+    tasks = settings.data.load()[:1]
+    LifelongTrainer(*load_base_model(settings.model), METHOD, tasks, TRAINING, tmp_path / "run").run()
+    with pytest.raises(ValueError, match=r"QTuningModel\.from_pretrained"):
+        SavedRun(tmp_path / "run")
+
+
+def test_seeds_are_folders_of_their_own_and_reported_together(settings: RunSettings, tmp_path: Path) -> None:
+    summary = run_seeds(settings.with_seed(4), 2, tmp_path / "runs", listening)
+    assert sorted(path.name for path in (tmp_path / "runs").glob("seed-*")) == ["seed-4", "seed-5"]
+    assert len(summary["task_adapter"]["average_accuracy"]["values"]) == 2
+    for report in (tmp_path / "runs").rglob("report.html"):
+        report.unlink()
+    page, again, is_summary = rewrite_report(tmp_path / "runs")
+    assert is_summary and again == summary and page.is_file()
+    assert (tmp_path / "runs" / "seed-5" / "report.html").is_file()
+    assert SavedRun(tmp_path / "runs").data.seed == 4  # the first seed
+
+
+def test_several_seeds_do_not_go_into_the_folder_of_one(settings: RunSettings, folder: Path) -> None:
+    with pytest.raises(ValueError, match="one seed"):
+        run_seeds(settings, 2, folder, listening)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(DataOptions, "load")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"out is '{tmp_path}/file/run'"):
+        run_stream(settings, tmp_path / "file" / "run", listening)

@@ -1,0 +1,128 @@
+"""One task on transformers.Trainer: rates, small checkpoints, and which of them are used."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertModel, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.task_trainer import StepTimer, TaskTrainer, latest_checkpoint
+
+OPTIONS = TrainingOptions(steps=4, batch_size=4, eval_every=2, prompt_rate=0.03, head_rate=0.02, gate_rate=0.01)
+
+
+@pytest.fixture
+def model(tiny_bert: BertModel) -> QTuningModel:
+    model = QTuningModel(tiny_bert, QTuningConfig(prompt_length=2, shared_length=2))
+    model.start_task("mine", label_names=["a", "b"])
+    return model
+
+
+def trainer(
+    model: QTuningModel, folder: Path, batch: dict[str, torch.Tensor], options: TrainingOptions = OPTIONS
+) -> TaskTrainer:
+    examples = EncodedExamples(batch | {"labels": torch.tensor([0, 1, 0, 1])})
+    return TaskTrainer(model, options, folder, train=examples, validation=examples)
+
+
+def test_each_kind_of_parameter_has_its_rate(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    optimizer = trainer(model, tmp_path, batch).create_optimizer()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    kinds = list(model.parameter_groups())
+    assert dict(zip(kinds, rates)) == {"prompt": 0.03, "head": 0.02, "gate": 0.01, "network": 0.001}
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+
+
+def test_training_leaves_the_best_state_and_checkpoints_without_the_base_model(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    task = trainer(model, tmp_path, batch)
+    task.train_or_resume()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    best = load_file(tmp_path / f"checkpoint-{task.state.best_global_step}" / "model.safetensors")
+    kept = model.trainable_state_dict()
+    assert best.keys() == kept.keys() and all(torch.equal(best[name], kept[name]) for name in best)
+    assert not any(name.startswith("base_model.") for name in best)
+    assert len(task.clock.seconds) == 4 and task.clock.median is not None and task.clock.median > 0
+
+
+def test_a_task_that_is_over_is_not_trained_again(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(model, tmp_path, batch).train_or_resume()
+    trained = {name: tensor.clone() for name, tensor in model.trainable_state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+
+    def trained_again(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(TaskTrainer, "train", trained_again)
+    again = trainer(model, tmp_path, batch)
+    again.train_or_resume()
+    assert again.state.global_step == 4
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.trainable_state_dict().items())
+
+
+def test_an_interrupted_task_is_resumed_from_its_checkpoint(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(model, tmp_path, batch, TrainingOptions(**{**OPTIONS.to_dict(), "steps": 2})).train_or_resume()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    loaded: list[dict[str, torch.Tensor]] = []
+    load = QTuningModel.load_trainable_state_dict
+    monkeypatch.setattr(
+        QTuningModel, "load_trainable_state_dict", lambda self, state: (loaded.append(state), load(self, state))[1]
+    )
+    resumed = trainer(model, tmp_path, batch)
+    resumed.train_or_resume()
+    assert resumed.state.global_step == 4 and len(resumed.clock.seconds) == 2  # two of four steps were left
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded[0].items())
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "no manifest", "a missing file"])
+def test_checkpoints_that_are_not_whole_are_removed(
+    damage: str, model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    trainer(model, tmp_path, batch).train_or_resume()
+    newest = tmp_path / "checkpoint-4"
+    if damage == "a flipped bit":
+        content = bytearray((newest / "optimizer.pt").read_bytes())
+        content[7] ^= 1
+        (newest / "optimizer.pt").write_bytes(content)
+    else:
+        (newest / ("manifest.json" if damage == "no manifest" else "scheduler.pt")).unlink()
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not newest.exists()
+
+
+def test_there_may_be_no_checkpoint(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_the_timer_counts_steps() -> None:
+    timer = StepTimer()
+    assert timer.median is None
+    arguments = (TrainingArguments(), TrainerState(), TrainerControl())
+    for _ in range(3):
+        timer.on_step_begin(*arguments)
+        timer.on_step_end(*arguments)
+    assert len(timer.seconds) == 3 and timer.median == sorted(timer.seconds)[1]
+
+
+@pytest.mark.parametrize("name", ["_save", "_load_from_checkpoint", "_load_best_model"])
+def test_transformers_still_calls_the_private_methods_that_are_overridden(name: str) -> None:
+    assert f"self.{name}(" in inspect.getsource(Trainer) and name in vars(TaskTrainer)
