@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
+from qtuning_fast.bench.figures import best, median, ratio
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.tables import best, median, ratio
 
 LOWER_BOUNDS = {  # the first that was measured
     "sdpa-no-concat": "PyTorch's attention without a gate, the prefix in its cache",

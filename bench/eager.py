@@ -5,7 +5,7 @@ of which other peers are made too.
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Reweighting = tuple[Tensor, Tensor] | None  # U [P, R], V [R, Hkv, D]; with a bank both with a leading T
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.bench.eager import concatenated, in_front, per_head, prefix_rows
-from qtuning_fast.bench.tanh_approx import lower_to_ptx, tanh_approx
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Kernel = Callable[..., Tensor]  # of a call and its block mask
 
@@ -166,6 +165,54 @@ def _causal_mask(N: int, M: int, P: int, device: str) -> Any:
         return (kv < P) | (q + M - N >= kv - P)
 
     return create_block_mask(visible, None, None, N, P + M, device=device)
+
+
+# tanh as one instruction of NVIDIA GPUs, which our kernels use too (`kernels/gate.py`). Uncompiled it is plain tanh.
+
+
+@torch.library.custom_op("qtuning_fast_bench::tanh_approx", mutates_args=())
+def _tanh_approx(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@_tanh_approx.register_fake
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, d_output: Tensor) -> Tensor:
+    (sigma,) = ctx.saved_tensors
+    return d_output * (1 - sigma * sigma)
+
+
+_tanh_approx.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_tanh_approx.register_vmap
+def _vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+    return tanh_approx(x), in_dims[0]
+
+
+def tanh_approx(x: Tensor) -> Tensor:
+    """tanh(x), for float32 with a relative error below 2⁻¹¹ where it is compiled for a GPU after `lower_to_ptx`."""
+    return torch.ops.qtuning_fast_bench.tanh_approx(x)
+
+
+@cache
+def lower_to_ptx() -> None:
+    """Tells PyTorch's compiler to put the instruction in place of the operator. A private interface of it."""
+    from torch._inductor.lowering import make_pointwise, register_lowering
+    from torch._inductor.virtualized import ops
+
+    tanh = partial(ops.inline_asm_elementwise, asm="tanh.approx.f32 $0, $1;", constraints="=f,f")
+
+    @register_lowering(torch.ops.qtuning_fast_bench.tanh_approx, type_promotion_kind=None)
+    def lower(x: Any) -> Any:
+        return make_pointwise(tanh)(x)
 
 
 ATTENDS: dict[str, Callable[[PrefixAttentionCall], Tensor]] = {

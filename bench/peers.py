@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.bench import eager, flex, sdpa
-from qtuning_fast.bench.shapes import Inputs, Shape
+from qtuning_fast.bench.shapes import Inputs, PrefixAttentionCall, Shape
 
 Attend = Callable[[PrefixAttentionCall], Tensor]
 Gradients = dict[str, Tensor]

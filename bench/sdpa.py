@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.bench.eager import concatenated
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Attention = Callable[[PrefixAttentionCall, Tensor, Tensor], Tensor]  # of call, keys and values [B, Hkv, P + M, D]
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench import tables
+from qtuning_fast.bench.plans.schedule import NO_TIME
 from qtuning_fast.bench.results import ROOT, TABLES, device_folder, provenance, write_json
-from qtuning_fast.bench.schedule import NO_TIME
+from qtuning_fast.bench.rows import tables
 
 NOT_BEGUN = "not begun"
 MEASURED_BY = {"blocks.json": "tuning", "backend_order.json": "choose"}  # which step writes a table

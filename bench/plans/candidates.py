@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import triton
 
-from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.predictions import compile_report
 from qtuning_fast.bench.predictions.compile_report import MAY_NOT_SPILL, TARGETS, AbsentDriver
-from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.shapes import PrefixAttentionCall, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels import backward, forward
 from qtuning_fast.kernels.backward_whole import backward_whole_kernel

@@ -6,7 +6,6 @@ The clocks of the GPU stay as they are. Each kernel is replayed for each group o
 of a run.
 """
 
-import argparse
 import csv
 import io
 import re
@@ -14,17 +13,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.measure import default_device
+from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.plans.passes import Pass
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import ROOT, RUNS, Results
+from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import SHAPES, TINY
 from qtuning_fast.kernels.blocks import blocks_for
 from qtuning_fast.kernels.target import current_target
@@ -41,7 +39,7 @@ SECONDS = 20.0  # of one shape: both fit into the step
 def run_once(name: str) -> None:
     """Each direction once, and once more between the marks that Nsight Compute looks for."""
     shape, device = SHAPES[name], default_device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = default_dtype(device)
     x = shapes.inputs(shape, dtype=dtype, device=device)
     settle()
     launches = []
@@ -93,23 +91,19 @@ def read(text: str) -> dict[str, dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", choices=SHAPES, metavar="SHAPE", help="only run the kernels: what is looked at")
-    parser.add_argument("--dry-run", action="store_true", help="the kernels on a tiny shape only")
-    parser.add_argument("--out", type=Path, default=RUNS / "counters.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="run the kernels once, on a tiny shape")
+    line.add_argument("--run", choices=SHAPES, metavar="SHAPE", help="run only the kernels of this shape")
+    options = line.parse(arguments)
     if options.run:
         run_once(options.run)
         return 0
-    results = Results("counters", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
-    program = shutil.which("ncu")
+    results, program = line.results(options), shutil.which("ncu")
     if options.dry_run:
         run_once(TINY.name)
-    names: Sequence[str] = MEASURED if program and not options.dry_run else ()
     if program is None:
         results.add("none", {"summary": "ncu is not installed"})
-    for name in names:
-        assert program is not None
+        return 0
+    for name in () if options.dry_run else MEASURED:
         started = time.perf_counter()
         results.add(name, counted(program, name) | {"seconds": round(time.perf_counter() - started, 1)})
         print(results.document["entries"][name]["summary"], flush=True)

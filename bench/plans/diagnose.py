@@ -8,13 +8,11 @@ from one tile of one head with nothing beside it to the shape that failed. The s
 blocks. Exits with 1 if something is wrong; where all is right, the plan has the time back.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from qtuning_fast.bench.plans import memcheck
 from qtuning_fast.bench.plans.smoke import step, summary
 from qtuning_fast.bench.plans.triton_cache import settle
 from qtuning_fast.bench.predictions import compile_report
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.blocks import DIRECTIONS, blocks_for, instead
@@ -123,12 +121,9 @@ def compiled(shape: Shape) -> dict[str, dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny shape")
-    parser.add_argument("--out", type=Path, default=RUNS / "why.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    device = default_device()
-    results = Results("why", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    line, device = Command(__spec__.name, __doc__, dry_run="a tiny shape"), default_device()
+    options = line.parse(arguments)
+    results = line.results(options)
     if not INTERPRETED:
         try:
             results.add("compiled", {"summary": "TTGIR and PTX", "each": limited(compiled, BERT_BASE)})

@@ -9,7 +9,6 @@ tests are in the part "telling". The harness that takes times is tested alone, s
 each other.
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import pytest
 
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import ROOT, RUNS, Results
+from qtuning_fast.bench.results import ROOT
 
 ALONE = ("tests/bench/test_timing.py",)
 SIDE_BY_SIDE = (
@@ -111,17 +110,8 @@ def run(
         the same every few seconds.
     """
     logs = [folder / f"{number}.jsonl" for number in range(len(shards))]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "--continue-on-collection-errors",
-        "-p",
-        __spec__.name,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
+    command += ["-p", __spec__.name]
     own = {PART: part, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each process, which are many already
     processes = [
         subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | own | {LOG: str(log)})
@@ -154,16 +144,13 @@ def read(logs: Sequence[Path]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=SHARDS, help="processes side by side")
-    parser.add_argument("--part", choices=("all", "telling"), default="all", help="telling: few of those in float32")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="end then, by time.monotonic()")
-    parser.add_argument("--dry-run", action="store_true", help="one of forty shards, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "tests.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    from qtuning_fast.bench.measure import default_device  # as a plugin of pytest this module needs none of it
+    from qtuning_fast.bench.rows.command import Command  # as a plugin of pytest this module needs none of it
 
-    results = Results("gpu_tests", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
+    line = Command(__spec__.name, __doc__, dry_run="one of forty shards, to see that it runs", deadline=True)
+    line.add_argument("--shards", type=int, default=SHARDS, help="processes side by side")
+    line.add_argument("--part", choices=("all", "telling"), default="all", help="telling: few of those in float32")
+    options = line.parse(arguments)
+    results = line.results(options)
     count = REHEARSED_SHARDS if options.dry_run else options.shards
     shards = [[*SIDE_BY_SIDE, "--shard", f"{number}/{count}"] for number in range(count)]
     parts = {"side by side": shards[:1] if options.dry_run else shards}

@@ -7,7 +7,6 @@ the blocks that tuning will try. Peers are compiled by being run once, so these 
 nothing is to be timed beside them. They make way for whatever else the machine has to do.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -25,16 +23,17 @@ import triton
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
-from qtuning_fast.bench.durations import FLEX, KERNEL, LAUNCHER
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.plans import plan, rank_backends
 from qtuning_fast.bench.plans.candidates import candidates, compile_for
+from qtuning_fast.bench.plans.durations import FLEX, KERNEL, LAUNCHER
 from qtuning_fast.bench.plans.triton_cache import settle
 from qtuning_fast.bench.plans.tune import DTYPES, asked, in_order, incumbent_of, shapes_of
 from qtuning_fast.bench.predictions import compile_report
 from qtuning_fast.bench.predictions.compile_report import AbsentDriver
-from qtuning_fast.bench.results import RUNS, Results, versions
+from qtuning_fast.bench.results import versions
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import SHAPES, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.target import INTERPRETED
@@ -200,19 +199,17 @@ def _make(make: Callable[[], Any], needs_no_gpu: bool) -> Any:
     return make()
 
 
-def parser() -> argparse.ArgumentParser:
-    """What can be asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=("gpu", "gpu-second"), default="gpu")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="on the clock of time.monotonic()")
-    parser.add_argument("--dry-run", action="store_true", help="one kernel only, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "ahead.json", metavar="FILE")
-    return parser
+def command() -> Command:
+    """The command line."""
+    found = Command(__spec__.name, __doc__, dry_run="compile one kernel", deadline=True)
+    found.add_argument("--plan", choices=("gpu", "gpu-second"), default="gpu")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    results = Results("ahead", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
+    line = command()
+    options = line.parse(arguments)
+    results = line.results(options)
     jobs = [job for job in wanted(options.plan) if job.needs_no_gpu or default_device() == "cuda"]
     if options.dry_run:
         jobs = [] if INTERPRETED else [job for job in jobs if job.needs_no_gpu][:1]

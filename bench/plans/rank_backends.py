@@ -9,13 +9,11 @@ the composed backend is last slower, in the geometric middle between that size a
 all sizes, no line is rewritten.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -24,12 +22,12 @@ from qtuning_fast.attention.backend_order import Rule
 from qtuning_fast.attention.composed.vendors import FEW_QUERIES
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
-from qtuning_fast.bench.durations import row_seconds
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.bench.plans.durations import row_seconds
+from qtuning_fast.bench.plans.schedule import NO_TIME, Schedule, Unit
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import NO_TIME, Schedule, Unit
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare, sets_for
 
@@ -80,10 +78,8 @@ def measure(
     gpu = torch.device(device)
     dtype = default_dtype(device)
     points = []
-    for unit in units(shapes_measured):
+    for unit in schedule.each(units(shapes_measured)):
         shape = unit.of
-        if not schedule.may_begin(unit.name, unit.seconds):
-            continue
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
         other = "fused" if gpu.type == "cuda" else "reference"
@@ -99,7 +95,6 @@ def measure(
         points.append(Point(size, shape, composed.median, beside.median))
         print(points[-1], flush=True)
         heard(points[-1])
-    schedule.end()
     return sorted(points, key=lambda point: point.size)
 
 
@@ -131,21 +126,16 @@ def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path, default=RUNS / "choose.json", metavar="FILE")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="leave out what would end later")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="leave backend_order.json as it is", deadline=True)
+    line.add_argument("--rounds", type=int, default=ROUNDS)
+    options = line.parse(arguments)
     settle()
-    device = default_device()
-    results = Results("choose", options.out, device, sys.argv[1:] if arguments is None else arguments)
-    print(results.heading())
+    device, results = default_device(), line.results(options)
 
     def heard(p: Point) -> None:
         results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
 
-    schedule = results.schedule(options.deadline)
+    schedule = Schedule.of(results, options.deadline)
     points = measure(device, options.rounds, training_shapes(device), heard, schedule)
     if not points:
         print("nothing was measured: the table stays as it is")

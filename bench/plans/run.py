@@ -28,8 +28,8 @@ from typing import Any, Protocol
 from qtuning_fast.bench.plans import triton_cache
 from qtuning_fast.bench.plans.archive import Gathered, Outcome, device, summary, unpack
 from qtuning_fast.bench.plans.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.plans.schedule import NO_TIME, UNDER_WAY
 from qtuning_fast.bench.results import ROOT, RUNS
-from qtuning_fast.bench.schedule import NO_TIME, UNDER_WAY
 
 POLL_SECONDS = 1.0
 GRACE = 10.0  # seconds beyond its deadline after which a step is stopped

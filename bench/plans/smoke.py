@@ -9,7 +9,6 @@ Exits with 1 if the fused backend is wrong: then there is nothing else worth mea
 row that says so.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from qtuning_fast.bench.accuracy import Errors, Reference, check, verdict
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import OURS, PEERS
 from qtuning_fast.bench.plans import precompile, triton_cache
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.target import INTERPRETED
@@ -64,18 +62,16 @@ def summary(errors: Mapping[str, float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny shape")
-    parser.add_argument("--out", type=Path, default=RUNS / "first.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="a tiny shape")
+    options = line.parse(arguments)
     triton_cache.settle()
     started, device = time.perf_counter(), default_device()
     shape = TINY if options.dry_run else BERT_BASE
-    results = Results("first", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    results = line.results(options)
     cache = "nothing is compiled" if INTERPRETED else triton_cache.says()
     machine = {"cores": os.cpu_count(), "cache": cache, "key": {} if INTERPRETED else triton_cache.key()}
     results.add("machine", machine | {"summary": f"{results.heading()}, {cache}".replace("\n", ", ")})
-    print(f"{results.heading()}\n{cache}", flush=True)
+    print(cache, flush=True)
     if device == "cuda" and not INTERPRETED:
         compiled: dict[str, Any] = {}
         until = time.monotonic() + COMPILING

@@ -1,15 +1,14 @@
 """Triton's cache, made on one machine and carried to another, so that nothing has to be compiled there.
 
-    python -m qtuning_fast.bench.plans.triton_cache         makes it: runs/triton-cache.tar.xz
-    python -m qtuning_fast.bench.plans.triton_cache --says   whether it is of this Triton and of these kernels
-    python -m qtuning_fast.bench.plans.triton_cache --seconds FILE   only writes how long each takes to compile
+    python -m qtuning_fast.bench.plans.triton_cache                  writes runs/triton-cache.tar.xz
+    python -m qtuning_fast.bench.plans.triton_cache --seconds FILE   only writes how long each kernel takes to compile
 
-What Triton finds in its cache depends on the contents of its own package (`triton_key`: the files of compiler, backends
-and language, and libtriton.so, which is another one for each Python), ptxas's version, the source of a kernel and of
-all it calls with their line numbers, signature, constants and options, and on what the process has compiled before
-(`settle`); on no path and no date. But an entry lists its files by absolute path: so both machines keep the cache in
-the same FOLDER. A launcher, which Triton compiles by a C compiler for each signature, is found by its source and the
-kind of platform.
+An entry of the cache is found by the contents of Triton's package (`triton_key`: the files of compiler, backends and
+language, and libtriton.so, which differs between versions of Python), ptxas's version, the source of a kernel and of
+everything it calls with line numbers, signature, constants and options, and by what the process has compiled before
+(`settle`); not by paths or dates. But an entry lists its files by absolute path, so both machines keep the cache in the
+same FOLDER. A launcher, which Triton compiles with a C compiler for each signature, is found by its source and the kind
+of platform.
 """
 
 import argparse
@@ -115,13 +114,8 @@ def _stand_in() -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--says", action="store_true", help="whether the carried cache fits here")
     parser.add_argument("--seconds", type=Path, metavar="FILE", help="only write there how long it takes")
     options = parser.parse_args(arguments)
-    if options.says:
-        unpack()
-        print(says())
-        return 0
     from qtuning_fast.bench.plans.precompile import compile_kernels, timed
 
     os.environ.setdefault("TRITON_LIBCUDA_PATH", str(_stand_in()))

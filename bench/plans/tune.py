@@ -11,7 +11,6 @@ least geometric mean over the shapes; the incumbent stays unless it is beaten by
 written after each heat: a run that is cut off counts as far as it got.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -23,20 +22,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.durations import candidate_ms, heats
-from qtuning_fast.bench.measure import broken, default_device
+from qtuning_fast.bench.measure import broken
 from qtuning_fast.bench.plans.candidates import KEYS_OF_WHOLE, PREFIX_OF_WHOLE, candidates, compile_for, obstacle
+from qtuning_fast.bench.plans.durations import candidate_ms, heats
 from qtuning_fast.bench.plans.passes import Pass, difference
+from qtuning_fast.bench.plans.schedule import DONE, RESTART, Schedule
 from qtuning_fast.bench.plans.triton_cache import settle
 from qtuning_fast.bench.predictions.compile_report import TARGETS
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import DONE, RESTART, Schedule
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, TINY, VIT_B16, WIDE, Shape
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
 from qtuning_fast.kernels import blocks
@@ -320,26 +318,21 @@ def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None], schedul
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
-    parser.add_argument("--out", type=Path, default=RUNS / "tuning.json", metavar="FILE")
-    parser.add_argument("--dry-run", action="store_true", help="leave kernels/blocks.json as it is")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="leave kernels/blocks.json as it is", deadline=True)
+    line.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
+    line.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    line.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    options = line.parse(arguments)
     rehearsed = options.dry_run and INTERPRETED
     if not rehearsed and (not torch.cuda.is_available() or INTERPRETED):
-        parser.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
+        line.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
     settle()
     target = "sm_90" if rehearsed else current_target()
     if target not in TARGETS:
-        parser.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/predictions")
+        line.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/predictions")
 
-    given = sys.argv[1:] if arguments is None else arguments
-    within = options.deadline is not None
-    results = Results("tune", options.out, default_device(), given, going_on=within, target=target, rounds=ROUNDS)
-    schedule = results.schedule(options.deadline if within else math.inf)
+    results = line.results(options, target=target, rounds=ROUNDS)
+    schedule = Schedule.of(results, options.deadline)
     entries, measured = results.document["entries"], results.measured()
 
     def finished(job: Job, trials: list[Trial], best: Trial | None) -> None:
@@ -357,15 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
     pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn, initializer=settle)
     try:
         known = {name: Blocks(**entry["winner"]) for name, entry in entries.items() if entry["winner"]}
-        tune(
-            jobs,
-            pool.submit,
-            target=target,
-            device=torch.device("cuda"),
-            schedule=schedule,
-            finished=finished,
-            known=known,
-        )
+        given = {"target": target, "device": torch.device("cuda"), "known": known}
+        tune(jobs, pool.submit, schedule=schedule, finished=finished, **given)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     left_out = [unit for unit in schedule.log if schedule.status(unit) != DONE]

@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch

@@ -1,4 +1,4 @@
-"""Predicted times of the kernels on GPUs that are not there, beside the floor.
+"""Predicted times of the kernels on GPUs that are not there, beside the roofline.
 
     python -m qtuning_fast.bench.predictions.predict                         a training step of the headline shapes
     python -m qtuning_fast.bench.predictions.predict --shape llama-8b --device h200 --save
@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ from qtuning_fast.bench.plans.tune import SHAPES
 from qtuning_fast.bench.predictions import published
 from qtuning_fast.bench.predictions.compile_report import TARGETS, AbsentDriver
 from qtuning_fast.bench.predictions.cost_model import DEVICES, Cache, Device, Prediction, predict
-from qtuning_fast.bench.roofline import SPECIAL_A_CLOCK, Ceilings, backward_work, forward_work
+from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.rows.roofline import SPECIAL_A_CLOCK, Ceilings, backward_work, forward_work
 from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, VIT_B16, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels import backward, forward, prefix_forward
@@ -42,7 +42,7 @@ from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED
 
 HEADLINES = (BERT_BASE, VIT_B16, BERT_BASE_512, LLAMA_8B, MINILM)
-FOLDER = Path(__file__).parent / "results" / "predicted"
+FOLDER = ROOT / "bench/results/predicted"
 TARGET = "sm_90"
 AFTER = {"keys": "prefix", "whole": "prefix"}  # how much this launch has to add up is up to the blocks of that one
 
@@ -79,12 +79,12 @@ def step(shape: Shape, device: Device, blocks: Iterable[Blocks] = ()) -> list[tu
         return [(name, predict(launch, launch.compile(), device, cache)) for name, launch in launches(shape)]
 
 
-def floor(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
-    """Of each pass the microseconds that it takes at the least, and what they go to."""
+def roofline(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
+    """The least microseconds of each pass, and what bounds them."""
     special = SPECIAL_A_CLOCK * device.multiprocessors * device.clock
     ceilings = Ceilings(device.products, device.memory, device.memory, special)
     work = {"forward": forward_work(shape)} | ({"backward": backward_work(shape)} if shape.trained else {})
-    floors = {name: one.floor(ceilings) for name, one in work.items()}
+    floors = {name: one.least_ms(ceilings) for name, one in work.items()}
     return {name: (milliseconds * 1e3, limit) for name, (milliseconds, limit) in floors.items()}
 
 
@@ -118,7 +118,7 @@ def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[
     print(f"\n{device.name}: microseconds" + " " * 34 + "before   bound     busiest      regs shared res programs")
     for shape in chosen:
         mine = [row for row in rows if row["shape"] == shape.name]
-        floors = floor(shape, device)
+        floors = roofline(shape, device)
         for row in mine:
             busiest = max(row["busy"], key=row["busy"].__getitem__)
             was = before.get((shape.name, row["kernel"]))
@@ -131,7 +131,7 @@ def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[
         limits = ", ".join(limit for _, limit in floors.values())
         total = sum(row["microseconds"] for row in mine)
         was = sum(before.get((shape.name, row["kernel"]), 0) for row in mine)
-        print(f"{shape.name:15s} {'step':9s} {total:8.1f}   floor {lowest:8.1f}  {was:9.1f}   {limits}")
+        print(f"{shape.name:15s} {'step':9s} {total:8.1f}   roofline {lowest:6.1f} {was:9.1f}   {limits}")
 
 
 def rank(head_size: int, direction: str, device: Device, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench import tables
+from qtuning_fast.bench import figures
 from qtuning_fast.bench.report import page_tables
 from qtuning_fast.bench.report.targets import AT_MOST, PROMISES, flatness, mixed
 from qtuning_fast.bench.results import ROOT, changed_since, device_line
@@ -256,10 +256,10 @@ def headlines(devices: Mapping[str, Mapping[str, Document]]) -> str:
 def _said_of_peers(document: Document) -> str:
     over_eager, over_sdpa = [], []
     for entry in document["entries"].values():
-        rows, ours = entry["rows"], tables.auto(entry, "step")
+        rows, ours = entry["rows"], figures.auto(entry, "step")
         if ours:
-            over_eager.append(tables.ratio(rows.get("eager"), rows[ours], "step"))
-            over_sdpa.append(tables.ratio(rows[ours], rows.get("sdpa"), "step"))
+            over_eager.append(figures.ratio(rows.get("eager"), rows[ours], "step"))
+            over_sdpa.append(figures.ratio(rows[ours], rows.get("sdpa"), "step"))
     eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
     spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (

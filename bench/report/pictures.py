@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from qtuning_fast.bench.tables import auto, best, median, same_clock
+from qtuning_fast.bench.figures import auto, best, median, same_clock
 from qtuning_fast.lifelong.report.plot_style import FAINT, INK, WIDTH, legend, new_figure
 
 Document = Mapping[str, Any]

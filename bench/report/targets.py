@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qtuning_fast.bench.tables import median, ratio
+from qtuning_fast.bench.figures import median, ratio
 
 Documents = Mapping[str, Mapping[str, Any]]  # of one device, by question
 

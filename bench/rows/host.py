@@ -1,28 +1,25 @@
-"""What a step costs the host: all that happens between the caller and the GPU, measured where there is none.
+"""What a step costs the host: all that happens between the caller and the GPU, measured without a GPU.
 
     python -m qtuning_fast.bench.rows.host
     python -m qtuning_fast.bench.rows.host --quick --out FILE
 
-Kernels are launched through Triton's own binder, cache and launcher; only the compiled kernel and the C function that
-would hand it to the GPU are stood in for. What a GPU's step has and this one has not: that C function (a few
+Kernels are launched through Triton's own binder, cache and launcher; stand-ins replace only the compiled kernel and the
+C function that would hand it to the GPU. A step on a GPU has these costs in addition: that C function (a few
 microseconds a launch), CUDA's allocator in place of the CPU's, the guard that makes a tensor's device the current one,
-and autograd's hand-over to the thread that runs a device's backward passes. The peers pass over the same, but that
-theirs do compute: on tensors so small that this takes a few microseconds.
+and autograd's hand-over to the thread that runs a device's backward passes. The same holds for the peers, except that
+they do compute, on tensors so small that this takes a few microseconds.
 
-A row is the median of rounds in which all take turns, in one thread. The stages are parts of ours, timed by themselves;
-"the operator and autograd" is what the step takes beyond them.
+A row is the median of rounds in which all take turns, in one thread. The stages are parts of our step, timed by
+themselves; "the operator and autograd" is what the step takes beyond them.
 """
 
-import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,13 +33,13 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.attention import composed, dispatch
-from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.attention.composed.vendors import Vendor
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.predictions.compile_report import AbsentDriver
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.timing import Call, Turns, round_robin
+from qtuning_fast.bench.rows.command import Command
+from qtuning_fast.bench.shapes import PrefixAttentionCall
+from qtuning_fast.bench.timing import Call, Turns, round_robin, timing_of
 from qtuning_fast.kernels import backward, forward, prefix_part, replay
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -208,9 +205,7 @@ def measure(turns: Turns) -> dict[str, Any]:
 
 
 def _microseconds(milliseconds: list[float]) -> dict[str, float]:
-    found = [1e3 * ms for ms in milliseconds]
-    lower, _, upper = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else [0.0] * 3
-    return {"median": statistics.median(found), "spread": upper - lower, "fastest": min(found), "rounds": len(found)}
+    return asdict(timing_of([1e3 * ms for ms in milliseconds]))
 
 
 def thread_milliseconds(run: Call, times: int) -> float:
@@ -234,16 +229,11 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"at most {QUICK.rounds} rounds, not {TURNS.rounds}")
-    parser.add_argument("--dry-run", action="store_true", help="one round, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "host.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="one round, to see that it runs", quick=True)
+    options = line.parse(arguments)
     if INTERPRETED:
-        parser.error("TRITON_INTERPRET is set: nothing would be launched as on a GPU; unset it")
-
-    results = Results("host", options.out, "cpu", sys.argv[1:] if arguments is None else arguments)
-    print(results.heading(), flush=True)
+        line.error("TRITON_INTERPRET is set, and nothing would be launched as on a GPU; unset it")
+    results = line.results(options, "cpu")
     rows = measure(REHEARSED if options.dry_run else QUICK if options.quick else TURNS)
     results.add(SHAPE.name, {"title": str(SHAPE), "rows": rows})
     print(table(rows))

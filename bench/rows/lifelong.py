@@ -27,7 +27,6 @@ The base model is a BERT with random weights; tokens and labels are random. For 
   PyTorch's allocator has handed out then, and the most within the task. Each method has a process of its own.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -40,14 +39,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer as now  # seconds, of an idle device
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
-from qtuning_fast.bench.measure import in_a_process
+from qtuning_fast.bench.measure import default_device, in_a_process
 from qtuning_fast.bench.memory import resident_bytes
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.timing import Call, host_milliseconds, synchronized_milliseconds
+from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.rows.command import Command
+from qtuning_fast.bench.timing import Call, host_milliseconds
 from qtuning_fast.method.adapter import AdapterInfo
 
 TASKS, STEPS = 200, 8
@@ -152,16 +153,16 @@ class Stream:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         examples = self._random_examples()
-        began = self._now()
+        began = now()
         batches = self._start(examples)
-        started = self._now()
+        started = now()
         figures = self._train(batches)
-        trained = self._now()
+        trained = now()
         info = self._finish()
         return TaskFigures(
             task=self.number,
             prefix_rows=info.prefix_rows,
-            between_seconds=started - began + self._now() - trained,
+            between_seconds=started - began + now() - trained,
             adapter_bytes=info.bytes,
             adapters_in_memory_bytes=self.model.adapters.bytes_in_memory,
             **figures,
@@ -188,13 +189,12 @@ class Stream:
 
     def _train(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Medians of a step and of the anchor, which take turns, without the first ones; and what is held then."""
-        stopwatch = synchronized_milliseconds if self.on_gpu else host_milliseconds
         step, anchor, task = self._training_step(batches), self._anchor(), self.model.active_task
         steps, anchors = [], []
         for _ in range(self.steps):
-            steps.append(stopwatch(step, 1))
+            steps.append(host_milliseconds(step, 1))
             self.model.set_task(None)
-            anchors.append(stopwatch(anchor, 1))
+            anchors.append(host_milliseconds(anchor, 1))
             self.model.set_task(task)
         quotients = [one / other for one, other in zip(steps, anchors)]
         times = {"step_ms": steps, "anchor_ms": anchors, "step_over_anchor": quotients}
@@ -239,13 +239,6 @@ class Stream:
             x.grad = None
 
         return anchor
-
-    # What time it is, and what is held
-
-    def _now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def _held(self) -> dict[str, int | None]:
         gc.collect()
@@ -355,30 +348,23 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--tasks", type=int, help=f"{TASKS} unless told")
-    parser.add_argument("--steps", type=int, help=f"of each task, {WARM_UP} of which are not counted; {STEPS}")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU, a few tasks: does it run?")
-    parser.add_argument("--out", type=Path, default=RUNS / "lifelong.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    options.tasks = options.tasks or (DRY_TASKS if options.dry_run else TASKS)
-    options.steps = options.steps or (DRY_STEPS if options.dry_run else STEPS)
-    if options.steps <= WARM_UP:
-        parser.error(f"--steps is {options.steps}; it must be more than the {WARM_UP} that are not counted")
-    device = "cuda" if torch.cuda.is_available() and not options.dry_run else "cpu"
+    line = Command(__spec__.name, __doc__, dry_run="a tiny model on the CPU and a few tasks, to see that it runs")
+    line.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    line.add_argument("--tasks", type=int, help=f"default {TASKS}")
+    line.add_argument("--steps", type=int, help=f"of each task, {WARM_UP} of which do not count; default {STEPS}")
+    options = line.parse(arguments)
+    tasks = options.tasks or (DRY_TASKS if options.dry_run else TASKS)
+    steps = options.steps or (DRY_STEPS if options.dry_run else STEPS)
+    if steps <= WARM_UP:
+        line.error(f"--steps is {steps}; it must be more than the {WARM_UP} that do not count")
+    device = "cpu" if options.dry_run else default_device()
     setting = DRY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
-
-    sizes = {"tasks": options.tasks, "steps": options.steps, "warm_up": WARM_UP, "batches": BATCHES}
-    given = sys.argv[1:] if arguments is None else arguments
-    results = Results("lifelong", options.out, device, given, sizes=sizes | asdict(setting))
-    print(results.heading())
-    model = (
-        f"BERT of {setting.layers} layers, hidden size {setting.hidden}, {setting.samples} x {setting.tokens} tokens"
-    )
-    print(f"{options.tasks} tasks of {options.steps} steps; {model}", flush=True)
+    sizes = {"tasks": tasks, "steps": steps, "warm_up": WARM_UP, "batches": BATCHES}
+    results = line.results(options, device, sizes=sizes | asdict(setting))
+    model = f"BERT of {setting.layers} layers, hidden size {setting.hidden}"
+    print(f"{tasks} tasks of {steps} steps; {model}, {setting.samples} x {setting.tokens} tokens", flush=True)
     for name in options.method:
-        results, per_task = in_a_process(run, name, options.tasks, options.steps, setting, device, results)
+        results, per_task = in_a_process(run, name, tasks, steps, setting, device, results)
         print(f"\n{table(name, per_task)}", flush=True)
     return 0
 

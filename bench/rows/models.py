@@ -15,7 +15,6 @@ nothing; beside it in T5 belongs `qtuning_fast-decoder`. `frozen-base` is the lo
 prefix, of which one offset behind the lowest attention is trained, so that gradients go as far as to a prefix there.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -25,7 +24,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -35,12 +33,10 @@ from torch import Tensor, nn
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.attention import dispatch
-from qtuning_fast.attention.call import PrefixAttentionCall
 from qtuning_fast.attention.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, Backend
-from qtuning_fast.bench.measure import default_device, in_a_process, measure_each
+from qtuning_fast.bench.measure import default_device, in_a_process
 from qtuning_fast.bench.memory import peak_of
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.rows.architectures import (
     BERT,
     DTYPE,
@@ -55,6 +51,8 @@ from qtuning_fast.bench.rows.architectures import (
     base_model,
     random_batch,
 )
+from qtuning_fast.bench.rows.command import Command, measure_each
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line
 
 ROUNDS = {"cuda": 20, "cpu": 9}
@@ -335,21 +333,15 @@ def _number(x: float | None, width: int, form: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    device = default_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: those of the device")
-    parser.add_argument("--row", nargs="+", choices=WAYS, default=list(WAYS) if device == "cuda" else WAYS_ON_CPU)
-    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS[device]}")
-    parser.add_argument("--dry-run", action="store_true", help=f"tiny models, {DRY_ROUNDS} rounds")
-    parser.add_argument("--out", type=Path, default=RUNS / "models.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    device, dry = default_device(), f"tiny models, {DRY_ROUNDS} rounds"
+    line = Command(__spec__.name, __doc__, dry_run=dry)
+    line.add_argument("--model", nargs="+", choices=MODELS, help="default: those of the device")
+    line.add_argument("--row", nargs="+", choices=WAYS, default=list(WAYS) if device == "cuda" else WAYS_ON_CPU)
+    options = line.parse(arguments)
     usual = TINY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
-    rounds = options.rounds or (DRY_ROUNDS if options.dry_run else ROUNDS[device])
-
-    results = Results("models", options.out, device, arguments, rounds=rounds, learning_rate=LEARNING_RATE)
-    print(results.heading())
-    print("speed: of ours = 1; peak: beyond the weights; off by: the largest difference to our loss and gradients")
+    rounds = DRY_ROUNDS if options.dry_run else ROUNDS[device]
+    results = line.results(options, rounds=rounds, learning_rate=LEARNING_RATE)
+    print("speed: ours = 1; peak: beyond the weights; off by: the largest difference to our loss and gradients")
     chosen = options.model or [model.name for model in usual]
     return measure_each(results, {name: partial(measure, name, options.row, device, rounds) for name in chosen}, table)
 

@@ -105,9 +105,9 @@ def test_kernels_and_their_launchers_are_found_again_by_content(tmp_path):
     """By another process, in another order; with a stand-in for CUDA's library where there is none."""
     code = """
 import os, sys
-from qtuning_fast.bench import carried
+from qtuning_fast.bench.plans import triton_cache as carried
 os.environ.setdefault("TRITON_LIBCUDA_PATH", str(carried._stand_in()))
-from qtuning_fast.bench.ahead import compile_kernel
+from qtuning_fast.bench.plans.precompile import compile_kernel
 from qtuning_fast.bench.shapes import SHAPES
 carried.settle()
 for number in map(int, sys.argv[1:]):

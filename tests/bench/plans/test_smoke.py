@@ -9,9 +9,8 @@ import time
 import pytest
 import torch
 
-from qtuning_fast.bench import durations
 from qtuning_fast.bench.peers import PEERS, Peer
-from qtuning_fast.bench.plans import counters, diagnose, memcheck, smoke
+from qtuning_fast.bench.plans import counters, diagnose, durations, memcheck, smoke
 from qtuning_fast.bench.plans.plan import PLANS
 from qtuning_fast.kernels.blocks import blocks_for
 
@@ -27,7 +26,7 @@ def entries(path):
 
 
 def test_the_machine_and_each_backend_beside_float64(tmp_path, capsys):
-    out = tmp_path / "first.json"
+    out = tmp_path / "smoke.json"
     assert smoke.main(["--dry-run", "--out", str(out)]) == 0
     found = entries(out)
     assert found.keys() >= {"machine", "fused", "composed", "verdict"} and found["verdict"]["summary"] == "all is right"
@@ -45,13 +44,13 @@ def test_what_is_wrong_is_said_and_ends_the_plan(tmp_path, monkeypatch, what):
         return right(call) * 1.1
 
     monkeypatch.setitem(PEERS, "fused", Peer("", attend))
-    out = tmp_path / "first.json"
+    out = tmp_path / "smoke.json"
     assert smoke.main(["--dry-run", "--out", str(out)]) == 1
     found = entries(out)
     assert ("is off by 0.1" if what == "wrong" else "illegal memory access") in found["verdict"]["summary"]
     assert found["verdict"]["wrong"] and found["composed"]["errors"]  # the others are asked all the same
-    assert diagnose.main(["--dry-run", "--out", str(tmp_path / "why.json")]) == 1
-    assert entries(tmp_path / "why.json")["tiny"]["wrong"]
+    assert diagnose.main(["--dry-run", "--out", str(tmp_path / "diagnose.json")]) == 1
+    assert entries(tmp_path / "diagnose.json")["tiny"]["wrong"]
 
 
 def test_a_composed_backend_that_fails_is_a_row_and_the_plan_goes_on(tmp_path, monkeypatch):
@@ -59,14 +58,14 @@ def test_a_composed_backend_that_fails_is_a_row_and_the_plan_goes_on(tmp_path, m
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(PEERS, "composed", Peer("", attend))
-    out = tmp_path / "first.json"
+    out = tmp_path / "smoke.json"
     assert smoke.main(["--dry-run", "--out", str(out)]) == 0
     verdict = entries(out)["verdict"]
     assert verdict["wrong"] == "" and "composed: RuntimeError: no such kernel" in verdict["summary"]
 
 
 def test_where_all_cases_are_right_the_plan_has_the_time_back(tmp_path):
-    assert diagnose.main(["--dry-run", "--out", str(tmp_path / "why.json")]) == 0
+    assert diagnose.main(["--dry-run", "--out", str(tmp_path / "diagnose.json")]) == 0
 
 
 def _kills_itself():
@@ -99,8 +98,8 @@ def test_the_smallest_case_that_fails_is_tried_with_other_blocks(tmp_path, monke
     monkeypatch.setattr(diagnose, "step", step)
     monkeypatch.setattr(diagnose, "INTERPRETED", False)
     monkeypatch.setattr(diagnose, "compiled", lambda shape: {"forward": {"ttgir": "…", "ptx": "…"}})
-    assert diagnose.main(["--out", str(tmp_path / "why.json")]) == 1
-    found = entries(tmp_path / "why.json")
+    assert diagnose.main(["--out", str(tmp_path / "diagnose.json")]) == 1
+    found = entries(tmp_path / "diagnose.json")
     assert next(name for name, entry in found.items() if entry.get("wrong")) == "causal"
     assert seen[0][0] == "one tile" and ("causal", 1) in seen[len(diagnose.CASES) :]
     assert found["compiled"]["each"]["forward"].keys() == {"ttgir", "ptx"}

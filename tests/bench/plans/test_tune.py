@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtuning_fast.bench import durations, results
+from qtuning_fast.bench import results
 from qtuning_fast.bench.plans import candidates as candidates_module
-from qtuning_fast.bench.plans import tune
+from qtuning_fast.bench.plans import durations, tune
 from qtuning_fast.bench.plans.candidates import candidates, obstacle
 from qtuning_fast.bench.plans.passes import Pass, difference
+from qtuning_fast.bench.plans.schedule import NO_TIME, Schedule
 from qtuning_fast.bench.plans.tune import Job, Trial, in_order, incumbent_of, measure, winner, with_entry
-from qtuning_fast.bench.schedule import NO_TIME, Schedule
 from qtuning_fast.bench.shapes import Shape, inputs
 from qtuning_fast.bench.timing import Measurement, Timing
 from qtuning_fast.kernels import backward, backward_whole, blocks

@@ -13,7 +13,7 @@ import torch
 from qtuning_fast.bench.predictions import predict
 from qtuning_fast.bench.predictions.cost_model import H100, H200, Cache, tensors, times_of
 from qtuning_fast.bench.predictions.loop_counts import Place
-from qtuning_fast.bench.predictions.predict import floor, launches, saved
+from qtuning_fast.bench.predictions.predict import launches, roofline, saved
 from qtuning_fast.bench.predictions.sass import CodeError, Loop
 from qtuning_fast.bench.shapes import BERT_BASE, LLAMA_8B
 
@@ -32,9 +32,9 @@ def in_a_process(code: str) -> str:
 START = """
 import json, triton
 from dataclasses import asdict, replace
-from qtuning_fast.bench import predict, published
-from qtuning_fast.bench.compile_report import AbsentDriver
-from qtuning_fast.bench.cost_model import H100, H200
+from qtuning_fast.bench.predictions import predict, published
+from qtuning_fast.bench.predictions.compile_report import AbsentDriver
+from qtuning_fast.bench.predictions.cost_model import H100, H200
 from qtuning_fast.bench.shapes import MINILM
 triton.runtime.driver.set_active(AbsentDriver("sm_90"))
 """
@@ -56,7 +56,7 @@ print(json.dumps(rows))
         assert 1 < half[name]["microseconds"] <= whole[name]["microseconds"] < 200
         assert on_h200[name]["microseconds"] <= whole[name]["microseconds"] * 1.01
         assert set(whole[name]["busy"]) >= {"issue", "tensor"} and whole[name]["bound"]
-    lowest = sum(microseconds for microseconds, _ in floor(predict.MINILM, H100).values())
+    lowest = sum(microseconds for microseconds, _ in roofline(predict.MINILM, H100).values())
     assert sum(row["microseconds"] for row in whole.values()) > lowest
 
 
@@ -99,8 +99,8 @@ def test_a_loop_that_is_not_recognised_is_named():
 
 def test_floors_of_both_devices():
     for device in (H100, H200):
-        assert floor(LLAMA_8B, device)["backward"][1] == "products"
-    assert floor(BERT_BASE, H200)["forward"][0] < floor(BERT_BASE, H100)["forward"][0]
+        assert roofline(LLAMA_8B, device)["backward"][1] == "products"
+    assert roofline(BERT_BASE, H200)["forward"][0] < roofline(BERT_BASE, H100)["forward"][0]
 
 
 def test_rows_take_the_place_of_those_saved_before(tmp_path, monkeypatch):

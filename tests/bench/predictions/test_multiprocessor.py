@@ -1,12 +1,12 @@
 """SASS is executed: what is waited for, what overlaps, and what never makes a program faster or slower."""
 
 import pytest
-from tests.bench.test_sass import row
 
 from qtuning_fast.bench.predictions.instructions import PIPES, Memory, bytes_of, cost
 from qtuning_fast.bench.predictions.multiprocessor import simulate
 from qtuning_fast.bench.predictions.sass import CodeError, parse
 from qtuning_fast.bench.predictions.trace import trace
+from tests.bench.predictions.test_sass import row
 
 MEMORY = Memory(bytes_a_clock=6.0, latency=300.0)
 COPY, COMMIT = "LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64]", "LDGDEPBAR"

@@ -29,11 +29,11 @@ def test_launches_of_a_step_are_those_that_run(shape, names):
 
 def test_floors_of_both_gpus():
     for shape in (BERT_BASE, LLAMA_8B):
-        h100, h200 = predict.floor(shape, H100), predict.floor(shape, H200)
+        h100, h200 = predict.roofline(shape, H100), predict.roofline(shape, H200)
         assert h100.keys() == h200.keys() == {"forward", "backward"}
         assert all(microseconds > 0 for microseconds, _ in h100.values())
     assert (
-        predict.floor(BERT_BASE, H200)["forward"][0] < predict.floor(BERT_BASE, H100)["forward"][0]
+        predict.roofline(BERT_BASE, H200)["forward"][0] < predict.roofline(BERT_BASE, H100)["forward"][0]
     )  # it waits for bytes
 
 

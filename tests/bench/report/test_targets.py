@@ -3,14 +3,12 @@
 from dataclasses import asdict
 
 import pytest
-import torch
 
-from qtuning_fast.bench.measure import floors
 from qtuning_fast.bench.plans import plan
 from qtuning_fast.bench.plans.plan import PLANS, all_steps
 from qtuning_fast.bench.report.targets import PROMISES, time_ratio
-from qtuning_fast.bench.roofline import Ceilings
 from qtuning_fast.bench.rows import attention
+from qtuning_fast.bench.rows.roofline import Ceilings, of_passes
 from qtuning_fast.bench.shapes import SHAPES
 
 CEILINGS = Ceilings(flops=1e15, copied=3e12, read=3e12, special=0.0)
@@ -27,7 +25,7 @@ def documents():
         question = step.name.partition("-")[0]
         if question in ("attention", "decode"):
             entries = found.setdefault(question, {"entries": {}, "ceilings": vars(CEILINGS)})["entries"]
-            options = attention.parser(question, None).parse_args(list(step.arguments))
+            options = attention.command().parse_args(list(step.arguments))
             for shape in (SHAPES[name] for name in options.shape):
                 entry = entries.setdefault(shape.name, entry_of(shape) | {"rows": {}})
                 entry["rows"] |= dict.fromkeys(options.peer, ROW)
@@ -41,7 +39,7 @@ def documents():
 
 
 def entry_of(shape):
-    return {"shape": asdict(shape) | {"M": shape.M}} | floors(shape, torch.bfloat16, CEILINGS)
+    return {"shape": asdict(shape) | {"M": shape.M}} | of_passes(shape, 2, CEILINGS)
 
 
 @pytest.mark.parametrize("promise", [p for p in PROMISES if p.device == "cuda"], ids=lambda promise: promise.of)

@@ -4,32 +4,31 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from qtuning_fast.bench.figures import Row, auto, best, median, ratio
 from qtuning_fast.bench.peers import OURS, PEERS
 
 WIDTH = 120
 UNGATED = "sdpa"
-NO_FLOOR = (0.0, "unknown")  # where the ceilings could not be measured
-
-Row = Mapping[str, Any]  # as measure.as_json has it
+NO_ROOFLINE = (0.0, "unknown")  # where the ceilings could not be measured
 
 
 def attention(entry: Mapping[str, Any]) -> str:
-    """Peers on one shape: who took how long, how far from the floor and from float64. Who could not, at the end."""
+    """Peers on one shape: times, the roofline's share of them, errors beside float64; at the end those that failed."""
     shape, rows = entry["shape"], entry["rows"]
     floor_ms = entry.get("floor_ms", {})
     floors = [f"{name} {ms:.4f} ms ({limit})" for name, (ms, limit) in floor_ms.items()] or ["unknown"]
     whole = "step" if shape["trained"] else "forward"
     lines = [
         f"{shape['name']}: {entry['title']}, {entry['dtype']}; {shape['of']}".rstrip("; "),
-        f"  floor: {', '.join(floors)}",
-        f"  {'':<24}{'forward':>10}{'backward':>10}{whole:>10}{'±iqr':>9}{'×ours':>7}{'floor':>7}{'eager':>10}"
+        f"  roofline: {', '.join(floors)}",
+        f"  {'':<24}{'forward':>10}{'backward':>10}{whole:>10}{'±iqr':>9}{'×ours':>7}{'roof':>7}{'eager':>10}"
         f"{'peak MB':>9}{'err out':>9}{'grad':>9}",
     ]
     ours = auto(entry, whole)
     for name, row in rows.items():
         if best(row, "forward") is not None:
-            lines.append(_line(name, row, floor_ms.get(whole, NO_FLOOR)[0], whole, rows[ours] if ours else None))
-    lines.extend(_standing(rows, whole, floor_ms.get(whole, NO_FLOOR)[0]))
+            lines.append(_line(name, row, floor_ms.get(whole, NO_ROOFLINE)[0], whole, rows[ours] if ours else None))
+    lines.extend(_standing(rows, whole, floor_ms.get(whole, NO_ROOFLINE)[0]))
     lines.extend(predictions(entry))
     lines.extend(_trained(rows) if shape["trained"] else [])
     failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
@@ -98,7 +97,7 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
             said.append(f"{slowdown:.2f} times the time of {UNGATED}, without a gate")
         if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
             both = [floor / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
-            beside = f", the floor {both[0]:.0%} of it and {both[1]:.0%} without" if floor else ""
+            beside = f", the roofline {both[0]:.0%} of it and {both[1]:.0%} without" if floor else ""
             said.append(f"gate and reweighting {cost - 1:+.1%}{beside}")
         lines.append(f"  {name}: {'; '.join(said)}")
     return lines
@@ -107,7 +106,7 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
 def headline(entry: Mapping[str, Any]) -> list[str]:
     """A shape, and how ours stands there."""
     whole = "step" if entry["shape"]["trained"] else "forward"
-    floor = entry.get("floor_ms", {}).get(whole, NO_FLOOR)[0]
+    floor = entry.get("floor_ms", {}).get(whole, NO_ROOFLINE)[0]
     standing = [line.strip() for line in _standing(entry["rows"], whole, floor)]
     return [f"  {entry['shape']['name']}: {'; '.join(standing) or 'ours was not measured'}"[:WIDTH]]
 
@@ -137,37 +136,6 @@ def growth(entry: Mapping[str, Any]) -> str:
         cells = [number(median(rows[peer], entry["pass"]), 10, 3) for rows in points.values()]
         lines.append(f"  {peer:<18}{''.join(cells)}"[:WIDTH])
     return "\n".join(lines)
-
-
-def best(row: Row, which: str) -> dict[str, Any] | None:
-    """The GPU's own time where there is one."""
-    return row[which]["graph"] or row[which]["eager"]
-
-
-def median(row: Row, which: str) -> float | None:
-    timing = best(row, which)
-    return timing["median"] if timing else None
-
-
-def same_clock(row: Row | None, other: Row | None, which: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Both timings: the GPU's own where both have it, else the host's; None where one took turns, the other did not."""
-    if row is None or other is None or row.get("turns") != other.get("turns"):
-        return None
-    pairs = ((row[which][clock], other[which][clock]) for clock in ("graph", "eager"))
-    return next(((a, b) for a, b in pairs if a and b), None)
-
-
-def ratio(row: Row | None, other: Row | None, which: str) -> float | None:
-    """How many times as long as the other one it took, by the same clock."""
-    both = same_clock(row, other, which)
-    return both[0]["median"] / both[1]["median"] if both else None
-
-
-def auto(entry: Mapping[str, Any], which: str) -> str | None:
-    """The backend that users get: what `auto` takes; where it was not asked for or measured, the first of ours."""
-    taken = entry["auto"]["backend"] if "auto" in entry else None
-    measured = [name for name in (taken, *OURS) if name in entry["rows"] and median(entry["rows"][name], which)]
-    return measured[0] if measured else None
 
 
 def number(x: float | None, width: int, digits: int) -> str:

@@ -18,7 +18,7 @@ from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdict
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.roofline import backward_work, forward_work
+from qtuning_fast.bench.rows.roofline import backward_work, forward_work
 from qtuning_fast.bench.shapes import Shape
 
 DEVICE = default_device()

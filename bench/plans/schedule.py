@@ -1,14 +1,16 @@
-"""Which units of a step still begin before its deadline, and a log of what each of them took.
+"""Decides which units of a step still begin before its deadline, and logs how long each of them took.
 
-A unit is the least that a step brings home: one peer's row, one heat of candidates. A step asks before each of them, so
-that nothing begins that the time left does not hold, and whoever reads the log knows what was under way when a process
-died. Deadlines are on the clock that all processes share (`time.monotonic`).
+A unit is the smallest piece of work whose result is kept: one peer's row, one heat of candidates. A step asks before
+each unit, so that nothing begins that would end too late, and the log says what was under way when a process died.
+Deadlines are on the clock that all processes share (`time.monotonic`).
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+
+from qtuning_fast.bench.results import Results
 
 DONE, UNDER_WAY, DIED, NO_TIME = "done", "under way", "its process died or hung", "left out: no time"
 SLOWEST = 3.0  # how far the units so far may stretch what is expected of the next ones
@@ -16,12 +18,12 @@ RESTART = 75  # the exit status of a process that asks for a fresh one, as after
 
 
 class Unit(NamedTuple):
-    """The least that a step brings home."""
+    """The smallest piece of work whose result is kept."""
 
     name: str
     seconds: float  # that are expected of it
     kind: str = ""
-    of: Any = None  # what it is about
+    of: Any = None  # its subject
     reserve: float = 0.0  # seconds of what must still fit after it
 
 
@@ -34,8 +36,8 @@ class Schedule:
     Args:
         deadline: no unit begins that would end after it.
         clock: seconds; that of the deadline.
-        log: that of a process before this one: what it has done is not done again. A unit that killed a process is not
-            tried again.
+        log: that of an earlier process. What it has done is not done again; a unit that killed a process is not tried
+            again.
         write: called whenever the log has changed.
     """
 
@@ -55,6 +57,11 @@ class Schedule:
             if entry["status"] == UNDER_WAY:
                 entry["status"] = DIED
 
+    @classmethod
+    def of(cls, results: Results, deadline: float) -> "Schedule":
+        """The schedule of the units that fill a file of results; their log is part of it."""
+        return cls(deadline, log=results.document["units"], write=results.write)
+
     def may_begin(self, unit: str, seconds: float, reserve: float = 0.0) -> bool:
         """Whether a unit of so many seconds is to be done now; ends the one before it.
 
@@ -72,6 +79,13 @@ class Schedule:
             self._now, self._started = unit, self._clock()
         self._write()
         return fits
+
+    def each(self, units: Iterable[Unit]) -> Iterator[Unit]:
+        """Those units that there is time for, one after the other."""
+        for unit in units:
+            if self.may_begin(unit.name, unit.seconds, unit.reserve):
+                yield unit
+        self.end()
 
     def end(self) -> None:
         """The unit under way is done."""

@@ -1,8 +1,8 @@
-"""What the units of a plan take on an H100, in seconds, before any was measured there: plans leave room by this.
+"""The seconds that the units of a plan are expected to take on an H100; plans leave room by them.
 
-Kernel times are those of `bench/results/predicted` where it knows them, else ESTIMATES. All else is counted
-in seconds of the host: a process that starts, a compiler that runs, calls of Python. Sources stand beside the figures;
-those marked "assumed" no one has measured. A schedule stretches what it expects by what its units have taken so far.
+Kernel times come from `bench/results/predicted` where it has them, else from ESTIMATES. Everything else is counted in
+seconds of the host: processes that start, compilers, calls of Python. Each figure names its source; those marked
+"assumed" were never measured. A schedule stretches what it expects by what its units have taken so far.
 """
 
 import json
@@ -12,13 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from qtuning_fast.bench.plans.schedule import Unit
 from qtuning_fast.bench.results import ROOT
-from qtuning_fast.bench.schedule import Unit
 from qtuning_fast.bench.shapes import Shape
 from qtuning_fast.bench.timing import FEWEST_ROUNDS, MOST_SETS, Turns
 from qtuning_fast.kernels.blocks import Blocks
 
-PREDICTED = ROOT / "bench/results/predicted"  # written by bench.predict
+PREDICTED = ROOT / "bench/results/predicted"  # written by bench.predictions.predict
 ENTRY = ("target", "element_size", "head_size", "direction", "queries", "keys", "prefix", "warps", "stages")
 # Milliseconds of a training step of "fused", read off its sm_90 code by hand; of decoding, bytes over 3 TB/s.
 ESTIMATES = {"bert-base": 0.075, "bert-base-512": 0.245, "vit-b16": 0.55, "llama-8b": 2.1, "minilm": 0.075}
@@ -27,9 +27,9 @@ ESTIMATES |= {"llama-8b-4096": 7.0, "long": 26.0, "decode-64": 0.1, "decode-64-m
 OVER_FUSED = {"composed": 1.5, "flex": 8.0, "flex-merged": 2.0, "eager": 8.0, "reference": 12.0, "sdpa": 1.0}
 
 IMPORTS = 3.2  # seconds of torch, triton and this package; measured on a core of a virtual machine
-CONTEXT = 1.5  # of a first CUDA context and what cuBLAS sets up; assumed
+CONTEXT = 1.5  # of a first CUDA context and of setting up cuBLAS; assumed
 COMPILED = json.loads((ROOT / "bench/results/compile/seconds.json").read_text())["each"]
-# To compile one of our kernels for sm_90, and what starts it, on one core; measured by bench.carried.
+# To compile one of our kernels for sm_90, and its launcher, on one core; measured by bench.plans.triton_cache.
 KERNEL, LAUNCHER = (statistics.mean(took[what] for took in COMPILED.values()) for what in ("kernel", "launcher"))
 IEEE_KERNEL = 22.0  # likewise, with products of float32 in IEEE arithmetic; measured, 18 to 27
 FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torch.compile, first and from disk; assumed
@@ -78,9 +78,10 @@ def predicted_ms(shape: str, device: str) -> dict[str, float]:
 
 
 def rows(shape: Shape, peers: Sequence[str], turns: Turns, peaks: Collection[str] | None) -> list[Unit]:
-    """Of `measure`: each peer checked and timed alone, all by turns, then memory of those in `peaks`, None: of all.
+    """The units of one shape: each peer checked and timed alone, all peers in turns, the memory of those in `peaks`.
 
-    A row begins only where the turns still fit after it: rows that were timed alone do not compare.
+    A row begins only where the turns still fit after it, because rows that were timed alone do not compare. `peaks` is
+    None for all peers.
     """
     found = [
         Unit(f"{shape.name}: {peer}", row_seconds(shape, peer), "row", peer, turns_seconds(shape, peers[:count], turns))
