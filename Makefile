@@ -63,7 +63,7 @@ test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
 		-k "not compile and not graph and not fused" tests/model/test_model.py \
 		$(addprefix tests/integrations/test_,caches.py edges.py families.py generation.py mixed.py peft.py saving.py \
-		scoring.py training.py transformers.py) $(addprefix tests/bench/test_,lifelong.py mixed_tasks.py models.py)
+		scoring.py training.py transformers.py) $(addprefix tests/bench/rows/test_,lifelong.py mixed_tasks.py models.py)
 
 # Other versions of some packages, in folders that stand in front of the environment.
 $(OLDEST)/.ready $(PEFT)/.ready: $(VENV)/%-transformers/.ready: requirements/%.txt $(STAMP)
@@ -129,7 +129,7 @@ bench-peft: $(PEFT)/.ready
 
 # The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench/short.py -q --benchmark-autosave --benchmark-sort=name \
+	$(BIN)/python -m pytest bench/rows/short.py -q --benchmark-autosave --benchmark-sort=name \
 		--benchmark-columns=median,iqr,min,rounds $(if $(COMPARE),--benchmark-compare)
 
 # docs/performance.md, its pictures and README's figures, from bench/results.

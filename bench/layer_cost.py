@@ -188,7 +188,7 @@ class Question:
 
     def measure(self, turns: Turns = TURNS, listener: Listener = nobody) -> dict[str, Any]:
         """As `measure.measure` has it."""
-        return measure(self.shape, self.peers, self.device, None, dtype=self.dtype, turns=turns, listener=listener)
+        return measure(self.shape, self.peers, self.device, dtype=self.dtype, turns=turns, listener=listener)
 
     def _check_memory(self) -> None:
         """Whoever takes more than there is would be killed, on a CPU, and much else with it."""
@@ -220,7 +220,7 @@ def results_file(out: Path, question: Question, arguments: Sequence[str]) -> Res
     if out.exists() and not out.is_file():
         raise ValueError(f"--out is {str(out)!r}; it must be a file")
     try:
-        return Results(QUESTION, out, question.device, command=shlex.join(["qtuning-fast", *arguments]))
+        return Results(QUESTION, out, question.device, shlex.join(["qtuning-fast", *arguments]))
     except (OSError, ValueError) as error:
         raise ValueError(f"--out is {str(out)!r}, which cannot be written: {_line(error)}") from None
 

@@ -31,7 +31,7 @@ class Outcome:
     processes: int = 0  # more than one where it died and went on
 
 
-class Gathered:
+class Archive:
     """The file of one run.
 
     Args:

@@ -28,7 +28,7 @@ from qtuning_fast.bench.results import ROOT
 
 ALONE = ("tests/bench/test_timing.py",)
 SIDE_BY_SIDE = (
-    *("tests/backends", "tests/kernels", "tests/model/test_model.py", "tests/integrations/test_mixed.py"),
+    *("tests/attention", "tests/kernels", "tests/model/test_model.py", "tests/integrations/test_mixed.py"),
     *("tests/bench/test_peers.py", "tests/bench/rows/test_models.py"),
 )
 SHARDS, REHEARSED_SHARDS = 15, 40

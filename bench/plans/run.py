@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtuning_fast.bench.plans import triton_cache
-from qtuning_fast.bench.plans.archive import Gathered, Outcome, device, summary, unpack
+from qtuning_fast.bench.plans.archive import Archive, Outcome, device, summary, unpack
 from qtuning_fast.bench.plans.plan import PLANS, TOTAL_SECONDS, Step, all_steps
 from qtuning_fast.bench.plans.schedule import NO_TIME, UNDER_WAY
 from qtuning_fast.bench.results import ROOT, RUNS
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     folder, out = (RUNS / options.plan).resolve(), options.out or RUNS / f"{options.plan}.json"
     run = Run(steps, Processes(folder, dry_run=options.dry_run))
-    gathered = Gathered(options.plan, folder, out, list(run.outcomes.values()), dry_run=options.dry_run)
+    gathered = Archive(options.plan, folder, out, list(run.outcomes.values()), dry_run=options.dry_run)
     run.gather, run.units, run.verdict = gathered.write, gathered.units, gathered.verdict
     triton_cache.unpack()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps at work are stopped, too

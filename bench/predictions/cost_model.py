@@ -1,7 +1,7 @@
 """How long a compiled kernel takes on a GPU that is not there.
 
 The kernel's SASS is executed on a model of a multiprocessor (multiprocessor.py), with as many programs on it as
-registers and shared memory allow, and with the loops as often as its own source says (trips.py). What is left is
+registers and shared memory allow, and with the loops as often as its own source says (loop_counts.py). What is left is
 arithmetic:
 
     bytes       what the kernel's tensors hold comes from memory once, as far as the cache does not have it; what its
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qtuning_fast.bench.predictions.compile_report import TARGETS, resources
 from qtuning_fast.bench.predictions.instructions import PIPES, QUARTERS, Memory, bytes_of
-from qtuning_fast.bench.predictions.loop_counts import Place, trips
+from qtuning_fast.bench.predictions.loop_counts import Place, loop_counts
 from qtuning_fast.bench.predictions.multiprocessor import simulate
 from qtuning_fast.bench.predictions.sass import Code, CodeError, Loop, disassemble
 from qtuning_fast.bench.predictions.trace import Trace, before_loops, trace
@@ -100,7 +100,7 @@ class Cache:
 
 
 def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None = None) -> Prediction:
-    """How long a launch takes. Raises CodeError or TripsError.
+    """How long a launch takes. Raises CodeError or LoopCountError.
 
     Args:
         compiled: the launch's kernel, for sm_90.
@@ -108,7 +108,7 @@ def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None =
     """
     found = resources(compiled, TARGETS["sm_90"])
     warps = compiled.metadata.num_warps
-    programs = trips(launch)
+    programs = loop_counts(launch)
     code = disassemble(compiled.asm["cubin"])
     loops = code.loops
     kinds = times_of(loops, programs.kinds)

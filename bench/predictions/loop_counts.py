@@ -3,7 +3,7 @@
 The kernel's Python is run, for all programs at once, with numbers where it computes with scalars and with nothing
 where it computes with tiles: program ids and sizes are known, so are the bounds of its loops. Where programs part (`if
 pid < prefix_programs`) each side is run for itself. What depends on data, such as the prefixes that a bank's samples
-use, cannot be known: TripsError says where.
+use, cannot be known: LoopCountError says where.
 """
 
 import builtins
@@ -43,7 +43,7 @@ class Programs:
     order: np.ndarray  # the kind of each program, by its id: in this order they start
 
 
-class TripsError(ValueError):
+class LoopCountError(ValueError):
     """How often a loop runs depends on data."""
 
 
@@ -86,7 +86,7 @@ class _Tile:
     dtype = SimpleNamespace(element_ty=SimpleNamespace())
 
     def __bool__(self) -> bool:
-        raise TripsError(f"a branch depends on data: {_where(2)}")
+        raise LoopCountError(f"a branch depends on data: {_where(2)}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -160,8 +160,8 @@ def _elementwise(function: Callable[..., Any], *arguments: Any) -> Any:
     return np.asarray(function(*arguments)).view(_Scalars)
 
 
-def trips(launch: Launch) -> Programs:
-    """How often the loops run. Raises TripsError."""
+def loop_counts(launch: Launch) -> Programs:
+    """How often the loops run. Raises LoopCountError."""
     function = launch.kernel.fn
     arguments = {name: _plain(value) for name, value in launch.arguments.items()}
     programs = np.arange(launch.programs)
@@ -198,7 +198,7 @@ def _run(function: Any, arguments: dict[str, Any], pids: np.ndarray, counted: di
         start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
         place, *calls = _places()
         if any(isinstance(x, _Tile) for x in (start, end, step)):
-            raise TripsError(f"how often {place.file}:{place.line} runs depends on data")
+            raise LoopCountError(f"how often {place.file}:{place.line} runs depends on data")
         times = np.maximum(-(-(np.asarray(end) - start) // step), 0) * np.ones_like(pids)
         place = Place(place.file, place.line, tuple((call.file, call.line) for call in reversed(calls)))
         counted[place] = np.maximum(counted.get(place, 0), times)

@@ -13,7 +13,7 @@ import pytest
 
 from qtuning_fast.bench.plans import archive
 from qtuning_fast.bench.plans import run as running
-from qtuning_fast.bench.plans.archive import Gathered, summary
+from qtuning_fast.bench.plans.archive import Archive, summary
 from qtuning_fast.bench.plans.plan import Step
 from qtuning_fast.bench.plans.run import Processes, Run
 from qtuning_fast.bench.plans.schedule import DIED, DONE
@@ -45,7 +45,7 @@ def plan(tmp_path, monkeypatch):
     def run(*steps, total=60.0, dry_run=False):
         folder, out = tmp_path / "steps", tmp_path / "new" / "plan.json"
         one = Run(steps, Processes(folder, dry_run=dry_run))
-        file = Gathered("gpu", folder, out, list(one.outcomes.values()), dry_run=dry_run)
+        file = Archive("gpu", folder, out, list(one.outcomes.values()), dry_run=dry_run)
         one.gather, one.units, one.verdict = file.write, file.units, file.verdict
         fine = one.all(total)
         return fine, json.loads(out.read_text())

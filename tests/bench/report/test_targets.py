@@ -1,4 +1,4 @@
-"""Each promise can be had from the plans, and compares only what was measured alike."""
+"""Each target is measured by the plans, and compares only what was measured alike."""
 
 from dataclasses import asdict
 
@@ -6,7 +6,7 @@ import pytest
 
 from qtuning_fast.bench.plans import plan
 from qtuning_fast.bench.plans.plan import PLANS, all_steps
-from qtuning_fast.bench.report.targets import PROMISES, time_ratio
+from qtuning_fast.bench.report.targets import TARGETS, time_ratio
 from qtuning_fast.bench.rows import attention
 from qtuning_fast.bench.rows.roofline import Ceilings, of_passes
 from qtuning_fast.bench.shapes import SHAPES
@@ -42,9 +42,9 @@ def entry_of(shape):
     return {"shape": asdict(shape) | {"M": shape.M}} | of_passes(shape, 2, CEILINGS)
 
 
-@pytest.mark.parametrize("promise", [p for p in PROMISES if p.device == "cuda"], ids=lambda promise: promise.of)
-def test_every_promise_of_a_gpu_can_be_had_from_the_plans(promise, documents):
-    assert promise.figure(documents) is not None
+@pytest.mark.parametrize("target", [p for p in TARGETS if p.device == "cuda"], ids=lambda target: target.of)
+def test_every_target_for_a_gpu_is_measured_by_the_plans(target, documents):
+    assert target.figure(documents) is not None
 
 
 def test_a_row_that_took_turns_is_not_compared_with_one_that_was_timed_alone(documents):

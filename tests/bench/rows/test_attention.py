@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from qtuning_fast.bench import measure
-from qtuning_fast.bench.memory import too_large
 from qtuning_fast.bench.plans import archive
 from qtuning_fast.bench.plans.schedule import DIED, DONE, NO_TIME, RESTART, UNDER_WAY
 from qtuning_fast.bench.results import Results
 from qtuning_fast.bench.rows import attention, command, growth, ingredients
 from qtuning_fast.bench.rows.roofline import Ceilings
-from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINY, inputs
 
 
 @pytest.fixture(autouse=True)
@@ -163,38 +161,6 @@ def test_ceilings_that_are_not_there_are_measured_again_or_done_without(tmp_path
     assert archive.summary(
         {"plan": "gpu", "device": {"name": "x"}, "date": "", "steps": [], "documents": {"attention": document}}
     )
-
-
-def test_what_would_not_fit_is_not_tried(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (75 << 30, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1 << 30)
-    long, bf16 = SHAPES["long"], torch.bfloat16
-    assert too_large(long, "eager", "cuda", bf16) == "not tried: it takes about 198 GiB, 77 are free"
-    assert not too_large(SHAPES["llama-8b"], "eager", "cuda", bf16) and not too_large(long, "fused", "cuda", bf16)
-    monkeypatch.setattr(measure, "too_large", lambda *arguments: "not tried: too large")
-    row = measure.measure(TINY, ["eager"], "cpu", turns=measure.REHEARSED)["rows"]["eager"]
-    assert row["error"] == "not tried: too large" and row["step"]["eager"] is None and not row["errors"]
-
-
-def test_inputs_are_strided_as_models_hand_them_over():
-    x = inputs(TINY, dtype=torch.bfloat16, device="cpu")
-    assert x.query.transpose(1, 2).is_contiguous() and x.query.dtype == torch.bfloat16
-    assert x.prefix_key.dtype == x.gate_tau.dtype == torch.float32 and x.U_key.shape == (TINY.P, 1)
-    assert all(t.requires_grad for t in x.tracked().trained().values()) and not x.query.requires_grad
-    assert not torch.equal(x.query, inputs(TINY, dtype=torch.bfloat16, device="cpu", seed=1).query)
-
-
-def test_shapes_have_the_features_that_their_names_say():
-    padded, mixed = SHAPES["bert-base-padded"], SHAPES["bert-base-mixed"]
-    lengths = inputs(padded, dtype=torch.float32, device="cpu").mask.sum(-1)
-    assert lengths.max() == 128 and lengths.min() == 64 and abs(lengths.float().mean() / 128 - 0.75) < 0.01
-    index = inputs(mixed, dtype=torch.float32, device="cpu").prefix_index
-    assert index.bincount().tolist() == [2] * 16 and index.tolist() != sorted(index.tolist())
-    assert inputs(SHAPES["t5-large"], dtype=torch.float32, device="cpu").mask.shape == (1, 16, 512, 512)
-    folded = inputs(SHAPES["decode-cpu"], dtype=torch.bfloat16, device="cpu")
-    assert folded.prefix_key.dtype == torch.bfloat16 and folded.query.shape[2] == 1 and folded.key.shape[2] == 1024
-    assert all(shape.of for shape in (*GPU, *CPU)) and len(SHAPES) == len({s.name for s in SHAPES.values()})
 
 
 def test_shapes_that_have_not_taken_turns_come_first_in_a_second_run():
