@@ -69,12 +69,12 @@ class Results:
         self.write()
 
     def fail(self, name: str, reason: str) -> None:
-        """An entry that could not be had, and why."""
+        """Keeps the reason why an entry could not be measured."""
         self.document["errors"][name] = reason
         self.write()
 
     def finish(self) -> int:
-        """Says what could not be had; the exit status."""
+        """Prints the entries that could not be measured; returns the exit status."""
         for name, reason in self.document["errors"].items():
             print(f"\n{name}: {reason}")
         return 1 if self.document["errors"] else 0
@@ -88,7 +88,7 @@ class Results:
         return f"{device_line(self.document['device'])}\n{versions}"
 
     def measured(self) -> str:
-        """The same in short, for tables that are measured."""
+        """Device, torch and triton in one line, for tables that are measured."""
         known = self.document["versions"]
         computing = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton") if name in known)
         return f"{device_line(self.document['device'])}, {computing}"
@@ -176,7 +176,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _nvidia_smi() -> str | None:
-    """Driver, highest clock, and limit of power; None where it cannot be asked."""
+    """Driver, highest clock and power limit; None if nvidia-smi does not answer."""
     asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
         return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()

@@ -235,7 +235,7 @@ def _no_collections() -> Iterator[None]:
 
 
 def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
-    """All calls, one after the other, as a CUDA graph of the current stream; what is returned replays it."""
+    """Captures all calls as one CUDA graph of the current stream; returns what replays it."""
     if torch.cuda.memory_reserved(gpu) > torch.cuda.get_device_properties(gpu).total_memory // 3:
         give_back()  # while it captures the allocator cannot give memory back
     graph = torch.cuda.CUDAGraph()
@@ -258,13 +258,13 @@ def captured(calls: Sequence[Call], gpu: torch.device, pool: Any) -> Call:
 
 
 def give_back() -> None:
-    """Memory that PyTorch's allocator keeps and does not use; it refuses where it takes a capture for unfinished."""
+    """Frees memory that PyTorch's allocator keeps unused; it refuses while it takes a capture for unfinished."""
     with suppress(RuntimeError):
         torch.cuda.empty_cache()
 
 
 def device_milliseconds(run: Call, times: int) -> float:
-    """By events on the current stream."""
+    """Milliseconds by events on the current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(times):
@@ -275,7 +275,7 @@ def device_milliseconds(run: Call, times: int) -> float:
 
 
 def host_milliseconds(run: Call, times: int) -> float:
-    """By the host's clock, from an idle device to an idle device."""
+    """Milliseconds by the host's clock, from an idle device to an idle device."""
     return timeit.Timer(run, timer=benchmark.timer).timeit(times) * 1e3
 
 

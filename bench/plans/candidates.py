@@ -1,4 +1,4 @@
-"""Block sizes worth trying, and what the compiler says of them before any is run."""
+"""Block sizes worth trying, and the resources that the compiler gives them before any is run."""
 
 import itertools
 from dataclasses import replace
@@ -44,7 +44,7 @@ SPILLED = 512  # bytes a thread; where nothing does without (float32, wide heads
 
 
 def candidates(incumbent: Blocks) -> list[Blocks]:
-    """The incumbent, and what might be faster in its place."""
+    """The incumbent, then blocks that may be faster."""
     size = incumbent.element_size, incumbent.head_size
     found = [incumbent]
     if incumbent.direction == "whole":
@@ -64,10 +64,10 @@ def candidates(incumbent: Blocks) -> list[Blocks]:
 
 
 def compile_for(target: str, dtype: torch.dtype, entry: Blocks, on_shapes: tuple[Shape, ...]) -> dict[str, Any]:
-    """The worst of an entry's resources over the shapes, by name; or its `error`.
+    """The largest of an entry's resources over the shapes, by name, or its `error`.
 
-    Needs no GPU, so that many processes can compile at once. What they compile lies in Triton's cache on disk
-    afterwards, where the process that measures finds it.
+    It needs no GPU, so that many processes can compile at once. The process that measures finds the kernels in Triton's
+    cache on disk.
     """
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(AbsentDriver(target))
@@ -93,7 +93,7 @@ def _launch(call: PrefixAttentionCall, entry: Blocks) -> Launch:
 
 
 def obstacle(entry: Blocks, resources: dict[str, Any], incumbent: dict[str, Any]) -> str:
-    """Why an entry is not worth running, by its resources and its incumbent's; empty: it is."""
+    """Why an entry is not run, by its resources and the incumbent's; empty: it is run."""
     if resources.get("error"):
         return resources["error"]
     if resources["shared"] > TARGETS[entry.target].shared_memory:

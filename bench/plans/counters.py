@@ -1,9 +1,9 @@
-"""What Nsight Compute counts in our kernels, where it is installed: how busy, how occupied, and what warps wait for.
+"""Runs our kernels under Nsight Compute, if it is installed: utilization, occupancy, and what warps wait for.
 
     python -m qtuning_fast.bench.plans.counters --out FILE
 
-The clocks of the GPU stay as they are. Each kernel is replayed for each group of counters: its times here are not those
-of a run.
+The clocks of the GPU stay as they are. Nsight Compute replays each kernel for each group of counters, so that the times
+here are not those of a run.
 """
 
 import csv
@@ -37,7 +37,7 @@ SECONDS = 20.0  # of one shape: both fit into the step
 
 
 def run_once(name: str) -> None:
-    """Each direction once, and once more between the marks that Nsight Compute looks for."""
+    """Runs each direction once, then once more between the marks that Nsight Compute looks for."""
     shape, device = SHAPES[name], default_device()
     dtype = default_dtype(device)
     x = shapes.inputs(shape, dtype=dtype, device=device)
@@ -59,7 +59,7 @@ def run_once(name: str) -> None:
 
 
 def counted(program: str, name: str) -> dict[str, Any]:
-    """By kernel: the counters by name, with their units."""
+    """The counters of each kernel by name, with their units."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
     command += [*sections, sys.executable, "-m", __spec__.name, "--run", name]
@@ -75,7 +75,7 @@ def counted(program: str, name: str) -> dict[str, Any]:
 
 
 def read(text: str) -> dict[str, dict[str, str]]:
-    """Nsight Compute's CSV: lines of other programs stand before it."""
+    """Reads the CSV of Nsight Compute, after lines of other programs."""
     lines = text.splitlines()
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     kernels: dict[str, dict[str, str]] = {}

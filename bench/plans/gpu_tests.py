@@ -64,18 +64,18 @@ TELLING = (  # what a test's name holds; those that take longest and are wanted 
 
 
 def rank(test: str) -> int:
-    """How far behind a test comes, by its name."""
+    """The place of a test in the order, by its name."""
     return next((i for i, words in enumerate(TELLING) if all(word in test for word in words)), len(TELLING))
 
 
 def is_told(test: str) -> bool:
-    """Whether a test is among those that tell."""
+    """Whether a test is in the part "telling"."""
     return not all(word in test for word in IEEE) or any(name in test for name in CHOSEN_IEEE)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """A hook of pytest, for which this module is a plugin: which tests, in which order, before they are dealt out."""
+    """A hook of pytest, for which this module is a plugin: chooses and orders the tests before they are dealt out."""
     chosen = [item for item in items if item.get_closest_marker("gpu")]
     if os.environ.get(PART) == "telling":
         chosen = [item for item in chosen if is_told(item.nodeid)]
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """A hook of pytest: a line for each test as it ends."""
+    """A hook of pytest: writes a line for each test as it ends."""
     if report.when != "call" and not report.failed and not report.skipped:  # set-up and what comes after
         return
     lines = report.longreprtext.splitlines() if report.failed else []
@@ -103,7 +103,7 @@ def run(
     part: str = "all",
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Processes of pytest side by side, each with arguments of its own, until the deadline.
+    """Runs processes of pytest side by side, each with its own arguments, until the deadline.
 
     Returns:
         Counts by outcome; `failures`: by test, the first line of why; `passed_tests` and `seconds_each`. `heard` gets
@@ -135,7 +135,7 @@ def run(
 
 
 def read(logs: Sequence[Path]) -> dict[str, Any]:
-    """What the hook has written by now."""
+    """Reads what the hook has written so far."""
     written = [line for log in logs if log.exists() for line in log.read_text().splitlines()]
     lines = [json.loads(line) for line in written if line.endswith("}")]  # but for one that is being written
     failures = {line["test"]: line["why"] for line in lines if line["outcome"] == "failed"}

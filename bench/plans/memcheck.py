@@ -1,9 +1,9 @@
-"""A small training step under compute-sanitizer, where that is installed: reads and writes out of bounds, and races.
+"""Runs small training steps under compute-sanitizer, if it is installed: accesses out of bounds, and races.
 
     python -m qtuning_fast.bench.plans.memcheck --out FILE
 
-The step first runs plainly, so that its kernels are compiled before a tool slows everything down; then under all tools
-at the same time.
+The steps first run without a tool, so that their kernels are compiled before a tool slows everything down; then under
+all tools at the same time.
 """
 
 import math
@@ -40,9 +40,9 @@ SMALL = {
 
 
 def sanitized(names: Sequence[str], deadline: float = math.inf) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each tool says of steps of some of the small shapes, and whether that is `fine`, as they come.
+    """Runs steps of some small shapes under each tool; yields what a tool says and whether that is `fine`.
 
-    A tool counts no errors of a step that never ran: only exit status 0 is fine.
+    A tool counts no errors of a step that never ran, so only exit status 0 is fine.
     """
     program = shutil.which("compute-sanitizer")
     if program is None:

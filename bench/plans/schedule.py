@@ -21,7 +21,7 @@ class Unit(NamedTuple):
     """The smallest piece of work whose result is kept."""
 
     name: str
-    seconds: float  # that are expected of it
+    seconds: float  # that it is expected to take
     kind: str = ""
     of: Any = None  # its subject
     reserve: float = 0.0  # seconds of what must still fit after it
@@ -63,12 +63,12 @@ class Schedule:
         return cls(deadline, log=results.document["units"], write=results.write)
 
     def may_begin(self, unit: str, seconds: float, reserve: float = 0.0) -> bool:
-        """Whether a unit of so many seconds is to be done now; ends the one before it.
+        """Whether a unit begins now; ends the unit before it.
 
         Args:
             unit: its name.
-            seconds: that are expected of it.
-            reserve: those of what must still fit after it.
+            seconds: that it is expected to take.
+            reserve: seconds of what must still fit after it.
         """
         self.end()
         if self.status(unit) in (DONE, DIED):
@@ -81,25 +81,25 @@ class Schedule:
         return fits
 
     def each(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """Those units that there is time for, one after the other."""
+        """The units that there is time for, one after the other."""
         for unit in units:
             if self.may_begin(unit.name, unit.seconds, unit.reserve):
                 yield unit
         self.end()
 
     def end(self) -> None:
-        """The unit under way is done."""
+        """Ends the unit under way."""
         if self._now:
             self.log[self._now] |= {"status": DONE, "took": round(self._clock() - self._started, 2)}
             self._now = ""
             self._write()
 
     def status(self, unit: str) -> str:
-        """What became of a unit; empty: nobody has asked for it."""
+        """The status of a unit; empty: it was never asked for."""
         return self.log[unit]["status"] if unit in self.log else ""
 
     def _pace(self) -> float:
-        """How many times as long as expected the units so far took; at least 1."""
+        """The time of the units so far over the time that was expected of them; at least 1."""
         ended = [entry for entry in self.log.values() if entry["took"] is not None]
         if len(ended) < 3:
             return 1.0

@@ -1,12 +1,12 @@
-"""The first minute on a GPU: what is there, and whether each kernel computes what it should.
+"""The first minute on a GPU: what is installed, and whether each kernel is right.
 
     python -m qtuning_fast.bench.plans.smoke --out FILE
 
-Device, versions, compilers, tools and the carried Triton cache; then a training step of BERT-base by each of our
-backends beside float64. Between them they run every kernel: the output is the forward kernel's, the gradient of query
-the one over queries, all others those over keys and of the prefix; the composed backend has its own for the prefix.
-Exits with 1 if the fused backend is wrong: then there is nothing else worth measuring. A composed one that fails is a
-row that says so.
+It records device, versions, compilers, tools and the carried Triton cache. Then it compares a training step of
+BERT-base with float64, for each of our backends. Together they run every kernel: the forward kernel computes the
+output, the kernel over queries the gradient of query, those over keys and of the prefix all other gradients; the
+composed backend has its own kernels for the prefix. The exit status is 1 if the fused backend is wrong, because then
+nothing else is worth measuring. A composed backend that fails is recorded.
 """
 
 import os
@@ -36,7 +36,7 @@ COMPILING = 25.0  # seconds after which kernels are compiled where they are call
 
 
 def tools() -> dict[str, str]:
-    """What each tool says of its version; those that are not there are left out."""
+    """The version of each tool that is installed."""
     found = {}
     for tool in TOOLS:
         if path := shutil.which(tool):
@@ -48,7 +48,7 @@ def tools() -> dict[str, str]:
 
 
 def step(shape: Shape, backend: str, device: str) -> Errors:
-    """A step's output and gradients beside float64; raises what the kernels raise."""
+    """The errors of a step's output and gradients against float64; raises what the kernels raise."""
     errors: Errors = {}
     reference = Reference(shape, shapes.inputs(shape, dtype=default_dtype(device), device=device))
     check(PEERS[backend], reference, errors, training=True)
@@ -83,13 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
             errors = step(shape, backend, device)
             wrong[backend] = verdict(errors, default_dtype(device))
             results.add(backend, {"summary": f"{backend}, {shape.name}: {summary(errors)}", "errors": errors})
-        except Exception as error:  # whatever it is: it is what was to be found out
+        except Exception as error:  # any error is a finding
             wrong[backend] = first_line(error)
             results.add(backend, {"summary": f"{backend}, {shape.name}: {first_line(error)}", "errors": {}})
         print(results.document["entries"][backend]["summary"], flush=True)
         status = "; ".join(f"{name}: {why}" for name, why in wrong.items() if why) or "all is right"
         seconds = round(time.perf_counter() - started, 1)
-        # After each backend: what the runner decides by is there, even if the next one hangs.
+        # Written after each backend, so that the runner can decide even if the next one hangs.
         results.add("verdict", {"summary": status, "wrong": wrong["fused"], "seconds": seconds})
     found = tools()
     results.add("tools", {"summary": f"tools: {', '.join(found)}", "versions": found})

@@ -35,7 +35,7 @@ KEPT = (".json", ".cubin", ".so")  # what a process that launches reads; not wha
 
 
 def key() -> dict[str, Any]:
-    """Whatever decides whether an entry is found, in short."""
+    """What decides whether an entry of the cache is found, in short."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
@@ -50,7 +50,7 @@ def key() -> dict[str, Any]:
 
 
 def settle() -> None:
-    """Makes each kernel's place in the cache the same in every process, whichever it compiles first.
+    """Makes each kernel's place in the cache the same in every process, whatever it compiles first.
 
     Triton's key of a function lists the constants of those that it calls as far as they are known by then: that is, as
     far as their own keys were asked for before (`DependenciesFinder._update_hash` in 3.6.0). So they are asked for
@@ -65,7 +65,7 @@ def settle() -> None:
 
 
 def unpack() -> None:
-    """The archive to FOLDER, if there is one and it is not there yet; and Triton's cache is there from now on."""
+    """Unpacks the archive into FOLDER, if there is one and it is not there yet, and makes FOLDER Triton's cache."""
     os.environ["TRITON_CACHE_DIR"] = str(FOLDER)
     if ARCHIVE.exists() and not (FOLDER / KEY).exists():
         started = time.monotonic()
@@ -76,7 +76,7 @@ def unpack() -> None:
 
 
 def says() -> str:
-    """Whether the cache that was carried is of this machine's Triton and of these kernels."""
+    """A sentence that says whether the carried cache fits this machine's Triton and these kernels."""
     here, was_carried = key(), (FOLDER / KEY).exists()
     if not was_carried and not KNOWN.exists():
         return "no Triton cache was carried here"
@@ -87,7 +87,7 @@ def says() -> str:
 
 
 def pack() -> int:
-    """FOLDER into the archive, and its key to where it is known; how many kernels and launchers."""
+    """Packs FOLDER into the archive and records its key; returns the number of kernels and launchers."""
     (FOLDER / KEY).write_text(json.dumps(key(), indent=1) + "\n")
     of_triton = {name: value for name, value in key().items() if name != "kernels"}
     KNOWN.write_text(json.dumps(of_triton, indent=1) + "\n")
@@ -102,7 +102,7 @@ def pack() -> int:
 
 
 def _stand_in() -> Path:
-    """A folder with an empty libcuda.so.1, for launchers to be linked with where there is no driver."""
+    """A folder with an empty libcuda.so.1, to link launchers with where there is no driver."""
     folder = Path(tempfile.mkdtemp())
     source = folder / "empty.c"
     source.write_text("")

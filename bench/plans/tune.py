@@ -58,7 +58,7 @@ SHOWN = 6
 
 
 class Job(NamedTuple):
-    """What one entry of the table is for."""
+    """What an entry of the table is for."""
 
     dtype: str
     head_size: int
@@ -70,7 +70,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Trial:
-    """One candidate. With an error it is out of the running."""
+    """One candidate. A candidate with an error cannot win."""
 
     entry: Blocks
     resources: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Trial:
 
 
 def measure(trials: Sequence[Trial], shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
-    """Checks the trials against the first, the incumbent, and times them on one shape."""
+    """Checks the trials against the first one, the incumbent, and times them on one shape."""
     incumbent = trials[0].entry
     count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, device)
     passes = [Pass(shape, x, incumbent.direction) for x in shapes.input_sets(shape, count, dtype=dtype, device=device)]
@@ -127,14 +127,14 @@ def _run(launches: Sequence[Launch]) -> None:
 
 
 def shapes_of(head_size: int, direction: str) -> tuple[Shape, ...]:
-    """On which shapes an entry is measured; on none where no shape has a use for it."""
+    """The shapes on which an entry is measured; empty: no shape uses it."""
     if direction != "whole":
         return SHAPES[head_size]
     return tuple(s for s in SHAPES[head_size] if max(s.N, s.M) <= KEYS_OF_WHOLE and s.P <= PREFIX_OF_WHOLE)
 
 
 def winner(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest; the first, the incumbent, unless it is beaten by more than noise. None: nothing ran."""
+    """The fastest trial; the incumbent, which is the first, unless it is beaten by more than noise. None: none ran."""
     best = min(trials, key=Trial.mean)
     if best.mean() == math.inf:
         return None
@@ -142,9 +142,9 @@ def winner(trials: Sequence[Trial]) -> Trial | None:
 
 
 def with_entry(entries: Sequence[Blocks], entry: Blocks) -> list[Blocks]:
-    """A table with an entry in its place.
+    """The table with an entry in its place.
 
-    A target that has none yet gets all the default ones as well: else this one would serve smaller heads, too.
+    A target without entries also gets all default entries; else this one would serve smaller heads too.
     """
     if not any(e.target == entry.target for e in entries):
         entries = [*entries, *(replace(e, target=entry.target, measured="") for e in entries if e.target == DEFAULT)]
