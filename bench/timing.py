@@ -121,7 +121,7 @@ def compare(
         pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no graph's result is ever read
         for name, setup in setups.items():
             pool = _prepare(candidates[name], setup, gpu, pool)
-        runs = {
+        runs: dict[str, dict[str, Call]] = {
             "graph": {name: c.replay for name, c in candidates.items() if c.replay is not None},
             "eager": {name: c.run_all for name, c in candidates.items() if c.calls and (eager or not graphs)},
         }

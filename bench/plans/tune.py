@@ -1,9 +1,9 @@
-"""Measures block sizes of the attention kernels on the GPU at hand, and writes the best into kernels/blocks.json.
+"""Measures block sizes of the attention kernels on this GPU and writes the best into kernels/blocks.json.
 
     python -m qtuning_fast.bench.plans.tune                           bfloat16, all head sizes and directions
     python -m qtuning_fast.bench.plans.tune --head-size 64 --direction keys --dry-run --out tuning.json
 
-Candidates are compiled by several processes; those that spill too many registers or want too much shared memory are
+Several processes compile the candidates; those that spill too many registers or need too much shared memory are
 dropped. The others come in heats, the most promising first: each must reproduce what the incumbent computes, and is
 then timed, by CUDA-graph replay, on shapes of models in use, beside the incumbent and the best so far. Every head size
 and direction has its first heat before any has its second; in the end the best are timed once more. The winner has the
@@ -78,7 +78,7 @@ class Trial:
     error: str = ""
 
     def mean(self) -> float:
-        """The geometric mean over the shapes, in milliseconds; infinite when there is none."""
+        """The geometric mean over the shapes, in milliseconds; infinite: not timed."""
         if self.error or not self.times:
             return math.inf
         return statistics.geometric_mean(timing.median for timing in self.times.values())
@@ -156,7 +156,7 @@ def _place(entry: Blocks) -> tuple[Any, ...]:
 
 
 def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
-    """The fastest candidates, and the incumbent, as text of at most 120 columns."""
+    """The fastest candidates and the incumbent, as text of at most 120 columns."""
     timed = sorted((t for t in trials if t.mean() < math.inf), key=Trial.mean)
     spilled = sum(t.error.startswith("spills") for t in trials)
     wrong = [t for t in trials if t.error.startswith("wrong")]
@@ -185,7 +185,7 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
 
 
 def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any = None) -> dict[str, Any]:
-    """Of all trials, those of a process before this one (`before`, its entry) among them."""
+    """All trials as JSON, with those of an earlier process (`before`, its entry)."""
     own = [
         asdict(t) | {"mean": None if t.mean() == math.inf else t.mean(), "predicted": candidate_ms(t.entry)}
         for t in trials
@@ -200,14 +200,14 @@ def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any =
 
 
 def incumbent_of(target: str, job: Job) -> Blocks:
-    """What the table has for a job, as an entry for this target and head size."""
+    """The table's blocks for a job, as an entry for this target and head size."""
     found = blocks_for(target, DTYPES[job.dtype].itemsize, job.head_size, job.direction)
     return replace(found, target=target, head_size=job.head_size, measured="")
 
 
 @dataclass
 class Work:
-    """One entry of the table: what is tried for it, the most promising first, and what is best so far."""
+    """One entry of the table: its trials, the most promising first, and the best so far."""
 
     job: Job
     trials: list[Trial]
@@ -217,7 +217,7 @@ class Work:
     tried: int = 1  # of the trials; the first is the incumbent, which is in every heat
 
     def heat(self, number: int) -> list[Trial]:
-        """The incumbent, the best so far, and those whose turn it is; -1: nobody's."""
+        """The incumbent, the best so far, and the trials of this heat; -1: none."""
         new = self.trials[1 + number * HEAT : 1 + (number + 1) * HEAT] if number >= 0 else []
         best = [self.best] if self.best is not None else []
         return list({id(trial): trial for trial in (self.trials[0], *best, *new)}.values())
@@ -236,9 +236,9 @@ def tune(
     measured_on: Callable[[int, str], tuple[Shape, ...]] = shapes_of,
     known: Mapping[str, Blocks] | None = None,
 ) -> None:
-    """Measures heat after heat of each job, by turns, and hands each on to `finished`; then the best of each once more.
+    """Measures heats of the jobs by turns and passes each on to `finished`; then the best of each job once more.
 
-    `known` are the best by job that a process before this one has found.
+    `known` holds the best blocks by job that an earlier process has found.
     """
     work = []
     for job in jobs:
@@ -267,13 +267,13 @@ def tune(
 
 
 def in_order(entries: Sequence[Blocks]) -> list[Blocks]:
-    """The incumbent, then the others by the time that is predicted of them; as they came where nothing is."""
+    """The incumbent, then the others by predicted time; in their own order if nothing is predicted."""
     times = {entry: candidate_ms(entry) for entry in entries[1:]}
     return [entries[0], *sorted(entries[1:], key=lambda entry: math.inf if (ms := times[entry]) is None else ms)]
 
 
 def _run_heat(work: Work, heat: list[Trial], device: torch.device, deadline: float, rounds: int) -> None:
-    """Compares trials beside the incumbent, and keeps the best."""
+    """Compares trials beside the incumbent and keeps the best."""
     incumbent = work.trials[0]
     for trial, future in zip(work.trials, work.futures):
         if trial.resources or not any(trial is each for each in heat):
@@ -297,7 +297,7 @@ def _run_heat(work: Work, heat: list[Trial], device: torch.device, deadline: flo
 
 
 def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None], schedule: Schedule) -> None:
-    """One job on a tiny shape in Triton's interpreter, with one candidate beside the incumbent; nothing is compiled."""
+    """Runs one job on a tiny shape in Triton's interpreter, with one candidate beside the incumbent and no compiler."""
 
     def not_compiled(*_: Any) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def asked(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[Job]:
-    """Direction by direction, as they are named; without those that no shape has a use for."""
+    """The jobs, direction by direction as they are named, without those that no shape uses."""
     found = [Job(dtype, D, direction) for dtype in dtypes for direction in directions for D in head_sizes]
     return [job for job in found if shapes_of(job.head_size, job.direction)]
 

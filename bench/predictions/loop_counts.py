@@ -1,4 +1,4 @@
-"""How often the loops of a launch run, in each of its programs: its own source is asked.
+"""Counts how often the loops of a launch run in each of its programs, from the kernel's own source.
 
 The kernel's Python is run, for all programs at once, with numbers where it computes with scalars and with nothing
 where it computes with tiles: program ids and sizes are known, so are the bounds of its loops. Where programs part (`if
@@ -48,7 +48,7 @@ class LoopCountError(ValueError):
 
 
 class _PartedError(Exception):
-    """Some programs go one way and some the other."""
+    """Some programs go one way, some the other."""
 
     def __init__(self, condition: np.ndarray) -> None:
         self.condition = condition
@@ -80,7 +80,7 @@ class _Scalars(np.ndarray):
 
 
 class _Tile:
-    """A tile of numbers, or a pointer: nothing is known of it, and so of what is computed from it."""
+    """A tile of numbers or a pointer: nothing is known of it, nor of what is computed from it."""
 
     __array_ufunc__ = None  # numpy leaves operators to this class
     dtype = SimpleNamespace(element_ty=SimpleNamespace())
@@ -112,7 +112,7 @@ _TILE = _Tile()
 
 
 class _Language(ModuleType):
-    """Stands in for triton.language; what is not named here makes tiles."""
+    """Stands in for triton.language; names that are not defined here make tiles."""
 
     constexpr = triton.language.constexpr
 
@@ -161,7 +161,7 @@ def _elementwise(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def loop_counts(launch: Launch) -> Programs:
-    """How often the loops run. Raises LoopCountError."""
+    """How often the loops of a launch run, by program. Raises LoopCountError."""
     function = launch.kernel.fn
     arguments = {name: _plain(value) for name, value in launch.arguments.items()}
     programs = np.arange(launch.programs)
@@ -211,7 +211,7 @@ def _run(function: Any, arguments: dict[str, Any], pids: np.ndarray, counted: di
 
 
 def _in_python(function: FunctionType, language: _Language, known: dict[Any, Any]) -> FunctionType:
-    """The function with stand-ins for Triton's language and for kernels' own functions, as Python."""
+    """The function as Python, with stand-ins for Triton's language and for the kernels' own functions."""
     names: dict[str, Any] = {}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -231,7 +231,7 @@ def _in_python(function: FunctionType, language: _Language, known: dict[Any, Any
 
 
 def _plain(value: Any) -> Any:
-    """An argument as Python numbers: constants without their mark, tensors as tiles."""
+    """An argument as Python numbers: constants unwrapped, tensors as tiles."""
     if isinstance(value, triton.language.constexpr):
         return value.value
     if isinstance(value, Tensor):
@@ -243,7 +243,7 @@ def _plain(value: Any) -> Any:
 
 
 def _places() -> list[Place]:
-    """Where in kernels the caller's caller stands: the innermost line first."""
+    """The caller's caller's lines in kernels, the innermost first."""
     found = []
     frame = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename != __file__:

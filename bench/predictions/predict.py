@@ -1,8 +1,8 @@
-"""Predicted times of the kernels on GPUs that are not there, beside the roofline.
+"""Predicts the times of the kernels on GPUs that are absent, and prints them beside the roofline.
 
     python -m qtuning_fast.bench.predictions.predict                         a training step of the headline shapes
     python -m qtuning_fast.bench.predictions.predict --shape llama-8b --device h200 --save
-    python -m qtuning_fast.bench.predictions.predict --published             what the model is worth
+    python -m qtuning_fast.bench.predictions.predict --published             beside published speeds
     python -m qtuning_fast.bench.predictions.predict --rank --head-size 64 --direction keys --save
 
 --rank compiles the candidates of bench/plans/candidates.py, by several processes, and orders them by the geometric mean
@@ -48,8 +48,8 @@ AFTER = {"keys": "prefix", "whole": "prefix"}  # how much this launch has to add
 
 
 def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, Launch]]:
-    """The launches of a step by name, in their order; with one query a sample, where the context is not ours, what
-    adds the prefix."""
+    """The launches of a step by name, in their order. With one query a sample, where the context is not ours, those
+    that add the prefix."""
     x = shapes.inputs(shape, dtype=dtype, device="meta")
     call = x.call(shape)
     outputs = forward.empty_outputs(call)
@@ -65,13 +65,13 @@ def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[st
 
 
 def name_of(launch: Launch) -> str:
-    """A kernel's own name, as directions of the table of blocks have it: `backward_keys_kernel` is "keys"."""
+    """A kernel's name as the directions of the table of blocks have it: `backward_keys_kernel` is "keys"."""
     name = launch.kernel.fn.__name__
     return name.removeprefix("backward_").removesuffix("_kernel").replace("_", "-")
 
 
 def step(shape: Shape, device: Device, blocks: Iterable[Blocks] = ()) -> list[tuple[str, Prediction]]:
-    """The launches of a step, one after the other from a cold cache, with these blocks in place of the table's."""
+    """The launches of a step, one after the other from a cold cache, with these blocks instead of the table's."""
     cache = Cache(device.cache_that_holds)
     with ExitStack() as stack:
         for entry in blocks:
@@ -89,13 +89,13 @@ def roofline(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
 
 
 def saved(name: str) -> list[dict[str, Any]]:
-    """The rows of a file: of "h100" those of steps, of "h100-candidates" those of candidates, the best first."""
+    """The rows of a file: of "h100" the steps, of "h100-candidates" the candidates, the best first."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def save(name: str, rows: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> None:
-    """Puts rows into a file in place of those that are alike `by` these."""
+    """Writes rows into a file in place of those that have the same values `by` these keys."""
     new = {tuple(row[key] for key in by) for row in rows}
     rows = [*(row for row in saved(name) if tuple(row[key] for key in by) not in new), *rows]
     path = FOLDER / f"{name}.json"
@@ -135,7 +135,7 @@ def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[
 
 
 def rank(head_size: int, direction: str, device: Device, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
-    """The candidates of one direction, the fastest predicted first; those that cannot run are left out."""
+    """The candidates of one direction, the fastest first, without those that cannot run."""
     incumbent = blocks_for(TARGET, 2, head_size, direction)
     entries = candidates(incumbent)
     found = pool.map(_candidate, [(entry, device.name) for entry in entries])

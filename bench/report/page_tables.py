@@ -10,7 +10,7 @@ Document = Mapping[str, Any]
 
 
 def attention(document: Document) -> list[str]:
-    """Milliseconds of a step of ours, and the times of others over it."""
+    """Milliseconds of our step, and the times of others over it."""
     lines = ["| | ours | roofline | eager | sdpa | attention alone | memory: ours, eager, sdpa | again |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for entry in document["entries"].values():

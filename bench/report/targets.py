@@ -17,7 +17,7 @@ AT_MOST, AT_LEAST = "at most", "at least"
 
 @dataclass(frozen=True)
 class Target:
-    """One bound on one figure."""
+    """A bound on a figure."""
 
     of: str
     device: str  # "cpu" or "cuda"
@@ -43,7 +43,7 @@ def _rows(documents: Documents, shape: str) -> Mapping[str, Any]:
 
 
 def time_ratio(shape: str, peer: str, other: str, documents: Documents, *, which: str = "step") -> float | None:
-    """How many times as long as another a peer takes."""
+    """A peer's time over another's."""
     rows = _rows(documents, shape)
     return ratio(rows.get(peer), rows.get(other), which)
 
@@ -65,7 +65,7 @@ def over_context(shape: str, peer: str, documents: Documents) -> float | None:
 
 
 def of_ceiling(shape: str, peer: str, documents: Documents) -> float | None:
-    """The forward pass's matrix products a second over what the device was measured to do."""
+    """The forward pass's matrix products a second, as a share of the measured ceiling."""
     document = documents.get("attention", {})
     entry = document.get("entries", {}).get(shape)
     ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
@@ -86,14 +86,14 @@ def roofline_beside(shape: str, peers: tuple[str, ...], documents: Documents) ->
 
 
 def of_roofline(shape: str, peer: str, documents: Documents) -> float | None:
-    """The share of the time that the bytes needed would take at the bandwidth that was measured."""
+    """The least time for the needed bytes at the measured bandwidth, as a share of the time."""
     entry = documents.get("decode", {}).get("entries", {}).get(shape)
     ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
     return entry["floor_ms"]["forward"][0] / ms if ms and "floor_ms" in entry else None
 
 
 def flatness(figure: str, documents: Documents) -> float | None:
-    """The last ten of all tasks over tasks 6 to 15; None where not all of them were learned."""
+    """The last ten tasks over tasks 6 to 15; None: not all tasks were learned."""
     document = documents.get("lifelong", {})
     queue = document.get("entries", {}).get("queue", {})
     if not queue or len(queue["per_task"]) < document["sizes"]["tasks"]:
@@ -102,7 +102,7 @@ def flatness(figure: str, documents: Documents) -> float | None:
 
 
 def mixed(documents: Documents) -> float | None:
-    """A batch of sixteen tasks over a batch of one."""
+    """The time of a batch of sixteen tasks over that of one task."""
     rows = documents.get("mixed_tasks", {}).get("entries", {}).get("forward", {}).get("rows", {})
     times = [row["eager"]["median"] for name in ("named-16", "one-task") if (row := rows.get(name)) and row["eager"]]
     return times[0] / times[1] if len(times) == 2 else None

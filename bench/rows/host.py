@@ -53,14 +53,14 @@ REHEARSED = Turns(rounds=1, sample_ms=0.0)
 
 
 class HostDriver(AbsentDriver):
-    """A driver that is asked as often as the real one, and makes its answer each time, as that does."""
+    """A driver that computes its answer at each call, as the real one does."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
 
 
 class Launcher(CudaLauncher):  # type: ignore[misc]
-    """Triton's launcher, whose C function does nothing."""
+    """Triton's launcher with a C function that does nothing."""
 
     launch = staticmethod(lambda *arguments: None)
     gsan_enabled = launch_cooperative_grid = launch_pdl = False
@@ -74,7 +74,7 @@ class Launcher(CudaLauncher):  # type: ignore[misc]
 
 
 class Kernel(CompiledKernel):  # type: ignore[misc]
-    """A kernel that was compiled and loaded."""
+    """A kernel that counts as compiled and loaded."""
 
     def __init__(self, function: JITFunction) -> None:
         self.name, self.src = function.__name__, ASTSource.__new__(ASTSource)
@@ -86,7 +86,7 @@ class Kernel(CompiledKernel):  # type: ignore[misc]
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Within it the kernels' launches end where the GPU would begin, and tensors on the CPU pass for a GPU's."""
+    """Makes kernel launches end where the GPU would begin, and tensors on the CPU pass for a GPU's."""
 
     def compiled(self: Any, key: Any, signature: Any, device: int, *others: Any, **named: Any) -> Kernel:
         return self.device_caches[device][0].setdefault(key, Kernel(self))
@@ -111,7 +111,7 @@ def without_gpu() -> Iterator[None]:
 
 
 def _no_context(x: Any) -> tuple[Tensor, Tensor]:
-    """What a vendor returns, without computing it."""
+    """Returns what a vendor returns, without computing it."""
     B, H, N, _ = x.query.shape
     return torch.empty_like(x.query), x.query.new_empty(B, H, N, dtype=torch.float32)
 
@@ -143,7 +143,7 @@ def calls() -> dict[str, Call]:
 
 
 def stages(x: shapes.Inputs) -> dict[str, Call]:
-    """Parts of a fused step: STAGES, and the last two as they are where no earlier pass can be run again."""
+    """Parts of a fused step: STAGES, and both passes as they are if no earlier pass can be run again."""
     inputs = x.detached()
     call = inputs.call(SHAPE)
     needs = [True] * len(backward.INPUTS)
@@ -194,7 +194,7 @@ def _step(attend: Callable[..., Tensor], leaves: list[Tensor], d_output: Tensor)
 
 
 def measure(turns: Turns) -> dict[str, Any]:
-    """By row and stage the microseconds a call, or what went wrong."""
+    """Microseconds a call, or the error, by row and stage."""
     torch.set_num_threads(1)
     with without_gpu():
         runs = calls()
@@ -209,7 +209,7 @@ def _microseconds(milliseconds: list[float]) -> dict[str, float]:
 
 
 def thread_milliseconds(run: Call, times: int) -> float:
-    """By the processor's clock: who else is at work does not count."""
+    """By the thread's own clock, which ignores other programs."""
     start = time.thread_time()
     for _ in range(times):
         run()

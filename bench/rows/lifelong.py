@@ -2,7 +2,7 @@
 
     python -m qtuning_fast.bench.rows.lifelong                       both methods
     python -m qtuning_fast.bench.rows.lifelong --method queue --tasks 50
-    python -m qtuning_fast.bench.rows.lifelong --dry-run             a tiny model, a few tasks
+    python -m qtuning_fast.bench.rows.lifelong --dry-run             a tiny model and a few tasks
 
 `queue` is this library as it comes: a queue of five prompts, the shared prompt, the gate, memory retention. Each task
 is saved as soon as it is finished, and its adapter then lies on disk only.
@@ -100,7 +100,7 @@ class Method:
 
 
 def accumulating(tasks: int) -> QTuningConfig:
-    """A queue with room for every task's prompt, and nothing beside it."""
+    """A queue with room for every task's prompt, and nothing else."""
     return QTuningConfig(queue_size=tasks, eviction="fifo", shared_length=0, retention_weight=0, gate=None)
 
 
@@ -112,7 +112,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """What one task took; None where there is no way to know."""
+    """The figures of one task; None: not known."""
 
     task: int  # from 1 on
     prefix_rows: int
@@ -148,7 +148,7 @@ class Stream:
         self.number = 0
 
     def next_task(self) -> TaskFigures:
-        """Start, train and finish one more task."""
+        """Starts, trains and finishes one more task."""
         self.number += 1
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -171,13 +171,13 @@ class Stream:
     # A task
 
     def _random_examples(self) -> dict[str, Tensor]:
-        """All of a task's, in one batch."""
+        """All examples of a task in one batch."""
         count, device = BATCHES * self.setting.samples, self.model.device
         ids = torch.randint(self.setting.vocabulary, (count, self.setting.tokens), device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
     def _start(self, examples: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The task's batches, with the features that retention is held against where it is due."""
+        """The task's batches, with the features that retention compares with, where retention is due."""
         model = self.model
         model.start_task(f"task-{self.number}", num_labels=2)
         if model.retains_memory:
@@ -188,7 +188,7 @@ class Stream:
         return [{name: tensors[batch] for name, tensors in parts.items()} for batch in range(BATCHES)]
 
     def _train(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """Medians of a step and of the anchor, which take turns, without the first ones; and what is held then."""
+        """Medians of a step and of the anchor, which take turns, without the first ones; and the memory held then."""
         step, anchor, task = self._training_step(batches), self._anchor(), self.model.active_task
         steps, anchors = [], []
         for _ in range(self.steps):
@@ -217,7 +217,7 @@ class Stream:
         return step
 
     def _finish(self) -> AdapterInfo:
-        """What is known of the finished task's adapter."""
+        """Finishes the task; returns what is known of its adapter."""
         model = self.model
         adapter = model.finish_task()
         if self.method.saves:
@@ -228,7 +228,7 @@ class Stream:
         return adapter.info
 
     def _anchor(self) -> Call:
-        """Forward and backward of the base model by its own functions, where no task is set, down to its input."""
+        """Forward and backward of the base model alone, down to its input; no task is set."""
         sizes = self.setting.samples, self.setting.tokens, self.setting.hidden
         x = torch.randn(sizes, device=self.model.device, requires_grad=True)
 
@@ -256,7 +256,7 @@ class Stream:
 
 
 def median_of(per_task: Sequence[TaskFigures], name: str) -> float | None:
-    """Of one figure over several tasks; None where it is not known."""
+    """The median of one figure over several tasks; None: not known."""
     values = [getattr(each, name) for each in per_task]
     return None if None in values else statistics.median(values)
 
@@ -304,7 +304,7 @@ DIGITS = {"prefix_rows": 0, "between_seconds": 3, "adapter_bytes": 1, "resident_
 
 
 def table(name: str, per_task: Sequence[TaskFigures]) -> str:
-    """Medians over ten tasks here and there, or every task where there are few; and the verdict."""
+    """Medians over ten tasks at several places, or every task if there are few; and the verdict."""
     known = [column for column in COLUMNS if median_of(per_task, column) is not None]
     lines = [f"{name}: {METHODS[name].about}", _line("task", [COLUMNS[column][0] for column in known])]
     for tasks in windows(per_task):
@@ -324,7 +324,7 @@ def _line(first: str, cells: Sequence[str]) -> str:
 
 
 def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:
-    """The first task, then tens: those of the verdict and some between them. Where there are few tasks, each."""
+    """The first task, then groups of ten: those of the verdict and some between them. With few tasks, each task."""
     count = len(per_task)
     if count < EARLY.stop + WINDOW:
         return [per_task[number : number + 1] for number in range(count)]
@@ -335,7 +335,7 @@ def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:
 def run(
     name: str, tasks: int, steps: int, setting: Setting, device: str, results: Results
 ) -> tuple[Results, list[TaskFigures]]:
-    """One method. It returns the results too, since in another process they are a copy."""
+    """Runs one method. It returns the results too, because another process has a copy of them."""
     method, per_task, began = METHODS[name], [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream(method, tasks, setting, steps, device, Path(folder))

@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # of the largest differ
 
 @dataclass(frozen=True)
 class Batch:
-    """What is served at once."""
+    """A batch that is served at once."""
 
     model: str
     samples: int
@@ -45,7 +45,7 @@ TINY = Batch("bert-tiny", samples=8, tokens=6, rows=5, tasks=4)
 
 
 def random_adapter(model: QTuningModel, name: str, rows: int, generator: torch.Generator) -> TaskAdapter:
-    """An adapter with two classes, its gates near those of a new one."""
+    """An adapter with two classes and gates near those of a new one."""
 
     def normal(*sizes: int, std: float) -> Tensor:
         return std * torch.randn(sizes, generator=generator)
@@ -78,7 +78,7 @@ def random_batch(size: Batch, model: QTuningModel) -> dict[str, Tensor]:
 
 
 def in_no_order(model: QTuningModel, samples: int, tasks: int) -> list[str]:
-    """A task's name for each sample, each as often as any other."""
+    """The name of a task for each sample, shuffled; each task as often as any other."""
     names = [model.tasks[number % tasks] for number in range(samples)]
     random.Random(0).shuffle(names)
     return names
@@ -89,7 +89,7 @@ def named(model: QTuningModel, batch: dict[str, Tensor], names: list[str]) -> Te
 
 
 def separate(model: QTuningModel, batch: dict[str, Tensor], names: list[str]) -> Tensor:
-    """The same, task by task."""
+    """The same logits, task by task."""
     logits = torch.empty(len(names), 2, device=model.device)
     for name in dict.fromkeys(names):
         rows = torch.tensor([each == name for each in names], device=model.device)

@@ -42,7 +42,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass has to do."""
+    """The counted work of a pass."""
 
     flops: int
     bytes: int
@@ -84,27 +84,27 @@ def backward_work(shape: Shape, element_size: int = 2) -> Work:
 
 
 def _context_pairs(shape: Shape) -> int:
-    """Of a query and a key that it sees, in one head; with padding on average over the batch."""
+    """Pairs of a query and a key that it sees, in one head; with padding the mean over the batch."""
     if shape.is_causal:
         return shape.N * (shape.N + 1) // 2 + shape.N * (shape.M - shape.N)
     return round(shape.N * shape.M * (1 - shape.padding))
 
 
 def _prefix_bytes(shape: Shape, element_size: int) -> int:
-    """Of each prefix rows, alpha and tau; in training float32, and U and V of keys and values as well."""
+    """Bytes of all prefixes: rows, alpha and tau; in training float32, with U and V of keys and values."""
     rows, gate = 2 * shape.Hkv * shape.P * shape.D, 2 * shape.Hq
     reweighting = 2 * (shape.P + shape.Hkv * shape.D)
     return shape.tasks * (4 * (rows + gate + reweighting) if shape.trained else element_size * (rows + gate))
 
 
 def _parameter_bytes(shape: Shape, element_size: int) -> int:
-    """Of what samples share: prefixes, and a bias."""
+    """Bytes of what samples share: prefixes and a bias."""
     bias = shape.Hq * shape.N * shape.M if shape.bias else 0
     return _prefix_bytes(shape, element_size) + bias * element_size
 
 
 def _seen(keys: int, shape: Shape) -> int:
-    """Without those that are padding, which need not be read."""
+    """The keys without padding, which need not be read."""
     return round(keys * (1 - shape.padding))
 
 
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def highest_clock(device: dict[str, Any]) -> float:
-    """Hz, as the driver says it; 0 where it does not."""
+    """The highest clock in Hz, as the driver says; 0: not known."""
     found = re.search(r"(\d+) MHz", device.get("nvidia_smi") or "")
     return int(found[1]) * 1e6 if found else 0.0
 

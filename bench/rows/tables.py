@@ -54,7 +54,7 @@ def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> st
 
 
 def predictions(entry: Mapping[str, Any]) -> list[str]:
-    """What was predicted of ours, beside what was measured; nothing where nothing was predicted."""
+    """Predictions for ours beside what was measured; empty: nothing was predicted."""
     lines = []
     for name, by_pass in entry.get("predicted_ms", {}).items():
         measured = {which: median(entry["rows"][name], which) for which in by_pass if name in entry["rows"]}
@@ -69,7 +69,7 @@ def predictions(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _trained(rows: Mapping[str, Row]) -> list[str]:
-    """Who trains what: times of rows that train different things do not compare."""
+    """What each peer trains, because times of rows that train different things do not compare."""
     by_what: dict[str, list[str]] = {}
     for name in rows:
         if name in PEERS:
@@ -84,7 +84,7 @@ def _trained(rows: Mapping[str, Row]) -> list[str]:
 
 
 def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
-    """How ours stands to eager and to the lower bound, and what gate and reweighting cost."""
+    """Ours compared with eager and with the lower bound, and the cost of gate and reweighting."""
     lines = []
     for name in OURS:
         ours = rows.get(name)
@@ -104,7 +104,7 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
 
 
 def headline(entry: Mapping[str, Any]) -> list[str]:
-    """A shape, and how ours stands there."""
+    """A shape, and how ours compares there."""
     whole = "step" if entry["shape"]["trained"] else "forward"
     floor = entry.get("floor_ms", {}).get(whole, NO_ROOFLINE)[0]
     standing = [line.strip() for line in _standing(entry["rows"], whole, floor)]
@@ -112,7 +112,7 @@ def headline(entry: Mapping[str, Any]) -> list[str]:
 
 
 def ingredients(entry: Mapping[str, Any]) -> str:
-    """What each ingredient costs: the time with all of them, and without one."""
+    """What each ingredient costs: the time with all of them, less the time without one."""
     rows, whole = entry["rows"], "step"
     everything = median(rows["all"], whole)
     lines = [f"{entry['name']}: {entry['title']}, {entry['dtype']}, {entry['peer']}"]

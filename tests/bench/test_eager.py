@@ -10,7 +10,9 @@ from qtuning_fast.bench.shapes import TINIES, TINY, TINY_MIXED, inputs
 @pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
 def test_it_agrees_with_the_definition(shape):
     call = inputs(shape, dtype=torch.float64, device="cpu").call(shape)
-    torch.testing.assert_close(eager.attend(call), peers.own("reference", call), rtol=1e-5, atol=1e-5)  # its softmax is float32
+    torch.testing.assert_close(
+        eager.attend(call), peers.own("reference", call), rtol=1e-5, atol=1e-5
+    )  # its softmax is float32
 
 
 def test_the_shared_rows_of_a_prefix_are_not_reweighted():
