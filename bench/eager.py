@@ -18,7 +18,7 @@ def attend(call: PrefixAttentionCall) -> Tensor:
     s = (call.query @ key.mT).float() * call.scale
     s_pre, s_ctx = s[..., :P], s[..., P:]
     if call.gate is not None:
-        s_pre = s_pre + per_head(call, call.gate_alpha) * torch.tanh(per_head(call, call.gate_tau) * s_pre)
+        s_pre = s_pre + per_head(call, call.alpha) * torch.tanh(per_head(call, call.tau) * s_pre)
     s = torch.cat([s_pre, _masked(s_ctx, call)], dim=-1)
     return s.softmax(dim=-1).to(value.dtype) @ value
 

@@ -65,9 +65,9 @@ def _gate(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """alpha and tau by head, because FlexAttention passes no gradient to a scalar."""
     if call.gate is None:
         return call.query, call.query  # not used
-    assert isinstance(call.gate_alpha, Tensor) and isinstance(call.gate_tau, Tensor)
+    assert isinstance(call.alpha, Tensor) and isinstance(call.tau, Tensor)
     heads = call.query.shape[1]
-    alpha, tau = (x if x.ndim else x.repeat(heads) for x in (call.gate_alpha, call.gate_tau))
+    alpha, tau = (x if x.ndim else x.repeat(heads) for x in (call.alpha, call.tau))
     return alpha, tau
 
 
@@ -106,7 +106,7 @@ def merged(context: Callable[..., tuple[Tensor, Tensor]], call: PrefixAttentionC
     of_prefix = "hpd" if call.prefix_index is None else "bhpd"
     query = call.query.unflatten(1, (Hkv, -1))  # [B, Hkv, G, N, D]
     s = torch.einsum(f"bhgnd,{of_prefix}->bhgnp", query, key).flatten(1, 2).float() * call.scale
-    s = s + per_head(call, call.gate_alpha) * torch.tanh(per_head(call, call.gate_tau) * s)
+    s = s + per_head(call, call.alpha) * torch.tanh(per_head(call, call.tau) * s)
     L = torch.logaddexp(L_ctx, s.logsumexp(dim=-1))
     p = torch.exp(s - L[..., None]).to(dtype).unflatten(1, (Hkv, -1))
     o_pre = torch.einsum(f"bhgnp,{of_prefix}->bhgnd", p, value).flatten(1, 2)

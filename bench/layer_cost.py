@@ -22,7 +22,7 @@ from qtuning_fast.bench.measure import TURNS, default_device, default_dtype, mea
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import Results, device_facts, device_line
 from qtuning_fast.bench.shapes import SHAPES, Shape, inputs
-from qtuning_fast.bench.timing import MOST_SETS, Listener, Turns, nobody
+from qtuning_fast.bench.timing import MOST_SETS, Listener, Turns, silent
 from qtuning_fast.lifelong.base_models import MINILM, location
 from qtuning_fast.method.config import QTuningConfig
 
@@ -186,7 +186,7 @@ class Question:
             f"{device_line(device_facts(self.device))}, torch {torch.__version__}{_others_at_work()}"
         )
 
-    def measure(self, turns: Turns = TURNS, listener: Listener = nobody) -> dict[str, Any]:
+    def measure(self, turns: Turns = TURNS, listener: Listener = silent) -> dict[str, Any]:
         """The entry of `measure.measure`."""
         return measure(self.shape, self.peers, self.device, dtype=self.dtype, turns=turns, listener=listener)
 

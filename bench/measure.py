@@ -26,8 +26,8 @@ from qtuning_fast.bench.timing import (
     compare,
     first_line,
     give_back,
-    nobody,
     sets_for,
+    silent,
 )
 
 TURNS = Turns(rounds=40, seconds=8.0)
@@ -67,7 +67,7 @@ class SideBySide:
         device: str,
         dtype: torch.dtype,
         turns: Turns,
-        listener: Listener = nobody,
+        listener: Listener = silent,
     ) -> None:
         self.cases, self.device, self.dtype, self.turns, self.listener = cases, device, dtype, turns, listener
         self.rows = {name: Row() for name in cases}
@@ -140,7 +140,7 @@ def measure(
     dtype: torch.dtype | None = None,
     turns: Turns = TURNS,
     peaks: Collection[str] | None = None,
-    listener: Listener = nobody,
+    listener: Listener = silent,
 ) -> dict[str, Any]:
     """Measures peers beside each other on one shape.
 

@@ -95,13 +95,17 @@ class Concatenated(Peer):
         return torch.zeros_like(call.prefix_key, dtype=rows.dtype).index_add(0, call.prefix_index, rows)
 
 
+AS_THEY_ARE = (  # arguments of prefix_attention that a call holds by the same name
+    *("query", "key", "value", "prefix_key", "prefix_value", "prefix_index", "prefix_length", "n_shared"),
+    *("reweight_key", "reweight_value", "gate", "prefix_bias", "is_causal", "scale", "softcap"),
+)
+
+
 def own(backend: str, call: PrefixAttentionCall) -> Tensor:
     """This library's operator, called as users call it."""
-    arguments = dict(vars(call))
-    padding = arguments.pop("padding_mask")
-    if padding is not None:
-        arguments["attn_mask"] = padding
-    return prefix_attention(**arguments, backend=backend)
+    arguments = {name: getattr(call, name) for name in AS_THEY_ARE}
+    mask = call.attn_mask if call.padding_mask is None else call.padding_mask
+    return prefix_attention(**arguments, gate_alpha=call.alpha, gate_tau=call.tau, attn_mask=mask, backend=backend)
 
 
 _NEITHER: dict[str, Any] = {"gated": False, "reweighted": False}

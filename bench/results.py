@@ -47,14 +47,7 @@ class Results:
     """
 
     def __init__(
-        self,
-        question: str,
-        out: Path,
-        device: str,
-        command: str = "",
-        *,
-        going_on: bool = False,
-        **settings: Any,
+        self, question: str, out: Path, device: str, command: str = "", *, going_on: bool = False, **settings: Any
     ) -> None:
         self.out = out
         self.document: dict[str, Any] = {"question": question, "command": command}

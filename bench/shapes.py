@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.arguments import validate
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.api import call_of
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 
 N_SHARED = 10
 
@@ -157,14 +157,13 @@ class Inputs:
     def call(self, shape: Shape, *, gated: bool = True, reweighted: bool = True) -> PrefixAttentionCall:
         """The call, as backends take it."""
         reweighted = reweighted and shape.trained
-        return validate(
+        return call_of(
             self.query,
             self.key,
             self.value,
             self.prefix_key,
             self.prefix_value,
             prefix_index=self.prefix_index,
-            prefix_length=None,
             n_shared=min(N_SHARED, shape.P // 2) if shape.trained else 0,
             reweight_key=(self.U_key, self.V_key) if reweighted else None,
             reweight_value=(self.U_value, self.V_value) if reweighted else None,
@@ -172,12 +171,7 @@ class Inputs:
             gate_alpha=self.gate_alpha if gated else 1.0,
             gate_tau=self.gate_tau if gated else 1.0,
             attn_mask=self.mask,
-            prefix_bias=None,
             is_causal=shape.is_causal,
-            scale=None,
-            softcap=None,
-            return_lse=False,
-            backend="auto",
         )
 
     def detached(self, dtype: torch.dtype | None = None) -> "Inputs":

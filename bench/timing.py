@@ -66,7 +66,7 @@ class Measurement:
         return self.graph or self.eager
 
 
-def nobody(stage: str, share: float) -> None:
+def silent(stage: str, share: float) -> None:
     """The listener where no one waits."""
 
 
@@ -96,7 +96,7 @@ def compare(
     graphs: bool = True,
     eager: bool = True,
     sample_ms: float = 1.0,
-    listener: Listener = nobody,
+    listener: Listener = silent,
 ) -> dict[str, Measurement]:
     """Measures candidates by turns.
 
@@ -187,10 +187,7 @@ def _keep(
 
 
 def round_robin(
-    runs: Mapping[str, Call],
-    stopwatch: Stopwatch,
-    turns: Turns,
-    listen: Callable[[float], None] = lambda share: None,
+    runs: Mapping[str, Call], stopwatch: Stopwatch, turns: Turns, listen: Callable[[float], None] = lambda share: None
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The milliseconds of a run, one figure a round, and the errors of those that failed, which have no figures."""
     samples: dict[str, list[float]] = {}

@@ -82,10 +82,10 @@ def serve(model: QTuningModel, folder: str, batch: dict[str, Tensor], times: int
     error = max(float((one[: len(own)] - own).abs().max()) for one, own in zip(logits, row_by_row()))
 
     # Room for two adapters on the device and two in the host's memory, however many there are.
-    room = 2 * model.bank.bytes // model.bank.slots
+    room = 2 * model.slots.bytes // model.slots.slots
     model.set_memory_limits(device_bytes=room, host_bytes=room)
     latency["any 2 tasks, memory bounded to 2"] = milliseconds(any_two, times)
-    bounded = {"room": room, "device": model.bank.bytes, "host": model.adapters.bytes_in_memory}
+    bounded = {"room": room, "device": model.slots.bytes, "host": model.adapters.bytes_in_memory}
     try:
         mixed()
     except ValueError as reason:  # more tasks than have room

@@ -1,9 +1,9 @@
 """What the kernels take: named tuples of pointers and strides, and how they come from tensors.
 
-`call` here and in the launchers has the attributes of `PrefixAttentionCall` (qtuning_fast/attention); sizes are called
-as there. Strides count elements; the last dimension is always contiguous. What is marked "compile-time" is known when a
-kernel is compiled, and so is a pointer that is None, which stands for what a call lacks: one kernel serves all
-variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare every tuple with None.)
+`Call` says what the launchers read of a call. Strides count elements; the last dimension is always contiguous. What is
+marked "compile-time" is known when a kernel is compiled, and so is a pointer that is None, which stands for what a call
+lacks: one kernel serves all variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare
+every tuple with None.)
 
 A tuple that holds tuples ends with `end`, which is always None. Triton 3.6 copies what a branch or a loop finds, and
 without it forgets in its copy which fields of the inner tuples are compile-time.
@@ -11,7 +11,7 @@ without it forgets in its copy which fields of the inner tuples are compile-time
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import triton.language as tl
@@ -21,6 +21,42 @@ from .target import current_target
 
 LARGEST_TILE = 128  # queries of one
 _LARGEST_STRIDE = 1 << 22  # between rows: the offset of a row within a tile, at most 256 of them, stays below 2**31
+
+
+class Call(Protocol):
+    """One call of prefix attention, checked: a dataclass (`PrefixAttentionCall` in qtuning_fast/attention).
+
+    Sizes: `B` samples, `N` queries, `M` context keys, `P` prefix rows, `Hq` and `Hkv` heads, `T` prefixes in a bank,
+    `R` rank.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    query: Tensor  # [B, Hq, N, D]
+    key: Tensor  # [B, Hkv, M, D]
+    value: Tensor  # [B, Hkv, M, Dv]
+    prefix_key: Tensor  # [Hkv, P, D], a bank: [T, Hkv, P, D]
+    prefix_value: Tensor
+    prefix_index: Tensor | None  # [B], exactly with a bank; its range is not known to be right
+    prefix_length: Tensor | None  # [T]
+    padding_mask: Tensor | None  # [B, M], bool or additive
+    attn_mask: Tensor | None  # 4-D, each dimension of [B, Hq, N, M] or 1
+    prefix_bias: Tensor | None  # 4-D, each dimension of [B, Hq, N, P] or 1
+    n_shared: int
+    gate: str | None
+    is_causal: bool
+    scale: float
+
+    @property
+    def reweight_key(self) -> tuple[Tensor, Tensor] | None: ...  # U [P, R], V [R, Hkv, D], a bank: with a leading T
+
+    @property
+    def reweight_value(self) -> tuple[Tensor, Tensor] | None: ...
+
+    @property
+    def alpha(self) -> float | Tensor: ...  # a tensor: [] or [Hq], with a bank also [T, 1] or [T, Hq]
+
+    @property
+    def tau(self) -> float | Tensor: ...
 
 
 class Rows(NamedTuple):
@@ -117,7 +153,7 @@ class Sizes(NamedTuple):
     group: int  # G
 
 
-def attention(call: Any) -> dict[str, Any]:
+def attention(call: Call) -> dict[str, Any]:
     """The arguments that the attention kernels share, by name; of a call whose prefix is folded."""
     return {
         "query": rows(call.query),
@@ -131,7 +167,7 @@ def attention(call: Any) -> dict[str, Any]:
     }
 
 
-def attention_to_prefix(call: Any) -> dict[str, Any]:
+def attention_to_prefix(call: Call) -> dict[str, Any]:
     """The same for the kernels that leave out the context."""
     return {
         "query": rows(call.query),
@@ -143,7 +179,7 @@ def attention_to_prefix(call: Any) -> dict[str, Any]:
     }
 
 
-def samples_by_prefix(call: Any) -> Tensor | None:
+def samples_by_prefix(call: Call) -> Tensor | None:
     """The samples [B] in the order of their prefixes; None: as they are. The host does not wait for it.
 
     They are so without a bank, and where a sample alone fills tiles, so that few of them have rows of several.
@@ -212,7 +248,7 @@ def constant(value: Any) -> tl.constexpr:
     return tl.constexpr(value)
 
 
-def prefix(call: Any) -> Prefix:
+def prefix(call: Call) -> Prefix:
     """Of a folded call; of another one its rows are not what attention sees, and only the rest of it is of use."""
     index, length = call.prefix_index, call.prefix_length
     return Prefix(
@@ -235,26 +271,26 @@ def cdiv(count: int, block: int) -> int:
     return -(-count // block)
 
 
-def n_prefixes(call: Any) -> int:
+def n_prefixes(call: Call) -> int:
     return 1 if call.prefix_index is None else call.prefix_key.shape[0]
 
 
-def gate(call: Any) -> Gate:
+def gate(call: Call) -> Gate:
     # Its error of 2⁻¹¹ is an eighth of bfloat16's rounding, but all of float16's.
     fast_tanh = call.query.dtype == torch.bfloat16 and current_target().startswith("sm_")
     return Gate(
         name=constant(call.gate or "none"),
         fast_tanh=constant(fast_tanh),
-        alpha=_parameter(call.gate_alpha),
-        tau=_parameter(call.gate_tau),
+        alpha=_parameter(call.alpha),
+        tau=_parameter(call.tau),
     )
 
 
-def masks(call: Any) -> Masks:
+def masks(call: Call) -> Masks:
     return Masks(_overlay(call.padding_mask), _overlay(call.attn_mask), _overlay(call.prefix_bias))
 
 
-def sizes(call: Any) -> Sizes:
+def sizes(call: Call) -> Sizes:
     B, Hq, N, _ = call.query.shape
     _, Hkv, M, _ = call.key.shape
     return Sizes(B, N, M, Hq, Hq // Hkv)

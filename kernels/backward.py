@@ -22,24 +22,19 @@ from . import (
     backward_reweighting,
     backward_whole,
 )
-from .arguments import PerQuery, contiguous_like, empty_rows_like, scratch
+from .arguments import Call, PerQuery, contiguous_like, empty_rows_like, scratch
 from .backward_keys import Parts
 from .fold import folded
-from .launch import Launch
-from .replay import run
+from .launch import Launch, run
 
-# What may need a gradient, in the order of the operators' arguments.
-INPUTS = (
-    "query", "key", "value", "prefix_key", "prefix_value",
-    "U_key", "V_key", "U_value", "V_value", "gate_alpha", "gate_tau",
-)  # fmt: skip
+CONTEXT = ("query", "key", "value")  # whose gradients keep the order of their memory
 
 
 def backward(
-    call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool]
+    call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needed: Sequence[str]
 ) -> list[Tensor]:
-    """The gradients of those INPUTS that `needs` says, in their order, each of its input's shape and dtype."""
-    gradients = empty_gradients(call, needs)
+    """The gradients of the call's tensors of these names, each of its input's shape and dtype."""
+    gradients = rooms(call, needed)
     run(
         f"backward {' '.join(gradients)}",
         call,
@@ -50,7 +45,7 @@ def backward(
 
 
 def launches(
-    call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
+    call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
     """What fills the gradients."""
     as_seen, folding = folded(call)
@@ -69,7 +64,7 @@ def launches(
 
 
 def launches_over_keys(
-    call: Any, shared: dict[str, Any], d_output: Tensor, per_query: PerQuery, gradients: dict[str, Tensor]
+    call: Call, shared: dict[str, Any], d_output: Tensor, per_query: PerQuery, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
     """What fills all gradients but the queries', once their δ is there; `shared` are arguments of the folded call."""
     d_key, d_value = gradients.get("key"), gradients.get("value")
@@ -79,7 +74,7 @@ def launches_over_keys(
     yield from launches_over_parts(call, parts, gradients)
 
 
-def launches_over_parts(call: Any, parts: Parts, gradients: dict[str, Tensor]) -> Iterator[Launch]:
+def launches_over_parts(call: Call, parts: Parts, gradients: dict[str, Tensor]) -> Iterator[Launch]:
     """What fills the prefix's gradients, once their parts are there."""
     if not parts.needed:
         return
@@ -108,29 +103,12 @@ def parts_needed(gradients: dict[str, Tensor]) -> dict[str, bool]:
     }
 
 
-def empty_gradients(call: Any, needs: Sequence[bool]) -> dict[str, Tensor]:
-    """Room by name. Query, key and value keep the order of their memory; what belongs to the prefix is contiguous."""
-    inputs = named_inputs(call)
-    return {
-        name: empty_rows_like(inputs[name]) if name in INPUTS[:3] else contiguous_like(inputs[name])
-        for name, needed in zip(INPUTS, needs)
-        if needed
-    }
+def empty_gradients(call: Call, needed: Sequence[str]) -> list[Tensor]:
+    """Room for the gradients of the call's tensors of these names."""
+    return list(rooms(call, needed).values())
 
 
-def named_inputs(call: Any) -> dict[str, Any]:
-    U_key, V_key = call.reweight_key or (None, None)
-    U_value, V_value = call.reweight_value or (None, None)
-    return {
-        "query": call.query,
-        "key": call.key,
-        "value": call.value,
-        "prefix_key": call.prefix_key,
-        "prefix_value": call.prefix_value,
-        "U_key": U_key,
-        "V_key": V_key,
-        "U_value": U_value,
-        "V_value": V_value,
-        "gate_alpha": call.gate_alpha,
-        "gate_tau": call.gate_tau,
-    }
+def rooms(call: Call, needed: Sequence[str]) -> dict[str, Tensor]:
+    """The same by name. Query, key and value keep the order of their memory, and what belongs to the prefix is
+    contiguous."""
+    return {name: (empty_rows_like if name in CONTEXT else contiguous_like)(getattr(call, name)) for name in needed}

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import PerQuery
+from .arguments import Call, PerQuery
 from .gate import gated_with_derivatives
 from .launch import Launch, variant_for
 from .tiles import (
@@ -249,7 +249,7 @@ def store_part(part, block, p, n_rows, x, D: tl.constexpr):
     tl.store(part + block.to(tl.int64) * n_rows * D + (rows[:, None] * D + d[None, :]), x, mask=inside)
 
 
-def empty_parts(call: Any, direction: str, *, key: bool, value: bool, gate: bool) -> Parts:
+def empty_parts(call: Call, direction: str, *, key: bool, value: bool, gate: bool) -> Parts:
     """Room for the parts that are needed, of a launch in a direction of the table of blocks."""
     B, Hq, N, D = call.query.shape
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
@@ -273,7 +273,7 @@ def empty_parts(call: Any, direction: str, *, key: bool, value: bool, gate: bool
 
 
 def launch(
-    call: Any,
+    call: Call,
     shared: dict[str, Any],
     d_output: Tensor,
     per_query: PerQuery,

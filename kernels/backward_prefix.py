@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import Stored
+from .arguments import Call, Stored
 from .backward_keys import Parts
 from .launch import Launch
 from .tiles import length_of, weight_rows
@@ -106,7 +106,7 @@ def gate_entry(pid, gradient, part, parts, prefix, sizes):
 
 
 def launch(
-    call: Any, parts: Parts, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None
+    call: Call, parts: Parts, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None
 ) -> Launch:
     """dK, dV, dα and dτ into the gradients; dk' and dv', `[T, Hkv, P, D]` in float32, into the totals."""
     T, Hkv, P = arguments.n_prefixes(call), call.key.shape[1], call.prefix_key.shape[-2]

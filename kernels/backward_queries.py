@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import PerQuery
+from .arguments import Call, PerQuery
 from .gate import gated_with_derivatives
 from .launch import Launch, over_queries
 from .tiles import (
@@ -93,7 +93,7 @@ def score_gradient(d_o, v, d, s, unit, L, rest, variant):
 
 
 def launch(
-    call: Any,
+    call: Call,
     shared: dict[str, Any],
     output: Tensor,
     d_output: Tensor,

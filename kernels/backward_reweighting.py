@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import Stored
+from .arguments import Call, Stored
 from .launch import Launch
 from .tiles import length_of
 
@@ -110,7 +110,7 @@ def columns_of_V(pid, side, prefix, heads, n_shared):
     tl.store(V, tl.sum(total, 0)[None, :].to(side.V.dtype.element_ty), mask=d < side.stored.rows.D)
 
 
-def launch(call: Any, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None) -> Launch:
+def launch(call: Call, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None) -> Launch:
     """dU and dV into the gradients; of a side without a total none is needed."""
     key = _side(call.prefix_key, call.reweight_key, total_key, gradients.get("U_key"), gradients.get("V_key"))
     value = _side(

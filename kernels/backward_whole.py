@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import PerQuery
+from .arguments import Call, PerQuery
 from .backward_keys import Parts, load_queries, next_tile, prefix_tile
 from .gate import gated_with_derivatives
 from .launch import MULTIPROCESSORS, Launch, at_most, blocks_of, variant_for
@@ -95,7 +95,7 @@ def whole_context(
     store_rows(d_value, b, hk, 0, sizes.M, dv, variant.BLOCK_M)
 
 
-def takes(call: Any, gradients: dict[str, Tensor]) -> bool:
+def takes(call: Call, gradients: dict[str, Tensor]) -> bool:
     """Whether one launch does it: the table says up to how many keys, of a call that trains query, key and value."""
     B, Hkv, M, _ = call.key.shape
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
@@ -109,7 +109,7 @@ def takes(call: Any, gradients: dict[str, Tensor]) -> bool:
 
 
 def launch(
-    call: Any,
+    call: Call,
     shared: dict[str, Any],
     output: Tensor,
     d_output: Tensor,

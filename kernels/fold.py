@@ -8,14 +8,14 @@ kernels walk over the prefix as over the context, through rows of one dtype that
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import Rows, Stored
+from .arguments import Call, Rows, Stored
 from .launch import Launch
 from .tiles import length_of, load_rows, store_rows, weight_rows, within_bank
 
@@ -72,7 +72,7 @@ def is_used(prefix, t, B):
     return tl.max(found, 0) > 0
 
 
-def folded(call: Any) -> tuple[Any, list[Launch]]:
+def folded(call: Call) -> tuple[Call, list[Launch]]:
     """The call with k' and v' for its prefix and no reweighting, and the launch, if any, that computes them."""
     key = _room(call, call.prefix_key, call.reweight_key)
     value = _room(call, call.prefix_value, call.reweight_value)
@@ -97,13 +97,15 @@ def folded(call: Any) -> tuple[Any, list[Launch]]:
         call,
         prefix_key=call.prefix_key if key is None else key,
         prefix_value=call.prefix_value if value is None else value,
-        reweight_key=None,
-        reweight_value=None,
+        U_key=None,
+        V_key=None,
+        U_value=None,
+        V_value=None,
     )
     return after, [launch]
 
 
-def _room(call: Any, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor | None:
+def _room(call: Call, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """For folded rows; None where the stored ones are those."""
     if weights is None and stored.dtype == call.query.dtype:
         return None

@@ -14,7 +14,6 @@ log-sum-exp is stored with the rest that its own rounding leaves: EXACT.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -22,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
+from .arguments import Call
 from .fold import folded
 from .gate import gated
-from .launch import Launch, is_exact, over_queries
-from .replay import run
+from .launch import Launch, is_exact, over_queries, run
 from .tiles import (
     LOG2E,
     context_range,
@@ -101,26 +100,26 @@ def online_softmax(acc, m, l, s, unit, v, variant):
     return acc, m_new, l
 
 
-def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
+def launch(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
     """Of a call whose prefix is folded."""
     own = {"output": arguments.written_rows(output), "per_query": arguments.PerQuery(lse, lse_rest, None)}
     return over_queries(forward_kernel, call, "forward", arguments.attention(call) | own)
 
 
-def launches(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Iterator[Launch]:
+def launches(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Iterator[Launch]:
     call, folding = folded(call)
     yield from folding
     yield launch(call, output, lse, lse_rest)
 
 
-def forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and what rounding the latter left; see empty_outputs."""
     outputs = empty_outputs(call)
     run("forward", call, outputs, lambda: launches(call, *outputs))
     return outputs
 
 
-def empty_outputs(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+def empty_outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the output [B, Hq, N, Dv], its memory in the order [B, N, Hq, Dv] that models go on with, for the
     log-sum-exp [B, Hq, N], and for its rest: of that shape if EXACT, else empty."""
     B, Hq, N, _ = call.query.shape

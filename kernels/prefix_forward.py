@@ -11,14 +11,12 @@ has few, as in decoding, the prefix is so read once a tile and not once a sample
 of their prefixes, and a program walks over only those that its rows use, each hidden from the rows of the others.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import PerQuery
+from .arguments import Call, PerQuery
 from .forward import online_softmax
 from .gate import gated
 from .launch import Launch, over_stacked_rows
@@ -98,7 +96,7 @@ def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, 
     return acc, m, l
 
 
-def launch(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
+def launch(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
     """Of a call whose prefix is folded."""
     own = {
         "order": arguments.samples_by_prefix(call),

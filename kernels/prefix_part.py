@@ -9,26 +9,22 @@ backward_reweighting    dU, dV
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from . import arguments, prefix_forward, prefix_queries
-from .arguments import PerQuery, scratch
-from .backward import INPUTS, empty_gradients, launches_over_keys
+from .arguments import Call, PerQuery, scratch
+from .backward import launches_over_keys, rooms
 from .fold import folded
-from .launch import Launch, is_exact
-from .replay import run
-
-CONTEXT_INPUTS = INPUTS[:3]  # their gradients are for others to compute
+from .launch import Launch, is_exact, run
 
 
-def keeps_rest(call: Any) -> bool:
+def keeps_rest(call: Call) -> bool:
     """Whether what rounding the log-sum-exp leaves is kept."""
     return is_exact(call)
 
 
-def merge(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
+def merge(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
     """Turns attention over the context alone into attention over both, in place.
 
     Args:
@@ -48,20 +44,20 @@ def merge(call: Any, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
 
 
 def backward(
-    call: Any,
+    call: Call,
     output: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
     d_output: Tensor,
     d_query: Tensor | None,
-    needs: Sequence[bool],
+    needed: Sequence[str],
 ) -> list[Tensor]:
-    """The gradients of those of the prefix's inputs, INPUTS[3:], that `needs` says, which has a place for all INPUTS.
+    """The gradients of what is needed: names of the call's tensors that belong to the prefix.
 
     Output, log-sum-exp and its rest are those over both, after `merge`. To `d_query`, `[B, Hq, N, D]` of query's dtype,
     its last dimension contiguous, the prefix's part of that gradient is added in place.
     """
-    gradients = empty_gradients(call, [False] * len(CONTEXT_INPUTS) + list(needs[len(CONTEXT_INPUTS) :]))
+    gradients = rooms(call, needed)
     run(
         f"backward of the prefix {' '.join(gradients)}",
         call,
@@ -72,7 +68,7 @@ def backward(
 
 
 def launches(
-    call: Any,
+    call: Call,
     output: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
@@ -80,7 +76,7 @@ def launches(
     d_query: Tensor | None,
     gradients: dict[str, Tensor],
 ) -> Iterator[Launch]:
-    """What adds to d_query and fills the gradients, none of them of CONTEXT_INPUTS."""
+    """What adds to d_query and fills the gradients, none of them of query, key or value."""
     if d_query is None and not gradients:
         return
     as_seen, folding = folded(call)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arguments
-from .arguments import PerQuery
+from .arguments import Call, PerQuery
 from .backward_queries import score_gradient
 from .gate import gated_with_derivatives
 from .launch import Launch, over_stacked_rows
@@ -90,7 +90,7 @@ def over_prefix(
 
 
 def launch(
-    call: Any,
+    call: Call,
     shared: dict[str, Any],
     output: Tensor,
     d_output: Tensor,

@@ -19,7 +19,7 @@ try:
 except ImportError as error:  # the operator alone does not need them
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.method.config import TASK_TYPES, QTuningConfig
 from qtuning_fast.version import __version__

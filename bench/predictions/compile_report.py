@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.bench.shapes import PrefixAttentionCall, Shape, inputs
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.fold import folded
@@ -138,8 +138,8 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
         bias = torch.empty(1, 32, N, P, device="meta") if context == "biased" else None
         return replace(call, gate_alpha=scalar, gate_tau=scalar, prefix_bias=bias)
     T = 1 if context == "bank" else 4
-    names = ("prefix_key", "prefix_value", "reweight_key", "reweight_value")
-    of_bank = {name: x[:T] if isinstance(x := getattr(call, name), Tensor) else (x[0][:T], x[1][:T]) for name in names}
+    names = ("prefix_key", "prefix_value", "U_key", "V_key", "U_value", "V_value")
+    of_bank = {name: getattr(call, name)[:T] for name in names}
     scalars = torch.empty(T, 1, device="meta")
     lengths = torch.empty(T, dtype=torch.int32, device="meta")
     return replace(call, **of_bank, prefix_length=lengths, gate="sigmoid", gate_alpha=scalars, gate_tau=scalars)
@@ -154,7 +154,7 @@ def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
         yield "merge", prefix_forward.launch(as_seen, *outputs)
         return
     frozen = {"gate_alpha", "gate_tau"} if call.prefix_index is not None else set()
-    gradients = backward.empty_gradients(call, [name not in frozen for name in backward.INPUTS])
+    gradients = backward.rooms(call, [name for name in INPUTS if name not in frozen])
     yield "forward", forward.launch(as_seen, *outputs)
     _, *others = backward.launches(call, *outputs, outputs[0], gradients)
     yield from zip(("queries", "keys", "prefix", "reweighting"), others)

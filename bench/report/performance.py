@@ -20,10 +20,7 @@ from qtuning_fast.bench.report.targets import AT_MOST, TARGETS, flatness, mixed
 from qtuning_fast.bench.results import ROOT, changed_since, device_line
 
 RESULTS, PAGE, IMAGES, README = "bench/results", "docs/performance.md", "docs/images/performance", "README.md"
-BEGIN, END = (
-    "<!-- figures: begin, written by make report -->",
-    "<!-- figures: end -->",
-)
+BEGIN, END = ("<!-- figures: begin, written by make report -->", "<!-- figures: end -->")
 
 Document = Mapping[str, Any]
 

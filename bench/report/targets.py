@@ -144,10 +144,7 @@ def _composed_on_gpu() -> list[Target]:
     for shape in ("llama-8b-4096", "long"):
         alone = partial(over_context, shape, "composed")
         found.append(Target(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
-        for peer, ours, bound in (
-            ("flex-frozen-gate", "composed-frozen-gate", 1.5),
-            ("flex-merged", "composed", 1.0),
-        ):
+        for peer, ours, bound in (("flex-frozen-gate", "composed-frozen-gate", 1.5), ("flex-merged", "composed", 1.0)):
             figure = partial(time_ratio, shape, peer, ours)
             found.append(Target(f"{peer} over {ours}, {shape}", "cuda", AT_LEAST, bound, figure))
     products = partial(of_ceiling, "long", "composed")

@@ -40,7 +40,7 @@ from qtuning_fast.bench.predictions.compile_report import AbsentDriver
 from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import PrefixAttentionCall
 from qtuning_fast.bench.timing import Call, Turns, round_robin, timing_of
-from qtuning_fast.kernels import backward, forward, prefix_part, replay
+from qtuning_fast.kernels import backward, forward, launch, prefix_part
 from qtuning_fast.kernels.target import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -156,9 +156,9 @@ def stages(x: shapes.Inputs) -> dict[str, Call]:
         dispatch.choose(inputs.call(SHAPE), "fused")
 
     def built(run: Call) -> None:
-        replay.enabled = False
+        launch.enabled = False
         run()
-        replay.enabled = True
+        launch.enabled = True
 
     return {"checks": checks} | passes | {f"{name}, built": partial(built, run) for name, run in passes.items()}
 

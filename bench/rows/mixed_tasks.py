@@ -50,7 +50,7 @@ def random_adapter(model: QTuningModel, name: str, rows: int, generator: torch.G
     def normal(*sizes: int, std: float) -> Tensor:
         return std * torch.randn(sizes, generator=generator)
 
-    shapes = [model.attention.layers[index].shape for index in model.layer_indices]
+    shapes = [model.backbone.injector.layers[index].shape for index in model.layer_indices]
     return TaskAdapter(
         name=name,
         label_names=("no", "yes"),
@@ -73,7 +73,7 @@ def model_with_tasks(size: Batch, device: str) -> QTuningModel:
 
 
 def random_batch(size: Batch, model: QTuningModel) -> dict[str, Tensor]:
-    ids = torch.randint(FIRST_WORD, model.vocabulary.num_embeddings, (size.samples, size.tokens))
+    ids = torch.randint(FIRST_WORD, model.backbone.vocabulary.num_embeddings, (size.samples, size.tokens))
     return {name: x.to(model.device) for name, x in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}
 
 

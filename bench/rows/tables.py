@@ -35,7 +35,7 @@ def attention(entry: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *failed])
 
 
-def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> str:
+def _line(name: str, row: Row, least: float, whole: str, ours: Row | None) -> str:
     ms, spread = median(row, whole), best(row, whole)
     eager = row[whole]["eager"] if row[whole]["graph"] else None  # on a CPU it is the figure itself
     gradients = [error for key, error in row["errors"].items() if key != "output"]
@@ -45,7 +45,7 @@ def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> st
         number(ms, 10, 4),
         number(spread["spread"] if spread else None, 9, 4),
         number(ratio(row, ours, whole), 7, 2),
-        f"{floor / ms:>7.0%}" if ms and floor else f"{'-':>7}",
+        f"{least / ms:>7.0%}" if ms and least else f"{'-':>7}",
         number(eager["median"] if eager else None, 10, 3),
         number(None if row["peak"] is None else row["peak"] / 2**20, 9, 1),
         *(f"{error:>9.0e}" for error in (row["errors"]["output"], max(gradients, default=0.0))),
@@ -83,7 +83,7 @@ def _trained(rows: Mapping[str, Row]) -> list[str]:
     ]
 
 
-def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
+def _standing(rows: Mapping[str, Row], whole: str, least: float) -> list[str]:
     """Ours compared with eager and with the lower bound, and the cost of gate and reweighting."""
     lines = []
     for name in OURS:
@@ -96,18 +96,18 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
         if slowdown := ratio(ours, rows.get(UNGATED), whole):
             said.append(f"{slowdown:.2f} times the time of {UNGATED}, without a gate")
         if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
-            both = [floor / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
-            beside = f", the roofline {both[0]:.0%} of it and {both[1]:.0%} without" if floor else ""
+            both = [least / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
+            beside = f", the roofline {both[0]:.0%} of it and {both[1]:.0%} without" if least else ""
             said.append(f"gate and reweighting {cost - 1:+.1%}{beside}")
-        lines.append(f"  {name}: {'; '.join(said)}")
+        lines += [f"  {name}: {'; '.join(said)}"] if said else []
     return lines
 
 
 def headline(entry: Mapping[str, Any]) -> list[str]:
     """A shape, and how ours compares there."""
     whole = "step" if entry["shape"]["trained"] else "forward"
-    floor = entry.get("floor_ms", {}).get(whole, NO_ROOFLINE)[0]
-    standing = [line.strip() for line in _standing(entry["rows"], whole, floor)]
+    least = entry.get("floor_ms", {}).get(whole, NO_ROOFLINE)[0]
+    standing = [line.strip() for line in _standing(entry["rows"], whole, least)]
     return [f"  {entry['shape']['name']}: {'; '.join(standing) or 'ours was not measured'}"[:WIDTH]]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import constant
 
 PATH = Path(__file__).with_name("backend_order.json")

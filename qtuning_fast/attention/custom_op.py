@@ -2,68 +2,78 @@
 
 Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them is active,
 the passes are called through an autograd function, which saves the same tensors and does the same with them: the
-plumbing of an operator with so many arguments takes the host as long as all else. Both take the fields of a call one
-by one: `arguments_of` and `_call_of` translate.
+plumbing of an operator with so many arguments takes the host as long as all else. Both take the fields of a
+`PrefixAttentionCall` one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qtuning_fast.attention.call import PrefixAttentionCall
-
-# What may need a gradient: the first arguments of the operators, in their order.
-INPUTS = (
-    "query", "key", "value", "prefix_key", "prefix_value",
-    "U_key", "V_key", "U_value", "V_value", "gate_alpha", "gate_tau",
-)  # fmt: skip
+from qtuning_fast.attention.arguments import INPUTS, SCHEMA, PrefixAttentionCall, flattened
+from qtuning_fast.attention.common import no_autocast
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # output, log-sum-exp, and what rounding the latter left or an empty tensor
 
 
-@dataclass(frozen=True)
-class Passes:
-    """What a backend computes. `needs` says which of INPUTS need a gradient; gradients come in that order."""
+class Passes(Protocol):
+    """What a backend computes. `needed` names those of INPUTS that need a gradient; gradients come in that order."""
 
-    forward: Callable[[PrefixAttentionCall], Outputs]
-    empty_outputs: Callable[[PrefixAttentionCall], Outputs]  # their shapes, strides and dtypes
-    backward: Callable[[PrefixAttentionCall, Tensor, Tensor, Tensor, Tensor, Sequence[bool]], list[Tensor]]
-    empty_gradients: Callable[[PrefixAttentionCall, Sequence[bool]], list[Tensor]]
+    def forward(self, call: PrefixAttentionCall, /) -> Outputs: ...
+
+    def empty_outputs(self, call: PrefixAttentionCall, /) -> Outputs:
+        """Their shapes, strides and dtypes."""
+
+    def backward(
+        self,
+        call: PrefixAttentionCall,
+        output: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        d_output: Tensor,
+        needed: Sequence[str],
+        /,
+    ) -> list[Tensor]: ...
+
+    def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str], /) -> list[Tensor]: ...
 
 
-def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]:
+def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]:
     """Registers `torch.ops.qtuning_fast.{name}` and `{name}_backward`.
 
+    Args:
+        passes: gives them, when they are first needed.
+
     Returns what calls them: output and log-sum-exp, the former differentiable once, in reverse mode. The passes are
-    handed calls with a positive scale, and with numbers for alpha and tau where there is no gate.
+    handed calls with a positive scale, and without tensors for alpha and tau where there is no gate.
     """
 
     def forward(*arguments: Any) -> Outputs:
-        call = _call_of(*arguments)
+        call = PrefixAttentionCall(*arguments)
         with _device_of(call.query):
-            return passes.forward(call)
+            return passes().forward(call)
 
     def forward_fake(*arguments: Any) -> Outputs:
-        return passes.empty_outputs(_call_of(*arguments))
+        return passes().empty_outputs(PrefixAttentionCall(*arguments))
 
     def backward(
         output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
     ) -> list[Tensor]:
-        call = _call_of(*arguments)
-        with _device_of(call.query), _no_autocast(call.query):
-            return passes.backward(call, output, lse, lse_rest, d_output, needs)
+        call = PrefixAttentionCall(*arguments)
+        with _device_of(call.query), no_autocast(call.query):
+            return passes().backward(call, output, lse, lse_rest, d_output, _named(needs))
 
     def backward_fake(
         output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
     ) -> list[Tensor]:
-        return passes.empty_gradients(_call_of(*arguments), needs)
+        return passes().empty_gradients(PrefixAttentionCall(*arguments), _named(needs))
 
     def autograd(ctx: Any, d_output: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of all arguments, None for those that need none; only the first output passes one on."""
@@ -93,25 +103,26 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
 
     define = torch.library.custom_op
     forward_operator = define(
-        f"qtuning_fast::{name}", forward, mutates_args=(), schema=f"({_CALL}) -> (Tensor, Tensor, Tensor)"
+        f"qtuning_fast::{name}", forward, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)"
     )
     forward_operator.register_fake(forward_fake)
     backward_operator = define(
         f"qtuning_fast::{name}_backward",
         backward,
         mutates_args=(),
-        schema=f"(Tensor output, Tensor lse, Tensor lse_rest, Tensor d_output, bool[] needs, {_CALL}) -> Tensor[]",
+        schema=f"(Tensor output, Tensor lse, Tensor lse_rest, Tensor d_output, bool[] needs, {SCHEMA}) -> Tensor[]",
     )
     backward_operator.register_fake(backward_fake)
     forward_operator.register_autograd(autograd, setup_context=_setup_context)
 
     def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+        assert call.softcap is None, "no pass knows it: a backend refuses such a call"
         if call.scale <= 0:  # a running maximum of scaled products wants a positive scale
             sign = -1.0 if call.scale < 0 else 0.0
             call = replace(call, query=call.query * sign, scale=abs(call.scale) or 1.0)
         if call.gate is None:
-            call = replace(call, gate_alpha=1.0, gate_tau=1.0)  # they play no part, and get no gradient
-        arguments = arguments_of(call)
+            call = replace(call, gate_alpha=None, gate_tau=None)  # they play no part, and get no gradient
+        arguments = flattened(call)
         if _has_tangents(arguments):  # an operator would drop them, and say nothing
             raise NotImplementedError(f"{name} has no forward-mode derivative; backend='reference' has it")
         run = PrefixAttention.apply if _is_unseen(arguments) else forward_operator
@@ -121,93 +132,8 @@ def operator(name: str, passes: Passes) -> Callable[[PrefixAttentionCall], tuple
     return attend
 
 
-def arguments_of(call: PrefixAttentionCall) -> tuple[Any, ...]:
-    """A call as the arguments of the operators."""
-    assert call.softcap is None, "no pass knows it: a backend refuses such a call"
-    U_key, V_key = call.reweight_key or (None, None)
-    U_value, V_value = call.reweight_value or (None, None)
-    alpha, tau = call.gate_alpha, call.gate_tau
-    return (
-        call.query,
-        call.key,
-        call.value,
-        call.prefix_key,
-        call.prefix_value,
-        U_key,
-        V_key,
-        U_value,
-        V_value,
-        alpha if isinstance(alpha, Tensor) else None,
-        tau if isinstance(tau, Tensor) else None,
-        1.0 if isinstance(alpha, Tensor) else alpha,
-        1.0 if isinstance(tau, Tensor) else tau,
-        call.prefix_index,
-        call.prefix_length,
-        call.padding_mask,
-        call.attn_mask,
-        call.prefix_bias,
-        call.n_shared,
-        call.gate,
-        call.is_causal,
-        call.scale,
-    )
-
-
-def _call_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    U_key: Tensor | None,
-    V_key: Tensor | None,
-    U_value: Tensor | None,
-    V_value: Tensor | None,
-    gate_alpha: Tensor | None,
-    gate_tau: Tensor | None,
-    alpha_number: float,
-    tau_number: float,
-    prefix_index: Tensor | None,
-    prefix_length: Tensor | None,
-    padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    prefix_bias: Tensor | None,
-    n_shared: int,
-    gate: str | None,
-    is_causal: bool,
-    scale: float,
-) -> PrefixAttentionCall:
-    """A call from the arguments of the operators."""
-    return PrefixAttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        prefix_key=prefix_key,
-        prefix_value=prefix_value,
-        prefix_index=prefix_index,
-        prefix_length=prefix_length,
-        n_shared=n_shared,
-        reweight_key=None if U_key is None or V_key is None else (U_key, V_key),
-        reweight_value=None if U_value is None or V_value is None else (U_value, V_value),
-        gate=gate,
-        gate_alpha=alpha_number if gate_alpha is None else gate_alpha,
-        gate_tau=tau_number if gate_tau is None else gate_tau,
-        padding_mask=padding_mask,
-        attn_mask=attn_mask,
-        prefix_bias=prefix_bias,
-        is_causal=is_causal,
-        scale=scale,
-        softcap=None,
-    )
-
-
-_CALL = (
-    "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
-    "Tensor? U_key, Tensor? V_key, Tensor? U_value, Tensor? V_value, Tensor? gate_alpha, Tensor? gate_tau, "
-    "float alpha_number, float tau_number, Tensor? prefix_index, Tensor? prefix_length, "
-    "Tensor? padding_mask, Tensor? attn_mask, Tensor? prefix_bias, "
-    "int n_shared, str? gate, bool is_causal, float scale"
-)
+def _named(needs: Sequence[bool]) -> list[str]:
+    return [name for name, needed in zip(INPUTS, needs) if needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -245,9 +171,3 @@ _AS_IT_IS = nullcontext()
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device_of(x) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _AS_IT_IS
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Autograd may run backwards under autocast."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS

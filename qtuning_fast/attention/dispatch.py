@@ -1,4 +1,4 @@
-"""What computes the operator: one module a backend, and here the choice between them."""
+"""Which backend computes a call, and why."""
 
 import os
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from qtuning_fast.attention import backend_order, composed, fused, reference
+from qtuning_fast.attention.arguments import PrefixAttentionCall, check_choice
 from qtuning_fast.attention.backend_order import PREFERENCE
-from qtuning_fast.attention.call import PrefixAttentionCall
 
 ENVIRONMENT_VARIABLE = "QTUNING_FAST_BACKEND"
 HAS_TRITON = find_spec("triton") is not None  # looked for, not imported: that takes a second, and not all have it
@@ -97,6 +97,7 @@ def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
 
 def _requested(name: str) -> tuple[str, str]:
     """What is asked for, the environment standing in for "auto", and by whom."""
+    check_choice("backend", name, NAMES)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if name != "auto" or not override:
         return name, "asked for by name"

@@ -6,13 +6,11 @@ The kernels are imported when first needed: importing triton takes a second, and
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
-from qtuning_fast.attention.custom_op import Outputs, Passes, operator
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.custom_op import Passes, operator
 
 LARGEST_HEAD_SIZE = 256
 
@@ -49,35 +47,10 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
-def _forward(call: PrefixAttentionCall) -> Outputs:
-    from qtuning_fast.kernels.forward import forward
+def _passes() -> Passes:
+    from qtuning_fast.kernels import passes
 
-    return forward(call)
-
-
-def _empty_outputs(call: PrefixAttentionCall) -> Outputs:
-    from qtuning_fast.kernels.forward import empty_outputs
-
-    return empty_outputs(call)
+    return passes
 
 
-def _backward(
-    call: PrefixAttentionCall,
-    output: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
-    d_output: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    from qtuning_fast.kernels.backward import backward
-
-    return backward(call, output, lse, lse_rest, d_output, needs)
-
-
-def _empty_gradients(call: PrefixAttentionCall, needs: Sequence[bool]) -> list[Tensor]:
-    from qtuning_fast.kernels.backward import empty_gradients
-
-    return list(empty_gradients(call, needs).values())
-
-
-attend = operator("attention", Passes(_forward, _empty_outputs, _backward, _empty_gradients))
+attend = operator("attention", _passes)

@@ -13,24 +13,11 @@ rounded to query's dtype before their products, as attention implementations do:
 the yardstick for theirs.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
-
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "relu": torch.relu,
-    # PyTorch's default threshold of 20 cuts off 2e-9, which float64 sees; 40 cuts off 4e-18, and exp(40) is finite.
-    "softplus": lambda s: F.softplus(s, threshold=40.0),
-    "elu": F.elu,
-    "identity": lambda s: s,
-}
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import GATES, bank_index, masked, score_dtype, stored_rows
 
 
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
@@ -90,8 +77,8 @@ def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
     """g(cap(c · q k'ᵀ)) + bias; -inf for what lies beyond a prefix's length."""
     s = _capped(call, call.scale * _products(call.query, prefix_key))
     if call.gate is not None:
-        alpha = _per_head(call, call.gate_alpha, s.dtype)
-        tau = _per_head(call, call.gate_tau, s.dtype)
+        alpha = _per_head(call, call.alpha, s.dtype)
+        tau = _per_head(call, call.tau, s.dtype)
         s = s + alpha * GATES[call.gate](tau * s)
     if call.prefix_bias is not None:
         s = masked(s, call.prefix_bias)
@@ -118,18 +105,6 @@ def _capped(call: PrefixAttentionCall, s: Tensor) -> Tensor:
     return s if call.softcap is None else call.softcap * torch.tanh(s / call.softcap)
 
 
-def stored_rows(call: PrefixAttentionCall) -> Tensor:
-    """[T, P]: which rows of a bank lie within their prefix's length."""
-    assert call.prefix_length is not None
-    return torch.arange(call.prefix_key.shape[-2], device=call.query.device) < call.prefix_length[:, None]
-
-
-def bank_index(call: PrefixAttentionCall) -> Tensor:
-    """[B]: which prefix each sample uses. Clamped, as in kernels: on an accelerator no one has checked the range."""
-    assert call.prefix_index is not None
-    return call.prefix_index.long().clamp(0, call.prefix_key.shape[0] - 1)
-
-
 def _per_head(call: PrefixAttentionCall, parameter: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """alpha or tau in a form that broadcasts with scores [B, Hq, N, P]."""
     if not isinstance(parameter, Tensor):
@@ -137,18 +112,6 @@ def _per_head(call: PrefixAttentionCall, parameter: float | Tensor, dtype: torch
     if parameter.ndim == 2:  # one row a prefix of the bank
         parameter = parameter[bank_index(call)]
     return parameter.to(dtype)[..., None, None]
-
-
-def masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores under a mask, bool (True: attend) or additive (the dtype's most negative finite number means -inf)."""
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf).to(scores.dtype)
-
-
-def score_dtype(query: Tensor) -> torch.dtype:
-    """In which scores, gate and softmax are computed."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:

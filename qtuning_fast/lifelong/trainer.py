@@ -374,8 +374,8 @@ def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
 
 def _state_of(model: QTuningModel) -> dict[str, Any]:
     """What the report shows of the queue, the reweighting and the gate after a task."""
-    eviction = model.live.last_eviction
-    gates = model.live.gates
+    eviction = model.training_prefix.last_eviction
+    gates = model.training_prefix.gates
     return {
         "energy_kept": None if eviction is None else float(np.mean(eviction.energy_kept)),
         "effective_rank": None if eviction is None else float(np.mean(eviction.effective_rank)),
@@ -386,5 +386,5 @@ def _state_of(model: QTuningModel) -> dict[str, Any]:
         }
         if gates
         else None,
-        "row_weights": [rows.row_weights().detach().abs().mean(1).tolist() for rows in model.live.rows],
+        "row_weights": [rows.row_weights().detach().abs().mean(1).tolist() for rows in model.training_prefix.rows],
     }

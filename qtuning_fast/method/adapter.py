@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.gate import NO_GATE, gate_arguments
-from qtuning_fast.method.prompts import Prefix
+from qtuning_fast.method.prefix import Prefix
 
 NO_HEAD = "task {!r} has no head, only a prompt: it gives features, but no logits"
 
@@ -90,12 +90,12 @@ class TaskAdapter:
         embeddings = None if self.embeddings is None else self.embeddings.to(device)
         return Prefix(layers, embeddings, position_shift=shift, largest_shift=self.position_shift)
 
-    def _rows(self, layer: int, device: torch.device) -> dict[str, Any]:
+    def _rows(self, layer: int, device: torch.device) -> PrefixArguments:
         if self.embeddings is not None:
             return {}
         return {"prefix_key": self.keys[layer].to(device), "prefix_value": self.values[layer].to(device)}
 
-    def _gate(self, layer: int, device: torch.device) -> dict[str, Any]:
+    def _gate(self, layer: int, device: torch.device) -> PrefixArguments:
         if self.gate is None:
             return NO_GATE
         return gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))

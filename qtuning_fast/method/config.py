@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.method.gate import GATE_PER
 from qtuning_fast.method.queue import EVICTIONS
 

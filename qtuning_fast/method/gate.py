@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from qtuning_fast.attention.arguments import PrefixArguments
 
 GATE_PER = ("layer", "head")
 
@@ -28,7 +28,7 @@ class Gate(nn.Module):
         self.alpha = nn.Parameter(torch.ones(shape))
         self.tau = nn.Parameter(torch.ones(shape))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> PrefixArguments:
         """The gate as keyword arguments of `prefix_attention`."""
         return gate_arguments(self.activation, self.alpha, self.tau)
 
@@ -36,9 +36,9 @@ class Gate(nn.Module):
         return f"{self.activation!r}, shape={tuple(self.alpha.shape)}"
 
 
-NO_GATE: dict[str, Any] = {"gate": None}
+NO_GATE: PrefixArguments = {"gate": None}
 
 
-def gate_arguments(activation: str, alpha: Tensor, tau: Tensor) -> dict[str, Any]:
+def gate_arguments(activation: str, alpha: Tensor, tau: Tensor) -> PrefixArguments:
     """σ, α and τ as keyword arguments of `prefix_attention`."""
     return {"gate": activation, "gate_alpha": alpha, "gate_tau": tau}

@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qtuning_fast.method.gate import NO_GATE
+from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.reweighting import Reweighting
 
 KEY_STD = 0.5  # keys that start tiny collapse onto one direction
 VALUE_STD = 0.02
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What the layers of a model attend to in front of their context, ready to be placed; one, or a bank of T.
-
-    Attributes:
-        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate. Where there are
-            embeddings, no rows.
-        embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
-        index: `[B]` with a bank: which of them each sample uses.
-        lengths: `[T]` with a bank: how many rows of each there are.
-        position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
-        largest_shift: the largest of these as a number, known without asking the device.
-    """
-
-    layers: list[dict[str, Any]]
-    embeddings: Tensor | None = None
-    index: Tensor | None = None
-    lengths: Tensor | None = None
-    position_shift: Tensor | None = None
-    largest_shift: int = 0
-
-    def with_rows(self, rows: Sequence[dict[str, Tensor]]) -> Prefix:
-        """In a causal model: the keys and values that the embeddings became, behind which the context stands."""
-        assert self.embeddings is not None
-        P = self.embeddings.shape[-2]
-        shift = torch.tensor([P], device=self.embeddings.device) if self.lengths is None else self.lengths
-        layers = [layer | row for layer, row in zip(self.layers, rows)]
-        return replace(self, layers=layers, embeddings=None, position_shift=shift, largest_shift=P)
-
-    def arguments(self) -> list[dict[str, Any]]:
-        """For each layer all keyword arguments of `prefix_attention`."""
-        bank = {"prefix_index": self.index, "prefix_length": self.lengths}
-        bank = {name: value for name, value in bank.items() if value is not None}
-        return [layer | bank for layer in self.layers]
-
-
-def no_prefix(key: Tensor, value: Tensor) -> dict[str, Any]:
-    """Arguments of `prefix_attention` for a context without a prefix, whose keys and values are these."""
-    rows = {"prefix_key": key.new_empty(key.shape[1], 0, key.shape[3])}
-    return rows | {"prefix_value": value.new_empty(value.shape[1], 0, value.shape[3]), **NO_GATE}
 
 
 @dataclass(frozen=True)
@@ -160,7 +116,7 @@ class LayerPrefix(PromptRows):
             return torch.ones_like(self.old)
         return self.shape.to_rows(self.reweight_key(), self.reweight_value())
 
-    def arguments(self, prompt: Tensor) -> dict[str, Any]:
+    def arguments(self, prompt: Tensor) -> PrefixArguments:
         """The rows as keyword arguments of `prefix_attention`, which reweights them as it goes.
 
         Args:
@@ -168,11 +124,10 @@ class LayerPrefix(PromptRows):
         """
         key, value = self.shape.from_rows(torch.cat([self.shared, prompt, self.old]))
         n_shared = len(self.shared) + len(prompt)
-        arguments: dict[str, Any] = {"prefix_key": key, "prefix_value": value, "n_shared": n_shared}
+        arguments: PrefixArguments = {"prefix_key": key, "prefix_value": value, "n_shared": n_shared}
         if self.reweight_key is not None and self.reweight_value is not None:
-            for name, weighting in (("reweight_key", self.reweight_key), ("reweight_value", self.reweight_value)):
-                unweighted = weighting.U.new_zeros(n_shared, self.rank)
-                arguments[name] = (torch.cat([unweighted, weighting.U]), weighting.V)
+            arguments["reweight_key"] = self.reweight_key.behind(n_shared)
+            arguments["reweight_value"] = self.reweight_value.behind(n_shared)
         return arguments
 
     @torch.no_grad()

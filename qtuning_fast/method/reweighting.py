@@ -33,3 +33,7 @@ class Reweighting(nn.Module):
     def forward(self) -> Tensor:
         """`W` as `[heads, n, width]`."""
         return torch.einsum("nr,rhd->hnd", self.U, self.V)
+
+    def behind(self, n_shared: int) -> tuple[Tensor, Tensor]:
+        """U and V for rows in front of which there are `n_shared` others, which are not reweighted."""
+        return torch.cat([self.U.new_zeros(n_shared, self.U.shape[1]), self.U]), self.V

@@ -1,4 +1,4 @@
-"""A saved model on disk: `adapter_config.json` and safetensors files beside it, never a pickle.
+"""Checkpoints of a model: `adapter_config.json` and safetensors files beside it, never a pickle.
 
 `adapter_config.json` names every other file with its SHA-256 and is written last, in one step: until then the files of
 the older save stay, so that a folder is always one whole save or refused.
@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from torch import Tensor
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import GATE_PER
+from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import (
     TEMPORARY,
     CorruptFileError,
@@ -26,18 +28,20 @@ from qtuning_fast.model.checked_files import (
     write_json,
     write_tensors,
 )
-from qtuning_fast.model.registry import AdapterFile, AdapterStore, StoredAdapter
+from qtuning_fast.model.registry import AdapterFile, AdapterRegistry, StoredAdapter
 
 CONFIG_FILE = "adapter_config.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (3, 4)
 
+_QUEUE = "queue."
 _OURS = re.compile(
     rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
 )
 
 
 @dataclass(frozen=True)
-class SavedModel:
+class Checkpoint:
     """Everything that `QTuningModel.save_pretrained` keeps.
 
     Attributes:
@@ -45,19 +49,30 @@ class SavedModel:
         fingerprint: of the base model it belongs to (`qtuning_fast.model.fingerprint`).
         base_model: name of the base model's class, for people.
         adapters: of the finished tasks, in order.
-        state: the queue, the live prefix and the discriminator, by name.
-        last_learned: the task that was learned last, whose prompt the live prefix holds; None where there is none.
+        learning: the state of the training prefix and the discriminator, by name.
+        queue: the state of the queue.
+        last_learned: the task that was learned last, whose prompt the training prefix holds; None where there is none.
     """
 
     config: QTuningConfig
     fingerprint: str
     base_model: str
-    adapters: AdapterStore
-    state: dict[str, Tensor]
+    adapters: AdapterRegistry
+    learning: dict[str, Tensor]
+    queue: dict[str, Tensor]
     last_learned: str | None = None
 
+    def check_base_model(self, backbone: Backbone, folder: Path) -> None:
+        """Raise a ValueError where the checkpoint in this folder was made for another base model."""
+        if backbone.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{folder} was made for another base model: a {self.base_model} with the fingerprint "
+                f"{self.fingerprint[:12]}, not this {type(backbone.model).__name__} in {backbone.dtype}"
+                + (" (load it in float32 or bfloat16)" if backbone.dtype == torch.float16 else "")
+            )
 
-def write_saved(folder: Path, saved: SavedModel) -> None:
+
+def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
     """Write `saved` into `folder`; a save that was there stays valid until this one is whole.
 
     Adapters that lie in the folder already stay where they are, and what was in memory only has a file from here on.
@@ -71,7 +86,7 @@ def write_saved(folder: Path, saved: SavedModel) -> None:
     with FileLock(folder / ".lock"):
         entries = saved.adapters.entries()
         files = [_written(folder, number, entry, saved.adapters) for number, entry in enumerate(entries)]
-        state = write_tensors(folder, "state", saved.state)
+        state = write_tensors(folder, "state", _joined(saved.learning, saved.queue))
         content = {
             "format_version": FORMAT_VERSION,
             "config": saved.config.to_dict(),
@@ -91,7 +106,7 @@ def write_saved(folder: Path, saved: SavedModel) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterStore) -> AdapterFile:
+def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterRegistry) -> AdapterFile:
     """An adapter's file in `folder`: the one that is there, or a new one."""
     file = entry.file
     if file is not None and file.folder == folder and file.is_whole():
@@ -99,16 +114,16 @@ def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterStor
     return AdapterFile(folder, **write_tensors(folder, f"task-{number:03d}", store.load(entry, keep=False).tensors()))
 
 
-def read_saved(folder: Path, *, lazy: bool = False) -> SavedModel:
-    """What `write_saved` wrote.
+def read_checkpoint(folder: Path, *, lazy: bool = False) -> Checkpoint:
+    """What `write_checkpoint` wrote.
 
     Args:
         lazy: leave the adapters on disk until they are needed.
 
     Raises:
         FileNotFoundError: nothing was saved there.
-        CorruptFileError: a file is damaged or missing, or the index is not one that `write_saved` wrote.
-        ValueError: the format version is not this one.
+        CorruptFileError: a file is damaged or missing, or the index is not one that `write_checkpoint` wrote.
+        ValueError: the format version is not one of READABLE_VERSIONS.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -122,15 +137,16 @@ def read_saved(folder: Path, *, lazy: bool = False) -> SavedModel:
                 raise
 
 
-def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> SavedModel:
+def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint:
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise ValueError(
-            f"{folder / CONFIG_FILE} has format version {version}; this version of qtuning_fast reads {FORMAT_VERSION}"
+            f"{folder / CONFIG_FILE} has format version {version}; this version of qtuning_fast reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}"
         )
     try:
         config = QTuningConfig.from_dict(content["config"])
-        adapters = AdapterStore()
+        adapters = AdapterRegistry()
         for entry in content["tasks"]:
             file = AdapterFile(folder, entry["file"], entry["sha256"])
             stored = adapters.add(_info(folder, entry), file=file)
@@ -142,9 +158,24 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> SavedModel
         base, last = content["base_model"], content["last_learned"]
         if last is not None and last not in adapters:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: the task learned last, {last!r}, is not among its tasks")
-        return SavedModel(config, base["fingerprint"], base["class"], adapters, state, last)
+        learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
+        return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
+
+
+def _joined(learning: dict[str, Tensor], queue: dict[str, Tensor]) -> dict[str, Tensor]:
+    return learning | {f"{_QUEUE}{name}": x for name, x in queue.items()}
+
+
+def _parted(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    queue = {name.removeprefix(_QUEUE): x for name, x in state.items() if name.startswith(_QUEUE)}
+    return {name: x for name, x in state.items() if not name.startswith(_QUEUE)}, queue
+
+
+def from_version_3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state by the names it has now: the training prefix was called `live` then."""
+    return {re.sub(r"^live\.", "prefix.", name): x for name, x in state.items()}
 
 
 def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:

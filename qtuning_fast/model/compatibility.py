@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.integrations.transformers import AttentionLayer
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import QTuningConfig

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.adapter import NO_HEAD, AdapterInfo, TaskAdapter
 from qtuning_fast.method.gate import NO_GATE, gate_arguments
-from qtuning_fast.method.prompts import Prefix
-from qtuning_fast.model.backbone import FrozenModel
-from qtuning_fast.model.registry import AdapterStore, StoredAdapter
+from qtuning_fast.method.prefix import Prefix
+from qtuning_fast.model.backbone import Backbone
+from qtuning_fast.model.registry import AdapterRegistry, StoredAdapter
 
 _FIRST_SLOTS = 4
 
@@ -99,7 +100,7 @@ class _Part:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class AdapterBank:
+class AdapterSlots:
     """Adapters on a model's device, each in a slot: one tensor a layer for the keys of all of them, and so on.
 
     The rows are kept in the precision of their layer, to which attention rounds them anyway. In a causal model
@@ -107,7 +108,7 @@ class AdapterBank:
 
     Args:
         store: where adapters come from. What is removed from it, or replaced, is never computed with again.
-        model: on whose layers prefixes are placed.
+        backbone: on whose layers prefixes are placed.
         layers: which of them.
         embedding_size: E, where prefixes are embeddings in front of the input.
         hidden_size: of the features that heads take; None where there are no heads.
@@ -116,8 +117,8 @@ class AdapterBank:
 
     def __init__(
         self,
-        store: AdapterStore,
-        model: FrozenModel,
+        store: AdapterRegistry,
+        backbone: Backbone,
         layers: Sequence[int],
         *,
         embedding_size: int | None,
@@ -126,7 +127,7 @@ class AdapterBank:
     ) -> None:
         self.device_bytes = device_bytes
         self._store = store
-        self._model = (model,)  # in a tuple: the model has the bank
+        self._backbone = backbone
         self._layers = layers
         self._embedding_size = embedding_size
         self._hidden_size = hidden_size
@@ -199,8 +200,7 @@ class AdapterBank:
 
     def _make_fit(self, entries: dict[str, StoredAdapter]) -> None:
         """Slots wide enough for these adapters and enough of them, on the devices where the model is now."""
-        model = self._model[0]
-        where = model.device, model.base_model.dtype
+        where = self._backbone.device, self._backbone.dtype
         needed = _SlotSize.of(entry.info for entry in entries.values())
         if where != self._where or not self._size.holds(needed):
             self.clear()
@@ -219,30 +219,30 @@ class AdapterBank:
 
     def _slot_parts(self) -> dict[str, _Part]:
         """The tensors of a slot, by the names that they have in an adapter."""
-        model, size = self._model[0], self._size
-        number = _Part((), torch.int64, model.device)
+        backbone, size = self._backbone, self._size
+        number = _Part((), torch.int64, backbone.device)
         parts = {"length": number, "position_shift": number}
         for layer, index in enumerate(self._layers):
-            module, shape = model.attention.layers[index].module, model.attention.layers[index].shape
-            dtype, device = _where_computes(module, model)
+            module, shape = backbone.injector.layers[index].module, backbone.injector.layers[index].shape
+            dtype, device = _where_computes(module, backbone)
             if self._keeps_rows:
                 parts[f"keys.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.key_size), dtype, device)
                 parts[f"values.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.value_size), dtype, device)
             heads, wide = shape.num_heads if size.gate_per_head else 1, torch.promote_types(dtype, torch.float32)
             parts[f"alphas.{layer}"] = _Part((heads,), wide, device)  # without a gate beside tasks with one: alpha 0
             parts[f"taus.{layer}"] = _Part((heads,), wide, device, empty=1.0)
-        wide = torch.promote_types(model.base_model.dtype, torch.float32)
+        wide = torch.promote_types(backbone.dtype, torch.float32)
         if not self._keeps_rows:
             assert self._embedding_size is not None
-            parts["embeddings"] = _Part((size.rows, self._embedding_size), model.base_model.dtype, model.device)
+            parts["embeddings"] = _Part((size.rows, self._embedding_size), backbone.dtype, backbone.device)
         if self._hidden_size is not None:
-            parts["head.weight"] = _Part((size.classes, self._hidden_size), wide, model.device)
-            parts["head.bias"] = _Part((size.classes,), wide, model.device, empty=-math.inf)
+            parts["head.weight"] = _Part((size.classes, self._hidden_size), wide, backbone.device)
+            parts["head.bias"] = _Part((size.classes,), wide, backbone.device, empty=-math.inf)
         return parts
 
     @property
     def _keeps_rows(self) -> bool:
-        return self._embedding_size is None or self._model[0].attention.is_causal
+        return self._embedding_size is None or self._backbone.injector.is_causal
 
     @torch.no_grad()
     @torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
@@ -279,28 +279,28 @@ class AdapterBank:
 
     def _rows_of(self, embeddings: Tensor) -> dict[str, Tensor]:
         """The keys and values that a prompt `[P, E]` becomes in each layer of a causal model."""
-        model = self._model[0]
-        with torch.autocast(model.device.type, enabled=False):  # they stay, autocast or not
-            rows = model.attention.rows_of_prompt(self._layers, embeddings.to(model.device))
+        backbone = self._backbone
+        with torch.autocast(backbone.device.type, enabled=False):  # they stay, autocast or not
+            rows = backbone.injector.rows_of_prompt(self._layers, embeddings.to(backbone.device))
         keys = {f"keys.{layer}": each["prefix_key"] for layer, each in enumerate(rows)}
         return keys | {f"values.{layer}": each["prefix_value"] for layer, each in enumerate(rows)}
 
     # A batch
 
     def _index(self, slots: list[int]) -> Tensor:
-        device = self._model[0].device
+        device = self._backbone.device
         if device.type != "cuda":
             return torch.tensor(slots, device=device)
         return torch.tensor(slots, pin_memory=True).to(device, non_blocking=True)  # so that the host goes on at once
 
     def _prefix(self, index: Tensor, infos: Sequence[AdapterInfo], gate: str | None) -> Prefix:
         slots, longest = self._slots, max(info.prefix_rows for info in infos)
-        layers: list[dict[str, Any]] = []
+        layers: list[PrefixArguments] = []
         for layer in range(len(self._layers)):
             alpha, tau = slots[f"alphas.{layer}"], slots[f"taus.{layer}"]
-            arguments = NO_GATE if gate is None else gate_arguments(gate, alpha, tau)
+            arguments: PrefixArguments = {**(NO_GATE if gate is None else gate_arguments(gate, alpha, tau))}
             if self._keeps_rows:
-                arguments = arguments | {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
+                arguments |= {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
             layers.append(arguments)
         if self._keeps_rows and self._embedding_size is not None:
             shift, largest = slots["length"], longest  # behind a prompt that has become keys and values
@@ -317,9 +317,9 @@ class AdapterBank:
         )
 
 
-def _where_computes(module: nn.Module, model: FrozenModel) -> tuple[torch.dtype, torch.device]:
+def _where_computes(module: nn.Module, backbone: Backbone) -> tuple[torch.dtype, torch.device]:
     """In which precision and where an attention module computes, as far as its parameters tell."""
     for parameter in module.parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
             return parameter.dtype, parameter.device
-    return torch.float32, model.device
+    return torch.float32, backbone.device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def agree(tensors: Sequence[Tensor]) -> None:
+def synchronize(tensors: Sequence[Tensor]) -> None:
     """Give these tensors, in place, the values that they have in the first process; alone in its group, do nothing."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -20,6 +20,6 @@ def agree(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor (FSDP2) put together, which all processes must ask for; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

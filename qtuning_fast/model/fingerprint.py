@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import loaded
-from qtuning_fast.model.distributed import whole
+from qtuning_fast.model.distributed import full_tensor
 
 _SAMPLES = 64  # values of each tensor that go into the fingerprint
 
@@ -91,7 +91,7 @@ def _adapters_in_use(module: Any) -> list[str] | None:
 
 def _sample(tensor: Tensor) -> list[Any]:
     """Values at even distances; of tensors made of others (quantised weights) those of their parts."""
-    tensor = whole(tensor)
+    tensor = full_tensor(tensor)
     if is_traceable_wrapper_subclass(tensor):
         return [_sample(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
     flat = (tensor.dequantize() if tensor.is_quantized else tensor).detach().flatten()

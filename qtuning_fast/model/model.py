@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
-from qtuning_fast.method.config import QTuningConfig
-from qtuning_fast.method.prompts import Prefix
-from qtuning_fast.method.retention import Discriminator, retention_loss
+from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.prefix import Prefix
+from qtuning_fast.method.retention import Discriminator
+from qtuning_fast.model.active_task import ActiveTask
+from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
-from qtuning_fast.model.checkpoint import SavedModel, read_saved, write_saved
-from qtuning_fast.model.distributed import agree
-from qtuning_fast.model.fingerprint import fingerprint
-from qtuning_fast.model.finished import FinishedTasksModel, QTuningOutput, batch_size
-from qtuning_fast.model.training_prefix import LivePrefix
+from qtuning_fast.model.checkpoint import Checkpoint, from_version_3, read_checkpoint, write_checkpoint
+from qtuning_fast.model.compatibility import check_task_type, chosen_layers
+from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
+from qtuning_fast.model.distributed import synchronize
+from qtuning_fast.model.learning import Learning
+from qtuning_fast.model.output import QTuningOutput, batch_size, twice
+from qtuning_fast.model.registry import AdapterRegistry
+from qtuning_fast.model.tasks import Tasks
+from qtuning_fast.model.training_prefix import TrainingPrefix
 
-_BASE = "base_model."
-_QUEUE = "queue."
 
-
-class QTuningModel(FinishedTasksModel):
+class QTuningModel(nn.Module):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -44,44 +48,110 @@ class QTuningModel(FinishedTasksModel):
             around one.
         config: see `QTuningConfig`.
 
+    Attributes:
+        base_model: without a wrapper of peft's around it.
+        backbone: it, frozen, with what injects prefixes into its layers.
+        learning: what trains: the training prefix, the head and the discriminator.
+
     Raises:
         TypeError, ValueError: an argument is not what it must be, or the config does not fit the model.
         NotImplementedError: the model's attention cannot take a prefix; the message says why.
     """
 
-    discriminator: Discriminator | None
-    head: nn.Linear | None
+    base_model: PreTrainedModel
+    accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the base model and are no loss options
 
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
-        super().__init__(base_model, config)
-        shapes = [self.attention.layers[index].shape for index in self.layer_indices]
-        size = self.embedding_size
+        if not isinstance(config, QTuningConfig):
+            raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
+        super().__init__()
+        self.qtuning_config = config
+        self.backbone = backbone = Backbone(base_model, config.placement)
+        self.base_model = backbone.model
+        if hasattr(self.base_model, "hf_device_map"):  # tells transformers.Trainer not to move it
+            self.hf_device_map = self.base_model.hf_device_map
         try:
-            self.live = LivePrefix(shapes, config, vocabulary=self.vocabulary, embedding_size=size).to(self.device)
+            check_task_type(config.task_type, self.base_model, causal=backbone.injector.is_causal)
+            self.layer_indices = chosen_layers(config, backbone.injector.layers)
+            shapes = [backbone.injector.layers[index].shape for index in self.layer_indices]
+            prefix = TrainingPrefix(
+                shapes, config, vocabulary=backbone.vocabulary, embedding_size=backbone.embedding_size
+            ).to(self.device)
         except ValueError:
-            self.detach()
+            backbone.detach()
             raise
-        # Registered now, so that parameters come in one order however a model came to be: sums over them (gradient
-        # clipping) would otherwise differ in the last bits between a run and the same run resumed.
-        self.register_module("discriminator", None)
-        self.register_module("head", None)
-        self._training_task: tuple[str, tuple[str, ...]] | None = None
-        self._last_learned: str | None = None
+        self.learning = Learning(prefix, config, hidden_size=backbone.hidden_size, has_heads=self.has_heads)
+        self._tasks = Tasks(backbone, self.layer_indices, config)
+        self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
 
-    # Tasks
+    # What it is made of
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """The adapters of the finished tasks, a mapping by name."""
+        return self._tasks.adapters
+
+    @property
+    def slots(self) -> AdapterSlots:
+        """On the device, the adapters that batches of several tasks have used of late."""
+        return self._tasks.slots
+
+    @property
+    def training_prefix(self) -> TrainingPrefix:
+        """`[P* ; P_new ; W ∘ Q_old]`, its gates, and the queue."""
+        return self.learning.prefix
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The head of the task in training."""
+        return self.learning.head
+
+    @property
+    def discriminator(self) -> Discriminator | None:
+        """Memory retention's, from the first eviction on."""
+        return self.learning.discriminator
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the finished tasks, in order."""
+        return list(self.adapters)
+
+    @property
+    def active_task(self) -> str | None:
+        """The task that is set."""
+        return self._active.name
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether each task has a head of its own; otherwise the base model's language modelling head is used."""
+        return self.qtuning_config.task_type in HEAD_TASK_TYPES
 
     @property
     def retains_memory(self) -> bool:
         """Whether the loss of the task in training holds the memory retention term: from the first eviction on."""
-        return self.live.queue.evictions > 0 and self._may_retain
+        return self.training_prefix.queue.evictions > 0 and self._may_retain
 
     @property
     def _may_retain(self) -> bool:
-        config = self.qtuning_config
-        reads = any(
-            self.attention.layers[index].stack == self.attention.layers[0].stack for index in self.layer_indices
-        )
+        config, layers = self.qtuning_config, self.backbone.injector.layers
+        reads = any(layers[index].stack == layers[0].stack for index in self.layer_indices)
         return config.retention_weight > 0 and config.shared_length > 0 and reads  # features are of what was read
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.backbone.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a feature vector."""
+        return self.backbone.hidden_size
+
+    def label_names(self, name: str) -> tuple[str, ...]:
+        """The classes of a finished task."""
+        return self._tasks.label_names(name)
+
+    # Tasks
 
     def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
         """Make room in the queue and begin a new prompt and head; the model then computes under the new task.
@@ -97,22 +167,17 @@ class QTuningModel(FinishedTasksModel):
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
-        if self._training_task is not None:
-            raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
+        self.learning.check_idle()
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, and a task of that name is finished already")
-        with self._keeping_task():
-            self._check_gradient(self.layer_indices)
-        device = self.device
-        self.live.begin_task()
-        if self.retains_memory and self.discriminator is None:
-            self.discriminator = Discriminator(self.hidden_size)
-        if self.discriminator is not None:
-            self.discriminator.to(device).requires_grad_(True)
-        self.head = nn.Linear(self.hidden_size, len(labels)).to(device) if self.has_heads else None
-        self._training_task = name, labels
-        agree([parameter for parameter in self.parameters() if parameter.requires_grad])
+        with self._active.kept():
+            try:
+                self.backbone.check_gradient(self.layer_indices)
+            finally:
+                self.train(self.training)
+        self.learning.start(name, labels, self.device, retains=self._may_retain)
+        synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.set_task(name)
 
     def finish_task(self) -> TaskAdapter:
@@ -122,18 +187,10 @@ class QTuningModel(FinishedTasksModel):
             RuntimeError: no task is in training.
         """
         self._check_attached()
-        if self._training_task is None:
-            raise RuntimeError("no task is in training; call start_task first")
-        name, labels = self._training_task
-        adapter = self.live.finish_task(name, labels, self.head)
+        adapter = self.learning.finish()
         self.adapters.add(adapter.info, adapter=adapter)
-        self._last_learned = name
-        self.head = None
-        self._training_task = None
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)
         self.zero_grad()
-        self.set_task(name)
+        self.set_task(adapter.name)
         return adapter
 
     def set_task(self, name: str | None, *, live: bool = False) -> None:
@@ -141,16 +198,41 @@ class QTuningModel(FinishedTasksModel):
 
         Args:
             name: a finished task, the task in training, or None.
-            live: run a finished task's head under the live prefix `[P* ; P_new ; W ∘ Q_old]` and the live gate instead
+            live: run a finished task's head under the training prefix `[P* ; P_new ; W ∘ Q_old]` and its gate instead
                 of the task's own.
 
         Raises:
             ValueError: no task of this name.
         """
-        in_training = name is not None and self._is_training(name)
-        if name is not None and not in_training:
-            self._check_finished(name)
-        self._set(name, live=live or in_training)
+        in_training = name is not None and name == self.learning.task
+        if name is not None:
+            if not in_training:
+                self._tasks.check(name)
+            self._check_attached()
+        self._active.set(name, live=live or in_training)
+
+    def add_task(self, adapter: TaskAdapter) -> None:
+        """Take in an adapter that was made elsewhere, for this base model, as a finished task.
+
+        Neither the queue nor the training prefix know of it.
+
+        Raises:
+            TypeError, ValueError: it does not fit this model, or there is a task of its name.
+        """
+        self._check_new(adapter)
+        self._tasks.add(adapter)
+
+    def load_task(self, folder: str | Path, name: str) -> None:
+        """Take in one adapter of a model that `save_pretrained` wrote, of the same base model, as a finished task.
+
+        Raises:
+            FileNotFoundError: nothing was saved there.
+            ValueError: there is no such task, a file is damaged, it was made for another base model or puts its
+                prefixes elsewhere, or a task of this name is there.
+        """
+        adapter, saved = self._tasks.read(Path(folder), name)
+        self._check_new(adapter)
+        self._tasks.add_read(adapter, saved)
 
     def remove_task(self, name: str) -> None:
         """Forget a finished task; one of the same name may come in its place. Other tasks stay as they are.
@@ -161,25 +243,34 @@ class QTuningModel(FinishedTasksModel):
             ValueError: no finished task of this name.
             RuntimeError: it is in training, or set, or the next task's memory retention will need it.
         """
-        if self._is_training(name):
-            raise RuntimeError(f"task {name!r} is in training; finish_task comes first")
+        if name == self.learning.task:
+            self.learning.check_idle()
         if name == self.active_task:
             raise RuntimeError(f"task {name!r} is set; set_task, to another or to None, comes first")
-        if name == self._last_learned and self._may_retain:
+        if name == self.learning.last_learned and self._may_retain:
             raise RuntimeError(
                 f"task {name!r} was learned last: the next one's memory retention is held against its adapter; with "
                 "retention_weight=0 it could go"
             )
-        super().remove_task(name)
-        if name == self._last_learned:
-            self._last_learned = None
+        self._tasks.remove(name)
+        if name == self.learning.last_learned:
+            self.learning.last_learned = None
 
-    def _check_new(self, adapter: TaskAdapter) -> None:
-        super()._check_new(adapter)
-        if self._is_training(adapter.name):
-            raise ValueError(f"a task {adapter.name!r} is in training; another needs another name")
+    def set_memory_limits(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> None:
+        """Bound what adapters take in memory; None is no bound.
 
-    # Forward
+        Args:
+            device_bytes: of the slots for batches of several tasks, on the model's device. A batch that names more
+                tasks than have room is refused.
+            host_bytes: of the adapters in the host's memory. Those used least of late that lie on disk are dropped and
+                read again when they are needed; what was never saved stays, whatever the bound.
+
+        Raises:
+            TypeError, ValueError: a bound is no positive integer.
+        """
+        self._tasks.set_memory_limits(device_bytes=device_bytes, host_bytes=host_bytes)
+
+    # Computing
 
     def forward(
         self,
@@ -226,108 +317,197 @@ class QTuningModel(FinishedTasksModel):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
-        self._check_inputs(inputs, under_a_task=self._active is not None or task_names is not None)
+        task = self._active.name
+        self.backbone.check_inputs(inputs, under_a_task=task is not None or task_names is not None)
         if task_names is not None:
             with self.using(task_names, batch_size(inputs)) as mixed:
                 return self._compute(inputs, labels, mixed)
-        if self._active is None:
-            return self.base_model(**inputs, **({} if labels is None else {"labels": labels}))
+        if task is None:
+            return self.backbone.compute(inputs, labels)
         self._check_attached()
-        self.attention.check_switched()
-        if labels is not None and self.training and self._is_training(self._active[0]) and self.retains_memory:
+        self.backbone.injector.check_switched()
+        if labels is not None and self.training and task == self.learning.task and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)
-        if self._active[1]:
-            self._place()  # the live prefix moves with every step
+        if self._active.is_live:
+            self._active.place()  # the training prefix moves with every step
         return self._compute(inputs, labels)
 
+    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
+        """Loss and logits under what stands on the attention layers."""
+        if not self.has_heads:
+            return self.backbone.compute_under_a_task(inputs, labels)
+        features = self.encode(inputs)
+        logits = self._logits(features) if mixed is None else mixed.logits(features)
+        if mixed is not None and labels is not None:
+            mixed.check_labels(labels)
+        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
+
     def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
-        """One step with memory retention: the batch under the live prefix and under the shared prompt alone."""
+        """One step with memory retention: the batch under the training prefix and under the shared prompt alone."""
+        injector, batch = self.backbone.injector, batch_size(inputs)
         if retention_features is None:
-            retention_features = self.features(inputs, task=self._last_learned)
-        if self.has_heads:
-            with self.attention.keeping():
-                features, shared_features = self._features_with_shared(inputs)
+            retention_features = self.features(inputs, task=self.learning.last_learned)
+        if self.has_heads:  # one pass of twice the batch
+            index = torch.arange(2, device=self.device).repeat_interleave(batch)
+            with injector.keeping():
+                injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
+                features, shared_features = self.encode(twice(inputs)).chunk(2)
             logits = self._logits(features)
             output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
         else:
-            index = torch.ones(batch_size(inputs), dtype=torch.long, device=self.device)
-            with self.attention.keeping():
-                self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
-                shared_features = self.encode(self._read(inputs))
-            self._place()
+            index = torch.ones(batch, dtype=torch.long, device=self.device)
+            with injector.keeping():
+                injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
+                shared_features = self.backbone.read(inputs)
+            self._active.place()
             output = self._compute(inputs, labels)
         if len(shared_features) > 1:  # a batch of one has no product pairs
-            assert self.discriminator is not None
-            shift = int(torch.randint(1, len(shared_features), ()))
-            old = retention_features.to(shared_features)
-            retention = retention_loss(self.discriminator, shared_features, old, shift)
+            retention = self.learning.retention_loss(shared_features, retention_features)
             output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
             output["retention_loss"] = retention
         return output
 
-    def _is_training(self, name: str) -> bool:
-        return self._training_task is not None and name == self._training_task[0]
-
     def _logits(self, features: Tensor) -> Tensor:
-        if self.head is None or self._active is None or not self._is_training(self._active[0]):
-            return super()._logits(features)
-        return self.head(features.to(self.head.weight.dtype))
+        task = self._active.name
+        assert task is not None
+        return self.learning.logits(features) if task == self.learning.task else self._tasks.logits(task, features)
 
-    def _prefix(self, name: str, live: bool) -> Prefix:
-        return self.live.prefix() if live else super()._prefix(name, live)
+    def _prefix_of(self, task: str, live: bool) -> Prefix:
+        return self.training_prefix.prefix() if live else self._tasks.prefix(task)
 
-    def _features_with_shared(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Features under the live prefix, and under the shared prompt alone: one pass of twice the batch."""
-        batch = batch_size(inputs)
-        index = torch.arange(2, device=self.device).repeat_interleave(batch)
-        self.attention.place(self.layer_indices, self.live.prefix_with_shared(index))
-        doubled = {name: torch.cat([v, v]) if _has_batch(v, batch) else v for name, v in inputs.items()}
-        features, shared_features = self.encode(doubled).chunk(2)
-        return features, shared_features
+    def encode(self, inputs: dict[str, Any]) -> Tensor:
+        """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers now.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
-        # Hooks on the base model, and what stands on its layers, are this model's: the copy gets its own.
-        active = self._active
-        with self._keeping_task():
-            self.set_task(None)
-            copied = type(self).__new__(type(self))
-            memo[id(self)] = copied
-            copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if active is not None:
-            copied.set_task(active[0], live=active[1])
-        return copied
+        The mean over the tokens; in a causal model the last token, in an image model the class token if it has one.
+
+        Raises:
+            NotImplementedError: an image model packs the images of a batch into one sequence.
+        """
+        return self.backbone.encode(inputs)
+
+    @torch.no_grad()
+    def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
+        """Pooled features `[B, hidden]` under a finished task's adapter, or of the base model alone for None.
+
+        The active task stays what it was.
+        """
+        with self._active.kept():
+            self.set_task(task)
+            return self.backbone.read(inputs)
+
+    def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate` under the active task, or under one finished task a sample.
+
+        The prefix is in no cache and, with `placement="prefix"`, takes no positions.
+
+        Args:
+            *args, **kwargs: as the base model takes them.
+            task_names: one finished task a sample.
+
+        Raises:
+            ValueError: the base model cannot generate, or `task_names` does not fit.
+        """
+        self.backbone.check_generates()
+        with torch.no_grad(), self.evaluating():
+            if task_names is not None:
+                with self.using(task_names, len(args[0]) if args else batch_size(kwargs)):
+                    return self.backbone.generate(*args, **kwargs)
+            if self._active.name is not None:
+                self.backbone.injector.check_switched()
+                self._active.place()
+            return self.backbone.generate(*args, **kwargs)
+
+    @contextmanager
+    def using(self, task_names: Sequence[str], batch: int) -> Iterator[MixedBatch]:
+        """Within the block each sample of a batch of this size computes under its own finished task.
+
+        Raises:
+            ValueError: a task is unknown, there is not one name a sample, or the tasks do not go together.
+        """
+        self._check_attached()
+        with self._tasks.using(task_names, batch) as mixed:
+            yield mixed
+
+    # As a module
+
+    def train(self, mode: bool = True) -> QTuningModel:
+        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint.
+
+        So dropout within it is off, LoRA's included, also where LoRA's weights are trained beside the prompts.
+        """
+        super().train(mode)
+        self.backbone.freeze(training=mode)
+        return self
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block in eval mode, in which no layer checkpoints, so that caches are used."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the base model's, with either kind of checkpoint."""
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As the base model's."""
+        self.base_model.gradient_checkpointing_disable()
+        self.train(self.training)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
 
         `prompt` is the prompts and the reweighting; `network` the reparametrisation and the discriminator.
         """
-        groups: dict[str, list[nn.Module | None]] = {
-            "gate": [*self.live.gates],
-            "head": [self.head],
-            "network": [self.live.reparameterization, self.discriminator],
-        }
-        found = {
-            kind: [parameter for module in modules if module is not None for parameter in module.parameters()]
-            for kind, modules in groups.items()
-        }
-        others = {id(parameter) for parameters in found.values() for parameter in parameters}
-        found["prompt"] = [parameter for parameter in self.live.parameters() if id(parameter) not in others]
-        return {kind: [each for each in parameters if each.requires_grad] for kind, parameters in found.items()}
+        return self.learning.parameter_groups()
 
-    # State
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        everything, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        print(f"trainable: {trainable:,} of {everything:,} parameters, {trainable / max(1, everything):.2%}")
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` need not keep equal: the frozen backbone is, and may be sharded (FSDP2)."""
+        frozen = [name for name, parameter in self.base_model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in self.base_model.named_buffers()]
+        return [f"base_model.{name}" for name in (*frozen, *buffers)]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # to(), cuda(), half(): what stands on the attention layers moves along, and slots are made anew.
+        self.slots.clear()
+        super()._apply(*args, **kwargs)
+        if self._active.name is not None:
+            self._active.place()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
+        # Hooks on the base model, and what stands on its layers, are this model's: the copy gets its own.
+        name, live = self._active.name, self._active.is_live
+        with self._active.kept():
+            self.set_task(None)
+            copied = type(self).__new__(type(self))
+            memo[id(self)] = copied
+            copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        if name is not None:
+            copied.set_task(name, live=live)
+        return copied
+
+    # Saving
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The state of everything but the base model: what a checkpoint within a task needs."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(_BASE)}
+        return self.learning.state_dict()
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `trainable_state_dict` within the same task."""
-        # Not through the base model: its layers may insist on finding their own state, as quantised ones do.
-        own = nn.ModuleDict({name: module for name, module in self.named_children() if f"{name}." != _BASE})
-        missing, unexpected = own.load_state_dict(state, strict=False)
-        if missing or unexpected:
-            raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
+        """Restore `trainable_state_dict` within the same task, of this version or the one before."""
+        self.learning.load_trained(from_version_3(state))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the queue and the adapters of all finished tasks into a folder, replacing what was there in one step.
@@ -335,14 +515,17 @@ class QTuningModel(FinishedTasksModel):
         Raises:
             RuntimeError: a task is in training.
         """
-        if self._training_task is not None:
-            raise RuntimeError(f"task {self._training_task[0]!r} is in training; finish_task comes first")
-        state = self.trainable_state_dict() | {
-            f"{_QUEUE}{name}": value for name, value in self.live.queue.state_dict().items()
-        }
-        kind = type(self.base_model).__name__
-        base = fingerprint(self.attention.model)
-        write_saved(Path(folder), SavedModel(self.qtuning_config, base, kind, self.adapters, state, self._last_learned))
+        self.learning.check_idle()
+        checkpoint = Checkpoint(
+            config=self.qtuning_config,
+            fingerprint=self.backbone.fingerprint,
+            base_model=type(self.base_model).__name__,
+            adapters=self.adapters,
+            learning=self.learning.state_dict(),
+            queue=self.training_prefix.queue.state_dict(),
+            last_learned=self.learning.last_learned,
+        )
+        write_checkpoint(Path(folder), checkpoint)
 
     @classmethod
     def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path, *, lazy: bool = False) -> QTuningModel:
@@ -358,11 +541,13 @@ class QTuningModel(FinishedTasksModel):
             FileNotFoundError: nothing was saved there.
             ValueError: the files are damaged, of an unknown format version, or made for another base model.
         """
-        saved = read_saved(Path(folder), lazy=lazy)
+        saved = read_checkpoint(Path(folder), lazy=lazy)
         model = cls(base_model, saved.config)
         try:
-            model._check_base_model(saved, Path(folder))
-            model._restore(saved)
+            saved.check_base_model(model.backbone, Path(folder))
+            model._tasks = Tasks(model.backbone, model.layer_indices, saved.config, saved.adapters)
+            model.training_prefix.queue.load_state_dict(saved.queue)
+            model.learning.restore(saved.learning, model.device, saved.last_learned)
         except (KeyError, RuntimeError) as error:
             model.detach()
             raise CorruptFileError(f"{folder}: what is saved does not fit its own config: {error}") from None
@@ -371,24 +556,23 @@ class QTuningModel(FinishedTasksModel):
             raise
         return model
 
-    def _restore(self, saved: SavedModel) -> None:
-        self._use(saved.adapters)
-        self._last_learned = saved.last_learned
-        queue = {name: value for name, value in saved.state.items() if name.startswith(_QUEUE)}
-        self.live.queue.load_state_dict({name.removeprefix(_QUEUE): value for name, value in queue.items()})
-        state = {name: value for name, value in saved.state.items() if name not in queue}
-        self.live.begin_prompts(len(state["live._rows.0.prompt"]))
-        if any(name.startswith("discriminator.") for name in state):
-            self.discriminator = Discriminator(self.hidden_size).to(self.device)
-            self.discriminator.requires_grad_(False)
-        self.live.requires_grad_(False)
-        self.load_trainable_state_dict(state)
-
     def detach(self) -> PreTrainedModel:
         """Take everything off the base model and give it back as it was; no task can be set from here on."""
-        self._active = None
-        return super().detach()
+        self._active.forget()
+        return self.backbone.detach()
 
+    # Checks
 
-def _has_batch(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+    def _check_new(self, adapter: TaskAdapter) -> None:
+        self._tasks.check_new(adapter)
+        if adapter.name == self.learning.task:
+            raise ValueError(f"a task {adapter.name!r} is in training; another needs another name")
+
+    def _check_attached(self) -> None:
+        """Raise a `RuntimeError` after `detach`."""
+        self.backbone.check_attached()
+        if hasattr(type(self), "unshard"):  # FSDP2 changes the class of what it shards
+            raise RuntimeError(
+                "fully_shard was called with the QTuningModel; call it with the base model before attaching, for the "
+                "prompts change from task to task and stay whole"
+            )

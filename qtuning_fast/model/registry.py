@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from cachetools import LRUCache
 
 from qtuning_fast.method.adapter import AdapterInfo, TaskAdapter
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_tensors
@@ -54,7 +57,7 @@ class AdapterFile:
 
 
 class StoredAdapter:
-    """One adapter of a store. It stays the same object until the task is removed, read and dropped as it may be.
+    """One adapter of a registry. It stays the same object until the task is removed, read and dropped as it may be.
 
     Attributes:
         info: what is known without its tensors.
@@ -68,12 +71,37 @@ class StoredAdapter:
         self.adapter = adapter
 
 
-class AdapterStore(Mapping[str, TaskAdapter]):
+class _ReadAgain(LRUCache[StoredAdapter, TaskAdapter]):
+    """Adapters in memory that have a file: the least recently used ones are dropped, to be read again."""
+
+    def __init__(self, maxsize: float) -> None:
+        super().__init__(maxsize, getsizeof=lambda adapter: adapter.info.bytes)
+
+    def popitem(self) -> tuple[StoredAdapter, TaskAdapter]:
+        entry, adapter = super().popitem()
+        entry.adapter = None
+        return entry, adapter
+
+    def keep(self, entry: StoredAdapter, adapter: TaskAdapter) -> None:
+        """As far as there is room."""
+        entry.adapter = None
+        with suppress(ValueError):  # larger than all room
+            self[entry] = adapter
+            entry.adapter = adapter
+
+    def moved_to(self, other: _ReadAgain) -> _ReadAgain:
+        """The same in another, in the same order of use."""
+        while self:
+            other.keep(*super().popitem())
+        return other
+
+
+class AdapterRegistry(Mapping[str, TaskAdapter]):
     """Adapters by the names of their tasks, in the order in which they came.
 
     A mapping to read; `QTuningModel` has `add_task` and `remove_task`, which see to it that all fits. What has a file
     is read, checksum and all, when it is first asked for; under a bound on memory the least recently used ones that
-    have a file are dropped again. What has none stays. Several threads may use a store at once.
+    have a file are dropped again. What has none stays. Several threads may use a registry at once.
 
     Args:
         host_bytes: how many bytes of adapters are kept in memory; None: any number.
@@ -82,8 +110,9 @@ class AdapterStore(Mapping[str, TaskAdapter]):
     def __init__(self, *, host_bytes: int | None = None) -> None:
         self._host_bytes = host_bytes
         self._entries: dict[str, StoredAdapter] = {}
-        self._in_memory: OrderedDict[StoredAdapter, None] = OrderedDict()  # least recently used first
+        self._read_again = _ReadAgain(math.inf)
         self._lock = threading.RLock()
+        self._make_room()
 
     # As a mapping
 
@@ -117,7 +146,11 @@ class AdapterStore(Mapping[str, TaskAdapter]):
     def bytes_in_memory(self) -> int:
         """Of the adapters that are in memory now."""
         with self._lock:
-            return sum(entry.info.bytes for entry in self._in_memory)
+            return int(self._read_again.currsize) + self._unsaved_bytes
+
+    @property
+    def _unsaved_bytes(self) -> int:
+        return sum(entry.info.bytes for entry in self._entries.values() if entry.file is None)
 
     def entry(self, name: str) -> StoredAdapter:
         """The entry of a task; a KeyError where there is none."""
@@ -134,19 +167,19 @@ class AdapterStore(Mapping[str, TaskAdapter]):
         """A new entry, from a file or from memory, in the place of one of the same name."""
         entry = StoredAdapter(info, file, adapter)
         with self._lock:
-            before = self._entries.get(info.name)
-            if before is not None:
-                self._in_memory.pop(before, None)
+            if info.name in self._entries:
+                self._read_again.pop(self._entries[info.name], None)
             self._entries[info.name] = entry
-            if adapter is not None:
-                self._in_memory[entry] = None
-                self._make_room()
+            self._make_room()
+            if file is not None and adapter is not None:
+                self._read_again.keep(entry, adapter)
         return entry
 
     def remove(self, name: str) -> None:
         """Without this task from here on; a KeyError where there is none."""
         with self._lock:
-            self._in_memory.pop(self._entries.pop(name), None)
+            self._read_again.pop(self._entries.pop(name), None)
+            self._make_room()
 
     def load(self, entry: StoredAdapter, *, keep: bool = True) -> TaskAdapter:
         """The adapter of an entry, read if need be.
@@ -160,36 +193,30 @@ class AdapterStore(Mapping[str, TaskAdapter]):
         with self._lock:
             adapter, file = entry.adapter, entry.file
             if adapter is not None:
-                if keep and entry in self._in_memory:
-                    self._in_memory.move_to_end(entry)
+                self._read_again.get(entry)  # used just now
                 return adapter
         assert file is not None
         adapter = file.read(entry.info)  # not under the lock: others need not wait, and two may read the same
         with self._lock:
             if keep and self._entries.get(entry.info.name) is entry:
-                entry.adapter = adapter
-                self._in_memory[entry] = None
-                self._in_memory.move_to_end(entry)
-                self._make_room()
+                self._read_again.keep(entry, adapter)
         return adapter
 
     def lies_in(self, entry: StoredAdapter, file: AdapterFile) -> None:
         """What was in memory only has a file from here on; what had one in that folder, a new one."""
         with self._lock:
-            if entry.file is None or entry.file.folder == file.folder:
+            was_unsaved = entry.file is None
+            if was_unsaved or (entry.file is not None and entry.file.folder == file.folder):
                 entry.file = file
             self._make_room()
+            if was_unsaved and entry.adapter is not None:
+                self._read_again.keep(entry, entry.adapter)
 
     def _make_room(self) -> None:
-        if self._host_bytes is None:
-            return
-        held = self.bytes_in_memory
-        for entry in [entry for entry in self._in_memory if entry.file is not None]:
-            if held <= self._host_bytes:
-                return
-            entry.adapter = None
-            del self._in_memory[entry]
-            held -= entry.info.bytes
+        """What has no file takes its room first."""
+        room = math.inf if self._host_bytes is None else max(0, self._host_bytes - self._unsaved_bytes)
+        if room != self._read_again.maxsize:
+            self._read_again = self._read_again.moved_to(_ReadAgain(room))
 
     # Locks are neither copied nor pickled.
 

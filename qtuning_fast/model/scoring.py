@@ -67,7 +67,8 @@ class _Begun:
     def __init__(self, model: QTuningModel, inputs: dict[str, Tensor], task_names: Sequence[str] | None) -> None:
         self.model, self.task_names = model, task_names
         self.two_stacks = model.base_model.config.is_encoder_decoder
-        self.counts_positions = not self.two_stacks and model.attention.positions.are_taken  # padding takes none
+        positions = model.backbone.injector.positions
+        self.counts_positions = not self.two_stacks and positions.are_taken  # padding takes none
         inputs = _with_mask(inputs)
         self.samples = len(inputs["attention_mask"])
         more: dict[str, Any] = {}

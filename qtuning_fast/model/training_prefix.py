@@ -1,4 +1,4 @@
-"""The live prefix of a model: the new prompt in front of the queue, the gates, and what trains them."""
+"""The training prefix of a model: the new prompt in front of the queue, the gates, and what trains them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import NO_GATE, Gate
-from qtuning_fast.method.prompts import InputPrompt, LayerPrefix, LayerShape, Prefix, PromptRows
+from qtuning_fast.method.prefix import Prefix
+from qtuning_fast.method.prompts import InputPrompt, LayerPrefix, LayerShape, PromptRows
 from qtuning_fast.method.queue import Eviction, PromptQueue
 from qtuning_fast.method.reparameterization import ResidualReparameterization
-from qtuning_fast.model.distributed import agree
+from qtuning_fast.model.distributed import synchronize
 
 
-class LivePrefix(nn.Module):
+class TrainingPrefix(nn.Module):
     """`[P* ; P_new ; W ∘ Q_old]`, the gates, and the queue that holds `Q_old`.
 
     With `placement="prefix"` each chosen layer has rows of its own, keys and values; with `placement="input"` there is
@@ -87,7 +89,7 @@ class LivePrefix(nn.Module):
             prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
             weights = [rows.row_weights().detach().cpu() for rows in self.rows]
             seed = torch.randint(2**31, ())
-            agree([seed])
+            synchronize([seed])
             self.last_eviction = self.queue.push(prompts, weights, seed=int(seed))
         self.begin_prompts(self.config.prompt_length)
         self._rows.requires_grad_(True)
@@ -132,45 +134,47 @@ class LivePrefix(nn.Module):
         return self.reparameterization(torch.stack(prompts)).unbind()
 
     def prefix(self) -> Prefix:
-        """The live prefix as it stands."""
+        """The training prefix as it stands."""
         gates = [gate.arguments() for gate in self.gates] or [NO_GATE] * self._layer_count
-        arguments, embeddings = [], None
+        layers: list[PrefixArguments] = []
+        embeddings = None
         for rows, prompt in zip(self.rows, self._prompts()):
             if isinstance(rows, InputPrompt):
                 embeddings = rows.embeddings(prompt)
             elif isinstance(rows, LayerPrefix):
-                arguments.append(rows.arguments(prompt))
-        return Prefix([a | g for a, g in zip(arguments or [{}] * self._layer_count, gates)], embeddings)
+                layers.append(rows.arguments(prompt))
+        layers = layers or [{}] * self._layer_count
+        return Prefix([rows | gate for rows, gate in zip(layers, gates)], embeddings)
 
     def prefix_with_shared(self, index: Tensor) -> Prefix:
-        """A bank of two: 0 is the live prefix, 1 the shared prompt alone, with the gate held fixed.
+        """A bank of two: 0 is the training prefix, 1 the shared prompt alone, with the gate held fixed.
 
         Since the shared rows come first, the second is the first one cut to their length.
 
         Args:
             index: `[B]`, which of the two each sample uses.
         """
-        live = self.prefix()
+        one = self.prefix()
         rows = sum(len(part) for part in (self.rows[0].shared, self.rows[0].prompt, self.rows[0].old))
         lengths = torch.tensor([rows, self.config.shared_length], device=index.device)
-        embeddings = None if live.embeddings is None else torch.stack([live.embeddings, live.embeddings])
-        return Prefix([_twice(layer) for layer in live.layers], embeddings, index, lengths)
+        embeddings = None if one.embeddings is None else torch.stack([one.embeddings, one.embeddings])
+        return Prefix([_twice(layer) for layer in one.layers], embeddings, index, lengths)
 
 
 def _kept(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.detach().cpu().clone() for tensor in tensors)
 
 
-def _twice(live: dict[str, Any]) -> dict[str, Any]:
+def _twice(prefix: PrefixArguments) -> PrefixArguments:
     """A layer's arguments as a bank of two that are the same, the second one's gate without gradient."""
-    bank = dict(live)
-    for name in live.keys() & {"prefix_key", "prefix_value"}:
-        bank[name] = torch.stack([live[name], live[name]])
-    for name in live.keys() & {"reweight_key", "reweight_value"}:
-        bank[name] = tuple(torch.stack([factor, factor]) for factor in live[name])
-    for name in live.keys() & {"gate_alpha", "gate_tau"}:
-        bank[name] = torch.stack([live[name].reshape(-1), live[name].detach().reshape(-1)])
-    return bank
+    bank: dict[str, Any] = dict(prefix)
+    for name, x in prefix.items():
+        if isinstance(x, tuple):
+            bank[name] = tuple(torch.stack([factor, factor]) for factor in x)
+        elif isinstance(x, Tensor):
+            is_gate = name in ("gate_alpha", "gate_tau")
+            bank[name] = torch.stack([x.reshape(-1), x.detach().reshape(-1)] if is_gate else [x, x])
+    return cast(PrefixArguments, bank)
 
 
 def _check_rows(config: QTuningConfig, features: set[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention import fused, reference
-from qtuning_fast.attention.arguments import validate
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention import api, fused, reference
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.dispatch import BACKENDS
 
 Arguments = dict[str, Any]
@@ -34,9 +32,7 @@ DRAWS = 24  # of plain PyTorch's error: in a small tensor the largest is a matte
 
 
 def _call_of(arguments: Arguments) -> PrefixAttentionCall:
-    bound = inspect.signature(prefix_attention).bind(**arguments)
-    bound.apply_defaults()
-    return validate(**bound.arguments)
+    return api.call_of(**arguments)
 
 
 def _mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
@@ -104,7 +100,7 @@ def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Ten
         for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
     )
     s = (call.scale * reference._products(call.query, k)).detach().requires_grad_()
-    factors = [torch.zeros_like(s) + reference._per_head(call, x, s.dtype) for x in (call.gate_alpha, call.gate_tau)]
+    factors = [torch.zeros_like(s) + reference._per_head(call, x, s.dtype) for x in (call.alpha, call.tau)]
     alpha, tau = (x.detach().requires_grad_() for x in factors)
     with torch.no_grad():
         output, lse = reference.attend(call)
@@ -150,7 +146,7 @@ def _lse_by_tanh_approx(call: PrefixAttentionCall) -> Tensor:
     in_kernels = call.query.is_cuda or INTERPRETED
     if call.gate not in TANH_APPROX or not in_kernels or not arguments.gate(call).fast_tanh.value:
         return torch.zeros(())
-    alpha = reference._per_head(call, call.gate_alpha, torch.float64)
+    alpha = reference._per_head(call, call.alpha, torch.float64)
     alpha = alpha.detach().squeeze(-1) if isinstance(alpha, Tensor) else torch.tensor(alpha)
     return TANH_APPROX[call.gate] * alpha.abs()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qtuning_fast import prefix_attention
 from qtuning_fast.attention import composed
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.kernels.blocks import Blocks, instead
 from qtuning_fast.kernels.target import INTERPRETED
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qtuning_fast import explain_backend, prefix_attention
-from qtuning_fast.attention.arguments import validate
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.api import call_of
+from qtuning_fast.attention.common import GATES
 
 # Which dimensions an argument has: where sizes disagree, a complaint may be about either side.
 DIMS = {
@@ -228,7 +228,7 @@ def test_malformed_calls_are_refused_by_name(make_call, options, data):
         prefix_attention(**arguments)
     message = str(refusal.value)
     assert any(re.search(rf"\b{name}\b", message) for name in names), f"{message!r} names none of {names}"
-    assert refusal.traceback[-1].path.name == "validation.py"
+    assert refusal.traceback[-1].path.name == "arguments.py"
 
 
 def complaint(arguments, **wrong):
@@ -293,8 +293,7 @@ def test_a_pair_has_two_halves(make_call):
 
 
 def normalised(arguments):
-    rest = {"prefix_index", "prefix_length", "reweight_key", "reweight_value", "attn_mask", "prefix_bias"}
-    return validate(**dict.fromkeys(rest) | arguments, return_lse=False, backend="auto")
+    return call_of(**arguments)
 
 
 def test_what_backends_get(make_call):

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.custom_op import INPUTS, arguments_of
+from qtuning_fast.attention import fused
+from qtuning_fast.attention.arguments import INPUTS, flattened
 from qtuning_fast.kernels.target import INTERPRETED
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
@@ -40,7 +41,7 @@ def run(arguments):
 
 def test_no_operator_is_handed_a_cap_that_it_would_ignore(make_call, call_of):
     with pytest.raises(AssertionError, match="refuses such a call"):
-        arguments_of(call_of(make_call(softcap=2.0)))
+        fused.attend(call_of(make_call(softcap=2.0)))
 
 
 def test_the_same_bits_again(make_call, backend, gradients):
@@ -94,7 +95,7 @@ def test_what_is_not_contiguous_is_copied(make_call, backend, gradients):
     "needed", [[name] for name in INPUTS] + [["key", "prefix_value"], ["V_key", "gate_alpha"]], ids=str
 )
 def test_a_gradient_does_not_depend_on_which_others_are_needed(arguments, call_of, needed):
-    inputs = dict(zip(INPUTS, arguments_of(call_of(arguments))))
+    inputs = dict(zip(INPUTS, flattened(call_of(arguments))))
     everything = dict(zip(INPUTS, torch.autograd.grad(run(arguments).sum(), list(inputs.values()))))
     for name, x in inputs.items():
         x.requires_grad_(name in needed)
@@ -104,7 +105,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(arguments, call_o
 
 
 def test_operators_pass_pytorchs_own_checks(arguments, call_of):
-    inputs = arguments_of(call_of(arguments))
+    inputs = flattened(call_of(arguments))
     name = {"fused": "attention", "composed": "composed_attention"}[arguments["backend"]]
     forward, backward = (getattr(torch.ops.qtuning_fast, x).default for x in (name, f"{name}_backward"))
     torch.library.opcheck(forward, inputs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtuning_fast import explain_backend, prefix_attention
-from qtuning_fast.attention import custom_op
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.kernels import backward
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -14,11 +14,6 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU 
 
 BASE = {"dtype": torch.float32, "B": 1, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
-NEEDS = backward.INPUTS
-
-
-def test_the_kernels_know_the_inputs_by_the_operators_names():
-    assert backward.INPUTS == custom_op.INPUTS
 
 
 @pytest.fixture
@@ -38,7 +33,7 @@ def run(arguments):
         ({"prefix_key"}, ["fold", "backward_queries", "backward_keys", "backward_prefix"]),
         ({"query", "key", "value"}, ["fold", "backward_queries", "backward_keys"]),
         ({"U_key"}, ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
-        (set(NEEDS), ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
+        (set(INPUTS), ["fold", "backward_queries", "backward_keys", "backward_prefix", "backward_reweighting"]),
     ],
     ids=lambda x: "-".join(sorted(x)) if isinstance(x, (set, list)) else str(x),
 )
@@ -46,7 +41,7 @@ def test_only_what_is_needed_is_launched(arguments, call_of, needed, launched):
     call = call_of(arguments)
     output = run(arguments)
     lse = torch.zeros(output.shape[:-1])
-    gradients = backward.empty_gradients(call, [name in needed for name in NEEDS])
+    gradients = backward.rooms(call, [name for name in INPUTS if name in needed])
     found = list(backward.launches(call, output, lse, lse, output, gradients))
     launches = {launch.kernel.fn.__name__.removesuffix("_kernel"): launch for launch in found}
     assert list(launches) == launched

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtuning_fast import explain_backend, prefix_attention
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 
 pytestmark = pytest.mark.gpu
 BACKEND = "fused"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.kernels import backward, backward_whole
 from qtuning_fast.kernels.blocks import Blocks, instead
 from qtuning_fast.kernels.target import INTERPRETED
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the blocks are the inte
 BASE = {"B": 2, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16, "dtype": torch.float32}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
 BLOCKS = Blocks("interpreter", 4, 256, "whole", queries=16, keys=64, prefix=64, warps=1, stages=1)
-EVERYTHING = [True] * len(backward.INPUTS)
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def whole(monkeypatch):
         yield
 
 
-def launched(arguments, call_of, needs=EVERYTHING):
+def launched(arguments, call_of, needed=INPUTS):
     call = call_of(arguments)
-    gradients = backward.empty_gradients(call, needs)
+    gradients = backward.rooms(call, needed)
     output = torch.empty(*call.query.shape[:-1], call.value.shape[-1])
     launches = backward.launches(call, output, output[..., 0], output[..., 0], output, gradients)
     return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches]
@@ -70,8 +70,7 @@ def test_it_is_as_exact_as_three_launches(assert_accurate, make_call, call_of, r
 def test_it_stands_for_two(make_call, call_of):
     arguments = make_call(**BASE | WHOLE)
     assert launched(arguments, call_of) == ["fold", "backward_whole", "backward_prefix", "backward_reweighting"]
-    frozen = [name in ("query", "key", "value") for name in backward.INPUTS]
-    assert launched(arguments, call_of, frozen) == ["fold", "backward_whole"]
+    assert launched(arguments, call_of, ("query", "key", "value")) == ["fold", "backward_whole"]
 
 
 @pytest.mark.parametrize("options", [{"N": 65}, {"M": 65}, {"P": 65}])
@@ -81,8 +80,8 @@ def test_what_does_not_fit_takes_three(make_call, call_of, options):
 
 def test_what_needs_less_takes_three(make_call, call_of):
     for without in ("query", "key", "value"):
-        needs = [name != without for name in backward.INPUTS]
-        assert "backward_whole" not in launched(make_call(**BASE | WHOLE), call_of, needs)
+        needed = [name for name in INPUTS if name != without]
+        assert "backward_whole" not in launched(make_call(**BASE | WHOLE), call_of, needed)
 
 
 def test_a_few_programs_are_no_gain(make_call, call_of, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 
 
 def normal_cdf(x):

@@ -47,7 +47,7 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 
 BY_HAND = "prefix_by_hand"
 

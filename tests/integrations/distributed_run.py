@@ -69,7 +69,7 @@ def main(folder: Path, batch: int, sharded: bool, retention: float) -> None:
         model.finish_task()
     model.save_pretrained(folder / "saved")
     tensors = [tensor for adapter in model.adapters.values() for tensor in adapter.tensors().values()]
-    result = {"losses": losses, "adapters": digest(tensors), "queue": digest(model.live.queue.rows)}
+    result = {"losses": losses, "adapters": digest(tensors), "queue": digest(model.training_prefix.queue.rows)}
     (folder / f"rank-{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():
         dist.destroy_process_group()

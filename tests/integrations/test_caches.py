@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from qtuning_fast.integrations.transformers import AttachedAttention, without_head
+from qtuning_fast.integrations.transformers import PrefixInjector, without_head
 from qtuning_fast.integrations.transformers.caches import CACHE, cache_among, takes_cache
 
 WITHOUT = {"DistilBERT", "ModernBERT", "ViT", "DINOv2", "DeiT", "CLIP vision tower"}
@@ -36,4 +36,4 @@ def test_which_models_take_a_cache_is_found_by_trying(family: Any) -> None:
 
 def test_whether_position_ids_are_read_is_found_by_trying(family: Any) -> None:
     follows = family.kind == "image" or family.name in ("T5", "mT5", "BART")
-    assert AttachedAttention(family.base_model()).positions.are_taken == (not follows)
+    assert PrefixInjector(family.base_model()).positions.are_taken == (not follows)

@@ -73,7 +73,7 @@ def test_an_error_while_a_task_is_set_leaves_the_one_before(families: Any, place
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    handle = model.attention.layers[1].module.register_forward_pre_hook(fail)
+    handle = model.backbone.injector.layers[1].module.register_forward_pre_hook(fail)
     model.adapters.add(model.adapters.entry("first").info, file=Missing())  # type: ignore[arg-type]
     for act in (lambda: model.set_task("first"), lambda: model.generate(**inputs, max_new_tokens=2)):
         with pytest.raises(MemoryError):
@@ -101,7 +101,7 @@ def two_tasks(family: Any, placement: str, **changes: Any) -> QTuningModel:
     for name in ("first", "second"):
         model.start_task(name, 3)
         with torch.no_grad():
-            for parameter in model.live.parameters():
+            for parameter in model.training_prefix.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.5)
         model.finish_task()
     return model.eval()

@@ -32,7 +32,7 @@ def learned(base: Any, family: Any, **changes: Any) -> QTuningModel:
 
 def randomize(model: QTuningModel) -> None:
     with torch.no_grad():
-        for parameter in model.live.parameters():
+        for parameter in model.training_prefix.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.5)
 
 
@@ -48,15 +48,16 @@ def weighted_rows(rows: Any) -> Tensor:
 def put_in_by_hand(model: QTuningModel, base: Any, hand: type) -> Tensor | None:
     """The live prefix on the layers of a copy of the base model; returns the rows that go in front of the input."""
     names = {id(module): name for name, module in model.base_model.named_modules()}
-    modules = [base.get_submodule(names[id(model.attention.layers[i].module)]) for i in model.layer_indices]
-    gates = [{"gate": g.activation, "alpha": g.alpha, "tau": g.tau} for g in model.live.gates] or [{}] * len(modules)
-    rows = [weighted_rows(each) for each in model.live.rows]
+    modules = [base.get_submodule(names[id(model.backbone.injector.layers[i].module)]) for i in model.layer_indices]
+    gates = [{"gate": g.activation, "alpha": g.alpha, "tau": g.tau} for g in model.training_prefix.gates]
+    gates = gates or [{}] * len(modules)
+    rows = [weighted_rows(each) for each in model.training_prefix.rows]
     if model.qtuning_config.placement == "input":
         for module, gate in zip(modules, gates):
             module.by_hand = hand(tokens=len(rows[0]), **gate)
         return rows[0]
     for i, module, row, gate in zip(model.layer_indices, modules, rows, gates):
-        shape = model.attention.layers[i].shape
+        shape = model.backbone.injector.layers[i].shape
         H, D, Dv = shape.num_kv_heads, shape.key_size, shape.value_size
         key, value = row[:, : H * D].view(-1, H, D), row[:, H * D :].view(-1, H, Dv)
         module.by_hand = hand(key=key.transpose(0, 1)[None], value=value.transpose(0, 1)[None], **gate)
@@ -102,7 +103,7 @@ def compare(family: Any, by_hand: Any, samples: int = 3, **changes: Any) -> None
     with torch.no_grad():
         mine = of_tokens(model(**inputs).logits, family, inputs)
     answers, gradients = [mine], []
-    parameters = {name: p for name, p in model.live.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.training_prefix.named_parameters() if p.requires_grad}
     cotangent = torch.randn(mine.shape, generator=torch.Generator().manual_seed(3)) / mine.numel() ** 0.5
     for ours in (True, False):
         if ours:

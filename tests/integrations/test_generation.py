@@ -24,7 +24,7 @@ def with_tasks(family: Any, tasks: int = 1, **changes: Any) -> QTuningModel:
     for task in range(tasks):
         model.start_task(f"task-{task}")
         with torch.no_grad():
-            for parameter in model.live.parameters():
+            for parameter in model.training_prefix.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model.finish_task()
     return model.eval()
@@ -135,7 +135,7 @@ def test_during_training_it_writes_under_the_live_prefix(writer: Any) -> None:
     before = first_logits()
     assert model.training
     with torch.no_grad():
-        for parameter in model.live.parameters():
+        for parameter in model.training_prefix.parameters():
             parameter.add_(torch.randn_like(parameter))
     after = first_logits()
     assert not torch.allclose(before, after, atol=1e-2)

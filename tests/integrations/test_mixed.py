@@ -21,7 +21,7 @@ def learned(base: Any, tasks: int, **changes: Any) -> QTuningModel:
     for number in range(tasks):
         model.start_task(f"task-{number}", 2 + number % 3)
         with torch.no_grad():
-            for parameter in model.live.parameters():
+            for parameter in model.training_prefix.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.5)
         model.finish_task()
     model.set_task(None)
@@ -65,7 +65,7 @@ def test_a_prompt_becomes_rows_without_what_stands_on_the_layers(decoder: Any) -
     names = ["task-2", "task-0", "task-1"]
     expected = model(**batch, task_names=names).logits
     for task in (None, "task-0"):
-        model.bank.clear()
+        model.slots.clear()
         model.set_task(task)
         with torch.autocast("cpu", torch.bfloat16):
             model(**batch, task_names=["task-2"] * 3)
@@ -82,7 +82,7 @@ def test_on_a_gpu_a_batch_of_known_tasks_waits_for_nothing(family: Any, placemen
     check(model, batch, names)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = model.bank.batch(names).logits(torch.ones(3, model.hidden_size, device="cuda"))
+        found = model.slots.batch(names).logits(torch.ones(3, model.hidden_size, device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found.shape == (3, 4)

@@ -153,18 +153,18 @@ def test_without_a_gate_a_live_prefix_is_prefix_tuning_by_peft(roomy: Any, compu
     weight = reference.prompt_encoder["default"].embedding.weight
     model = attached(roomy, base)
     model.start_task("reviews", 2)
-    prompts = weight.detach().view(P, len(model.live.rows), -1)
-    for layer, rows in enumerate(model.live.rows):
+    prompts = weight.detach().view(P, len(model.training_prefix.rows), -1)
+    for layer, rows in enumerate(model.training_prefix.rows):
         rows.prompt = nn.Parameter(prompts[:, layer].clone())
     model.set_task("reviews")
-    positions = model.attention.positions.own(inputs) + P  # peft counts the prefix
+    positions = model.backbone.injector.positions.own(inputs) + P  # peft counts the prefix
     mask, answers, gradients = inputs["attention_mask"].bool(), [], []
     for module, changes in ((computed(reference, inputs), {}), (model.base_model, {"position_ids": positions})):
         output = module(**inputs, **changes)
         answers.append((output.logits if roomy.kind == "decoder" else output.last_hidden_state)[mask])
     torch.testing.assert_close(answers[1], answers[0], **EXACT)
     cotangent = torch.randn(answers[0].shape, generator=torch.Generator().manual_seed(3))
-    for result, parameters in zip(answers, ([weight], [rows.prompt for rows in model.live.rows])):
+    for result, parameters in zip(answers, ([weight], [rows.prompt for rows in model.training_prefix.rows])):
         gradients.append(torch.autograd.grad((result * cotangent).sum(), parameters))
     theirs, mine = gradients[0][0], torch.stack(gradients[1], dim=1).view_as(weight)
     assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max().clamp(min=1)
@@ -256,7 +256,7 @@ def test_a_converted_adapter_works_beside_one_with_a_gate(
     adapter = adapter_from_peft(reference, "theirs", head=head, label_names=["no", "yes"] if head else [])
     model = attached(family, base, gate="tanh", prompt_length=5, shared_length=2)
     model.start_task("ours", 3)
-    randomize(model.live)
+    randomize(model.training_prefix)
     model.finish_task()
     model.add_task(adapter)
     expected = answer(computed(reference, inputs), family, inputs)

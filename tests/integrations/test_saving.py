@@ -50,7 +50,7 @@ def test_a_new_process_gives_the_same_logits(families: Any, tmp_path: Path) -> N
             for task in ("first", "second", "third"):
                 model.start_task(task, 3)
                 with torch.no_grad():
-                    for parameter in model.live.parameters():
+                    for parameter in model.training_prefix.parameters():
                         parameter.add_(torch.randn_like(parameter))
                 model.finish_task()
             model.save_pretrained(folder / "adapters")

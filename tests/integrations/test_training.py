@@ -70,7 +70,7 @@ def test_checkpointing_layers_drop_nothing_where_no_gradient_is_asked_for(family
         expected = model.features(inputs, task="first")
         model.gradient_checkpointing_enable()
         torch.testing.assert_close(model.features(inputs, task="first"), expected, atol=1e-5, rtol=1e-5)
-    assert model.attention.checkpoints
+    assert model.backbone.injector.checkpoints
 
 
 def test_two_forward_passes_may_come_before_a_backward(family: Any) -> None:

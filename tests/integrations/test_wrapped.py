@@ -50,7 +50,7 @@ def step(model: QTuningModel, family: Any) -> Tensor:
 
 
 def gradients(model: QTuningModel) -> list[Tensor]:
-    found = [parameter.grad for parameter in model.live.parameters() if parameter.requires_grad]
+    found = [parameter.grad for parameter in model.training_prefix.parameters() if parameter.requires_grad]
     assert all(gradient is not None for gradient in found)
     return found
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
-from qtuning_fast import prefix_attention
 from qtuning_fast.attention import reference
-from qtuning_fast.attention.arguments import validate
+from qtuning_fast.attention.api import call_of
 from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -23,9 +20,7 @@ BANK = {"T": 4, "lengths": True}
 @pytest.fixture
 def make(make_call):
     def made(**options):
-        bound = inspect.signature(prefix_attention).bind(**make_call(**BASE | options))
-        bound.apply_defaults()
-        return validate(**bound.arguments)
+        return call_of(**make_call(**BASE | options))
 
     return made
 

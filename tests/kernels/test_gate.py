@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.kernels.gate import gated, gated_with_derivatives
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

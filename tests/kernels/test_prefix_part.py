@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 
-from qtuning_fast import prefix_attention
 from qtuning_fast.attention import reference
-from qtuning_fast.attention.arguments import validate
+from qtuning_fast.attention.api import call_of
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.kernels import prefix_forward, prefix_part
-from qtuning_fast.kernels.backward import INPUTS, empty_gradients, named_inputs
+from qtuning_fast.kernels.backward import rooms
 from qtuning_fast.kernels.target import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="shapes and precisions are those of the interpreter")
 
+OF_THE_PREFIX = INPUTS[3:]
 BASE = {"dtype": torch.float32, "B": 2, "Hkv": 1, "G": 2, "N": 9, "M": 7, "P": 5, "D": 16, "Dv": 16}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
 DECODE = {"B": 5, "N": 1, "G": 4, "M": 3}
@@ -28,10 +28,8 @@ def make(make_call):
     """Checked calls, as backends get them."""
 
     def made(**options):
-        bound = inspect.signature(prefix_attention).bind(**make_call(**BASE | options))
-        bound.apply_defaults()
-        call = validate(**bound.arguments)
-        return replace(call, gate_alpha=1.0, gate_tau=1.0) if call.gate is None else call
+        call = call_of(**make_call(**BASE | options))
+        return replace(call, gate_alpha=None, gate_tau=None) if call.gate is None else call
 
     return made
 
@@ -63,8 +61,8 @@ def run(call, part_of=lambda x: x):
     lse_rest = torch.zeros_like(lse) if prefix_part.keeps_rest(call) else torch.empty(0)
     prefix_part.merge(call, output, lse, lse_rest)
     d_query = part_of(torch.ones_like(call.query).detach())
-    needs = [isinstance(x, torch.Tensor) for x in named_inputs(call).values()]
-    found = prefix_part.backward(call, output, lse, lse_rest, part_of(gradient_at(call)), d_query, needs)
+    needed = [name for name in OF_THE_PREFIX if getattr(call, name) is not None]
+    found = prefix_part.backward(call, output, lse, lse_rest, part_of(gradient_at(call)), d_query, needed)
     return [output, lse, lse_rest, d_query, *found]
 
 
@@ -125,7 +123,7 @@ def test_a_query_that_sees_nothing_stays_as_it_is(make):
 def test_only_what_is_needed_is_launched(make, needed, launched):
     call = make(**WHOLE)
     output, lse = context(call)
-    gradients = empty_gradients(call, [name in needed and name not in prefix_part.CONTEXT_INPUTS for name in INPUTS])
+    gradients = rooms(call, [name for name in OF_THE_PREFIX if name in needed])
     d_query = torch.zeros_like(call.query) if "query" in needed else None
     launches = list(prefix_part.launches(call, output, lse, lse, output, d_query, gradients))
     assert [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches] == launched
@@ -139,10 +137,10 @@ def test_gradients_do_not_depend_on_the_queries_needing_one(make):
     lse_rest = torch.zeros_like(lse) if prefix_part.keeps_rest(call) else torch.empty(0)
     prefix_part.merge(call, output, lse, lse_rest)
     alone, beside = (
-        prefix_part.backward(call, output, lse, lse_rest, gradient_at(call), d_query, [True] * len(INPUTS))
+        prefix_part.backward(call, output, lse, lse_rest, gradient_at(call), d_query, OF_THE_PREFIX)
         for d_query in (None, torch.zeros_like(call.query))
     )
-    assert len(alone) == len(INPUTS) - 3 and all(torch.equal(x, y) for x, y in zip(alone, beside, strict=True))
+    assert len(alone) == len(OF_THE_PREFIX) and all(torch.equal(x, y) for x, y in zip(alone, beside, strict=True))
 
 
 @pytest.mark.parametrize(("N", "block", "programs"), [(1, 16, 1), (132 * 16, 16, 132), (132 * 64, 64, 132)])

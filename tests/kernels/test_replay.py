@@ -7,7 +7,7 @@ import torch
 
 from qtuning_fast import prefix_attention
 from qtuning_fast.bench import shapes
-from qtuning_fast.kernels import blocks, forward, replay
+from qtuning_fast.kernels import blocks, forward, launch
 from qtuning_fast.kernels.arguments import scratch
 from qtuning_fast.kernels.blocks import Blocks
 from qtuning_fast.kernels.target import INTERPRETED
@@ -42,10 +42,10 @@ def runs(monkeypatch):
         found.append(self)
         return run(self, tensors)
 
-    run = replay.Replay.run
-    monkeypatch.setattr(replay, "enabled", True)
-    monkeypatch.setattr(replay, "_kept", {})
-    monkeypatch.setattr(replay.Replay, "run", counted)
+    run = launch.Replay.run
+    monkeypatch.setattr(launch, "enabled", True)
+    monkeypatch.setattr(launch, "_kept", {})
+    monkeypatch.setattr(launch.Replay, "run", counted)
     return found
 
 
@@ -57,7 +57,7 @@ def step(arguments, inputs):
 
 def built(arguments, inputs, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "enabled", False)
+        patch.setattr(launch, "enabled", False)
         return step(arguments, inputs)
 
 
@@ -112,11 +112,11 @@ def test_a_tensor_that_no_one_knows_keeps_a_pass_from_being_run_again(make_call,
         yield launch
 
     for _ in range(3):
-        replay.run("by hand", call, outputs, launches)
+        launch.run("by hand", call, outputs, launches)
     assert not runs
     monkeypatch.setattr(torch, "ones_like", lambda x: scratch(x, x.shape, x.dtype))
     for _ in range(3):
-        replay.run("by hand, marked", call, outputs, launches)
+        launch.run("by hand, marked", call, outputs, launches)
     assert len(runs) == 1
 
 
@@ -135,11 +135,11 @@ def test_other_blocks_are_other_launches(make_call, leaves, runs):
 
 
 def test_passes_are_forgotten_when_there_are_too_many(make_call, leaves, monkeypatch, runs):
-    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(launch, "MOST_PASSES", 2)
     for N in (3, 4, 3):
         arguments = make_call(**BASE | {"N": N})
         step(arguments, list(leaves(arguments).values()))
-        assert len(replay._kept) == 2 and not runs
+        assert len(launch._kept) == 2 and not runs
 
 
 def test_what_comes_once_is_not_recorded(make_call, leaves, runs):
@@ -147,8 +147,8 @@ def test_what_comes_once_is_not_recorded(make_call, leaves, runs):
     for M in range(3, 7):
         arguments = make_call(**BASE | {"M": M})
         step(arguments, list(leaves(arguments).values()))
-    assert not runs and not any(isinstance(kept, replay.Replay) for kept in replay._kept.values())
+    assert not runs and not any(isinstance(kept, launch.Replay) for kept in launch._kept.values())
 
 
 def test_nothing_is_kept_in_the_interpreter_unless_told():
-    assert not replay.enabled
+    assert not launch.enabled

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.method.adapter import TaskAdapter
-from qtuning_fast.model.device_slots import AdapterBank
+from qtuning_fast.model.device_slots import AdapterSlots
 
 Batch = dict[str, Tensor]
 SMALL = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
@@ -27,7 +27,7 @@ def learned(base: Any, tasks: int, seed: int = 1, **changes: Any) -> QTuningMode
     for number in range(tasks):
         model.start_task(f"task-{number}", 2 + number % 3)
         with torch.no_grad():
-            for parameter in [*model.live.parameters(), *model.head.parameters()]:
+            for parameter in [*model.training_prefix.parameters(), *model.head.parameters()]:
                 parameter.add_(torch.randn_like(parameter) * 0.5)
         model.finish_task()
     model.set_task(None)
@@ -61,20 +61,20 @@ def test_nothing_is_stacked_or_read_a_second_time(
     model = learned(tiny_bert, 3)
     names = ["task-2", "task-0", "task-1", "task-0"]
     expected = logits(model, batch, names)
-    places = {name: tensor.data_ptr() for name, tensor in model.bank._slots.items()}
+    places = {name: tensor.data_ptr() for name, tensor in model.slots._slots.items()}
     for name in ("_write", "_grow"):
-        monkeypatch.setattr(AdapterBank, name, lambda *arguments: pytest.fail("the adapters are there already"))
+        monkeypatch.setattr(AdapterSlots, name, lambda *arguments: pytest.fail("the adapters are there already"))
     assert torch.equal(logits(model, batch, names), expected)
-    layer = model.attention.layers[0].module
+    layer = model.backbone.injector.layers[0].module
     with model.using(names, 4):
         placed = layer.qtuning_prefix
-    assert placed["prefix_key"].data_ptr() == places["keys.0"] == model.bank._slots["keys.0"].data_ptr()
+    assert placed["prefix_key"].data_ptr() == places["keys.0"] == model.slots._slots["keys.0"].data_ptr()
 
 
 def test_the_least_recently_used_slot_goes_first(tiny_bert: BertModel, batch: Batch) -> None:
     model = learned(tiny_bert, 5)
     logits(model, batch, ["task-3", "task-4"] * 2)
-    slot = model.bank.bytes // model.bank.slots
+    slot = model.slots.bytes // model.slots.slots
     model.set_memory_limits(device_bytes=3 * slot + 1)
     for names, held in (
         (["task-0", "task-1"] * 2, ["task-0", "task-1"]),
@@ -83,7 +83,7 @@ def test_the_least_recently_used_slot_goes_first(tiny_bert: BertModel, batch: Ba
         (["task-2", "task-3", "task-4", "task-4"], ["task-2", "task-3", "task-4"]),
     ):
         assert_as_by_itself(model, batch, names)
-        assert model.bank.held == held and model.bank.slots <= 3 and model.bank.bytes <= 3 * slot
+        assert model.slots.held == held and model.slots.slots <= 3 and model.slots.bytes <= 3 * slot
     before = logits(model, batch, ["task-2"] * 4)
     with pytest.raises(
         ValueError, match=rf"4 tasks, but device_bytes={3 * slot + 1} has room for 3.*set_memory_limits"
@@ -97,10 +97,10 @@ def test_the_least_recently_used_slot_goes_first(tiny_bert: BertModel, batch: Ba
 def test_slots_grow_with_what_is_used(tiny_bert: BertModel, batch: Batch) -> None:
     model = learned(tiny_bert, 12)
     logits(model, batch, ["task-0"] * 4)
-    few = model.bank.slots
+    few = model.slots.slots
     for first in range(0, 12, 4):
         assert_as_by_itself(model, batch, [f"task-{number}" for number in range(first, first + 4)])
-    assert few < 12 <= model.bank.slots and len(model.bank.held) == 12
+    assert few < 12 <= model.slots.slots and len(model.slots.held) == 12
 
 
 def test_a_longer_prefix_and_a_wider_head_find_room(tiny_bert: BertModel, batch: Batch) -> None:
@@ -160,7 +160,7 @@ def test_positions_are_those_of_the_samples_tasks() -> None:
     assert_as_by_itself(model, batch, ["shifted-3", "task-0", "shifted-4", "task-1"])
     with pytest.raises(ValueError, match="takes 9 positions"):
         logits(model, batch, ["shifted-3", "task-0", "shifted-9", "task-1"])
-    assert "shifted-9" in model.bank.held
+    assert "shifted-9" in model.slots.held
     assert_as_by_itself(model, batch, ["shifted-3", "task-0", "shifted-4", "task-1"])
 
 
@@ -170,10 +170,10 @@ def test_tasks_come_and_go_while_it_serves(tiny_bert: BertModel, batch: Batch, p
     names = ["task-0", "task-1", "task-2", "task-1"]
     before = logits(model, batch, names)
     other = replace(model.adapters["task-2"], name="task-1")
-    free = model.bank.slots - len(model.bank.held)
+    free = model.slots.slots - len(model.slots.held)
     model.remove_task("task-1")
-    assert model.tasks == ["task-0", "task-2", "task-3"] and "task-1" not in model.bank.held
-    assert model.bank.slots - len(model.bank.held) == free + 1
+    assert model.tasks == ["task-0", "task-2", "task-3"] and "task-1" not in model.slots.held
+    assert model.slots.slots - len(model.slots.held) == free + 1
     with pytest.raises(ValueError, match="'task-1' is not among"):
         logits(model, batch, names)
     model.add_task(other)
@@ -303,14 +303,14 @@ def test_a_moved_model_makes_its_slots_anew(tiny_bert: BertModel, batch: Batch) 
     names = ["task-0", "task-1"] * 2
     single = logits(model, batch, names)
     model.double()
-    assert model.bank.bytes == 0
+    assert model.slots.bytes == 0
     assert_as_by_itself(model, batch, names, atol=1e-5, rtol=1e-5)
-    assert model.bank._slots["keys.0"].dtype == torch.float64
+    assert model.slots._slots["keys.0"].dtype == torch.float64
     model.base_model.float()  # behind its back
     torch.testing.assert_close(logits(model, batch, names), single)
     model.to(torch.bfloat16)
     assert_as_by_itself(model, batch, names, atol=0.05, rtol=0.05)
-    assert model.bank._slots["keys.0"].dtype == torch.bfloat16
+    assert model.slots._slots["keys.0"].dtype == torch.bfloat16
 
 
 def test_slots_outlive_inference_mode(tiny_bert: BertModel, batch: Batch) -> None:
@@ -329,7 +329,7 @@ def test_slots_outlive_inference_mode(tiny_bert: BertModel, batch: Batch) -> Non
 def test_the_task_that_is_set_stands_as_before(tiny_bert: BertModel, batch: Batch) -> None:
     model = learned(tiny_bert, 2)
     model.set_task("task-1")
-    expected, layer = logits(model, batch), model.attention.layers[0].module
+    expected, layer = logits(model, batch), model.backbone.injector.layers[0].module
     before = layer.qtuning_prefix["prefix_key"].data_ptr()
     logits(model, batch, ["task-0", "task-1"] * 2)
     assert layer.qtuning_prefix["prefix_key"].data_ptr() == before  # nothing was moved to the device again

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, T
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.model.checked_files import read_json, write_json
-from qtuning_fast.model.checkpoint import read_saved
+from qtuning_fast.model.checkpoint import read_checkpoint
 
 Batch = dict[str, Tensor]
 TinyConfig = Callable[..., BertConfig]
@@ -122,8 +122,8 @@ def test_logits_equal_those_of_a_peft_prefix(
 
     model = QTuningModel(base, QTuningConfig(gate=None, prompt_length=length, shared_length=0))
     model.start_task("task", 3)
-    model.live.reparameterization = None
-    for layer, prefix in enumerate(model.live.rows):
+    model.training_prefix.reparameterization = None
+    for layer, prefix in enumerate(model.training_prefix.rows):
         key, value = rows[:, layer, 0].transpose(0, 1), rows[:, layer, 1].transpose(0, 1)
         prefix.prompt = nn.Parameter(prefix.shape.to_rows(key, value))
     model.finish_task()
@@ -194,7 +194,7 @@ def test_the_task_set_survives_a_mixed_batch(tiny_bert: BertModel, batch: Batch)
 def test_only_the_chosen_layers_get_a_prefix(tiny_bert: BertModel, batch: Batch) -> None:
     model = QTuningModel(tiny_bert, small_config(layers=[2, 0]))
     model.start_task("task", 2)
-    held = [hasattr(layer.module, "qtuning_prefix") for layer in model.attention.layers]
+    held = [hasattr(layer.module, "qtuning_prefix") for layer in model.backbone.injector.layers]
     assert held == [True, False, True]
     train(model, batch)
 
@@ -215,9 +215,9 @@ def test_what_trains_and_what_is_frozen(tiny_bert: BertModel, batch: Batch) -> N
     model(**batch, labels=LABELS).loss.backward()
     for name, gradient in gradients(model).items():
         assert (gradient is None) == name.startswith("base_model."), name
-    old = [layer.old.clone() for layer in model.live.rows]
+    old = [layer.old.clone() for layer in model.training_prefix.rows]
     train(model, batch)
-    assert all(torch.equal(layer.old, rows) for layer, rows in zip(model.live.rows, old))
+    assert all(torch.equal(layer.old, rows) for layer, rows in zip(model.training_prefix.rows, old))
     model.finish_task()
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -277,7 +277,7 @@ def test_gate_training(tiny_bert: BertModel, batch: Batch, gate_training: str) -
     alphas = []
     for _ in range(3):
         learn(model, batch, 1)
-        alphas.append(model.live.gates[0].alpha.item())
+        alphas.append(model.training_prefix.gates[0].alpha.item())
     assert alphas[0] != 1
     assert (alphas[0] == alphas[1] == alphas[2]) == (gate_training == "first-task")
 
@@ -343,7 +343,7 @@ def test_what_stands_on_the_layers_moves_with_the_model(tiny_bert: BertModel, ba
     model = QTuningModel(tiny_bert, small_config())
     learn(model, batch, 1)
     model.to("meta")
-    assert model.attention.layers[0].module.qtuning_prefix["prefix_key"].device.type == "meta"
+    assert model.backbone.injector.layers[0].module.qtuning_prefix["prefix_key"].device.type == "meta"
 
 
 # Saving
@@ -400,7 +400,7 @@ def test_saves_at_once_leave_a_whole_one(tiny_bert: BertModel, batch: Batch, tmp
     with ThreadPoolExecutor(3) as threads:
         for done in [threads.submit(model.save_pretrained, tmp_path) for _ in range(20)]:
             saved.append(done.result())
-    assert len(saved) == 20 and list(read_saved(tmp_path).adapters) == ["task-0", "task-1"]
+    assert len(saved) == 20 and list(read_checkpoint(tmp_path).adapters) == ["task-0", "task-1"]
 
 
 @pytest.mark.parametrize(

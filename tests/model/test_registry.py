@@ -16,8 +16,8 @@ import qtuning_fast.model.registry
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest
-from qtuning_fast.model.checkpoint import read_saved
-from qtuning_fast.model.registry import AdapterFile, AdapterStore
+from qtuning_fast.model.checkpoint import read_checkpoint
+from qtuning_fast.model.registry import AdapterFile, AdapterRegistry
 
 SMALL = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
 
@@ -47,7 +47,7 @@ def saved(tiny_bert: BertModel, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def unread(store: AdapterStore) -> list[str]:
+def unread(store: AdapterRegistry) -> list[str]:
     return [entry.info.name for entry in store.entries() if entry.adapter is None]
 
 
@@ -57,7 +57,7 @@ def same(one: TaskAdapter, other: TaskAdapter) -> bool:
 
 
 def test_it_is_read_like_a_dict() -> None:
-    store = AdapterStore()
+    store = AdapterRegistry()
     first, second = an_adapter("first"), an_adapter("second")
     store.add(first.info, adapter=first)
     store.add(second.info, adapter=second)
@@ -71,8 +71,8 @@ def test_it_is_read_like_a_dict() -> None:
 
 
 def test_what_is_known_without_reading(saved: Path, tiny_bert: BertModel) -> None:
-    eager = read_saved(saved).adapters
-    lazy = read_saved(saved, lazy=True).adapters
+    eager = read_checkpoint(saved).adapters
+    lazy = read_checkpoint(saved, lazy=True).adapters
     assert unread(lazy) == list(lazy) == list(eager) and unread(eager) == []
     for entry in lazy.entries():
         adapter = eager[entry.info.name]
@@ -100,7 +100,7 @@ def test_a_lazy_model_reads_what_it_computes_with(
 
 
 def test_the_least_recently_used_ones_that_have_a_file_are_dropped(saved: Path) -> None:
-    store = read_saved(saved).adapters
+    store = read_checkpoint(saved).adapters
     new = replace(store["task-3"], name="new")
     store.add(new.info, adapter=new)
     store["task-0"]
@@ -155,7 +155,7 @@ def test_a_damaged_file_is_refused_by_name_when_it_is_needed(
 
 
 def test_a_file_of_another_adapter_is_refused(saved: Path) -> None:
-    store = read_saved(saved, lazy=True).adapters
+    store = read_checkpoint(saved, lazy=True).adapters
     other = store.entry("task-3").file
     assert other is not None
     with pytest.raises(CorruptFileError, match=r"'task-0'.*does not hold what its index says"):
@@ -168,13 +168,13 @@ def test_a_file_of_another_adapter_is_refused(saved: Path) -> None:
 def test_a_partly_unread_model_is_saved_whole(
     saved: Path, tiny_bert: BertModel, tmp_path_factory: pytest.TempPathFactory, lazy: bool
 ) -> None:
-    expected = dict(read_saved(saved).adapters)
+    expected = dict(read_checkpoint(saved).adapters)
     model = QTuningModel.from_pretrained(tiny_bert, saved, lazy=lazy)
     model.adapters["task-1"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     model.save_pretrained(elsewhere)
     assert len(unread(model.adapters)) == (3 if lazy else 0)
-    again = read_saved(elsewhere)
+    again = read_checkpoint(elsewhere)
     assert list(again.adapters) == list(expected) and again.last_learned == "task-3"
     assert all(same(again.adapters[name], expected[name]) for name in expected)
     assert all(entry.file is not None and entry.file.folder == saved for entry in model.adapters.entries())
@@ -192,7 +192,7 @@ def test_a_save_into_the_same_folder_leaves_files_in_place(saved: Path, tiny_ber
     model.start_task("task-4", 2)
     model.finish_task()
     model.save_pretrained(saved)
-    assert list(read_saved(saved).adapters) == ["task-0", "task-2", "task-3", "task-4"]
+    assert list(read_checkpoint(saved).adapters) == ["task-0", "task-2", "task-3", "task-4"]
     assert QTuningModel.from_pretrained(model.detach(), saved, lazy=True).adapters["task-2"].name == "task-2"
 
 
@@ -201,7 +201,7 @@ def test_a_save_heals_a_file_whose_adapter_is_in_memory(saved: Path, tiny_bert: 
     (path,) = saved.glob("task-001-*")
     path.write_bytes(b"")
     model.save_pretrained(saved)
-    assert same(read_saved(saved).adapters["task-1"], model.adapters["task-1"])
+    assert same(read_checkpoint(saved).adapters["task-1"], model.adapters["task-1"])
 
 
 def test_a_save_reads_no_file_through_that_it_knows(
@@ -227,12 +227,12 @@ def test_a_save_reads_no_file_through_that_it_knows(
     os.utime(path, ns=(0, 0))  # whatever the clock's resolution
     model.save_pretrained(tmp_path)
     assert read_through[5:] == ["task-001", "task-005"]
-    assert same(read_saved(tmp_path).adapters["task-1"], model.adapters["task-1"])
+    assert same(read_checkpoint(tmp_path).adapters["task-1"], model.adapters["task-1"])
 
 
 def test_many_threads_read_at_once(saved: Path) -> None:
-    expected = dict(read_saved(saved).adapters)
-    store = read_saved(saved, lazy=True).adapters
+    expected = dict(read_checkpoint(saved).adapters)
+    store = read_checkpoint(saved, lazy=True).adapters
     store.host_bytes = store.entry("task-3").info.bytes * 2
     start = threading.Barrier(4)
 

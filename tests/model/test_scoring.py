@@ -23,7 +23,7 @@ def with_tasks(family: Any, **changes: Any) -> QTuningModel:
         torch.manual_seed(seed)
         model.start_task(name)
         with torch.no_grad():
-            for parameter in model.live.parameters():
+            for parameter in model.training_prefix.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.5)
         model.finish_task()
     return model.eval()

@@ -17,11 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed import context
 from qtuning_fast.attention.composed.cpu import prefix_part as prefix_part_on_cpu
 from qtuning_fast.attention.composed.vendors import EFFICIENT, FEW_QUERIES, Vendor, vendor_for
-from qtuning_fast.attention.custom_op import INPUTS, Outputs, Passes, arguments_of, operator
+from qtuning_fast.attention.custom_op import Outputs, operator
+
+CONTEXT = ("query", "key", "value")  # what has a gradient from the context
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:
@@ -61,40 +63,40 @@ def prefix_part_for(call: PrefixAttentionCall) -> Any:
     return prefix_part_on_cpu
 
 
-def _forward(call: PrefixAttentionCall) -> Outputs:
-    prefix_part = prefix_part_for(call)
-    results = context.forward(call, _vendor(call), prefix_part.keeps_rest(call))
-    prefix_part.merge(call, *results)
-    return results
+class _Passes:
+    """A vendor's passes over the context, and the prefix part's."""
 
+    def forward(self, call: PrefixAttentionCall) -> Outputs:
+        prefix_part = prefix_part_for(call)
+        results = context.forward(call, _vendor(call), prefix_part.keeps_rest(call))
+        prefix_part.merge(call, *results)
+        return results
 
-def _empty_outputs(call: PrefixAttentionCall) -> Outputs:
-    return context.empty_outputs(call, _vendor(call), prefix_part_for(call).keeps_rest(call))
+    def empty_outputs(self, call: PrefixAttentionCall) -> Outputs:
+        return context.empty_outputs(call, _vendor(call), prefix_part_for(call).keeps_rest(call))
 
+    def backward(
+        self,
+        call: PrefixAttentionCall,
+        output: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        d_output: Tensor,
+        needed: Sequence[str],
+    ) -> list[Tensor]:
+        d_context: dict[str, Tensor] = {}
+        if any(name in CONTEXT for name in needed):  # a frozen backbone below the lowest prefix needs none of them
+            gradients = context.backward(call, _vendor(call), output, lse, lse_rest, d_output)
+            d_context = dict(zip(CONTEXT, gradients))
+        d_query = d_context["query"] if "query" in needed else None
+        of_prefix = [name for name in needed if name not in CONTEXT]
+        d_prefix = prefix_part_for(call).backward(call, output, lse, lse_rest, d_output, d_query, of_prefix)
+        return [d_context[name] for name in needed if name in CONTEXT] + d_prefix
 
-def _backward(
-    call: PrefixAttentionCall,
-    output: Tensor,
-    lse: Tensor,
-    lse_rest: Tensor,
-    d_output: Tensor,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    d_context: tuple[Tensor, ...] = ()
-    if any(needs[:3]):  # a frozen backbone below the lowest prefix needs none of them
-        d_context = context.backward(call, _vendor(call), output, lse, lse_rest, d_output)
-    d_query = d_context[0] if needs[0] else None
-    d_prefix = prefix_part_for(call).backward(call, output, lse, lse_rest, d_output, d_query, needs)
-    return [x for x, needed in zip(d_context, needs) if needed] + d_prefix
-
-
-def _empty_gradients(call: PrefixAttentionCall, needs: Sequence[bool]) -> list[Tensor]:
-    rooms = [*context.empty_gradients(call, _vendor(call)), *arguments_of(call)[3 : len(INPUTS)]]
-    return [
-        room if name in INPUTS[:3] else room.new_empty(room.shape)
-        for name, room, needed in zip(INPUTS, rooms, needs)
-        if needed
-    ]
+    def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str]) -> list[Tensor]:
+        rooms = dict(zip(CONTEXT, context.empty_gradients(call, _vendor(call))))
+        like = [getattr(call, name) for name in needed if name not in CONTEXT]
+        return [rooms[name] for name in needed if name in CONTEXT] + [x.new_empty(x.shape) for x in like]
 
 
 def _vendor(call: PrefixAttentionCall) -> Vendor:
@@ -103,4 +105,4 @@ def _vendor(call: PrefixAttentionCall) -> Vendor:
     return vendor
 
 
-attend = operator("composed_attention", Passes(_forward, _empty_outputs, _backward, _empty_gradients))
+attend = operator("composed_attention", _Passes)

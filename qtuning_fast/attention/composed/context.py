@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import masked, score_dtype
 from qtuning_fast.attention.composed.vendors import Attention, Vendor
-from qtuning_fast.attention.reference import masked, score_dtype
 
 ALL = slice(None)
 NEAR = 256.0  # additive masks up to here stay as they are

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.integrations.modules.prefixed import PrefixedAttention, check_prefix
 
 
@@ -82,7 +81,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
         *,
-        prefix: Mapping[str, Any] | None = None,
+        prefix: PrefixArguments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over the prefix and the context, projected.
 

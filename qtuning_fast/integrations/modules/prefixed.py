@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.attention.api import attention_with_weights, prefix_attention
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.arguments import PrefixArguments
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.method.gate import GATE_PER, NO_GATE, Gate
-from qtuning_fast.method.prompts import KEY_STD, VALUE_STD, no_prefix
+from qtuning_fast.method.prefix import no_prefix, place, placed
+from qtuning_fast.method.prompts import KEY_STD, VALUE_STD
 
 if TYPE_CHECKING:
     from typing import Self
 
-_OF_A_PREFIX = (
-    *("prefix_key", "prefix_value", "prefix_index", "prefix_length", "prefix_bias", "n_shared"),
-    *("reweight_key", "reweight_value", "gate", "gate_alpha", "gate_tau"),
-)
+_OF_A_PREFIX = tuple(PrefixArguments.__annotations__)
 
 
 class PrefixedAttention(nn.Module):
@@ -34,10 +33,9 @@ class PrefixedAttention(nn.Module):
     prefix_value: nn.Parameter | None
     prefix_gate: Gate | None
 
-    _placed: Mapping[str, Any] | None = None
     _plain_class: type[nn.Module]  # of a module that `convert_` has changed
 
-    def place(self, prefix: Mapping[str, Any] | None) -> None:
+    def place(self, prefix: PrefixArguments | None) -> None:
         """From here on attend to this prefix instead of the module's own; None: to its own again.
 
         It stays in place until the next call, is no part of the state dict, and gets gradients where its tensors
@@ -52,11 +50,11 @@ class PrefixedAttention(nn.Module):
             TypeError: `prefix` is no mapping.
             ValueError: it lacks the rows, or has an argument that is not about the prefix.
         """
-        self._placed = None if prefix is None else _checked_prefix(prefix)
+        place(self, None if prefix is None else _checked_prefix(prefix))
 
-    def prefix_arguments(self) -> dict[str, Any]:
+    def prefix_arguments(self) -> PrefixArguments:
         """The module's own prefix as keyword arguments of `prefix_attention`; empty when it has none."""
-        if self.prefix_key is None:
+        if self.prefix_key is None or self.prefix_value is None:
             return {}
         gate = NO_GATE if self.prefix_gate is None else self.prefix_gate.arguments()
         return {"prefix_key": self.prefix_key, "prefix_value": self.prefix_value, **gate}
@@ -72,7 +70,7 @@ class PrefixedAttention(nn.Module):
         scale: float | None = None,
         dropout: float = 0.0,
         need_weights: bool = False,
-        prefix: Mapping[str, Any] | None = None,
+        prefix: PrefixArguments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over the prefix and the context; arguments as in `prefix_attention`, where not said otherwise.
 
@@ -85,9 +83,9 @@ class PrefixedAttention(nn.Module):
         Returns:
             The output `[B, H, N, Dv]`, and the weights over the context `[B, H, N, M]` or None.
         """
-        prefix = self._placed if prefix is None else _checked_prefix(prefix)
-        arguments = dict(prefix or self.prefix_arguments() or no_prefix(key, value))
-        arguments |= {"is_causal": is_causal, "scale": scale}
+        prefix = placed(self) if prefix is None else _checked_prefix(prefix)
+        prefix = prefix or self.prefix_arguments() or no_prefix(key, value)
+        arguments: dict[str, Any] = {**prefix, "is_causal": is_causal, "scale": scale}
         if attn_mask is not None and not torch.is_grad_enabled():
             attn_mask = attn_mask.detach()  # a learned one too is the operator's then
         learned_mask = attn_mask is not None and attn_mask.requires_grad
@@ -122,7 +120,7 @@ class PrefixedAttention(nn.Module):
     def revert_(self) -> None:
         """Undoes `convert_`; the prefix is gone."""
         del self.prefix_key, self.prefix_value, self.prefix_gate
-        self.__dict__.pop("_placed", None)
+        place(self, None)
         self.__class__ = self.__dict__.pop("_plain_class")
 
     @property
@@ -171,7 +169,7 @@ def check_prefix(prefix_length: int, gate: str | None, gate_per: str) -> None:
         raise ValueError(f"gate_per must be one of {', '.join(GATE_PER)}, got {gate_per!r}")
 
 
-def _checked_prefix(prefix: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked_prefix(prefix: PrefixArguments) -> PrefixArguments:
     if not isinstance(prefix, Mapping):
         raise TypeError(f"prefix must be a mapping of arguments of prefix_attention, got a {type(prefix).__name__}")
     for name in prefix:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qtuning_fast.integrations.transformers.interface import PREFIX
+from qtuning_fast.method.prefix import place, placed
 
 _FUNCTION = "_gradient_checkpointing_func"
 _BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours is in its place, and our hooks
@@ -56,8 +56,8 @@ def leave_prefixes(model: nn.Module) -> None:
 
 def _carrying(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def carrying(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        modules = [module for module in layer.modules() if hasattr(module, PREFIX)]
-        leaves, structure = tree_flatten([getattr(module, PREFIX) for module in modules])
+        modules = [module for module in layer.modules() if placed(module) is not None]
+        leaves, structure = tree_flatten([placed(module) for module in modules])
 
         def run(*inputs: Any) -> Any:
             prefixes = tree_unflatten(inputs[: len(leaves)], structure)
@@ -83,17 +83,14 @@ def _resume(layer: nn.Module, *_: Any) -> None:
 @contextmanager
 def _in_place(modules: Sequence[nn.Module], prefixes: Sequence[Any]) -> Iterator[None]:
     """Within the block these prefixes stand on these modules."""
-    before = [getattr(module, PREFIX, None) for module in modules]
+    before = [placed(module) for module in modules]
     try:
         for module, prefix in zip(modules, prefixes):
-            setattr(module, PREFIX, prefix)
+            place(module, prefix)
         yield
     finally:
         for module, prefix in zip(modules, before):
-            if prefix is None:
-                module.__dict__.pop(PREFIX, None)
-            else:
-                setattr(module, PREFIX, prefix)
+            place(module, prefix)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.interface import NAME, PREFIX, watched
+from qtuning_fast.integrations.transformers.interface import NAME, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
     configs_of,
@@ -24,7 +25,7 @@ from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.integrations.transformers.positions import Positions, Shift, shift_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
 from qtuning_fast.method.gate import NO_GATE
-from qtuning_fast.method.prompts import Prefix
+from qtuning_fast.method.prefix import PlacedPrefix, Prefix, place
 
 # By id, each config that names ours now: what it named before, and how many models that share it have a task set.
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}
@@ -32,7 +33,7 @@ _SWITCHED: dict[int, tuple[Any, str, int]] = {}
 _ATTACHED = "qtuning_attached"  # on a base model that is attached to
 
 
-class AttachedAttention:
+class PrefixInjector:
     """The self-attention layers of one frozen model, and the switch between their own attention and ours.
 
     Args:
@@ -99,7 +100,7 @@ class AttachedAttention:
             return stack(**inputs, **({"use_cache": False} if self.is_causal else {})).last_hidden_state
 
         def behind(row: Tensor, **inputs: Tensor) -> Tensor:
-            self.place(first_stack, Prefix([dict(NO_GATE) for _ in first_stack], row))
+            self.place(first_stack, Prefix([NO_GATE] * len(first_stack), row))
             return states(**inputs)[:, self.prompt_tokens :]
 
         inputs = dummy_inputs(self.model)
@@ -238,14 +239,16 @@ class AttachedAttention:
         if prefix.embeddings is not None and self.is_causal:
             prefix = prefix.with_rows(self.rows_of_prompt(layers, prefix.embeddings))
         self._placed = layers, prefix
-        arguments, shift, index = prefix.arguments(), prefix.position_shift, prefix.index
+        shift, index = prefix.position_shift, prefix.index
+        placed: list[PlacedPrefix] = [{**each} for each in prefix.arguments()]
         if prefix.embeddings is not None:
             self._prompt = Prompt(prefix.embeddings, index, prefix.lengths)
-            arguments = [each | {"prompt_tokens": self.prompt_tokens} for each in arguments]
+            for each in placed:
+                each["prompt_tokens"] = self.prompt_tokens
         if shift is not None:
             self._shift = Shift(shift if index is None else shift[index.to(shift.device)], prefix.largest_shift)
-        for layer, each in zip(layers, arguments):
-            setattr(self.layers[layer].module, PREFIX, each)
+        for layer, each in zip(layers, placed):
+            place(self.layers[layer].module, each)
 
     def passes_gradient(self, layers: Sequence[int]) -> bool:
         """Whether gradients reach prefixes on all of these layers; no prefix stands anywhere afterwards.
@@ -255,7 +258,9 @@ class AttachedAttention:
         shapes, device = [self.layers[index].shape for index in layers], input_device(self.model)
         keys = [torch.zeros(shape.num_kv_heads, 1, shape.key_size, device=device) for shape in shapes]
         values = [torch.zeros(shape.num_kv_heads, 1, shape.value_size, device=device) for shape in shapes]
-        rows = [{"prefix_key": k, "prefix_value": v.requires_grad_(), **NO_GATE} for k, v in zip(keys, values)]
+        rows: list[PrefixArguments] = [
+            {"prefix_key": k, "prefix_value": v.requires_grad_(), "gate": None} for k, v in zip(keys, values)
+        ]
         self.freeze(training=False)
         self.switch()
         self.place(layers, Prefix(rows))
@@ -270,16 +275,16 @@ class AttachedAttention:
     def _clear(self) -> None:
         self._placed = self._prompt = self._shift = None
         for layer in self.layers:
-            layer.module.__dict__.pop(PREFIX, None)
+            place(layer.module, None)
 
-    def rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[dict[str, Tensor]]:
+    def rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[PrefixArguments]:
         """For each layer the keys and values of a prompt `[P, E]` or of a bank of them, `[T, P, E]`.
 
         In a causal model they do not depend on what follows, so one pass over the prompt serves all samples. What
         stood on the layers is taken off.
         """
         self._clear()
-        found: dict[int, dict[str, Tensor]] = {}
+        found: dict[int, PrefixArguments] = {}
 
         def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
             bank = embeddings.ndim == 3

@@ -19,15 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from qtuning_fast.attention.api import prefix_attention
-from qtuning_fast.method.prompts import no_prefix
+from qtuning_fast.method.prefix import no_prefix, placed
 
 NAME = "qtuning_fast"
 
 Arguments = Mapping[str, Any]
-
-# A plain attribute on each attention module holds its prefix, keyword arguments of prefix_attention. With
-# `prompt_tokens=P` and no rows, the first P tokens of the sequence are the prefix.
-PREFIX = "qtuning_prefix"
 
 _NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
@@ -93,7 +89,7 @@ def attention_forward(
         position_bias = position_bias.detach()  # a reentrant checkpoint lets it require a gradient, which nobody takes
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
     call = _Call(query, key, value, attention_mask, position_bias, options)
-    prefix: Arguments | None = getattr(module, PREFIX, None)
+    prefix = placed(module)
     if prefix is None:
         output = call.with_prefix(no_prefix(call.key, call.value))
     elif "prompt_tokens" in prefix:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.api import call_of as checked_call
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed import context, vendors
 from qtuning_fast.attention.composed.vendors import Attention, Vendor, cpu, cuda, packages, vendor_for
 from qtuning_fast.attention.composed.vendors.base import folded
@@ -50,26 +51,16 @@ def machine(monkeypatch):
 def call_of(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> PrefixAttentionCall:
-    return PrefixAttentionCall(
-        query=query,
-        key=key,
-        value=value,
+    return checked_call(
+        query,
+        key,
+        value,
         prefix_key=key.new_empty(key.shape[1], 0, key.shape[3]),
         prefix_value=value.new_empty(value.shape[1], 0, value.shape[3]),
-        prefix_index=None,
-        prefix_length=None,
-        n_shared=0,
-        reweight_key=None,
-        reweight_value=None,
         gate=None,
-        gate_alpha=1.0,
-        gate_tau=1.0,
-        padding_mask=mask if mask is not None and mask.ndim == 2 else None,
-        attn_mask=mask if mask is not None and mask.ndim == 4 else None,
-        prefix_bias=None,
+        attn_mask=mask,
         is_causal=is_causal,
         scale=0.3,
-        softcap=None,
     )
 
 

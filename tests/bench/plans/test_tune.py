@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.bench import results
 from qtuning_fast.bench.plans import durations, tune
 from qtuning_fast.bench.plans.candidates import candidates
@@ -15,7 +16,7 @@ from qtuning_fast.bench.plans.schedule import NO_TIME, Schedule
 from qtuning_fast.bench.plans.tune import Job, Trial, in_order, incumbent_of, measure, winner, with_entry
 from qtuning_fast.bench.shapes import Shape, inputs
 from qtuning_fast.bench.timing import Measurement, Timing
-from qtuning_fast.kernels import backward, backward_whole, blocks
+from qtuning_fast.kernels import backward_whole, blocks
 from qtuning_fast.kernels.blocks import DIRECTIONS, Blocks
 
 SMALL = Shape("small", B=1, Hq=2, Hkv=1, N=20, D=16, P=12, is_causal=True)
@@ -196,7 +197,7 @@ def test_one_launch_for_all_gradients_is_tried_where_a_tile_holds_the_context(mo
     )
     assert len(one.launches(two)) == len(one.launches(whole)) + 1
     expected_gradients = one.compute(two)
-    assert set(expected_gradients) == set(backward.INPUTS)
+    assert set(expected_gradients) == set(INPUTS)
     assert difference(one.compute(whole), expected_gradients)[0] < 1e-4
 
 

@@ -17,7 +17,7 @@ import torch
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.rows import host
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.kernels import replay
+from qtuning_fast.kernels import launch
 
 launched = []
 host.Launcher.launch = staticmethod(lambda *arguments: launched.append(arguments))
@@ -34,7 +34,7 @@ with host.without_gpu():
         for backend in ("fused", "composed"):
             for enabled in (False, True, True, True):  # built, seen once, recorded, run again
                 x = shapes.inputs(shape, dtype=torch.bfloat16, device="cpu").tracked()
-                replay.enabled = enabled
+                launch.enabled = enabled
                 launched.clear()
                 PEERS[backend].prepare(shape, x).step(x.d_output)
                 given = {y.data_ptr(): name for name, y in x.tensors().items()}

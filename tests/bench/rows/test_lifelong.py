@@ -13,7 +13,7 @@ from qtuning_fast import QTuningModel
 from qtuning_fast.bench.memory import STATUS
 from qtuning_fast.bench.rows import lifelong
 from qtuning_fast.bench.rows.lifelong import DRY, METHODS, Stream, TaskFigures, table, verdict, windows
-from qtuning_fast.model.checkpoint import read_saved
+from qtuning_fast.model.checkpoint import read_checkpoint
 
 ONE = TaskFigures(
     task=1,
@@ -74,7 +74,7 @@ def test_finished_adapters_lie_on_disk_only(tmp_path: Path) -> None:
     stream = Stream(METHODS["queue"], 3, DRY, 3, "cpu", tmp_path)
     assert [stream.next_task().adapters_in_memory_bytes for _ in range(3)] == [0, 0, 0]
     assert all(entry.adapter is None for entry in stream.model.adapters.entries())
-    saved = read_saved(tmp_path).adapters
+    saved = read_checkpoint(tmp_path).adapters
     assert list(saved) == stream.model.tasks == ["task-1", "task-2", "task-3"]
     assert saved["task-3"].prefix_rows == 40
 
@@ -121,10 +121,10 @@ def test_what_is_learned_is_the_task_and_the_anchor_has_no_prompt(
 
     monkeypatch.setattr(QTuningModel, "forward", noted)
     stream = Stream(METHODS["queue"], 1, DRY, 3, "cpu", tmp_path)
-    before = stream.model.live.rows[0].shared.clone()
+    before = stream.model.training_prefix.rows[0].shared.clone()
     stream.next_task()
     assert tasks == ["task-1", None] * 3
-    assert not torch.equal(stream.model.live.rows[0].shared, before)
+    assert not torch.equal(stream.model.training_prefix.rows[0].shared, before)
 
 
 def test_flat_is_what_stays_within_its_limit() -> None:
@@ -140,12 +140,7 @@ def test_flat_is_what_stays_within_its_limit() -> None:
             "prefix_rows": 1.0,
         }
     )
-    assert found["flat"] == {
-        "step_ms": True,
-        "step_over_anchor": True,
-        "resident_bytes": False,
-        "adapter_bytes": True,
-    }
+    assert found["flat"] == {"step_ms": True, "step_over_anchor": True, "resident_bytes": False, "adapter_bytes": True}
     for grown in ({"step_ms": 106.0}, {"step_over_anchor": 2.2}, {"adapter_bytes": 1021}):
         assert [name for name, flat in verdict(figures(30, **grown))["flat"].items() if not flat] == list(grown)
 

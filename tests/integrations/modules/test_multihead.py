@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.integrations.modules.multihead import PrefixMultiheadAttention
 from qtuning_fast.method.gate import Gate
 

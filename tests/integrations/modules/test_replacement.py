@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qtuning_fast import PrefixMultiheadAttention, replace_attention, restore_attention
-from qtuning_fast.attention.reference import GATES
+from qtuning_fast.attention.common import GATES
 from qtuning_fast.integrations.modules import timm as ours_for_timm
 from qtuning_fast.integrations.modules.timm import PrefixTimmAttention
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
-from qtuning_fast.attention.reference import bank_index, score_dtype
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import bank_index, score_dtype
 
 SCORES = 1 << 19  # of a chunk, about, or numbers of its queries: 2 MiB in float32
 LEAST_ROWS = 64  # fewer make poor products

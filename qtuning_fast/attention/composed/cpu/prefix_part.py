@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import bank_index, masked, score_dtype, stored_rows
 from qtuning_fast.attention.composed.cpu.chunks import Chunk, chunks, largest_chunk
 from qtuning_fast.attention.composed.cpu.gate import sigma, times_slope
-from qtuning_fast.attention.custom_op import INPUTS
-from qtuning_fast.attention.reference import bank_index, masked, prefix_rows, score_dtype, stored_rows
+from qtuning_fast.attention.reference import prefix_rows
 
 
 def keeps_rest(call: PrefixAttentionCall) -> bool:
@@ -81,15 +81,15 @@ def backward(
     lse_rest: Tensor,
     d_output: Tensor,
     d_query: Tensor | None,
-    needs: Sequence[bool],
+    needed: Sequence[str],
 ) -> list[Tensor]:
-    """Adds the prefix's part to d_query, and returns the gradients of what belongs to the prefix, as `needs` says."""
+    """Adds the prefix's part to d_query, and returns the gradients of what is needed, all of it of the prefix."""
     order = _order(call)
     if order is None:
-        return _backward(call, output, lse, lse_rest, d_output, d_query, needs)
+        return _backward(call, output, lse, lse_rest, d_output, d_query, needed)
     o, L, rest, d_o = (_taken(x, order) for x in (output, lse, lse_rest, d_output))
     part = None if d_query is None else d_query[order]
-    gradients = _backward(_of_samples(call, order), o, L, rest, d_o, part, needs)
+    gradients = _backward(_of_samples(call, order), o, L, rest, d_o, part, needed)
     if d_query is not None and part is not None:
         d_query[order] = part
     return gradients
@@ -102,9 +102,8 @@ def _backward(
     lse_rest: Tensor,
     d_output: Tensor,
     d_query: Tensor | None,
-    needs: Sequence[bool],
+    needed: Sequence[str],
 ) -> list[Tensor]:
-    needed = dict(zip(INPUTS, needs))
     keys, values = Folded(call, "key"), Folded(call, "value")
     d_keys, d_values = keys.zeros(), values.zeros()
     d_alpha, d_tau = (d_keys.new_zeros(len(d_keys), call.query.shape[1]) for _ in range(2))  # [T, Hq]
@@ -119,11 +118,11 @@ def _backward(
         d_values[t, :, : chunk.length].baddbmm_(p, d_o)
         ds = dg = torch.bmm(v, d_o.mT, out=chunk.scores("dg")).sub_(delta).mul_(p)
         if call.gate is not None:
-            alpha, tau = chunk.gate_parameter(call.gate_alpha), chunk.gate_parameter(call.gate_tau)
+            alpha, tau = chunk.gate_parameter(call.alpha), chunk.gate_parameter(call.tau)
             slope = times_slope(call.gate, dg, s, tau, y, out=chunk.scores("slope"))
-            if needed["gate_alpha"]:
+            if "gate_alpha" in needed:
                 d_alpha[t] += chunk.by_head(torch.mul(dg, y, out=p).sum(1))
-            if needed["gate_tau"]:
+            if "gate_tau" in needed:
                 d_tau[t] += chunk.by_head(torch.mul(slope, s, out=p).sum(1).mul_(alpha.squeeze(1)))
             ds = torch.addcmul(dg, slope, alpha * tau, out=p)
         d_keys[t, :, : chunk.length].baddbmm_(ds, q, alpha=call.scale)
@@ -131,8 +130,8 @@ def _backward(
             dq = chunk.room("o", k).baddbmm_(ds.mT, k, beta=0, alpha=call.scale)
             chunk.part(d_query).add_(chunk.apart(dq))
     gradients = _unfolded(call, "key", d_keys) | _unfolded(call, "value", d_values)
-    gradients |= {"gate_alpha": _reduced(call.gate_alpha, d_alpha), "gate_tau": _reduced(call.gate_tau, d_tau)}
-    return [gradients[name] for name in INPUTS[3:] if needed[name]]
+    gradients |= {"gate_alpha": _reduced(call.alpha, d_alpha), "gate_tau": _reduced(call.tau, d_tau)}
+    return [gradients[name] for name in needed]
 
 
 def _lse(chunk: Chunk, lse: Tensor, lse_rest: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -146,8 +145,8 @@ def _gated_scores(chunk: Chunk, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor, T
     s = chunk.scores("s").baddbmm_(k, q.mT, beta=0, alpha=call.scale)
     g = y = s
     if call.gate is not None:
-        y = sigma(call.gate, s, chunk.gate_parameter(call.gate_tau), out=chunk.scores("y"))
-        g = torch.addcmul(s, y, chunk.gate_parameter(call.gate_alpha), out=chunk.scores("g"))
+        y = sigma(call.gate, s, chunk.gate_parameter(call.tau), out=chunk.scores("y"))
+        g = torch.addcmul(s, y, chunk.gate_parameter(call.alpha), out=chunk.scores("g"))
     if call.prefix_bias is not None:
         bias = call.prefix_bias.expand(*call.query.shape[:3], -1)[..., : chunk.length]
         g = masked(g.mT, chunk.stacked(bias)).mT

@@ -6,7 +6,7 @@ log-sum-exp that they are handed, so with the *global* ones they give the exact 
 
 from __future__ import annotations
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed.vendors.base import FEW_QUERIES, Attention, Vendor
 from qtuning_fast.attention.composed.vendors.cpu import CPU_FLASH
 from qtuning_fast.attention.composed.vendors.cuda import CUDNN, EFFICIENT, FLASH_2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed.vendors.base import (
     FEW_QUERIES,
     Attention,

@@ -16,7 +16,7 @@ import os
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import constant
 from qtuning_fast.attention.composed.vendors.base import (
     FEW_QUERIES,

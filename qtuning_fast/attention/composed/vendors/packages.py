@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.call import PrefixAttentionCall
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import constant
 from qtuning_fast.attention.composed.vendors.base import Attention, Vendor, cut, of_one_head_size, padded
 from qtuning_fast.attention.composed.vendors.cuda import (

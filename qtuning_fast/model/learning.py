@@ -1,0 +1,125 @@
+"""What a model learns with: the training prefix, and the head and the discriminator beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.retention import Discriminator, retention_loss
+from qtuning_fast.model.training_prefix import TrainingPrefix
+
+
+class Learning(nn.Module):
+    """The task in training.
+
+    Args:
+        prefix: `[P* ; P_new ; W ∘ Q_old]` with its gates and the queue.
+        config: see `QTuningConfig`.
+        hidden_size: of the features that heads and the discriminator take.
+        has_heads: whether each task has a head of its own.
+
+    Attributes:
+        task: its name, or None between tasks.
+        last_learned: the task that was learned last.
+    """
+
+    discriminator: Discriminator | None
+    head: nn.Linear | None
+
+    def __init__(self, prefix: TrainingPrefix, config: QTuningConfig, *, hidden_size: int, has_heads: bool) -> None:
+        super().__init__()
+        self.prefix = prefix
+        # Registered now, so that parameters come in one order however a model came to be: sums over them (gradient
+        # clipping) would otherwise differ in the last bits between a run and the same run resumed.
+        self.register_module("discriminator", None)
+        self.register_module("head", None)
+        self._config = config
+        self._hidden_size = hidden_size
+        self._has_heads = has_heads
+        self._label_names: tuple[str, ...] = ()
+        self.task: str | None = None
+        self.last_learned: str | None = None
+
+    def check_idle(self) -> None:
+        """Raise a RuntimeError while a task is in training."""
+        if self.task is not None:
+            raise RuntimeError(f"task {self.task!r} is in training; finish_task comes first")
+
+    def start(self, name: str, label_names: tuple[str, ...], device: torch.device, *, retains: bool) -> None:
+        """Make room in the queue and begin a new prompt and head.
+
+        Args:
+            retains: whether memory retention is due once the queue has evicted rows.
+        """
+        self.prefix.begin_task()
+        if retains and self.prefix.queue.evictions > 0 and self.discriminator is None:
+            self.discriminator = Discriminator(self._hidden_size)
+        if self.discriminator is not None:
+            self.discriminator.to(device).requires_grad_(True)
+        self.head = nn.Linear(self._hidden_size, len(label_names)).to(device) if self._has_heads else None
+        self.task, self._label_names = name, label_names
+
+    def finish(self) -> TaskAdapter:
+        """Fold the trained prompt, and free what only training needed.
+
+        Raises:
+            RuntimeError: no task is in training.
+        """
+        if self.task is None:
+            raise RuntimeError("no task is in training; call start_task first")
+        adapter = self.prefix.finish_task(self.task, self._label_names, self.head)
+        self.last_learned, self.task = self.task, None
+        self.head = None
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)
+        return adapter
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Features `[B, hidden]` to `[B, classes]`, by the head in training."""
+        assert self.head is not None
+        return self.head(features.to(self.head.weight.dtype))
+
+    def retention_loss(self, shared_features: Tensor, old_features: Tensor) -> Tensor:
+        """`L_MR` between features under the shared prompt and under the previous task's adapter, `[B, hidden]`."""
+        assert self.discriminator is not None
+        shift = int(torch.randint(1, len(shared_features), ()))
+        return retention_loss(self.discriminator, shared_features, old_features.to(shared_features), shift)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """See `QTuningModel.parameter_groups`."""
+        groups: dict[str, Sequence[nn.Module | None]] = {
+            "gate": self.prefix.gates,
+            "head": [self.head],
+            "network": [self.prefix.reparameterization, self.discriminator],
+        }
+        found = {
+            kind: [parameter for module in modules if module is not None for parameter in module.parameters()]
+            for kind, modules in groups.items()
+        }
+        others = {id(parameter) for parameters in found.values() for parameter in parameters}
+        found["prompt"] = [parameter for parameter in self.prefix.parameters() if id(parameter) not in others]
+        return {kind: [each for each in parameters if each.requires_grad] for kind, parameters in found.items()}
+
+    def load_trained(self, state: dict[str, Tensor]) -> None:
+        """Restore a state dict of the same task.
+
+        Raises:
+            ValueError: it is of another task.
+        """
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        if missing or unexpected:
+            raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
+
+    def restore(self, state: dict[str, Tensor], device: torch.device, last_learned: str | None) -> None:
+        """Between tasks, as a checkpoint has it; the queue is restored already."""
+        self.last_learned = last_learned
+        self.prefix.begin_prompts(len(state["prefix._rows.0.prompt"]))
+        if any(name.startswith("discriminator.") for name in state):
+            self.discriminator = Discriminator(self._hidden_size).to(device)
+            self.discriminator.requires_grad_(False)
+        self.prefix.requires_grad_(False)
+        self.load_trained(state)

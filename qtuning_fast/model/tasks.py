@@ -1,0 +1,139 @@
+"""The finished tasks of a model: which there are, and their adapters in memory, on disk and in slots on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.prefix import Prefix
+from qtuning_fast.model.backbone import Backbone
+from qtuning_fast.model.checkpoint import Checkpoint, read_checkpoint
+from qtuning_fast.model.compatibility import check_adapter, chosen_layers
+from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
+from qtuning_fast.model.registry import AdapterRegistry
+
+
+class Tasks:
+    """Finished tasks, by name.
+
+    Args:
+        backbone: on which they run.
+        layers: indices of its layers that get a prefix.
+        config: see `QTuningConfig`.
+        adapters: of tasks that were finished before.
+
+    Attributes:
+        adapters: each task's, in memory or on disk.
+        slots: on the device, those that batches of several tasks have used of late.
+    """
+
+    def __init__(
+        self, backbone: Backbone, layers: Sequence[int], config: QTuningConfig, adapters: AdapterRegistry | None = None
+    ) -> None:
+        self._backbone = backbone
+        self._layers = layers
+        self._config = config
+        in_input, has_heads = config.placement == "input", config.task_type in HEAD_TASK_TYPES
+        self._embedding_size = backbone.embedding_size if in_input else None
+        self._hidden_size = backbone.hidden_size if has_heads else None
+        self.adapters = AdapterRegistry() if adapters is None else adapters
+        self.slots = AdapterSlots(
+            self.adapters, backbone, layers, embedding_size=self._embedding_size, hidden_size=self._hidden_size
+        )
+
+    def check(self, name: str) -> None:
+        """Raise a ValueError where no finished task has this name."""
+        if name not in self.adapters:
+            names = ", ".join(self.adapters) or "none yet"
+            raise ValueError(f"task {name!r} is not among the finished tasks: {names}")
+
+    def label_names(self, name: str) -> tuple[str, ...]:
+        """The classes of a task."""
+        self.check(name)
+        return self.adapters.entry(name).info.label_names
+
+    def prefix(self, name: str) -> Prefix:
+        """The prefix of a task, ready to be placed on the layers."""
+        return self.adapters[name].prefix(self._backbone.device, num_layers=len(self._layers))
+
+    def logits(self, name: str, features: Tensor) -> Tensor:
+        """Features `[B, hidden]` to `[B, classes]`, by a task's head."""
+        return self.adapters[name].logits(features)
+
+    def check_new(self, adapter: TaskAdapter) -> None:
+        """Raise a TypeError or ValueError where an adapter does not fit the model, or its name is taken."""
+        shapes = [self._backbone.injector.layers[index].shape for index in self._layers]
+        check_adapter(adapter, shapes, embedding_size=self._embedding_size, hidden_size=self._hidden_size)
+        if adapter.name in self.adapters:
+            raise ValueError(f"a task {adapter.name!r} is finished already; remove_task comes first")
+
+    def add(self, adapter: TaskAdapter) -> None:
+        """Take in an adapter that was checked. It stays in the host's memory."""
+        tensors = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
+        self.adapters.add(adapter.info, adapter=TaskAdapter.from_tensors(tensors, adapter.info))
+
+    def read(self, folder: Path, name: str) -> tuple[TaskAdapter, Checkpoint]:
+        """One adapter of a checkpoint that this model may take in, and the checkpoint.
+
+        Raises:
+            FileNotFoundError: nothing was saved there.
+            ValueError: there is no such task, a file is damaged, or it was made for another base model or puts its
+                prefixes elsewhere.
+        """
+        saved = read_checkpoint(folder, lazy=True)
+        saved.check_base_model(self._backbone, folder)
+        if name not in saved.adapters:
+            raise ValueError(f"task {name!r} is not among those in {folder}: {', '.join(saved.adapters) or 'none'}")
+        theirs, ours = saved.config, self._config
+        layers = chosen_layers(theirs, self._backbone.injector.layers)
+        if theirs.placement != ours.placement or layers != self._layers:
+            raise ValueError(
+                f"the prefixes in {folder} have placement={theirs.placement!r}, stack={theirs.stack!r} and "
+                f"layers={theirs.layers}, this model's {ours.placement!r}, {ours.stack!r} and {ours.layers}"
+            )
+        return saved.adapters[name], saved
+
+    def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:
+        """Take in an adapter that `read` gave and that was checked. Its file stays where it is."""
+        entry = saved.adapters.entry(adapter.name)
+        self.adapters.add(entry.info, file=entry.file, adapter=adapter)
+
+    def remove(self, name: str) -> None:
+        """Forget a task; a ValueError where there is none of this name."""
+        self.check(name)
+        self.adapters.remove(name)
+        self.slots.discard(name)
+
+    def set_memory_limits(self, *, device_bytes: int | None, host_bytes: int | None) -> None:
+        """See `QTuningModel.set_memory_limits`."""
+        for bound, value in (("device_bytes", device_bytes), ("host_bytes", host_bytes)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{bound} is {value!r}; it must be None or an integer")
+            if value is not None and value < 1:
+                raise ValueError(f"{bound} is {value}; it must be positive")
+        self.adapters.host_bytes = host_bytes
+        self.slots.clear()
+        self.slots.device_bytes = device_bytes
+
+    @contextmanager
+    def using(self, names: Sequence[str], batch: int) -> Iterator[MixedBatch]:
+        """Within the block each sample of a batch of this size computes under its own task.
+
+        Raises:
+            ValueError: a task is unknown, there is not one name a sample, or the tasks do not go together.
+        """
+        if isinstance(names, str) or len(names) != batch:
+            raise ValueError(f"task_names is {names!r}; it must hold one name for each of the {batch} samples")
+        for name in names:
+            self.check(name)
+        injector = self._backbone.injector
+        with injector.keeping():
+            injector.switch()
+            mixed = self.slots.batch(names)
+            injector.place(self._layers, mixed.prefix)
+            yield mixed
