@@ -1,17 +1,14 @@
-"""What the backends share: the gates, the rules for masks and banks, and what `torch.compile` is told."""
+"""What the backends share: the gates, the rule for masks, precision, and what `torch.compile` is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from qtuning_fast.attention.arguments import PrefixAttentionCall
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -38,18 +35,6 @@ def masked(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf).to(scores.dtype)
-
-
-def stored_rows(call: PrefixAttentionCall) -> Tensor:
-    """[T, P]: which rows of a bank lie within their prefix's length."""
-    assert call.prefix_length is not None
-    return torch.arange(call.prefix_key.shape[-2], device=call.query.device) < call.prefix_length[:, None]
-
-
-def bank_index(call: PrefixAttentionCall) -> Tensor:
-    """[B]: which prefix each sample uses. Clamped, as in kernels: on an accelerator no one has checked the range."""
-    assert call.prefix_index is not None
-    return call.prefix_index.long().clamp(0, call.prefix_key.shape[0] - 1)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

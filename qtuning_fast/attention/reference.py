@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.common import GATES, bank_index, masked, score_dtype, stored_rows
+from qtuning_fast.attention.common import GATES, masked, score_dtype
 
 
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
@@ -103,6 +103,18 @@ def _context_scores(call: PrefixAttentionCall) -> Tensor:
 def _capped(call: PrefixAttentionCall, s: Tensor) -> Tensor:
     """Scaled scores within ±κ, before gate and masks: what a mask hides stays hidden."""
     return s if call.softcap is None else call.softcap * torch.tanh(s / call.softcap)
+
+
+def stored_rows(call: PrefixAttentionCall) -> Tensor:
+    """[T, P]: which rows of a bank lie within their prefix's length."""
+    assert call.prefix_length is not None
+    return torch.arange(call.prefix_key.shape[-2], device=call.query.device) < call.prefix_length[:, None]
+
+
+def bank_index(call: PrefixAttentionCall) -> Tensor:
+    """[B]: which prefix each sample uses. Clamped, as in kernels: on an accelerator no one has checked the range."""
+    assert call.prefix_index is not None
+    return call.prefix_index.long().clamp(0, call.prefix_key.shape[0] - 1)
 
 
 def _per_head(call: PrefixAttentionCall, parameter: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.common import bank_index, score_dtype
+from qtuning_fast.attention.common import score_dtype
+from qtuning_fast.attention.reference import bank_index
 
 SCORES = 1 << 19  # of a chunk, about, or numbers of its queries: 2 MiB in float32
 LEAST_ROWS = 64  # fewer make poor products

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.common import bank_index, masked, score_dtype, stored_rows
+from qtuning_fast.attention.common import masked, score_dtype
 from qtuning_fast.attention.composed.cpu.chunks import Chunk, chunks, largest_chunk
 from qtuning_fast.attention.composed.cpu.gate import sigma, times_slope
-from qtuning_fast.attention.reference import prefix_rows
+from qtuning_fast.attention.reference import bank_index, prefix_rows, stored_rows
 
 
 def keeps_rest(call: PrefixAttentionCall) -> bool:
