@@ -147,11 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     from qtuning_fast.bench.rows.command import Command  # as a plugin of pytest this module needs none of it
 
     line = Command(__spec__.name, __doc__, dry_run="one of forty shards, to see that it runs", deadline=True)
-    line.add_argument("--shards", type=int, default=SHARDS, help="processes side by side")
     line.add_argument("--part", choices=("all", "telling"), default="all", help="telling: few of those in float32")
     options = line.parse(arguments)
     results = line.results(options)
-    count = REHEARSED_SHARDS if options.dry_run else options.shards
+    count = REHEARSED_SHARDS if options.dry_run else SHARDS
     shards = [[*SIDE_BY_SIDE, "--shard", f"{number}/{count}"] for number in range(count)]
     parts = {"side by side": shards[:1] if options.dry_run else shards}
     if options.part == "all":

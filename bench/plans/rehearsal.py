@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from qtuning_fast.bench.measure import QUICK
 from qtuning_fast.bench.plans import (
@@ -35,7 +36,7 @@ from qtuning_fast.bench.shapes import SHAPES
 
 # What a process waits for: a share of the cores, the cores that all others leave, or the GPU.
 HOST, NICE, GPU = "host", "nice", "gpu"
-Work = Generator[tuple[str, float], None, int | None]  # yields what it waits for and the seconds; returns a status
+Work = Generator[tuple[str, float], None, Any]  # yields what it waits for and the seconds; returns a status
 TICK = 0.1  # seconds
 COMPILED_IN = durations.KERNEL + durations.LAUNCHER
 
@@ -199,10 +200,8 @@ def _tests(world: World, step: Step, deadline: float) -> Work:
             yield HOST, kernels * ((durations.IEEE_KERNEL if ieee else durations.KERNEL) + durations.LAUNCHER)
             yield GPU, 1.0
             world.row(f"tests: {name}")
-        return None
 
     yield from _side_by_side(world, [shard(number) for number in range(gpu_tests.SHARDS)], deadline)
-    return None
 
 
 def _precompile(world: World, step: Step, deadline: float) -> Work:
@@ -215,10 +214,8 @@ def _precompile(world: World, step: Step, deadline: float) -> Work:
             there = job.name in world.compiled or (job.needs_no_gpu and world.machine.carried)
             yield NICE if job.needs_no_gpu else HOST, 0.2 if there else job.seconds
             world.compiled.add(job.name)
-        return None
 
     yield from _side_by_side(world, [worker() for _ in range(world.machine.cores)], deadline)
-    return None
 
 
 def _side_by_side(world: World, works: list[Work], deadline: float) -> Iterator[tuple[str, float]]:
@@ -234,7 +231,6 @@ def _side_by_side(world: World, works: list[Work], deadline: float) -> Iterator[
 def _memcheck(world: World, step: Step, deadline: float) -> Work:
     yield HOST, durations.IMPORTS
     yield from _sanitizers(world, "memcheck")
-    return None
 
 
 def _sanitizers(world: World, step: str) -> Iterator[tuple[str, float]]:
@@ -251,7 +247,6 @@ def _ceilings(world: World, step: Step, deadline: float) -> Work:
     yield from world.starts()
     yield GPU, 2.0
     world.row("ceilings")
-    return None
 
 
 def _counters(world: World, step: Step, deadline: float) -> Work:
@@ -259,7 +254,6 @@ def _counters(world: World, step: Step, deadline: float) -> Work:
         yield HOST, 3 * durations.IMPORTS  # under Nsight Compute; assumed
         yield GPU, 5.0
         world.row(f"counters: {name}")
-    return None
 
 
 def _attention(world: World, step: Step, deadline: float) -> Work:
@@ -329,7 +323,6 @@ def _units(
         yield HOST, compiling(unit)
         yield GPU, unit.seconds
         world.row(f"{name}: {unit.name}")
-    return None
 
 
 STEPS: dict[str, Callable[[World, Step, float], Work]] = {

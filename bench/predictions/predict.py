@@ -45,6 +45,7 @@ from qtuning_fast.kernels.target import INTERPRETED
 HEADLINES = (BERT_BASE, VIT_B16, BERT_BASE_512, LLAMA_8B, MINILM)
 FOLDER = ROOT / "bench/results/predicted"
 TARGET = "sm_90"
+SHOWN = 5  # candidates of each ranking
 AFTER = {"keys": "prefix", "whole": "prefix"}  # how much this launch has to add up is up to the blocks of that one
 
 
@@ -173,9 +174,9 @@ def _candidate(job: tuple[Blocks, str]) -> dict[str, Any]:
     }
 
 
-def print_ranks(rows: Sequence[Mapping[str, Any]], shown: int) -> None:
+def print_ranks(rows: Sequence[Mapping[str, Any]]) -> None:
     for place, row in enumerate(rows):
-        if place < shown or row["incumbent"]:
+        if place < SHOWN or row["incumbent"]:
             name = f"{row['queries']}x{row['keys']}x{row['prefix']} w{row['warps']} s{row['stages']}"
             times = " ".join(f"{shape} {time:.1f}" for shape, time in row["shapes"].items())
             mark = "<- ships" if row["incumbent"] else ""
@@ -203,9 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", action="store_true")
     parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=[32, 64, 128])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=["forward", "queries", "keys"])
-    parser.add_argument("--shown", type=int, default=5, metavar="N", help="of each ranking")
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
@@ -214,14 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
         triton.runtime.driver.set_active(AbsentDriver(TARGET))
         print_published()
         return 0
-    with ProcessPoolExecutor(options.processes) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         for device in (DEVICES[name] for name in options.device):
             rows: list[dict[str, Any]] = []
             if options.rank:
                 for head_size in options.head_size:
                     for direction in options.direction:
                         ranked = rank(head_size, direction, device, pool)
-                        print_ranks(ranked, options.shown)
+                        print_ranks(ranked)
                         rows += ranked
             else:
                 chosen = [names[name] for name in options.shape]
