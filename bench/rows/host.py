@@ -33,6 +33,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.attention import composed, dispatch
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.attention.composed.vendors import Vendor
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.peers import PEERS
@@ -146,10 +147,9 @@ def stages(x: shapes.Inputs) -> dict[str, Call]:
     """Parts of a fused step: STAGES, and both passes as they are if no earlier pass can be run again."""
     inputs = x.detached()
     call = inputs.call(SHAPE)
-    needs = [True] * len(backward.INPUTS)
     passes = {
         "forward pass": partial(forward.forward, call),
-        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, needs),
+        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, INPUTS),
     }
 
     def checks() -> None:
