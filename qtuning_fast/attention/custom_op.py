@@ -145,6 +145,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _has_tangents(arguments: Iterable[Any]) -> bool:
     """Whether forward-mode automatic differentiation goes through some argument."""
+    # Private, as all that PyTorch has to ask cheaply whether a mode is on; so are those below.
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in arguments if isinstance(x, Tensor))

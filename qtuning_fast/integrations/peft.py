@@ -117,7 +117,7 @@ def adapter_to_peft(adapter: TaskAdapter, base_model: PreTrainedModel, folder: s
         "task_type": task_type,
         "num_virtual_tokens": P,
         "inference_mode": True,
-        "base_model_name_or_path": base_model.config._name_or_path,
+        "base_model_name_or_path": base_model.config._name_or_path,  # which peft itself reads
     }
     if adapter.embeddings is not None:
         rows = adapter.embeddings

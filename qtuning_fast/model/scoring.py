@@ -79,6 +79,7 @@ class _Begun:
             inputs = _left_padded(inputs)
             if self.counts_positions:
                 more["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            # `generate` asks the same: there is no public way to know whether a model takes logits_to_keep.
             if model.base_model.can_generate() and model.base_model._supports_logits_to_keep():  # type: ignore[operator]
                 more["logits_to_keep"] = 1
         output = model(**inputs | more, use_cache=True, task_names=task_names)

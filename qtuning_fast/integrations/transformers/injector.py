@@ -152,6 +152,7 @@ class PrefixInjector:
         """Attention by `prefix_attention` from here on."""
         if not self._configs:
             self._configs = configs_of(self._base_model)
+            # The private name: the public setter does more, and warns, each time that a task is set.
             for config in self._configs:
                 _, before, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
                 _SWITCHED[id(config)] = config, before, users + 1
@@ -227,7 +228,7 @@ class PrefixInjector:
         leave_prefixes(self._base_model)
         self._base_model.__dict__.pop(_ATTACHED, None)
         for module, name, required in self._required_grad:
-            parameter = module._parameters.get(name)
+            parameter = module._parameters.get(name)  # getattr would also find what is no parameter any more
             if parameter is not None:
                 parameter.requires_grad_(required)
         for module, training in self._was_training:
