@@ -86,11 +86,12 @@ soak: $(STAMP)
 
 OUT ?= runs/bench
 
-# What needs a GPU runs from a bare checkout, by the Python that has torch and triton. A rehearsal without a GPU:
-# make bench-gpu DRY=1; some steps: ONLY="tests tuning"
+# These targets need a GPU and run from a bare checkout, with any Python that has torch and triton. DRY=1 rehearses
+# them without a GPU; ONLY="tests tuning" runs some steps.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 BARE = PYTHONPATH=.:$$PYTHONPATH PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
-PLAN = $(BARE) qtuning_fast.bench.plans.run $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
+PLAN = $(BARE) qtuning_fast.bench.plans.run
+PLAN_OPTIONS = $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
 test-gpu:
 	$(BARE) qtuning_fast.bench.plans.gpu_tests --out $(OUT)/tests.json
@@ -103,34 +104,34 @@ choose:
 	$(BARE) qtuning_fast.bench.plans.rank_backends --out $(OUT)/choose.json
 	cp qtuning_fast/attention/backend_order.json $(OUT)/
 
-# Tests, the operator beside its peers, tuning: nine minutes, all of it in one file.
+# Tests, the operator beside its peers and tuning; nine minutes, all results in one file.
 bench-gpu:
-	$(PLAN) gpu --out $(OUT)/gpu.json
+	$(PLAN) gpu $(PLAN_OPTIONS) --out $(OUT)/gpu.json
 
-# What that left out, long contexts, the choice of backends, growth: three minutes.
+# What that left out, long contexts, the order of the backends, growth; three minutes.
 bench-gpu-second:
-	$(PLAN) gpu-second --out $(OUT)/gpu-second.json
+	$(PLAN) gpu-second $(PLAN_OPTIONS) --out $(OUT)/gpu-second.json
 
-# Ingredients, whole models, 200 tasks in a row: nine minutes.
+# Ingredients, whole models, 200 tasks in a row; nine minutes.
 bench-gpu-models:
-	$(PLAN) gpu-models --out $(OUT)/gpu-models.json
+	$(PLAN) gpu-models $(PLAN_OPTIONS) --out $(OUT)/gpu-models.json
 
-# Triton's cache for the plans, made without a GPU by the Python and the Triton of the machine that will have one.
+# Triton's cache for the plans, made without a GPU; GPU_PYTHON must have the Python and Triton of the GPU machine.
 triton-cache:
 	$(BARE) qtuning_fast.bench.plans.triton_cache
 
-# Every question on a CPU, 45 minutes on two idle cores.
+# Every benchmark on a CPU; 45 minutes on two idle cores.
 bench-cpu: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.plans.run $(if $(DRY),--dry-run) cpu --out $(OUT)/cpu.json
 	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.plans.run --unpack $(OUT)/cpu.json)
 
-# The rows that need peft's prefix tuning as a peer, beside ours, on the newest transformers that it runs on.
+# The rows that need peft's prefix tuning as a peer, on the newest transformers that it runs on.
 bench-peft: $(PEFT)/.ready
 	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.rows.models --row qtuning_fast qtuning_fast-decoder peft --out $(OUT)/peft.json
 
-# The short version, a minute and a half on two cores. COMPARE=1 sets it beside the last one.
+# A short benchmark; a minute and a half on two cores. COMPARE=1 compares it with the last one.
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench/short.py -q --benchmark-autosave --benchmark-sort=name \
+	$(BIN)/python -m pytest bench/rows/short.py -q --benchmark-autosave --benchmark-sort=name \
 		--benchmark-columns=median,iqr,min,rounds $(if $(COMPARE),--benchmark-compare)
 
 # docs/performance.md, its pictures and README's figures, from bench/results.

@@ -30,8 +30,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast; of bench/ a wheel has
-    # what `qtuning-fast bench` needs. In a checkout qtuning_fast/kernels and qtuning_fast/bench point there.
+    # kernels/ and bench/ stand at the top of the repository and are subpackages of qtuning_fast. A wheel has the files
+    # directly in bench/, which `qtuning-fast bench` needs, and not its folders. In a checkout qtuning_fast/kernels and
+    # qtuning_fast/bench point there.
     packages=[
         *find_packages(
             include=["qtuning_fast", "qtuning_fast.*"], exclude=["qtuning_fast.kernels", "qtuning_fast.bench"]

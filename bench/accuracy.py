@@ -1,7 +1,7 @@
-"""Whether a peer computes what it is timed for: its output and its gradients beside float64, by definition.
+"""Checks a peer before it is timed: its output and its gradients beside the reference in float64.
 
-Errors are ‖x − reference‖ / ‖reference‖, of the output and of each gradient by name, at the worst of all heads and
-samples; NaN counts as infinite.
+An error is ‖x − reference‖ / ‖reference‖ of the output or of a gradient, the largest over heads and samples. NaN counts
+as infinite.
 """
 
 import math
@@ -14,18 +14,18 @@ from qtuning_fast.bench.peers import Peer, Prepared, own
 from qtuning_fast.bench.shapes import Inputs, Shape
 
 LARGEST_REFERENCE = 1 << 28  # scores in float64: 2 GiB, of which the reference holds several
-# What no rounding explains; whoever is further off is not timed.
+# The largest errors that rounding explains; a peer with a larger one is not timed.
 WRONG = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 Errors = dict[str, float]
 
 
 class Reference:
-    """Output and gradients in float64.
+    """Output and gradients in float64, for part of the batch.
 
-    On part of the batch, and of one sample that is too long on its last queries, which causality lets see all: the
-    gradient that comes in is zero for all others, so that the prefix's gradients, sums over the batch, are those of
-    that part, while the peers run the shape as it is.
+    If one sample is too long already, only its last queries count, which see all keys even with causality. The incoming
+    gradient is zero elsewhere. So the prefix's gradients, which are sums over the batch, are those of that part, while
+    the peers run the whole shape.
     """
 
     def __init__(self, shape: Shape, x: Inputs) -> None:
@@ -40,7 +40,7 @@ class Reference:
         self._known: dict[tuple[bool, bool, bool], tuple[Tensor, dict[str, Tensor]]] = {}
 
     def of(self, peer: Peer) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output and the gradients by name, of the chosen samples, of the work that a peer does."""
+        """The output of the chosen samples and the gradients by name, for the work that a peer does."""
         kind = peer.gated, peer.reweighted, peer.has_prefix
         if kind not in self._known:
             self._known[kind] = self._compute(*kind)
@@ -58,7 +58,7 @@ class Reference:
         return output.detach(), dict(zip(trained, gradients))
 
     def error(self, name: str, x: Tensor, reference: Tensor) -> float:
-        """Of all that was returned: what belongs to samples and queries that were not chosen must be 0."""
+        """The error of an output or gradient; entries of samples and queries that were not chosen must be 0."""
         x = x.detach().double()
         if name in ("query", "key", "value"):
             whole = torch.zeros_like(x)
@@ -78,7 +78,7 @@ def prepare(peer: Peer, shape: Shape, x: Inputs, *, training: bool) -> Prepared:
 
 
 def check(peer: Peer, reference: Reference, errors: Errors, *, training: bool) -> None:
-    """Writes a peer's errors one after the other; raises what the peer raises."""
+    """Writes a peer's errors into `errors`; raises what the peer raises."""
     expected, gradients = reference.of(peer)
     x = reference.inputs
     prepared = prepare(peer, reference.shape, x, training=training)
@@ -92,6 +92,6 @@ def check(peer: Peer, reference: Reference, errors: Errors, *, training: bool) -
 
 
 def verdict(errors: Errors, dtype: torch.dtype) -> str:
-    """What is wrong; empty: nothing."""
+    """Which error is too large; empty: none."""
     worst = max(errors, key=lambda name: errors[name], default="output")
     return f"wrong: {worst} is off by {errors[worst]:.2g}" if errors and errors[worst] > WRONG[dtype] else ""

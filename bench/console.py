@@ -1,4 +1,4 @@
-"""What `qtuning-fast bench` found, for a terminal of 80 columns."""
+"""Prints the figures of `qtuning-fast bench` on a terminal of 80 columns."""
 
 import math
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from rich.text import Text
 
+from qtuning_fast.bench.figures import best, median, ratio
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.tables import best, median, ratio
 
 LOWER_BOUNDS = {  # the first that was measured
     "sdpa-no-concat": "PyTorch's attention without a gate, the prefix in its cache",
@@ -22,7 +22,7 @@ LEGEND = "±: interquartile range; MB: beyond the inputs; error: largest, beside
 
 
 class Bars:
-    """A listener that shows a bar for each stage, as long as it is entered."""
+    """A listener that shows a progress bar for each stage while its context is open."""
 
     def __init__(self, console: Console) -> None:
         columns = TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
@@ -45,7 +45,7 @@ class Bars:
 
 
 def times_table(entry: Mapping[str, Any]) -> Table:
-    """A row a peer; milliseconds, the ratio to what `auto` takes, megabytes, and the largest relative error."""
+    """One row a peer: milliseconds, the ratio to what `auto` takes, megabytes and the largest relative error."""
     rows, passes = entry["rows"], _passes(entry)
     whole, ours = passes[-1], rows[entry["auto"]["backend"]]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="\nMilliseconds a call of one layer", title_justify="left")
@@ -79,7 +79,7 @@ def peers_table(entry: Mapping[str, Any]) -> Table:
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
-    """How what `auto` takes stands to plain PyTorch and to attention without a gate, in a sentence."""
+    """A sentence that compares what `auto` takes with plain PyTorch and with attention without a gate."""
     rows, whole = entry["rows"], _passes(entry)[-1]
     name = entry["auto"]["backend"]
     ours = rows[name]
@@ -105,13 +105,13 @@ def _passes(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_faster(row: Mapping[str, Any], other: Mapping[str, Any], which: str) -> bool:
-    """By more than noise."""
+    """Whether a row is faster than another by more than noise."""
     a, b = best(row, which), best(other, which)
     return bool(a and b and b["median"] - a["median"] > a["spread"] + b["spread"])
 
 
 def _figure(x: float | None, digits: int = 3) -> str:
-    """So many digits that count, and never an exponent."""
+    """A number with so many significant digits and without an exponent."""
     if x is None:
         return "–"
     before = math.floor(math.log10(abs(x))) if x else 0

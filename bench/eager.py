@@ -1,17 +1,18 @@
-"""Prefix attention in plain PyTorch, as the authors of NoRGa and Q-tuning would write it; and the pieces it is made of,
-of which other peers are made too.
+"""Prefix attention in plain PyTorch, as the authors of NoRGa and Q-tuning would write it.
+
+Other peers are made of the same pieces.
 """
 
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Reweighting = tuple[Tensor, Tensor] | None  # U [P, R], V [R, Hkv, D]; with a bank both with a leading T
 
 
 def attend(call: PrefixAttentionCall) -> Tensor:
-    """Products in query's dtype, as models' own eager attention has them; gate and softmax in float32."""
+    """Computes the operator: products in query's dtype, as in models' eager attention; gate and softmax in float32."""
     G, P = call.query.shape[1] // call.key.shape[1], call.prefix_key.shape[-2]
     key, value = (x.repeat_interleave(G, dim=1) if G > 1 else x for x in concatenated(call))
     s = (call.query @ key.mT).float() * call.scale
@@ -23,7 +24,7 @@ def attend(call: PrefixAttentionCall) -> Tensor:
 
 
 def concatenated(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, Hkv, P + M, D], the reweighted prefix in front of every sample's context."""
+    """Keys and values [B, Hkv, P + M, D], with the reweighted prefix in front of the context of every sample."""
     return (
         in_front(prefix_rows(call, call.prefix_key, call.reweight_key), call.key),
         in_front(prefix_rows(call, call.prefix_value, call.reweight_value), call.value),
@@ -31,7 +32,7 @@ def concatenated(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweighting: Reweighting) -> Tensor:
-    """The reweighted rows [Hkv, P, D], of a bank [B, Hkv, P, D], in their own precision and rounded once."""
+    """The reweighted rows [Hkv, P, D], for a bank [B, Hkv, P, D], in their own precision and rounded once."""
     if reweighting is not None:
         U, V = reweighting
         W = (U.mT[..., :, None, :, None] * V[..., :, :, None, :]).sum(-4)
@@ -53,7 +54,7 @@ def per_head(call: PrefixAttentionCall, parameter: float | Tensor) -> float | Te
 
 
 def _masked(s: Tensor, call: PrefixAttentionCall) -> Tensor:
-    """Scores of the context [B, Hq, N, M]."""
+    """The scores of the context [B, Hq, N, M], with hidden ones at -inf."""
     N, M = s.shape[-2:]
     if call.attn_mask is not None:
         s = s + call.attn_mask

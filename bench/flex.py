@@ -1,10 +1,10 @@
 """Prefix attention by FlexAttention, with the gate as its `score_mod`, and stronger variants of it.
 
-Its gradient to what `score_mod` captures, alpha and tau, is one atomic addition for each score: a step that trains them
-measures those additions. `peers.py` has it with them frozen as well.
+The gradients of alpha and tau, which `score_mod` captures, take one atomic addition for each score: a step that trains
+them measures those additions. `peers.py` therefore has a variant with both frozen.
 
-All that a variant needs (reweighting, expanding and concatenating the prefix, merging) is compiled with it, so that
-this is fused as well. Block masks are built once and not timed. On a CPU FlexAttention computes forward only.
+Reweighting, expanding and concatenating the prefix and merging are compiled together with the attention, so that the
+compiler can fuse them. Block masks are built once and not timed. On a CPU, FlexAttention computes forward only.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.bench.eager import concatenated, in_front, per_head, prefix_rows
-from qtuning_fast.bench.tanh_approx import lower_to_ptx, tanh_approx
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Kernel = Callable[..., Tensor]  # of a call and its block mask
 
 
 def attend(kernel: Kernel, call: PrefixAttentionCall) -> Tensor:
-    """Compiled, with a block mask for prefix and context."""
+    """Calls a compiled kernel with a block mask for prefix and context."""
     return compiled(kernel)(call, block_mask(call, call.prefix_key.shape[-2]))
 
 
 def attend_merged(call: PrefixAttentionCall) -> Tensor:
-    """FlexAttention over the context alone; the prefix by products, merged at the log-sum-exp."""
+    """FlexAttention over the context alone and products over the prefix, merged at the log-sum-exp."""
     return compiled(_merged)(call, block_mask(call, 0))
 
 
@@ -63,9 +62,9 @@ def gated(tanh: Callable[[Tensor], Tensor], options: dict[str, Any], call: Prefi
 
 
 def _gate(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
-    """alpha and tau by head: to a scalar FlexAttention passes no gradient."""
+    """alpha and tau by head, because FlexAttention passes no gradient to a scalar."""
     if call.gate is None:
-        return call.query, call.query  # not looked at
+        return call.query, call.query  # not used
     assert isinstance(call.alpha, Tensor) and isinstance(call.tau, Tensor)
     heads = call.query.shape[1]
     alpha, tau = (x if x.ndim else x.repeat(heads) for x in (call.alpha, call.tau))
@@ -81,7 +80,7 @@ def approximate(call: PrefixAttentionCall, mask: Any) -> Tensor:
 
 
 def attend_approximate(call: PrefixAttentionCall) -> Tensor:
-    """With the GPU's own tanh, as our kernels in bfloat16."""
+    """FlexAttention with the GPU's own tanh, which our kernels use in bfloat16."""
     if call.query.is_cuda:
         lower_to_ptx()  # here, for a compiler cannot compile a change of itself
     return attend(approximate, call)
@@ -92,14 +91,14 @@ def by_flash(call: PrefixAttentionCall, mask: Any) -> Tensor:
 
 
 def attend_by_flash(call: PrefixAttentionCall) -> Tensor:
-    """By its FlashAttention backend."""
-    if find_spec("flash_attn") is None:  # said at once: compiling takes long, and fails in the end
+    """FlexAttention with its FlashAttention backend."""
+    if find_spec("flash_attn") is None:  # compiling would take long and fail in the end
         raise ImportError("FlexAttention's FlashAttention backend needs the package flash_attn.cute")
     return attend(by_flash, call)
 
 
 def merged(context: Callable[..., tuple[Tensor, Tensor]], call: PrefixAttentionCall, mask: Any) -> Tensor:
-    """Context by `context`, which also gives a log-sum-exp [B, Hq, N]; the prefix by products; both merged."""
+    """Merges the context, computed by `context` with a log-sum-exp [B, Hq, N], and the prefix, computed by products."""
     dtype, Hkv = call.query.dtype, call.key.shape[1]
     o_ctx, L_ctx = context(call, mask)
     key = prefix_rows(call, call.prefix_key, call.reweight_key)
@@ -140,7 +139,7 @@ def _merged(call: PrefixAttentionCall, mask: Any) -> Tensor:
 
 @cache
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For the shapes at hand; what would need another graph is an error, not a slow answer."""
+    """Compiles a function for fixed shapes; a graph break is an error."""
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -148,7 +147,7 @@ _padded_masks = WeakTensorKeyDictionary()
 
 
 def block_mask(call: PrefixAttentionCall, P: int) -> Any:
-    """Which blocks of context are seen, with P rows in front that all queries see; None: all are."""
+    """The block mask for P rows that all queries see, in front of the context; None: everything is visible."""
     (B, _, N, _), M = call.query.shape, call.key.shape[2]
     if call.padding_mask is None:
         return _causal_mask(N, M, P, str(call.query.device)) if call.is_causal else None
@@ -166,6 +165,54 @@ def _causal_mask(N: int, M: int, P: int, device: str) -> Any:
         return (kv < P) | (q + M - N >= kv - P)
 
     return create_block_mask(visible, None, None, N, P + M, device=device)
+
+
+# tanh as one instruction of NVIDIA GPUs, which our kernels use too (`kernels/gate.py`). Uncompiled it is plain tanh.
+
+
+@torch.library.custom_op("qtuning_fast_bench::tanh_approx", mutates_args=())
+def _tanh_approx(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@_tanh_approx.register_fake
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx: Any, d_output: Tensor) -> Tensor:
+    (sigma,) = ctx.saved_tensors
+    return d_output * (1 - sigma * sigma)
+
+
+_tanh_approx.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_tanh_approx.register_vmap
+def _vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+    return tanh_approx(x), in_dims[0]
+
+
+def tanh_approx(x: Tensor) -> Tensor:
+    """tanh(x); compiled for a GPU after `lower_to_ptx`, its relative error in float32 is below 2⁻¹¹."""
+    return torch.ops.qtuning_fast_bench.tanh_approx(x)
+
+
+@cache
+def lower_to_ptx() -> None:
+    """Makes PyTorch's compiler replace the operator by the instruction, through a private interface."""
+    from torch._inductor.lowering import make_pointwise, register_lowering
+    from torch._inductor.virtualized import ops
+
+    tanh = partial(ops.inline_asm_elementwise, asm="tanh.approx.f32 $0, $1;", constraints="=f,f")
+
+    @register_lowering(torch.ops.qtuning_fast_bench.tanh_approx, type_promotion_kind=None)
+    def lower(x: Any) -> Any:
+        return make_pointwise(tanh)(x)
 
 
 ATTENDS: dict[str, Callable[[PrefixAttentionCall], Tensor]] = {

@@ -1,7 +1,7 @@
-"""What `qtuning-fast bench` measures: prefix attention as one's own model calls it, on one's own machine.
+"""What `qtuning-fast bench` measures: prefix attention as the user's model calls it, on the user's machine.
 
-A model's configuration gives heads and their size, the command line the rest; or a shape of the registry gives all of
-it. What makes no sense, and what would not fit into memory, is refused before anything is computed.
+A model's configuration gives the heads and their size, and the command line the rest; or a named shape gives all of it.
+Sizes that do not go together or do not fit into memory are refused before anything is computed.
 """
 
 import math
@@ -22,7 +22,7 @@ from qtuning_fast.bench.measure import TURNS, default_device, default_dtype, mea
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.results import Results, device_facts, device_line
 from qtuning_fast.bench.shapes import SHAPES, Shape, inputs
-from qtuning_fast.bench.timing import MOST_SETS, Listener, Turns, nobody
+from qtuning_fast.bench.timing import MOST_SETS, Listener, Turns, silent
 from qtuning_fast.lifelong.base_models import MINILM, location
 from qtuning_fast.method.config import QTuningConfig
 
@@ -32,16 +32,16 @@ PEERS_BY_DEVICE = {
     "cpu": ("composed", "eager", "sdpa"),
     "cuda": ("fused", "composed", "eager", "flex-frozen-gate", "sdpa"),
 }
-IN_THE_CACHE = "sdpa-no-concat"  # when decoding, the prefix of PyTorch's attention lies in the cache already
+IN_THE_CACHE = "sdpa-no-concat"  # in decoding, the cache of PyTorch's attention holds the prefix already
 FULL_QUEUE = QTuningConfig().shared_length + QTuningConfig().queue_size * QTuningConfig().prompt_length
 CACHED_TOKENS = 1024
 HOLD_ALL_SCORES = {"eager", "eager-compiled", "reference"}
-SCORES_HELD = 5  # tensors of the size of the scores at once, at the most
+SCORES_HELD = 5  # the most tensors of the size of the scores at once
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says of the shape, by the names of its options; None is not said."""
+    """The shape as the command line gives it, by the names of the options; None: not given."""
 
     model: str | None = None
     shape: str | None = None
@@ -77,7 +77,7 @@ class Wanted:
             )
 
     def as_shape(self) -> Shape:
-        """All that is not said is as in the model, or in the registry.
+        """The shape. Sizes that are not given come from the model or from the named shape.
 
         Raises:
             ValueError: there is no such model or shape, or the sizes do not go together.
@@ -114,7 +114,7 @@ def _check_sizes(shape: Shape) -> None:
 
 
 def _attention_of(model: str) -> dict[str, Any]:
-    """Heads, their size, and which masks the layers of a transformers model have, from its configuration alone."""
+    """Heads, their size and masks of a transformers model's layers, from its configuration alone."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as auto
 
@@ -143,7 +143,7 @@ def _attention_of(model: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Question:
-    """What is measured: one shape in one dtype, by peers beside each other."""
+    """What is measured: one shape in one dtype, with peers beside each other."""
 
     shape: Shape
     dtype: torch.dtype
@@ -152,7 +152,7 @@ class Question:
 
     @classmethod
     def of(cls, wanted: Wanted, dtype: str = "auto", peers: Sequence[str] = ()) -> "Question":
-        """Checked, and small enough for this machine. Nobody named: the peers that make sense on the device.
+        """A question that is valid and fits this machine. Without `peers`, those that make sense on the device.
 
         Raises:
             ValueError: what is wrong, by the name of the option.
@@ -169,29 +169,29 @@ class Question:
 
     @cached_property
     def choice(self) -> BackendChoice:
-        """What `auto` takes, and why: `explain_backend`."""
+        """The backend that `auto` takes, with the reason."""
         x = inputs(self.shape, dtype=self.dtype, device=self.device)
         return dispatch.explain((x.tracked() if self.shape.trained else x).call(self.shape), "auto")
 
     @property
     def peers(self) -> list[str]:
-        """What `auto` takes comes first, asked for or not."""
+        """The peers to measure. The backend that `auto` takes comes first, even if it was not asked for."""
         return list(dict.fromkeys([self.choice.backend, *self.asked]))
 
     def heading(self) -> str:
-        """Whose attention, and on what."""
+        """The shape and the device."""
         dtype, whole = str(self.dtype).removeprefix("torch."), "training" if self.shape.trained else "forward only"
         return (
             f"{self.shape.name}: {self.shape}, {dtype}, {whole}\n"
             f"{device_line(device_facts(self.device))}, torch {torch.__version__}{_others_at_work()}"
         )
 
-    def measure(self, turns: Turns = TURNS, listener: Listener = nobody) -> dict[str, Any]:
-        """As `measure.measure` has it."""
-        return measure(self.shape, self.peers, self.device, None, dtype=self.dtype, turns=turns, listener=listener)
+    def measure(self, turns: Turns = TURNS, listener: Listener = silent) -> dict[str, Any]:
+        """The entry of `measure.measure`."""
+        return measure(self.shape, self.peers, self.device, dtype=self.dtype, turns=turns, listener=listener)
 
     def _check_memory(self) -> None:
-        """Whoever takes more than there is would be killed, on a CPU, and much else with it."""
+        """Refuses what exceeds free memory: on a CPU the system would kill this process and perhaps others."""
         free, shape = _free_bytes(self.device), self.shape
         context, queries = 2 * shape.B * shape.Hkv * shape.M * shape.D, 2 * shape.B * shape.Hq * shape.N * shape.D
         bias = shape.Hq * shape.N * shape.M if shape.bias else 0
@@ -212,7 +212,7 @@ class Question:
 
 
 def results_file(out: Path, question: Question, arguments: Sequence[str]) -> Results:
-    """The JSON file of a question, begun; arguments are those of the command line.
+    """Begins the JSON file of a question; `arguments` are those of the command line.
 
     Raises:
         ValueError: it cannot be written.
@@ -220,13 +220,13 @@ def results_file(out: Path, question: Question, arguments: Sequence[str]) -> Res
     if out.exists() and not out.is_file():
         raise ValueError(f"--out is {str(out)!r}; it must be a file")
     try:
-        return Results(QUESTION, out, question.device, command=shlex.join(["qtuning-fast", *arguments]))
+        return Results(QUESTION, out, question.device, shlex.join(["qtuning-fast", *arguments]))
     except (OSError, ValueError) as error:
         raise ValueError(f"--out is {str(out)!r}, which cannot be written: {_line(error)}") from None
 
 
 def _others_at_work() -> str:
-    """A line for who shares the machine: with no core to spare, threads wait for each other."""
+    """A warning if other programs keep the cores busy; empty: they do not."""
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load + torch.get_num_threads() < cores + 0.5:
         return ""
@@ -234,7 +234,7 @@ def _others_at_work() -> str:
 
 
 def _free_bytes(device: str) -> float:
-    """Infinite where there is no way to know."""
+    """Free memory in bytes; infinite if it is not known."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")

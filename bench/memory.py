@@ -1,7 +1,7 @@
-"""How much memory a piece of work takes at the most beyond what is held before it.
+"""The most memory that a piece of work takes beyond what was held before it.
 
-On a GPU it is what PyTorch's allocator has handed out. On a CPU it is by how much the process grew, which counts
-whatever is taken, by whomever; so there it is measured in a process of its own, and on Linux only.
+On a GPU it is what PyTorch's allocator has handed out. On a CPU it is the growth of the process, which includes every
+allocation; so it is measured in a process of its own, and on Linux only.
 """
 
 import gc
@@ -17,25 +17,25 @@ from qtuning_fast.bench.accuracy import prepare
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.shapes import Shape
 
-# What a score takes at the most in a training step of who computes them all: float32 several times over, and 16 bits.
+# The most bytes of a score in a training step of a peer that computes all scores: float32 several times, and 16 bits.
 BYTES_A_SCORE = {"eager": 24, "eager-compiled": 14, "reference": 32}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> int | None:
-    """Bytes of a peer's step, or forward pass; None where there is no way to know. On a CPU in a fresh process."""
+    """Bytes of a peer's step, or forward pass; None: not known. On a CPU, call it in a fresh process."""
     with torch.set_grad_enabled(shape.trained):
         work = _prepared(shape, peer, device, dtype)
         first = work
         if device == "cpu":
             small = replace(shape, B=min(shape.B, shape.tasks), Hq=shape.Hq // shape.Hkv, Hkv=1, N=16, context=16, P=11)
             first = _prepared(small, peer, device, dtype)  # a process that has grown stays so
-        first()  # what is loaded and set up once is not the shape's
+        first()  # what is loaded and set up once does not count
         return peak_of(work, torch.device(device))
 
 
 def too_large(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> str:
-    """Why a peer is not even tried: its scores alone would not fit into the GPU's memory. Empty: it may."""
+    """Why a peer is not tried: its scores alone would not fit into the GPU's memory. Empty: they fit."""
     if torch.device(device).type != "cuda" or peer not in BYTES_A_SCORE:
         return ""
     needed = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * BYTES_A_SCORE[peer] * dtype.itemsize // 2
@@ -44,7 +44,7 @@ def too_large(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> str:
 
 
 def peak_of(work: Callable[[], object], gpu: torch.device) -> int | None:
-    """Bytes that a piece of work takes; None where there is no way to know."""
+    """Bytes that a piece of work takes; None: not known."""
     if gpu.type != "cuda" and not CLEAR.exists():
         return None
     gc.collect()
@@ -54,7 +54,7 @@ def peak_of(work: Callable[[], object], gpu: torch.device) -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """What the process holds of the host's memory now; None where there is no way to know."""
+    """Bytes of the host's memory that the process holds now; None: not known."""
     return _status("VmRSS") if STATUS.exists() else None
 
 
@@ -65,7 +65,7 @@ def _prepared(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> Calla
 
 
 def _held(gpu: torch.device) -> int:
-    """What is held now; from here on the peak counts."""
+    """Bytes that are held now; resets the peak."""
     if gpu.type == "cuda":
         torch.cuda.synchronize(gpu)
         torch.cuda.reset_peak_memory_stats(gpu)

@@ -1,7 +1,7 @@
-"""Ways to compute prefix attention, and what is left of it without the gate: who is measured beside whom.
+"""The peers: ways to compute prefix attention, or attention without the gate.
 
-A peer is a function of a call. What it does beside attention (reweighting the prefix, expanding it over the batch,
-putting it in front of the context) is inside what is timed, unless its name says otherwise.
+A peer is a function of a call. Reweighting the prefix, expanding it over the batch and putting it in front of the
+context are inside the timing, unless the name of the peer says otherwise.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.bench import eager, flex, sdpa
-from qtuning_fast.bench.shapes import Inputs, Shape
+from qtuning_fast.bench.shapes import Inputs, PrefixAttentionCall, Shape
 
 Attend = Callable[[PrefixAttentionCall], Tensor]
 Gradients = dict[str, Tensor]
@@ -36,7 +35,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to do the work, or the part of it that it can do."""
+    """One way to do the work, or part of it."""
 
     about: str
     attend: Attend
@@ -55,7 +54,7 @@ class Peer:
 
     @property
     def trains(self) -> str:
-        """What gets a gradient in a step, for a table in which not all rows train the same."""
+        """What gets a gradient in a step, for tables whose rows do not all train the same."""
         if not self.has_prefix:
             return "query, key and value"
         parts = ["query, key, value"] if "query" not in self.frozen else []
@@ -69,7 +68,7 @@ CONTEXT, GATE = ("query", "key", "value"), ("gate_alpha", "gate_tau")
 
 @dataclass(frozen=True)
 class Concatenated(Peer):
-    """The prefix, as it is stored, already stands in front of the context: nothing but attention is timed."""
+    """A peer for which the stored prefix already stands in front of the context: only attention is timed."""
 
     attention: sdpa.Attention = sdpa.pytorch
 
@@ -96,24 +95,28 @@ class Concatenated(Peer):
         return torch.zeros_like(call.prefix_key, dtype=rows.dtype).index_add(0, call.prefix_index, rows)
 
 
+AS_THEY_ARE = (  # arguments of prefix_attention that a call holds by the same name
+    *("query", "key", "value", "prefix_key", "prefix_value", "prefix_index", "prefix_length", "n_shared"),
+    *("reweight_key", "reweight_value", "gate", "prefix_bias", "is_causal", "scale", "softcap"),
+)
+
+
 def own(backend: str, call: PrefixAttentionCall) -> Tensor:
-    """This library's, through the front door."""
-    arguments = dict(vars(call))
-    padding = arguments.pop("padding_mask")
-    if padding is not None:
-        arguments["attn_mask"] = padding
-    return prefix_attention(**arguments, backend=backend)
+    """This library's operator, called as users call it."""
+    arguments = {name: getattr(call, name) for name in AS_THEY_ARE}
+    mask = call.attn_mask if call.padding_mask is None else call.padding_mask
+    return prefix_attention(**arguments, gate_alpha=call.alpha, gate_tau=call.tau, attn_mask=mask, backend=backend)
 
 
 _NEITHER: dict[str, Any] = {"gated": False, "reweighted": False}
 
 
 def variants(backend: str, about: str) -> dict[str, Peer]:
-    """One of our backends, whole and without parts."""
+    """One of our backends, with everything and without some parts."""
     attend = partial(own, backend)
     return {
         backend: Peer(about, attend),
-        f"{backend}-again": Peer("the same once more: how far two measurements of one thing are apart", attend),
+        f"{backend}-again": Peer("the same a second time: how far two measurements of one thing differ", attend),
         f"{backend}-no-gate": Peer("without gate", attend, gated=False),
         f"{backend}-no-reweighting": Peer("without reweighting", attend, reweighted=False),
         f"{backend}-plain": Peer("without either", attend, **_NEITHER),
@@ -128,8 +131,8 @@ PEERS: dict[str, Peer] = {
     "reference": Peer("the definition, in plain PyTorch, float32 inside", partial(own, "reference")),
     "eager": Peer("as the papers' authors would write it", eager.attend),
     "eager-compiled": Peer("the same under torch.compile", lambda call: flex.compiled(eager.attend)(call)),
-    # A gradient to what a score_mod captures is one atomic addition a score, and by that alone "flex" would lose. The
-    # one to beat has its gate frozen, and stands beside our kernels with the gate frozen.
+    # The gradient of what a score_mod captures takes one atomic addition a score, which alone makes "flex" slow. The
+    # peer to beat has its gate frozen, and is compared with our kernels with the gate frozen.
     "flex-frozen-gate": Peer("FlexAttention, compiled, the gate as its score_mod", flex.ATTENDS["flex"], frozen=GATE),
     "flex-approx-frozen-gate": Peer("with the GPU's own tanh", flex.ATTENDS["flex-tanh-approx"], frozen=GATE),
     "flex": Peer("with alpha and tau trained, by one atomic addition a score", flex.ATTENDS["flex"]),

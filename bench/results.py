@@ -1,6 +1,6 @@
-"""What a benchmark found, in one JSON file: the figures, and all that it takes to believe and to repeat them.
+"""A file of results: the figures of a benchmark as JSON, with everything that is needed to trust and to repeat them.
 
-The file is written anew after each entry, so that a run that is cut off counts as far as it got.
+The file is rewritten after each entry, so that a run that is cut off keeps what it has measured.
 """
 
 import hashlib
@@ -8,9 +8,8 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +17,16 @@ from typing import Any
 
 import torch
 
-from qtuning_fast.bench.schedule import Schedule
+import qtuning_fast.attention
+import qtuning_fast.kernels
 from qtuning_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn")
-SOURCES = {"kernels": "kernels", "backends": "qtuning_fast/attention"}  # what computes the operator
+SOURCES = {  # what computes the operator, wherever it is installed
+    "kernels": Path(next(iter(qtuning_fast.kernels.__path__))),
+    "backends": Path(next(iter(qtuning_fast.attention.__path__))),
+}
 TABLES = {
     "blocks.json": "kernels/blocks.json",
     "backend_order.json": "qtuning_fast/attention/backend_order.json",
@@ -32,50 +35,39 @@ RUNS = Path("runs/bench")
 
 
 class Results:
-    """One question's figures on one device.
+    """The figures of one benchmark on one device.
 
     Args:
-        question: the name of the module that asks it.
+        question: what was measured: the name of the file without its suffix.
         out: the JSON file; its folder is made.
         device: "cpu" or "cuda".
-        arguments: those of the command line, to be repeated.
-        going_on: with what the file holds already, by a process that died or made way for this one.
-        settings: whatever else decides about the figures.
+        command: the command that measures it again.
+        going_on: keep the entries that the file already holds, from an earlier process.
+        settings: whatever else the figures depend on.
     """
 
     def __init__(
-        self,
-        question: str,
-        out: Path,
-        device: str,
-        arguments: Sequence[str] = (),
-        *,
-        going_on: bool = False,
-        **settings: Any,
+        self, question: str, out: Path, device: str, command: str = "", *, going_on: bool = False, **settings: Any
     ) -> None:
         self.out = out
-        self.document: dict[str, Any] = {"question": question, "command": _command(question, arguments)}
+        self.document: dict[str, Any] = {"question": question, "command": command}
         self.document |= provenance(device) | settings | {"entries": {}, "errors": {}, "units": {}}
         if going_on and out.exists():
             before = json.loads(out.read_text())
             self.document |= {name: before[name] for name in ("entries", "errors", "units")}
         self.write()
 
-    def schedule(self, deadline: float) -> Schedule:
-        """Of the units by which this file fills; their log is part of it."""
-        return Schedule(deadline, log=self.document["units"], write=self.write)
-
     def add(self, name: str, entry: dict[str, Any]) -> None:
         self.document["entries"][name] = entry
         self.write()
 
     def fail(self, name: str, reason: str) -> None:
-        """An entry that could not be had, and why."""
+        """Keeps the reason why an entry could not be measured."""
         self.document["errors"][name] = reason
         self.write()
 
     def finish(self) -> int:
-        """Says what could not be had; the exit status."""
+        """Prints the entries that could not be measured; returns the exit status."""
         for name, reason in self.document["errors"].items():
             print(f"\n{name}: {reason}")
         return 1 if self.document["errors"] else 0
@@ -89,14 +81,14 @@ class Results:
         return f"{device_line(self.document['device'])}\n{versions}"
 
     def measured(self) -> str:
-        """The same in short, for tables that are measured."""
+        """Device, torch and triton in one line, for tables that are measured."""
         known = self.document["versions"]
         computing = ", ".join(f"{name} {known[name]}" for name in ("torch", "triton") if name in known)
         return f"{device_line(self.document['device'])}, {computing}"
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """At once: whoever is cut off leaves the file as it was."""
+    """Replaces a file at once: a process that is cut off leaves it as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(document, indent=1) + "\n")
@@ -104,7 +96,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def provenance(device: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Where, when, by what and from which code; the device by its type, or what is known of it."""
+    """Device, versions, date and code. The device is given by its type, or by what is known of it."""
     return {
         "device": device_facts(device) if isinstance(device, str) else dict(device),
         "versions": versions(),
@@ -112,7 +104,7 @@ def provenance(device: str | Mapping[str, Any]) -> dict[str, Any]:
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", ".", *(f":!{path}" for path in TABLES.values()))),
         "digests": digests(),
-        "load_before": round(os.getloadavg()[0], 2),  # above the number of threads used: someone else was at work
+        "load_before": round(os.getloadavg()[0], 2),  # more than the threads in use: another program was running
     }
 
 
@@ -125,7 +117,7 @@ def device_facts(device: str) -> dict[str, Any]:
 
 
 def device_folder(device: Mapping[str, Any]) -> str:
-    """As short as people say it: "cpu", "h100", "h200"."""
+    """The folder of a device's results: "cpu", "h100", "h200"."""
     model = re.search(r"[A-Z]+\d+", device["name"])
     return "cpu" if device["type"] == "cpu" else (model[0] if model else device["name"].replace(" ", "-")).lower()
 
@@ -148,12 +140,12 @@ def versions() -> dict[str, str]:
 
 
 def digests() -> dict[str, str]:
-    """Of the code that computes the operator, as it is now, block sizes included; by the names in SOURCES."""
-    return {name: _digest(ROOT / folder) for name, folder in SOURCES.items()}
+    """Digests of the code that computes the operator, block sizes included, by the names in SOURCES."""
+    return {name: _digest(folder) for name, folder in SOURCES.items()}
 
 
 def changed_since(document: dict[str, Any]) -> list[str]:
-    """Which of the SOURCES are no longer what they were when a document's figures were taken."""
+    """Which of the SOURCES have changed since a document's figures were measured."""
     now = digests()
     return [name for name, digest in document["digests"].items() if now.get(name) != digest]
 
@@ -165,12 +157,10 @@ def _digest(folder: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def _command(question: str, arguments: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", f"qtuning_fast.bench.{question}", *arguments])
-
-
 def _git(*arguments: str) -> str | None:
     """None outside a checkout, and where there is no git."""
+    if not (ROOT / "setup.py").exists():  # an installed package, perhaps within a checkout of something else
+        return None
     try:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -179,7 +169,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _nvidia_smi() -> str | None:
-    """Driver, highest clock, and limit of power; None where it cannot be asked."""
+    """Driver, highest clock and power limit; None if nvidia-smi does not answer."""
     asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
         return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip()

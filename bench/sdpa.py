@@ -1,7 +1,7 @@
-"""Attention that knows no gate: PyTorch's own, by each of its backends, and the package flash_attn.
+"""Attention without a gate: PyTorch's own, by each of its backends, and the package flash_attn.
 
-On the concatenated prefix it is a lower bound: what a gate costs is what comes on top of it. Causality is bottom-right,
-by `causal_lower_right`: PyTorch's `is_causal` is top-left, which on a concatenated prefix is something else, and less.
+On the concatenated prefix it is a lower bound: a gate costs what comes on top of it. Causality is bottom-right, by
+`causal_lower_right`. PyTorch's `is_causal` is top-left, which on a concatenated prefix is another, smaller computation.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.bench.eager import concatenated
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Attention = Callable[[PrefixAttentionCall, Tensor, Tensor], Tensor]  # of call, keys and values [B, Hkv, P + M, D]
 
@@ -28,12 +28,12 @@ BACKENDS = {
 
 
 def attend(attention: Attention, call: PrefixAttentionCall) -> Tensor:
-    """The prefix reweighted and put in front, then attention."""
+    """Reweights the prefix and puts it in front, then computes attention."""
     return attention(call, *concatenated(call))
 
 
 def pytorch(call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
-    """By the backend that PyTorch takes."""
+    """PyTorch's attention, by the backend that PyTorch takes."""
     mask = _mask(call)
     if call.is_causal:
         if mask is not None:
@@ -44,7 +44,7 @@ def pytorch(call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
 
 
 def pytorch_by(backend: str, call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
-    """By one of BACKENDS."""
+    """PyTorch's attention, by one of BACKENDS."""
     if backend == "cudnn" and call.is_causal:
         raise NotImplementedError("cuDNN knows no bottom-right causality")
     with sdpa_kernel(BACKENDS[backend]):
@@ -52,7 +52,7 @@ def pytorch_by(backend: str, call: PrefixAttentionCall, key: Tensor, value: Tens
 
 
 def context_alone(backend: str | None, call: PrefixAttentionCall) -> Tensor:
-    """No prefix at all, and square causality, which every backend has: what the context costs at the least."""
+    """Attention to the context alone, with square causality, which every backend has: the least cost of the context."""
     if _mask(call) is not None:
         raise NotImplementedError("meant for contexts without a mask")
     grouped = call.query.shape[1] != call.key.shape[1]
@@ -63,7 +63,7 @@ def context_alone(backend: str | None, call: PrefixAttentionCall) -> Tensor:
 
 
 def flash_attn(version: int, call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
-    """The package of that version; bottom-right causality is its own."""
+    """The package flash_attn of that version, whose causality is bottom-right."""
     if version == 3:
         from flash_attn_interface import flash_attn_func
     else:
@@ -86,7 +86,7 @@ _masks = WeakTensorKeyDictionary()
 
 
 def _mask(call: PrefixAttentionCall) -> Tensor | None:
-    """The call's mask with room for the prefix, which none hides; made once, as a model would for all its layers."""
+    """The call's mask with visible rows for the prefix; made once, as a model would for all its layers."""
     mask = call.attn_mask if call.padding_mask is None else call.padding_mask[:, None, None, :]
     if mask is None:
         return None

@@ -1,4 +1,4 @@
-"""The shapes that are measured, each named after a model and a use of it, and random inputs of such a shape."""
+"""The shapes that are measured, each named after a model and its use, and random inputs of a shape."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,12 +23,14 @@ class Shape:
     N: int  # queries
     D: int
     P: int
-    of: str = ""  # the model and the use that it stands for
+    of: str = ""  # the model and its use
     context: int | None = None  # keys; None: as many as queries
     is_causal: bool = False
     bias: bool = False  # an additive bias on the context's scores, one for all samples, as T5 has it
-    padding: float = 0.0  # the share of the context that is padding, from none in one sample to twice that in another
-    tasks: int = 1  # prefixes in use, by samples in no order; 1: one for all, and no bank
+    padding: float = (
+        0.0  # the mean share of the context that is padding: from none in one sample to twice that in another
+    )
+    tasks: int = 1  # prefixes in use, assigned to samples in random order; 1: one for all, without a bank
     trained: bool = True  # forward and backward; else forward alone, the prefix folded and in query's dtype
 
     @property
@@ -70,7 +72,7 @@ WIDE = Shape("wide", B=4, Hq=8, Hkv=8, N=1024, D=256, P=60, of="heads of 256, as
 
 
 def twin(shape: Shape, **sizes: Any) -> Shape:
-    """The same for a CPU."""
+    """A smaller shape of the same kind, for a CPU."""
     return replace(shape, name=f"{shape.name}-cpu", **sizes)
 
 
@@ -94,7 +96,7 @@ CPU = (
     replace(DECODE_CPU, name="decode-mixed-cpu", tasks=16),
 )
 
-# These show within seconds that all is put together as it should be.
+# Shapes that show within seconds whether everything works together.
 TINY = Shape("tiny", B=3, Hq=2, Hkv=2, N=24, D=16, P=13)
 TINY_CAUSAL = Shape("tiny-causal", B=2, Hq=4, Hkv=2, N=24, D=16, P=13, is_causal=True)
 TINY_BIAS = replace(TINY, name="tiny-bias", bias=True)
@@ -103,7 +105,7 @@ TINY_MIXED = replace(TINY, name="tiny-mixed", tasks=2)
 TINY_DECODE = replace(TINY_CAUSAL, name="tiny-decode", N=1, context=9, tasks=2, is_causal=False, trained=False)
 TINIES = (TINY, TINY_CAUSAL, TINY_BIAS, TINY_PADDED, TINY_MIXED, TINY_DECODE)
 
-# The most important first: a run that is cut off counts as far as it got.
+# The most important first, for runs that are cut off.
 GPU: tuple[Shape, ...] = (
     BERT_BASE,
     LLAMA_8B_4096,
@@ -121,9 +123,9 @@ SHAPES = {shape.name: shape for shape in (*GPU, WIDE, *CPU, *TINIES)}
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a layer computes with. Query, key, value and d_output are strided as models hand them over: [B, N, H, D].
+    """The inputs of a layer. Query, key, value and d_output have the strides that models give them: [B, N, H, D].
 
-    With a bank of T prefixes, what belongs to the prefix has a leading T. While it is trained it is float32.
+    With a bank of T prefixes, what belongs to the prefix has a leading T. In training it is float32.
     """
 
     query: Tensor  # [B, Hq, N, D]
@@ -142,18 +144,18 @@ class Inputs:
     mask: Tensor | None  # of padding [B, M], bool; or T5's bias [1, Hq, N, M]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there are, by name."""
+        """All tensors by name."""
         return {field.name: x for field in fields(self) if (x := getattr(self, field.name)) is not None}
 
     def trained(self, *, gated: bool = True, reweighted: bool = True) -> dict[str, Tensor]:
-        """What gets a gradient, by name; without a gate, or without reweighting."""
+        """The tensors that get a gradient, by name, with or without gate and reweighting."""
         kinds = {"query", "key", "value", "prefix"} | ({"gate"} if gated else set())
         kinds |= {"U", "V"} if reweighted else set()
         fixed = {"d_output", "prefix_index", "mask"}
         return {name: x for name, x in self.tensors().items() if name not in fixed and name.split("_")[0] in kinds}
 
     def call(self, shape: Shape, *, gated: bool = True, reweighted: bool = True) -> PrefixAttentionCall:
-        """The call as kernels take it."""
+        """The call, as backends take it."""
         reweighted = reweighted and shape.trained
         return call_of(
             self.query,
@@ -173,24 +175,24 @@ class Inputs:
         )
 
     def detached(self, dtype: torch.dtype | None = None) -> "Inputs":
-        """The same numbers, which track nothing yet."""
+        """The same numbers, detached."""
         return replace(self, **{name: _detached(x, dtype) for name, x in self.tensors().items()})
 
     def tracked(self) -> "Inputs":
-        """The same numbers, of which all that is trained requires a gradient."""
+        """The same numbers; what is trained requires a gradient."""
         new = self.detached()
         for x in new.trained().values():
             x.requires_grad_()
         return new
 
     def of_samples(self, samples: Tensor) -> "Inputs":
-        """Those samples of the batch [n] only."""
+        """The part of these samples of the batch [n]."""
         by_sample = {"query", "key", "value", "d_output", "prefix_index"}
         by_sample |= {"mask"} if self.mask is not None and self.mask.ndim == 2 else set()
         return replace(self, **{name: x[samples] for name, x in self.tensors().items() if name in by_sample})
 
     def of_last_queries(self, count: int) -> "Inputs":
-        """So many queries from the end, with all their keys."""
+        """The part of the last `count` queries, with all keys."""
         new = replace(self, query=self.query[:, :, -count:], d_output=self.d_output[:, :, -count:])
         return new if self.mask is None or self.mask.ndim == 2 else replace(new, mask=self.mask[:, :, -count:])
 
@@ -204,7 +206,7 @@ def _detached(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Inputs:
-    """Random numbers of a shape: scores of the size they have in trained models, weights near 1. On "meta": none."""
+    """Random inputs of a shape: scores as large as in trained models, weights near 1. On "meta" without numbers."""
     on_meta = torch.device(device).type == "meta"
     generator = None if on_meta else torch.Generator(device).manual_seed(seed)
     bank = (shape.tasks,) if shape.tasks > 1 else ()
@@ -242,13 +244,13 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device | str, seed
 
 
 def _in_no_order(shape: Shape, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
-    """[B]: each prefix as often as any other."""
+    """[B], shuffled: each prefix as often as any other."""
     order = torch.randperm(shape.B, generator=generator, device=device)
     return torch.arange(shape.B, device=device)[order] % shape.tasks
 
 
 def _padding(shape: Shape, device: torch.device | str) -> Tensor:
-    """[B, M], True for what is no padding: lengths from all keys down, evenly spaced."""
+    """[B, M], True for keys that are not padding; the lengths are evenly spaced, from all keys down."""
     lengths = torch.linspace(shape.M, shape.M * (1 - 2 * shape.padding), shape.B, device=device).round()
     return torch.arange(shape.M, device=device) < lengths[:, None]
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import Distribution, PathDistribution, distribution
 from pathlib import Path
@@ -110,3 +111,35 @@ def test_the_command_line_runs_on_a_file(wheel: Path, tiny_model_folder: Path, t
     assert metrics["tasks"] == ["colours"]
     result = shell("qtuning-fast", "predict", "--run", "run", "--task", "colours", "the red")
     assert result.returncode == 0 and ("warm" in result.stdout or "cold" in result.stdout), result.stderr
+
+
+FILES_OF_BENCH = {
+    *("accuracy", "console", "eager", "figures", "flex", "layer_cost", "measure", "memory", "peers", "results", "sdpa"),
+    *("shapes", "timing"),
+}
+
+
+def test_a_wheel_has_of_bench_what_its_command_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if name.startswith("qtuning_fast/bench/")]
+    assert set(files) == {f"qtuning_fast/bench/{name}.py" for name in FILES_OF_BENCH}
+
+
+def test_the_bench_runs_from_a_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Every module of bench/ that is in the wheel is used, and none that is not."""
+    shell = bare_environment(tmp_path / "environment", wheel, "lifelong")
+    code = """
+import sys
+from qtuning_fast.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted(n.rpartition(".")[2] for n in sys.modules if n.startswith("qtuning_fast.bench.")))
+"""
+    sizes = "--heads 2 --head-size 16 --batch 1 --tokens 8 --prefix-rows 4 --peer eager --quick --out found.json"
+    result = shell("python", "-c", code, "bench", *sizes.split())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(result.stdout.rpartition("loaded: ")[2].split()) == FILES_OF_BENCH
+    document = json.loads((tmp_path / "environment" / "found.json").read_text())
+    assert document["entries"]["own"]["rows"]["eager"]["step"]["eager"]["median"] > 0
+    assert document["commit"] is None and document["digests"].keys() == {"kernels", "backends"}

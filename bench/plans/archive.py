@@ -1,7 +1,6 @@
-"""All that the steps of a plan find, in one file; and from there to where it belongs.
+"""Gathers what the steps of a plan write into one file, and unpacks that file to where its parts belong.
 
-The file is written anew whenever a step has written, and replaced at once: whenever the run is killed, it holds all
-that was found by then.
+The file is rewritten whenever a step has written, in one operation, so that a run that is killed loses nothing.
 """
 
 import json
@@ -12,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench import tables
+from qtuning_fast.bench.plans.schedule import NO_TIME
 from qtuning_fast.bench.results import ROOT, TABLES, device_folder, provenance, write_json
-from qtuning_fast.bench.schedule import NO_TIME
+from qtuning_fast.bench.rows import tables
 
 NOT_BEGUN = "not begun"
 MEASURED_BY = {"blocks.json": "tuning", "backend_order.json": "choose"}  # which step writes a table
@@ -23,7 +22,7 @@ Document = dict[str, Any]
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """The status of a step."""
 
     name: str
     status: str = NOT_BEGUN
@@ -31,12 +30,14 @@ class Outcome:
     processes: int = 0  # more than one where it died and went on
 
 
-class Gathered:
+class Archive:
     """The file of one run.
 
     Args:
-        folder: where the steps write; emptied of what is there.
+        plan: its name.
+        folder: where the steps write; files of an earlier run are deleted.
         out: the file.
+        outcomes: the statuses of the steps, which change while they run.
     """
 
     def __init__(self, plan: str, folder: Path, out: Path, outcomes: Sequence[Outcome], *, dry_run: bool) -> None:
@@ -51,7 +52,7 @@ class Gathered:
         self._header = {"plan": plan, "dry_run": dry_run} | provenance(device())
 
     def write(self) -> None:
-        """What there is by now; nothing where nothing is new."""
+        """Writes what the steps have found so far, if anything is new."""
         for path in sorted(self.folder.glob("*.json")):
             self._documents[path.stem] = self._read(path, self._documents.get(path.stem))
         for name, table in TABLES.items():
@@ -63,16 +64,16 @@ class Gathered:
             self._written = now
 
     def units(self, step: str) -> Document:
-        """The log of a step's units (`schedule.py`), as far as it has one."""
+        """The log of a step's units (`schedule.py`); empty: it has none."""
         return (self._documents.get(step) or {}).get("units", {})
 
     def verdict(self, step: str) -> str | None:
-        """What a step has found to be wrong; empty: nothing, None: it has not said so yet (`first.py`)."""
+        """What a step has found to be wrong (`smoke.py`); empty: nothing, None: it is not known yet."""
         found: str | None = (self._documents.get(step) or {}).get("entries", {}).get("verdict", {}).get("wrong")
         return found
 
     def _read(self, path: Path, known: Any) -> Any:
-        """What a file holds; what it held where it has not changed or is being written."""
+        """The content of a file; the known content if it has not changed or is being written."""
         with suppress(FileNotFoundError, json.JSONDecodeError):
             stamp = path.stat().st_mtime_ns, path.stat().st_size
             if self._seen.get(path) != stamp:
@@ -82,7 +83,7 @@ class Gathered:
 
 
 def device() -> Mapping[str, Any] | str:
-    """The GPU as its driver names it, so that no process but those that measure has memory of it; else "cpu"."""
+    """The GPU as its driver names it, without a CUDA context in this process; "cpu" if there is none."""
     asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     with suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
         said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -92,7 +93,7 @@ def device() -> Mapping[str, Any] | str:
 
 
 def summary(document: Document) -> str:
-    """Steps, what the first of them found, and headlines, at most 120 columns wide."""
+    """The steps and their most important figures, at most 120 columns wide."""
     lines = [f"\n=== {document['plan']}, {document['device']['name']}, {document['date']} ==="]
     lines += [f"  {step['name']:<16}{step['seconds']:>8.1f} s  {step['status']}" for step in document["steps"]]
     for name, found in document["documents"].items():
@@ -106,10 +107,9 @@ def summary(document: Document) -> str:
 
 
 def unpack(source: Path) -> list[Path]:
-    """Documents into the device's folder of results, tables that were measured to where they are read.
+    """Writes documents into the device's folder of results, and measured tables to where they are read.
 
-    What a second run adds to a question (its step is named "attention-…") goes into the file of that question.
-    Returns what was written.
+    What a step named "attention-…" adds goes into the file of "attention". Returns the paths that were written.
     """
     document = json.loads(source.read_text())
     results = ROOT / "bench/results" / device_folder(document["device"])
@@ -136,7 +136,7 @@ def unpack(source: Path) -> list[Path]:
 
 
 def merged(known: Document, added: Document) -> Document:
-    """A document with what another one of the same question adds: its entries, and rows of entries that were there."""
+    """A document with the entries of another one of the same question, and with its rows in entries of both."""
     entries = dict(known["entries"])
     for name, entry in added["entries"].items():
         rows = entries.get(name, {}).get("rows", {}) | {
@@ -149,5 +149,5 @@ def merged(known: Document, added: Document) -> Document:
 
 
 def _is_worse(row: Document, known: Document | None) -> bool:
-    """Whether a row was left out, or timed alone where the known one took turns with others."""
+    """Whether a row was left out, or was timed alone while the known one took turns."""
     return row.get("error", "") == NO_TIME or bool(known and known.get("turns") and not row.get("turns"))

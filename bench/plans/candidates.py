@@ -1,4 +1,4 @@
-"""Block sizes worth trying, and what the compiler says of them before any is run."""
+"""Block sizes worth trying, and the resources that the compiler gives them before any is run."""
 
 import itertools
 from dataclasses import replace
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import triton
 
-from qtuning_fast.attention.arguments import INPUTS, PrefixAttentionCall
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.predictions import compile_report
 from qtuning_fast.bench.predictions.compile_report import MAY_NOT_SPILL, TARGETS, AbsentDriver
-from qtuning_fast.bench.shapes import Shape
+from qtuning_fast.bench.shapes import PrefixAttentionCall, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels import backward, forward
 from qtuning_fast.kernels.backward_whole import backward_whole_kernel
@@ -45,7 +45,7 @@ SPILLED = 512  # bytes a thread; where nothing does without (float32, wide heads
 
 
 def candidates(incumbent: Blocks) -> list[Blocks]:
-    """The incumbent, and what might be faster in its place."""
+    """The incumbent, then blocks that may be faster."""
     size = incumbent.element_size, incumbent.head_size
     found = [incumbent]
     if incumbent.direction == "whole":
@@ -65,10 +65,10 @@ def candidates(incumbent: Blocks) -> list[Blocks]:
 
 
 def compile_for(target: str, dtype: torch.dtype, entry: Blocks, on_shapes: tuple[Shape, ...]) -> dict[str, Any]:
-    """The worst of an entry's resources over the shapes, by name; or its `error`.
+    """The largest of an entry's resources over the shapes, by name, or its `error`.
 
-    Needs no GPU, so that many processes can compile at once. What they compile lies in Triton's cache on disk
-    afterwards, where the process that measures finds it.
+    It needs no GPU, so that many processes can compile at once. The process that measures finds the kernels in Triton's
+    cache on disk.
     """
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(AbsentDriver(target))
@@ -94,7 +94,7 @@ def _launch(call: PrefixAttentionCall, entry: Blocks) -> Launch:
 
 
 def obstacle(entry: Blocks, resources: dict[str, Any], incumbent: dict[str, Any]) -> str:
-    """Why an entry is not worth running, by its resources and its incumbent's; empty: it is."""
+    """Why an entry is not run, by its resources and the incumbent's; empty: it is run."""
     if resources.get("error"):
         return resources["error"]
     if resources["shared"] > TARGETS[entry.target].shared_memory:

@@ -1,12 +1,11 @@
-"""What Nsight Compute counts in our kernels, where it is installed: how busy, how occupied, and what warps wait for.
+"""Runs our kernels under Nsight Compute, if it is installed: utilization, occupancy, and what warps wait for.
 
     python -m qtuning_fast.bench.plans.counters --out FILE
 
-The clocks of the GPU stay as they are. Each kernel is replayed for each group of counters: its times here are not those
-of a run.
+The clocks of the GPU stay as they are. Nsight Compute replays each kernel for each group of counters, so that the times
+here are not those of a run.
 """
 
-import argparse
 import csv
 import io
 import re
@@ -14,17 +13,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.measure import default_device
+from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.plans.passes import Pass
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import ROOT, RUNS, Results
+from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import SHAPES, TINY
 from qtuning_fast.kernels.blocks import blocks_for
 from qtuning_fast.kernels.target import current_target
@@ -39,9 +37,9 @@ SECONDS = 20.0  # of one shape: both fit into the step
 
 
 def run_once(name: str) -> None:
-    """Each direction once, and once more between the marks that Nsight Compute looks for."""
+    """Runs each direction once, then once more between the marks that Nsight Compute looks for."""
     shape, device = SHAPES[name], default_device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = default_dtype(device)
     x = shapes.inputs(shape, dtype=dtype, device=device)
     settle()
     launches = []
@@ -61,7 +59,7 @@ def run_once(name: str) -> None:
 
 
 def counted(program: str, name: str) -> dict[str, Any]:
-    """By kernel: the counters by name, with their units."""
+    """The counters of each kernel by name, with their units."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
     command += [*sections, sys.executable, "-m", __spec__.name, "--run", name]
@@ -77,7 +75,7 @@ def counted(program: str, name: str) -> dict[str, Any]:
 
 
 def read(text: str) -> dict[str, dict[str, str]]:
-    """Nsight Compute's CSV: lines of other programs stand before it."""
+    """Reads the CSV of Nsight Compute, after lines of other programs."""
     lines = text.splitlines()
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     kernels: dict[str, dict[str, str]] = {}
@@ -93,23 +91,19 @@ def read(text: str) -> dict[str, dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", choices=SHAPES, metavar="SHAPE", help="only run the kernels: what is looked at")
-    parser.add_argument("--dry-run", action="store_true", help="the kernels on a tiny shape only")
-    parser.add_argument("--out", type=Path, default=RUNS / "counters.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="run the kernels once, on a tiny shape")
+    line.add_argument("--run", choices=SHAPES, metavar="SHAPE", help="run only the kernels of this shape")
+    options = line.parse(arguments)
     if options.run:
         run_once(options.run)
         return 0
-    results = Results("counters", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
-    program = shutil.which("ncu")
+    results, program = line.results(options), shutil.which("ncu")
     if options.dry_run:
         run_once(TINY.name)
-    names: Sequence[str] = MEASURED if program and not options.dry_run else ()
     if program is None:
         results.add("none", {"summary": "ncu is not installed"})
-    for name in names:
-        assert program is not None
+        return 0
+    for name in () if options.dry_run else MEASURED:
         started = time.perf_counter()
         results.add(name, counted(program, name) | {"seconds": round(time.perf_counter() - started, 1)})
         print(results.document["entries"][name]["summary"], flush=True)

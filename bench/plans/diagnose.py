@@ -1,20 +1,18 @@
-"""Why a kernel does not do what it should, on the GPU at hand: for when `bench.first` has failed.
+"""Finds out why a kernel is wrong on the GPU at hand, after `plans.smoke` has failed.
 
     python -m qtuning_fast.bench.plans.diagnose --out FILE
 
-First what the compiler made of the kernels (TTGIR, PTX) and what compute-sanitizer says of small steps. Then case after
-case, each in a process of its own, since what breaks one CUDA context must not hide the next, and for a limited time:
-from one tile of one head with nothing beside it to the shape that failed. The smallest that fails is tried with other
-blocks. Exits with 1 if something is wrong; where all is right, the plan has the time back.
+First it keeps the compiler's output (TTGIR, PTX) and runs small steps under compute-sanitizer. Then it runs case after
+case, from one tile of one head to the shape that failed, each in a process of its own, so that a broken CUDA context
+does not hide the next case, and for a limited time. The smallest case that fails is tried with other blocks. The exit
+status is 1 if something is wrong; if not, the plan goes on.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from qtuning_fast.bench.plans import memcheck
 from qtuning_fast.bench.plans.smoke import step, summary
 from qtuning_fast.bench.plans.triton_cache import settle
 from qtuning_fast.bench.predictions import compile_report
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.blocks import DIRECTIONS, blocks_for, instead
@@ -51,14 +49,14 @@ CASES = (  # the smallest first; each adds one thing
 
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
-    """Blocks that do without what a compiler might have got wrong."""
+    """Simpler blocks, which avoid features that a compiler may have got wrong."""
     yield "one stage", {"stages": 1}
     yield "four warps", {"warps": 4}
     yield "tiles of 32", {"queries": 32, "keys": 32, "prefix": 16, "warps": 4, "stages": 1}
 
 
 def with_blocks(changes: dict[str, int], shape: Shape, device: str) -> Any:
-    """A step where every direction has other blocks than the table's."""
+    """The errors of a step in which all directions have changed blocks."""
     settle()
     with ExitStack() as stack:
         for direction in DIRECTIONS if changes else ():
@@ -69,7 +67,7 @@ def with_blocks(changes: dict[str, int], shape: Shape, device: str) -> Any:
 
 
 def limited(function: Callable[..., Any], *arguments: Any, seconds: float = CASE_SECONDS) -> Any:
-    """What a function returns in a process of its own, which is killed if it takes longer.
+    """Calls a function in a process of its own, which is killed if it takes too long.
 
     Raises:
         RuntimeError: what it raised, that its process died, or that it took too long.
@@ -102,7 +100,7 @@ def _send(there: Connection, function: Callable[..., Any], arguments: tuple[Any,
 
 
 def outcome(changes: dict[str, int], shape: Shape, device: str) -> dict[str, Any]:
-    """In a process of its own: what became of a step. `wrong` is empty if all is right."""
+    """Runs a step in a process of its own. `wrong` is empty if it is right."""
     try:
         errors = limited(with_blocks, changes, shape, device)
     except Exception as error:  # of the kernel, the compiler, or the process that it took along
@@ -123,12 +121,9 @@ def compiled(shape: Shape) -> dict[str, dict[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny shape")
-    parser.add_argument("--out", type=Path, default=RUNS / "why.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    device = default_device()
-    results = Results("why", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    line, device = Command(__spec__.name, __doc__, dry_run="a tiny shape"), default_device()
+    options = line.parse(arguments)
+    results = line.results(options)
     if not INTERPRETED:
         try:
             results.add("compiled", {"summary": "TTGIR and PTX", "each": limited(compiled, BERT_BASE)})

@@ -9,7 +9,6 @@ tests are in the part "telling". The harness that takes times is tested alone, s
 each other.
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import pytest
 
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import ROOT, RUNS, Results
+from qtuning_fast.bench.results import ROOT
 
 ALONE = ("tests/bench/test_timing.py",)
 SIDE_BY_SIDE = (
@@ -65,18 +64,18 @@ TELLING = (  # what a test's name holds; those that take longest and are wanted 
 
 
 def rank(test: str) -> int:
-    """How far behind a test comes, by its name."""
+    """The place of a test in the order, by its name."""
     return next((i for i, words in enumerate(TELLING) if all(word in test for word in words)), len(TELLING))
 
 
 def is_told(test: str) -> bool:
-    """Whether a test is among those that tell."""
+    """Whether a test is in the part "telling"."""
     return not all(word in test for word in IEEE) or any(name in test for name in CHOSEN_IEEE)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """A hook of pytest, for which this module is a plugin: which tests, in which order, before they are dealt out."""
+    """A hook of pytest, for which this module is a plugin: chooses and orders the tests before they are dealt out."""
     chosen = [item for item in items if item.get_closest_marker("gpu")]
     if os.environ.get(PART) == "telling":
         chosen = [item for item in chosen if is_told(item.nodeid)]
@@ -85,7 +84,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """A hook of pytest: a line for each test as it ends."""
+    """A hook of pytest: writes a line for each test as it ends."""
     if report.when != "call" and not report.failed and not report.skipped:  # set-up and what comes after
         return
     lines = report.longreprtext.splitlines() if report.failed else []
@@ -104,24 +103,15 @@ def run(
     part: str = "all",
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Processes of pytest side by side, each with arguments of its own, until the deadline.
+    """Runs processes of pytest side by side, each with its own arguments, until the deadline.
 
     Returns:
         Counts by outcome; `failures`: by test, the first line of why; `passed_tests` and `seconds_each`. `heard` gets
         the same every few seconds.
     """
     logs = [folder / f"{number}.jsonl" for number in range(len(shards))]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "--continue-on-collection-errors",
-        "-p",
-        __spec__.name,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
+    command += ["-p", __spec__.name]
     own = {PART: part, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each process, which are many already
     processes = [
         subprocess.Popen([*command, *arguments], cwd=ROOT, env=os.environ | own | {LOG: str(log)})
@@ -145,7 +135,7 @@ def run(
 
 
 def read(logs: Sequence[Path]) -> dict[str, Any]:
-    """What the hook has written by now."""
+    """Reads what the hook has written so far."""
     written = [line for log in logs if log.exists() for line in log.read_text().splitlines()]
     lines = [json.loads(line) for line in written if line.endswith("}")]  # but for one that is being written
     failures = {line["test"]: line["why"] for line in lines if line["outcome"] == "failed"}
@@ -154,17 +144,13 @@ def read(logs: Sequence[Path]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=SHARDS, help="processes side by side")
-    parser.add_argument("--part", choices=("all", "telling"), default="all", help="telling: few of those in float32")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="end then, by time.monotonic()")
-    parser.add_argument("--dry-run", action="store_true", help="one of forty shards, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "tests.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    from qtuning_fast.bench.measure import default_device  # as a plugin of pytest this module needs none of it
+    from qtuning_fast.bench.rows.command import Command  # as a plugin of pytest this module needs none of it
 
-    results = Results("gpu_tests", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
-    count = REHEARSED_SHARDS if options.dry_run else options.shards
+    line = Command(__spec__.name, __doc__, dry_run="one of forty shards, to see that it runs", deadline=True)
+    line.add_argument("--part", choices=("all", "telling"), default="all", help="telling: few of those in float32")
+    options = line.parse(arguments)
+    results = line.results(options)
+    count = REHEARSED_SHARDS if options.dry_run else SHARDS
     shards = [[*SIDE_BY_SIDE, "--shard", f"{number}/{count}"] for number in range(count)]
     parts = {"side by side": shards[:1] if options.dry_run else shards}
     if options.part == "all":

@@ -1,12 +1,11 @@
-"""A small training step under compute-sanitizer, where that is installed: reads and writes out of bounds, and races.
+"""Runs small training steps under compute-sanitizer, if it is installed: accesses out of bounds, and races.
 
     python -m qtuning_fast.bench.plans.memcheck --out FILE
 
-The step first runs plainly, so that its kernels are compiled before a tool slows everything down; then under all tools
-at the same time.
+The steps first run without a tool, so that their kernels are compiled before a tool slows everything down; then under
+all tools at the same time.
 """
 
-import argparse
 import math
 import os
 import re
@@ -16,17 +15,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
-from qtuning_fast.bench.measure import default_device
+from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import ROOT, RUNS, Results
+from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import Shape
 
 TOOLS = ("memcheck", "racecheck")
@@ -41,9 +40,9 @@ SMALL = {
 
 
 def sanitized(names: Sequence[str], deadline: float = math.inf) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each tool says of steps of some of the small shapes, and whether that is `fine`, as they come.
+    """Runs steps of some small shapes under each tool; yields what a tool says and whether that is `fine`.
 
-    A tool counts no errors of a step that never ran: only exit status 0 is fine.
+    A tool counts no errors of a step that never ran, so only exit status 0 is fine.
     """
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -79,27 +78,24 @@ def _ran(tool: str, command: Sequence[str], deadline: float) -> dict[str, Any]:
 
 
 def steps(names: Sequence[str]) -> None:
+    """A training step of each of these shapes."""
     settle()
     device = default_device()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for name in names:
-        x = shapes.inputs(SMALL[name], dtype=dtype, device=device)
+        x = shapes.inputs(SMALL[name], dtype=default_dtype(device), device=device)
         prepare(PEERS["fused"], SMALL[name], x, training=True).step(x.d_output)
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", nargs="+", choices=SMALL, metavar="NAME", help="only the step: what is sanitized")
-    parser.add_argument("--dry-run", action="store_true", help="whatever is there of it")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="end then, by time.monotonic()")
-    parser.add_argument("--out", type=Path, default=RUNS / "memcheck.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="with the tools that are installed", deadline=True)
+    line.add_argument("--step", nargs="+", choices=SMALL, metavar="NAME", help="run only the steps of these shapes")
+    options = line.parse(arguments)
     if options.step:
         steps(options.step)
         return 0
-    results = Results("memcheck", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
+    results = line.results(options)
     for tool, found in sanitized(list(SMALL), options.deadline - LAST_SECONDS):
         results.add(tool, found)
         print(found["summary"], flush=True)

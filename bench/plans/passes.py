@@ -1,6 +1,4 @@
-"""One direction of the attention kernels by itself, on inputs of a shape: to compare blocks by what they compute, and
-to time them.
-"""
+"""One direction of the attention kernels by itself, to compare the results of blocks and to time them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,10 +14,10 @@ from qtuning_fast.kernels.launch import Launch
 
 
 class Pass:
-    """One direction on one set of inputs: what goes before it is computed, and what it computes has room.
+    """One direction on one set of inputs. The passes before it have run, and its results have room.
 
-    Of the two directions that only see the prefix, "merge" and "prefix-queries", the results are what they are given,
-    with something added: they start at 0, as attention to a context of one key with a value of 0.
+    The two directions that only see the prefix, "merge" and "prefix-queries", add to what they are given. That starts
+    at 0, as attention to a context of one key with a value of 0.
     """
 
     def __init__(self, shape: Shape, x: Inputs, direction: str) -> None:
@@ -32,7 +30,7 @@ class Pass:
             launch.run()
 
     def launches(self, entry: Blocks) -> list[Launch]:
-        """What is timed. With the keys goes the launch after them: how much it has to add up is up to their blocks."""
+        """The launches that are timed. The keys come with the launch after them, whose work depends on their blocks."""
         with instead(entry):
             if self.direction == "forward":
                 return [forward.launch(self.as_seen, *self.outputs)]
@@ -54,7 +52,7 @@ class Pass:
         return others
 
     def results(self, launches: Sequence[Launch]) -> dict[str, Tensor]:
-        """What the launches write."""
+        """The tensors that the launches write."""
         if self.direction in ("forward", "merge"):
             return {"output": self.outputs[0], "lse": self.outputs[1]}
         if self.direction in ("queries", "prefix-queries"):
@@ -62,7 +60,7 @@ class Pass:
         return {name: x for name, x in self.gradients.items() if name != "query" or self.direction == "whole"}
 
     def compute(self, entry: Blocks) -> dict[str, Tensor]:
-        """The results by an entry. What it does not write is NaN, or 0 where it adds to what is there."""
+        """The results with an entry's blocks. What it does not write is NaN, or 0 where it adds to what is there."""
         launches = self.launches(entry)
         results = self.results(launches)
         parts = [x for each in launches for x in each.arguments.get("parts") or () if isinstance(x, Tensor)]
@@ -74,7 +72,7 @@ class Pass:
 
 
 def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest ‖found − expected‖ / ‖expected‖, and whose it is; NaN counts as infinite."""
+    """The largest ‖found − expected‖ / ‖expected‖ and the name of that result; NaN counts as infinite."""
     ratios = {}
     for name, x in expected.items():
         ratio = ((found[name].float() - x.float()).norm() / x.float().norm()).item()

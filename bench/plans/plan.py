@@ -1,7 +1,7 @@
-"""What the plans of `bench.run` hold: which steps, in which order, in how many seconds, and what runs beside what.
+"""The plans of `plans.run`: which steps, in which order, for how many seconds, and what runs beside what.
 
-The order is that of what a step is worth. A step's seconds are its share of the plan. Unused time goes to later steps.
-Each step gets a deadline. Within a step units follow each other likewise (`schedule.py`).
+Steps come in the order of what they are worth. The seconds of a step are its share of the plan; unused time goes to
+later steps. Each step gets a deadline, and its units follow each other by `schedule.py`.
 """
 
 import sys
@@ -17,28 +17,28 @@ class Step:
     """One command of a plan."""
 
     name: str
-    module: str  # of the bench package
+    module: str  # below qtuning_fast.bench
     seconds: float  # its share of the plan
     arguments: tuple[str, ...] = ()
-    rehearsal: tuple[str, ...] = ("--dry-run",)  # its arguments in a dry run, in place of the others
-    out: str = "--out"  # the option that takes the file it writes
-    within: bool = False  # whether it takes --deadline, and goes on where a process before it has died
-    concurrent: tuple["Step", ...] = ()  # what runs at the same time, and is ended with it
-    otherwise: "Step | None" = None  # what has all the rest of the plan when this one fails
+    rehearsal: tuple[str, ...] = ()  # its arguments in a dry run, in place of the others and after --dry-run
+    within: bool = False  # whether it takes --deadline, and goes on where an earlier process has died
+    concurrent: tuple["Step", ...] = ()  # steps that run at the same time and end with it
+    otherwise: "Step | None" = None  # the step that gets the rest of the plan if this one fails
     ceilings: bool = False  # whether it takes --ceilings, the file of the step of that name
 
     def command(self, folder: Path, deadline: float, *, dry_run: bool) -> list[str]:
-        given = list(self.rehearsal if dry_run else self.arguments)
+        """What runs it, and writes NAME.json into the folder."""
+        given = ["--dry-run", *self.rehearsal] if dry_run else list(self.arguments)
         if self.within:
             given += ["--deadline", f"{deadline:.1f}"]
         if self.ceilings:
             given += ["--ceilings", str(folder / "ceilings.json")]
-        given += [self.out, str(folder / f"{self.name}.json")]
+        given += ["--out", str(folder / f"{self.name}.json")]
         return [sys.executable, "-m", f"qtuning_fast.bench.{self.module}", *given]
 
 
 def all_steps(plan: tuple[Step, ...]) -> Iterator[Step]:
-    """Those of a plan, with those beside them and those for when they fail."""
+    """The steps of a plan, those that run beside them and those for when they fail."""
     for step in plan:
         yield step
         yield from step.concurrent
@@ -59,91 +59,67 @@ GATE_TRAINED = ("bert-base",), ("flex",)  # a row that says why FlexAttention's 
 TUNED_HEAD_SIZES, TUNED_DIRECTIONS = (64, 128), ("keys", "whole", "queries", "forward")
 OURS = ("fused", "fused-frozen-gate", "composed", "fused-plain")
 
-_FEW = ("--dry-run", "--peer", "fused", "composed", "sdpa")
-_DECODE = Step(
-    "decode", "decode", 40, rehearsal=("--dry-run", "--peer", "fused", "composed"), within=True, ceilings=True
-)
-_INGREDIENTS = Step("ingredients", "ingredients", 600, rehearsal=("--dry-run",))
-_GROWTH = Step("growth", "growth", 1200, rehearsal=("--dry-run",))
-_MIXED = Step("mixed_tasks", "mixed_tasks", 600, rehearsal=("--dry-run", "--rounds", "2"))
-_FIRST = Step("first", "first", 15, otherwise=Step("why", "why", 0))
-_CEILINGS = Step("ceilings", "floors", 15)
-_ATTENTION = Step("attention", "attention", 170, within=True, ceilings=True)
+
+def _operator(name: str, seconds: float, chosen: str, tiny: str) -> Step:
+    """The operator beside its peers on a GPU: the options of the step, and of its dry run."""
+    options = ("--quick", *chosen.split())
+    return Step(name, "rows.attention", seconds, options, tuple(tiny.split()), within=True, ceilings=True)
+
+
+def _of(shapes: tuple[str, ...], peers: tuple[str, ...]) -> str:
+    return " ".join(("--shape", *shapes, "--peer", *peers))
+
+
+_SMOKE = Step("smoke", "plans.smoke", 15, otherwise=Step("diagnose", "plans.diagnose", 0))
+_CEILINGS = Step("ceilings", "rows.roofline", 15)
+_INGREDIENTS = Step("ingredients", "rows.ingredients", 600)
+_MIXED = Step("mixed_tasks", "rows.mixed_tasks", 600)
+_PRECOMPILE = Step("precompile", "plans.precompile", 0, ("--plan", "gpu"), within=True)
+_TUNED = ("--head-size", *map(str, TUNED_HEAD_SIZES), "--direction", *TUNED_DIRECTIONS)
+_GROWN = ("--peer", "fused", "composed", "eager", "sdpa", "--with", "N", "P", "tasks")
+_DECODE = ("--decode", "--peer", "composed", "sdpa-no-concat")
 
 PLANS: dict[str, tuple[Step, ...]] = {
     "cpu": (
-        Step("attention", "attention", 3600, rehearsal=("--dry-run", "--peer", "composed", "eager")),
-        Step("decode", "decode", 600, rehearsal=("--dry-run", "--peer", "composed", "sdpa-no-concat")),
+        Step("attention", "rows.attention", 3600, rehearsal=("--peer", "composed", "eager")),
+        Step("decode", "rows.attention", 600, ("--decode",), rehearsal=_DECODE),
         _INGREDIENTS,
-        _GROWTH,
+        Step("growth", "rows.growth", 1200),
         _MIXED,
-        Step("lifelong", "lifelong", 1800),
-        Step("models", "models", 1800),
+        Step("lifelong", "rows.lifelong", 1800),
+        Step("models", "rows.models", 1800),
     ),
     "gpu": (
-        _FIRST,
+        _SMOKE,
         Step(
-            "tests",
-            "gpu_tests",
-            125,
-            arguments=("--part", "telling"),
+            *("tests", "plans.gpu_tests", 125, ("--part", "telling")),
             within=True,
-            concurrent=(
-                Step("ahead", "ahead", 0, arguments=("--plan", "gpu"), within=True),
-                Step("memcheck", "memcheck", 0, within=True),
-            ),
+            concurrent=(_PRECOMPILE, Step("memcheck", "plans.memcheck", 0, within=True)),
         ),
         _CEILINGS,
-        replace(
-            _ATTENTION,
-            arguments=("--quick", "--shape", *SHAPES, "--peer", *PEERS),
-            rehearsal=(*_FEW, "--shape", "tiny", "tiny-causal"),
-        ),
-        replace(_DECODE, arguments=("--quick", "--shape", *DECODING, "--peer", *DECODERS)),
-        Step(
-            "tuning", "tune", 112, arguments=("--head-size", "64", "128", "--direction", *TUNED_DIRECTIONS), within=True
-        ),
-        Step("counters", "counters", 45),
-        replace(
-            _ATTENTION,
-            name="attention-gate",
-            seconds=8,
-            arguments=("--quick", "--shape", *GATE_TRAINED[0], "--peer", *GATE_TRAINED[1]),
-            rehearsal=("--dry-run", "--peer", "composed", "--shape", "tiny"),
-        ),
+        _operator("attention", 170, _of(SHAPES, PEERS), "--peer fused composed sdpa --shape tiny tiny-causal"),
+        _operator("decode", 40, f"--decode {_of(DECODING, DECODERS)}", "--decode --peer fused composed"),
+        Step("tuning", "plans.tune", 112, _TUNED, within=True),
+        Step("counters", "plans.counters", 45),
+        _operator("attention-gate", 8, _of(*GATE_TRAINED), "--peer composed --shape tiny"),
     ),
     "gpu-second": (
-        # What the first call has compiled is there still, if it is the same machine, and this step ends at once.
-        Step("ahead", "ahead", 47, arguments=("--plan", "gpu-second"), within=True),
+        # If it is the same machine, what the first call has compiled is still there, and this step ends at once.
+        replace(_PRECOMPILE, seconds=47, arguments=("--plan", "gpu-second")),
         replace(_CEILINGS, seconds=8),
-        replace(
-            _ATTENTION,
-            name="attention-rest",
-            seconds=32,
-            arguments=("--quick", "--shape", *SHAPES, "--peer", *PEERS, "--rest-of", str(RUNS / "gpu/attention.json")),
-            rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-bias"),
+        _operator(
+            *("attention-rest", 32),
+            f"{_of(SHAPES, PEERS)} --rest-of {RUNS / 'gpu/attention.json'}",
+            "--peer composed sdpa --shape tiny-bias",
         ),
-        replace(
-            _ATTENTION,
-            name="attention-long",
-            seconds=40,
-            arguments=("--quick", "--shape", *LONG, "--peer", *LONG_PEERS),
-            rehearsal=("--dry-run", "--peer", "composed", "sdpa", "--shape", "tiny-causal"),
-        ),
-        Step("choose", "choose", 25, rehearsal=("--dry-run", "--rounds", "2"), within=True),
-        Step(
-            "growth",
-            "growth",
-            20,
-            arguments=("--peer", "fused", "composed", "eager", "sdpa", "--with", "N", "P", "tasks"),
-            rehearsal=("--dry-run", "--peer", "composed", "--with", "B", "tasks"),
-            within=True,
-        ),
+        _operator("attention-long", 40, _of(LONG, LONG_PEERS), "--peer composed sdpa --shape tiny-causal"),
+        Step("choose", "plans.rank_backends", 25, rehearsal=("--rounds", "2"), within=True),
+        Step("growth", "rows.growth", 20, _GROWN, ("--peer", "composed", "--with", "B", "tasks"), within=True),
     ),
     "gpu-models": (
-        replace(_INGREDIENTS, seconds=60, arguments=("--quick",), rehearsal=("--dry-run", "--peer", "fused")),
-        Step("models", "models", 200),
-        Step("lifelong", "lifelong", 210),
+        replace(_INGREDIENTS, seconds=60, arguments=("--quick",), rehearsal=("--peer", "fused")),
+        Step("models", "rows.models", 200),
+        Step("lifelong", "rows.lifelong", 210),
         replace(_MIXED, seconds=60),
     ),
 }

@@ -1,13 +1,12 @@
-"""Compiles what a plan is going to measure, by many processes, into the caches on disk: the slowest first.
+"""Compiles what a plan is going to measure into the caches on disk, by many processes, the slowest first.
 
     python -m qtuning_fast.bench.plans.precompile --deadline SECONDS --out FILE
 
-Peers under `torch.compile` come first, for they take half a minute each, then our kernels with their launchers, then
-the blocks that tuning will try. Peers are compiled by being run once, so these processes have memory of the GPU, and
-nothing is to be timed beside them. They make way for whatever else the machine has to do.
+Peers under `torch.compile` come first, because they take half a minute each; then our kernels with their launchers,
+then the blocks that tuning will try. A peer is compiled by running it once, so that these processes use the GPU, and
+nothing may be timed beside them. They run at a low priority.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -25,16 +23,17 @@ import triton
 
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
-from qtuning_fast.bench.durations import FLEX, KERNEL, LAUNCHER
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.plans import plan, rank_backends
 from qtuning_fast.bench.plans.candidates import candidates, compile_for
+from qtuning_fast.bench.plans.durations import FLEX, KERNEL, LAUNCHER
 from qtuning_fast.bench.plans.triton_cache import settle
 from qtuning_fast.bench.plans.tune import DTYPES, asked, in_order, incumbent_of, shapes_of
 from qtuning_fast.bench.predictions import compile_report
 from qtuning_fast.bench.predictions.compile_report import AbsentDriver
-from qtuning_fast.bench.results import RUNS, Results, versions
+from qtuning_fast.bench.results import versions
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import SHAPES, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.target import INTERPRETED
@@ -56,7 +55,7 @@ class Wanted(NamedTuple):
 
 
 def wanted(plan_name: str) -> list[Wanted]:
-    """What a plan runs, most needed first."""
+    """What a plan runs, the most important first."""
     if plan_name == "gpu-second":
         long = [SHAPES[name] for name in plan.LONG]
         peers = of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)
@@ -72,7 +71,7 @@ def wanted(plan_name: str) -> list[Wanted]:
 
 
 def of_peers(names: Sequence[str], peers: Sequence[str], chosen: Collection[str]) -> list[Wanted]:
-    """Those of some shapes' peers that are chosen: they are compiled by being run once."""
+    """The chosen peers of some shapes, which are compiled by running them once."""
     return [
         Wanted(
             f"{name}: {peer}",
@@ -86,7 +85,7 @@ def of_peers(names: Sequence[str], peers: Sequence[str], chosen: Collection[str]
 
 
 def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
-    """Each launch of a step of each shape, with what starts it."""
+    """Each launch of a step of each shape, with its launcher."""
     return [
         Wanted(
             f"{shape.name}: launch {number}",
@@ -100,7 +99,7 @@ def of_kernels(on_shapes: Sequence[Shape]) -> list[Wanted]:
 
 
 def of_candidates() -> list[Wanted]:
-    """Blocks that tuning tries, the most promising of each job first."""
+    """The blocks that tuning tries, the most promising of each job first."""
     jobs = asked(["bf16"], plan.TUNED_HEAD_SIZES, plan.TUNED_DIRECTIONS)
     tried = [(job, in_order(candidates(incumbent_of(SM_90, job)))) for job in jobs]
     found = []
@@ -114,7 +113,7 @@ def of_candidates() -> list[Wanted]:
 
 
 def compile_peer(shape: Shape, peer: str) -> None:
-    """Runs it once; who fails does so again when it is measured, and is reported then."""
+    """Runs a peer once. If it fails, it fails again when it is measured, and is reported then."""
     with suppress(Exception):
         x = shapes.inputs(shape, dtype=default_dtype("cuda"), device="cuda")
         prepared = prepare(PEERS[peer], shape, x, training=shape.trained)
@@ -122,7 +121,7 @@ def compile_peer(shape: Shape, peer: str) -> None:
 
 
 def compile_kernel(target: str, shape: Shape, number: int) -> dict[str, float]:
-    """One launch of a shape, for a GPU that need not be there; a core's seconds for the kernel and for its launcher."""
+    """Compiles one launch of a shape without a GPU; returns the seconds of a core for the kernel and its launcher."""
     triton.runtime.driver.set_active(AbsentDriver(target))
     launches = list(_launches(shape))
     if number >= len(launches):
@@ -144,7 +143,7 @@ def compile_kernel(target: str, shape: Shape, number: int) -> dict[str, float]:
 
 
 def _core_seconds() -> float:
-    """Of this process and of those that it has started, whoever else is at work."""
+    """Seconds of a core that this process and its children have used."""
     return sum(os.times()[:4])
 
 
@@ -154,7 +153,7 @@ def _launches(shape: Shape) -> Iterator[tuple[str, Any]]:
 
 
 def timed() -> dict[str, Any]:
-    """How long the kernels of the plan's shapes take, one after the other on one core, and their launchers."""
+    """Compile times of the kernels and launchers of the plan's shapes, one after the other on one core."""
     _start()
     each = {job.name: job.make() for job in of_kernels([SHAPES[name] for name in plan.SHAPES])}
     new = {name: seconds for name, seconds in each.items() if seconds.get("kernel", 0.0) > SHARED}
@@ -162,7 +161,7 @@ def timed() -> dict[str, Any]:
 
 
 def compile_kernels(deadline: float = math.inf) -> dict[str, Any]:
-    """All that both plans run of ours, for a GPU that is not there: what each took, or its error."""
+    """Compiles all kernels of ours that both plans run, without a GPU; returns their times or errors."""
     found: dict[str, Any] = {}
     shapes_run = [SHAPES[name] for name in (*plan.SHAPES, *plan.DECODING)]
     own = [each for each in (*wanted("gpu"), *wanted("gpu-second")) if each.needs_no_gpu]
@@ -171,7 +170,7 @@ def compile_kernels(deadline: float = math.inf) -> dict[str, Any]:
 
 
 def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, Any], None]) -> bool:
-    """Makes it all until the deadline; hands on what each returns, or its error. Whether all was done by then."""
+    """Runs the jobs until the deadline and passes on each result or error. Returns whether all were done by then."""
     workers = os.cpu_count() or 1
     own = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}  # in each process, which are many already
     spawn = multiprocessing.get_context("spawn")  # a process that was forked has no CUDA
@@ -184,7 +183,7 @@ def in_processes(jobs: Sequence[Wanted], deadline: float, heard: Callable[[str, 
                 except Exception as error:  # whatever a compiler may raise
                     heard(name, {"error": first_line(error)})
             time.sleep(0.05)
-    return not waiting  # who is not done by then is ended
+    return not waiting  # the pool ends those that are not done by then
 
 
 def _start() -> None:
@@ -200,19 +199,17 @@ def _make(make: Callable[[], Any], needs_no_gpu: bool) -> Any:
     return make()
 
 
-def parser() -> argparse.ArgumentParser:
-    """What can be asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=("gpu", "gpu-second"), default="gpu")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="on the clock of time.monotonic()")
-    parser.add_argument("--dry-run", action="store_true", help="one kernel only, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "ahead.json", metavar="FILE")
-    return parser
+def command() -> Command:
+    """The command line."""
+    found = Command(__spec__.name, __doc__, dry_run="compile one kernel", deadline=True)
+    found.add_argument("--plan", choices=("gpu", "gpu-second"), default="gpu")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    results = Results("ahead", options.out, default_device(), sys.argv[1:] if arguments is None else arguments)
+    line = command()
+    options = line.parse(arguments)
+    results = line.results(options)
     jobs = [job for job in wanted(options.plan) if job.needs_no_gpu or default_device() == "cuda"]
     if options.dry_run:
         jobs = [] if INTERPRETED else [job for job in jobs if job.needs_no_gpu][:1]

@@ -1,21 +1,19 @@
-"""Measures which backend is the fastest from which size on, on the device at hand, and writes the rules for it.
+"""Measures from which size on the composed backend is the fastest on this device, and writes the rules for `auto`.
 
     python -m qtuning_fast.bench.plans.rank_backends   rewrites the device's lines in backend_order.json
-    python -m qtuning_fast.bench.plans.rank_backends --dry-run   only says what it would write
+    python -m qtuning_fast.bench.plans.rank_backends --dry-run   only prints what it would write
 
-A training step, forward and backward, is measured at growing sizes: on a CPU with the composed backend beside the
-reference, by the number of scores; on a GPU beside the fused one, by the number of context keys. The bound is put where
-the composed backend is last slower, in the geometric middle between that size and the next. Where there was no time for
-all sizes, no line is rewritten.
+A training step, forward and backward, is measured at growing sizes. On a CPU the composed backend stands beside the
+reference, by the number of scores; on a GPU beside the fused one, by the number of context keys. The bound is the
+geometric mean of the last size at which the composed backend is slower and of the next size. If there was no time for
+all sizes, no rule is rewritten.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -24,12 +22,12 @@ from qtuning_fast.attention.backend_order import Rule
 from qtuning_fast.attention.composed.vendors import FEW_QUERIES
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import prepare
-from qtuning_fast.bench.durations import row_seconds
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.bench.plans.durations import row_seconds
+from qtuning_fast.bench.plans.schedule import NO_TIME, Schedule, Unit
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import NO_TIME, Schedule, Unit
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare, sets_for
 
@@ -50,7 +48,7 @@ class Point:
 
 
 def training_shapes(device: str) -> list[Shape]:
-    """MiniLM's heads from four tokens of one sample on; on a GPU BERT-base's and Llama's."""
+    """Shapes of growing size: on a CPU MiniLM's heads from four tokens on, on a GPU those of BERT-base and Llama."""
     if device == "cpu":
         sizes = [(1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (4, 32), (8, 32), (8, 64), (16, 64), (16, 128)]
         return [Shape(f"B{B} N{N}", B=B, Hq=12, Hkv=12, N=N, D=32, P=50) for B, N in sizes]
@@ -63,7 +61,7 @@ def training_shapes(device: str) -> list[Shape]:
 
 
 def units(shapes_measured: Sequence[Shape]) -> list[Unit]:
-    """What is measured, and the seconds that are expected of it."""
+    """Each shape, with the seconds that it is expected to take."""
     peers = ("composed", "fused")
     return [Unit(s.name, sum(row_seconds(s, peer) for peer in peers), "point", s) for s in shapes_measured]
 
@@ -75,15 +73,13 @@ def measure(
     heard: Callable[[Point], None],
     schedule: Schedule | None = None,
 ) -> list[Point]:
-    """Each shape, the smallest first, as far as there is time; hands each point on as it comes."""
+    """Measures shape after shape, as far as there is time, and passes on each point."""
     schedule = schedule or Schedule()
     gpu = torch.device(device)
     dtype = default_dtype(device)
     points = []
-    for unit in units(shapes_measured):
+    for unit in schedule.each(units(shapes_measured)):
         shape = unit.of
-        if not schedule.may_begin(unit.name, unit.seconds):
-            continue
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
         other = "fused" if gpu.type == "cuda" else "reference"
@@ -99,7 +95,6 @@ def measure(
         points.append(Point(size, shape, composed.median, beside.median))
         print(points[-1], flush=True)
         heard(points[-1])
-    schedule.end()
     return sorted(points, key=lambda point: point.size)
 
 
@@ -108,7 +103,7 @@ def _steps(peer: str, shape: Shape, sets: Sequence[Inputs]) -> list[Call]:
 
 
 def crossing(points: Sequence[Point]) -> int:
-    """The size from which on the composed backend is never slower; beyond the largest measured if it always is."""
+    """The size from which on the composed backend is never slower; beyond the largest size if it always is."""
     slower = [point.size for point in points if point.composed > point.other]
     if not slower:
         return 0
@@ -117,7 +112,7 @@ def crossing(points: Sequence[Point]) -> int:
 
 
 def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
-    """The lines of the table for the device at hand."""
+    """The rules for this device."""
     name, bound = backend_order.device_name(torch.device(device)), crossing(points)
     composed = Rule(name, "composed", measured=measured)
     if device == "cpu":
@@ -131,21 +126,16 @@ def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--out", type=Path, default=RUNS / "choose.json", metavar="FILE")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="leave out what would end later")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="leave backend_order.json as it is", deadline=True)
+    line.add_argument("--rounds", type=int, default=ROUNDS)
+    options = line.parse(arguments)
     settle()
-    device = default_device()
-    results = Results("choose", options.out, device, sys.argv[1:] if arguments is None else arguments)
-    print(results.heading())
+    device, results = default_device(), line.results(options)
 
     def heard(p: Point) -> None:
         results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
 
-    schedule = results.schedule(options.deadline)
+    schedule = Schedule.of(results, options.deadline)
     points = measure(device, options.rounds, training_shapes(device), heard, schedule)
     if not points:
         print("nothing was measured: the table stays as it is")

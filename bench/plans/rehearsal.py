@@ -1,43 +1,54 @@
-"""A plan against a clock and a GPU that are not there: which rows are home after how many seconds.
+"""Rehearses a plan against a simulated clock and GPU: which rows are home after how many seconds.
 
     python -m qtuning_fast.bench.plans.rehearsal gpu                   the timetable
-    python -m qtuning_fast.bench.plans.rehearsal gpu --slower 1.5      where all takes half as long again
+    python -m qtuning_fast.bench.plans.rehearsal gpu --slower 1.5      everything takes half as long again
 
-The plan, its runner, its schedules and the units within each step are those of a real run; what stands in for processes
-here only says how long each thing takes on the host and on the GPU (`expected.py`), and shares a number of cores among
-those that compute at a time.
+The plan, its runner, its schedules and the units within each step are those of a real run. Only the processes are
+simulated: for each, how long it keeps the host and the GPU (`durations.py`), with a number of cores shared among them.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from qtuning_fast.bench import durations
 from qtuning_fast.bench.measure import QUICK
-from qtuning_fast.bench.plans import counters, gpu_tests, memcheck, plan, precompile, rank_backends, run, tune
+from qtuning_fast.bench.plans import (
+    counters,
+    diagnose,
+    durations,
+    gpu_tests,
+    memcheck,
+    plan,
+    precompile,
+    rank_backends,
+    tune,
+)
+from qtuning_fast.bench.plans import run as running
 from qtuning_fast.bench.plans.candidates import candidates
 from qtuning_fast.bench.plans.plan import PLANS, TOTAL_SECONDS, Step
 from qtuning_fast.bench.plans.precompile import COMPILED
+from qtuning_fast.bench.plans.schedule import Schedule, Unit
 from qtuning_fast.bench.rows import attention, growth
-from qtuning_fast.bench.schedule import Schedule, Unit
 from qtuning_fast.bench.shapes import SHAPES
 
-# What a process waits for: a share of the cores, what is left of them when all others have theirs, or the GPU.
+# What a process waits for: a share of the cores, the cores that all others leave, or the GPU.
 HOST, NICE, GPU = "host", "nice", "gpu"
-Work = Generator[tuple[str, float], None, None]
+Work = Generator[tuple[str, float], None, Any]  # yields what it waits for and the seconds; returns a status
 TICK = 0.1  # seconds
+COMPILED_IN = durations.KERNEL + durations.LAUNCHER
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast what is not there is."""
+    """The machine of a rehearsal."""
 
     cores: int = 16
-    slower: float = 1.0  # than expected, in all
-    right: bool = True  # whether the kernels compute what they should
-    carried: bool = False  # whether a Triton cache was carried that fits
+    slower: float = 1.0  # everything takes so many times as long as expected
+    right: bool = True  # whether the kernels are right
+    carried: bool = False  # whether a Triton cache that fits was brought along
 
 
 @dataclass
@@ -101,11 +112,11 @@ class World:
         yield HOST, durations.IMPORTS
         yield GPU, durations.CONTEXT
 
-    def compiles(self, name: str, kernels: int) -> Iterator[tuple[str, float]]:
-        """Kernels of ours, where nobody has compiled them ahead."""
-        if name not in self.compiled and not self.machine.carried:
-            yield HOST, kernels * (durations.KERNEL + durations.LAUNCHER)
+    def compiles(self, name: str, kernels: int) -> float:
+        """Seconds of the host for kernels of ours that were not compiled before."""
+        there = name in self.compiled or self.machine.carried
         self.compiled.add(name)
+        return 0.0 if there else kernels * COMPILED_IN
 
     def _shares(self, at_work: list[Process]) -> list[float]:
         """Of a second."""
@@ -125,35 +136,33 @@ class World:
                 process.status = end.value or 0
 
 
-# What each module does, and for how long
+# The steps, by module
 
 
-def _first(world: World, step: Step, deadline: float) -> Work:
-    yield HOST, 2 * durations.IMPORTS  # and from a disk that nobody has read from
+def _smoke(world: World, step: Step, deadline: float) -> Work:
+    yield HOST, 2 * durations.IMPORTS  # from a disk that nothing was read from before
     yield GPU, durations.CONTEXT
-    world.row("first: machine")
-    yield from world.compiles("first", 1)  # all at once, on as many cores
+    world.row("smoke: machine")
+    yield HOST, world.compiles("smoke", 1)  # all kernels at once, on as many cores
     for backend in ("fused", "composed"):
         yield GPU, 1.0
-        world.row(f"first: {backend}")
-    return 0 if world.machine.right else 1  # type: ignore[return-value]
+        world.row(f"smoke: {backend}")
+    return 0 if world.machine.right else 1
 
 
-def _why(world: World, step: Step, deadline: float) -> Work:
-    from qtuning_fast.bench.plans.diagnose import CASES, variants
-
+def _diagnose(world: World, step: Step, deadline: float) -> Work:
     yield from world.starts()
     yield HOST, durations.IMPORTS
-    world.row("why: compiled")  # by `first` already
-    yield from _sanitizers(world, "why")
-    for name in (*(case.name for case in CASES), *(name for name, _ in variants())):
+    world.row("diagnose: compiled")  # `smoke` has compiled them
+    yield from _sanitizers(world, "diagnose")
+    for name in (*(case.name for case in diagnose.CASES), *(name for name, _ in diagnose.variants())):
         yield GPU, durations.CONTEXT + 1.0
-        yield HOST, 4 * (durations.KERNEL + durations.LAUNCHER)
-        world.row(f"why: {name}")
-    return 1  # type: ignore[return-value]
+        yield HOST, 4 * COMPILED_IN
+        world.row(f"diagnose: {name}")
+    return 1
 
 
-# Tests: (what their names hold, how many, how many kernels of ours each compiles)
+# Tests: (part of their names, how many there are, how many of our kernels each compiles)
 TESTS = (
     *((f"tests/attention/test_fused_gpu.py::{name}]", 1, 3) for name in gpu_tests.CHOSEN_IEEE),
     ("tests/attention/test_fused_gpu.py::test_real_shapes[bfloat16-", 6, 3),
@@ -192,32 +201,30 @@ def _tests(world: World, step: Step, deadline: float) -> Work:
             yield GPU, 1.0
             world.row(f"tests: {name}")
 
-    yield HOST, durations.IMPORTS
-    shards = [world.begin(shard(number)) for number in range(gpu_tests.SHARDS)]
-    while any(one.status is None for one in shards) and world.now < deadline:
-        yield GPU, gpu_tests.POLL_SECONDS
-    for one in shards:
-        one.stop()
+    yield from _side_by_side(world, [shard(number) for number in range(gpu_tests.SHARDS)], deadline)
 
 
-def _ahead(world: World, step: Step, deadline: float) -> Work:
-    """By so many processes, each of which makes way once it has no GPU to wait for."""
-    options = precompile.parser().parse_args(list(step.arguments))
-    waiting = iter(precompile.wanted(options.plan))
+def _precompile(world: World, step: Step, deadline: float) -> Work:
+    """By as many processes as cores, each of which makes way once it does not wait for a GPU."""
+    waiting = iter(precompile.wanted(precompile.command().parse_args(list(step.arguments)).plan))
 
     def worker() -> Work:
-        yield HOST, durations.IMPORTS
-        yield GPU, durations.CONTEXT
+        yield from world.starts()
         for job in waiting:
             there = job.name in world.compiled or (job.needs_no_gpu and world.machine.carried)
             yield NICE if job.needs_no_gpu else HOST, 0.2 if there else job.seconds
             world.compiled.add(job.name)
 
+    yield from _side_by_side(world, [worker() for _ in range(world.machine.cores)], deadline)
+
+
+def _side_by_side(world: World, works: list[Work], deadline: float) -> Iterator[tuple[str, float]]:
+    """Processes that one has started, and stops at the deadline."""
     yield HOST, durations.IMPORTS
-    workers = [world.begin(worker()) for _ in range(world.machine.cores)]
-    while any(one.status is None for one in workers) and world.now < deadline:
+    started = [world.begin(work) for work in works]
+    while any(one.status is None for one in started) and world.now < deadline:
         yield GPU, 0.5
-    for one in workers:
+    for one in started:
         one.stop()
 
 
@@ -229,7 +236,7 @@ def _memcheck(world: World, step: Step, deadline: float) -> Work:
 def _sanitizers(world: World, step: str) -> Iterator[tuple[str, float]]:
     """A plain step, which compiles, then both tools at the same time."""
     yield from world.starts()
-    yield from world.compiles("memcheck", 4 * len(memcheck.SMALL))
+    yield HOST, world.compiles("memcheck", 4 * len(memcheck.SMALL))
     world.row(f"{step}: plain")
     yield HOST, 45.0  # assumed: a tenth of the speed
     for tool in memcheck.TOOLS:
@@ -242,28 +249,33 @@ def _ceilings(world: World, step: Step, deadline: float) -> Work:
     world.row("ceilings")
 
 
+def _counters(world: World, step: Step, deadline: float) -> Work:
+    for name in counters.MEASURED:
+        yield HOST, 3 * durations.IMPORTS  # under Nsight Compute; assumed
+        yield GPU, 5.0
+        world.row(f"counters: {name}")
+
+
 def _attention(world: World, step: Step, deadline: float) -> Work:
-    options = attention.parser(step.name, None).parse_args(list(step.arguments))
-    schedule = Schedule(deadline, clock=world.clock)
-    home = {row.removeprefix("attention: ") for row in world.home}  # of a run before this one
-    yield from world.starts()
-    for name in attention.most_missing_first(options.shape, home if options.rest_of else ()):
-        if options.rest_of and not attention.is_missing(name, options.peer, home):
-            continue
-        ready = False
-        for unit in durations.rows(SHAPES[name], options.peer, QUICK, attention.PEAKS):
-            if unit.kind == "turns" and not ready:
-                continue
-            if not schedule.may_begin(unit.name, unit.seconds, unit.reserve):
-                continue
-            ready = True
-            if unit.kind == "row" and unit.of in COMPILED and unit.name not in world.compiled:
-                yield HOST, durations.FLEX - durations.FLEX_AGAIN
-            if unit.kind == "row" and unit.of in plan.OURS:
-                yield from world.compiles(unit.name, 4)
-            yield GPU, unit.seconds
-            world.row(f"{step.name.partition('-')[0]}: {unit.name}")
-    schedule.end()
+    options = attention.command().parse_args(list(step.arguments))
+    question = step.name.partition("-")[0]
+    home = {row.removeprefix("attention: ") for row in world.home}  # of an earlier run
+    begun = set[str]()
+
+    def units() -> Iterator[Unit]:
+        for name in attention.most_missing_first(options.shape, home if options.rest_of else ()):
+            if not options.rest_of or attention.is_missing(name, options.peer, home):
+                for unit in durations.rows(SHAPES[name], options.peer, QUICK, attention.PEAKS):
+                    if unit.kind != "turns" or name in begun:
+                        yield unit
+
+    def compiling(unit: Unit) -> float:
+        begun.add(unit.name.partition(":")[0])
+        if unit.kind == "row" and unit.of in COMPILED and unit.name not in world.compiled:
+            return durations.FLEX - durations.FLEX_AGAIN
+        return world.compiles(unit.name, 4) if unit.kind == "row" and unit.of in plan.OURS else 0.0
+
+    return _units(world, question, deadline, units(), compiling)
 
 
 def _tune(world: World, step: Step, deadline: float) -> Work:
@@ -273,87 +285,73 @@ def _tune(world: World, step: Step, deadline: float) -> Work:
     }
 
     def compiling(unit: Unit) -> float:
-        """A heat waits for those of its candidates that no one has compiled; one core makes each."""
+        """A heat waits for those of its candidates that were not compiled before; one core makes each."""
         job, number = unit.of
         ranks = range(max(number, 0) * tune.HEAT, (number + 1) * tune.HEAT + 1)
         missing = sum(f"{job}: {rank}" not in world.compiled for rank in ranks)
         return durations.KERNEL * len(jobs[job][1]) if missing and not world.machine.carried else 0.0
 
-    yield from _units(world, step, deadline, durations.heats(jobs, tune.HEAT, tune.ROUNDS), compiling)
+    return _units(world, step.name, deadline, durations.heats(jobs, tune.HEAT, tune.ROUNDS), compiling)
 
 
 def _choose(world: World, step: Step, deadline: float) -> Work:
     def compiling(unit: Unit) -> float:
         there = world.machine.carried or f"{unit.name}: launch 0" in world.compiled
-        return 0.0 if there else precompile.MOST_LAUNCHES * (durations.KERNEL + durations.LAUNCHER)
+        return 0.0 if there else precompile.MOST_LAUNCHES * COMPILED_IN
 
-    yield from _units(world, step, deadline, rank_backends.units(rank_backends.training_shapes("cuda")), compiling)
+    units = rank_backends.units(rank_backends.training_shapes("cuda"))
+    return _units(world, step.name, deadline, units, compiling)
 
 
 def _growth(world: World, step: Step, deadline: float) -> Work:
-    options = growth.parser().parse_args(list(step.arguments))
-    units = [
-        unit
-        for name in options.sizes
-        for unit in growth.units(
-            name, growth.SERIES[name].shapes("cuda", tiny=False), options.peer, growth.GROWTH_TURNS
-        )
-    ]
-    yield from _units(world, step, deadline, units)
+    options = growth.command().parse_args(list(step.arguments))
+    shapes = {name: growth.SERIES[name].shapes("cuda", tiny=False) for name in options.sizes}
+    found = [growth.units(name, shapes[name], options.peer, growth.GROWTH_TURNS) for name in options.sizes]
+    return _units(world, step.name, deadline, [unit for units in found for unit in units])
 
 
 def _units(
     world: World,
-    step: Step,
+    name: str,
     deadline: float,
-    units: list[Unit],
+    units: Iterable[Unit],
     compiling: Callable[[Unit], float] = lambda unit: 0.0,
 ) -> Work:
-    schedule = Schedule(deadline, clock=world.clock)
+    """A step that fills its time with units, each of which may have to compile something first."""
     yield from world.starts()
-    for unit in units:
-        if schedule.may_begin(unit.name, unit.seconds):
-            yield HOST, compiling(unit)
-            yield GPU, unit.seconds
-            world.row(f"{step.name}: {unit.name}")
-    schedule.end()
-
-
-def _counters(world: World, step: Step, deadline: float) -> Work:
-    for name in counters.MEASURED:
-        yield HOST, 3 * durations.IMPORTS  # under Nsight Compute; assumed
-        yield GPU, 5.0
-        world.row(f"counters: {name}")
+    for unit in Schedule(deadline, clock=world.clock).each(units):
+        yield HOST, compiling(unit)
+        yield GPU, unit.seconds
+        world.row(f"{name}: {unit.name}")
 
 
 STEPS: dict[str, Callable[[World, Step, float], Work]] = {
-    "first": _first,
-    "why": _why,
-    "gpu_tests": _tests,
-    "ahead": _ahead,
-    "memcheck": _memcheck,
-    "floors": _ceilings,
-    "attention": _attention,
-    "decode": _attention,
-    "tune": _tune,
-    "choose": _choose,
-    "growth": _growth,
-    "counters": _counters,
+    "plans.smoke": _smoke,
+    "plans.diagnose": _diagnose,
+    "plans.gpu_tests": _tests,
+    "plans.precompile": _precompile,
+    "plans.memcheck": _memcheck,
+    "plans.tune": _tune,
+    "plans.rank_backends": _choose,
+    "plans.counters": _counters,
+    "rows.roofline": _ceilings,
+    "rows.attention": _attention,
+    "rows.growth": _growth,
 }
 
 
-def rehearse(name: str, machine: Machine, before: World | None = None) -> tuple[run.Run, World]:
-    """A plan, run to its end; `before` is where another one has ended, whose rows are home already."""
+def rehearse(name: str, machine: Machine, before: World | None = None) -> tuple[running.Run, World]:
+    """Runs a plan to its end. `before` is where an earlier plan has ended, whose rows are home already."""
     world = World(machine)
     if before is not None:
         world.home, world.written = dict.fromkeys(before.home, 0.0), dict.fromkeys(before.written, 0.0)
         world.compiled = set(before.compiled)
-    one = run.Run(PLANS[name], world, clock=world.clock, gather=world.gather)
+    one = running.Run(PLANS[name], world, clock=world.clock, gather=world.gather)
     one.all(TOTAL_SECONDS[name])
     return one, world
 
 
-def timetable(one: run.Run, world: World, at: tuple[float, ...]) -> str:
+def timetable(one: running.Run, world: World, at: tuple[float, ...]) -> str:
     """Steps, and how many rows of each are home after so many seconds."""
     lines = [f"  {'':<16}{'s':>7}  {'':<28}" + "".join(f"{f'{t:.0f} s':>8}" for t in at)]
     for outcome in one.outcomes.values():
@@ -366,9 +364,9 @@ def timetable(one: run.Run, world: World, at: tuple[float, ...]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=("gpu", "gpu-second"))
-    parser.add_argument("--slower", type=float, default=1.0, help="so many times")
+    parser.add_argument("--slower", type=float, default=1.0, help="so many times as slow")
     parser.add_argument("--carried", action="store_true", help="with a Triton cache that fits")
-    parser.add_argument("--wrong", action="store_true", help="with kernels that compute something else")
+    parser.add_argument("--wrong", action="store_true", help="with kernels that are wrong")
     options = parser.parse_args(arguments)
     machine = Machine(slower=options.slower, carried=options.carried, right=not options.wrong)
     before = rehearse("gpu", machine)[1] if options.plan == "gpu-second" else None

@@ -1,15 +1,15 @@
-"""Runs the benchmarks of a plan one after the other, the most important first, and gathers all they find in one file.
+"""Runs the steps of a plan one after the other, the most important first, and gathers their results in one file.
 
-    python -m qtuning_fast.bench.plans.run cpu           all questions on a CPU
+    python -m qtuning_fast.bench.plans.run cpu           all questions, on a CPU
     python -m qtuning_fast.bench.plans.run gpu --out FILE   tests, the operator beside its peers, tuning; 9 minutes
     python -m qtuning_fast.bench.plans.run gpu-second --out FILE   what that left out, long contexts, growth; 3 minutes
     python -m qtuning_fast.bench.plans.run gpu-models --out FILE   200 tasks in a row, whole models; 9 minutes
     python -m qtuning_fast.bench.plans.run gpu --dry-run   the same steps on tiny shapes, without a GPU if need be
-    python -m qtuning_fast.bench.plans.run --unpack FILE   what a run brought home, to where it belongs
+    python -m qtuning_fast.bench.plans.run --unpack FILE   put the results of a run where they belong
 
-The steps are in `plan.py`. FILE is written anew while they run, so that a run that is cut off counts as far as it got.
-It holds each step's outcome and all that the steps wrote, the block table and the table of backends among them; the
-last thing on the screen is a short table.
+The steps are in `plan.py`. FILE is rewritten while they run, so that a run that is cut off keeps what it has found. It
+holds the status of each step and everything that the steps wrote, the tables of blocks and backends among them. The
+last output is a short table.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qtuning_fast.bench.plans import triton_cache
-from qtuning_fast.bench.plans.archive import Gathered, Outcome, device, summary, unpack
+from qtuning_fast.bench.plans.archive import Archive, Outcome, device, summary, unpack
 from qtuning_fast.bench.plans.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.plans.schedule import NO_TIME, UNDER_WAY
 from qtuning_fast.bench.results import ROOT, RUNS
-from qtuning_fast.bench.schedule import NO_TIME, UNDER_WAY
 
 POLL_SECONDS = 1.0
 GRACE = 10.0  # seconds beyond its deadline after which a step is stopped
@@ -50,7 +50,7 @@ class Process(Protocol):
 
 
 class Executor(Protocol):
-    """What runs steps, and lets time pass: processes, or a rehearsal of them."""
+    """Runs steps and lets time pass: processes, or a rehearsal of them."""
 
     def start(self, step: Step, deadline: float) -> Process: ...
 
@@ -64,9 +64,9 @@ class Run:
         steps: of the plan, in order.
         executor: what runs them.
         clock: seconds; the one that deadlines are on.
-        gather: called whenever something may have been found.
-        units: a step's log of units by now.
-        verdict: a step's own by now, of what it was to find out: empty if all is right; None: it has none.
+        gather: called whenever a step may have written.
+        units: the log of a step's units so far.
+        verdict: what a step has found to be wrong; empty: nothing, None: it has no verdict.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Run:
         self._died: dict[str, str] = {}  # by step: the one in which its last process ended
 
     def all(self, total_seconds: float) -> bool:
-        """Every step, in order, as far as time allows. Whether all that was begun went well."""
+        """Runs the steps in order as far as time allows. Returns whether all that began went well."""
         self.end = self.clock() + total_seconds
         try:
             for number, step in enumerate(self.steps):
@@ -101,7 +101,7 @@ class Run:
                 self.together(step, self.clock() + min(max(step.seconds, left - others), left))
                 if step.otherwise is not None and self._is_wrong(step):
                     self.together(step.otherwise, self.end)
-                    if self.outcomes[step.otherwise.name].status != "done":  # else it has found nothing that is wrong
+                    if self.outcomes[step.otherwise.name].status != "done":  # else it has found nothing wrong
                         break
         finally:
             for process in self._at_work.values():
@@ -111,13 +111,13 @@ class Run:
         return bool(begun) and all(outcome.status == "done" for outcome in begun) and NO_TIME not in self._statuses()
 
     def _is_wrong(self, step: Step) -> bool:
-        """By its own verdict; where it died before it had one, too, but not where it only took too long."""
+        """Whether a step has found something wrong, or died before its verdict; not if it only took too long."""
         self.gather()
         verdict = self.verdict(step.name)
         return bool(verdict) or (verdict is None and self.outcomes[step.name].status.startswith("exit status"))
 
     def together(self, step: Step, deadline: float) -> None:
-        """A step and what runs beside it, until all have ended or the time is up."""
+        """Runs a step and those beside it until all have ended or the time is up."""
         for each in (step, *step.concurrent):
             print(f"\n=== {each.name} ===", flush=True)
             self._start(each, deadline)
@@ -217,9 +217,9 @@ class _Started:
 
 
 class _Watcher:
-    """A process that outlives a run that is killed, and ends the steps at work with all that they have started.
+    """A process that outlives a run that is killed, and then ends its steps with all their processes.
 
-    A signal to a parent that dies would reach a step, and not the processes that it has started.
+    A signal on the parent's death would reach a step, but not the processes that the step has started.
     """
 
     CODE = """
@@ -239,7 +239,7 @@ for group in groups:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
 
     def tell(self, sign: str, group: int) -> None:
-        """That a group of processes has begun (+) or ended (-)."""
+        """Reports that a group of processes has begun (+) or ended (-)."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.write(f"{sign}{group}\n")
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     folder, out = (RUNS / options.plan).resolve(), options.out or RUNS / f"{options.plan}.json"
     run = Run(steps, Processes(folder, dry_run=options.dry_run))
-    gathered = Gathered(options.plan, folder, out, list(run.outcomes.values()), dry_run=options.dry_run)
+    gathered = Archive(options.plan, folder, out, list(run.outcomes.values()), dry_run=options.dry_run)
     run.gather, run.units, run.verdict = gathered.write, gathered.units, gathered.verdict
     triton_cache.unpack()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps at work are stopped, too

@@ -1,15 +1,14 @@
-"""The first minute on a GPU: what is there, and whether each kernel computes what it should.
+"""The first minute on a GPU: what is installed, and whether each kernel is right.
 
     python -m qtuning_fast.bench.plans.smoke --out FILE
 
-Device, versions, compilers, tools and the carried Triton cache; then a training step of BERT-base by each of our
-backends beside float64. Between them they run every kernel: the output is the forward kernel's, the gradient of query
-the one over queries, all others those over keys and of the prefix; the composed backend has its own for the prefix.
-Exits with 1 if the fused backend is wrong: then there is nothing else worth measuring. A composed one that fails is a
-row that says so.
+It records device, versions, compilers, tools and the carried Triton cache. Then it compares a training step of
+BERT-base with float64, for each of our backends. Together they run every kernel: the forward kernel computes the
+output, the kernel over queries the gradient of query, those over keys and of the prefix all other gradients; the
+composed backend has its own kernels for the prefix. The exit status is 1 if the fused backend is wrong, because then
+nothing else is worth measuring. A composed backend that fails is recorded.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from qtuning_fast.bench.accuracy import Errors, Reference, check, verdict
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import OURS, PEERS
 from qtuning_fast.bench.plans import precompile, triton_cache
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels.target import INTERPRETED
@@ -38,7 +36,7 @@ COMPILING = 25.0  # seconds after which kernels are compiled where they are call
 
 
 def tools() -> dict[str, str]:
-    """What each tool says of its version; those that are not there are left out."""
+    """The version of each tool that is installed."""
     found = {}
     for tool in TOOLS:
         if path := shutil.which(tool):
@@ -50,7 +48,7 @@ def tools() -> dict[str, str]:
 
 
 def step(shape: Shape, backend: str, device: str) -> Errors:
-    """A step's output and gradients beside float64; raises what the kernels raise."""
+    """The errors of a step's output and gradients against float64; raises what the kernels raise."""
     errors: Errors = {}
     reference = Reference(shape, shapes.inputs(shape, dtype=default_dtype(device), device=device))
     check(PEERS[backend], reference, errors, training=True)
@@ -64,18 +62,16 @@ def summary(errors: Mapping[str, float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny shape")
-    parser.add_argument("--out", type=Path, default=RUNS / "first.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="a tiny shape")
+    options = line.parse(arguments)
     triton_cache.settle()
     started, device = time.perf_counter(), default_device()
     shape = TINY if options.dry_run else BERT_BASE
-    results = Results("first", options.out, device, sys.argv[1:] if arguments is None else arguments)
+    results = line.results(options)
     cache = "nothing is compiled" if INTERPRETED else triton_cache.says()
     machine = {"cores": os.cpu_count(), "cache": cache, "key": {} if INTERPRETED else triton_cache.key()}
     results.add("machine", machine | {"summary": f"{results.heading()}, {cache}".replace("\n", ", ")})
-    print(f"{results.heading()}\n{cache}", flush=True)
+    print(cache, flush=True)
     if device == "cuda" and not INTERPRETED:
         compiled: dict[str, Any] = {}
         until = time.monotonic() + COMPILING
@@ -87,13 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
             errors = step(shape, backend, device)
             wrong[backend] = verdict(errors, default_dtype(device))
             results.add(backend, {"summary": f"{backend}, {shape.name}: {summary(errors)}", "errors": errors})
-        except Exception as error:  # whatever it is: it is what was to be found out
+        except Exception as error:  # any error is a finding
             wrong[backend] = first_line(error)
             results.add(backend, {"summary": f"{backend}, {shape.name}: {first_line(error)}", "errors": {}})
         print(results.document["entries"][backend]["summary"], flush=True)
         status = "; ".join(f"{name}: {why}" for name, why in wrong.items() if why) or "all is right"
         seconds = round(time.perf_counter() - started, 1)
-        # After each backend: what the runner decides by is there, even if the next one hangs.
+        # Written after each backend, so that the runner can decide even if the next one hangs.
         results.add("verdict", {"summary": status, "wrong": wrong["fused"], "seconds": seconds})
     found = tools()
     results.add("tools", {"summary": f"tools: {', '.join(found)}", "versions": found})

@@ -1,15 +1,14 @@
 """Triton's cache, made on one machine and carried to another, so that nothing has to be compiled there.
 
-    python -m qtuning_fast.bench.plans.triton_cache         makes it: runs/triton-cache.tar.xz
-    python -m qtuning_fast.bench.plans.triton_cache --says   whether it is of this Triton and of these kernels
-    python -m qtuning_fast.bench.plans.triton_cache --seconds FILE   only writes how long each takes to compile
+    python -m qtuning_fast.bench.plans.triton_cache                  writes runs/triton-cache.tar.xz
+    python -m qtuning_fast.bench.plans.triton_cache --seconds FILE   only writes how long each kernel takes to compile
 
-What Triton finds in its cache depends on the contents of its own package (`triton_key`: the files of compiler, backends
-and language, and libtriton.so, which is another one for each Python), ptxas's version, the source of a kernel and of
-all it calls with their line numbers, signature, constants and options, and on what the process has compiled before
-(`settle`); on no path and no date. But an entry lists its files by absolute path: so both machines keep the cache in
-the same FOLDER. A launcher, which Triton compiles by a C compiler for each signature, is found by its source and the
-kind of platform.
+An entry of the cache is found by the contents of Triton's package (`triton_key`: the files of compiler, backends and
+language, and libtriton.so, which differs between versions of Python), ptxas's version, the source of a kernel and of
+everything it calls with line numbers, signature, constants and options, and by what the process has compiled before
+(`settle`); not by paths or dates. But an entry lists its files by absolute path, so both machines keep the cache in the
+same FOLDER. A launcher, which Triton compiles with a C compiler for each signature, is found by its source and the kind
+of platform.
 """
 
 import argparse
@@ -36,7 +35,7 @@ KEPT = (".json", ".cubin", ".so")  # what a process that launches reads; not wha
 
 
 def key() -> dict[str, Any]:
-    """Whatever decides whether an entry is found, in short."""
+    """What decides whether an entry of the cache is found, in short."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.runtime.cache import triton_key
@@ -51,7 +50,7 @@ def key() -> dict[str, Any]:
 
 
 def settle() -> None:
-    """Makes each kernel's place in the cache the same in every process, whichever it compiles first.
+    """Makes each kernel's place in the cache the same in every process, whatever it compiles first.
 
     Triton's key of a function lists the constants of those that it calls as far as they are known by then: that is, as
     far as their own keys were asked for before (`DependenciesFinder._update_hash` in 3.6.0). So they are asked for
@@ -66,7 +65,7 @@ def settle() -> None:
 
 
 def unpack() -> None:
-    """The archive to FOLDER, if there is one and it is not there yet; and Triton's cache is there from now on."""
+    """Unpacks the archive into FOLDER, if there is one and it is not there yet, and makes FOLDER Triton's cache."""
     os.environ["TRITON_CACHE_DIR"] = str(FOLDER)
     if ARCHIVE.exists() and not (FOLDER / KEY).exists():
         started = time.monotonic()
@@ -77,7 +76,7 @@ def unpack() -> None:
 
 
 def says() -> str:
-    """Whether the cache that was carried is of this machine's Triton and of these kernels."""
+    """A sentence that says whether the carried cache fits this machine's Triton and these kernels."""
     here, was_carried = key(), (FOLDER / KEY).exists()
     if not was_carried and not KNOWN.exists():
         return "no Triton cache was carried here"
@@ -88,7 +87,7 @@ def says() -> str:
 
 
 def pack() -> int:
-    """FOLDER into the archive, and its key to where it is known; how many kernels and launchers."""
+    """Packs FOLDER into the archive and records its key; returns the number of kernels and launchers."""
     (FOLDER / KEY).write_text(json.dumps(key(), indent=1) + "\n")
     of_triton = {name: value for name, value in key().items() if name != "kernels"}
     KNOWN.write_text(json.dumps(of_triton, indent=1) + "\n")
@@ -103,7 +102,7 @@ def pack() -> int:
 
 
 def _stand_in() -> Path:
-    """A folder with an empty libcuda.so.1, for launchers to be linked with where there is no driver."""
+    """A folder with an empty libcuda.so.1, to link launchers with where there is no driver."""
     folder = Path(tempfile.mkdtemp())
     source = folder / "empty.c"
     source.write_text("")
@@ -115,13 +114,8 @@ def _stand_in() -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--says", action="store_true", help="whether the carried cache fits here")
     parser.add_argument("--seconds", type=Path, metavar="FILE", help="only write there how long it takes")
     options = parser.parse_args(arguments)
-    if options.says:
-        unpack()
-        print(says())
-        return 0
     from qtuning_fast.bench.plans.precompile import compile_kernels, timed
 
     os.environ.setdefault("TRITON_LIBCUDA_PATH", str(_stand_in()))

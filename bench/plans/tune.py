@@ -1,9 +1,9 @@
-"""Measures block sizes of the attention kernels on the GPU at hand, and writes the best into kernels/blocks.json.
+"""Measures block sizes of the attention kernels on this GPU and writes the best into kernels/blocks.json.
 
     python -m qtuning_fast.bench.plans.tune                           bfloat16, all head sizes and directions
     python -m qtuning_fast.bench.plans.tune --head-size 64 --direction keys --dry-run --out tuning.json
 
-Candidates are compiled by several processes; those that spill too many registers or want too much shared memory are
+Several processes compile the candidates; those that spill too many registers or need too much shared memory are
 dropped. The others come in heats, the most promising first: each must reproduce what the incumbent computes, and is
 then timed, by CUDA-graph replay, on shapes of models in use, beside the incumbent and the best so far. Every head size
 and direction has its first heat before any has its second; in the end the best are timed once more. The winner has the
@@ -11,7 +11,6 @@ least geometric mean over the shapes; the incumbent stays unless it is beaten by
 written after each heat: a run that is cut off counts as far as it got.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -23,20 +22,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from qtuning_fast.bench import shapes
-from qtuning_fast.bench.durations import candidate_ms, heats
-from qtuning_fast.bench.measure import broken, default_device
+from qtuning_fast.bench.measure import broken
 from qtuning_fast.bench.plans.candidates import KEYS_OF_WHOLE, PREFIX_OF_WHOLE, candidates, compile_for, obstacle
+from qtuning_fast.bench.plans.durations import candidate_ms, heats
 from qtuning_fast.bench.plans.passes import Pass, difference
+from qtuning_fast.bench.plans.schedule import DONE, RESTART, Schedule
 from qtuning_fast.bench.plans.triton_cache import settle
 from qtuning_fast.bench.predictions.compile_report import TARGETS
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import DONE, RESTART, Schedule
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, TINY, VIT_B16, WIDE, Shape
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line, sets_for
 from qtuning_fast.kernels import blocks
@@ -60,7 +58,7 @@ SHOWN = 6
 
 
 class Job(NamedTuple):
-    """What one entry of the table is for."""
+    """What an entry of the table is for."""
 
     dtype: str
     head_size: int
@@ -72,7 +70,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Trial:
-    """One candidate. With an error it is out of the running."""
+    """One candidate. A candidate with an error cannot win."""
 
     entry: Blocks
     resources: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +78,7 @@ class Trial:
     error: str = ""
 
     def mean(self) -> float:
-        """The geometric mean over the shapes, in milliseconds; infinite when there is none."""
+        """The geometric mean over the shapes, in milliseconds; infinite: not timed."""
         if self.error or not self.times:
             return math.inf
         return statistics.geometric_mean(timing.median for timing in self.times.values())
@@ -91,7 +89,7 @@ class Trial:
 
 
 def measure(trials: Sequence[Trial], shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int) -> None:
-    """Checks the trials against the first, the incumbent, and times them on one shape."""
+    """Checks the trials against the first one, the incumbent, and times them on one shape."""
     incumbent = trials[0].entry
     count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, device)
     passes = [Pass(shape, x, incumbent.direction) for x in shapes.input_sets(shape, count, dtype=dtype, device=device)]
@@ -129,14 +127,14 @@ def _run(launches: Sequence[Launch]) -> None:
 
 
 def shapes_of(head_size: int, direction: str) -> tuple[Shape, ...]:
-    """On which shapes an entry is measured; on none where no shape has a use for it."""
+    """The shapes on which an entry is measured; empty: no shape uses it."""
     if direction != "whole":
         return SHAPES[head_size]
     return tuple(s for s in SHAPES[head_size] if max(s.N, s.M) <= KEYS_OF_WHOLE and s.P <= PREFIX_OF_WHOLE)
 
 
 def winner(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest; the first, the incumbent, unless it is beaten by more than noise. None: nothing ran."""
+    """The fastest trial; the incumbent, which is the first, unless it is beaten by more than noise. None: none ran."""
     best = min(trials, key=Trial.mean)
     if best.mean() == math.inf:
         return None
@@ -144,9 +142,9 @@ def winner(trials: Sequence[Trial]) -> Trial | None:
 
 
 def with_entry(entries: Sequence[Blocks], entry: Blocks) -> list[Blocks]:
-    """A table with an entry in its place.
+    """The table with an entry in its place.
 
-    A target that has none yet gets all the default ones as well: else this one would serve smaller heads, too.
+    A target without entries also gets all default entries; else this one would serve smaller heads too.
     """
     if not any(e.target == entry.target for e in entries):
         entries = [*entries, *(replace(e, target=entry.target, measured="") for e in entries if e.target == DEFAULT)]
@@ -158,7 +156,7 @@ def _place(entry: Blocks) -> tuple[Any, ...]:
 
 
 def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
-    """The fastest candidates, and the incumbent, as text of at most 120 columns."""
+    """The fastest candidates and the incumbent, as text of at most 120 columns."""
     timed = sorted((t for t in trials if t.mean() < math.inf), key=Trial.mean)
     spilled = sum(t.error.startswith("spills") for t in trials)
     wrong = [t for t in trials if t.error.startswith("wrong")]
@@ -187,7 +185,7 @@ def report(job: Job, trials: Sequence[Trial], best: Trial | None) -> str:
 
 
 def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any = None) -> dict[str, Any]:
-    """Of all trials, those of a process before this one (`before`, its entry) among them."""
+    """All trials as JSON, with those of an earlier process (`before`, its entry)."""
     own = [
         asdict(t) | {"mean": None if t.mean() == math.inf else t.mean(), "predicted": candidate_ms(t.entry)}
         for t in trials
@@ -202,14 +200,14 @@ def as_json(job: Job, trials: Sequence[Trial], best: Trial | None, before: Any =
 
 
 def incumbent_of(target: str, job: Job) -> Blocks:
-    """What the table has for a job, as an entry for this target and head size."""
+    """The table's blocks for a job, as an entry for this target and head size."""
     found = blocks_for(target, DTYPES[job.dtype].itemsize, job.head_size, job.direction)
     return replace(found, target=target, head_size=job.head_size, measured="")
 
 
 @dataclass
 class Work:
-    """One entry of the table: what is tried for it, the most promising first, and what is best so far."""
+    """One entry of the table: its trials, the most promising first, and the best so far."""
 
     job: Job
     trials: list[Trial]
@@ -219,7 +217,7 @@ class Work:
     tried: int = 1  # of the trials; the first is the incumbent, which is in every heat
 
     def heat(self, number: int) -> list[Trial]:
-        """The incumbent, the best so far, and those whose turn it is; -1: nobody's."""
+        """The incumbent, the best so far, and the trials of this heat; -1: none."""
         new = self.trials[1 + number * HEAT : 1 + (number + 1) * HEAT] if number >= 0 else []
         best = [self.best] if self.best is not None else []
         return list({id(trial): trial for trial in (self.trials[0], *best, *new)}.values())
@@ -238,9 +236,9 @@ def tune(
     measured_on: Callable[[int, str], tuple[Shape, ...]] = shapes_of,
     known: Mapping[str, Blocks] | None = None,
 ) -> None:
-    """Measures heat after heat of each job, by turns, and hands each on to `finished`; then the best of each once more.
+    """Measures heats of the jobs by turns and passes each on to `finished`; then the best of each job once more.
 
-    `known` are the best by job that a process before this one has found.
+    `known` holds the best blocks by job that an earlier process has found.
     """
     work = []
     for job in jobs:
@@ -269,13 +267,13 @@ def tune(
 
 
 def in_order(entries: Sequence[Blocks]) -> list[Blocks]:
-    """The incumbent, then the others by the time that is predicted of them; as they came where nothing is."""
+    """The incumbent, then the others by predicted time; in their own order if nothing is predicted."""
     times = {entry: candidate_ms(entry) for entry in entries[1:]}
     return [entries[0], *sorted(entries[1:], key=lambda entry: math.inf if (ms := times[entry]) is None else ms)]
 
 
 def _run_heat(work: Work, heat: list[Trial], device: torch.device, deadline: float, rounds: int) -> None:
-    """Compares trials beside the incumbent, and keeps the best."""
+    """Compares trials beside the incumbent and keeps the best."""
     incumbent = work.trials[0]
     for trial, future in zip(work.trials, work.futures):
         if trial.resources or not any(trial is each for each in heat):
@@ -299,7 +297,7 @@ def _run_heat(work: Work, heat: list[Trial], device: torch.device, deadline: flo
 
 
 def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None], schedule: Schedule) -> None:
-    """One job on a tiny shape in Triton's interpreter, with one candidate beside the incumbent; nothing is compiled."""
+    """Runs one job on a tiny shape in Triton's interpreter, with one candidate beside the incumbent and no compiler."""
 
     def not_compiled(*_: Any) -> Future[dict[str, Any]]:
         future: Future[dict[str, Any]] = Future()
@@ -320,26 +318,21 @@ def rehearse(finished: Callable[[Job, list[Trial], Trial | None], None], schedul
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
-    parser.add_argument("--out", type=Path, default=RUNS / "tuning.json", metavar="FILE")
-    parser.add_argument("--dry-run", action="store_true", help="leave kernels/blocks.json as it is")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="leave kernels/blocks.json as it is", deadline=True)
+    line.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=list(SHAPES), metavar="D")
+    line.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    line.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    options = line.parse(arguments)
     rehearsed = options.dry_run and INTERPRETED
     if not rehearsed and (not torch.cuda.is_available() or INTERPRETED):
-        parser.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
+        line.error("it takes a GPU, and TRITON_INTERPRET not set; set and with --dry-run it rehearses")
     settle()
     target = "sm_90" if rehearsed else current_target()
     if target not in TARGETS:
-        parser.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/predictions")
+        line.error(f"this GPU is {target}; known are {', '.join(TARGETS)}: see TARGETS in bench/predictions")
 
-    given = sys.argv[1:] if arguments is None else arguments
-    within = options.deadline is not None
-    results = Results("tune", options.out, default_device(), given, going_on=within, target=target, rounds=ROUNDS)
-    schedule = results.schedule(options.deadline if within else math.inf)
+    results = line.results(options, target=target, rounds=ROUNDS)
+    schedule = Schedule.of(results, options.deadline)
     entries, measured = results.document["entries"], results.measured()
 
     def finished(job: Job, trials: list[Trial], best: Trial | None) -> None:
@@ -357,15 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
     pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=spawn, initializer=settle)
     try:
         known = {name: Blocks(**entry["winner"]) for name, entry in entries.items() if entry["winner"]}
-        tune(
-            jobs,
-            pool.submit,
-            target=target,
-            device=torch.device("cuda"),
-            schedule=schedule,
-            finished=finished,
-            known=known,
-        )
+        given = {"target": target, "device": torch.device("cuda"), "known": known}
+        tune(jobs, pool.submit, schedule=schedule, finished=finished, **given)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     left_out = [unit for unit in schedule.log if schedule.status(unit) != DONE]
@@ -374,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def asked(dtypes: Sequence[str], head_sizes: Sequence[int], directions: Sequence[str]) -> list[Job]:
-    """Direction by direction, as they are named; without those that no shape has a use for."""
+    """The jobs, direction by direction as they are named, without those that no shape uses."""
     found = [Job(dtype, D, direction) for dtype in dtypes for direction in directions for D in head_sizes]
     return [job for job in found if shapes_of(job.head_size, job.direction)]
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for GPUs that need not be there: registers, spills, shared memory.
+"""Compiles the kernels for GPUs that need not be present, and reports registers, spills and shared memory.
 
     python -m qtuning_fast.bench.predictions.compile_report                    every table entry, for all targets
     python -m qtuning_fast.bench.predictions.compile_report --target sm_90 --head-size 64 128 --json report.json
@@ -21,17 +21,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from qtuning_fast.attention.api import call_of
-from qtuning_fast.attention.arguments import INPUTS, PrefixAttentionCall
+from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.bench.shapes import PrefixAttentionCall, Shape, inputs
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.fold import folded
 from qtuning_fast.kernels.launch import Launch
@@ -57,6 +56,10 @@ HEAD_SIZES = (32, 64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONTEXTS = ("plain", "padded", "causal", "biased", "bank", "tasks", "decode")
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "merge": 2, "prefix-queries": 3}
+LEGEND = """
+res: programs a multiprocessor. ahead: copies under way while the loop with the fewest computes. MFLOP of products, KB
+loaded and thousands of exponentials are those of a tile of queries x context keys (merge, prefix-queries: x prefix
+rows). KB, shared memory and registers are a program's, spills a thread's."""
 MAY_NOT_SPILL = {("sm_90", D) for D in (32, 64, 128)}  # in bf16
 MAY_SPILL_A_LITTLE = {"biased": 64}  # bytes a thread, by context: beside masks of N x M numbers it does not show
 
@@ -89,7 +92,7 @@ class Row:
 
     @property
     def fault(self) -> str:
-        """What must not be; empty if all is well."""
+        """What is wrong; empty: nothing."""
         if self.error:
             return self.error
         if self.shared > TARGETS[self.target].shared_memory:
@@ -101,7 +104,7 @@ class Row:
 
 
 class AbsentDriver:
-    """Stands in for the driver of a GPU that is not there; every target is a device of its own."""
+    """Stands in for the driver of a GPU that is absent; every target is a device of its own."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -120,43 +123,30 @@ class AbsentDriver:
 
 
 def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttentionCall:
-    """A training step's call, with shapes and no numbers."""
-    B, N, P, Hq = (64, 1, 512, 32) if context == "decode" else (8, 512, 60, 32)
-    Hkv = 8 if context in ("causal", "decode") else Hq
-    bank = {"bank": (1,), "tasks": (4,)}.get(context, ())
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def heads(count: int) -> Tensor:
-        return empty(B, N, count, head_size, dtype=dtype).transpose(1, 2)
-
-    def weights() -> tuple[Tensor, Tensor]:
-        return empty(*bank, P, 1), empty(*bank, 1, Hkv, head_size)
-
-    masks = {"padded": empty(B, N, dtype=torch.bool), "biased": empty(1, Hq, N, N, dtype=dtype)}
-    return call_of(
-        query=heads(Hq),
-        key=heads(Hkv),
-        value=heads(Hkv),
-        prefix_key=empty(*bank, Hkv, P, head_size),
-        prefix_value=empty(*bank, Hkv, P, head_size),
-        prefix_index=empty(B, dtype=torch.int64) if bank else None,
-        prefix_length=empty(*bank, dtype=torch.int32) if bank else None,
-        n_shared=10,
-        reweight_key=weights(),
-        reweight_value=weights(),
-        gate="sigmoid" if bank else "tanh",
-        gate_alpha=empty(*bank, *(1 for _ in bank)),
-        gate_tau=empty(*bank, *(1 for _ in bank)),
-        attn_mask=masks.get(context),
-        prefix_bias=empty(1, Hq, N, P) if context == "biased" else None,
+    """A training step's call, with shapes and without numbers."""
+    B, N, P = (64, 1, 512) if context == "decode" else (8, 512, 60)
+    shape = Shape(
+        *(context, B, 32, 8 if context in ("causal", "decode") else 32, N, head_size, P),
         is_causal=context == "causal",
+        bias=context == "biased",
+        padding=0.25 if context == "padded" else 0.0,
+        tasks=4 if context in ("bank", "tasks") else 1,
     )
+    call = inputs(shape, dtype=dtype, device="meta").call(shape)
+    if call.prefix_index is None:
+        scalar = torch.empty((), device="meta")
+        bias = torch.empty(1, 32, N, P, device="meta") if context == "biased" else None
+        return replace(call, gate_alpha=scalar, gate_tau=scalar, prefix_bias=bias)
+    T = 1 if context == "bank" else 4
+    names = ("prefix_key", "prefix_value", "U_key", "V_key", "U_value", "V_value")
+    of_bank = {name: getattr(call, name)[:T] for name in names}
+    scalars = torch.empty(T, 1, device="meta")
+    lengths = torch.empty(T, dtype=torch.int32, device="meta")
+    return replace(call, **of_bank, prefix_length=lengths, gate="sigmoid", gate_alpha=scalars, gate_tau=scalars)
 
 
 def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
-    """Every launch of a training step, by name; and of one whose context others compute, what is its own."""
+    """The launches of a training step by name, and those of a step whose context another backend computes."""
     outputs = forward.empty_outputs(call)
     as_seen, folding = folded(call)
     yield from (("fold", launch) for launch in folding)
@@ -262,22 +252,8 @@ def _number(pattern: str, text: str) -> int:
 
 def table(rows: list[Row]) -> str:
     """Rows as text, at most 120 columns wide."""
-    titles = (
-        "target",
-        "dtype",
-        "D",
-        "context",
-        "kernel",
-        "blocks",
-        "warps",
-        "stages",
-        "regs",
-        "spill",
-        "shared",
-        "res",
-        "ahead",
-    )
-    titles += ("MFLOP", "KB", "kEXP", "")
+    titles = ("target", "dtype", "D", "context", "kernel", "blocks", "warps", "stages", "regs", "spill", "shared")
+    titles += ("res", "ahead", "MFLOP", "KB", "kEXP", "")
     cells = [
         (
             *(row.target, row.dtype, row.head_size, row.context, row.kernel, row.blocks, row.warps, row.stages),
@@ -312,11 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(report, *zip(*jobs)) for row in rows]
     print(table(rows))
-    print("\nres: programs a multiprocessor. ahead: copies under way while the loop with the fewest computes. MFLOP of")
-    print(
-        "matrix products, KB loaded and thousands of exponentials are those of a tile of queries x context keys (merge,"
-    )
-    print("prefix-queries: x prefix rows). KB, shared memory and registers are a program's, spills a thread's.")
+    print(LEGEND)
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         lines = ",\n".join(json.dumps(asdict(row)) for row in rows)  # a row a line, so that a change shows which

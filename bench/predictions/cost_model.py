@@ -1,16 +1,15 @@
-"""How long a compiled kernel takes on a GPU that is not there.
+"""Predicts how long a compiled kernel takes on a GPU that is absent.
 
-The kernel's SASS is executed on a model of a multiprocessor (multiprocessor.py), with as many programs on it as
-registers and shared memory allow, and with the loops as often as its own source says (trips.py). What is left is
-arithmetic:
+A model of a multiprocessor (multiprocessor.py) executes the kernel's SASS, with as many programs as registers and
+shared memory allow, and with loops that run as often as the source says (loop_counts.py). The rest is arithmetic:
 
     bytes       what the kernel's tensors hold comes from memory once, as far as the cache does not have it; what its
                 programs load beyond that comes from the cache: both give loads a latency and a bandwidth
     programs    go to whichever place on a multiprocessor is free, in their order; the last ones have it to themselves
     a step      kernels follow each other, each with a launch
 
-Constants and where they come from are in `Device` and in multiprocessor.py; what the model is worth is checked against
-published speeds (published.py).
+Constants and where they come from are in `Device` and in multiprocessor.py; published.py compares the model with
+published speeds.
 """
 
 import heapq
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from qtuning_fast.bench.predictions.compile_report import TARGETS, resources
 from qtuning_fast.bench.predictions.instructions import PIPES, QUARTERS, Memory, bytes_of
-from qtuning_fast.bench.predictions.loop_counts import Place, trips
+from qtuning_fast.bench.predictions.loop_counts import Place, loop_counts
 from qtuning_fast.bench.predictions.multiprocessor import simulate
 from qtuning_fast.bench.predictions.sass import Code, CodeError, Loop, disassemble
 from qtuning_fast.bench.predictions.trace import Trace, before_loops, trace
@@ -56,7 +55,7 @@ class Device:
 
     @property
     def cache_that_holds(self) -> float:
-        """Bytes: each half of the cache keeps its own copy of what all multiprocessors read."""
+        """Bytes; each half of the cache keeps its own copy of what all multiprocessors read."""
         return self.cache / 2
 
 
@@ -67,7 +66,7 @@ DEVICES = {device.name: device for device in (H100, H200)}
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one launch."""
+    """The predicted time of one launch, and what bounds it."""
 
     microseconds: float  # with the launch
     bound: str  # the pipe that is busy most of the time, or "latency"; "launch"
@@ -89,7 +88,7 @@ class Cache:
     held: dict[Any, int] = field(default_factory=dict)
 
     def missing(self, tensors: Mapping[Any, int]) -> int:
-        """Bytes of a kernel's tensors that are not there; now they are."""
+        """Bytes of a kernel's tensors that the cache does not hold; then it holds them."""
         absent = sum(size for key, size in tensors.items() if key not in self.held)
         for key, size in tensors.items():
             self.held.pop(key, None)
@@ -100,15 +99,15 @@ class Cache:
 
 
 def predict(launch: Launch, compiled: Any, device: Device, cache: Cache | None = None) -> Prediction:
-    """How long a launch takes. Raises CodeError or TripsError.
+    """Predicts the time of a launch. Raises CodeError or LoopCountError.
 
     Args:
         compiled: the launch's kernel, for sm_90.
-        cache: what the cache holds before it, and after it what then; None: nothing.
+        cache: the tensors that the cache holds before the launch, updated to those after it; None: none.
     """
     found = resources(compiled, TARGETS["sm_90"])
     warps = compiled.metadata.num_warps
-    programs = trips(launch)
+    programs = loop_counts(launch)
     code = disassemble(compiled.asm["cubin"])
     loops = code.loops
     kinds = times_of(loops, programs.kinds)
@@ -172,7 +171,7 @@ def times_of(loops: Sequence[Loop], kinds: Sequence[Mapping[Place, int]]) -> lis
 
 
 def tensors(arguments: Iterable[Any]) -> dict[Any, int]:
-    """The bytes of all tensors among a kernel's arguments, each once."""
+    """The bytes of all tensors among a kernel's arguments, each counted once."""
     found: dict[Any, int] = {}
     for value in arguments:
         if isinstance(value, Tensor):
@@ -183,7 +182,7 @@ def tensors(arguments: Iterable[Any]) -> dict[Any, int]:
 
 
 def _bytes(code: Code, loops: Sequence[Loop], path: Trace, times: Sequence[int]) -> float:
-    """What a warp moves from and to global memory on its way, and in the iterations that were left out of it."""
+    """Bytes that a warp moves from and to global memory, including the iterations that its trace leaves out."""
     ones = code.instructions
     moved = sum(bytes_of(ones[index]) for at, index in enumerate(path.indexes) if at not in path.nothing)
     for loop, count in zip(loops, times):
@@ -193,7 +192,7 @@ def _bytes(code: Code, loops: Sequence[Loop], path: Trace, times: Sequence[int])
 
 
 def _share_that_is_there(launch: Launch) -> float:
-    """Of the rows of tiles those that exist: the last tile of N queries reaches beyond them."""
+    """The share of the rows of tiles that exist: the last tile reaches beyond the queries."""
     variant, sizes = launch.arguments.get("variant"), launch.arguments.get("sizes")
     if variant is None or sizes is None or not variant.BLOCK_M.value:
         return 1.0
@@ -230,7 +229,7 @@ class _Machine:
     device: Device
 
     def execute(self, times: Sequence[int], together: int, several: bool) -> "_Executed":
-        """A program among its like; several: one after the other, the average of a few."""
+        """Executes a program among others of its kind; `several`: the average of a few, one after the other."""
         path = trace(self.code, self.loops, times, ITERATIONS)
         in_quarter = max(1, self.warps // QUARTERS)
         slots = together if self.warps >= QUARTERS else math.ceil(together * self.warps / QUARTERS)
@@ -249,7 +248,7 @@ class _Machine:
 def _makespan(
     machine: _Machine, kinds: Sequence[Sequence[int]], order: Sequence[int], together: int
 ) -> tuple[float, dict[str, float]]:
-    """Clocks until the last program has ended, and the share of them that pipes are busy."""
+    """Clocks until the last program has ended, and the share of them in which pipes are busy."""
     multiprocessors = machine.device.multiprocessors
     places = together * multiprocessors
     last = len(order) % places if len(order) > places else 0
@@ -300,7 +299,7 @@ def _durations(
 
 @dataclass(frozen=True)
 class _Executed:
-    """A program among its like."""
+    """A program that was executed among others of its kind."""
 
     clocks: float
     iteration: dict[int, float]  # clocks, by the number of a loop
@@ -308,7 +307,7 @@ class _Executed:
 
 
 def _clocks(found: _Executed, times: Sequence[int], executed: Sequence[int]) -> float:
-    """Of a program whose loops run so often, from one that was executed with loops cut short."""
+    """The clocks of a program whose loops run so often, from one that was executed with loops cut short."""
     ran = [min(count, ITERATIONS) for count in executed]
     more = sum((count - one) * found.iteration.get(number, 0.0) for number, (count, one) in enumerate(zip(times, ran)))
     return max(found.clocks + more, found.clocks / ITERATIONS)

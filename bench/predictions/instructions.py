@@ -1,4 +1,4 @@
-"""What the instructions of Hopper cost: which pipe they keep how long, and when their result is there.
+"""What the instructions of Hopper cost: how long each keeps a pipe busy, and when its result is ready.
 
 Times are clocks of a quarter of a multiprocessor, which has its own scheduler, arithmetic pipes and tensor core, and a
 quarter of what is shared (multiprocessor.py).
@@ -71,7 +71,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an instruction takes."""
+    """The pipes, the latency and the kind of an instruction."""
 
     what: str  # "plain", "result", "copy", "commit", "wait", "group", "group wait", "barrier", "end"
     pipes: tuple[tuple[int, float], ...] = ()  # and the clocks that it keeps each
@@ -83,7 +83,7 @@ NOTHING = Cost("plain")
 
 
 def cost(one: Instruction, memory: Memory) -> Cost:
-    """What an instruction takes."""
+    """The cost of an instruction."""
     base = one.base
     if one.predicate == "!PT":
         return Cost("plain")
@@ -162,7 +162,7 @@ def _group_product(one: Instruction) -> Cost:
 
 
 def _warp_product(one: Instruction) -> Cost:
-    """HMMA.16816 and its like: m16n8k16 of a warp."""
+    """HMMA.16816 and similar: m16n8k16 of a warp."""
     shape = one.name.split(".")[1]
     m, n, k = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "1684": (16, 8, 4)}.get(
         shape, (16, 8, 16)

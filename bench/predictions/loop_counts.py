@@ -1,9 +1,9 @@
-"""How often the loops of a launch run, in each of its programs: its own source is asked.
+"""Counts how often the loops of a launch run in each of its programs, from the kernel's own source.
 
 The kernel's Python is run, for all programs at once, with numbers where it computes with scalars and with nothing
 where it computes with tiles: program ids and sizes are known, so are the bounds of its loops. Where programs part (`if
 pid < prefix_programs`) each side is run for itself. What depends on data, such as the prefixes that a bank's samples
-use, cannot be known: TripsError says where.
+use, cannot be known: LoopCountError says where.
 """
 
 import builtins
@@ -43,12 +43,12 @@ class Programs:
     order: np.ndarray  # the kind of each program, by its id: in this order they start
 
 
-class TripsError(ValueError):
+class LoopCountError(ValueError):
     """How often a loop runs depends on data."""
 
 
 class _PartedError(Exception):
-    """Some programs go one way and some the other."""
+    """Some programs go one way, some the other."""
 
     def __init__(self, condition: np.ndarray) -> None:
         self.condition = condition
@@ -80,13 +80,13 @@ class _Scalars(np.ndarray):
 
 
 class _Tile:
-    """A tile of numbers, or a pointer: nothing is known of it, and so of what is computed from it."""
+    """A tile of numbers or a pointer: nothing is known of it, nor of what is computed from it."""
 
     __array_ufunc__ = None  # numpy leaves operators to this class
     dtype = SimpleNamespace(element_ty=SimpleNamespace())
 
     def __bool__(self) -> bool:
-        raise TripsError(f"a branch depends on data: {_where(2)}")
+        raise LoopCountError(f"a branch depends on data: {_where(2)}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -112,7 +112,7 @@ _TILE = _Tile()
 
 
 class _Language(ModuleType):
-    """Stands in for triton.language; what is not named here makes tiles."""
+    """Stands in for triton.language; names that are not defined here make tiles."""
 
     constexpr = triton.language.constexpr
 
@@ -160,8 +160,8 @@ def _elementwise(function: Callable[..., Any], *arguments: Any) -> Any:
     return np.asarray(function(*arguments)).view(_Scalars)
 
 
-def trips(launch: Launch) -> Programs:
-    """How often the loops run. Raises TripsError."""
+def loop_counts(launch: Launch) -> Programs:
+    """How often the loops of a launch run, by program. Raises LoopCountError."""
     function = launch.kernel.fn
     arguments = {name: _plain(value) for name, value in launch.arguments.items()}
     programs = np.arange(launch.programs)
@@ -198,7 +198,7 @@ def _run(function: Any, arguments: dict[str, Any], pids: np.ndarray, counted: di
         start, end, step = (0, *bounds, 1) if len(bounds) == 1 else (*bounds, 1)[:3]
         place, *calls = _places()
         if any(isinstance(x, _Tile) for x in (start, end, step)):
-            raise TripsError(f"how often {place.file}:{place.line} runs depends on data")
+            raise LoopCountError(f"how often {place.file}:{place.line} runs depends on data")
         times = np.maximum(-(-(np.asarray(end) - start) // step), 0) * np.ones_like(pids)
         place = Place(place.file, place.line, tuple((call.file, call.line) for call in reversed(calls)))
         counted[place] = np.maximum(counted.get(place, 0), times)
@@ -211,7 +211,7 @@ def _run(function: Any, arguments: dict[str, Any], pids: np.ndarray, counted: di
 
 
 def _in_python(function: FunctionType, language: _Language, known: dict[Any, Any]) -> FunctionType:
-    """The function with stand-ins for Triton's language and for kernels' own functions, as Python."""
+    """The function as Python, with stand-ins for Triton's language and for the kernels' own functions."""
     names: dict[str, Any] = {}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -231,7 +231,7 @@ def _in_python(function: FunctionType, language: _Language, known: dict[Any, Any
 
 
 def _plain(value: Any) -> Any:
-    """An argument as Python numbers: constants without their mark, tensors as tiles."""
+    """An argument as Python numbers: constants unwrapped, tensors as tiles."""
     if isinstance(value, triton.language.constexpr):
         return value.value
     if isinstance(value, Tensor):
@@ -243,7 +243,7 @@ def _plain(value: Any) -> Any:
 
 
 def _places() -> list[Place]:
-    """Where in kernels the caller's caller stands: the innermost line first."""
+    """The caller's caller's lines in kernels, the innermost first."""
     found = []
     frame = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename != __file__:

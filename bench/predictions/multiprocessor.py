@@ -1,10 +1,10 @@
-"""A quarter of a multiprocessor executes SASS: cycle by cycle as far as one needs it for an estimate.
+"""Simulates a quarter of a multiprocessor that executes SASS, in the detail that an estimate needs.
 
 A multiprocessor of Hopper has four equal quarters, each with a scheduler that issues one instruction a cycle, its own
 arithmetic pipes and a tensor core; shared memory and the way to the second-level cache they share. Warps of a program
 are spread evenly, and a warp group's four warps have one quarter each: so one quarter, with a quarter of what is
 shared, tells the time of all. A warp issues in order: when its stall is over, the barriers it waits for are set, and
-the pipe is free. Whoever can issue first does.
+the pipe is free. The warp that can issue first does.
 
 What is left out: the instruction caches, bank conflicts of registers and shared memory, the first-level cache, what a
 predicate switches off.
@@ -34,7 +34,7 @@ BARRIERS = 6  # of a warp
 
 @dataclass(frozen=True)
 class Times:
-    """Clocks."""
+    """The result of a simulation, in clocks."""
 
     ended: list[float]  # when programs ended, in that order
     iteration: dict[int, float]  # of loops, by number: in the long run
@@ -91,7 +91,7 @@ class _Warp:
 
 
 class _Program:
-    """A place for programs, which run one after the other."""
+    """A place in which programs run one after the other."""
 
     def __init__(self, start: float, warps: int, repeats: int) -> None:
         self.warps = [_Warp(self) for _ in range(warps)]
@@ -141,7 +141,7 @@ class _Quarter:
         return Times(self.ended, iteration, self.busy, self.issued)
 
     def _earliest(self, warp: _Warp) -> float:
-        """When the warp can issue, as far as it is not up to others."""
+        """When the warp can issue, as far as this does not depend on others."""
         one, price = self.steps[warp.at]
         time = warp.ready
         for barrier in one.waits:
@@ -200,6 +200,6 @@ class _Quarter:
 
 
 def _in_the_long_run(times: Sequence[float]) -> float:
-    """Clocks between the ends of iterations, the first of which are left out."""
+    """Clocks between the ends of iterations, without the first ones."""
     half = len(times) // 2
     return (times[-1] - times[half - 1]) / (len(times) - half)

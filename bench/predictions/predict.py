@@ -1,8 +1,8 @@
-"""Predicted times of the kernels on GPUs that are not there, beside the floor.
+"""Predicts the times of the kernels on GPUs that are absent, and prints them beside the roofline.
 
     python -m qtuning_fast.bench.predictions.predict                         a training step of the headline shapes
     python -m qtuning_fast.bench.predictions.predict --shape llama-8b --device h200 --save
-    python -m qtuning_fast.bench.predictions.predict --published             what the model is worth
+    python -m qtuning_fast.bench.predictions.predict --published             beside published speeds
     python -m qtuning_fast.bench.predictions.predict --rank --head-size 64 --direction keys --save
 
 --rank compiles the candidates of bench/plans/candidates.py, by several processes, and orders them by the geometric mean
@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ from qtuning_fast.bench.plans.tune import SHAPES
 from qtuning_fast.bench.predictions import published
 from qtuning_fast.bench.predictions.compile_report import TARGETS, AbsentDriver
 from qtuning_fast.bench.predictions.cost_model import DEVICES, Cache, Device, Prediction, predict
-from qtuning_fast.bench.roofline import SPECIAL_A_CLOCK, Ceilings, backward_work, forward_work
+from qtuning_fast.bench.results import ROOT
+from qtuning_fast.bench.rows.roofline import SPECIAL_A_CLOCK, Ceilings, backward_work, forward_work
 from qtuning_fast.bench.shapes import BERT_BASE, BERT_BASE_512, LLAMA_8B, MINILM, VIT_B16, Shape
 from qtuning_fast.bench.timing import first_line
 from qtuning_fast.kernels import backward, forward, prefix_forward
@@ -43,14 +43,15 @@ from qtuning_fast.kernels.launch import Launch
 from qtuning_fast.kernels.target import INTERPRETED
 
 HEADLINES = (BERT_BASE, VIT_B16, BERT_BASE_512, LLAMA_8B, MINILM)
-FOLDER = Path(__file__).parent / "results" / "predicted"
+FOLDER = ROOT / "bench/results/predicted"
 TARGET = "sm_90"
+SHOWN = 5  # candidates of each ranking
 AFTER = {"keys": "prefix", "whole": "prefix"}  # how much this launch has to add up is up to the blocks of that one
 
 
 def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, Launch]]:
-    """The launches of a step by name, in their order; with one query a sample, where the context is not ours, what
-    adds the prefix."""
+    """The launches of a step by name, in their order. With one query a sample, where the context is not ours, those
+    that add the prefix."""
     x = shapes.inputs(shape, dtype=dtype, device="meta")
     call = x.call(shape)
     outputs = forward.empty_outputs(call)
@@ -66,13 +67,13 @@ def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[st
 
 
 def name_of(launch: Launch) -> str:
-    """A kernel's own name, as directions of the table of blocks have it: `backward_keys_kernel` is "keys"."""
+    """A kernel's name as the directions of the table of blocks have it: `backward_keys_kernel` is "keys"."""
     name = launch.kernel.fn.__name__
     return name.removeprefix("backward_").removesuffix("_kernel").replace("_", "-")
 
 
 def step(shape: Shape, device: Device, blocks: Iterable[Blocks] = ()) -> list[tuple[str, Prediction]]:
-    """The launches of a step, one after the other from a cold cache, with these blocks in place of the table's."""
+    """The launches of a step, one after the other from a cold cache, with these blocks instead of the table's."""
     cache = Cache(device.cache_that_holds)
     with ExitStack() as stack:
         for entry in blocks:
@@ -80,23 +81,23 @@ def step(shape: Shape, device: Device, blocks: Iterable[Blocks] = ()) -> list[tu
         return [(name, predict(launch, launch.compile(), device, cache)) for name, launch in launches(shape)]
 
 
-def floor(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
-    """Of each pass the microseconds that it takes at the least, and what they go to."""
+def roofline(shape: Shape, device: Device) -> dict[str, tuple[float, str]]:
+    """The least microseconds of each pass, and what bounds them."""
     special = SPECIAL_A_CLOCK * device.multiprocessors * device.clock
     ceilings = Ceilings(device.products, device.memory, device.memory, special)
     work = {"forward": forward_work(shape)} | ({"backward": backward_work(shape)} if shape.trained else {})
-    floors = {name: one.floor(ceilings) for name, one in work.items()}
+    floors = {name: one.least_ms(ceilings) for name, one in work.items()}
     return {name: (milliseconds * 1e3, limit) for name, (milliseconds, limit) in floors.items()}
 
 
 def saved(name: str) -> list[dict[str, Any]]:
-    """The rows of a file: of "h100" those of steps, of "h100-candidates" those of candidates, the best first."""
+    """The rows of a file: of "h100" the steps, of "h100-candidates" the candidates, the best first."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def save(name: str, rows: Sequence[Mapping[str, Any]], by: tuple[str, ...]) -> None:
-    """Puts rows into a file in place of those that are alike `by` these."""
+    """Writes rows into a file in place of those that have the same values `by` these keys."""
     new = {tuple(row[key] for key in by) for row in rows}
     rows = [*(row for row in saved(name) if tuple(row[key] for key in by) not in new), *rows]
     path = FOLDER / f"{name}.json"
@@ -119,7 +120,7 @@ def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[
     print(f"\n{device.name}: microseconds" + " " * 34 + "before   bound     busiest      regs shared res programs")
     for shape in chosen:
         mine = [row for row in rows if row["shape"] == shape.name]
-        floors = floor(shape, device)
+        floors = roofline(shape, device)
         for row in mine:
             busiest = max(row["busy"], key=row["busy"].__getitem__)
             was = before.get((shape.name, row["kernel"]))
@@ -132,11 +133,11 @@ def print_steps(chosen: Sequence[Shape], device: Device, rows: Sequence[Mapping[
         limits = ", ".join(limit for _, limit in floors.values())
         total = sum(row["microseconds"] for row in mine)
         was = sum(before.get((shape.name, row["kernel"]), 0) for row in mine)
-        print(f"{shape.name:15s} {'step':9s} {total:8.1f}   floor {lowest:8.1f}  {was:9.1f}   {limits}")
+        print(f"{shape.name:15s} {'step':9s} {total:8.1f}   roofline {lowest:6.1f} {was:9.1f}   {limits}")
 
 
 def rank(head_size: int, direction: str, device: Device, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
-    """The candidates of one direction, the fastest predicted first; those that cannot run are left out."""
+    """The candidates of one direction, the fastest first, without those that cannot run."""
     incumbent = blocks_for(TARGET, 2, head_size, direction)
     entries = candidates(incumbent)
     found = pool.map(_candidate, [(entry, device.name) for entry in entries])
@@ -173,9 +174,9 @@ def _candidate(job: tuple[Blocks, str]) -> dict[str, Any]:
     }
 
 
-def print_ranks(rows: Sequence[Mapping[str, Any]], shown: int) -> None:
+def print_ranks(rows: Sequence[Mapping[str, Any]]) -> None:
     for place, row in enumerate(rows):
-        if place < shown or row["incumbent"]:
+        if place < SHOWN or row["incumbent"]:
             name = f"{row['queries']}x{row['keys']}x{row['prefix']} w{row['warps']} s{row['stages']}"
             times = " ".join(f"{shape} {time:.1f}" for shape, time in row["shapes"].items())
             mark = "<- ships" if row["incumbent"] else ""
@@ -203,9 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", action="store_true")
     parser.add_argument("--head-size", nargs="+", type=int, choices=SHAPES, default=[32, 64, 128])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=["forward", "queries", "keys"])
-    parser.add_argument("--shown", type=int, default=5, metavar="N", help="of each ranking")
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
@@ -214,14 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
         triton.runtime.driver.set_active(AbsentDriver(TARGET))
         print_published()
         return 0
-    with ProcessPoolExecutor(options.processes) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         for device in (DEVICES[name] for name in options.device):
             rows: list[dict[str, Any]] = []
             if options.rank:
                 for head_size in options.head_size:
                     for direction in options.direction:
                         ranked = rank(head_size, direction, device, pool)
-                        print_ranks(ranked, options.shown)
+                        print_ranks(ranked)
                         rows += ranked
             else:
                 chosen = [names[name] for name in options.shape]

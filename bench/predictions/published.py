@@ -1,4 +1,4 @@
-"""What the cost model is worth: published speeds of Triton's attention on an H100 beside predicted ones.
+"""Compares the cost model with published speeds of Triton's attention on an H100.
 
 The forward kernel without a prefix is Triton's tutorial 06 (fused attention) as far as its loop goes: the same two
 products, the same softmax, asynchronous copies of as many tiles. The tutorial tries a list of blocks and takes the
@@ -26,7 +26,7 @@ HIDDEN = 2048  # heads times head size
 
 @dataclass(frozen=True)
 class Published:
-    """One speed, without causality, in 16-bit floating point."""
+    """One published speed, without causality, in 16-bit floating point."""
 
     source: str
     B: int
@@ -66,12 +66,12 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """By how much the predicted speed is beyond the published; -0.1: 10% below it."""
+        """The predicted speed over the published one, less 1; -0.1: 10% below it."""
         return self.teraflops / self.published.teraflops - 1
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Needs `AbsentDriver("sm_90")`, or the GPU. Each kernel is compiled once."""
+    """Compares each speed; needs `AbsentDriver("sm_90")` or the GPU. Each kernel is compiled once."""
     compiled: dict[tuple[int, Blocks], object] = {}
     for one in PUBLISHED:
         shape = Shape("published", B=one.B, Hq=one.heads, Hkv=one.heads, N=one.N, D=one.D, P=0)

@@ -1,4 +1,4 @@
-"""What the promised ratios come to by prediction, row by row, before there is a GPU.
+"""The ratios of the targets by prediction, row by row, before there is a GPU.
 
     python -m qtuning_fast.bench.predictions.ratios --save
 
@@ -49,7 +49,7 @@ def peers(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
 
 
 def rows(device: Device) -> list[dict[str, Any]]:
-    """Of each headline shape our step, the peers', and the ratios that are promised."""
+    """For each headline shape our step, the peers' steps, and the ratios of the targets."""
     found = []
     for shape in predict.HEADLINES:
         ours = sum(one.microseconds for _, one in predict.step(shape, device))

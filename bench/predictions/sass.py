@@ -1,4 +1,4 @@
-"""Reads SASS, what a GPU of NVIDIA executes: instructions, how they wait for each other, and loops.
+"""Reads SASS, the machine code of NVIDIA's GPUs: instructions, how they wait for each other, and loops.
 
 A cubin is disassembled by `nvdisasm`, which lies in triton's package. Since Volta the compiler writes into each
 instruction when the next may follow and which of six barriers it sets and waits for (Jia et al., "Dissecting the NVIDIA
@@ -33,7 +33,7 @@ _BRANCHES = ("BRA", "JMP")
 
 
 class CodeError(ValueError):
-    """Code of a form that is not known here."""
+    """The code has a form that is not known here."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions first..last, the last of which branches back to the first."""
+    """Instructions first..last; the last one branches back to the first."""
 
     first: int
     last: int
@@ -72,7 +72,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel."""
+    """The code of a kernel."""
 
     instructions: tuple[Instruction, ...]
 

@@ -1,4 +1,4 @@
-"""The way of a program's warps through SASS, from how often its loops run."""
+"""Finds the way of a program's warps through SASS from how often its loops run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from qtuning_fast.bench.predictions.sass import Code, CodeError, Loop
 
 @dataclass(frozen=True)
 class Trace:
-    """What a warp executes, by index, and where in it a loop's iteration ends."""
+    """The instructions that a warp executes, by index, and the ends of iterations among them."""
 
     indexes: tuple[int, ...]
     ends: dict[int, int]  # a position in `indexes`, and the loop by its number
@@ -74,7 +74,7 @@ def trace(code: Code, loops: Sequence[Loop], times: Sequence[int], at_most: int)
 
 
 def _copies_ahead(code: Code, loops: Sequence[Loop], loop: Loop) -> tuple[frozenset[int], int]:
-    """The asynchronous copies between a loop and the one before, which start its first iterations, and those in it."""
+    """The asynchronous copies before a loop, which start its first iterations, and the number of those in it."""
     start = max((other.last for other in loops if other.last < loop.first), default=-1) + 1
     copies = [index for index, one in enumerate(code.instructions) if one.base == "LDGSTS"]
     inside = sum(loop.first <= index <= loop.last for index in copies)
@@ -90,7 +90,7 @@ def _taken(
     at: int,
     target: int,
 ) -> bool:
-    """Whether a branch forward is taken: towards loops that still have to run, and around those that do not."""
+    """Whether a branch forward is taken: towards loops that still have to run, or around those that do not."""
     for number, loop in enumerate(loops):
         if loop.first <= at <= loop.last < target and code.instructions[loop.last].predicate == "":
             return done[number] >= times[number]  # the way out of a loop that tests first
@@ -105,7 +105,7 @@ def _taken(
 
 
 def _loops_ahead(code: Code, loops: Sequence[Loop]) -> list[int]:
-    """For each instruction the loops that can be reached from it without going back, a bit each."""
+    """The loops that can be reached from each instruction without going back, one bit each."""
     ends = {loop.last: 1 << number for number, loop in enumerate(loops)}
     found = [0] * (len(code.instructions) + 1)
     for index in range(len(code.instructions) - 1, -1, -1):
@@ -118,7 +118,7 @@ def _loops_ahead(code: Code, loops: Sequence[Loop]) -> list[int]:
 
 
 def before_loops(code: Code, loops: Sequence[Loop]) -> frozenset[int]:
-    """Instructions that belong to no loop, nor start one by copying what it needs first."""
+    """Instructions that belong to no loop and do not start one by copying ahead."""
     within = {index for loop in loops for index in range(loop.first, loop.last + 1)}
     for loop in loops:
         within |= _copies_ahead(code, loops, loop)[0]

@@ -1,64 +1,65 @@
-"""The tables of docs/performance.md, one a question, as lines of Markdown."""
+"""The tables of docs/performance.md as lines of Markdown."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from qtuning_fast.bench import tables
+from qtuning_fast.bench import figures
+from qtuning_fast.bench.rows.tables import predictions
 
 Document = Mapping[str, Any]
 
 
 def attention(document: Document) -> list[str]:
-    """Milliseconds of a step of ours, and the times of others over it."""
-    lines = ["| | ours | of it the floor | eager | sdpa | attention alone | memory: ours, eager, sdpa | again |"]
+    """Milliseconds of our step, and the times of others over it."""
+    lines = ["| | ours | roofline | eager | sdpa | attention alone | memory: ours, eager, sdpa | again |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for entry in document["entries"].values():
-        rows, ours = entry["rows"], tables.auto(entry, "step")
+        rows, ours = entry["rows"], figures.auto(entry, "step")
         if ours is None:
             continue
-        ms = tables.median(rows[ours], "step")
-        cells = [f"{ms:.3g} ms ({ours})", _floor(entry, "step", ms)]
-        cells += [_times(tables.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
+        ms = figures.median(rows[ours], "step")
+        cells = [f"{ms:.3g} ms ({ours})", _roofline(entry, "step", ms)]
+        cells += [_times(figures.ratio(rows.get(peer), rows[ours], "step")) for peer in ("eager", "sdpa")]
         cells.append(_times(attention_alone(rows, rows[ours])))
         cells.append(", ".join(_mebibytes(rows.get(peer)) for peer in (ours, "eager", "sdpa")))
-        cells.append(_times(tables.ratio(rows.get(f"{ours}-again"), rows[ours], "step")))
+        cells.append(_times(figures.ratio(rows.get(f"{ours}-again"), rows[ours], "step")))
         lines.append(f"| {entry['shape']['of']}: {entry['title']} | {' | '.join(cells)} |")
     return [*lines, "", *_predicted(document), *_cannot(document)]
 
 
 def attention_alone(rows: Mapping[str, Any], ours: Mapping[str, Any]) -> float | None:
-    """The fastest that has the prefix in place already and knows no gate, over ours: the lower bound."""
-    found = [tables.ratio(row, ours, "step") for name, row in rows.items() if name.endswith("-no-concat")]
+    """The lower bound, over ours: the fastest attention without a gate that has the prefix in place already."""
+    found = [figures.ratio(row, ours, "step") for name, row in rows.items() if name.endswith("-no-concat")]
     return min((x for x in found if x), default=None)
 
 
 def _predicted(document: Document) -> list[str]:
-    """What was predicted of ours before it was measured, where something was."""
+    """Predictions for ours beside what was measured, if there are any."""
     entries = document["entries"].items()
-    lines = [f"- {name},{line.removeprefix('  predicted of')}" for name, e in entries for line in tables.predictions(e)]
+    lines = [f"- {name},{line.removeprefix('  predicted of')}" for name, e in entries for line in predictions(e)]
     return ["Predicted before it was measured:", "", *lines, ""] if lines else []
 
 
 def _cannot(document: Document) -> list[str]:
-    """Peers that could not do some shape, and what they said."""
+    """Peers that failed on some shape, and their errors."""
     said: dict[str, set[str]] = {}
     for entry in document["entries"].values():
         for peer, row in entry["rows"].items():
-            if row["error"] and tables.best(row, "step") is None:
+            if row["error"] and figures.best(row, "step") is None:
                 said.setdefault(row["error"], set()).add(peer)
     lines = [f"- {', '.join(sorted(peers))}: `{error}`" for error, peers in said.items()]
-    return ["Who could not train on some shape, and what it said:", "", *lines] if lines else []
+    return ["Peers that cannot train on some shape, and their errors:", "", *lines] if lines else []
 
 
 def decode(document: Document) -> list[str]:
-    lines = ["| | ours | of it the floor | sdpa, prefix in the cache | eager |", "|---|---|---|---|---|"]
+    lines = ["| | ours | roofline | sdpa, prefix in the cache | eager |", "|---|---|---|---|---|"]
     for entry in document["entries"].values():
-        rows, ours = entry["rows"], tables.auto(entry, "forward")
+        rows, ours = entry["rows"], figures.auto(entry, "forward")
         if ours is None:
             continue
-        ms = tables.median(rows[ours], "forward")
-        cells = [f"{ms:.3g} ms ({ours})", _floor(entry, "forward", ms)]
-        cells += [_times(tables.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
+        ms = figures.median(rows[ours], "forward")
+        cells = [f"{ms:.3g} ms ({ours})", _roofline(entry, "forward", ms)]
+        cells += [_times(figures.ratio(rows.get(p), rows[ours], "forward")) for p in ("sdpa-no-concat", "eager")]
         lines.append(f"| {entry['title']} | {' | '.join(cells)} |")
     return lines
 
@@ -77,10 +78,10 @@ def ingredients(document: Document) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for entry in document["entries"].values():
-        rows, everything = entry["rows"], tables.median(entry["rows"]["all"], "step")
+        rows, everything = entry["rows"], figures.median(entry["rows"]["all"], "step")
         cells = []
         for name in ("gate", "reweighting", "bank", "padding", "any"):
-            ms = tables.median(rows[f"without {name}"], "step")
+            ms = figures.median(rows[f"without {name}"], "step")
             cells.append(f"{(everything - ms) / ms:+.1%}" if ms and everything else "")
         lines.append(f"| {entry['peer']}, {entry['title']} | {' | '.join(cells)} |")
     return lines
@@ -121,7 +122,7 @@ def mixed(document: Document) -> list[str]:
     return lines
 
 
-def _floor(entry: Mapping[str, Any], which: str, ms: float) -> str:
+def _roofline(entry: Mapping[str, Any], which: str, ms: float) -> str:
     return f"{entry['floor_ms'][which][0] / ms:.0%}" if "floor_ms" in entry else ""
 
 

@@ -1,9 +1,9 @@
-"""Turns the results in bench/results/ into docs/performance.md, its pictures, and the figures in README.md.
+"""Writes docs/performance.md, its pictures and the figures in README.md from the files in bench/results/.
 
     python -m qtuning_fast.bench.report.performance               after results have changed
     python -m qtuning_fast.bench.report.performance --check       says whether that was forgotten
 
-Each folder of results is a device. No figure is written anywhere that is not in one of its files.
+Each folder of results is a device. Every figure comes from one of its files.
 """
 
 import argparse
@@ -14,23 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench import tables
+from qtuning_fast.bench import figures
 from qtuning_fast.bench.report import page_tables
-from qtuning_fast.bench.report.targets import AT_MOST, PROMISES, flatness, mixed
+from qtuning_fast.bench.report.targets import AT_MOST, TARGETS, flatness, mixed
 from qtuning_fast.bench.results import ROOT, changed_since, device_line
 
 RESULTS, PAGE, IMAGES, README = "bench/results", "docs/performance.md", "docs/images/performance", "README.md"
-BEGIN, END = (
-    "<!-- figures: begin, written by make report -->",
-    "<!-- figures: end -->",
-)
+BEGIN, END = ("<!-- figures: begin, written by make report -->", "<!-- figures: end -->")
 
 Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Section:
-    """One question on the page."""
+    """One section of the page, about one file of results."""
 
     question: str
     title: str
@@ -42,18 +39,19 @@ class Section:
 INTRODUCTION = """\
 # Performance
 
-What one layer and whole models cost, beside every other way to compute them, in the same run. Of one layer each peer's
-output and gradients are compared with float64 before it is timed, of whole models with ours; whoever is wrong is not
-timed, and whoever cannot do the work is listed with what it said. Times are medians of interleaved runs; on a GPU they
-are the GPU's own, by CUDA-graph replay, wherever both sides of a ratio have it. Below each section stands the command
-that takes its figures anew, and `bench/README.md` in the repository says how they are taken. Your own model on your own
-machine: `qtuning-fast bench`.
+This page shows what one layer and whole models cost, beside other ways to compute them in the same run. For one layer,
+the output and gradients of every peer are compared with float64 before it is timed; for whole models, with ours. A peer
+that is wrong is not timed. A peer that cannot do the work is listed with its error. Times are medians of interleaved
+runs. On a GPU they are the GPU's own, by CUDA-graph replay, where both sides of a ratio have them. Each section ends
+with the command that measures it again; `bench/README.md` in the repository explains the method. To measure your own
+model on your own machine, run `qtuning-fast bench`.
 """
 NO_GPU = """\
 !!! warning "No figure has been measured on a GPU yet"
-    The Triton kernels are tested in Triton's interpreter and compiled for sm_80, sm_89, sm_90, sm_100 and gfx942; their
-    speed is unknown. `make bench-gpu` measures it, from a bare checkout, within nine minutes.
+    The Triton kernels are tested in Triton's interpreter and compiled for sm_80, sm_89, sm_90, sm_100 and gfx942. Their
+    speed is unknown. `make bench-gpu` measures it from a bare checkout within nine minutes.
 """
+MODULES = {"decode": "rows.attention --decode", "gpu_tests": "plans.gpu_tests"}  # of other questions: rows.QUESTION
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,7 +105,7 @@ def page(devices: Mapping[str, Mapping[str, Document]]) -> str:
     parts = [INTRODUCTION]
     if "cuda" not in kinds.values():
         parts.append(NO_GPU)
-    parts.append(promised(devices))
+    parts.append(targets(devices))
     for name, documents in devices.items():
         parts.append(f"## On {_device(documents)}\n")
         parts += [section(name, each, documents[each.question]) for each in SECTIONS if each.question in documents]
@@ -134,61 +132,61 @@ def source(document: Document) -> str:
     names = ("torch", "triton", "transformers", *(["peft"] if "peft" in document["command"] else []))
     versions = ", ".join(f"{name} {document['versions'][name]}" for name in names)
     return (
-        f"<small>`{_rerun(document['command'])}`; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
+        f"<small>`{_rerun(document)}`; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
         f"load before {document['load_before']}</small>"
     )
 
 
-def promised(devices: Mapping[str, Mapping[str, Document]]) -> str:
-    """What was promised of each kind of device, and what was measured there."""
-    lines = ["## What was promised", "", "Bounds that were set before anything was measured; ratios are of times.", ""]
+def targets(devices: Mapping[str, Mapping[str, Document]]) -> str:
+    """The targets for each kind of device, and what was measured there."""
+    lines = ["## Targets", "", "The bounds were set before anything was measured. Ratios are ratios of times.", ""]
     by_kind = {_kind(documents): documents for documents in reversed(devices.values())}  # of several GPUs the first
     for kind, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
         documents = by_kind.get(kind, {})
         lines += [f"### {title}", "", "| | bound | measured | |", "|---|---|---|---|"]
-        for promise in PROMISES:
-            if promise.device == kind:
-                figure, sign = promise.figure(documents), "≤" if promise.relation == AT_MOST else "≥"
-                beside = promise.beside(documents)
+        for target in TARGETS:
+            if target.device == kind:
+                figure, sign = target.figure(documents), "≤" if target.relation == AT_MOST else "≥"
+                beside = target.beside(documents)
                 shown = "" if figure is None else f"{figure:.3f}" + (f" ({beside})" if beside else "")
-                lines.append(f"| {promise.of} | {sign} {promise.bound:g} | {shown} | {promise.verdict(documents)} |")
+                lines.append(f"| {target.of} | {sign} {target.bound:g} | {shown} | {target.verdict(documents)} |")
         lines.append("")
     return "\n".join(lines)
 
 
 SECTIONS = (
-    Section("tests", "Tests", "Those that need a GPU.", page_tables.tests, drawn=False),
+    Section("tests", "Tests", "The tests that need a GPU.", page_tables.tests, drawn=False),
     Section(
         "attention",
         "Against peers",
         """
-Forward and backward of one attention layer with query, key, value, prefix, reweighting and gate all trained. *Ours* is
-the backend that `auto` takes; the others' times are over it. *Floor*: the share of our time that the matrix products,
-bytes and special functions needed would take at what the device was measured to do. *sdpa* is PyTorch's own attention
-with the reweighted prefix put in front of every sample, without a gate; *attention alone* the fastest of its backends
-where the prefix stands there already, with nothing to reweight either: the lower bound. *Again* is ours a second time
-in the same run: how far two measurements of one thing are apart. On a GPU our block sizes are tuned on some of these
-shapes; FlexAttention has its own defaults.
+Forward and backward of one attention layer, with query, key, value, prefix, reweighting and gate all trained. *Ours* is
+the backend that `auto` takes; the times of the others are given over it. *Roofline* is the least time for the matrix
+products, bytes and special functions at the speeds measured on the device, as a share of our time. *sdpa* is PyTorch's
+own attention with the reweighted prefix put in front of every sample, without a gate. *Attention alone* is the fastest
+of its backends where the prefix already stands there and nothing is reweighted: the lower bound. *Again* is ours a
+second time in the same run, which shows how far two measurements of one thing differ. On a GPU our block sizes are
+tuned on some of these shapes; FlexAttention has its own defaults.
 """,
         page_tables.attention,
     ),
-    Section("decode", "Decoding", "One new token for each sequence, with the prefix stored once.", page_tables.decode),
+    Section("decode", "Decoding", "One new token for each sequence; the prefix is stored once.", page_tables.decode),
     Section(
         "ingredients",
         "What each ingredient costs",
-        "A step with gate, reweighting, a bank of prefixes and padding, and without one of them at a time.",
+        "A step with gate, reweighting, a bank of prefixes and padding, compared with a step without one of them.",
         page_tables.ingredients,
     ),
-    Section("growth", "Growth", "With the length, the prefix, the batch, and the tasks in a mixed batch."),
+    Section("growth", "Growth", "The time over the length, the prefix, the batch, and the tasks in a mixed batch."),
     Section(
         "lifelong",
         "200 tasks in a row",
         """
-Each task is started, trained and finished in a whole model, once with a queue of five prompts and once with prompts
-that only accumulate. The anchor is the base model alone, timed beside each step: it tells a machine that slows down
-from a method that does. The queue's step becomes dearer once, at task 6, where memory retention begins. An adapter is
-what a task needs to be computed. Where prompts accumulate the newest one holds all of them, so that 200 tasks can be
-stored in as much; the queue stores one of constant size for each.
+Each task is started, trained and finished in a whole model: once with a queue of five prompts, once with prompts that
+only accumulate. The anchor is the base model alone, timed beside each step; it separates a machine that slows down from
+a method that does. The queue's step becomes slower once, at task 6, where memory retention begins. An adapter is what
+is kept of a finished task. Where prompts accumulate, the newest adapter holds all of them, so that one adapter serves
+200 tasks; the queue stores one adapter of constant size for each task.
 """,
         page_tables.lifelong,
     ),
@@ -196,10 +194,10 @@ stored in as much; the queue stores one of constant size for each.
         "models",
         "Whole models",
         """
-Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model and parameters with
-attention computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix; in T5 its
-prefix sits in the decoder alone, so `qtuning_fast-decoder` belongs beside it. `frozen-base` trains an offset behind the
-lowest attention and no prefix: the lower bound.
+Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model and parameters, with
+attention computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix. In T5 its
+prefix sits in the decoder alone, so that it compares with `qtuning_fast-decoder`. `frozen-base` trains an offset behind
+the lowest attention and no prefix: the lower bound.
 """,
         page_tables.models,
     ),
@@ -207,8 +205,8 @@ lowest attention and no prefix: the lower bound.
         "peft",
         "Beside peft",
         """
-peft's own prefix tuning beside ours, by `make bench-peft` in an environment of its own: peft does not run on
-[every transformers](peft.md).
+The prefix tuning of peft beside ours, measured by `make bench-peft` in an environment of its own, because peft does not
+run on [every version of transformers](peft.md).
 """,
         page_tables.models,
         drawn=False,
@@ -216,7 +214,7 @@ peft's own prefix tuning beside ours, by `make bench-peft` in an environment of 
     Section(
         "mixed_tasks",
         "Batches of several tasks",
-        "A forward pass of a whole model over 64 samples: one task for all, several tasks in no order, task by task.",
+        "A forward pass of a whole model over 64 samples: one task for all, several tasks shuffled, and task by task.",
         page_tables.mixed,
         drawn=False,
     ),
@@ -246,26 +244,27 @@ def headlines(devices: Mapping[str, Mapping[str, Document]]) -> str:
     lines += [f"![Against peers]({_image(name, 'attention')})", "", _said_of_peers(documents["attention"]), ""]
     lines += [f"![200 tasks in a row]({_image(name, 'lifelong')})", "", _said_of_tasks(documents), ""]
     if _kind(documents) != "cuda":
-        lines += ["**No figure has been measured on a GPU yet**; `make bench-gpu` takes them within nine minutes.", ""]
-    lines.append(
-        "All figures, the commands that take them, and what was promised: [docs/performance.md](docs/performance.md)."
-    )
+        lines += [
+            "**No figure has been measured on a GPU yet**; `make bench-gpu` measures them within nine minutes.",
+            "",
+        ]
+    lines.append("All figures, their commands and the targets: [docs/performance.md](docs/performance.md).")
     return "\n".join(lines)
 
 
 def _said_of_peers(document: Document) -> str:
     over_eager, over_sdpa = [], []
     for entry in document["entries"].values():
-        rows, ours = entry["rows"], tables.auto(entry, "step")
+        rows, ours = entry["rows"], figures.auto(entry, "step")
         if ours:
-            over_eager.append(tables.ratio(rows.get("eager"), rows[ours], "step"))
-            over_sdpa.append(tables.ratio(rows[ours], rows.get("sdpa"), "step"))
+            over_eager.append(figures.ratio(rows.get("eager"), rows[ours], "step"))
+            over_sdpa.append(figures.ratio(rows[ours], rows.get("sdpa"), "step"))
     eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
     spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (
-        f"Over {len(eager)} shapes a training step of one layer is {spans[0]} times as fast as eager PyTorch, the more "
-        f"the longer the context, and takes {spans[1]} times the time of PyTorch's own attention on the concatenated "
-        "prefix, which has no gate."
+        f"Over {len(eager)} shapes, a training step of one layer is {spans[0]} times as fast as eager PyTorch; the "
+        f"longer the context, the faster. It takes {spans[1]} times as long as PyTorch's own attention on the "
+        "concatenated prefix, which has no gate."
     )
 
 
@@ -276,7 +275,7 @@ def _said_of_tasks(documents: Mapping[str, Document]) -> str:
         if (value := flatness(figure, documents))
     ]
     tasks = len(documents["lifelong"]["entries"]["queue"]["per_task"])
-    said = f"Between tasks 6 to 15 and the last ten of {tasks}, {' and '.join(changes)}." if changes else ""
+    said = f"From tasks 6 to 15 to the last ten of {tasks} tasks, {' and '.join(changes)}." if changes else ""
     several = mixed(documents)
     return f"{said} A batch of sixteen tasks takes {several:.2f} times as long as a batch of one." if several else said
 
@@ -296,13 +295,14 @@ def _device(documents: Mapping[str, Document]) -> str:
     return device_line(next(iter(documents.values()))["device"])
 
 
-def _rerun(command: str) -> str:
-    """Without where its result went."""
-    words = command.split()
+def _rerun(document: Document) -> str:
+    """The command that measures a document again, without the place of its results; modules may have moved since."""
+    words = document["command"].split()[3:]
     if "--out" in words:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
-    return " ".join(words)
+    question = document["question"]
+    return " ".join([f"python -m qtuning_fast.bench.{MODULES.get(question, f'rows.{question}')}", *words])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as pictures: one a question and device. Figures are drawn from the documents that runs have written, only."""
+"""Draws the pictures of docs/performance.md, one for each file of results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from qtuning_fast.bench.tables import auto, best, median, same_clock
+from qtuning_fast.bench.figures import auto, best, median, same_clock
 from qtuning_fast.lifelong.report.plot_style import FAINT, INK, WIDTH, legend, new_figure
 
 Document = Mapping[str, Any]
@@ -30,7 +30,7 @@ STYLE = {
 
 
 def against_peers(document: Document) -> Figure:
-    """How much slower than ours each peer is, shape by shape."""
+    """Each peer's time over ours, shape by shape."""
     entries = [e for e in document["entries"].values() if e["shape"]["trained"]]
     peers = [name for name in STYLE if any(name in entry["rows"] for entry in entries)]
     ours = _ours(entries)
@@ -92,7 +92,7 @@ def decoding(document: Document) -> Figure:
 
 
 def ingredients(document: Document) -> Figure:
-    """What a step costs more with each ingredient."""
+    """What each ingredient adds to a step."""
     entries = list(document["entries"].values())
     figure, panels = new_figure("What each ingredient adds to a step", 0.7 + 1.45 * len(entries), len(entries))
     for axes, entry in zip(panels, entries):
@@ -195,7 +195,7 @@ def models(document: Document) -> Figure:
 
 
 def _ours(entries: Sequence[Mapping[str, Any]]) -> str:
-    """What ratios are to: the fused backend where it ran, else the composed one."""
+    """The backend that ratios refer to: the fused one if it ran, else the composed one."""
     return "fused" if any("fused" in entry["rows"] for entry in entries) else "composed"
 
 
@@ -234,7 +234,7 @@ def _times_axis(axes: Axes) -> None:
 
 
 def _log_or_from_zero(axes: Axes) -> None:
-    """Logarithmic, where a decade is not far; else from zero, so that a flat line looks flat."""
+    """A logarithmic axis, or one from zero if all values are close, so that a flat line looks flat."""
     low, high = axes.dataLim.intervaly
     if high < 5 * low:
         axes.set_ylim(0, 1.15 * high)
@@ -256,14 +256,14 @@ def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def _running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """Over the `width` values around each; fewer at the ends."""
+    """The median of the `width` values around each value; fewer at the ends."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return np.array([np.median(window) for window in windows])
 
 
 def _rounded(x: float) -> str:
-    """To three digits."""
+    """A number with three digits."""
     if x >= 1000:
         digits = len(str(int(x))) - 3
         return f"{round(x, -digits):,.0f}"

@@ -1,4 +1,4 @@
-"""What was promised of the compute backends, and whether the figures keep it: one line each, met or not.
+"""The targets for the compute backends, and whether the figures meet them.
 
 A figure is a ratio of two times in the same run. The bounds were set before there were figures.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qtuning_fast.bench.tables import median, ratio
+from qtuning_fast.bench.figures import median, ratio
 
 Documents = Mapping[str, Mapping[str, Any]]  # of one device, by question
 
@@ -16,15 +16,15 @@ AT_MOST, AT_LEAST = "at most", "at least"
 
 
 @dataclass(frozen=True)
-class Promise:
-    """One bound on one figure."""
+class Target:
+    """A bound on a figure."""
 
     of: str
     device: str  # "cpu" or "cuda"
     relation: str
     bound: float
     figure: Callable[[Documents], float | None]  # None: it was not measured
-    beside: Callable[[Documents], str] = lambda documents: ""  # what the figure alone would hide
+    beside: Callable[[Documents], str] = lambda documents: ""  # printed after the figure
 
     def verdict(self, documents: Documents) -> str:
         figure = self.figure(documents)
@@ -43,7 +43,7 @@ def _rows(documents: Documents, shape: str) -> Mapping[str, Any]:
 
 
 def time_ratio(shape: str, peer: str, other: str, documents: Documents, *, which: str = "step") -> float | None:
-    """How many times as long as another a peer takes."""
+    """A peer's time over another's."""
     rows = _rows(documents, shape)
     return ratio(rows.get(peer), rows.get(other), which)
 
@@ -65,35 +65,35 @@ def over_context(shape: str, peer: str, documents: Documents) -> float | None:
 
 
 def of_ceiling(shape: str, peer: str, documents: Documents) -> float | None:
-    """The forward pass's matrix products a second over what the device was measured to do."""
+    """The forward pass's matrix products a second, as a share of the measured ceiling."""
     document = documents.get("attention", {})
     entry = document.get("entries", {}).get(shape)
     ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
-    if not ms or "work" not in entry:  # without ceilings there are no floors
+    if not ms or "work" not in entry:  # without ceilings there is no roofline
         return None
     return entry["work"]["forward"]["flops"] / ms * 1e3 / document["ceilings"]["flops"]
 
 
-def floor_beside(shape: str, peers: tuple[str, ...], documents: Documents) -> str:
-    """The shares of the times that the floor is: a ratio of two of them hides what both lose."""
+def roofline_beside(shape: str, peers: tuple[str, ...], documents: Documents) -> str:
+    """The roofline as a share of each time: a ratio of two times hides what both lose."""
     entry = documents.get("attention", {}).get("entries", {}).get(shape)
     if entry is None or "floor_ms" not in entry:
         return ""
     floor = entry["floor_ms"]["step"][0]
     times = {peer: median(entry["rows"][peer], "step") for peer in peers if peer in entry["rows"]}
     said = [f"{floor / ms:.0%} of {peer}" for peer, ms in times.items() if ms]
-    return f"the floor is {', '.join(said)}" if said else ""
+    return f"the roofline is {', '.join(said)}" if said else ""
 
 
-def of_floor(shape: str, peer: str, documents: Documents) -> float | None:
-    """The share of the time that the bytes needed would take at the bandwidth that was measured."""
+def of_roofline(shape: str, peer: str, documents: Documents) -> float | None:
+    """The least time for the needed bytes at the measured bandwidth, as a share of the time."""
     entry = documents.get("decode", {}).get("entries", {}).get(shape)
     ms = median(entry["rows"][peer], "forward") if entry and peer in entry["rows"] else None
     return entry["floor_ms"]["forward"][0] / ms if ms and "floor_ms" in entry else None
 
 
 def flatness(figure: str, documents: Documents) -> float | None:
-    """The last ten of all tasks over tasks 6 to 15; None where not all of them were learned."""
+    """The last ten tasks over tasks 6 to 15; None: not all tasks were learned."""
     document = documents.get("lifelong", {})
     queue = document.get("entries", {}).get("queue", {})
     if not queue or len(queue["per_task"]) < document["sizes"]["tasks"]:
@@ -102,73 +102,68 @@ def flatness(figure: str, documents: Documents) -> float | None:
 
 
 def mixed(documents: Documents) -> float | None:
-    """A batch of sixteen tasks over a batch of one."""
+    """The time of a batch of sixteen tasks over that of one task."""
     rows = documents.get("mixed_tasks", {}).get("entries", {}).get("forward", {}).get("rows", {})
     times = [row["eager"]["median"] for name in ("named-16", "one-task") if (row := rows.get(name)) and row["eager"]]
     return times[0] / times[1] if len(times) == 2 else None
 
 
-def _on_cpu() -> list[Promise]:
+def _on_cpu() -> list[Target]:
     found = []
     for shape, bound in (("minilm", 1.25), ("minilm-512", 1.15), ("long-2048", 1.10), ("long-4096", 1.10)):
         figure = partial(time_ratio, f"{shape}-cpu", "composed", "sdpa")
-        found.append(Promise(f"composed over sdpa, {shape}-cpu", "cpu", AT_MOST, bound, figure))
+        found.append(Target(f"composed over sdpa, {shape}-cpu", "cpu", AT_MOST, bound, figure))
     for shape in ("long-2048-cpu", "long-4096-cpu"):
         figure = partial(time_ratio, shape, "reference", "composed")
-        found.append(Promise(f"reference over composed, {shape}", "cpu", AT_LEAST, 3.0, figure))
+        found.append(Target(f"reference over composed, {shape}", "cpu", AT_LEAST, 3.0, figure))
     peak = partial(peak_ratio, "long-4096-cpu", "composed", "sdpa")
-    found.append(Promise("peak memory, composed over sdpa, long-4096-cpu", "cpu", AT_MOST, 1.2, peak))
+    found.append(Target("peak memory, composed over sdpa, long-4096-cpu", "cpu", AT_MOST, 1.2, peak))
     return found
 
 
-def _fused_on_gpu() -> list[Promise]:
+def _fused_on_gpu() -> list[Target]:
     found = []
 
-    def promise(shape: str, peer: str, other: str, relation: str, bound: float) -> None:
+    def target(shape: str, peer: str, other: str, relation: str, bound: float) -> None:
         figure = partial(time_ratio, shape, peer, other)
-        beside = partial(floor_beside, shape, tuple(name for name in (peer, other) if name.startswith("fused")))
-        found.append(Promise(f"{peer} over {other}, {shape}", "cuda", relation, bound, figure, beside))
+        beside = partial(roofline_beside, shape, tuple(name for name in (peer, other) if name.startswith("fused")))
+        found.append(Target(f"{peer} over {other}, {shape}", "cuda", relation, bound, figure, beside))
 
     for shape in ("bert-base", "vit-b16", "minilm", "bert-base-512", "llama-8b"):
-        promise(shape, "flex-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.5)
-        promise(shape, "flex-merged", "fused", AT_LEAST, 1.0)
+        target(shape, "flex-frozen-gate", "fused-frozen-gate", AT_LEAST, 1.5)
+        target(shape, "flex-merged", "fused", AT_LEAST, 1.0)
         if shape != "llama-8b":
-            promise(shape, "reference", "fused", AT_LEAST, 4.0)
-            promise(shape, "fused", "sdpa", AT_MOST, 1.1)
-        promise(shape, "fused", "fused-plain", AT_MOST, 1.05 if shape in ("bert-base-512", "llama-8b") else 1.15)
+            target(shape, "reference", "fused", AT_LEAST, 4.0)
+            target(shape, "fused", "sdpa", AT_MOST, 1.1)
+        target(shape, "fused", "fused-plain", AT_MOST, 1.05 if shape in ("bert-base-512", "llama-8b") else 1.15)
     return found
 
 
-def _composed_on_gpu() -> list[Promise]:
+def _composed_on_gpu() -> list[Target]:
     found = []
     for shape in ("llama-8b-4096", "long"):
         alone = partial(over_context, shape, "composed")
-        found.append(Promise(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
-        for peer, ours, bound in (
-            ("flex-frozen-gate", "composed-frozen-gate", 1.5),
-            ("flex-merged", "composed", 1.0),
-        ):
+        found.append(Target(f"composed over context alone × (1 + 2P/N), {shape}", "cuda", AT_MOST, 1.08, alone))
+        for peer, ours, bound in (("flex-frozen-gate", "composed-frozen-gate", 1.5), ("flex-merged", "composed", 1.0)):
             figure = partial(time_ratio, shape, peer, ours)
-            found.append(Promise(f"{peer} over {ours}, {shape}", "cuda", AT_LEAST, bound, figure))
+            found.append(Target(f"{peer} over {ours}, {shape}", "cuda", AT_LEAST, bound, figure))
     products = partial(of_ceiling, "long", "composed")
-    found.append(
-        Promise("share of the matrix-product ceiling, composed forward, long", "cuda", AT_LEAST, 0.6, products)
-    )
+    found.append(Target("share of the matrix-product ceiling, composed forward, long", "cuda", AT_LEAST, 0.6, products))
     for shape, bound in (("decode-64", 1.35), ("decode-256", 1.35), ("decode-64-mixed", 1.2)):
         figure = partial(time_ratio, shape, "sdpa-no-concat", "composed", which="forward")
-        found.append(Promise(f"sdpa-no-concat over composed, {shape}", "cuda", AT_LEAST, bound, figure))
-        floor = partial(of_floor, shape, "composed")
-        found.append(Promise(f"share of the read bandwidth, composed, {shape}", "cuda", AT_LEAST, 0.75, floor))
+        found.append(Target(f"sdpa-no-concat over composed, {shape}", "cuda", AT_LEAST, bound, figure))
+        floor = partial(of_roofline, shape, "composed")
+        found.append(Target(f"share of the read bandwidth, composed, {shape}", "cuda", AT_LEAST, 0.75, floor))
     return found
 
 
-def _of_models(device: str) -> list[Promise]:
+def _of_models(device: str) -> list[Target]:
     memory = "resident_bytes" if device == "cpu" else "device_peak_bytes"
     return [
-        Promise("a forward pass of 16 tasks over one task", device, AT_MOST, 1.15, mixed),
-        Promise("step, last ten of 200 tasks over tasks 6 to 15", device, AT_MOST, 1.05, partial(flatness, "step_ms")),
-        Promise("memory, likewise", device, AT_MOST, 1.02, partial(flatness, memory)),
+        Target("a forward pass of 16 tasks over one task", device, AT_MOST, 1.15, mixed),
+        Target("step, last ten of 200 tasks over tasks 6 to 15", device, AT_MOST, 1.05, partial(flatness, "step_ms")),
+        Target("memory, likewise", device, AT_MOST, 1.02, partial(flatness, memory)),
     ]
 
 
-PROMISES = [*_on_cpu(), *_of_models("cpu"), *_fused_on_gpu(), *_composed_on_gpu(), *_of_models("cuda")]
+TARGETS = [*_on_cpu(), *_of_models("cpu"), *_fused_on_gpu(), *_composed_on_gpu(), *_of_models("cuda")]

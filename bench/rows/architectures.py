@@ -1,4 +1,4 @@
-"""Whole models in their real sizes, with random weights: speed does not depend on those. Nothing is downloaded."""
+"""Whole models in their real sizes, with random weights, on which speed does not depend. Nothing is downloaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FIRST_WORD = 5  # of a vocabulary; before it stand special tokens
 
 @dataclass(frozen=True)
 class Family:
-    """What models of one kind have in common."""
+    """What models of one kind share."""
 
     auto: str  # transformers' class
     task_type: str
@@ -27,7 +27,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and what one step of training it reads."""
+    """A model, and what one step of training reads."""
 
     name: str
     of: str  # what it stands for
@@ -43,7 +43,7 @@ class Model:
 
     @property
     def rows(self) -> int:
-        """Of the prefix when the queue is full."""
+        """Rows of the prefix when the queue is full."""
         return QTuningConfig().longest_prompt
 
 
@@ -112,7 +112,7 @@ MODELS = {model.name: model for model in (*ON_GPU, *ON_CPU, *TINY)}
 
 
 def base_model(model: Model, device: str) -> PreTrainedModel:
-    """With random weights, and PyTorch's own attention."""
+    """A model with random weights and PyTorch's own attention."""
     transformers.logging.set_verbosity_error()  # it tells at length of settings for generation
     torch.manual_seed(0)
     auto = getattr(transformers, model.family.auto)

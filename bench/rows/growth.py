@@ -3,43 +3,34 @@
     python -m qtuning_fast.bench.rows.growth
     python -m qtuning_fast.bench.rows.growth --with P --peer composed eager
 
-Steps of BERT-base's heads; for the tasks of a mixed batch, which is what a server sees, forward passes with folded
-prefixes.
+These are steps of BERT-base's heads. For the tasks of a mixed batch, as a server has it, they are forward passes with
+folded prefixes.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtuning_fast.bench import tables
-from qtuning_fast.bench.durations import row_seconds, turns_seconds
-from qtuning_fast.bench.measure import (
-    REHEARSED,
-    as_json,
-    broken,
-    default_device,
-    default_dtype,
-    measure_cases,
-    measure_each,
-    scheduled,
-)
+from qtuning_fast.bench.measure import as_json, broken, default_device, default_dtype, measure_cases
 from qtuning_fast.bench.peers import PEERS
+from qtuning_fast.bench.plans.durations import row_seconds, turns_seconds
+from qtuning_fast.bench.plans.schedule import RESTART, Schedule, Unit
 from qtuning_fast.bench.plans.triton_cache import settle
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.schedule import RESTART, Schedule, Unit
+from qtuning_fast.bench.rows import tables
+from qtuning_fast.bench.rows.command import Command, measure_each, turns_of
 from qtuning_fast.bench.shapes import BERT_BASE, TINY, Shape
 from qtuning_fast.bench.timing import Turns
 
 GROWTH_TURNS = Turns(rounds=20, seconds=1.5)
-PEERS_ON_GPU = ("fused", "composed", "eager", "flex-frozen-gate", "sdpa")
-PEERS_ON_CPU = ("composed", "eager", "sdpa")
+PEERS_BY_DEVICE = {
+    "cuda": ("fused", "composed", "eager", "flex-frozen-gate", "sdpa"),
+    "cpu": ("composed", "eager", "sdpa"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,16 +62,12 @@ SERIES = {
 
 
 def units(of: str, shapes: dict[int, Shape], peers: Sequence[str], turns: Turns) -> list[Unit]:
-    """Each size, and the seconds that are expected of it."""
-    return [
-        Unit(
-            f"{of}={size}",
-            sum(row_seconds(shape, peer) for peer in peers) + turns_seconds(shape, peers, turns),
-            "point",
-            size,
-        )
-        for size, shape in shapes.items()
-    ]
+    """Each size, with the seconds that it is expected to take."""
+
+    def seconds(shape: Shape) -> float:
+        return sum(row_seconds(shape, peer) for peer in peers) + turns_seconds(shape, peers, turns)
+
+    return [Unit(f"{of}={size}", seconds(shape), "point", size) for size, shape in shapes.items()]
 
 
 def measure(
@@ -94,7 +81,7 @@ def measure(
     known: Mapping[str, Any] | None = None,
     wrote: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> dict[str, Any]:
-    """One series, as far as there is time. On a GPU each size's graphs are gone before the next one's are made."""
+    """One series, as far as there is time. On a GPU the graphs of a size are freed before the next size."""
     started, points = time.perf_counter(), dict((known or {}).get("points", {}))
     schedule = schedule or Schedule()
     first = next(iter(shapes.values()))
@@ -103,48 +90,33 @@ def measure(
     def by_now() -> dict[str, Any]:
         return entry | {"points": points, "seconds": round(time.perf_counter() - started, 1)}
 
-    for unit in units(of, shapes, peers, turns):
+    for unit in schedule.each(units(of, shapes, peers, turns)):
         size, shape = unit.of, shapes[unit.of]
-        if not schedule.may_begin(unit.name, unit.seconds):
-            continue
         torch._dynamo.reset()  # else the eighth size would not be compiled any more
         cases = {peer: (shape, peer) for peer in peers}
         points[str(size)] = as_json(measure_cases(cases, device, default_dtype(device), turns))
         wrote(by_now())
         if broken(device):
             raise SystemExit(RESTART)
-    schedule.end()
     return by_now()
 
 
-def parser() -> argparse.ArgumentParser:
-    """What can be asked for."""
-    device = default_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--with", dest="sizes", nargs="+", choices=SERIES, default=list(SERIES))
-    parser.add_argument(
-        "--peer", nargs="+", choices=PEERS, default=list(PEERS_ON_GPU if device == "cuda" else PEERS_ON_CPU)
-    )
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to see that all is there")
-    parser.add_argument("--deadline", type=float, help="leave out what would end later, by time.monotonic()")
-    parser.add_argument("--out", type=Path, default=RUNS / "growth.json", metavar="FILE")
-    return parser
+def command() -> Command:
+    """The command line."""
+    found, usual = Command(__spec__.name, __doc__, deadline=True), PEERS_BY_DEVICE[default_device()]
+    found.add_argument("--with", dest="sizes", nargs="+", choices=SERIES, default=list(SERIES))
+    found.add_argument("--peer", nargs="+", choices=PEERS, default=list(usual))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    device, options = default_device(), parser().parse_args(arguments)
-
+    line, device = command(), default_device()
+    options = line.parse(arguments)
     settle()
-    within = options.deadline is not None  # a plan: one process, which leaves out what there is no time for
-    given = sys.argv[1:] if arguments is None else arguments
-    results = Results("growth", options.out, device, given, going_on=within)
-    print(results.heading(), flush=True)
-    turns = REHEARSED if options.dry_run else GROWTH_TURNS
+    results, turns = line.results(options), turns_of(options, GROWTH_TURNS)
     chosen = {name: SERIES[name].shapes(device, tiny=options.dry_run) for name in options.sizes}
     jobs = {name: partial(measure, name, shapes, options.peer, device, turns) for name, shapes in chosen.items()}
-    if within:
-        jobs = scheduled(jobs, results, options.deadline)
-    return measure_each(results, jobs, tables.growth, each_apart=not within)
+    return measure_each(results, jobs, tables.growth, options.deadline)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
-"""What a step costs the host: all that happens between the caller and the GPU, measured where there is none.
+"""What a step costs the host: all that happens between the caller and the GPU, measured without a GPU.
 
     python -m qtuning_fast.bench.rows.host
     python -m qtuning_fast.bench.rows.host --quick --out FILE
 
-Kernels are launched through Triton's own binder, cache and launcher; only the compiled kernel and the C function that
-would hand it to the GPU are stood in for. What a GPU's step has and this one has not: that C function (a few
+Kernels are launched through Triton's own binder, cache and launcher; stand-ins replace only the compiled kernel and the
+C function that would hand it to the GPU. A step on a GPU has these costs in addition: that C function (a few
 microseconds a launch), CUDA's allocator in place of the CPU's, the guard that makes a tensor's device the current one,
-and autograd's hand-over to the thread that runs a device's backward passes. The peers pass over the same, but that
-theirs do compute: on tensors so small that this takes a few microseconds.
+and autograd's hand-over to the thread that runs a device's backward passes. The same holds for the peers, except that
+they do compute, on tensors so small that this takes a few microseconds.
 
-A row is the median of rounds in which all take turns, in one thread. The stages are parts of ours, timed by themselves;
-"the operator and autograd" is what the step takes beyond them.
+A row is the median of rounds in which all take turns, in one thread. The stages are parts of our step, timed by
+themselves; "the operator and autograd" is what the step takes beyond them.
 """
 
-import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,13 +33,14 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.attention import composed, dispatch
-from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.arguments import INPUTS
 from qtuning_fast.attention.composed.vendors import Vendor
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.bench.predictions.compile_report import AbsentDriver
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.timing import Call, Turns, round_robin
+from qtuning_fast.bench.rows.command import Command
+from qtuning_fast.bench.shapes import PrefixAttentionCall
+from qtuning_fast.bench.timing import Call, Turns, round_robin, timing_of
 from qtuning_fast.kernels import backward, forward, launch, prefix_part
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -56,14 +54,14 @@ REHEARSED = Turns(rounds=1, sample_ms=0.0)
 
 
 class HostDriver(AbsentDriver):
-    """A driver that is asked as often as the real one, and makes its answer each time, as that does."""
+    """A driver that computes its answer at each call, as the real one does."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
 
 
 class Launcher(CudaLauncher):  # type: ignore[misc]
-    """Triton's launcher, whose C function does nothing."""
+    """Triton's launcher with a C function that does nothing."""
 
     launch = staticmethod(lambda *arguments: None)
     gsan_enabled = launch_cooperative_grid = launch_pdl = False
@@ -77,7 +75,7 @@ class Launcher(CudaLauncher):  # type: ignore[misc]
 
 
 class Kernel(CompiledKernel):  # type: ignore[misc]
-    """A kernel that was compiled and loaded."""
+    """A kernel that counts as compiled and loaded."""
 
     def __init__(self, function: JITFunction) -> None:
         self.name, self.src = function.__name__, ASTSource.__new__(ASTSource)
@@ -89,7 +87,7 @@ class Kernel(CompiledKernel):  # type: ignore[misc]
 
 @contextmanager
 def without_gpu() -> Iterator[None]:
-    """Within it the kernels' launches end where the GPU would begin, and tensors on the CPU pass for a GPU's."""
+    """Makes kernel launches end where the GPU would begin, and tensors on the CPU pass for a GPU's."""
 
     def compiled(self: Any, key: Any, signature: Any, device: int, *others: Any, **named: Any) -> Kernel:
         return self.device_caches[device][0].setdefault(key, Kernel(self))
@@ -114,7 +112,7 @@ def without_gpu() -> Iterator[None]:
 
 
 def _no_context(x: Any) -> tuple[Tensor, Tensor]:
-    """What a vendor returns, without computing it."""
+    """Returns what a vendor returns, without computing it."""
     B, H, N, _ = x.query.shape
     return torch.empty_like(x.query), x.query.new_empty(B, H, N, dtype=torch.float32)
 
@@ -146,13 +144,12 @@ def calls() -> dict[str, Call]:
 
 
 def stages(x: shapes.Inputs) -> dict[str, Call]:
-    """Parts of a fused step: STAGES, and the last two as they are where no earlier pass can be run again."""
+    """Parts of a fused step: STAGES, and both passes as they are if no earlier pass can be run again."""
     inputs = x.detached()
     call = inputs.call(SHAPE)
-    needs = [True] * len(backward.INPUTS)
     passes = {
         "forward pass": partial(forward.forward, call),
-        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, needs),
+        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, INPUTS),
     }
 
     def checks() -> None:
@@ -197,7 +194,7 @@ def _step(attend: Callable[..., Tensor], leaves: list[Tensor], d_output: Tensor)
 
 
 def measure(turns: Turns) -> dict[str, Any]:
-    """By row and stage the microseconds a call, or what went wrong."""
+    """Microseconds a call, or the error, by row and stage."""
     torch.set_num_threads(1)
     with without_gpu():
         runs = calls()
@@ -208,13 +205,11 @@ def measure(turns: Turns) -> dict[str, Any]:
 
 
 def _microseconds(milliseconds: list[float]) -> dict[str, float]:
-    found = [1e3 * ms for ms in milliseconds]
-    lower, _, upper = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else [0.0] * 3
-    return {"median": statistics.median(found), "spread": upper - lower, "fastest": min(found), "rounds": len(found)}
+    return asdict(timing_of([1e3 * ms for ms in milliseconds]))
 
 
 def thread_milliseconds(run: Call, times: int) -> float:
-    """By the processor's clock: who else is at work does not count."""
+    """By the thread's own clock, which ignores other programs."""
     start = time.thread_time()
     for _ in range(times):
         run()
@@ -234,16 +229,11 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"at most {QUICK.rounds} rounds, not {TURNS.rounds}")
-    parser.add_argument("--dry-run", action="store_true", help="one round, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "host.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line = Command(__spec__.name, __doc__, dry_run="one round, to see that it runs", quick=True)
+    options = line.parse(arguments)
     if INTERPRETED:
-        parser.error("TRITON_INTERPRET is set: nothing would be launched as on a GPU; unset it")
-
-    results = Results("host", options.out, "cpu", sys.argv[1:] if arguments is None else arguments)
-    print(results.heading(), flush=True)
+        line.error("TRITON_INTERPRET is set, and nothing would be launched as on a GPU; unset it")
+    results = line.results(options, "cpu")
     rows = measure(REHEARSED if options.dry_run else QUICK if options.quick else TURNS)
     results.add(SHAPE.name, {"title": str(SHAPE), "rows": rows})
     print(table(rows))

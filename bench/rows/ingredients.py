@@ -1,33 +1,22 @@
-"""What each ingredient of a training step costs: gate, reweighting, a bank of prefixes, padding, by leaving it out.
+"""What each ingredient of a training step costs: gate, reweighting, a bank of prefixes and padding, by leaving it out.
 
     python -m qtuning_fast.bench.rows.ingredients
     python -m qtuning_fast.bench.rows.ingredients --shape bert-base --peer fused
 
-The step with all of them and the steps without one of each take turns in the same run. Without a bank all samples share
-one prefix; without padding the context is whole, so the same queries see more keys.
+The step with all of them and the steps without one of them take turns in the same run. Without a bank all samples share
+one prefix; without padding the same queries see more keys.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench import tables
-from qtuning_fast.bench.measure import (
-    QUICK,
-    REHEARSED,
-    TURNS,
-    as_json,
-    default_device,
-    default_dtype,
-    measure_cases,
-    measure_each,
-)
+from qtuning_fast.bench.measure import as_json, default_device, default_dtype, measure_cases
 from qtuning_fast.bench.peers import OURS
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.rows import tables
+from qtuning_fast.bench.rows.command import Command, measure_each, turns_of
 from qtuning_fast.bench.shapes import SHAPES, TINY, Shape
 from qtuning_fast.bench.timing import Turns
 
@@ -37,7 +26,7 @@ TASKS, PADDING = 4, 0.25
 
 
 def cases(shape: Shape, peer: str) -> dict[str, tuple[Shape, str]]:
-    """By what is left out: a shape and a peer."""
+    """A shape and a peer, by what is left out."""
     whole = replace(shape, tasks=min(TASKS, shape.B), padding=PADDING)
     return {
         "all": (whole, peer),
@@ -63,24 +52,16 @@ def measure(shape: Shape, peer: str, device: str, turns: Turns) -> dict[str, Any
 
 
 def main(arguments: list[str] | None = None) -> int:
-    device = default_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    line, device = Command(__spec__.name, __doc__, quick=True), default_device()
     trained = [name for name, shape in SHAPES.items() if shape.trained and not (shape.bias or shape.padding)]
-    parser.add_argument("--shape", nargs="+", choices=trained, metavar="NAME", help=f"of {', '.join(trained)}")
-    parser.add_argument("--peer", nargs="+", choices=OURS, default=list(OURS if device == "cuda" else OURS[1:]))
-    parser.add_argument("--quick", action="store_true", help=f"at most {QUICK.rounds} rounds, not {TURNS.rounds}")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny shape, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "ingredients.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    line.add_argument("--shape", nargs="+", choices=trained, metavar="NAME", help=f"of {', '.join(trained)}")
+    line.add_argument("--peer", nargs="+", choices=OURS, default=list(OURS if device == "cuda" else OURS[1:]))
+    options = line.parse(arguments)
     named = options.shape or (ON_GPU if device == "cuda" else ON_CPU)
     shapes = [replace(TINY, Hq=1, Hkv=1, N=8)] if options.dry_run else [SHAPES[name] for name in named]
-
-    results = Results("ingredients", options.out, device, sys.argv[1:] if arguments is None else arguments)
-    print(results.heading(), flush=True)
-    turns = REHEARSED if options.dry_run else QUICK if options.quick else TURNS
-    chosen = [(shape, peer) for shape in shapes for peer in options.peer]
+    chosen, turns = [(shape, peer) for shape in shapes for peer in options.peer], turns_of(options)
     jobs = {f"{shape.name} {peer}": partial(measure, shape, peer, device, turns) for shape, peer in chosen}
-    return measure_each(results, jobs, tables.ingredients)
+    return measure_each(line.results(options), jobs, tables.ingredients)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m qtuning_fast.bench.rows.lifelong                       both methods
     python -m qtuning_fast.bench.rows.lifelong --method queue --tasks 50
-    python -m qtuning_fast.bench.rows.lifelong --dry-run             a tiny model, a few tasks
+    python -m qtuning_fast.bench.rows.lifelong --dry-run             a tiny model and a few tasks
 
 `queue` is this library as it comes: a queue of five prompts, the shared prompt, the gate, memory retention. Each task
 is saved as soon as it is finished, and its adapter then lies on disk only.
@@ -27,7 +27,6 @@ The base model is a BERT with random weights; tokens and labels are random. For 
   PyTorch's allocator has handed out then, and the most within the task. Each method has a process of its own.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -40,14 +39,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer as now  # seconds, of an idle device
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
-from qtuning_fast.bench.measure import in_a_process
+from qtuning_fast.bench.measure import default_device, in_a_process
 from qtuning_fast.bench.memory import resident_bytes
-from qtuning_fast.bench.results import RUNS, Results
-from qtuning_fast.bench.timing import Call, host_milliseconds, synchronized_milliseconds
+from qtuning_fast.bench.results import Results
+from qtuning_fast.bench.rows.command import Command
+from qtuning_fast.bench.timing import Call, host_milliseconds
 from qtuning_fast.method.adapter import AdapterInfo
 
 TASKS, STEPS = 200, 8
@@ -99,7 +100,7 @@ class Method:
 
 
 def accumulating(tasks: int) -> QTuningConfig:
-    """A queue with room for every task's prompt, and nothing beside it."""
+    """A queue with room for every task's prompt, and nothing else."""
     return QTuningConfig(queue_size=tasks, eviction="fifo", shared_length=0, retention_weight=0, gate=None)
 
 
@@ -111,7 +112,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """What one task took; None where there is no way to know."""
+    """The figures of one task; None: not known."""
 
     task: int  # from 1 on
     prefix_rows: int
@@ -147,21 +148,21 @@ class Stream:
         self.number = 0
 
     def next_task(self) -> TaskFigures:
-        """Start, train and finish one more task."""
+        """Starts, trains and finishes one more task."""
         self.number += 1
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         examples = self._random_examples()
-        began = self._now()
+        began = now()
         batches = self._start(examples)
-        started = self._now()
+        started = now()
         figures = self._train(batches)
-        trained = self._now()
+        trained = now()
         info = self._finish()
         return TaskFigures(
             task=self.number,
             prefix_rows=info.prefix_rows,
-            between_seconds=started - began + self._now() - trained,
+            between_seconds=started - began + now() - trained,
             adapter_bytes=info.bytes,
             adapters_in_memory_bytes=self.model.adapters.bytes_in_memory,
             **figures,
@@ -170,13 +171,13 @@ class Stream:
     # A task
 
     def _random_examples(self) -> dict[str, Tensor]:
-        """All of a task's, in one batch."""
+        """All examples of a task in one batch."""
         count, device = BATCHES * self.setting.samples, self.model.device
         ids = torch.randint(self.setting.vocabulary, (count, self.setting.tokens), device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
     def _start(self, examples: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The task's batches, with the features that retention is held against where it is due."""
+        """The task's batches, with the features that retention compares with, where retention is due."""
         model = self.model
         model.start_task(f"task-{self.number}", num_labels=2)
         if model.retains_memory:
@@ -187,14 +188,13 @@ class Stream:
         return [{name: tensors[batch] for name, tensors in parts.items()} for batch in range(BATCHES)]
 
     def _train(self, batches: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """Medians of a step and of the anchor, which take turns, without the first ones; and what is held then."""
-        stopwatch = synchronized_milliseconds if self.on_gpu else host_milliseconds
+        """Medians of a step and of the anchor, which take turns, without the first ones; and the memory held then."""
         step, anchor, task = self._training_step(batches), self._anchor(), self.model.active_task
         steps, anchors = [], []
         for _ in range(self.steps):
-            steps.append(stopwatch(step, 1))
+            steps.append(host_milliseconds(step, 1))
             self.model.set_task(None)
-            anchors.append(stopwatch(anchor, 1))
+            anchors.append(host_milliseconds(anchor, 1))
             self.model.set_task(task)
         quotients = [one / other for one, other in zip(steps, anchors)]
         times = {"step_ms": steps, "anchor_ms": anchors, "step_over_anchor": quotients}
@@ -217,7 +217,7 @@ class Stream:
         return step
 
     def _finish(self) -> AdapterInfo:
-        """What is known of the finished task's adapter."""
+        """Finishes the task; returns what is known of its adapter."""
         model = self.model
         adapter = model.finish_task()
         if self.method.saves:
@@ -228,7 +228,7 @@ class Stream:
         return adapter.info
 
     def _anchor(self) -> Call:
-        """Forward and backward of the base model by its own functions, where no task is set, down to its input."""
+        """Forward and backward of the base model alone, down to its input; no task is set."""
         sizes = self.setting.samples, self.setting.tokens, self.setting.hidden
         x = torch.randn(sizes, device=self.model.device, requires_grad=True)
 
@@ -239,13 +239,6 @@ class Stream:
             x.grad = None
 
         return anchor
-
-    # What time it is, and what is held
-
-    def _now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def _held(self) -> dict[str, int | None]:
         gc.collect()
@@ -263,7 +256,7 @@ class Stream:
 
 
 def median_of(per_task: Sequence[TaskFigures], name: str) -> float | None:
-    """Of one figure over several tasks; None where it is not known."""
+    """The median of one figure over several tasks; None: not known."""
     values = [getattr(each, name) for each in per_task]
     return None if None in values else statistics.median(values)
 
@@ -311,7 +304,7 @@ DIGITS = {"prefix_rows": 0, "between_seconds": 3, "adapter_bytes": 1, "resident_
 
 
 def table(name: str, per_task: Sequence[TaskFigures]) -> str:
-    """Medians over ten tasks here and there, or every task where there are few; and the verdict."""
+    """Medians over ten tasks at several places, or every task if there are few; and the verdict."""
     known = [column for column in COLUMNS if median_of(per_task, column) is not None]
     lines = [f"{name}: {METHODS[name].about}", _line("task", [COLUMNS[column][0] for column in known])]
     for tasks in windows(per_task):
@@ -331,7 +324,7 @@ def _line(first: str, cells: Sequence[str]) -> str:
 
 
 def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:
-    """The first task, then tens: those of the verdict and some between them. Where there are few tasks, each."""
+    """The first task, then groups of ten: those of the verdict and some between them. With few tasks, each task."""
     count = len(per_task)
     if count < EARLY.stop + WINDOW:
         return [per_task[number : number + 1] for number in range(count)]
@@ -342,7 +335,7 @@ def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:
 def run(
     name: str, tasks: int, steps: int, setting: Setting, device: str, results: Results
 ) -> tuple[Results, list[TaskFigures]]:
-    """One method. It returns the results too, since in another process they are a copy."""
+    """Runs one method. It returns the results too, because another process has a copy of them."""
     method, per_task, began = METHODS[name], [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream(method, tasks, setting, steps, device, Path(folder))
@@ -355,30 +348,23 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--tasks", type=int, help=f"{TASKS} unless told")
-    parser.add_argument("--steps", type=int, help=f"of each task, {WARM_UP} of which are not counted; {STEPS}")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU, a few tasks: does it run?")
-    parser.add_argument("--out", type=Path, default=RUNS / "lifelong.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    options.tasks = options.tasks or (DRY_TASKS if options.dry_run else TASKS)
-    options.steps = options.steps or (DRY_STEPS if options.dry_run else STEPS)
-    if options.steps <= WARM_UP:
-        parser.error(f"--steps is {options.steps}; it must be more than the {WARM_UP} that are not counted")
-    device = "cuda" if torch.cuda.is_available() and not options.dry_run else "cpu"
+    line = Command(__spec__.name, __doc__, dry_run="a tiny model on the CPU and a few tasks, to see that it runs")
+    line.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    line.add_argument("--tasks", type=int, help=f"default {TASKS}")
+    line.add_argument("--steps", type=int, help=f"of each task, {WARM_UP} of which do not count; default {STEPS}")
+    options = line.parse(arguments)
+    tasks = options.tasks or (DRY_TASKS if options.dry_run else TASKS)
+    steps = options.steps or (DRY_STEPS if options.dry_run else STEPS)
+    if steps <= WARM_UP:
+        line.error(f"--steps is {steps}; it must be more than the {WARM_UP} that do not count")
+    device = "cpu" if options.dry_run else default_device()
     setting = DRY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
-
-    sizes = {"tasks": options.tasks, "steps": options.steps, "warm_up": WARM_UP, "batches": BATCHES}
-    given = sys.argv[1:] if arguments is None else arguments
-    results = Results("lifelong", options.out, device, given, sizes=sizes | asdict(setting))
-    print(results.heading())
-    model = (
-        f"BERT of {setting.layers} layers, hidden size {setting.hidden}, {setting.samples} x {setting.tokens} tokens"
-    )
-    print(f"{options.tasks} tasks of {options.steps} steps; {model}", flush=True)
+    sizes = {"tasks": tasks, "steps": steps, "warm_up": WARM_UP, "batches": BATCHES}
+    results = line.results(options, device, sizes=sizes | asdict(setting))
+    model = f"BERT of {setting.layers} layers, hidden size {setting.hidden}"
+    print(f"{tasks} tasks of {steps} steps; {model}, {setting.samples} x {setting.tokens} tokens", flush=True)
     for name in options.method:
-        results, per_task = in_a_process(run, name, options.tasks, options.steps, setting, device, results)
+        results, per_task = in_a_process(run, name, tasks, steps, setting, device, results)
         print(f"\n{table(name, per_task)}", flush=True)
     return 0
 

@@ -7,32 +7,30 @@ name so many tasks in no order, `separate-16` runs the same samples task by task
 logits are compared with the separate ones.
 """
 
-import argparse
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.bench.measure import default_device
-from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.rows.architectures import FIRST_WORD, MODELS, base_model
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.timing import Call, Measurement, compare
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.prompts import KEY_STD, VALUE_STD
 
-ROUNDS = 20
+ROUNDS, DRY_ROUNDS = 20, 2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # of the largest difference of two logits, which are about 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is served at once."""
+    """A batch that is served at once."""
 
     model: str
     samples: int
@@ -47,7 +45,7 @@ TINY = Batch("bert-tiny", samples=8, tokens=6, rows=5, tasks=4)
 
 
 def random_adapter(model: QTuningModel, name: str, rows: int, generator: torch.Generator) -> TaskAdapter:
-    """An adapter with two classes, its gates near those of a new one."""
+    """An adapter with two classes and gates near those of a new one."""
 
     def normal(*sizes: int, std: float) -> Tensor:
         return std * torch.randn(sizes, generator=generator)
@@ -75,12 +73,12 @@ def model_with_tasks(size: Batch, device: str) -> QTuningModel:
 
 
 def random_batch(size: Batch, model: QTuningModel) -> dict[str, Tensor]:
-    ids = torch.randint(FIRST_WORD, model.vocabulary.num_embeddings, (size.samples, size.tokens))
+    ids = torch.randint(FIRST_WORD, model.backbone.vocabulary.num_embeddings, (size.samples, size.tokens))
     return {name: x.to(model.device) for name, x in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))}
 
 
 def in_no_order(model: QTuningModel, samples: int, tasks: int) -> list[str]:
-    """A task's name for each sample, each as often as any other."""
+    """The name of a task for each sample, shuffled; each task as often as any other."""
     names = [model.tasks[number % tasks] for number in range(samples)]
     random.Random(0).shuffle(names)
     return names
@@ -91,7 +89,7 @@ def named(model: QTuningModel, batch: dict[str, Tensor], names: list[str]) -> Te
 
 
 def separate(model: QTuningModel, batch: dict[str, Tensor], names: list[str]) -> Tensor:
-    """The same, task by task."""
+    """The same logits, task by task."""
     logits = torch.empty(len(names), 2, device=model.device)
     for name in dict.fromkeys(names):
         rows = torch.tensor([each == name for each in names], device=model.device)
@@ -134,17 +132,11 @@ def table(times: dict[str, Measurement]) -> str:
 
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "mixed_tasks.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    device = default_device()
+    line, device = Command(__spec__.name, __doc__, dry_run="a tiny model, to see that it runs"), default_device()
+    options = line.parse(arguments)
     size = TINY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
-    results = Results("mixed_tasks", options.out, device, sys.argv[1:] if arguments is None else arguments)
-    print(results.heading())
-    model = model_with_tasks(size, device)
-    times = measure(model, random_batch(size, model), options.rounds)
+    results, model = line.results(options), model_with_tasks(size, device)
+    times = measure(model, random_batch(size, model), DRY_ROUNDS if options.dry_run else ROUNDS)
     rows = {name: asdict(each) for name, each in times.items()}
     results.add("forward", {"sizes": asdict(size), "of": MODELS[size.model].of, "rows": rows})
     print(f"{size.samples} samples of {size.tokens} tokens, {size.rows} prefix rows\n{table(times)}")

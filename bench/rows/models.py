@@ -2,11 +2,11 @@
 
     python -m qtuning_fast.bench.rows.models                      all models and rows of the device at hand
     python -m qtuning_fast.bench.rows.models --model bert-base --row qtuning_fast eager peft --out FILE
-    python -m qtuning_fast.bench.rows.models --dry-run            tiny models, which show that all is put together
+    python -m qtuning_fast.bench.rows.models --dry-run            tiny models, to see that it runs
 
-The weights are random, for speed does not depend on them, and so are the tokens; there is no padding and no dropout. A
-step is a user's: zero_grad, forward, loss, backward, and AdamW over what is trained, on a task whose queue is full. The
-frozen weights are bfloat16 on a GPU, float32 on a CPU; what is trained is float32.
+The weights are random, because speed does not depend on them, and so are the tokens; there is no padding and no
+dropout. A step is what a user runs: zero_grad, forward, loss, backward, and AdamW over what is trained, on a task whose
+queue is full. The frozen weights are bfloat16 on a GPU, float32 on a CPU; what is trained is float32.
 
 Rows of one model with one prefix differ in nothing but what computes attention with a prefix; they share its
 parameters, and each one's loss and gradients are compared with ours before it is timed. `peft` computes something else
@@ -15,7 +15,6 @@ nothing; beside it in T5 belongs `qtuning_fast-decoder`. `frozen-base` is the lo
 prefix, of which one offset behind the lowest attention is trained, so that gradients go as far as to a prefix there.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -25,7 +24,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -35,12 +33,10 @@ from torch import Tensor, nn
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.attention import dispatch
-from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, Backend
-from qtuning_fast.bench.measure import default_device, in_a_process, measure_each
+from qtuning_fast.bench.measure import default_device, in_a_process
 from qtuning_fast.bench.memory import peak_of
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.results import RUNS, Results
 from qtuning_fast.bench.rows.architectures import (
     BERT,
     DTYPE,
@@ -55,6 +51,8 @@ from qtuning_fast.bench.rows.architectures import (
     base_model,
     random_batch,
 )
+from qtuning_fast.bench.rows.command import Command, measure_each
+from qtuning_fast.bench.shapes import PrefixAttentionCall
 from qtuning_fast.bench.timing import Call, Timing, compare, first_line
 
 ROUNDS = {"cuda": 20, "cpu": 9}
@@ -102,7 +100,7 @@ def with_peft(model: Model, device: str) -> nn.Module:
 
 
 def frozen_base(model: Model, device: str) -> nn.Module:
-    """The base model, which trains an offset behind its lowest attention: what any prefix there costs at the least."""
+    """The base model with a trained offset behind its lowest attention: the least cost of any prefix there."""
     base = base_model(model, device).requires_grad_(False)
     base.offset = nn.Parameter(torch.zeros(base.config.hidden_size, device=device))
     lowest = base.base_model.get_submodule(model.family.lowest_attention)
@@ -111,13 +109,13 @@ def frozen_base(model: Model, device: str) -> nn.Module:
 
 
 def by_backend(name: str) -> AbstractContextManager[Any]:
-    """Within the block our backend of this name computes the operator; "auto": whichever is chosen."""
+    """Within it, our backend of this name computes the operator; "auto": whichever is chosen."""
     return patch.dict(os.environ, {ENVIRONMENT_VARIABLE: name})
 
 
 @contextmanager
 def by_peer(name: str) -> Iterator[None]:
-    """Within the block a peer computes attention with a prefix; without one, as in T5's decoder, it is still ours."""
+    """Within it, a peer computes attention with a prefix; without a prefix, as in T5's decoder, it is still ours."""
     attend, choose = PEERS[name].attend, dispatch.choose
 
     def run(call: PrefixAttentionCall) -> tuple[Tensor, None]:
@@ -164,7 +162,7 @@ WAYS_ON_CPU = tuple(name for name in WAYS if name not in ("fused", "composed")) 
 
 
 class Training:
-    """A model with a batch and an optimizer that has not begun."""
+    """A model with a batch and a new optimizer."""
 
     def __init__(self, module: nn.Module, batch: dict[str, Tensor]) -> None:
         self.module, self.batch = module, batch
@@ -187,7 +185,7 @@ class Training:
 
 @dataclass
 class Outcome:
-    """What is known of one way to train one model."""
+    """The figures of one way to train one model."""
 
     timing: Timing | None = None  # of a step
     tokens_per_second: float | None = None
@@ -198,7 +196,7 @@ class Outcome:
 
 
 def measure(name: str, ways: Sequence[str], device: str, rounds: int) -> dict[str, Any]:
-    """Everything about one model, as JSON has it."""
+    """Measures one model in several ways; returns the entry of the file of results."""
     started, model, gpu = time.perf_counter(), MODELS[name], torch.device(device)
     training = cache(lambda prepare: Training(prepare(model, device), random_batch(model, device)))
     outcomes = {way: Outcome() for way in ways if model.family in WAYS[way].families}
@@ -236,7 +234,7 @@ def measure(name: str, ways: Sequence[str], device: str, rounds: int) -> dict[st
 
 
 def check(training: Callable[[Any], Training], way: str, outcome: Outcome) -> None:
-    """Compares a row that computes what ours does; one that is wrong has that for an error."""
+    """Compares a row that should compute what ours does; a difference that is too large becomes its error."""
     if way == OURS or WAYS[way].prepare is not WAYS[OURS].prepare:
         return
     trained = training(WAYS[way].prepare)
@@ -258,7 +256,7 @@ def _step(training: Callable[[Any], Training], way: str) -> Call:
 
 
 def backends_taken(step: Call) -> list[str]:
-    """By name, the backends that compute a step."""
+    """The names of the backends that compute a step."""
     taken, choose = set(), dispatch.choose
 
     def noted(call: PrefixAttentionCall, requested: str) -> str:
@@ -280,7 +278,7 @@ def _peak(training: Callable[[Any], Training], way: str, model: Model, device: s
 
 
 def peak_on_cpu(name: str, way: str) -> int | None:
-    """In a fresh process."""
+    """The peak of the first step; call it in a fresh process."""
     model = MODELS[name]
     for each in (next(tiny for tiny in TINY if tiny.family is model.family), model):
         # The tiny one comes first: what is loaded and set up once is not the model's.
@@ -289,7 +287,7 @@ def peak_on_cpu(name: str, way: str) -> int | None:
 
 
 def first_step_peak(training: Training, way: str, device: str) -> int | None:
-    """Of the first, in which the optimizer's state comes to be."""
+    """The memory of the first step, in which the optimizer's state is created."""
     return peak_of(partial(training.step, WAYS[way]), torch.device(device))
 
 
@@ -335,21 +333,15 @@ def _number(x: float | None, width: int, form: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    device = default_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: those of the device")
-    parser.add_argument("--row", nargs="+", choices=WAYS, default=list(WAYS) if device == "cuda" else WAYS_ON_CPU)
-    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS[device]}")
-    parser.add_argument("--dry-run", action="store_true", help=f"tiny models, {DRY_ROUNDS} rounds")
-    parser.add_argument("--out", type=Path, default=RUNS / "models.json", metavar="FILE")
-    options = parser.parse_args(arguments)
+    device, dry = default_device(), f"tiny models, {DRY_ROUNDS} rounds"
+    line = Command(__spec__.name, __doc__, dry_run=dry)
+    line.add_argument("--model", nargs="+", choices=MODELS, help="default: those of the device")
+    line.add_argument("--row", nargs="+", choices=WAYS, default=list(WAYS) if device == "cuda" else WAYS_ON_CPU)
+    options = line.parse(arguments)
     usual = TINY if options.dry_run else ON_GPU if device == "cuda" else ON_CPU
-    rounds = options.rounds or (DRY_ROUNDS if options.dry_run else ROUNDS[device])
-
-    results = Results("models", options.out, device, arguments, rounds=rounds, learning_rate=LEARNING_RATE)
-    print(results.heading())
-    print("speed: of ours = 1; peak: beyond the weights; off by: the largest difference to our loss and gradients")
+    rounds = DRY_ROUNDS if options.dry_run else ROUNDS[device]
+    results = line.results(options, rounds=rounds, learning_rate=LEARNING_RATE)
+    print("speed: ours = 1; peak: beyond the weights; off by: the largest difference to our loss and gradients")
     chosen = options.model or [model.name for model in usual]
     return measure_each(results, {name: partial(measure, name, options.row, device, rounds) for name in chosen}, table)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from qtuning_fast.bench import console, layer_cost
+from qtuning_fast.bench import layer_cost
 from qtuning_fast.bench.layer_cost import FULL_QUEUE, Question, Wanted
 from qtuning_fast.bench.shapes import SHAPES
 
@@ -71,28 +71,3 @@ def test_what_would_not_fit_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="--peer eager would take"):
         Question.of(wanted)
     Question.of(wanted, peers=["sdpa"])
-
-
-def entry(**steps):
-    """Of a training shape: peers with a step's median, or what it failed by."""
-    rows = {}
-    for name, ms in steps.items():
-        timing = None if isinstance(ms, str) else {"median": ms, "spread": 0.1, "rounds": 8}
-        passes = {each: {"graph": None, "eager": timing} for each in ("forward", "backward", "step")}
-        rows[name] = passes | {"peak": 1 << 20, "error": ms if timing is None else "", "errors": {"output": 1e-7}}
-    return {"shape": {"trained": True}, "rows": rows, "auto": {"backend": next(iter(rows))}}
-
-
-def test_the_sentence_says_how_ours_stands():
-    assert console.verdict(entry(composed=2.0, eager=8.4, sdpa=1.8)) == (
-        "composed is 4.2 times as fast as eager and takes 1.1 times the time of PyTorch's attention without a gate."
-    )
-    assert console.verdict(entry(fused=2.0, sdpa="no")) == "fused takes 2.00 ms."
-    assert console.verdict(entry(composed="wrong: tau", eager=1.0)) == "composed was not measured: wrong: tau"
-
-
-def test_a_backend_that_is_faster_here_is_named_unless_it_is_noise():
-    assert console.verdict(entry(composed=2.0, eager=4.0, fused=1.5)).endswith(
-        "Here fused takes 0.75 times as long: QTUNING_FAST_BACKEND=fused chooses it."
-    )
-    assert "Here" not in console.verdict(entry(composed=2.0, eager=4.0, fused=1.9))

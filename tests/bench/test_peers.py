@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch.nn.attention import flex_attention
 
 from qtuning_fast.bench import flex, peers
 from qtuning_fast.bench.accuracy import Reference, check, prepare
@@ -55,43 +54,6 @@ def test_the_kernels_agree_with_the_reference(name, shape):
     small = Shape(**(vars(shape) | {"B": shape.tasks}))  # the interpreter takes its time
     errors = errors_of(PEERS[name], small)
     assert errors.keys() == expected_names(name, small) and max(errors.values()) < CLOSE
-
-
-def plain_context(call, block_mask):
-    """Attention over the context with its log-sum-exp, in place of FlexAttention, which gives none on a CPU."""
-    G = call.query.shape[1] // call.key.shape[1]
-    key, value = (x.repeat_interleave(G, dim=1) for x in (call.key, call.value))
-    s = call.query @ key.mT * call.scale
-    if call.is_causal:
-        s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-    return s.softmax(-1) @ value, s.logsumexp(-1)
-
-
-@pytest.mark.parametrize("name", ["tiny", "tiny-causal", "tiny-mixed"])
-def test_context_and_prefix_are_merged_as_they_should_be(name):
-    peer = Peer("", lambda call: flex.merged(plain_context, call, None))
-    errors = errors_of(peer, SHAPES[name])
-    assert len(errors) == 12 and max(errors.values()) < CLOSE
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("name", ["flex", "flex-frozen-gate", "flex-approx-frozen-gate"])
-def test_flex_attention_computes_the_operator(name, shape, monkeypatch):
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
-    monkeypatch.setattr(flex, "compiled", lambda function: function)  # the logic is what is tested
-    errors = {}
-    check(PEERS[name], Reference(shape, inputs(shape, dtype=torch.float32, device="cpu")), errors, training=False)
-    assert errors["output"] < CLOSE
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_takes_one_gate_for_all_heads(monkeypatch):
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
-    monkeypatch.setattr(flex, "compiled", lambda function: function)
-    call = inputs(TINY, dtype=torch.float32, device="cpu").call(TINY)
-    call = replace(call, gate_alpha=call.alpha[0], gate_tau=call.tau[0])
-    torch.testing.assert_close(PEERS["flex"].attend(call), PEERS["eager"].attend(call))
 
 
 def test_what_belongs_to_no_gate_has_no_gradient():
@@ -144,12 +106,6 @@ def test_a_compiler_can_follow_it(name, monkeypatch):
 def test_what_cannot_be_computed_is_refused(name, shape):
     with pytest.raises(NotImplementedError):
         errors_of(PEERS[name], SHAPES[shape])
-
-
-def test_a_package_that_is_missing_is_named_at_once(monkeypatch):
-    monkeypatch.setattr(flex, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs the package flash_attn"):
-        errors_of(PEERS["flex-flash"], TINY)
 
 
 def test_ours_is_called_as_users_call_it(monkeypatch):

@@ -11,16 +11,20 @@ from qtuning_fast.bench.results import Results, changed_since
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    for folder in results.SOURCES.values():
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "code.py").write_text("x = 1\n")
+    sources = {"kernels": tmp_path / "kernels", "backends": tmp_path / "qtuning_fast/attention"}
+    assert sources.keys() == results.SOURCES.keys() and all(path.is_dir() for path in results.SOURCES.values())
+    for folder in sources.values():
+        folder.mkdir(parents=True)
+        (folder / "code.py").write_text("x = 1\n")
+    (tmp_path / "setup.py").write_text("")
     monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "SOURCES", sources)
     return tmp_path
 
 
 def test_the_file_grows_as_results_come(tmp_path):
     out = tmp_path / "new" / "growth.json"
-    written = Results("growth", out, "cpu", ["--with", "N"], rounds=3)
+    written = Results("growth", out, "cpu", "python -m qtuning_fast.bench.rows.growth --with N", rounds=3)
     assert json.loads(out.read_text())["entries"] == {}
     written.add("N", {"ms": 1.5})
     written.fail("P", "no time left")
@@ -52,3 +56,22 @@ def test_the_commit_is_known_in_a_checkout_only(checkout):
     assert len(found["commit"]) == 12 and not found["modified"]
     (checkout / "kernels" / "code.py").write_text("x = 2\n")
     assert results.provenance("cpu")["modified"]
+
+
+def test_an_installed_package_has_no_commit(checkout):
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    (checkout / "setup.py").unlink()
+    assert results.provenance("cpu")["commit"] is None
+
+
+@pytest.mark.parametrize(
+    ("device", "folder"),
+    [
+        ({"type": "cpu", "name": "AMD EPYC 9B45"}, "cpu"),
+        ({"type": "cuda", "name": "NVIDIA H100 80GB HBM3"}, "h100"),
+        ({"type": "cuda", "name": "NVIDIA H200"}, "h200"),
+        ({"type": "cuda", "name": "Some Card"}, "some-card"),
+    ],
+)
+def test_a_device_has_a_folder(device, folder):
+    assert results.device_folder(device) == folder

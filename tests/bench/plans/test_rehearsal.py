@@ -25,7 +25,7 @@ def first():
 
 def test_after_a_minute_it_is_known_whether_the_kernels_are_right(first):
     _, world = first
-    assert home(world, 60) >= {"first: machine", "first: fused", "first: composed"}
+    assert home(world, 60) >= {"smoke: machine", "smoke: fused", "smoke: composed"}
     told = [row for row in home(world, 60) if row.startswith("tests: ")]
     assert len(told) >= 40 and sum("real_shapes[bfloat16" in row for row in told) == 6
     assert sum("the_same_bits" in row and "fused" in row for row in told) == 3
@@ -61,7 +61,7 @@ def test_after_nine_minutes_all_of_the_plan_is_home(first):
 
 def test_where_all_takes_half_as_long_again_what_matters_most_is_home():
     _, world = rehearse("gpu", SLOW)
-    assert home(world, 60) >= {"first: fused", "first: composed"}
+    assert home(world, 60) >= {"smoke: fused", "smoke: composed"}
     assert home(world, 300) >= rows(plan.SHAPES[:2], plan.PEERS)
     assert home(world, 540) >= rows(plan.SHAPES[:3], plan.PEERS) | rows(["llama-8b"], plan.PEERS[:3])
     assert home(world, 540) >= rows(plan.DECODING, plan.DECODERS, "decode") | {"counters: bert-base"}
@@ -84,9 +84,10 @@ def test_the_second_call_brings_what_the_first_left_out_and_long_contexts():
 def test_kernels_that_are_wrong_have_the_rest_of_the_time_to_say_why():
     run, world = rehearse("gpu", Machine(right=False))
     begun = {name for name, outcome in run.outcomes.items() if outcome.processes}
-    assert begun == {"first", "why"}
-    assert "why: compiled" in home(world, 60) and "why: memcheck" in home(world, 120)  # before the list of cases
-    assert "why: one tile" in home(world, 120) and "why: bert-base" in home(world, 180)
+    assert begun == {"smoke", "diagnose"}
+    assert "diagnose: compiled" in home(world, 60)
+    assert "diagnose: memcheck" in home(world, 120)  # before the list of cases
+    assert "diagnose: one tile" in home(world, 120) and "diagnose: bert-base" in home(world, 180)
 
 
 def test_a_cache_that_was_carried_is_time_for_other_things(first):

@@ -13,11 +13,10 @@ import pytest
 
 from qtuning_fast.bench.plans import archive
 from qtuning_fast.bench.plans import run as running
-from qtuning_fast.bench.plans.archive import Gathered, merged, summary, unpack
-from qtuning_fast.bench.plans.plan import PLANS, TOTAL_SECONDS, Step, all_steps
+from qtuning_fast.bench.plans.archive import Archive, summary
+from qtuning_fast.bench.plans.plan import Step
 from qtuning_fast.bench.plans.run import Processes, Run
-from qtuning_fast.bench.results import device_folder
-from qtuning_fast.bench.schedule import DIED, DONE, NO_TIME
+from qtuning_fast.bench.plans.schedule import DIED, DONE
 
 WRITES = "import json, os, sys; json.dump({'entries': {}}, open(sys.argv[1], 'w')); "
 
@@ -46,7 +45,7 @@ def plan(tmp_path, monkeypatch):
     def run(*steps, total=60.0, dry_run=False):
         folder, out = tmp_path / "steps", tmp_path / "new" / "plan.json"
         one = Run(steps, Processes(folder, dry_run=dry_run))
-        file = Gathered("gpu", folder, out, list(one.outcomes.values()), dry_run=dry_run)
+        file = Archive("gpu", folder, out, list(one.outcomes.values()), dry_run=dry_run)
         one.gather, one.units, one.verdict = file.write, file.units, file.verdict
         fine = one.all(total)
         return fine, json.loads(out.read_text())
@@ -121,7 +120,7 @@ def test_time_that_finding_out_why_did_not_need_goes_to_the_others(plan):
 
 UNITS = """
 log = json.load(open(sys.argv[1])).get('units', {}) if os.path.exists(sys.argv[1]) else {}
-from qtuning_fast.bench.schedule import Schedule
+from qtuning_fast.bench.plans.schedule import Schedule
 def write():
     json.dump({'entries': {}, 'units': log}, open(sys.argv[1] + '~', 'w'))
     os.replace(sys.argv[1] + '~', sys.argv[1])
@@ -155,7 +154,7 @@ def test_a_run_that_is_killed_takes_its_steps_along_with_all_that_they_have_star
     code = f"""
 import sys
 from pathlib import Path
-from qtuning_fast.bench.run import Processes
+from qtuning_fast.bench.plans.run import Processes
 class Script:
     def command(self, *arguments, **options):
         return [sys.executable, "-c", {STARTS!r}, sys.argv[1]]
@@ -227,83 +226,6 @@ def test_a_dry_run_without_a_gpu_interprets_kernels(plan, monkeypatch):
     assert fine, said(document)
 
 
-@pytest.fixture
-def unpacked(tmp_path, monkeypatch):
-    """Unpacks a document of a run; returns the folder that it went to."""
-    monkeypatch.setattr(archive, "ROOT", tmp_path)
-    for path in archive.TABLES.values():
-        (tmp_path / path).parent.mkdir(parents=True)
-
-    def go(**changes):
-        document = {"dry_run": False, "documents": {}, "tables": {}, "steps": []}
-        document |= {"device": {"type": "cuda", "name": "NVIDIA H200"}} | changes
-        source = tmp_path / "gpu.json"
-        source.write_text(json.dumps(document))
-        unpack(source)
-        return tmp_path
-
-    return go
-
-
-def test_a_run_is_unpacked_to_where_it_is_read(unpacked):
-    root = unpacked(
-        documents={"growth": {"entries": {}}, "half": None},
-        tables={"blocks.json": [{"a": 1}, {"b": 2}], "backend_order.json": []},
-        steps=[{"name": "tuning", "status": "done"}, {"name": "choose", "status": NO_TIME}],
-    )
-    assert [path.name for path in (root / "bench/results/h200").iterdir()] == ["growth.json"]
-    assert (root / "kernels/blocks.json").read_text() == '[\n  {"a": 1},\n  {"b": 2}\n]\n'
-    assert not (root / archive.TABLES["backend_order.json"]).exists()  # which was not measured
-    with pytest.raises(SystemExit, match="dry run"):
-        unpacked(dry_run=True)
-
-
-def test_what_a_second_run_adds_to_a_question_goes_into_its_file(unpacked):
-    unpacked(documents={"attention": {"entries": {"a": {"rows": {"x": {"error": ""}}}}, "units": {"a: x": {}}}})
-    rest = {"entries": {"a": {"rows": {"y": {"error": ""}, "x": {"error": NO_TIME}}}, "b": {"rows": {}}}, "units": {}}
-    root = unpacked(documents={"attention-rest": rest})
-    [path] = (root / "bench/results/h200").iterdir()
-    found = json.loads(path.read_text())
-    assert found["entries"]["a"]["rows"] == {"x": {"error": ""}, "y": {"error": ""}}
-    assert found["entries"].keys() == {"a", "b"} and found["units"] == {"a: x": {}}
-    assert merged(found, {"entries": {}}) == found
-
-
-def test_what_a_step_adds_to_a_question_of_the_same_run_is_kept(unpacked):
-    """Files are gathered by name, and "attention-gate.json" comes before "attention.json"."""
-    added = {"entries": {"a": {"rows": {"y": {"error": ""}}}}}
-    root = unpacked(documents={"attention-gate": added, "attention": {"entries": {"a": {"rows": {"x": {}}}}}})
-    [path] = (root / "bench/results/h200").iterdir()
-    assert json.loads(path.read_text())["entries"]["a"]["rows"].keys() == {"x", "y"}
-
-
-@pytest.mark.parametrize(
-    ("device", "folder"),
-    [
-        ({"type": "cpu", "name": "AMD EPYC 9B45"}, "cpu"),
-        ({"type": "cuda", "name": "NVIDIA H100 80GB HBM3"}, "h100"),
-        ({"type": "cuda", "name": "NVIDIA H200"}, "h200"),
-        ({"type": "cuda", "name": "Some Card"}, "some-card"),
-    ],
-)
-def test_a_device_has_a_folder(device, folder):
-    assert device_folder(device) == folder
-
-
-def test_a_gpu_is_what_its_driver_says(monkeypatch):
-    class Said:
-        stdout = "NVIDIA H100 80GB HBM3, 81559\n"
-
-    monkeypatch.setattr(archive.subprocess, "run", lambda *args, **options: Said)
-    assert archive.device() == {"type": "cuda", "name": "NVIDIA H100 80GB HBM3", "GiB": 79.6}
-
-    def absent(*args, **options):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(archive.subprocess, "run", absent)
-    assert archive.device() == "cpu"
-
-
 def test_a_table_that_is_being_written_stops_nothing(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "TABLES", {"blocks.json": str(tmp_path / "blocks.json")})
     (tmp_path / "blocks.json").write_text("[{")
@@ -311,25 +233,12 @@ def test_a_table_that_is_being_written_stops_nothing(plan, tmp_path, monkeypatch
     assert fine and document["tables"] == {}
 
 
-def test_the_second_run_does_not_replace_rows_in_turns_by_rows_alone():
-    def document(turns, ms):
-        return {"entries": {"a": {"rows": {"x": {"error": "", "turns": turns, "ms": ms}}}}}
-
-    assert merged(document(True, 1), document(False, 2))["entries"]["a"]["rows"]["x"]["ms"] == 1
-    assert merged(document(False, 1), document(True, 2))["entries"]["a"]["rows"]["x"]["ms"] == 2
-
-
-@pytest.mark.parametrize("plan_name", TOTAL_SECONDS)
-def test_a_plan_has_time_for_all_its_steps(plan_name):
-    assert sum(step.seconds for step in PLANS[plan_name]) <= TOTAL_SECONDS[plan_name]
-
-
 def test_an_interrupted_run_says_where_its_findings_are(tmp_path, monkeypatch, capsys):
     def interrupted(self, total):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "all", interrupted)
-    monkeypatch.setattr(running.carried, "unpack", lambda: None)
+    monkeypatch.setattr(running.triton_cache, "unpack", lambda: None)
     monkeypatch.setattr(running.signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(running, "RUNS", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -343,14 +252,6 @@ def test_wrong_plans_are_refused(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             running.main(arguments)
         assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("plan_name", PLANS)
-def test_steps_are_modules_and_write_where_they_are_looked_for(plan_name, tmp_path):
-    for step in all_steps(PLANS[plan_name]):
-        command = step.command(tmp_path, 100.0, dry_run=False)
-        assert (running.ROOT / "bench" / f"{step.module}.py").exists() and command[-2] == step.out
-        assert command[-1] == str(tmp_path / f"{step.name}.json") and ("--deadline" in command) == step.within
 
 
 def test_time_that_steps_do_not_ask_for_is_theirs(plan, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qtuning_fast.bench.predictions.loop_counts import TripsError, trips
+from qtuning_fast.bench.predictions.loop_counts import LoopCountError, loop_counts
 from qtuning_fast.bench.predictions.predict import launches
 from qtuning_fast.bench.shapes import TINY, TINY_CAUSAL, TINY_MIXED
 from qtuning_fast.kernels.blocks import blocks_for, instead
@@ -18,7 +18,7 @@ def found(shape, kernel="forward", **changes):
     entry = replace(BLOCKS, direction=kernel, **changes)
     with instead(entry):
         launch = dict(launches(shape))[kernel]
-    programs = trips(launch)
+    programs = loop_counts(launch)
     counts = torch.bincount(torch.from_numpy(programs.order), minlength=len(programs.kinds)).tolist()
     assert len(programs.order) == launch.programs
     kinds = [[kind[place] for place in sorted(kind)] for kind in programs.kinds]
@@ -40,7 +40,7 @@ def test_programs_of_two_kinds_in_one_launch():
     shape = replace(TINY, N=32, P=16)  # 2 tiles of keys a head, each walks over 2 tiles of queries
     with instead(replace(BLOCKS, direction="keys")):
         launch = dict(launches(shape))["keys"]
-    programs = trips(launch)
+    programs = loop_counts(launch)
     files = [sorted({(place.line, times) for place, times in kind.items()}) for kind in programs.kinds]
     assert len(files) == 2 and files[0][0][0] != files[1][0][0]  # loops of their own
     of_context = programs.order[launch.arguments["prefix_programs"] :]
@@ -50,5 +50,5 @@ def test_programs_of_two_kinds_in_one_launch():
 
 def test_what_depends_on_data_is_refused_by_its_place():
     launch = dict(launches(replace(TINY_MIXED, N=32)))["keys"]
-    with pytest.raises(TripsError, match=r"backward_keys\.py:\d+"):
-        trips(launch)
+    with pytest.raises(LoopCountError, match=r"backward_keys\.py:\d+"):
+        loop_counts(launch)

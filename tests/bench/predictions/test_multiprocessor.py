@@ -1,12 +1,12 @@
 """SASS is executed: what is waited for, what overlaps, and what never makes a program faster or slower."""
 
 import pytest
-from tests.bench.test_sass import row
 
-from qtuning_fast.bench.predictions.instructions import PIPES, Memory, bytes_of, cost
+from qtuning_fast.bench.predictions.instructions import Memory
 from qtuning_fast.bench.predictions.multiprocessor import simulate
-from qtuning_fast.bench.predictions.sass import CodeError, parse
+from qtuning_fast.bench.predictions.sass import parse
 from qtuning_fast.bench.predictions.trace import trace
+from tests.bench.predictions.test_sass import row
 
 MEMORY = Memory(bytes_a_clock=6.0, latency=300.0)
 COPY, COMMIT = "LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64]", "LDGDEPBAR"
@@ -44,13 +44,6 @@ def test_special_functions_take_a_pipe_of_their_own():
     assert time_of(special + row("EXIT"), residents=2) == pytest.approx(16 * 64, abs=20)
 
 
-def test_products_take_the_tensor_core_by_their_columns():
-    clocks = {n: dict(cost(parse(row(f"HGMMA.64x{n}x16.F32.BF16 R24, gdesc[UR4], RZ")).instructions[0], MEMORY).pipes)
-              for n in (64, 128, 256)}  # fmt: skip
-    tensor = PIPES.index("tensor")
-    assert [clocks[n][tensor] for n in (64, 128, 256)] == [32, 64, 128]
-
-
 def test_more_in_flight_is_never_slower():
     times = [time_of(pipelined(ahead), 12) for ahead in (1, 2, 3, 4)]
     assert times == sorted(times, reverse=True) and times[1] < 0.9 * times[0]
@@ -68,29 +61,6 @@ def test_residents_hide_what_one_waits_for():
     assert one <= two < 1.5 * one
 
 
-def test_copies_for_iterations_that_do_not_come_are_left_out():
-    code = parse(pipelined(3))
-    path = trace(code, code.loops, [2], at_most=64)
-    copies = [at for at, index in enumerate(path.indexes) if bytes_of(code.instructions[index])]
-    assert len(copies) == 5 and len(set(copies) - path.nothing) == 2
-
-
 def test_warps_of_a_program_meet_at_a_barrier():
     text = row("BAR.SYNC.DEFER_BLOCKING 0x0") + row("FADD R1, R1, R1") * 8 + row("EXIT")
     assert time_of(text, warps=4) == pytest.approx(20 + 4 * 9, abs=10)
-
-
-def test_the_way_leads_to_loops_that_run_and_around_those_that_do_not():
-    loop = ".L_x_1:\n" + row("NOP") + row("@P0 BRA `(.L_x_1)")
-    code = parse(row("@P1 BRA `(.L_x_2)") + loop + ".L_x_2:\n" + row("EXIT"))
-    assert trace(code, code.loops, [0], at_most=8).indexes == (0, 3)
-    assert trace(code, code.loops, [3], at_most=8).indexes == (0, 1, 2, 1, 2, 1, 2, 3)
-    assert trace(code, code.loops, [3], at_most=2).indexes == (0, 1, 2, 1, 2, 3)
-    far = parse(row("@P1 BRA `(.L_x_1)") + row("EXIT") + loop + row("EXIT"))
-    assert trace(far, far.loops, [1], at_most=8).indexes == (0, 2, 3, 4)
-
-
-def test_a_loop_that_no_way_leads_to_is_named():
-    code = parse(row("EXIT") + ".L_x_1:\n" + row("NOP") + row("@P0 BRA `(.L_x_1)") + row("EXIT"))
-    with pytest.raises(CodeError, match="no way"):
-        trace(code, code.loops, [1], at_most=8)

@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from qtuning_fast.bench.predictions import predict, ratios
+from qtuning_fast.bench.predictions import predict
 from qtuning_fast.bench.predictions.cost_model import H100, H200
-from qtuning_fast.bench.shapes import BERT_BASE, DECODE_64, LLAMA_8B, VIT_B16
+from qtuning_fast.bench.shapes import BERT_BASE, DECODE_64, LLAMA_8B
 
 
 @pytest.mark.parametrize(
@@ -29,11 +28,11 @@ def test_launches_of_a_step_are_those_that_run(shape, names):
 
 def test_floors_of_both_gpus():
     for shape in (BERT_BASE, LLAMA_8B):
-        h100, h200 = predict.floor(shape, H100), predict.floor(shape, H200)
+        h100, h200 = predict.roofline(shape, H100), predict.roofline(shape, H200)
         assert h100.keys() == h200.keys() == {"forward", "backward"}
         assert all(microseconds > 0 for microseconds, _ in h100.values())
     assert (
-        predict.floor(BERT_BASE, H200)["forward"][0] < predict.floor(BERT_BASE, H100)["forward"][0]
+        predict.roofline(BERT_BASE, H200)["forward"][0] < predict.roofline(BERT_BASE, H100)["forward"][0]
     )  # it waits for bytes
 
 
@@ -52,20 +51,3 @@ def test_every_headline_shape_is_predicted_in_a_file():
         assert shapes >= {shape.name for shape in predict.HEADLINES}
         kernels = {row["kernel"] for row in predict.saved(name) if row["shape"] == "vit-b16"}
         assert kernels == {"fold", "forward", "queries", "keys", "prefix", "reweighting"}
-
-
-def test_ratios_are_those_of_the_parts(monkeypatch):
-    """A peer's step is attention alone, putting the prefix in front, and with FlexAttention the gate on every score."""
-
-    def step(shape, device):
-        assert shape.P or shape.M == VIT_B16.M + VIT_B16.P
-        return [("all", SimpleNamespace(microseconds=100.0 if shape.P else 80.0))]
-
-    monkeypatch.setattr(predict, "step", step)
-    monkeypatch.setattr(predict, "HEADLINES", (VIT_B16,))
-    (row,) = ratios.rows(H100)
-    sdpa, flex = row["parts"]["sdpa"], row["parts"]["flex-frozen-gate"]
-    assert sdpa["attention"] == flex["attention"] == 80.0 and sdpa["gate"] == 0.0 < flex["gate"]
-    assert sdpa["concat"] > flex["concat"] > 0  # the compiler fuses what PyTorch launches one by one
-    assert row["ratios"]["fused / sdpa"] == pytest.approx(100.0 / sum(sdpa.values()))
-    assert row["ratios"]["flex-frozen-gate / fused"] == pytest.approx(sum(flex.values()) / 100.0)

@@ -8,7 +8,7 @@ import pytest
 from qtuning_fast.bench import results
 from qtuning_fast.bench.report import performance
 from qtuning_fast.bench.report.performance import BEGIN, END, page, read, with_figures
-from qtuning_fast.bench.report.targets import PROMISES, Promise
+from qtuning_fast.bench.report.targets import TARGETS, Target
 
 
 def timing(ms):
@@ -74,7 +74,7 @@ def line(text, words):
     return found
 
 
-def test_promises_are_met_or_not_or_not_measured(documents):
+def test_targets_are_met_or_not_or_not_measured(documents):
     text, on_a_gpu = page({"cpu": documents}).split("### On a GPU")
     assert "| ≤ 1.1 | 2.000 | **not met** |" in line(text, "composed over sdpa, long-2048-cpu")
     assert "| ≥ 3 | 3.500 | met |" in line(text, "reference over composed, long-2048-cpu")
@@ -82,11 +82,11 @@ def test_promises_are_met_or_not_or_not_measured(documents):
     assert "| ≤ 1.15 | 1.200 | **not met** |" in line(text, "16 tasks over one task")
     assert "| 1.000 | met |" in line(text, "step, last ten of 200 tasks over tasks 6 to 15")
     rows = [each for each in on_a_gpu.partition("\n## ")[0].splitlines() if each.startswith("| ")][1:]
-    assert len(rows) == sum(p.device == "cuda" for p in PROMISES) > 30
+    assert len(rows) == sum(p.device == "cuda" for p in TARGETS) > 30
     assert all(each.endswith("|  | not measured |") for each in rows)
 
 
-def test_what_is_too_short_keeps_no_promise_of_being_flat(documents):
+def test_a_stream_that_is_too_short_does_not_count_as_flat(documents):
     documents["lifelong"]["sizes"]["tasks"] = 200
     on_a_cpu = page({"cpu": documents}).split("### On a GPU")[0]
     assert "| ≤ 1.05 |  | not measured |" in line(on_a_cpu, "step, last ten of 200 tasks over tasks 6 to 15")
@@ -100,7 +100,7 @@ def test_ratios_are_by_one_clock(documents):
     assert "| ≤ 1.1 | 1.000 |" in line(page({"cpu": documents}), "composed over sdpa, long-2048-cpu")
 
 
-def test_a_gpu_promise_reads_the_gpu_s_files():
+def test_a_target_for_a_gpu_reads_the_gpu_s_files():
     rows = {"composed": row(1.1), "context-alone": row(0.6), "context-alone-cudnn": row(0.5)}
     rows |= {"composed-frozen-gate": row(1.0), "flex-frozen-gate": row(2.0)}
     gpu = {"attention": document("attention", {"long": entry("long", rows, N=8, P=4)}, "cuda")}
@@ -116,7 +116,7 @@ def test_what_gate_and_reweighting_cost_stands_beside_the_floor():
     rows = {"fused": row(4.0), "fused-plain": row(3.5)}
     gpu = {"attention": document("attention", {"vit-b16": entry("vit-b16", rows)}, "cuda")}
     floor = gpu["attention"]["entries"]["vit-b16"]["floor_ms"]["step"][0]
-    said = f"1.143 (the floor is {floor / 4:.0%} of fused, {floor / 3.5:.0%} of fused-plain)"
+    said = f"1.143 (the roofline is {floor / 4:.0%} of fused, {floor / 3.5:.0%} of fused-plain)"
     assert f"| ≤ 1.15 | {said} | met |" in line(page({"h100": gpu}), "fused over fused-plain, vit-b16")
 
 
@@ -129,7 +129,7 @@ def test_each_section_names_its_command_and_whether_the_code_has_changed(documen
     stale["growth"]["digests"]["kernels"] = "another"
     text = page({"cpu": stale})
     assert "`python -m qtuning_fast.bench.rows.growth`" in line(text, "**changed since: kernels**")
-    assert line(text, "bench.attention`").count("have not changed since") == 1
+    assert line(text, "rows.attention`").count("have not changed since") == 1
     assert "- flex: `NotImplementedError: no backward`" in text
     for question in ("attention", "decode", "ingredients", "growth", "lifelong", "models"):
         assert f"](images/performance/cpu-{question}.png)" in text
@@ -177,7 +177,7 @@ def test_what_is_committed_is_what_the_results_say():
 
 
 def test_a_bound_is_a_bound():
-    assert Promise("", "cpu", "at most", 1.0, lambda d: 1.0).verdict({}) == "met"
-    assert Promise("", "cpu", "at most", 1.0, lambda d: 1.01).verdict({}) == "**not met**"
-    assert Promise("", "cpu", "at least", 1.0, lambda d: 0.99).verdict({}) == "**not met**"
-    assert Promise("", "cpu", "at least", 1.0, lambda d: None).verdict({}) == "not measured"
+    assert Target("", "cpu", "at most", 1.0, lambda d: 1.0).verdict({}) == "met"
+    assert Target("", "cpu", "at most", 1.0, lambda d: 1.01).verdict({}) == "**not met**"
+    assert Target("", "cpu", "at least", 1.0, lambda d: 0.99).verdict({}) == "**not met**"
+    assert Target("", "cpu", "at least", 1.0, lambda d: None).verdict({}) == "not measured"

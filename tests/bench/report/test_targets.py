@@ -1,16 +1,14 @@
-"""Each promise can be had from the plans, and compares only what was measured alike."""
+"""Each target is measured by the plans, and compares only what was measured alike."""
 
 from dataclasses import asdict
 
 import pytest
-import torch
 
-from qtuning_fast.bench.measure import floors
 from qtuning_fast.bench.plans import plan
 from qtuning_fast.bench.plans.plan import PLANS, all_steps
-from qtuning_fast.bench.report.targets import PROMISES, time_ratio
-from qtuning_fast.bench.roofline import Ceilings
+from qtuning_fast.bench.report.targets import TARGETS, time_ratio
 from qtuning_fast.bench.rows import attention
+from qtuning_fast.bench.rows.roofline import Ceilings, of_passes
 from qtuning_fast.bench.shapes import SHAPES
 
 CEILINGS = Ceilings(flops=1e15, copied=3e12, read=3e12, special=0.0)
@@ -27,7 +25,7 @@ def documents():
         question = step.name.partition("-")[0]
         if question in ("attention", "decode"):
             entries = found.setdefault(question, {"entries": {}, "ceilings": vars(CEILINGS)})["entries"]
-            options = attention.parser(question, None).parse_args(list(step.arguments))
+            options = attention.command().parse_args(list(step.arguments))
             for shape in (SHAPES[name] for name in options.shape):
                 entry = entries.setdefault(shape.name, entry_of(shape) | {"rows": {}})
                 entry["rows"] |= dict.fromkeys(options.peer, ROW)
@@ -41,12 +39,12 @@ def documents():
 
 
 def entry_of(shape):
-    return {"shape": asdict(shape) | {"M": shape.M}} | floors(shape, torch.bfloat16, CEILINGS)
+    return {"shape": asdict(shape) | {"M": shape.M}} | of_passes(shape, 2, CEILINGS)
 
 
-@pytest.mark.parametrize("promise", [p for p in PROMISES if p.device == "cuda"], ids=lambda promise: promise.of)
-def test_every_promise_of_a_gpu_can_be_had_from_the_plans(promise, documents):
-    assert promise.figure(documents) is not None
+@pytest.mark.parametrize("target", [p for p in TARGETS if p.device == "cuda"], ids=lambda target: target.of)
+def test_every_target_for_a_gpu_is_measured_by_the_plans(target, documents):
+    assert target.figure(documents) is not None
 
 
 def test_a_row_that_took_turns_is_not_compared_with_one_that_was_timed_alone(documents):

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from qtuning_fast.bench import measure
-from qtuning_fast.bench.memory import too_large
 from qtuning_fast.bench.plans import archive
+from qtuning_fast.bench.plans.schedule import DIED, DONE, NO_TIME, RESTART, UNDER_WAY
 from qtuning_fast.bench.results import Results
-from qtuning_fast.bench.roofline import Ceilings
-from qtuning_fast.bench.rows import attention, decode, growth, ingredients
-from qtuning_fast.bench.schedule import DIED, DONE, NO_TIME, RESTART, UNDER_WAY
-from qtuning_fast.bench.shapes import CPU, GPU, SHAPES, TINY, inputs
+from qtuning_fast.bench.rows import attention, command, growth, ingredients
+from qtuning_fast.bench.rows.roofline import Ceilings
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(measure, "_peak", lambda *arguments: 0)
 
     monkeypatch.setattr(attention, "in_a_process", here)
-    monkeypatch.setattr(measure, "in_a_process", here)
+    monkeypatch.setattr(command, "in_a_process", here)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -44,7 +42,7 @@ def test_a_run_writes_after_each_shape(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "entries"),
     [
-        (decode, {"tiny-decode"}),
+        (attention, {"tiny", "tiny-causal", "tiny-bias", "tiny-padded", "tiny-mixed"}),
         pytest.param(growth, {"N", "P", "B", "tasks"}, marks=pytest.mark.thorough),
         (ingredients, {"tiny composed"}),
     ],
@@ -56,6 +54,13 @@ def test_a_rehearsal_of_each_question_ends_in_a_file_and_a_table(module, entries
     document = json.loads(out.read_text())
     assert document["entries"].keys() == entries and not document["errors"]
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+
+
+def test_decoding_has_shapes_and_a_file_of_its_own(tmp_path):
+    out = tmp_path / "out.json"
+    assert attention.main(["--decode", "--dry-run", "--peer", "composed", "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert document["question"] == "decode" and document["entries"].keys() == {"tiny-decode"}
 
 
 def within_a_plan(tmp_path, *more, seconds=1000.0):
@@ -104,7 +109,7 @@ def test_a_process_goes_on_where_the_one_before_it_died(tmp_path, monkeypatch):
 
 
 def test_an_error_that_breaks_the_process_is_written_before_it_makes_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "broken", lambda device: True)
+    monkeypatch.setattr(attention, "broken", lambda device: True)
     with pytest.raises(SystemExit) as left:
         within_a_plan(tmp_path)
     document = json.loads((tmp_path / "a.json").read_text())
@@ -152,42 +157,10 @@ def test_ceilings_that_are_not_there_are_measured_again_or_done_without(tmp_path
     assert status == 0 and document["ceilings"] is None and "floor_ms" not in document["entries"]["tiny"]
     assert document["entries"]["tiny"]["rows"]["eager"]["step"]["eager"]
     printed = capsys.readouterr().out
-    assert "not measured, RuntimeError: out of memory" in printed and "floor: unknown" in printed
+    assert "not measured, RuntimeError: out of memory" in printed and "roofline: unknown" in printed
     assert archive.summary(
         {"plan": "gpu", "device": {"name": "x"}, "date": "", "steps": [], "documents": {"attention": document}}
     )
-
-
-def test_what_would_not_fit_is_not_tried(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (75 << 30, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 << 30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1 << 30)
-    long, bf16 = SHAPES["long"], torch.bfloat16
-    assert too_large(long, "eager", "cuda", bf16) == "not tried: it takes about 198 GiB, 77 are free"
-    assert not too_large(SHAPES["llama-8b"], "eager", "cuda", bf16) and not too_large(long, "fused", "cuda", bf16)
-    monkeypatch.setattr(measure, "too_large", lambda *arguments: "not tried: too large")
-    row = measure.measure(TINY, ["eager"], "cpu", None, turns=measure.REHEARSED)["rows"]["eager"]
-    assert row["error"] == "not tried: too large" and row["step"]["eager"] is None and not row["errors"]
-
-
-def test_inputs_are_strided_as_models_hand_them_over():
-    x = inputs(TINY, dtype=torch.bfloat16, device="cpu")
-    assert x.query.transpose(1, 2).is_contiguous() and x.query.dtype == torch.bfloat16
-    assert x.prefix_key.dtype == x.gate_tau.dtype == torch.float32 and x.U_key.shape == (TINY.P, 1)
-    assert all(t.requires_grad for t in x.tracked().trained().values()) and not x.query.requires_grad
-    assert not torch.equal(x.query, inputs(TINY, dtype=torch.bfloat16, device="cpu", seed=1).query)
-
-
-def test_shapes_have_the_features_that_their_names_say():
-    padded, mixed = SHAPES["bert-base-padded"], SHAPES["bert-base-mixed"]
-    lengths = inputs(padded, dtype=torch.float32, device="cpu").mask.sum(-1)
-    assert lengths.max() == 128 and lengths.min() == 64 and abs(lengths.float().mean() / 128 - 0.75) < 0.01
-    index = inputs(mixed, dtype=torch.float32, device="cpu").prefix_index
-    assert index.bincount().tolist() == [2] * 16 and index.tolist() != sorted(index.tolist())
-    assert inputs(SHAPES["t5-large"], dtype=torch.float32, device="cpu").mask.shape == (1, 16, 512, 512)
-    folded = inputs(SHAPES["decode-cpu"], dtype=torch.bfloat16, device="cpu")
-    assert folded.prefix_key.dtype == torch.bfloat16 and folded.query.shape[2] == 1 and folded.key.shape[2] == 1024
-    assert all(shape.of for shape in (*GPU, *CPU)) and len(SHAPES) == len({s.name for s in SHAPES.values()})
 
 
 def test_shapes_that_have_not_taken_turns_come_first_in_a_second_run():

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[3]
 
 LAUNCHED = """
 import torch
-from qtuning_fast.bench import host, shapes
+from qtuning_fast.bench import shapes
+from qtuning_fast.bench.rows import host
 from qtuning_fast.bench.peers import PEERS
 from qtuning_fast.kernels import launch
 

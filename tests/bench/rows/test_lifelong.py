@@ -140,12 +140,7 @@ def test_flat_is_what_stays_within_its_limit() -> None:
             "prefix_rows": 1.0,
         }
     )
-    assert found["flat"] == {
-        "step_ms": True,
-        "step_over_anchor": True,
-        "resident_bytes": False,
-        "adapter_bytes": True,
-    }
+    assert found["flat"] == {"step_ms": True, "step_over_anchor": True, "resident_bytes": False, "adapter_bytes": True}
     for grown in ({"step_ms": 106.0}, {"step_over_anchor": 2.2}, {"adapter_bytes": 1021}):
         assert [name for name, flat in verdict(figures(30, **grown))["flat"].items() if not flat] == list(grown)
 

@@ -18,7 +18,7 @@ def test_each_task_as_often_as_any_other():
 
 def test_a_run_ends_in_a_file_and_a_table(tmp_path, capsys):
     out = tmp_path / "new" / "mixed_tasks.json"
-    assert mixed_tasks.main(["--dry-run", "--rounds", "2", "--out", str(out)]) == 0
+    assert mixed_tasks.main(["--dry-run", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["entries"]["forward"]["rows"]
     assert list(rows) == ["one-task", "named-1", "named-2", "named-4", "separate-4"]
     assert all(row["eager"]["median"] > 0 for row in rows.values())

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from qtuning_fast.attention import dispatch, reference
-from qtuning_fast.bench import measure as measuring
-from qtuning_fast.bench.rows import models
+from qtuning_fast.bench.rows import command, models
 from qtuning_fast.bench.rows.models import (
     MODELS,
     OURS,
@@ -36,7 +35,7 @@ def not_here(call):
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    for module in (models, measuring):
+    for module in (models, command):
         monkeypatch.setattr(module, "in_a_process", lambda function, *arguments: function(*arguments))
     for name, attend in (("eager", by_definition), ("flex", not_here)):
         monkeypatch.setitem(models.PEERS, name, SimpleNamespace(attend=attend))

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from qtuning_fast.bench import durations, measure, tables
 from qtuning_fast.bench.measure import QUICK
+from qtuning_fast.bench.plans import durations
 from qtuning_fast.bench.plans.candidates import candidates
 from qtuning_fast.bench.plans.tune import Job, incumbent_of
+from qtuning_fast.bench.rows import attention, tables
 from qtuning_fast.bench.shapes import BERT_BASE, LLAMA_8B, VIT_B16
 
 
@@ -39,12 +40,12 @@ def test_a_step_takes_the_sum_of_its_kernels_where_they_are_predicted(predicted)
 
 
 def test_a_measured_row_of_ours_stands_beside_what_was_predicted_of_it(predicted, monkeypatch):
-    assert measure.predicted(BERT_BASE, "cpu") == {}
+    assert attention.predicted(BERT_BASE, "cpu") == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    assert measure.predicted(BERT_BASE, "cuda") == {}  # nothing is predicted
+    assert attention.predicted(BERT_BASE, "cuda") == {}  # nothing is predicted
     kernels = ("fold", "forward", "fold", "queries", "keys")
     predicted("h200.json", *({"shape": "bert-base", "kernel": name, "microseconds": 20.0} for name in kernels))
-    found = measure.predicted(BERT_BASE, "cuda")
+    found = attention.predicted(BERT_BASE, "cuda")
     assert found == {"predicted_ms": {"fused": {"forward": pytest.approx(0.04), "step": pytest.approx(0.1)}}}
     timing = {"graph": {"median": 0.12}, "eager": None}
     row = {"forward": {"graph": None, "eager": None}, "step": timing}

@@ -1,22 +1,20 @@
-"""What a shape costs at the least: matrix products, bytes and special functions, over what the device can do.
+"""The roofline: the least time of a shape, from its counted work and what the device can do.
 
 Matrix products are counted as if every score were computed once a pass: 2 products forward (q kᵀ, p v), 5 backward
 (q kᵀ once more, dO vᵀ, dq, dk, dv), over the pairs of query and key that causality leaves. Each input of a pass is read
-once and each of its results written once. A pair takes one exponential, a pair with a prefix row also a tanh.
+once and each result written once. A pair takes one exponential, a pair with a prefix row also a tanh.
 
-    python -m qtuning_fast.bench.roofline --out FILE       measures the ceilings, once for all that stands over them
+    python -m qtuning_fast.bench.rows.roofline --out FILE       measures the ceilings, for all later steps of a plan
 """
 
-import argparse
 import re
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtuning_fast.bench.results import RUNS, Results
+from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.shapes import Shape
 from qtuning_fast.bench.timing import compare
 
@@ -25,7 +23,7 @@ SPECIAL_A_CLOCK = 16  # exponentials or tanh a multiprocessor, on NVIDIA's archi
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device does at most; measured, but for the special functions."""
+    """The most that the device does; measured, except for the special functions."""
 
     flops: float  # of matrix products, a second: 16-bit ones on a GPU, float32 on a CPU
     copied: float  # bytes a second, read plus written
@@ -34,13 +32,17 @@ class Ceilings:
 
     @property
     def bytes(self) -> float:
-        """A second, whatever is done with them."""
+        """Bytes a second, copied or read, whichever is faster."""
         return max(self.copied, self.read)
+
+    def __str__(self) -> str:
+        rates = f"copying {self.copied / 1e12:.3f} TB/s, reading {self.read / 1e12:.3f} TB/s"
+        return f"{self.flops / 1e12:.2f} TFLOP/s, {rates}"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass has to do."""
+    """The counted work of a pass."""
 
     flops: int
     bytes: int
@@ -49,8 +51,8 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.special + other.special)
 
-    def floor(self, ceilings: Ceilings) -> tuple[float, str]:
-        """Milliseconds, and what they go to."""
+    def least_ms(self, ceilings: Ceilings) -> tuple[float, str]:
+        """The least milliseconds, and what bounds them."""
         seconds = {"products": self.flops / ceilings.flops, "bytes": self.bytes / ceilings.bytes}
         if ceilings.special:
             seconds["special functions"] = self.special / ceilings.special
@@ -82,28 +84,38 @@ def backward_work(shape: Shape, element_size: int = 2) -> Work:
 
 
 def _context_pairs(shape: Shape) -> int:
-    """Of a query and a key that it sees, in one head; with padding on average over the batch."""
+    """Pairs of a query and a key that it sees, in one head; with padding the mean over the batch."""
     if shape.is_causal:
         return shape.N * (shape.N + 1) // 2 + shape.N * (shape.M - shape.N)
     return round(shape.N * shape.M * (1 - shape.padding))
 
 
 def _prefix_bytes(shape: Shape, element_size: int) -> int:
-    """Of each prefix rows, alpha and tau; in training float32, and U and V of keys and values as well."""
+    """Bytes of all prefixes: rows, alpha and tau; in training float32, with U and V of keys and values."""
     rows, gate = 2 * shape.Hkv * shape.P * shape.D, 2 * shape.Hq
     reweighting = 2 * (shape.P + shape.Hkv * shape.D)
     return shape.tasks * (4 * (rows + gate + reweighting) if shape.trained else element_size * (rows + gate))
 
 
 def _parameter_bytes(shape: Shape, element_size: int) -> int:
-    """Of what samples share: prefixes, and a bias."""
+    """Bytes of what samples share: prefixes and a bias."""
     bias = shape.Hq * shape.N * shape.M if shape.bias else 0
     return _prefix_bytes(shape, element_size) + bias * element_size
 
 
 def _seen(keys: int, shape: Shape) -> int:
-    """Without those that are padding, which need not be read."""
+    """The keys without padding, which need not be read."""
     return round(keys * (1 - shape.padding))
+
+
+def of_passes(shape: Shape, element_size: int, ceilings: Ceilings) -> dict[str, Any]:
+    """The work of each pass and its roofline (`floor_ms`), as a file of results has them."""
+    work = {"forward": forward_work(shape, element_size)}
+    if shape.trained:
+        work["backward"] = backward_work(shape, element_size)
+        work["step"] = work["forward"] + work["backward"]
+    least = {name: each.least_ms(ceilings) for name, each in work.items()}
+    return {"work": {name: asdict(each) for name, each in work.items()}, "floor_ms": least}
 
 
 def measured_ceilings(
@@ -144,24 +156,20 @@ def measured_ceilings(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="small sizes, to see that all is there")
-    parser.add_argument("--out", type=Path, default=RUNS / "ceilings.json", metavar="FILE")
-    options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = Results("floors", options.out, device, sys.argv[1:] if arguments is None else arguments)
-    clock_rate = highest_clock(results.document["device"])
+    line = Command(__spec__.name, __doc__, "ceilings", dry_run="small sizes, to see that it runs")
+    options = line.parse(arguments)
+    results = line.results(options)
+    device = results.document["device"]
     sizes = (128, 1 << 20) if options.dry_run else None
-    ceilings = measured_ceilings(torch.device(device), clock_rate=clock_rate, sizes=sizes)
+    ceilings = measured_ceilings(torch.device(device["type"]), clock_rate=highest_clock(device), sizes=sizes)
     results.document["ceilings"] = asdict(ceilings)
-    summary = f"{ceilings.flops / 1e12:.1f} TFLOP/s, copying {ceilings.copied / 1e12:.3f} TB/s, "
-    results.add("ceilings", {"summary": summary + f"reading {ceilings.read / 1e12:.3f} TB/s"})
-    print(results.document["entries"]["ceilings"]["summary"])
+    results.add("ceilings", {"summary": str(ceilings)})
+    print(ceilings)
     return 0
 
 
 def highest_clock(device: dict[str, Any]) -> float:
-    """Hz, as the driver says it; 0 where it does not."""
+    """The highest clock in Hz, as the driver says; 0: not known."""
     found = re.search(r"(\d+) MHz", device.get("nvidia_smi") or "")
     return int(found[1]) * 1e6 if found else 0.0
 

@@ -7,7 +7,7 @@ import pytest
 
 from qtuning_fast.bench.peers import PEERS, Peer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def not_among_workers(monkeypatch):
 def short(*arguments):
     """By a pytest within this one, on the tiny shape."""
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
-    return pytest.main([str(ROOT / "bench" / "short.py"), "-q", "-k", "tiny", *plugins, *arguments])
+    return pytest.main([str(ROOT / "bench" / "rows" / "short.py"), "-q", "-k", "tiny", *plugins, *arguments])
 
 
 def test_everyone_is_right_before_being_timed(capsys):

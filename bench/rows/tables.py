@@ -4,39 +4,38 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from qtuning_fast.bench.figures import Row, auto, best, median, ratio
 from qtuning_fast.bench.peers import OURS, PEERS
 
 WIDTH = 120
 UNGATED = "sdpa"
-NO_FLOOR = (0.0, "unknown")  # where the ceilings could not be measured
-
-Row = Mapping[str, Any]  # as measure.as_json has it
+NO_ROOFLINE = (0.0, "unknown")  # where the ceilings could not be measured
 
 
 def attention(entry: Mapping[str, Any]) -> str:
-    """Peers on one shape: who took how long, how far from the floor and from float64. Who could not, at the end."""
+    """Peers on one shape: times, the roofline's share of them, errors beside float64; at the end those that failed."""
     shape, rows = entry["shape"], entry["rows"]
     floor_ms = entry.get("floor_ms", {})
     floors = [f"{name} {ms:.4f} ms ({limit})" for name, (ms, limit) in floor_ms.items()] or ["unknown"]
     whole = "step" if shape["trained"] else "forward"
     lines = [
         f"{shape['name']}: {entry['title']}, {entry['dtype']}; {shape['of']}".rstrip("; "),
-        f"  floor: {', '.join(floors)}",
-        f"  {'':<24}{'forward':>10}{'backward':>10}{whole:>10}{'±iqr':>9}{'×ours':>7}{'floor':>7}{'eager':>10}"
+        f"  roofline: {', '.join(floors)}",
+        f"  {'':<24}{'forward':>10}{'backward':>10}{whole:>10}{'±iqr':>9}{'×ours':>7}{'roof':>7}{'eager':>10}"
         f"{'peak MB':>9}{'err out':>9}{'grad':>9}",
     ]
     ours = auto(entry, whole)
     for name, row in rows.items():
         if best(row, "forward") is not None:
-            lines.append(_line(name, row, floor_ms.get(whole, NO_FLOOR)[0], whole, rows[ours] if ours else None))
-    lines.extend(_standing(rows, whole, floor_ms.get(whole, NO_FLOOR)[0]))
+            lines.append(_line(name, row, floor_ms.get(whole, NO_ROOFLINE)[0], whole, rows[ours] if ours else None))
+    lines.extend(_standing(rows, whole, floor_ms.get(whole, NO_ROOFLINE)[0]))
     lines.extend(predictions(entry))
     lines.extend(_trained(rows) if shape["trained"] else [])
     failed = [f"  {name}: {row['error']}"[:WIDTH] for name, row in rows.items() if row["error"]]
     return "\n".join([*lines, *failed])
 
 
-def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> str:
+def _line(name: str, row: Row, least: float, whole: str, ours: Row | None) -> str:
     ms, spread = median(row, whole), best(row, whole)
     eager = row[whole]["eager"] if row[whole]["graph"] else None  # on a CPU it is the figure itself
     gradients = [error for key, error in row["errors"].items() if key != "output"]
@@ -46,7 +45,7 @@ def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> st
         number(ms, 10, 4),
         number(spread["spread"] if spread else None, 9, 4),
         number(ratio(row, ours, whole), 7, 2),
-        f"{floor / ms:>7.0%}" if ms and floor else f"{'-':>7}",
+        f"{least / ms:>7.0%}" if ms and least else f"{'-':>7}",
         number(eager["median"] if eager else None, 10, 3),
         number(None if row["peak"] is None else row["peak"] / 2**20, 9, 1),
         *(f"{error:>9.0e}" for error in (row["errors"]["output"], max(gradients, default=0.0))),
@@ -55,7 +54,7 @@ def _line(name: str, row: Row, floor: float, whole: str, ours: Row | None) -> st
 
 
 def predictions(entry: Mapping[str, Any]) -> list[str]:
-    """What was predicted of ours, beside what was measured; nothing where nothing was predicted."""
+    """Predictions for ours beside what was measured; empty: nothing was predicted."""
     lines = []
     for name, by_pass in entry.get("predicted_ms", {}).items():
         measured = {which: median(entry["rows"][name], which) for which in by_pass if name in entry["rows"]}
@@ -70,7 +69,7 @@ def predictions(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _trained(rows: Mapping[str, Row]) -> list[str]:
-    """Who trains what: times of rows that train different things do not compare."""
+    """What each peer trains, because times of rows that train different things do not compare."""
     by_what: dict[str, list[str]] = {}
     for name in rows:
         if name in PEERS:
@@ -84,8 +83,8 @@ def _trained(rows: Mapping[str, Row]) -> list[str]:
     ]
 
 
-def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
-    """How ours stands to eager and to the lower bound, and what gate and reweighting cost."""
+def _standing(rows: Mapping[str, Row], whole: str, least: float) -> list[str]:
+    """Ours compared with eager and with the lower bound, and the cost of gate and reweighting."""
     lines = []
     for name in OURS:
         ours = rows.get(name)
@@ -97,23 +96,23 @@ def _standing(rows: Mapping[str, Row], whole: str, floor: float) -> list[str]:
         if slowdown := ratio(ours, rows.get(UNGATED), whole):
             said.append(f"{slowdown:.2f} times the time of {UNGATED}, without a gate")
         if cost := ratio(ours, rows.get(f"{name}-plain"), whole):
-            both = [floor / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
-            beside = f", the floor {both[0]:.0%} of it and {both[1]:.0%} without" if floor else ""
+            both = [least / ms if (ms := median(rows[n], whole)) else 0.0 for n in (name, f"{name}-plain")]
+            beside = f", the roofline {both[0]:.0%} of it and {both[1]:.0%} without" if least else ""
             said.append(f"gate and reweighting {cost - 1:+.1%}{beside}")
-        lines.append(f"  {name}: {'; '.join(said)}")
+        lines += [f"  {name}: {'; '.join(said)}"] if said else []
     return lines
 
 
 def headline(entry: Mapping[str, Any]) -> list[str]:
-    """A shape, and how ours stands there."""
+    """A shape, and how ours compares there."""
     whole = "step" if entry["shape"]["trained"] else "forward"
-    floor = entry.get("floor_ms", {}).get(whole, NO_FLOOR)[0]
-    standing = [line.strip() for line in _standing(entry["rows"], whole, floor)]
+    least = entry.get("floor_ms", {}).get(whole, NO_ROOFLINE)[0]
+    standing = [line.strip() for line in _standing(entry["rows"], whole, least)]
     return [f"  {entry['shape']['name']}: {'; '.join(standing) or 'ours was not measured'}"[:WIDTH]]
 
 
 def ingredients(entry: Mapping[str, Any]) -> str:
-    """What each ingredient costs: the time with all of them, and without one."""
+    """What each ingredient costs: the time with all of them, less the time without one."""
     rows, whole = entry["rows"], "step"
     everything = median(rows["all"], whole)
     lines = [f"{entry['name']}: {entry['title']}, {entry['dtype']}, {entry['peer']}"]
@@ -137,37 +136,6 @@ def growth(entry: Mapping[str, Any]) -> str:
         cells = [number(median(rows[peer], entry["pass"]), 10, 3) for rows in points.values()]
         lines.append(f"  {peer:<18}{''.join(cells)}"[:WIDTH])
     return "\n".join(lines)
-
-
-def best(row: Row, which: str) -> dict[str, Any] | None:
-    """The GPU's own time where there is one."""
-    return row[which]["graph"] or row[which]["eager"]
-
-
-def median(row: Row, which: str) -> float | None:
-    timing = best(row, which)
-    return timing["median"] if timing else None
-
-
-def same_clock(row: Row | None, other: Row | None, which: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Both timings: the GPU's own where both have it, else the host's; None where one took turns, the other did not."""
-    if row is None or other is None or row.get("turns") != other.get("turns"):
-        return None
-    pairs = ((row[which][clock], other[which][clock]) for clock in ("graph", "eager"))
-    return next(((a, b) for a, b in pairs if a and b), None)
-
-
-def ratio(row: Row | None, other: Row | None, which: str) -> float | None:
-    """How many times as long as the other one it took, by the same clock."""
-    both = same_clock(row, other, which)
-    return both[0]["median"] / both[1]["median"] if both else None
-
-
-def auto(entry: Mapping[str, Any], which: str) -> str | None:
-    """The backend that users get: what `auto` takes; where it was not asked for or measured, the first of ours."""
-    taken = entry["auto"]["backend"] if "auto" in entry else None
-    measured = [name for name in (taken, *OURS) if name in entry["rows"] and median(entry["rows"][name], which)]
-    return measured[0] if measured else None
 
 
 def number(x: float | None, width: int, digits: int) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from qtuning_fast.bench.roofline import Ceilings, backward_work, forward_work
+from qtuning_fast.bench.rows.roofline import Ceilings, backward_work, forward_work
 from qtuning_fast.bench.shapes import Shape
 
 SHAPE = Shape("by hand", B=1, Hq=1, Hkv=1, N=2, D=4, P=3)
@@ -37,7 +37,7 @@ def test_each_prefix_in_use_is_read_once():
 
 def test_the_floor_is_the_slowest_of_products_bytes_and_special_functions():
     work = forward_work(SHAPE)
-    milliseconds, limit = work.floor(Ceilings(flops=1e3, copied=1e9, read=1e8, special=0.0))
+    milliseconds, limit = work.least_ms(Ceilings(flops=1e3, copied=1e9, read=1e8, special=0.0))
     assert (milliseconds, limit) == (work.flops, "products")
-    milliseconds, limit = work.floor(Ceilings(flops=1e12, copied=1e3, read=2e3, special=0.0))
+    milliseconds, limit = work.least_ms(Ceilings(flops=1e12, copied=1e3, read=2e3, special=0.0))
     assert (milliseconds, limit) == (work.bytes / 2, "bytes")

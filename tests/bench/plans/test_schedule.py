@@ -1,6 +1,6 @@
 """What still fits begins, what killed a process does not begin again, and the log says what each unit took."""
 
-from qtuning_fast.bench.schedule import DIED, DONE, NO_TIME, SLOWEST, UNDER_WAY, Schedule
+from qtuning_fast.bench.plans.schedule import DIED, DONE, NO_TIME, SLOWEST, UNDER_WAY, Schedule
 
 
 class Clock:

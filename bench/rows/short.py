@@ -1,10 +1,10 @@
-"""The short version, by pytest-benchmark: ours, plain PyTorch and the lower bound on a few shapes, side by side.
+"""A short benchmark by pytest-benchmark: ours, plain PyTorch and the lower bound on a few shapes.
 
     make bench                # kept in .benchmarks
     make bench COMPARE=1      # and set beside the last one
 
-A peer is checked before it is timed: one that is wrong, or fails, fails. Beside the time stand the largest error and
-the work to be done. A step is forward and backward.
+A peer is checked before it is timed; if it is wrong, its test fails. The largest error and the counted work stand
+beside the time. A step is forward and backward.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from qtuning_fast.bench import shapes
 from qtuning_fast.bench.accuracy import Errors, Reference, check, prepare, verdict
 from qtuning_fast.bench.measure import default_device, default_dtype
 from qtuning_fast.bench.peers import PEERS
-from qtuning_fast.bench.roofline import backward_work, forward_work
+from qtuning_fast.bench.rows.roofline import backward_work, forward_work
 from qtuning_fast.bench.shapes import Shape
 
 DEVICE = default_device()
@@ -57,7 +57,7 @@ def reference_of(shape: Shape) -> Reference:
 
 
 def checked(peer: str, reference: Reference, *, training: bool) -> Errors:
-    """A peer's errors, none of them larger than rounding explains."""
+    """A peer's errors, after a check that none is larger than rounding explains."""
     errors: Errors = {}
     check(PEERS[peer], reference, errors, training=training)
     assert not verdict(errors, DTYPE), f"{peer}: {verdict(errors, DTYPE)}"
@@ -74,7 +74,7 @@ def describe(benchmark: Any, name: str, reference: Reference, errors: Errors) ->
 
 
 def to_the_end(work: Callable[[], object]) -> Callable[[], object]:
-    """On a GPU until it is done, not until it is launched."""
+    """Work that ends when the GPU has finished it, not when it is launched."""
 
     def run() -> None:
         work()

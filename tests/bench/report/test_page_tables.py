@@ -1,0 +1,47 @@
+"""Each table of the page holds ratios to ours, and says who failed."""
+
+from qtuning_fast.bench.report import page_tables
+
+
+def row(ms, peak=None, error=""):
+    timing = {"graph": None, "eager": None if error else {"median": ms, "spread": 0.1}}
+    return {"step": timing, "forward": timing, "peak": peak, "error": error}
+
+
+def document(rows, **more):
+    shape = {"name": "a", "of": "a model"}
+    entry = {
+        "shape": shape,
+        "title": "B2",
+        "rows": rows,
+        "floor_ms": {"step": [1.0, "bytes"], "forward": [0.5, "bytes"]},
+    }
+    return {"entries": {"a": entry | more}}
+
+
+def test_peers_are_given_over_ours():
+    rows = {"composed": row(2.0, 20 << 20), "eager": row(6.0, 50 << 20), "sdpa": row(1.0), "sdpa-no-concat": row(0.5)}
+    [line] = [x for x in page_tables.attention(document(rows)) if x.startswith("| a model")]
+    assert line == "| a model: B2 | 2 ms (composed) | 50% | 3.00 × | 0.50 × | 0.25 × | 20 MiB, 50 MiB, – |  |"
+
+
+def test_peers_that_failed_are_listed_by_their_error():
+    rows = {"composed": row(2.0), "flex": row(0, error="no backward"), "flex-merged": row(0, error="no backward")}
+    assert page_tables.attention(document(rows))[-1] == "- flex, flex-merged: `no backward`"
+
+
+def test_decoding_shows_what_share_of_the_time_is_the_roofline():
+    line = page_tables.decode(document({"composed": row(2.0), "sdpa-no-concat": row(3.0)}))[-1]
+    assert line == "| B2 | 2 ms (composed) | 25% | 1.50 × |  |"
+
+
+def test_an_ingredient_costs_what_a_step_without_it_saves():
+    rows = {"all": row(4.0)} | {f"without {x}": row(2.0) for x in ("gate", "reweighting", "bank", "padding", "any")}
+    line = page_tables.ingredients(document(rows, peer="fused"))[-1]
+    assert line.startswith("| fused, B2 | +100.0% |") and line.count("+100.0%") == 5
+
+
+def test_tests_are_counted_and_failures_named():
+    found = {"side by side": {"passed": 3, "failed": 1, "failures": {"test_x": "AssertionError"}}}
+    lines = page_tables.tests({"entries": found})
+    assert "| side by side | 3 | 1 | 0 |" in lines and lines[-1] == "- `test_x`: `AssertionError`"
