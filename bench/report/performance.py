@@ -263,8 +263,8 @@ def _said_of_peers(document: Document) -> str:
     spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (
         f"A training step of one layer, over {len(eager)} shapes: eager PyTorch takes {spans[0]} times our time, more "
-        f"the longer the context is; PyTorch's own attention on the concatenated prefix, without a gate, takes {spans[1]} "
-        "times our time. (B batch, H heads, N context, D head size, P prefix.)"
+        "the longer the context is; PyTorch's own attention on the concatenated prefix, without a gate, takes "
+        f"{spans[1]} times our time. (B batch, H heads, N context, D head size, P prefix.)"
     )
 
 
