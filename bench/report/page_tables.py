@@ -100,15 +100,18 @@ def lifelong(document: Document) -> list[str]:
 
 def models(document: Document) -> list[str]:
     lines = ["| | tokens a second | memory beyond the weights | trained |", "|---|---|---|---|"]
+    failed: dict[str, list[str]] = {}  # what could not train, by its error
     for name, entry in document["entries"].items():
         for way, row in entry["rows"].items():
             if row["timing"] is None:
-                lines.append(f"| {name}: {way} | {row['error']} | | |")
+                failed.setdefault(row["error"], []).append(f"{name}: {way}")
                 continue
             peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
             lines.append(
                 f"| {name}: {way} | {row['tokens_per_second']:,.0f} | {peak} | {row['trainable_parameters']:,} |"
             )
+    if failed:
+        lines += ["", *(f"- {', '.join(ways)}: `{error}`" for error, ways in failed.items())]
     return lines
 
 

@@ -39,12 +39,11 @@ class Section:
 INTRODUCTION = """\
 # Performance
 
-This page shows what one layer and whole models cost, beside other ways to compute them in the same run. For one layer,
-the output and gradients of every peer are compared with float64 before it is timed; for whole models, with ours. A peer
-that is wrong is not timed. A peer that cannot do the work is listed with its error. Times are medians of interleaved
-runs. On a GPU they are the GPU's own, by CUDA-graph replay, where both sides of a ratio have them. Each section ends
-with the command that measures it again; `bench/README.md` in the repository explains the method. To measure your own
-model on your own machine, run `qtuning-fast bench`.
+What do one layer and whole models cost, beside other ways to compute them? For one layer, the output and gradients of
+every peer are compared with float64 before it is timed; for whole models, with ours. A wrong peer gets no time. Times
+are medians of interleaved runs; on a GPU they are the GPU's own, by CUDA-graph replay, where both sides of a ratio have
+them. Each section ends with its command; `bench/README.md` in the repository explains the method. To measure your own
+model, run [`qtuning-fast bench`](recipes/benchmark.md).
 """
 NO_GPU = """\
 !!! warning "No figure has been measured on a GPU yet"
@@ -139,7 +138,7 @@ def source(document: Document) -> str:
 
 def targets(devices: Mapping[str, Mapping[str, Document]]) -> str:
     """The targets for each kind of device, and what was measured there."""
-    lines = ["## Targets", "", "The bounds were set before anything was measured. Ratios are ratios of times.", ""]
+    lines = ["## Targets", "", "The bounds were set before anything was measured.", ""]
     by_kind = {_kind(documents): documents for documents in reversed(devices.values())}  # of several GPUs the first
     for kind, title in (("cpu", "On a CPU"), ("cuda", "On a GPU")):
         documents = by_kind.get(kind, {})
@@ -161,12 +160,11 @@ SECTIONS = (
         "Against peers",
         """
 Forward and backward of one attention layer, with query, key, value, prefix, reweighting and gate all trained. *Ours* is
-the backend that `auto` takes; the times of the others are given over it. *Roofline* is the least time for the matrix
-products, bytes and special functions at the speeds measured on the device, as a share of our time. *sdpa* is PyTorch's
-own attention with the reweighted prefix put in front of every sample, without a gate. *Attention alone* is the fastest
-of its backends where the prefix already stands there and nothing is reweighted: the lower bound. *Again* is ours a
-second time in the same run, which shows how far two measurements of one thing differ. On a GPU our block sizes are
-tuned on some of these shapes; FlexAttention has its own defaults.
+the backend that `auto` takes; the times of the others are given over it. *Roofline* is the least time by counted work
+at the speeds measured on the device, as a share of our time. *sdpa* is PyTorch's own attention with the reweighted
+prefix in front of every sample, without a gate. *Attention alone* is the fastest of its backends where the prefix
+already stands there and nothing is reweighted: the lower bound. *Again* is ours a second time in the same run. On a GPU
+our block sizes are tuned on some of these shapes; FlexAttention has its own defaults.
 """,
         page_tables.attention,
     ),
@@ -182,11 +180,10 @@ tuned on some of these shapes; FlexAttention has its own defaults.
         "lifelong",
         "200 tasks in a row",
         """
-Each task is started, trained and finished in a whole model: once with a queue of five prompts, once with prompts that
-only accumulate. The anchor is the base model alone, timed beside each step; it separates a machine that slows down from
-a method that does. The queue's step becomes slower once, at task 6, where memory retention begins. An adapter is what
-is kept of a finished task. Where prompts accumulate, the newest adapter holds all of them, so that one adapter serves
-200 tasks; the queue stores one adapter of constant size for each task.
+A whole model learns one task after another: once with a queue of five prompts, once with prompts that only accumulate.
+The anchor is the base model alone, timed beside each step; it separates a machine that slows down from a method that
+does. Memory retention makes the queue's step slower once, at task 6. Where prompts accumulate, one adapter serves 200
+tasks; the queue stores one adapter of constant size for each task.
 """,
         page_tables.lifelong,
     ),
@@ -194,10 +191,10 @@ is kept of a finished task. Where prompts accumulate, the newest adapter holds a
         "models",
         "Whole models",
         """
-Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model and parameters, with
-attention computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix. In T5 its
-prefix sits in the decoder alone, so that it compares with `qtuning_fast-decoder`. `frozen-base` trains an offset behind
-the lowest attention and no prefix: the lower bound.
+Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model with attention
+computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix; in T5 its prefix sits
+in the decoder alone, as that of `qtuning_fast-decoder`. `frozen-base` trains an offset behind the lowest attention and no
+prefix: the lower bound.
 """,
         page_tables.models,
     ),
@@ -205,8 +202,8 @@ the lowest attention and no prefix: the lower bound.
         "peft",
         "Beside peft",
         """
-The prefix tuning of peft beside ours, measured by `make bench-peft` in an environment of its own, because peft does not
-run on [every version of transformers](peft.md).
+Measured by `make bench-peft` in an environment of its own, because peft does not run on [every version of
+transformers](peft.md).
 """,
         page_tables.models,
         drawn=False,

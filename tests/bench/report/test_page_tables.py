@@ -45,3 +45,11 @@ def test_tests_are_counted_and_failures_named():
     found = {"side by side": {"passed": 3, "failed": 1, "failures": {"test_x": "AssertionError"}}}
     lines = page_tables.tests({"entries": found})
     assert "| side by side | 3 | 1 | 0 |" in lines and lines[-1] == "- `test_x`: `AssertionError`"
+
+
+def test_models_that_cannot_train_are_listed_by_their_error_below_the_table():
+    trained = {"timing": {}, "tokens_per_second": 1234.5, "peak_bytes": 1 << 20, "trainable_parameters": 7}
+    rows = {"ours": trained, "flex": {"timing": None, "error": "it cannot"}}
+    lines = page_tables.models({"entries": {"bert": {"rows": rows}, "t5": {"rows": rows}}})
+    assert lines[2:4] == ["| bert: ours | 1,234 | 1 MiB | 7 |", "| t5: ours | 1,234 | 1 MiB | 7 |"]
+    assert lines[4:] == ["", "- bert: flex, t5: flex: `it cannot`"]
