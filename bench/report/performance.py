@@ -159,12 +159,12 @@ SECTIONS = (
         "attention",
         "Against peers",
         """
-Forward and backward of one attention layer, with query, key, value, prefix, reweighting and gate all trained. *Ours* is
-the backend that `auto` takes; the times of the others are given over it. *Roofline* is the least time by counted work
-at the speeds measured on the device, as a share of our time. *sdpa* is PyTorch's own attention with the reweighted
-prefix in front of every sample, without a gate. *Attention alone* is the fastest of its backends where the prefix
-already stands there and nothing is reweighted: the lower bound. *Again* is ours a second time in the same run. On a GPU
-our block sizes are tuned on some of these shapes; FlexAttention has its own defaults.
+Forward and backward of one attention layer, with all its inputs trained. *Ours* is the backend that `auto` takes; the
+times of the others are given over it. *Roofline* is the least time by counted work at the speeds measured on the device,
+as a share of our time. *sdpa* is PyTorch's own attention with the reweighted prefix in front of every sample, without a
+gate. *Attention alone* is the fastest of its backends with the prefix in place and nothing reweighted: the lower bound.
+*Again* is ours a second time in the same run. On a GPU our block sizes are tuned on some of these shapes; FlexAttention
+has its own defaults.
 """,
         page_tables.attention,
     ),
