@@ -160,11 +160,11 @@ SECTIONS = (
         "Against peers",
         """
 Forward and backward of one attention layer, with all its inputs trained. *Ours* is the backend that `auto` takes; the
-times of the others are given over it. *Roofline* is the least time by counted work at the speeds measured on the device,
-as a share of our time. *sdpa* is PyTorch's own attention with the reweighted prefix in front of every sample, without a
-gate. *Attention alone* is the fastest of its backends with the prefix in place and nothing reweighted: the lower bound.
-*Again* is ours a second time in the same run. On a GPU our block sizes are tuned on some of these shapes; FlexAttention
-has its own defaults.
+times of the others are given over it. *Roofline* is the least time by counted work at the speeds measured on the
+device, as a share of our time. *sdpa* is PyTorch's own attention with the reweighted prefix in front of every sample,
+without a gate. *Attention alone* is the fastest of its backends with the prefix in place and nothing reweighted: the
+lower bound. *Again* is ours a second time in the same run. On a GPU our block sizes are tuned on some of these shapes;
+FlexAttention has its own defaults.
 """,
         page_tables.attention,
     ),
@@ -192,9 +192,9 @@ tasks; the queue stores one adapter of constant size for each task.
         "Whole models",
         """
 Training steps of whole models on a task whose queue is full. `eager` and `flex` are the same model with attention
-computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix; in T5 its prefix sits
-in the decoder alone, as that of `qtuning_fast-decoder`. `frozen-base` trains an offset behind the lowest attention and no
-prefix: the lower bound.
+computed their way. `peft` is prefix tuning without gate, queue and network in front of the prefix; in T5 its prefix
+sits in the decoder alone, as that of `qtuning_fast-decoder`. `frozen-base` trains an offset behind the lowest attention
+and no prefix: the lower bound.
 """,
         page_tables.models,
     ),
