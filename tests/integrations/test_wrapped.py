@@ -40,7 +40,7 @@ def attach(family: Any, base: Any, **changes: Any) -> QTuningModel:
 def step(model: QTuningModel, family: Any) -> Tensor:
     """One step of training without the update: gradients, and the logits `[..., classes or words]`."""
     torch.manual_seed(1)
-    if model._training_task is None:
+    if model.learning.task is None:
         model.start_task("reviews", 3)
     model.train()
     logits = model(**family.batch()).logits
