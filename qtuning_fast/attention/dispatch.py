@@ -56,7 +56,7 @@ NAMES = ("auto", *PREFERENCE)
 
 
 def choose(call: PrefixAttentionCall, requested: str) -> str:
-    """The backend for a call: the one requested, or for "auto" the fastest, by the table in `choice`, that can do it.
+    """The backend for a call: the one requested, or for "auto" the first in `backend_order` that can do it.
 
     Raises NotImplementedError when the one requested cannot do it, ValueError when QTUNING_FAST_BACKEND, which
     stands in for "auto", names none.
