@@ -27,8 +27,6 @@ WITHOUT_TESTS = {
     "qtuning_fast/lifelong/__init__.py": "what it imports is tested here",
     "qtuning_fast/version.py": "one constant",
 }
-# Folders whose test files are being moved to the names of their modules.
-STILL_MISSING = ("bench/", "qtuning_fast/model/")
 LAZY_ONLY = {"datasets", "sklearn", "matplotlib"}  # heavy, or absent from some machines
 
 
@@ -80,7 +78,6 @@ def test_every_module_has_a_test_file_of_its_name() -> None:
         if not only_imports(path)
     }
     without = {module.as_posix() for module in modules if not (ROOT / home_of_tests(module)).exists()}
-    without = {name for name in without if not name.startswith(STILL_MISSING)}
     assert without == WITHOUT_TESTS.keys(), "each needs a test file of its name, or a reason in WITHOUT_TESTS"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import pytest
@@ -65,15 +64,6 @@ def two_tasks(family: Any, placement: str, **changes: Any) -> QTuningModel:
     return model.eval()
 
 
-def test_a_task_may_start_where_gradients_are_off(families: Any) -> None:
-    family = families["BERT"]
-    model = QTuningModel(family.base_model(), QTuningConfig(**SMALL))
-    with torch.no_grad():
-        model.start_task("first", 2)
-    model.train()
-    model(**family.batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
-
-
 @pytest.mark.parametrize("placement", ["prefix", "input"])
 def test_a_copy_of_a_model_with_a_task_set_is_a_model_of_its_own(families: Any, placement: str) -> None:
     for name in ("BERT", "GPT-2"):
@@ -105,14 +95,3 @@ def test_image_models_that_pack_a_batch_into_one_sequence_are_refused() -> None:
     model = QTuningModel(base, QTuningConfig(**SMALL, task_type="image-classification"))
     with pytest.raises(NotImplementedError, match="one sequence"):
         model.features({"pixel_values": torch.randn(3, 3, 16, 16)}, task=None)
-
-
-def test_adapters_that_could_not_be_computed_with_or_read_again_are_refused(families: Any) -> None:
-    model = two_tasks(families["BERT"], "prefix")
-    adapter = dataclasses.replace(model.adapters["first"], name="third")
-    for shift in (-1, 1.5, True):
-        with pytest.raises(ValueError, match="position_shift is"):
-            model.add_task(dataclasses.replace(adapter, position_shift=shift))
-    for keys in ([key.long() for key in adapter.keys], [key.tolist() for key in adapter.keys]):
-        with pytest.raises(TypeError, match=r"keys\.0 is"):
-            model.add_task(dataclasses.replace(adapter, keys=tuple(keys)))

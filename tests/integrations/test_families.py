@@ -183,7 +183,7 @@ def test_placements_of_an_encoder_decoder(by_hand: Any, families: Any) -> None:
     model = learned(families["BART"].base_model(), families["BART"], stack="both")
     assert len(model.layer_indices) == 2 + 3
     chosen = learned(families["T5"].base_model(), families["T5"], stack="decoder", layers=[1])
-    assert [chosen.attention.layers[i].stack for i in chosen.layer_indices] == ["decoder"]
+    assert [chosen.backbone.injector.layers[i].stack for i in chosen.layer_indices] == ["decoder"]
 
 
 @pytest.mark.parametrize("gate", [None, "sigmoid", "gelu"])

@@ -1,10 +1,12 @@
-"""Checkpoints on disk: what the version before wrote is read, what no version knows is refused."""
+"""Checkpoints on disk: a save is whole or refused, and this version reads what the version before wrote."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,14 @@ from qtuning_fast.model.checked_files import CorruptFileError, read_json, write_
 from qtuning_fast.model.checkpoint import CONFIG_FILE, FORMAT_VERSION, READABLE_VERSIONS, read_checkpoint
 
 FORMAT_3 = Path(__file__).parent / "format-3"  # three tasks, the third after an eviction, written by that version
+WITHIN_A_TASK = FORMAT_3 / "within-a-task.safetensors"  # of a fourth task, by the same version
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+Batch = dict[str, torch.Tensor]
+
+
+def small_config() -> QTuningConfig:
+    return QTuningConfig(prompt_length=3, queue_size=3, shared_length=2)
 
 
 @pytest.fixture
@@ -71,6 +80,34 @@ def test_a_run_goes_on_from_the_format_before(base: BertModel, older: Path) -> N
     assert model.tasks == ["first", "second", "third", "fourth"]
 
 
+def test_a_task_goes_on_from_a_checkpoint_within_it_of_the_format_before(base: BertModel, older: Path) -> None:
+    state = load_file(WITHIN_A_TASK)
+    logits, loss = state.pop("expected.logits"), state.pop("expected.loss")
+    assert any(name.startswith("live.") for name in state)
+    model = QTuningModel.from_pretrained(base, older)
+    model.start_task("fourth", 2)
+    model.load_trainable_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, logits)
+    torch.manual_seed(6)  # the shift of memory retention
+    output = model.train()(input_ids=IDS, labels=torch.tensor([0, 1]))
+    torch.testing.assert_close(output.loss.detach(), loss)
+    assert output.retention_loss is not None
+    resumed = model.trainable_state_dict()
+    assert resumed.keys() == {name.replace("live.", "prefix.") for name in state}
+    assert all(torch.equal(resumed[name.replace("live.", "prefix.")], x) for name, x in state.items())
+
+
+def test_a_checkpoint_within_another_task_is_refused(base: BertModel, older: Path) -> None:
+    state = {name: x for name, x in load_file(WITHIN_A_TASK).items() if not name.startswith("expected.")}
+    model = QTuningModel.from_pretrained(base, older)
+    model.start_task("fourth", 2)
+    with pytest.raises(ValueError, match=r"does not fit the task in training: missing \['head\.bias'\]"):
+        model.load_trainable_state_dict({name: x for name, x in state.items() if name != "head.bias"})
+    with pytest.raises(ValueError, match=r"unexpected \['expected\.loss'\]"):
+        model.load_trainable_state_dict(state | {"expected.loss": torch.zeros(())})
+
+
 @pytest.mark.parametrize("version", [None, 2, FORMAT_VERSION + 1, "4"])
 def test_other_formats_are_refused(older: Path, version: object) -> None:
     content = read_json(older / CONFIG_FILE)
@@ -91,3 +128,72 @@ def test_the_index_is_written_last_and_names_every_file(base: BertModel, tmp_pat
     (tmp_path / index["state"]["file"]).unlink()
     with pytest.raises(CorruptFileError, match="is missing"):
         read_checkpoint(tmp_path)
+
+
+def test_a_save_replaces_the_one_before_and_leaves_nothing_behind(
+    tiny_bert: BertModel, batch: Batch, tmp_path: Any, learn: Any
+) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    for tasks in (1, 2, 3):
+        learn(model, batch, 1)
+        model.save_pretrained(tmp_path)
+        assert len([path for path in tmp_path.iterdir() if path.name != ".lock"]) == tasks + 2  # tasks, state, index
+
+
+def test_a_save_leaves_what_belongs_to_others_alone(
+    tiny_bert: BertModel, batch: Batch, tmp_path: Any, learn: Any
+) -> None:
+    tiny_bert.save_pretrained(tmp_path)
+    model = QTuningModel(tiny_bert, small_config())
+    for _ in range(2):
+        learn(model, batch, 1)
+        model.save_pretrained(tmp_path)
+    assert {"model.safetensors", "config.json"} <= {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_saves_at_once_leave_a_whole_one(tiny_bert: BertModel, batch: Batch, tmp_path: Any, learn: Any) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 2)
+    saved = []
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(model.save_pretrained, tmp_path) for _ in range(20)]:
+            saved.append(done.result())
+    assert len(saved) == 20 and list(read_checkpoint(tmp_path).adapters) == ["task-0", "task-1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": None},
+        {"config": {"rank": 3}},
+        {"base_model": "x"},
+        {"tasks": None},
+        {"tasks": ["x"]},
+        {"tasks": [{"name": 5, "label_names": ["a", "b"]}]},
+        {"state": {"file": 3, "sha256": ""}},
+        {"state": {"file": "../state", "sha256": ""}},
+        {"format_version": 1},
+        {"config": {"colour": "red"}},
+    ],
+)
+def test_an_index_that_was_tampered_with_is_refused(
+    tiny_bert: BertModel, batch: Batch, tmp_path: Any, change: dict, learn: Any
+) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 2)
+    model.save_pretrained(tmp_path)
+    index = read_json(tmp_path / "adapter_config.json")
+    write_json(tmp_path / "adapter_config.json", index | change)
+    base = model.detach()
+    with pytest.raises(ValueError, match=r"adapter_config|does not fit|damaged|missing|index|colour"):
+        QTuningModel.from_pretrained(base, tmp_path)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    QTuningModel(base, small_config())
+
+
+def test_saving_amid_a_task_is_refused(tiny_bert: BertModel, tmp_path: Any) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    model.start_task("task", 2)
+    with pytest.raises(RuntimeError, match="'task' is in training"):
+        model.save_pretrained(tmp_path)

@@ -262,12 +262,3 @@ def test_a_model_can_be_copied(tiny_bert: BertModel, batch: dict[str, torch.Tens
     model.remove_task("task-0")
     assert twin.tasks == ["task-0", "task-1"]
     assert torch.equal(twin(**batch, task_names=names).logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("limits", "error"),
-    [({"host_bytes": 0}, ValueError), ({"device_bytes": 1.5}, TypeError), ({"host_bytes": True}, TypeError)],
-)
-def test_limits_that_are_none(tiny_bert: BertModel, limits: dict, error: type[Exception]) -> None:
-    with pytest.raises(error, match=next(iter(limits))):
-        learned(tiny_bert, 0).set_memory_limits(**limits)
