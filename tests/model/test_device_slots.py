@@ -277,7 +277,7 @@ def unfit(adapter: TaskAdapter) -> dict[str, Any]:
         "values.2 is left out": replace(adapter, values=adapter.values[:2]),
         "keys.3 is": replace(adapter, keys=(*adapter.keys, adapter.keys[0])),
         "alphas.0 is": replace(adapter, alphas=tuple(torch.ones(3) for _ in adapter.alphas)),
-        r"alphas.0 is \[\], it must be left out": replace(adapter, gate=None, alphas=adapter.alphas[:2], taus=()),
+        r"alphas.0 is \[\]; it must be left out": replace(adapter, gate=None, alphas=adapter.alphas[:2], taus=()),
         "head.weight is": replace(adapter, head_weight=torch.zeros(2, 5)),
         "head.bias is left out": replace(adapter, head_bias=None),
         "embeddings is": replace(adapter, embeddings=torch.zeros(3, 32)),
