@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
-	bench-gpu bench-gpu-second bench-gpu-models triton-cache report lint format docs docs-serve models-table clean
+	bench-gpu bench-gpu-second bench-gpu-models triton-cache gpu-packages report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
 
@@ -89,7 +89,7 @@ OUT ?= runs/bench
 # These targets need a GPU and run from a bare checkout, with any Python that has torch and triton. DRY=1 rehearses
 # them without a GPU; ONLY="tests tuning" runs some steps.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-BARE = PYTHONPATH=.:$$PYTHONPATH PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
+BARE = PYTHONPATH=.:runs/packages:$$PYTHONPATH PYTHONUNBUFFERED=1 $(GPU_PYTHON) -m
 PLAN = $(BARE) qtuning_fast.bench.plans.run
 PLAN_OPTIONS = $(if $(DRY),--dry-run) $(if $(ONLY),--only $(ONLY))
 
@@ -115,6 +115,10 @@ bench-gpu-second:
 # Ingredients, whole models, 200 tasks in a row; nine minutes.
 bench-gpu-models:
 	$(PLAN) gpu-models $(PLAN_OPTIONS) --out $(OUT)/gpu-models.json
+
+# What a machine with a GPU may lack beside torch, triton and transformers, to take along: runs/packages.
+gpu-packages: $(STAMP)
+	$(PIP) --no-deps --target runs/packages $$(grep -o '^cachetools==[^ ]*' requirements/lock.txt)
 
 # Triton's cache for the plans, made without a GPU; GPU_PYTHON must have the Python and Triton of the GPU machine.
 triton-cache:

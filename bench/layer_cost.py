@@ -40,7 +40,7 @@ SCORES_HELD = 5  # the most tensors of the size of the scores at once
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LayerOptions:
     """The shape as the command line gives it, by the names of the options; None: not given."""
 
     model: str | None = None
@@ -142,7 +142,7 @@ def _attention_of(model: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Question:
+class LayerCase:
     """What is measured: one shape in one dtype, with peers beside each other."""
 
     shape: Shape
@@ -151,8 +151,8 @@ class Question:
     asked: tuple[str, ...]  # peers
 
     @classmethod
-    def of(cls, wanted: Wanted, dtype: str = "auto", peers: Sequence[str] = ()) -> "Question":
-        """A question that is valid and fits this machine. Without `peers`, those that make sense on the device.
+    def of(cls, wanted: LayerOptions, dtype: str = "auto", peers: Sequence[str] = ()) -> "LayerCase":
+        """A case that is valid and fits this machine. Without `peers`, those that make sense on the device.
 
         Raises:
             ValueError: what is wrong, by the name of the option.
@@ -163,9 +163,9 @@ class Question:
             _of(PEERS, "--peer", name)
         shape = wanted.as_shape()
         asked = tuple(peers) or PEERS_BY_DEVICE[device] + (() if shape.trained else (IN_THE_CACHE,))
-        question = cls(shape, chosen, device, asked)
-        question._check_memory()
-        return question
+        case = cls(shape, chosen, device, asked)
+        case._check_memory()
+        return case
 
     @cached_property
     def choice(self) -> BackendChoice:
@@ -211,8 +211,8 @@ class Question:
                 )
 
 
-def results_file(out: Path, question: Question, arguments: Sequence[str]) -> Results:
-    """Begins the JSON file of a question; `arguments` are those of the command line.
+def results_file(out: Path, case: LayerCase, arguments: Sequence[str]) -> Results:
+    """Begins the JSON file of a case; `arguments` are those of the command line.
 
     Raises:
         ValueError: it cannot be written.
@@ -220,7 +220,7 @@ def results_file(out: Path, question: Question, arguments: Sequence[str]) -> Res
     if out.exists() and not out.is_file():
         raise ValueError(f"--out is {str(out)!r}; it must be a file")
     try:
-        return Results(QUESTION, out, question.device, shlex.join(["qtuning-fast", *arguments]))
+        return Results(QUESTION, out, case.device, shlex.join(["qtuning-fast", *arguments]))
     except (OSError, ValueError) as error:
         raise ValueError(f"--out is {str(out)!r}, which cannot be written: {_line(error)}") from None
 

@@ -341,19 +341,19 @@ def bench(
     with _readable_errors("Nothing is kept."):
         _silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
-        from qtuning_fast.bench.layer_cost import Question, Wanted, results_file
+        from qtuning_fast.bench.layer_cost import LayerCase, LayerOptions, results_file
         from qtuning_fast.bench.measure import QUICK, TURNS
 
         sizes = (batch, tokens, context, prefix_rows, tasks, padding, causal, decode)
-        question = Question.of(Wanted(model, shape, heads, kv_heads, head_size, *sizes), dtype, peer or ())
-        results = results_file(out, question, sys.argv[1:]) if out is not None else None
-        console.print(question.heading(), markup=False, highlight=False)
+        case = LayerCase.of(LayerOptions(model, shape, heads, kv_heads, head_size, *sizes), dtype, peer or ())
+        results = results_file(out, case, sys.argv[1:]) if out is not None else None
+        console.print(case.heading(), markup=False, highlight=False)
         with Bars(console) as bars:
-            entry = question.measure(QUICK if quick else TURNS, bars)
+            entry = case.measure(QUICK if quick else TURNS, bars)
         if results is not None:
-            results.add(question.shape.name, entry)
+            results.add(case.shape.name, entry)
         console.print(times_table(entry), LEGEND, peers_table(entry), highlight=False)
-        console.print(f"\nauto takes {question.choice}\n\n{verdict(entry)}", markup=False, highlight=False)
+        console.print(f"\nauto takes {case.choice}\n\n{verdict(entry)}", markup=False, highlight=False)
 
 
 @app.command()

@@ -70,12 +70,12 @@ def test_a_peer_that_cannot_do_it_says_why() -> None:
 
 
 def test_an_interrupted_bench_ends_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtuning_fast.bench.layer_cost import Question
+    from qtuning_fast.bench.layer_cost import LayerCase
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Question, "measure", interrupted)
+    monkeypatch.setattr(LayerCase, "measure", interrupted)
     code, output = call("bench", *TINY)
     assert code == 130 and output.endswith("Interrupted. Nothing is kept.")
 
@@ -101,9 +101,9 @@ WRONG_BENCH = {
 
 @pytest.mark.parametrize("option", WRONG_BENCH)
 def test_what_bench_cannot_measure_is_refused_by_name(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtuning_fast.bench.layer_cost import Question
+    from qtuning_fast.bench.layer_cost import LayerCase
 
-    monkeypatch.delattr(Question, "measure")
+    monkeypatch.delattr(LayerCase, "measure")
     for value in WRONG_BENCH[option]:
         code, output = call("bench", *TINY, "--causal", f"{option.strip()}={value}")
         assert code == 2 and option.strip() in output and "Traceback" not in output, (option, value, output)

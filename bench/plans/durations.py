@@ -31,7 +31,6 @@ CONTEXT = 1.5  # of a first CUDA context and of setting up cuBLAS; assumed
 COMPILED = json.loads((ROOT / "bench/results/compile/seconds.json").read_text())["each"]
 # To compile one of our kernels for sm_90, and its launcher, on one core; measured by bench.plans.triton_cache.
 KERNEL, LAUNCHER = (statistics.mean(took[what] for took in COMPILED.values()) for what in ("kernel", "launcher"))
-IEEE_KERNEL = 22.0  # likewise, with products of float32 in IEEE arithmetic; measured, 18 to 27
 FLEX, FLEX_AGAIN = 35.0, 8.0  # seconds of FlexAttention's two passes under torch.compile, first and from disk; assumed
 HOST_MS = 2.0  # of a step in Python, where the GPU is faster; measured 1.0, on this machine
 CHECK = 0.3  # seconds of a peer's outputs and gradients beside float64; assumed

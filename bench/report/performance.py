@@ -258,26 +258,27 @@ def _said_of_peers(document: Document) -> str:
         rows, ours = entry["rows"], figures.auto(entry, "step")
         if ours:
             over_eager.append(figures.ratio(rows.get("eager"), rows[ours], "step"))
-            over_sdpa.append(figures.ratio(rows[ours], rows.get("sdpa"), "step"))
+            over_sdpa.append(figures.ratio(rows.get("sdpa"), rows[ours], "step"))
     eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
     spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (
-        f"Over {len(eager)} shapes, a training step of one layer is {spans[0]} times as fast as eager PyTorch; the "
-        f"longer the context, the faster. It takes {spans[1]} times as long as PyTorch's own attention on the "
-        "concatenated prefix, which has no gate."
+        f"A training step of one layer, over {len(eager)} shapes: eager PyTorch takes {spans[0]} times our time, more "
+        "the longer the context is; PyTorch's own attention on the concatenated prefix, without a gate, takes "
+        f"{spans[1]} times our time. (B batch, H heads, N context, D head size, P prefix.)"
     )
 
 
 def _said_of_tasks(documents: Mapping[str, Document]) -> str:
     changes = [
         f"{name} changed by {value - 1:+.1%}"
-        for name, figure in (("a step", "step_ms"), ("memory", "resident_bytes"))
+        for name, figure in (("the time of a step", "step_ms"), ("memory", "resident_bytes"))
         if (value := flatness(figure, documents))
     ]
     tasks = len(documents["lifelong"]["entries"]["queue"]["per_task"])
-    said = f"From tasks 6 to 15 to the last ten of {tasks} tasks, {' and '.join(changes)}." if changes else ""
+    said = f"Between tasks 6-15 and tasks {tasks - 9}-{tasks}, {' and '.join(changes)}." if changes else ""
     several = mixed(documents)
-    return f"{said} A batch of sixteen tasks takes {several:.2f} times as long as a batch of one." if several else said
+    mixing = f" A batch that mixes sixteen tasks takes {several:.2f} times as long as a batch of one task."
+    return f"{said}{mixing}" if several else said
 
 
 # Pieces

@@ -56,7 +56,7 @@ NAMES = ("auto", *PREFERENCE)
 
 
 def choose(call: PrefixAttentionCall, requested: str) -> str:
-    """Return the backend for a call: the requested one or, for "auto", the fastest able one by `backend_order`'s table.
+    """Return the backend for a call: the requested one or, for "auto", the first able one in `backend_order`.
 
     Raises:
         NotImplementedError: the requested backend cannot compute the call.

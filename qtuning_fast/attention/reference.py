@@ -5,7 +5,7 @@ arXiv 2408.00118; without κ, cap(s) = s):
 
     s_ctx = cap(c · q kᵀ) + mask,   cap(s) = κ·tanh(s/κ)          over the M context keys
     s_pre = g(cap(c · q k'ᵀ)) + bias,   g(s) = s + α·σ(τ·s)       over the P prefix rows
-    k' = W_K ∘ K,  v' = W_V ∘ V,    W = U Vᵀ                      the stored rows, reweighted
+    k' = W_K ∘ K,  v' = W_V ∘ V,    W = U V                      the stored rows, reweighted
     o  = softmax([s_pre, s_ctx]) [v' ; v]                         one softmax over both
 
 Scores, gate and softmax are float32, or float64 for float64 input. Reweighted rows and softmax weights are rounded to

@@ -38,7 +38,7 @@ class QTuningConfig:
     shared_length: int = setting(
         10, "Rows of the shared prompt.", "All tasks share this prompt `P*`; 0 leaves it out.", least=0
     )
-    rank: int = setting(1, "Rank of the reweighting.", "It is the `R` of `W = U Vᵀ`, which reweights older rows.")
+    rank: int = setting(1, "Rank of the reweighting.", "It is the `R` of `W = U V`, which reweights older rows.")
     gate: str | None = setting(
         "tanh", "{choices}.", "NoRGa's activation; `none` is plain prefix tuning.", choices=(*GATES, None)
     )

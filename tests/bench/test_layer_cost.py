@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from qtuning_fast.bench import layer_cost
-from qtuning_fast.bench.layer_cost import FULL_QUEUE, Question, Wanted
+from qtuning_fast.bench.layer_cost import FULL_QUEUE, LayerCase, LayerOptions
 from qtuning_fast.bench.shapes import SHAPES
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8}
@@ -27,7 +27,7 @@ CONFIGS = {  # Hq, Hkv, D, causal, bias
 def test_heads_and_masks_are_read_from_a_models_configuration(name, tmp_path):
     settings, expected = CONFIGS[name]
     getattr(transformers, name)(**settings).save_pretrained(tmp_path / "mine")
-    shape = Wanted(model=str(tmp_path / "mine")).as_shape()
+    shape = LayerOptions(model=str(tmp_path / "mine")).as_shape()
     assert (shape.Hq, shape.Hkv, shape.D, shape.is_causal, shape.bias) == expected
     assert shape.name == "mine" and shape.P == FULL_QUEUE == 60 and shape.trained
 
@@ -35,39 +35,39 @@ def test_heads_and_masks_are_read_from_a_models_configuration(name, tmp_path):
 def test_a_model_without_attention_is_refused(tmp_path):
     transformers.ResNetConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="names no heads"):
-        Wanted(model=str(tmp_path)).as_shape()
+        LayerOptions(model=str(tmp_path)).as_shape()
 
 
 def test_what_is_said_overrides_a_shape_of_the_registry():
     llama = SHAPES["llama-8b"]
-    assert Wanted(shape="llama-8b").as_shape() == llama
-    wanted = Wanted(shape="llama-8b", batch=2, tokens=7, prefix_rows=3, tasks=2, padding=0.1, causal=False)
+    assert LayerOptions(shape="llama-8b").as_shape() == llama
+    wanted = LayerOptions(shape="llama-8b", batch=2, tokens=7, prefix_rows=3, tasks=2, padding=0.1, causal=False)
     assert wanted.as_shape() == replace(llama, B=2, N=7, P=3, tasks=2, padding=0.1, is_causal=False)
-    decoding = Wanted(shape="llama-8b", decode=True).as_shape()
+    decoding = LayerOptions(shape="llama-8b", decode=True).as_shape()
     assert (decoding.N, decoding.M, decoding.trained) == (1, llama.M, False)
-    assert Wanted(heads=2, head_size=8, decode=True, context=9).as_shape().M == 9
+    assert LayerOptions(heads=2, head_size=8, decode=True, context=9).as_shape().M == 9
 
 
 def test_what_auto_takes_is_measured_asked_for_or_not(monkeypatch):
-    tiny = Wanted(shape="tiny-padded")
+    tiny = LayerOptions(shape="tiny-padded")
     monkeypatch.setenv("QTUNING_FAST_BACKEND", "reference")
-    question = Question.of(tiny, peers=["sdpa", "eager"])
-    assert question.peers == ["reference", "sdpa", "eager"] and "QTUNING_FAST_BACKEND" in question.choice.reason
+    case = LayerCase.of(tiny, peers=["sdpa", "eager"])
+    assert case.peers == ["reference", "sdpa", "eager"] and "QTUNING_FAST_BACKEND" in case.choice.reason
     monkeypatch.delenv("QTUNING_FAST_BACKEND")
-    assert Question.of(tiny).choice.backend in Question.of(tiny).peers
+    assert LayerCase.of(tiny).choice.backend in LayerCase.of(tiny).peers
 
 
 def test_what_would_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    wanted = Wanted(
+    wanted = LayerOptions(
         heads=12, head_size=32, batch=64, tokens=512
     )  # its scores: 0.8 GiB in float32, of which eager has 5
     monkeypatch.setattr(layer_cost, "_free_bytes", lambda device: 20 << 30)
-    Question.of(wanted)
+    LayerCase.of(wanted)
     monkeypatch.setattr(layer_cost, "_free_bytes", lambda device: 3 << 30)
     with pytest.raises(ValueError, match=r"--tokens 512.* would take about .* GiB, and 3 are free"):
-        Question.of(wanted)
+        LayerCase.of(wanted)
     monkeypatch.setattr(layer_cost, "LARGEST_REFERENCE", 1)
     with pytest.raises(ValueError, match="--peer eager would take"):
-        Question.of(wanted)
-    Question.of(wanted, peers=["sdpa"])
+        LayerCase.of(wanted)
+    LayerCase.of(wanted, peers=["sdpa"])

@@ -144,7 +144,7 @@ def test_readme_s_figures_stand_between_its_marks(documents):
     readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     text = with_figures(readme, {"cpu": documents})
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
-    assert "3.00 to 3.0 times as fast as eager PyTorch" in text and "takes 2.00 to 2.00 times" in text
+    assert "eager PyTorch takes 3.00 to 3.0 times our time" in text and "takes 0.50 to 0.50 times our time" in text
     assert "docs/images/performance/cpu-attention.png" in text and "cpu-lifelong.png" in text
     assert with_figures(text, {"cpu": documents}) == text
     with pytest.raises(SystemExit, match="has no place for figures"):
