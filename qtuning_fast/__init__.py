@@ -1,4 +1,4 @@
-"""Prompts inside attention, fast: Q-tuning's bounded prompt queue and NoRGa's gate on one operator."""
+"""Lifelong prompt tuning in fused kernels: Q-tuning's bounded prompt queue and NoRGa's gate in one operator."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ __all__ = [
     "restore_attention",
 ]
 
-# Imported when it is first asked for: the operator alone should load fast, and without transformers.
+# Imported on first use: the operator alone should load fast and without transformers.
 _LAZY = {
     "LifelongTrainer": "qtuning_fast.lifelong.trainer",
     "PrefixMultiheadAttention": "qtuning_fast.integrations.modules.multihead",

@@ -18,7 +18,7 @@ try:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-except ImportError as error:  # the operator alone does not need them
+except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        self.quiet = True  # the reader of the pipe is gone; the run continues
+        self.quiet = True  # the reader of the pipe has exited; the run continues
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -47,13 +47,13 @@ def _option(panel: str, text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=panel)
 
 
-_data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Whose attention", "What of it"))
+_data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Attention", "Sizes"))
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line; the entry point of the console script."""
     app()
 
 
@@ -61,7 +61,7 @@ def main() -> None:
 def _readable_errors(
     interrupted: str = "What is finished is kept: the same command resumes from here.",
 ) -> Iterator[None]:
-    """Errors that a user can fix end in one line and exit code 2; Ctrl-C says how to resume."""
+    """Report an error that a user can fix in one line with exit code 2; on Ctrl-C, say how to resume."""
     try:
         with _warnings_as_notes():
             yield
@@ -78,7 +78,7 @@ def _readable_errors(
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Warnings about the data are one line each, without the place in the code."""
+    """Print each warning about the data on one line, without its source location."""
     from qtuning_fast.lifelong.data.tables import DataWarning
 
     def show(
@@ -117,7 +117,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-_INDICES, _REPEATED = tuple[int, ...] | None, tuple[str, ...]  # settings that options spell in another way
+_INDICES, _REPEATED = tuple[int, ...] | None, tuple[str, ...]  # types of settings that options spell differently
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Options:
         settings: the dataclass.
         panel: the heading of its options in `--help`.
         left_out: settings without an option.
-        defaults: by setting, the text in `--help` for a default that the command computes; the option is then None.
+        defaults: for a setting whose default the command computes, its text in `--help`; the option defaults to None.
     """
 
     settings: type
@@ -137,7 +137,7 @@ class _Options:
     defaults: Mapping[str, str] = field(default_factory=dict)
 
     def parameters(self) -> Iterator[Parameter]:
-        """The options as function parameters, which typer reads."""
+        """Yield the options as function parameters, which typer reads."""
         for each in self._options():
             name, kind, default, text = each.name, each.kind, each.default, each.help
             flags: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ class _Options:
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
     def read(self, given: Mapping[str, Any], **more: Any) -> Any:
-        """The settings from the values on the command line; raises what the dataclass raises."""
+        """Build the settings from the values on the command line; raise what the dataclass raises."""
         return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()}, **more)
 
     def _options(self) -> list[Setting]:
@@ -175,7 +175,7 @@ def _read(option: Setting, given: Any) -> Any:
 
 
 def _with_options(*groups: _Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the options of these settings to those of a command, which takes them as `**given`."""
+    """Add options for these settings to a command, which receives them as `**given`."""
 
     def extended(command: Any) -> Any:
         own = signature(command, eval_str=True).parameters.values()
@@ -206,14 +206,14 @@ def options(
 @app.command()
 @_with_options(_DATA, _METHOD, _TRAINING)
 def run(
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run cut off there goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there resumes.")],
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
-    seed: Annotated[int, typer.Option(help="Random seed, of the draw of examples too.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Run from so many seeds and report mean and spread.")] = 1,
-    forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Learn each task alone, too.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed, also for the draw of examples.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the report gives mean and spread.")] = 1,
+    forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Also learn each task alone.")] = False,
     **given: Any,
 ) -> None:
-    """Run a stream of tasks, beside a linear probe on the same examples; write metrics and a report."""
+    """Run a stream of tasks and a linear probe on the same examples; write metrics and a report."""
     with _readable_errors():
         _silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
@@ -239,7 +239,7 @@ def run(
 def evaluate(
     folder: RunFolder,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
-    data: Annotated[str | None, typer.Option(help="Labelled examples of your own instead of the test split.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your own labelled examples instead of the test split.")] = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column of the texts in --data; default as in the run.")
     ] = None,
@@ -247,12 +247,12 @@ def evaluate(
         str | None, typer.Option(help="Column of the labels in --data; default as in the run.")
     ] = None,
 ) -> None:
-    """Evaluate the stored adapters, on the run's test splits or on labelled examples of your own."""
+    """Evaluate the stored adapters on the run's test splits or on your own labelled examples."""
     with _readable_errors():
         if data is not None and task is None:
             raise ValueError("--data needs --task, which names the adapter")
         if data is None and (text_column or label_column):
-            raise ValueError("--text-column and --label-column need --data; the run knows those of its own tasks")
+            raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
         _silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
         from qtuning_fast.lifelong.runs import SavedRun
@@ -279,7 +279,7 @@ def evaluate(
 def predict(
     folder: RunFolder,
     text: Annotated[list[str], typer.Argument(help="Texts to classify, or paths of images.")],
-    task: Annotated[str | None, typer.Option(help="The task they belong to; all tasks answer without it.")] = None,
+    task: Annotated[str | None, typer.Option(help="Their task; without it, all tasks answer.")] = None,
 ) -> None:
     """Classify texts or images under a stored task."""
     with _readable_errors():
@@ -298,14 +298,14 @@ def predict(
                 console.print(f"  {name}: {answer} ({float(confidence[row]):.0%})", markup=False, highlight=False)
         if task is None:
             console.print(
-                "A guess by every task: the task of a text is unknown, and confidences of different tasks are not "
+                "Every task has guessed, because the task of a text is unknown; confidences of different tasks are not "
                 "comparable. Name the task with --task."
             )
 
 
 @app.command()
 def report(folder: RunFolder) -> None:
-    """Write a run's report and pictures again, from its metrics."""
+    """Rewrite a run's report and pictures from its metrics."""
     with _readable_errors():
         from qtuning_fast.lifelong.report.console import seeds_table, summary_table
         from qtuning_fast.lifelong.runs import rewrite_report
@@ -320,24 +320,24 @@ def bench(
     model: Annotated[str | None, _which("A folder or a hub name: its heads; default all-MiniLM-L6-v2.")] = None,
     shape: Annotated[str | None, _which("A measured shape, such as bert-base-512-cpu or llama-8b.")] = None,
     heads: Annotated[int | None, _which("Query heads, instead of a model.")] = None,
-    kv_heads: Annotated[int | None, _which("Key and value heads; default as many.")] = None,
-    head_size: Annotated[int | None, _which("Of one head.")] = None,
+    kv_heads: Annotated[int | None, _which("Key and value heads; default: as many as query heads.")] = None,
+    head_size: Annotated[int | None, _which("Size of a head.")] = None,
     batch: Annotated[int | None, _sizes("Sequences; default 16.")] = None,
-    tokens: Annotated[int | None, _sizes("Of a sequence; default 128.")] = None,
-    context: Annotated[int | None, _sizes("Keys; default as many as tokens, 1024 with --decode.")] = None,
-    prefix_rows: Annotated[int | None, _sizes("Rows of a prefix; default as many as a full queue has.")] = None,
+    tokens: Annotated[int | None, _sizes("Tokens of a sequence; default 128.")] = None,
+    context: Annotated[int | None, _sizes("Keys; default: as many as tokens, 1024 with --decode.")] = None,
+    prefix_rows: Annotated[int | None, _sizes("Rows of a prefix; default: those of a full queue.")] = None,
     tasks: Annotated[int | None, _sizes("Tasks in one batch, each with its prefix; default 1.")] = None,
     padding: Annotated[float | None, _sizes("Share of the context that is padding, 0 to 0.5; default 0.")] = None,
-    causal: Annotated[bool | None, _sizes("Tokens see no later ones; default as in the model.")] = None,
+    causal: Annotated[bool | None, _sizes("Causal attention; default: as in the model.")] = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="One new token: forward only, over a cache.", rich_help_panel="What of it")
+        bool, typer.Option("--decode", help="One new token: forward only, over a cache.", rich_help_panel="Sizes")
     ] = False,
     dtype: Annotated[str, _sizes("auto, float32, bfloat16, float16 or float64.")] = "auto",
-    peer: Annotated[list[str] | None, typer.Option(help="Whom to measure beside what auto takes. Repeat.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="A peer to measure beside auto's backend; repeatable.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
-    """What attention with a prompt costs a model on this machine, beside other ways to compute it."""
+    """Measure what attention with a prefix costs a model on this machine, beside other implementations."""
     with _readable_errors("Nothing is kept."):
         _silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
@@ -358,7 +358,7 @@ def bench(
 
 @app.command()
 def info() -> None:
-    """Versions, devices, backends, and what is missing."""
+    """Show versions, devices, backends, and what is missing."""
     with _readable_errors():
         from qtuning_fast.lifelong.environment import describe_environment
 

@@ -1,4 +1,4 @@
-"""prefix_attention: the one signature. Its arguments are checked, and a backend is chosen and called."""
+"""The public operator `prefix_attention`: it checks its arguments, chooses a backend and calls it."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def _attend(arguments: dict[str, Any]) -> Any:
-    """Prefix attention of all its arguments, by name."""
+    """Compute prefix attention from all its arguments by name."""
     return_lse = check_flag("return_lse", arguments["return_lse"])
     call = checked(arguments)
     run = dispatch.BACKENDS[dispatch.choose(call, arguments["backend"])].run
@@ -29,9 +29,9 @@ def _attend(arguments: dict[str, Any]) -> Any:
 
 
 def _signature_of(run: Callable[[dict[str, Any]], Any]) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
-    """Makes a function that has a signature and a docstring, and no body, hand all its arguments by name to `run`.
+    """Make a function without a body pass all its arguments to `run` by name; signature and docstring stay.
 
-    So a list of twenty arguments is spelled once. (`locals()` would do, but PyTorch 2.11 cannot compile it.)
+    So the list of twenty arguments is written once. (`locals()` would do, but PyTorch 2.11 cannot compile it.)
     """
 
     def decorate(declared: Callable[Args, Result]) -> Callable[Args, Result]:
@@ -68,62 +68,62 @@ def prefix_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | Any:  # Any: the pair that return_lse asks for
-    """Attention over a prompt and the context, with a gate on the prompt's scores.
+    """Compute attention over a prefix and the context, with a gate on the prefix's scores.
 
-    One softmax runs over both parts. The prompt's rows are reweighted by a low-rank matrix (Q-tuning: Guo et al.,
-    arXiv 2404.14607), their scores pass a gate (NoRGa: Le et al., arXiv 2405.14124, its non-linear residual gating):
+    One softmax covers both parts. A low-rank matrix reweights the prefix's rows (Q-tuning: Guo et al.,
+    arXiv 2404.14607), and their scores pass a gate (NoRGa's non-linear residual gate: Le et al., arXiv 2405.14124):
 
         o = softmax([g(c q k'ᵀ) + prefix_bias, c q kᵀ + attn_mask]) [v' ; v],    g(s) = s + alpha σ(tau s)
         k' = (U Vᵀ) ∘ prefix_key,  v' = (U Vᵀ) ∘ prefix_value                    each with its own U and V
 
-    With softcap, s -> softcap tanh(s / softcap) comes between the products c q kᵀ and c q k'ᵀ and all the rest.
+    With softcap, s -> softcap tanh(s / softcap) applies to the products c q kᵀ and c q k'ᵀ before anything else.
 
-    Every query sees every row of its prefix: masks and causality are about the context. A query that sees no context
-    attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
+    Every query sees every row of its prefix; masks and causality apply to the context only. A query that sees no
+    context attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
 
     Args:
-        query: [B, Hq, N, D] in float64, float32, float16 or bfloat16. Any strides, as for all tensors here.
+        query: [B, Hq, N, D] in float64, float32, float16 or bfloat16. All tensors may have any strides.
         key: [B, Hkv, M, D] in query's dtype. Hq is a multiple of Hkv.
         value: [B, Hkv, M, Dv] in query's dtype.
-        prefix_key: [Hkv, P, D], one prefix for all samples, or [T, Hkv, P, D], a bank of T >= 1 prefixes. In query's
-            dtype or float32, as the following ones and the gate's.
+        prefix_key: [Hkv, P, D], one prefix for all samples, or [T, Hkv, P, D], a bank of T >= 1 prefixes. The tensors
+            of prefix, reweighting and gate are in query's dtype or float32.
         prefix_value: [Hkv, P, Dv] or [T, Hkv, P, Dv].
-        prefix_index: [B] integers in [0, T), required with a bank: the prefix of each sample. The range is checked on
-            the CPU; on an accelerator it is clamped.
-        prefix_length: [T] integers in [0, P], only with a bank: rows from there on are not there, whatever they hold.
-        n_shared: how many rows at the front are not reweighted; their rows of U are ignored.
+        prefix_index: [B] integers in [0, T), required with a bank: the prefix of each sample. CPU tensors are checked
+            for the range; on an accelerator indices are clamped to it.
+        prefix_length: [T] integers in [0, P], only with a bank: the length of each prefix. Later rows are ignored.
+        n_shared: number of leading rows that are not reweighted; their rows of U are ignored.
         reweight_key: (U [P, R], V [R, Hkv, D]) with any R >= 1; with a bank both with a leading T. None: weights of 1.
-        reweight_value: (U [P, R], V [R, Hkv, Dv]), likewise. Its R may be another.
+        reweight_value: (U [P, R], V [R, Hkv, Dv]), likewise. Its R may differ.
         gate: σ, one of "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity"; None is plain prefix
-            attention, g(s) = s, in which alpha and tau play no part and get no gradient.
+            attention, g(s) = s, which ignores alpha and tau and gives them no gradient.
         gate_alpha: a finite number, or a tensor [] or [Hq], with a bank also [T, 1] or [T, Hq].
         gate_tau: likewise.
         attn_mask: bool (True: attend) or floating (added; entries at or below its dtype's most negative finite number
-            mean -inf). [B, M], or 4-D and broadcastable to [B, Hq, N, M]. Combines with is_causal. Gets no gradient.
-        prefix_bias: floating, 4-D and broadcastable to [B, Hq, N, P], added to the gated scores by the rule for masks.
-            Gets no gradient.
-        is_causal: query i sees context key j when j <= i + M - N, so the last query sees all.
+            mean -inf). [B, M], or 4-D and broadcastable to [B, Hq, N, M]. Combines with is_causal. Has no gradient.
+        prefix_bias: floating, 4-D and broadcastable to [B, Hq, N, P], added to the gated scores as a mask is.
+            Has no gradient.
+        is_causal: query i sees context key j when j <= i + M - N, so the last query sees all keys.
         scale: c, any finite number; None means 1 / sqrt(D).
-        softcap: a positive number that caps scaled scores, context's and prefix's alike, before gate, masks and bias
-            (Gemma 2, arXiv 2408.00118); None does not. So far "reference" alone computes it.
+        softcap: a positive number that caps the scaled scores of context and prefix before gate, masks and bias
+            (Gemma 2, arXiv 2408.00118); None: no cap. Only "reference" computes it so far.
         return_lse: also return the log-sum-exp of each query's scores.
-        backend: "auto", or one of "fused", "composed", "reference". With "auto" the environment variable
-            QTUNING_FAST_BACKEND, where it is set, stands in. "fused" and "composed" are differentiable once, in reverse
-            mode; "reference" as often and in any way that PyTorch knows.
+        backend: "auto", "fused", "composed" or "reference". If set, the environment variable QTUNING_FAST_BACKEND
+            replaces "auto". "fused" and "composed" are differentiable once, in reverse mode; "reference" is
+            differentiable any number of times, in every mode of PyTorch.
 
     Returns:
-        The output [B, Hq, N, Dv] in query's dtype. With return_lse also the log-sum-exp [B, Hq, N], natural, of prefix
+        The output [B, Hq, N, Dv] in query's dtype. With return_lse also the natural log-sum-exp [B, Hq, N] of prefix
         and context together, in float32 (float64 for float64 input), without gradient; -inf for a query that sees
-        nothing. Scores, gate and softmax are computed in that precision too, autocast or not; but with bfloat16 on an
-        NVIDIA GPU "fused" and "composed" take the hardware's tanh for the gate, by which the log-sum-exp may be off by
-        2**-11 * abs(alpha) with "tanh", and by half of that with "sigmoid".
+        nothing. Scores, gate and softmax have that precision too, with or without autocast. One exception: for
+        bfloat16 on an NVIDIA GPU, "fused" and "composed" compute the gate with the hardware's tanh, so the log-sum-exp
+        may be off by 2**-11 * abs(alpha) with "tanh" and by half of that with "sigmoid".
 
         Gradients reach query, key, value, prefix_key, prefix_value, U, V, gate_alpha and gate_tau, each in its own
-        dtype. They are 0 for rows beyond prefix_length, and for the first n_shared rows of U.
+        dtype. They are 0 for rows beyond prefix_length and for the first n_shared rows of U.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says which, what it must be and what it was.
-        NotImplementedError: the backend asked for by name cannot do this call.
+        NotImplementedError: the backend requested by name cannot compute this call.
     """
 
 
@@ -136,17 +136,17 @@ def attention_with_weights(
     dropout: float = 0.0,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`prefix_attention` by definition, with what the fused operator has not: weights, dropout and learned masks.
+    """Compute `prefix_attention` by definition, with what the fused operator lacks: weights, dropout, learned masks.
 
     Args:
-        query, key, value: as `prefix_attention` takes them.
-        attn_mask: likewise, but a floating one may require a gradient.
-        dropout: probability with which a weight is dropped, those of the prefix too.
+        query, key, value: as in `prefix_attention`.
+        attn_mask: likewise, but a floating mask may require a gradient.
+        dropout: probability of dropping a weight, those of the prefix included.
         arguments: the other arguments of `prefix_attention`.
 
     Returns:
         The output `[B, Hq, N, Dv]` and the weights over the context `[B, Hq, N, M]`, after dropout, both in query's
-        dtype. What the weights of a query lack to 1 (without dropout) is the share of its prefix.
+        dtype. Without dropout, 1 minus the sum of a query's weights is the share of its prefix.
     """
     fixed = None if attn_mask is None else attn_mask.detach()
     call = call_of(query, key, value, attn_mask=fixed, **arguments)
@@ -160,9 +160,9 @@ def attention_with_weights(
 
 
 def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:
-    """Which backend `prefix_attention`, called with the same arguments, uses and why, and why none of the others.
+    """Return which backend `prefix_attention` uses for the same arguments, why, and why not the others.
 
-    Computes nothing. Prints as a few lines of text, and raises what the call itself would raise.
+    It computes nothing and raises what the call itself would raise. The result prints as a few lines of text.
     """
     arguments = _named(args, kwargs)
     check_flag("return_lse", arguments["return_lse"])
@@ -170,7 +170,7 @@ def explain_backend(*args: Any, **kwargs: Any) -> BackendChoice:
 
 
 def call_of(*args: Any, **kwargs: Any) -> PrefixAttentionCall:
-    """The checked call that `prefix_attention` makes of the same arguments."""
+    """Return the checked call that `prefix_attention` makes from the same arguments."""
     return checked(_named(args, kwargs))
 
 
@@ -182,10 +182,10 @@ explain_backend.__signature__ = _SIGNATURE.replace(return_annotation=BackendChoi
 
 
 def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of `prefix_attention` by name: what `inspect.Signature.bind` does, in a tenth of its time.
+    """Bind all arguments of `prefix_attention` by name, ten times faster than `inspect.Signature.bind`.
 
     Raises:
-        TypeError: one is missing, unknown, or given twice.
+        TypeError: an argument is missing, unknown or given twice.
     """
     arguments = {**_DEFAULTS, **dict(zip(_REQUIRED, args)), **kwargs}
     twice = len(args) > len(_REQUIRED) or any(name in kwargs for name in _REQUIRED[: len(args)])

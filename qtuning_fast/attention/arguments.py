@@ -1,7 +1,7 @@
-"""The arguments of prefix attention: one dataclass lists them, and checks, schema and order follow from it.
+"""The arguments of prefix attention: one dataclass lists them; their checks, schema and order derive from it.
 
-A complaint is a ValueError or, where the kind of thing is wrong (no tensor, another dtype), a TypeError. It names the
-argument, says what it must be and what it was; where two arguments disagree it names the other one too.
+A wrong value raises a ValueError, a wrong type or dtype a TypeError. The message names the argument, what it must be
+and what it was; if two arguments disagree, it names both.
 """
 
 import sys
@@ -16,18 +16,18 @@ from qtuning_fast.attention.common import GATES, score_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-MAY_BE_EMPTY = {"B", "N", "M", "P"}  # no other dimension may
+MAY_BE_EMPTY = {"B", "N", "M", "P"}  # the dimensions that may be 0
 
 
 class Spec(NamedTuple):
-    """What there is to know of an argument beside its type."""
+    """How an argument is checked and whether it may train."""
 
-    check: Callable[["_Known", str, Any], Any]  # of a value by its name; returns it as the dataclass holds it
-    trained: bool = False  # whether it may need a gradient
+    check: Callable[["_Known", str, Any], Any]  # takes a name and its value; returns what the dataclass holds
+    trained: bool = False  # whether it may require a gradient
 
 
 def _tensor(dims: str, dtype: str) -> Spec:
-    """A tensor of these dimensions, of which T is there only with a bank."""
+    """A tensor of these dimensions; T exists only with a bank."""
 
     def check(known: "_Known", name: str, x: object) -> Tensor:
         return known.tensor(name, x, dtype, known.dims(dims))
@@ -36,7 +36,7 @@ def _tensor(dims: str, dtype: str) -> Spec:
 
 
 def _weights(side: str, dims: str) -> Spec:
-    """U or V of a reweighting; keys and values may have different ranks."""
+    """U or V of a reweighting; the ranks of keys and values may differ."""
 
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
         index = 0 if name.startswith("U") else 1
@@ -65,14 +65,14 @@ def _gate_parameter() -> Spec:
 
 
 def _of_a_bank(dim: str, largest: Callable[["_Known"], int]) -> Spec:
-    """Integers in 0..largest, one for each `dim`, only with a bank."""
+    """Integers in 0..largest, one for each entry of `dim`; only with a bank."""
 
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
         if not known.has_bank and x is not None:
             raise ValueError(f"{name} must be None unless prefix_key is a bank [T, Hkv, P, D], got {_brief(x)}")
         if x is None:
             if known.has_bank and name == "prefix_index":
-                raise ValueError(f"{name} must say which prefix each sample uses, as prefix_key is a bank, got None")
+                raise ValueError(f"{name} must give each sample's prefix when prefix_key is a bank, got None")
             return None
         _check_range(name, known.tensor(name, x, "an integer", (dim,)), largest(known))
         return x
@@ -81,7 +81,7 @@ def _of_a_bank(dim: str, largest: Callable[["_Known"], int]) -> Spec:
 
 
 def _overlay(dims: str, dtype: str) -> Spec:
-    """What is added to scores, or says which of them count. It carries no gradient."""
+    """A mask or bias on scores, bool or additive, without a gradient."""
 
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -92,7 +92,7 @@ def _overlay(dims: str, dtype: str) -> Spec:
         else:
             known.broadcasts(name, x, dtype, dims.split())
         if x.requires_grad:
-            raise ValueError(f"{name} must not require a gradient, since it gets none; got one that does: detach it")
+            raise ValueError(f"{name} must not require a gradient, because it gets none; got one that does: detach it")
         return x
 
     return Spec(check)
@@ -129,7 +129,7 @@ def _softcap(known: "_Known", name: str, x: object) -> float | None:
     if x is None:
         return None
     cap, scores = _number(name, x, "None or "), torch.finfo(score_dtype(known.query))
-    if not scores.tiny <= cap <= scores.max:  # beyond, it rounds to 0 or infinity, and scores to NaN
+    if not scores.tiny <= cap <= scores.max:  # outside, it rounds to 0 or infinity, and scores become NaN
         raise ValueError(
             f"{name} must be None or positive, in {scores.tiny:.3g}..{scores.max:.3g} for scores in {scores.dtype}, "
             f"got {_brief(x)}"
@@ -143,14 +143,14 @@ def _gate_number(known: "_Known", name: str, x: object) -> float:
 
 @dataclass(eq=False)
 class PrefixAttentionCall:
-    """The arguments of `prefix_attention`, known to be right and with their defaults filled in. Not to be changed.
+    """The checked arguments of `prefix_attention`, with defaults filled in. Treat it as immutable.
 
-    (It is not frozen, for that takes the host seven microseconds a call. `dataclasses.replace` makes another.)
+    (Freezing it would cost the host seven microseconds a call. Use `dataclasses.replace` to change a field.)
 
     Sizes: `B` batch, `N` queries, `M` context keys, `P` prefix rows, `Hq` and `Hkv` heads, `T` prefixes in a bank,
-    `R` rank. What belongs to the prefix (rows, reweighting, gate) is of query's dtype or float32. The public arguments
-    `reweight_key`, `reweight_value`, `gate_alpha`, `gate_tau` and `attn_mask` are two fields each, so that a field is
-    what a custom operator can take: a tensor, a number, a string.
+    `R` rank. The tensors of prefix, reweighting and gate are in query's dtype or float32. The public arguments
+    `reweight_key`, `reweight_value`, `gate_alpha`, `gate_tau` and `attn_mask` are split into two fields each, so that
+    every field has a type that a custom operator accepts: a tensor, a number or a string.
     """
 
     query: Annotated[Tensor, _tensor("B Hq N D", "a floating")]
@@ -163,21 +163,19 @@ class PrefixAttentionCall:
     U_value: Annotated[Tensor | None, _weights("value", "T P R")]
     V_value: Annotated[Tensor | None, _weights("value", "T R Hkv Dv")]
     gate_alpha: Annotated[Tensor | None, _gate_parameter()]  # [] or [Hq], with a bank also [T, 1] or [T, Hq], or None
-    gate_tau: Annotated[Tensor | None, _gate_parameter()]  # like gate_alpha, but not necessarily of its shape
-    number_alpha: Annotated[float, Spec(_gate_number)]  # where gate_alpha is None
+    gate_tau: Annotated[Tensor | None, _gate_parameter()]  # like gate_alpha; the two shapes may differ
+    number_alpha: Annotated[float, Spec(_gate_number)]  # used if gate_alpha is None
     number_tau: Annotated[float, Spec(_gate_number)]
-    prefix_index: Annotated[
-        Tensor | None, _of_a_bank("B", lambda known: known["T"] - 1)
-    ]  # on the CPU only it is checked
+    prefix_index: Annotated[Tensor | None, _of_a_bank("B", lambda known: known["T"] - 1)]  # checked on the CPU only
     prefix_length: Annotated[Tensor | None, _of_a_bank("T", lambda known: known["P"])]  # None: P for all
     padding_mask: Annotated[Tensor | None, _overlay("B M", "a floating or bool")]  # excludes attn_mask
-    attn_mask: Annotated[Tensor | None, _overlay("B Hq N M", "a floating or bool")]  # 4-D, each dimension may be 1
+    attn_mask: Annotated[Tensor | None, _overlay("B Hq N M", "a floating or bool")]  # 4-D, any dimension may be 1
     prefix_bias: Annotated[Tensor | None, _overlay("B Hq N P", "a floating")]  # likewise
-    n_shared: Annotated[int, Spec(_n_shared)]  # the first rows, not reweighted
-    gate: Annotated[str | None, Spec(_gate)]  # None: alpha and tau mean nothing
+    n_shared: Annotated[int, Spec(_n_shared)]  # number of leading rows that are not reweighted
+    gate: Annotated[str | None, Spec(_gate)]  # None: alpha and tau are ignored
     is_causal: Annotated[bool, Spec(_flag)]  # bottom-right: query i sees context key j when j <= i + M - N
     scale: Annotated[float, Spec(_scale)]
-    softcap: Annotated[float | None, Spec(_softcap)]  # scores are capped, softly, before gate and masks
+    softcap: Annotated[float | None, Spec(_softcap)]  # soft cap on scores, before gate and masks
 
     @property
     def reweight_key(self) -> tuple[Tensor, Tensor] | None:
@@ -197,7 +195,7 @@ class PrefixAttentionCall:
 
 
 class PrefixArguments(TypedDict, total=False):
-    """What of `prefix_attention`'s arguments is about the prefix, by name: what stands on a layer of a model."""
+    """The arguments of `prefix_attention` that describe a prefix, by name, as placed on a layer of a model."""
 
     prefix_key: Tensor
     prefix_value: Tensor
@@ -215,7 +213,7 @@ class PrefixArguments(TypedDict, total=False):
 _FIELDS = {each.name: get_args(each.type) for each in fields(PrefixAttentionCall)}  # name -> its type and its Spec
 INPUTS = tuple(name for name, (_, spec) in _FIELDS.items() if spec.trained)
 
-# The types as PyTorch's operators spell them: an operator takes the fields one by one.
+# Types in the notation of PyTorch's operator schemas; an operator takes the fields one by one.
 _TYPES: dict[Any, str] = {
     **{Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"},
     **{float: "float", float | None: "float?", str | None: "str?"},
@@ -225,15 +223,15 @@ _CHECKS = tuple((name, spec.check) for name, (_, spec) in _FIELDS.items())
 
 
 def flattened(call: PrefixAttentionCall) -> tuple[Any, ...]:
-    """The fields one by one, as operators take them; `PrefixAttentionCall(*fields)` undoes it."""
+    """Return the fields one by one, as operators take them; `PrefixAttentionCall(*fields)` is the inverse."""
     return tuple([getattr(call, name) for name in _FIELDS])
 
 
 def checked(arguments: Mapping[str, Any]) -> PrefixAttentionCall:
-    """All arguments of prefix_attention, by name, as backends take them.
+    """Check all arguments of prefix_attention, given by name, and return the call that backends take.
 
     Raises:
-        TypeError, ValueError: one of them is wrong; the message names it.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
     given = dict(arguments)
     for side in ("key", "value"):
@@ -250,7 +248,7 @@ def checked(arguments: Mapping[str, Any]) -> PrefixAttentionCall:
 
 
 def _pair(name: str, pair: object) -> tuple[Any, Any]:
-    """U and V of a reweighting W = U Vᵀ, or two None."""
+    """Return U and V of a reweighting W = U Vᵀ, or None twice."""
     if pair is None:
         return None, None
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -262,26 +260,26 @@ def _pair(name: str, pair: object) -> tuple[Any, Any]:
 
 
 class _Known:
-    """What the arguments so far have settled for the next: device, dtype, and the size of each named dimension."""
+    """What earlier arguments fix for later ones: device, dtype and the size of each named dimension."""
 
     def __init__(self, query: object, prefix_key: object) -> None:
         self.has_bank = isinstance(prefix_key, Tensor) and prefix_key.ndim == 4
-        self.sizes: dict[str, tuple[int, str]] = {}  # dimension -> its size, and the argument that had it first
+        self.sizes: dict[str, tuple[int, str]] = {}  # dimension -> its size and the argument that fixed it
         self.dtypes = {"a floating": FLOATING, "an integer": INTEGER, "a floating or bool": (*FLOATING, torch.bool)}
         if isinstance(query, Tensor):
             self.query = query
-            # Whatever belongs to the prefix may be a float32 master weight beside a 16-bit query.
+            # The prefix, its reweighting and its gate may be float32 master weights beside a 16-bit query.
             self.dtypes |= {"query's": (query.dtype,), "query's or float32": (query.dtype, torch.float32)}
 
     def __getitem__(self, dim: str) -> int:
         return self.sizes[dim][0]
 
     def dims(self, dims: str) -> list[str]:
-        """Names of dimensions, T only with a bank."""
+        """Return the names of dimensions; T only with a bank."""
         return [dim for dim in dims.split() if dim != "T" or self.has_bank]
 
     def tensor(self, name: str, x: object, dtype: str, dims: Sequence[str] | None) -> Tensor:
-        """Checks all of a tensor but its values; `dtype` is a kind of dtype, `dims` None where the caller looks."""
+        """Check a tensor except its values; `dtype` names a kind of dtype; `dims` None leaves the shape unchecked."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {_brief(x)}")
         if x.layout != torch.strided or x.is_nested:
@@ -306,7 +304,7 @@ class _Known:
                 raise _misshapen(name, x, dims, f", {dim} >= 1")
 
     def broadcasts(self, name: str, x: object, dtype: str, dims: Sequence[str]) -> None:
-        """Checks what is laid over scores."""
+        """Check that a tensor broadcasts to these dimensions of scores."""
         x = self.tensor(name, x, dtype, dims=None)
         sizes = [self[dim] for dim in dims]
         if x.ndim != len(dims) or any(size not in (1, full) for size, full in zip(x.shape, sizes)):
@@ -319,7 +317,10 @@ def _misshapen(name: str, x: Tensor, dims: Sequence[str], also: str = "") -> Val
 
 
 def _check_range(name: str, x: Tensor, high: int) -> None:
-    """0..high, on the CPU only: elsewhere a look at the values waits for the device. A compiler has none to show."""
+    """Check that values lie in 0..high; on the CPU only, because elsewhere that waits for the device.
+
+    While compiling, tensors have no values to check.
+    """
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
         least, most = int(x.min()), int(x.max())
         if least < 0 or most > high:
@@ -329,7 +330,7 @@ def _check_range(name: str, x: Tensor, high: int) -> None:
 def _number(name: str, x: object, instead: str = "") -> float:
     if not isinstance(x, (int, float)) or isinstance(x, bool):
         raise TypeError(f"{name} must be {instead}a number, got {_brief(x)}")
-    if not abs(x) <= sys.float_info.max:  # neither NaN nor infinite, nor an int that no float can hold
+    if not abs(x) <= sys.float_info.max:  # rejects NaN, infinity and integers too large for a float
         raise ValueError(f"{name} must be finite, got {_brief(x)}")
     return float(x)
 

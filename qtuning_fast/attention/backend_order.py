@@ -1,14 +1,14 @@
-"""Which backend "auto" takes: a table of rules, backend_order.json.
+"""The rules by which "auto" chooses a backend, in the table backend_order.json.
 
-`python -m qtuning_fast.bench.plans.rank_backends` measures it.
+`python -m qtuning_fast.bench.plans.rank_backends` measures the table.
 
-For a device the table knows, its own rules hold, for others those of "default": the first whose bounds a call is
-within. A bound is on shapes alone, so that the same shapes always get the same backend. Where that backend cannot do a
-call, the next in PREFERENCE can.
+A device in the table has its own rules; other devices use those of "default". The first rule whose bounds a call meets
+applies. Bounds depend on shapes alone, so the same shapes always get the same backend. If that backend cannot compute
+a call, the next one in PREFERENCE that can does.
 
-The default is not measured. It goes by what is known of attention on GPUs: a single launch wins while sequences are
-short, vendors' kernels win from some thousand keys on, and in decoding, with few queries, a prefix should be read once
-for all samples. On a CPU it is the composed backend, but for a handful of scores.
+The default rules are not measured. They follow what is known of attention on GPUs: a single launch wins for short
+sequences, vendors' kernels win from some thousand keys on, and decoding, with its few queries, should read a prefix
+once for all samples. On a CPU the default is the composed backend, except for a handful of scores.
 """
 
 import json
@@ -28,14 +28,14 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table. A bound of None is none."""
+    """One line of the table. None means no bound."""
 
-    device: str  # "cpu", "sm_90", "gfx942"; "default" for GPUs that were never measured
+    device: str  # "cpu", "sm_90", "gfx942"; "default" for GPUs without measurements
     backend: str
     most_scores: int | None = None  # B · Hq · N · (P + M)
     most_queries: int | None = None  # N
     least_keys: int | None = None  # M
-    measured: str = ""  # on which device, by which versions; empty: never
+    measured: str = ""  # device and versions of the measurement; empty: not measured
 
     def holds(self, call: PrefixAttentionCall) -> bool:
         B, Hq, N, _ = call.query.shape
@@ -65,13 +65,13 @@ TABLE = read()
 
 
 def write(rules: Iterable[Rule]) -> None:
-    """Rewrites the table, one rule a line, in the order in which rules are asked."""
+    """Write the table, one rule a line, in the order in which rules are tried."""
     lines = [json.dumps({name: x for name, x in asdict(rule).items() if x not in (None, "")}) for rule in rules]
     PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
 
 
 def rule_for(call: PrefixAttentionCall) -> Rule | None:
-    """The rule that a call falls under."""
+    """Return the rule that applies to a call."""
     known = {rule.device for rule in TABLE}
     device = device_name(call.query.device)
     device = device if device in known else DEFAULT
@@ -80,7 +80,7 @@ def rule_for(call: PrefixAttentionCall) -> Rule | None:
 
 @constant
 def device_name(device: torch.device) -> str:
-    """As the table has it."""
+    """Return a device's name in the table."""
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -90,7 +90,7 @@ def device_name(device: torch.device) -> str:
 
 
 def in_order(call: PrefixAttentionCall) -> tuple[str, ...]:
-    """All backends in the order in which "auto" asks whether they can do a call."""
+    """Return all backends in the order in which "auto" tries them for a call."""
     rule = rule_for(call)
     if rule is None:
         return PREFERENCE

@@ -1,4 +1,4 @@
-"""What the backends share: the gates, the rule for masks, precision, and what `torch.compile` is told."""
+"""Code that backends share: gates, masks, precision, and hints for `torch.compile`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "gelu": F.gelu,
     "relu": torch.relu,
-    # PyTorch's default threshold of 20 cuts off 2e-9, which float64 sees; 40 cuts off 4e-18, and exp(40) is finite.
+    # PyTorch's default threshold of 20 drops 2e-9, which float64 resolves; 40 drops 4e-18, and exp(40) is finite.
     "softplus": lambda s: F.softplus(s, threshold=40.0),
     "elu": F.elu,
     "identity": lambda s: s,
@@ -26,28 +26,28 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def score_dtype(query: Tensor) -> torch.dtype:
-    """In which scores, gate and softmax are computed."""
+    """Return the dtype of scores, gate and softmax."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores under a mask, bool (True: attend) or additive (the dtype's most negative finite number means -inf)."""
+    """Apply a mask to scores: bool (True: attend) or additive (the dtype's most negative finite number means -inf)."""
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, -torch.inf)
     return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf).to(scores.dtype)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Under autocast scores would be 16-bit. Meta tensors, on which only shapes are computed, know no autocast."""
+    """Disable autocast on x's device, so that scores are not 16-bit. The meta device has no autocast to disable."""
     device = x.device.type
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 def constant(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Marks a function whose result never changes in a process: it is called while tracing, and not looked into.
+    """Mark a function as constant within a process: the compiler calls it while tracing, but does not trace it.
 
-    What torch.compiler.assume_constant_result does, without importing the compiler, and Triton, for it.
+    This equals torch.compiler.assume_constant_result without importing the compiler and Triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

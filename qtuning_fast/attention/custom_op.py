@@ -1,9 +1,8 @@
-"""A backend's forward and backward pass as a pair of PyTorch custom operators, and as an autograd function.
+"""A backend's forward and backward pass as two PyTorch custom operators and as an autograd function.
 
-Custom operators are what `torch.compile`, export, fake tensors and dispatch modes see. Where none of them is active,
-the passes are called through an autograd function, which saves the same tensors and does the same with them: the
-plumbing of an operator with so many arguments takes the host as long as all else. Both take the fields of a
-`PrefixAttentionCall` one by one.
+`torch.compile`, export, fake tensors and dispatch modes see the custom operators. If none of them is active, an
+autograd function calls the passes, because dispatching an operator with so many arguments doubles the host's time. Both
+ways save the same tensors and compute the same, and both take the fields of a `PrefixAttentionCall` one by one.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from torch.autograd import forward_ad
 from qtuning_fast.attention.arguments import INPUTS, SCHEMA, PrefixAttentionCall, flattened
 from qtuning_fast.attention.common import no_autocast
 
-Outputs = tuple[Tensor, Tensor, Tensor]  # output, log-sum-exp, and what rounding the latter left or an empty tensor
+Outputs = tuple[Tensor, Tensor, Tensor]  # output, log-sum-exp, and the latter's rounding residual or an empty tensor
 
 
 class Passes(Protocol):
-    """What a backend computes. `needed` names those of INPUTS that need a gradient; gradients come in that order."""
+    """The passes of a backend. `needed` names those of INPUTS that need a gradient, in the order of the gradients."""
 
     def forward(self, call: PrefixAttentionCall, /) -> Outputs: ...
 
     def empty_outputs(self, call: PrefixAttentionCall, /) -> Outputs:
-        """Their shapes, strides and dtypes."""
+        """Allocate outputs with the shapes, strides and dtypes of `forward`'s."""
 
     def backward(
         self,
@@ -46,13 +45,14 @@ class Passes(Protocol):
 
 
 def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]:
-    """Registers `torch.ops.qtuning_fast.{name}` and `{name}_backward`.
+    """Register `torch.ops.qtuning_fast.{name}` and `{name}_backward`.
 
     Args:
-        passes: gives them, when they are first needed.
+        passes: returns the passes; it is called when they are first needed.
 
-    Returns what calls them: output and log-sum-exp, the former differentiable once, in reverse mode. The passes are
-    handed calls with a positive scale, and without tensors for alpha and tau where there is no gate.
+    Returns:
+        A function from a call to output and log-sum-exp; the output is differentiable once, in reverse mode. It gives
+        the passes a positive scale and, without a gate, no tensors for alpha and tau.
     """
 
     def forward(*arguments: Any) -> Outputs:
@@ -76,16 +76,16 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
         return passes().empty_gradients(PrefixAttentionCall(*arguments), _named(needs))
 
     def autograd(ctx: Any, d_output: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of all arguments, None for those that need none; only the first output passes one on."""
+        """Return the gradients of all arguments, None where none is needed; only the first output has a gradient."""
         needs = list(ctx.needs_input_grad[: len(INPUTS)])
         nothing = (None,) * len(ctx.is_tensor)
         if d_output is None or not any(needs):
             return nothing
-        saved = ctx.saved_tensors  # once: checkpointing unpacks them when asked
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks at each access
         *tensors, output, lse, lse_rest = saved
         tensors, others = iter(tensors), iter(ctx.others)
         inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-        # With a graph of the backward pass itself, only the operator says that there is no second derivative.
+        # When the backward pass itself is recorded, only the operator reports that it has no second derivative.
         unseen = not torch.is_grad_enabled() and _is_unseen((d_output, *saved))
         run = backward if unseen else backward_operator
         gradients = iter(run(output, lse, lse_rest, d_output, needs, *inputs))
@@ -95,7 +95,7 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Outputs:
             output, lse, lse_rest = forward(*arguments)
-            outputs = output.detach(), lse, lse_rest  # no view of what was allocated: callers may write to it
+            outputs = output.detach(), lse, lse_rest  # not a view of the allocation: callers may write to it
             _setup_context(ctx, arguments, outputs)
             return outputs
 
@@ -116,14 +116,14 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
     forward_operator.register_autograd(autograd, setup_context=_setup_context)
 
     def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
-        assert call.softcap is None, "no pass knows it: a backend refuses such a call"
-        if call.scale <= 0:  # a running maximum of scaled products wants a positive scale
+        assert call.softcap is None, "no pass computes softcap: a backend refuses such a call"
+        if call.scale <= 0:  # a running maximum of scaled products needs a positive scale
             sign = -1.0 if call.scale < 0 else 0.0
             call = replace(call, query=call.query * sign, scale=abs(call.scale) or 1.0)
         if call.gate is None:
-            call = replace(call, gate_alpha=None, gate_tau=None)  # they play no part, and get no gradient
+            call = replace(call, gate_alpha=None, gate_tau=None)  # unused, and without a gradient
         arguments = flattened(call)
-        if _has_tangents(arguments):  # an operator would drop them, and say nothing
+        if _has_tangents(arguments):  # an operator would drop them silently
             raise NotImplementedError(f"{name} has no forward-mode derivative; backend='reference' has it")
         run = PrefixAttention.apply if _is_unseen(arguments) else forward_operator
         output, lse, _ = run(*arguments)
@@ -144,24 +144,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _has_tangents(arguments: Iterable[Any]) -> bool:
-    """Whether forward-mode automatic differentiation goes through some argument."""
-    # Private, as all that PyTorch has to ask cheaply whether a mode is on; so are those below.
+    """Return whether forward-mode automatic differentiation passes through an argument."""
+    # PyTorch has only private functions, here and below, that tell cheaply whether a mode is active.
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(x).tangent is not None for x in arguments if isinstance(x, Tensor))
 
 
 def _is_unseen(arguments: Iterable[Any]) -> bool:
-    """Whether no compiler, tracer, transform, mode or kind of tensor is there that would want to see the operators."""
+    """Return whether no compiler, tracer, transform, mode or tensor subclass needs to see the operators."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._len_torch_dispatch_stack():  # of this thread
+    if torch._C._len_torch_dispatch_stack():  # modes of this thread
         return False
     return all(type(x) in _PLAIN and _is_what_it_points_to(x) for x in arguments if isinstance(x, Tensor))
 
 
 def _is_what_it_points_to(x: Tensor) -> bool:
-    """Whether kernels that read its memory read its numbers: else the dispatcher makes it so before an operator."""
+    """Return whether a tensor's memory holds its values; if not, the dispatcher materialises them for an operator."""
     return not (x.is_meta or x.is_neg() or x._is_zerotensor())
 
 
@@ -170,5 +170,5 @@ _AS_IT_IS = nullcontext()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device_of(x) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _AS_IT_IS

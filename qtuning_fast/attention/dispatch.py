@@ -1,4 +1,4 @@
-"""Which backend computes a call, and why."""
+"""The choice of a backend for a call, and the reasons for it."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from qtuning_fast.attention.arguments import PrefixAttentionCall, check_choice
 from qtuning_fast.attention.backend_order import PREFERENCE
 
 ENVIRONMENT_VARIABLE = "QTUNING_FAST_BACKEND"
-HAS_TRITON = find_spec("triton") is not None  # looked for, not imported: that takes a second, and not all have it
+HAS_TRITON = find_spec("triton") is not None  # importing it would take a second
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,20 @@ class Backend:
     """One way to compute the operator."""
 
     name: str
-    why_not: Callable[[PrefixAttentionCall], str | None]  # what it cannot do about this call; None: it can do it
+    why_not: Callable[[PrefixAttentionCall], str | None]  # why it cannot compute a call; None: it can
     run: Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]  # output, log-sum-exp
-    only_by_name: Callable[[PrefixAttentionCall], str | None] = lambda call: None  # why "auto" passes it by, or None
+    only_by_name: Callable[[PrefixAttentionCall], str | None] = lambda call: None  # why "auto" skips it, or None
     needs_triton: Callable[[PrefixAttentionCall], bool] = lambda call: False
-    how: Callable[[PrefixAttentionCall], str] = lambda call: ""  # what else there is to say of how it does a call
+    how: Callable[[PrefixAttentionCall], str] = lambda call: ""  # details of how it computes a call
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend a call gets, and why."""
+    """The backend of a call, and the reasons for it."""
 
     backend: str
     reason: str
-    rejected: dict[str, str]  # every other backend, and why it was not picked
+    rejected: dict[str, str]  # every other backend and why it was rejected
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}", *(f"  not {name}: {why}" for name, why in self.rejected.items())]
@@ -56,10 +56,11 @@ NAMES = ("auto", *PREFERENCE)
 
 
 def choose(call: PrefixAttentionCall, requested: str) -> str:
-    """The backend for a call: the one requested, or for "auto" the first in `backend_order` that can do it.
+    """Return the backend for a call: the requested one or, for "auto", the first able one in `backend_order`.
 
-    Raises NotImplementedError when the one requested cannot do it, ValueError when QTUNING_FAST_BACKEND, which
-    stands in for "auto", names none.
+    Raises:
+        NotImplementedError: the requested backend cannot compute the call.
+        ValueError: QTUNING_FAST_BACKEND, which replaces "auto", names no backend.
     """
     requested, asked_by = _requested(requested)
     if requested == "auto":
@@ -70,12 +71,12 @@ def choose(call: PrefixAttentionCall, requested: str) -> str:
         return requested
     able = [name for name in PREFERENCE if _why_not(name, call) is None]
     raise NotImplementedError(
-        f"backend {requested!r}, {asked_by}, cannot do this call: {obstacle}. What can do it: {', '.join(able)}"
+        f"backend {requested!r}, {asked_by}, cannot compute this call: {obstacle}. Backends that can: {', '.join(able)}"
     )
 
 
 def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
-    """What `choose` answers, and why; raises what it raises."""
+    """Return the choice of `choose` with its reasons; raise what it raises."""
     backend = choose(call, requested)
     requested, reason = _requested(requested)
     obstacles = {name: _why_not(name, call) for name in PREFERENCE}
@@ -83,12 +84,10 @@ def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
     if requested == "auto":
         obstacles = {name: why or BACKENDS[name].only_by_name(call) for name, why in obstacles.items()}
         rule, order = backend_order.rule_for(call), backend_order.in_order(call)
-        reason = (
-            f"the fastest by its table: {rule}" if rule else f"the first of {', '.join(order)} that can do this call"
-        )
+        reason = f"the fastest by the table: {rule}" if rule else f"the first of {', '.join(order)} that can compute it"
         if backend != order[0]:
             others = ", ".join(order[1:])
-            reason = f"{order[0]} would be {reason}; of {others} it is the first that can do this call"
+            reason = f"{order[0]} would be {reason}; of {others} it is the first that can compute it"
         second_best = f"{backend} comes first"
     how = BACKENDS[backend].how(call)
     rejected = {name: obstacles[name] or second_best for name in PREFERENCE if name != backend}
@@ -96,14 +95,14 @@ def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
 
 
 def _requested(name: str) -> tuple[str, str]:
-    """What is asked for, the environment standing in for "auto", and by whom."""
+    """Return the requested backend, with "auto" replaced from the environment, and who requested it."""
     check_choice("backend", name, NAMES)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if name != "auto" or not override:
-        return name, "asked for by name"
+        return name, "requested by name"
     if override not in NAMES:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {override!r}")
-    return override, f"asked for by {ENVIRONMENT_VARIABLE}"
+    return override, f"requested by {ENVIRONMENT_VARIABLE}"
 
 
 def _why_not(name: str, call: PrefixAttentionCall) -> str | None:

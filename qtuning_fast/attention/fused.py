@@ -1,6 +1,6 @@
-"""Backend "fused": one Triton kernel forward, at most three backward.
+"""The backend "fused": Triton kernels over prefix and context.
 
-The kernels are imported when first needed: importing triton takes a second, and most calls on a CPU do without it.
+The kernels are imported when first needed: importing triton takes a second, and most calls on a CPU do not use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LARGEST_HEAD_SIZE = 256
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:
-    """What the kernels cannot do about a call."""
+    """Return why the kernels cannot compute a call, or None."""
     query = call.query
     if call.softcap is not None:
         return "softcap: its Triton kernels do not cap scores"
@@ -35,12 +35,12 @@ def why_not(call: PrefixAttentionCall) -> str | None:
 
 
 def only_by_name(call: PrefixAttentionCall) -> str | None:
-    """Why "auto" passes by what the kernels could do."""
-    return "Triton's interpreter, for tests, runs only when asked for by name" if call.query.is_cpu else None
+    """Return why "auto" skips the kernels, or None."""
+    return "Triton's interpreter, meant for tests, runs only when requested by name" if call.query.is_cpu else None
 
 
 def _interpreted() -> bool:
-    if "TRITON_INTERPRET" not in os.environ:  # most calls on a CPU: importing triton takes a second
+    if "TRITON_INTERPRET" not in os.environ:  # true for most calls on a CPU, and importing triton takes a second
         return False
     from qtuning_fast.kernels.target import INTERPRETED
 

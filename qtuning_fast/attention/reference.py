@@ -1,16 +1,16 @@
-"""Prefix attention by definition: plain PyTorch, which every other backend is tested against.
+"""Prefix attention by definition, in plain PyTorch; every other backend is tested against it.
 
-For one query head, with scale c (Le et al., arXiv 2405.14124, for the gate; Guo et al., arXiv 2404.14607, for W; Gemma
-2, arXiv 2408.00118, for the cap κ, without which cap(s) = s):
+For one query head with scale c (gate: Le et al., arXiv 2405.14124; W: Guo et al., arXiv 2404.14607; cap κ: Gemma 2,
+arXiv 2408.00118; without κ, cap(s) = s):
 
     s_ctx = cap(c · q kᵀ) + mask,   cap(s) = κ·tanh(s/κ)          over the M context keys
     s_pre = g(cap(c · q k'ᵀ)) + bias,   g(s) = s + α·σ(τ·s)       over the P prefix rows
     k' = W_K ∘ K,  v' = W_V ∘ V,    W = U V                      the stored rows, reweighted
     o  = softmax([s_pre, s_ctx]) [v' ; v]                         one softmax over both
 
-Scores, gate and softmax are float32, float64 for float64 input. The reweighted rows and the softmax weights are
-rounded to query's dtype before their products, as attention implementations do: the error of this module in 16 bits is
-the yardstick for theirs.
+Scores, gate and softmax are float32, or float64 for float64 input. Reweighted rows and softmax weights are rounded to
+query's dtype before their products, as attention implementations do, so this module's error in 16 bits is the yardstick
+for theirs.
 """
 
 import torch
@@ -21,9 +21,9 @@ from qtuning_fast.attention.common import GATES, masked, score_dtype
 
 
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention over prefix and context, differentiable by plain autograd.
+    """Compute attention over prefix and context, differentiable by plain autograd.
 
-    Returns the output [B, Hq, N, Dv] in query's dtype and, detached, the log-sum-exp [B, Hq, N] in the scores' dtype.
+    Returns the output [B, Hq, N, Dv] in query's dtype and the detached log-sum-exp [B, Hq, N] in the scores' dtype.
     A query that sees nothing at all gets 0 and -inf, and passes no gradient.
     """
     weights, lse = attention_weights(call)
@@ -31,20 +31,20 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
-    """The softmax weights [B, Hq, N, P + M] in query's dtype, those of the prefix in front, and the log-sum-exp."""
+    """Return the softmax weights [B, Hq, N, P + M] in query's dtype, prefix first, and the log-sum-exp."""
     prefix_key = prefix_rows(call, call.prefix_key, call.reweight_key)
     s_pre = _prefix_scores(call, prefix_key)  # [B, Hq, N, P]
     s_ctx = _context_scores(call)  # [B, Hq, N, M]
     scores = torch.cat([s_pre, s_ctx], dim=-1)
     lse = scores.detach().logsumexp(dim=-1)
 
-    blind = lse.isneginf().unsqueeze(-1)  # softmax would answer NaN, and so would its gradient
+    blind = lse.isneginf().unsqueeze(-1)  # here softmax and its gradient would be NaN
     weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
     return weights.to(call.query.dtype), lse
 
 
 def weighted_values(call: PrefixAttentionCall, weights: Tensor) -> Tensor:
-    """The output [B, Hq, N, Dv] in query's dtype, from the weights of prefix and context."""
+    """Return the output [B, Hq, N, Dv] in query's dtype from the weights of prefix and context."""
     prefix_value = prefix_rows(call, call.prefix_value, call.reweight_value)
     M = call.key.shape[-2]
     w_pre, w_ctx = weights.split([weights.shape[-1] - M, M], dim=-1)
@@ -54,13 +54,13 @@ def weighted_values(call: PrefixAttentionCall, weights: Tensor) -> Tensor:
 
 
 def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The stored rows reweighted in their own precision, then rounded: [Hkv, P, D], from a bank [B, Hkv, P, D]."""
+    """Reweight the stored rows in their own precision, then round: [Hkv, P, D], or [B, Hkv, P, D] from a bank."""
     stored = None if call.prefix_length is None else stored_rows(call)
-    if call.prefix_index is not None:  # before all else: a bank may hold far more prefixes than the samples use
+    if call.prefix_index is not None:  # first of all: a bank may hold far more prefixes than the samples use
         index = bank_index(call)
         rows, reweight = rows[index], None if reweight is None else (reweight[0][index], reweight[1][index])
         stored = None if stored is None else stored[index]
-    if stored is not None:  # what lies beyond a prefix's length may be anything, NaN included
+    if stored is not None:  # rows beyond a prefix's length may hold anything, NaN included
         rows = rows.where(stored[:, None, :, None], 0)
     if reweight is not None:
         U, V = reweight
@@ -74,7 +74,7 @@ def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor,
 
 
 def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
-    """g(cap(c · q k'ᵀ)) + bias; -inf for what lies beyond a prefix's length."""
+    """Return g(cap(c · q k'ᵀ)) + bias; -inf for rows beyond a prefix's length."""
     s = _capped(call, call.scale * _products(call.query, prefix_key))
     if call.gate is not None:
         alpha = _per_head(call, call.alpha, s.dtype)
@@ -88,7 +88,7 @@ def _prefix_scores(call: PrefixAttentionCall, prefix_key: Tensor) -> Tensor:
 
 
 def _context_scores(call: PrefixAttentionCall) -> Tensor:
-    """cap(c · q kᵀ) + mask; -inf for what a query must not see."""
+    """Return cap(c · q kᵀ) + mask; -inf for keys that a query must not see."""
     s = _capped(call, call.scale * _products(call.query, call.key))
     if call.padding_mask is not None:
         s = masked(s, call.padding_mask[:, None, None, :])
@@ -101,33 +101,33 @@ def _context_scores(call: PrefixAttentionCall) -> Tensor:
 
 
 def _capped(call: PrefixAttentionCall, s: Tensor) -> Tensor:
-    """Scaled scores within ±κ, before gate and masks: what a mask hides stays hidden."""
+    """Cap scaled scores to ±κ, before gate and masks, so that masked keys stay masked."""
     return s if call.softcap is None else call.softcap * torch.tanh(s / call.softcap)
 
 
 def stored_rows(call: PrefixAttentionCall) -> Tensor:
-    """[T, P]: which rows of a bank lie within their prefix's length."""
+    """Return a bool [T, P]: whether each row of a bank lies within its prefix's length."""
     assert call.prefix_length is not None
     return torch.arange(call.prefix_key.shape[-2], device=call.query.device) < call.prefix_length[:, None]
 
 
 def bank_index(call: PrefixAttentionCall) -> Tensor:
-    """[B]: which prefix each sample uses. Clamped, as in kernels: on an accelerator no one has checked the range."""
+    """Return each sample's prefix, [B], clamped as in kernels, because an accelerator's indices are not checked."""
     assert call.prefix_index is not None
     return call.prefix_index.long().clamp(0, call.prefix_key.shape[0] - 1)
 
 
 def _per_head(call: PrefixAttentionCall, parameter: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """alpha or tau in a form that broadcasts with scores [B, Hq, N, P]."""
+    """Return alpha or tau in a shape that broadcasts with scores [B, Hq, N, P]."""
     if not isinstance(parameter, Tensor):
         return parameter
-    if parameter.ndim == 2:  # one row a prefix of the bank
+    if parameter.ndim == 2:  # one row for each prefix of the bank
         parameter = parameter[bank_index(call)]
     return parameter.to(dtype)[..., None, None]
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
-    """q kᵀ in the scores' dtype: [B, Hq, N, M], for keys [B, Hkv, M, D] or, the same for all samples, [Hkv, M, D]."""
+    """Return q kᵀ, [B, Hq, N, M] in the scores' dtype; keys are [B, Hkv, M, D] or, shared by samples, [Hkv, M, D]."""
     dtype = score_dtype(query)
     batch = "b" if keys.ndim == 4 else ""
     grouped = _by_group(query.to(dtype), keys.shape[-3])
@@ -135,17 +135,17 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
 
 
 def _weighted_sum(weights: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """p v, summed up in dtype: [B, Hq, N, Dv], for values [B, Hkv, M, Dv] or [Hkv, M, Dv]."""
+    """Return p v, [B, Hq, N, Dv], summed in dtype; values are [B, Hkv, M, Dv] or [Hkv, M, Dv]."""
     batch = "b" if values.ndim == 4 else ""
     grouped = _by_group(weights.to(dtype), values.shape[-3])
     return torch.einsum(f"bhgnm,{batch}hmd->bhgnd", grouped, values.to(dtype)).flatten(1, 2)
 
 
 def _by_group(x: Tensor, Hkv: int) -> Tensor:
-    """[B, Hq, ...] -> [B, Hkv, G, ...]: the G query heads that share a key head stand together."""
+    """Reshape [B, Hq, ...] to [B, Hkv, G, ...], so that the G query heads of a key head are adjacent."""
     return x.unflatten(1, (Hkv, x.shape[1] // Hkv))
 
 
 def _rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows with the values of rows.to(dtype), in their own dtype, so that a master weight's gradient stays as wide."""
+    """Round rows to dtype's precision but keep their own dtype, so that a master weight's gradient stays as wide."""
     return rows if rows.dtype == dtype else rows + (rows.detach().to(dtype).to(rows.dtype) - rows.detach())

@@ -1,10 +1,9 @@
-"""peft's prefix tuning and prompt tuning as adapters of tasks, and back.
+"""Conversion of peft's prefix tuning and prompt tuning to adapters of tasks, and back. It does not need peft.
 
-peft puts a prefix into a cache of keys and values, so the tokens behind it take positions that are P larger: a
+peft puts a prefix into a cache of keys and values, which raises the positions of the tokens after it by P, so a
 converted adapter has `position_shift=P`. Models that take no cache (DistilBERT, ModernBERT, image models) have no
-prefix tuning in peft. In encoder-decoders peft gives a prefix to the decoder alone, with its positions shifted (BART)
-or under a relative bias (T5), neither of which an adapter holds; prompts in front of the input can be converted. None
-of this needs peft itself.
+prefix tuning in peft. In encoder-decoders peft gives a prefix to the decoder alone, with shifted positions (BART) or
+under a relative bias (T5). An adapter holds neither, but prompts in front of the input can be converted.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from qtuning_fast.method.adapter import TaskAdapter
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_ROWS = "prompt_embeddings"  # under which peft saves prompts, a reparametrisation folded in
+_ROWS = "prompt_embeddings"  # peft's name for saved prompts, with a reparametrisation folded in
 _PREFIX, _PROMPTS = "PREFIX_TUNING", ("PROMPT_TUNING", "P_TUNING")
 
 
@@ -39,31 +38,31 @@ def adapter_from_peft(
     head: nn.Linear | None = None,
     label_names: Sequence[str] = (),
 ) -> TaskAdapter:
-    """A peft adapter as the adapter of a task, with `gate=None`; the logits are peft's.
+    """Convert a peft adapter to the adapter of a task, with `gate=None` and the same logits.
 
-    Prefix tuning gives keys and values for `placement="prefix"`; prompt tuning and P-tuning give embeddings for
+    Prefix tuning becomes keys and values for `placement="prefix"`; prompt tuning and P-tuning become embeddings for
     `placement="input"`. A reparametrisation (peft's prefix projection or prompt encoder) is folded in.
 
-    For language modelling the base model's own head is used, so nothing is missing. peft's head for classification
-    stands on what the base model's own classifier reads (BERT's pooler), not on the features that heads of tasks read
-    here (`QTuningModel.encode`), so it cannot be taken over: give a `head` on `QTuningModel.features` of the adapter,
-    or call `base_model` itself under the task, which computes peft's logits with its own classifier.
+    For language modelling the base model's own head is used, so nothing is missing. For classification peft's head
+    reads the input of the base model's own classifier (BERT's pooler), while heads of tasks read the features of
+    `QTuningModel.encode`, so it cannot be converted. Give a `head` on `QTuningModel.features` of the adapter, or call
+    `base_model` itself under the task, which computes peft's logits with its own classifier.
 
     Args:
         source: a `PeftModel`, or a folder that its `save_pretrained` wrote.
-        name: of the task.
-        base_model: what a folder's adapter was trained on; a `PeftModel` brings its own.
-        peft_name: of the adapter in a `PeftModel` with several; None for the active one.
-        head: `[hidden]` to `[classes]`, for classification.
-        label_names: one a class.
+        name: name of the task.
+        base_model: model that a folder's adapter was trained on; a `PeftModel` brings its own.
+        peft_name: name of the adapter in a `PeftModel` with several; None for the active one.
+        head: maps `[hidden]` to `[classes]`, for classification.
+        label_names: one name a class.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or the adapter is of a kind that cannot be converted.
-        NotImplementedError: a prefix in an encoder-decoder.
+        TypeError, ValueError: an argument is invalid, or the adapter is of a kind that cannot be converted.
+        NotImplementedError: the adapter is a prefix in an encoder-decoder.
     """
     if isinstance(source, (str, Path)):
         if not isinstance(base_model, PreTrainedModel):
-            raise TypeError(f"base_model is {base_model!r}; with a folder it must be the model the adapter belongs to")
+            raise TypeError(f"base_model is {base_model!r}; with a folder it must be the adapter's base model")
         settings, rows = _read(Path(source))
     elif hasattr(source, "peft_config") and hasattr(source, "get_base_model"):
         base_model = source.get_base_model()
@@ -76,7 +75,7 @@ def adapter_from_peft(
     if kind == _PREFIX:
         _check_takes_prefix(base_model)
         L, H = settings["num_layers"], settings["num_attention_heads"]
-        # [P, layers, key and value, Hkv, D] to one [Hkv, P, D] a layer
+        # [P, layers, key and value, Hkv, D] to a key and a value [Hkv, P, D] for each layer
         layers = rows.view(P, L, 2, H, -1).permute(1, 2, 3, 0, 4).contiguous()
         keys, values = (tuple(each.clone() for each in layers[:, part]) for part in (0, 1))
         kept = {"keys": keys, "values": values, "position_shift": P}
@@ -94,37 +93,37 @@ def adapter_from_peft(
 
 
 def adapter_to_peft(adapter: TaskAdapter, base_model: PreTrainedModel, folder: str | Path) -> None:
-    """Write an adapter as one of peft's: `PeftModel.from_pretrained(base_model, folder)` then gives equal logits.
+    """Write an adapter in peft's format, so that `PeftModel.from_pretrained(base_model, folder)` gives equal logits.
 
-    A prefix becomes prefix tuning, embeddings in front of the input become prompt tuning. The adapter's head stays
-    behind: peft has no place for a head on pooled features.
+    A prefix becomes prefix tuning; embeddings in front of the input become prompt tuning. The adapter's head is not
+    written, because peft has no head on pooled features.
 
     Args:
-        adapter: with `gate=None`; a prefix must stand in every layer and be trained with `position_shift=P`, since peft
-            shifts positions by P.
-        base_model: what the adapter belongs to.
-        folder: where the files go; made where it does not exist.
+        adapter: an adapter with `gate=None`. A prefix must be in every layer and trained with `position_shift=P`,
+            because peft shifts positions by P.
+        base_model: the adapter's base model.
+        folder: folder of the files; created if missing.
 
     Raises:
-        ValueError: the adapter is none that peft can compute; the message says why.
-        NotImplementedError: the base model is none that peft gives a prefix.
+        ValueError: peft cannot compute the adapter; the message says why.
+        NotImplementedError: peft cannot give the base model a prefix.
     """
     if adapter.gate is not None:
-        raise ValueError(f"adapter {adapter.name!r} has the gate {adapter.gate!r}, and peft's attention has none")
+        raise ValueError(f"adapter {adapter.name!r} has the gate {adapter.gate!r}, but peft's attention has no gate")
     P, two_stacks = adapter.prefix_rows, base_model.config.is_encoder_decoder
     task_type = "SEQ_2_SEQ_LM" if two_stacks else "CAUSAL_LM" if base_model.can_generate() else "FEATURE_EXTRACTION"
     settings: dict[str, Any] = {
         "task_type": task_type,
         "num_virtual_tokens": P,
         "inference_mode": True,
-        "base_model_name_or_path": base_model.config._name_or_path,  # which peft itself reads
+        "base_model_name_or_path": base_model.config._name_or_path,  # peft reads the same attribute
     }
     if adapter.embeddings is not None:
         rows = adapter.embeddings
-        sizes = base_model.config.get_text_config()  # peft finds them itself, but not in every family
+        sizes = base_model.config.get_text_config()  # peft cannot find them in every family
         settings |= {"peft_type": _PROMPTS[0], "token_dim": rows.shape[1]}
         settings |= {"num_layers": sizes.num_hidden_layers, "num_attention_heads": sizes.num_attention_heads}
-        if two_stacks:  # peft keeps rows for the decoder too, and never uses them
+        if two_stacks:  # peft also stores rows for the decoder, which it never uses
             rows = torch.cat([rows, torch.zeros_like(rows)])
     else:
         _check_exact_prefix(adapter, base_model)
@@ -141,7 +140,7 @@ def adapter_to_peft(adapter: TaskAdapter, base_model: PreTrainedModel, folder: s
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Tensor]:
-    """The settings and rows of a saved peft adapter."""
+    """Read the settings and rows of a saved peft adapter."""
     if not (folder / _CONFIG).is_file():
         raise ValueError(f"{folder} holds no {_CONFIG}: no peft adapter was saved there")
     settings = json.loads((folder / _CONFIG).read_text())
@@ -155,12 +154,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], Tensor]:
 
 
 def _of_model(model: Any, peft_name: str) -> tuple[dict[str, Any], Tensor]:
-    """The settings and rows of an adapter in a PeftModel."""
+    """Return the settings and rows of an adapter in a PeftModel."""
     if peft_name not in model.peft_config:
         raise ValueError(f"peft_name is {peft_name!r}; the model has the adapters {', '.join(model.peft_config)}")
     settings = model.peft_config[peft_name].to_dict()
     _check_kind(settings["peft_type"])
-    if settings["inference_mode"]:  # a loaded adapter has been folded, though its config may still name a projection
+    if settings["inference_mode"]:  # a loaded adapter is folded already, even if its config names a projection
         return settings, model.prompt_encoder[peft_name].embedding.weight.detach().cpu()
     return settings, model.get_prompt_embedding_to_save(peft_name)
 
@@ -170,7 +169,7 @@ def _check_kind(kind: Any) -> None:
     if kind not in (_PREFIX, *_PROMPTS):
         raise ValueError(
             f"a peft adapter of type {kind} is no prefix of one task; {_PREFIX}, {' and '.join(_PROMPTS)} can be "
-            "converted (LoRA and its like stay in the base model: give QTuningModel the PeftModel itself)"
+            "converted (for LoRA and similar adapters, give QTuningModel the PeftModel itself)"
         )
 
 
@@ -179,10 +178,10 @@ def _check_takes_prefix(base_model: PreTrainedModel) -> None:
     if base_model.config.is_encoder_decoder:
         raise NotImplementedError(
             f"{kind}: in an encoder-decoder peft puts the prefix into the decoder's self-attention, under its positions"
-            " or its relative bias, which no adapter here reproduces; prompt tuning can be converted"
+            " or its relative bias, which an adapter cannot reproduce; prompt tuning can be converted"
         )
     if not takes_cache(without_head(base_model)):
-        raise NotImplementedError(f"{kind} takes no cache of keys and values, in which peft hands over a prefix")
+        raise NotImplementedError(f"{kind} takes no cache of keys and values, but peft passes a prefix in one")
 
 
 def _check_exact_prefix(adapter: TaskAdapter, base_model: PreTrainedModel) -> None:
@@ -195,26 +194,26 @@ def _check_exact_prefix(adapter: TaskAdapter, base_model: PreTrainedModel) -> No
         )
     if len(adapter.keys) != layers:
         raise ValueError(
-            f"adapter {adapter.name!r} has a prefix in {len(adapter.keys)} layers; in peft all {layers} of a "
-            f"{type(base_model).__name__} have one"
+            f"adapter {adapter.name!r} has a prefix in {len(adapter.keys)} layers; peft needs one in all {layers} of a "
+            f"{type(base_model).__name__}"
         )
     shapes = {tuple(rows.shape) for rows in (*adapter.keys, *adapter.values)}
     if len(shapes) > 1:
         raise ValueError(
-            f"adapter {adapter.name!r} has keys and values of the shapes {sorted(shapes)}; in peft all are of one"
+            f"adapter {adapter.name!r} has keys and values of the shapes {sorted(shapes)}; peft needs a single shape"
         )
 
 
 def _warn_of_windows(base_model: PreTrainedModel, P: int) -> None:
-    """Warn where a sliding window hides peft's prefix from tokens far behind it: here every token sees the prefix."""
+    """Warn if a sliding window hides peft's prefix from later tokens: here every token sees the prefix."""
     config = base_model.config.get_text_config()
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    local = getattr(config, "local_attention", None)  # ModernBERT's, half of it on either side
+    local = getattr(config, "local_attention", None)  # ModernBERT's window, half on either side
     window = local // 2 + 1 if window is None and local is not None else window
     if window is not None and (kinds is None or "sliding_attention" in kinds):
         warnings.warn(
-            f"{type(base_model).__name__} has layers with a sliding window of {window} tokens, out of which peft's "
-            f"{P} virtual tokens fall; here every token sees them. The logits are equal for inputs of up to "
+            f"{type(base_model).__name__} has layers with a sliding window of {window} tokens, which peft's "
+            f"{P} virtual tokens leave; here every token sees them. The logits are equal for inputs of up to "
             f"{max(0, window - P)} tokens",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What is kept of a finished task: its folded prefix, its gate and its head."""
+"""The adapter of a finished task: its folded prefix, its gate and its head."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.gate import NO_GATE, gate_arguments
 from qtuning_fast.method.prefix import Prefix
 
-NO_HEAD = "task {!r} has no head, only a prompt: it gives features, but no logits"
+NO_HEAD = "task {!r} has no head, only a prompt: it yields features, but no logits"
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of an adapter without its tensors; see `TaskAdapter`.
+    """The description of an adapter, without its tensors; see `TaskAdapter`.
 
     Attributes:
-        gate_per: `"layer"` or `"head"`, how many pairs (alpha, tau) a layer has; None without a gate.
+        gate_per: `"layer"` or `"head"`: one pair (alpha, tau) for a layer or for each head; None without a gate.
         prefix_rows: P.
-        classes: of the head; 0 without one.
-        bytes: of all tensors.
+        classes: classes of the head; 0 without one.
+        bytes: size of all tensors.
     """
 
     name: str
@@ -39,17 +39,17 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """A finished task, small and, once the queue is full, constant in size (Q-tuning, arXiv 2404.14607).
+    """A finished task, small and, once the queue is full, of constant size (Q-tuning, arXiv 2404.14607).
 
     Attributes:
-        name: of the task.
-        label_names: one a class; empty where a task has none.
-        keys, values: the folded prefix, `[Hkv, P, D]` and `[Hkv, P, Dv]` a layer; empty where there are embeddings.
+        name: name of the task.
+        label_names: one name a class; empty for a task without labels.
+        keys, values: the folded prefix, `[Hkv, P, D]` and `[Hkv, P, Dv]` a layer; empty if there are embeddings.
         embeddings: the folded prompt `[P, E]` in front of the input, or None.
         gate: NoRGa's activation, or None.
         alphas, taus: `[]` or `[Hq]` a layer; empty without a gate.
         head_weight, head_bias: `[classes, hidden]` and `[classes]`; None without a head.
-        position_shift: by how much the context's position ids are larger than without the adapter.
+        position_shift: the number added to the context's position ids under this adapter.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TaskAdapter:
 
     @property
     def info(self) -> AdapterInfo:
-        """What is known without the tensors."""
+        """Return the adapter's description."""
         per_head = any(alpha.ndim > 0 for alpha in self.alphas)
         return AdapterInfo(
             name=self.name,
@@ -84,7 +84,7 @@ class TaskAdapter:
         )
 
     def prefix(self, device: torch.device, *, num_layers: int) -> Prefix:
-        """The stored prefix, ready to be placed on this many layers."""
+        """Return the stored prefix, ready to be placed on this many layers."""
         layers = [self._rows(layer, device) | self._gate(layer, device) for layer in range(num_layers)]
         shift = torch.tensor([self.position_shift], device=device) if self.position_shift else None
         embeddings = None if self.embeddings is None else self.embeddings.to(device)
@@ -101,7 +101,7 @@ class TaskAdapter:
         return gate_arguments(self.gate, self.alphas[layer].to(device), self.taus[layer].to(device))
 
     def logits(self, features: Tensor) -> Tensor:
-        """`[B, hidden]` to `[B, classes]`.
+        """Map features `[B, hidden]` to logits `[B, classes]`.
 
         Raises:
             RuntimeError: the task has no head.
@@ -111,7 +111,7 @@ class TaskAdapter:
         return F.linear(features, self.head_weight.to(features), self.head_bias.to(features))
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, for saving."""
+        """Return the tensors by name, for saving."""
         single = {"head.weight": self.head_weight, "head.bias": self.head_bias, "embeddings": self.embeddings}
         named = {name: tensor for name, tensor in single.items() if tensor is not None}
         for kind in ("keys", "values", "alphas", "taus"):
@@ -120,7 +120,7 @@ class TaskAdapter:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], info: AdapterInfo) -> TaskAdapter:
-        """What `tensors` gave, with the name, labels, gate and position shift of `info`."""
+        """Rebuild an adapter from the result of `tensors` and the name, labels, gate and position shift of `info`."""
 
         def layers(kind: str) -> tuple[Tensor, ...]:
             count = sum(key.startswith(f"{kind}.") for key in tensors)
@@ -144,23 +144,23 @@ class TaskAdapter:
 def checked_labels(
     name: object, num_labels: object, label_names: Sequence[str] | None, *, required: bool
 ) -> tuple[str, ...]:
-    """The label names of a new task, from what `start_task` was given.
+    """Return the label names of a new task, given the arguments of `start_task`.
 
     Args:
-        required: whether the task needs labels; otherwise it may have none.
+        required: whether the task needs labels; if not, it may have none.
 
     Raises:
-        TypeError, ValueError: the name or the labels are not usable.
+        TypeError, ValueError: the name or the labels are invalid.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}; it must be a string")
     if not name:
-        raise ValueError("name is empty; a task needs one")
+        raise ValueError("name is empty; a task needs a name")
     if label_names is None and num_labels is None and not required:
         return ()
     if label_names is None:
         if isinstance(num_labels, bool) or not isinstance(num_labels, int):
-            raise TypeError(f"num_labels is {num_labels!r}; it must be an integer, or label_names must be given")
+            raise TypeError(f"num_labels is {num_labels!r}; give an integer, or give label_names")
         label_names = [str(label) for label in range(num_labels)]
     elif num_labels not in (None, len(label_names)):
         raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")

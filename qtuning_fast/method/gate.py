@@ -1,4 +1,4 @@
-"""NoRGa's non-linear residual gate on the attention paid to a prompt."""
+"""NoRGa's non-linear residual gate on the attention to a prefix."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Gate(nn.Module):
 
     Args:
         activation: σ, one of the names that `prefix_attention` takes.
-        num_heads: one (α, τ) pair for each of so many query heads; None for one pair in all.
+        num_heads: number of query heads, each with its own pair (α, τ); None: one pair for all heads.
 
     Attributes:
-        alpha, tau: `[]` or `[num_heads]`, both 1 at first.
+        alpha, tau: `[]` or `[num_heads]`, initially 1.
     """
 
     def __init__(self, activation: str, num_heads: int | None = None) -> None:
@@ -29,7 +29,7 @@ class Gate(nn.Module):
         self.tau = nn.Parameter(torch.ones(shape))
 
     def arguments(self) -> PrefixArguments:
-        """The gate as keyword arguments of `prefix_attention`."""
+        """Return the gate as keyword arguments of `prefix_attention`."""
         return gate_arguments(self.activation, self.alpha, self.tau)
 
     def extra_repr(self) -> str:
@@ -40,5 +40,5 @@ NO_GATE: PrefixArguments = {"gate": None}
 
 
 def gate_arguments(activation: str, alpha: Tensor, tau: Tensor) -> PrefixArguments:
-    """σ, α and τ as keyword arguments of `prefix_attention`."""
+    """Return σ, α and τ as keyword arguments of `prefix_attention`."""
     return {"gate": activation, "gate_alpha": alpha, "gate_tau": tau}

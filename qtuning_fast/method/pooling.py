@@ -1,4 +1,4 @@
-"""From token features to one feature vector a sample."""
+"""Pooling of token features into one feature vector a sample."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Mean over the tokens, scaled to unit root mean square, so that heads see one scale whatever the model.
+    """Average over the tokens and scale to unit root mean square, so that heads see the same scale for every model.
 
     Args:
         hidden: `[B, N, hidden]`.
@@ -27,7 +27,7 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The last token that is no padding, wherever the padding is; arguments and result as in `mean_pool`."""
+    """Return the last token that is not padding, on either side; arguments and result as in `mean_pool`."""
     hidden = hidden.float()
     if attention_mask is None:
         return _scaled(hidden[:, -1])
@@ -37,7 +37,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def first_token(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The first token, which in image models is the class token; arguments and result as in `mean_pool`."""
+    """Return the first token, an image model's class token; arguments and result as in `mean_pool`."""
     return _scaled(hidden[:, 0].float())
 
 

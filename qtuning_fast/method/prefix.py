@@ -1,4 +1,4 @@
-"""The prefix that attention layers see in front of their context, and how it is placed on them."""
+"""The prefix in front of the context of attention layers, and its placement on them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from qtuning_fast.attention.arguments import PrefixArguments
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the layers of a model attend to in front of their context, ready to be placed; one, or a bank of T.
+    """The prefix of a model's layers, ready to be placed: a single one, or a bank of T.
 
     Attributes:
-        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate. Where there are
-            embeddings, no rows.
+        layers: for each layer keyword arguments of `prefix_attention`: rows, reweighting and gate; no rows if there
+            are embeddings.
         embeddings: `[P, E]`, or a bank `[T, P, E]`: rows that pass through the layers as tokens.
-        index: `[B]` with a bank: which of them each sample uses.
-        lengths: `[T]` with a bank: how many rows of each there are.
-        position_shift: `[1]`, or `[T]` of a bank: by how much the context's position ids are larger than usual.
-        largest_shift: the largest of these as a number, known without asking the device.
+        index: `[B]`, only with a bank: the prefix of each sample.
+        lengths: `[T]`, only with a bank: the number of rows of each prefix.
+        position_shift: `[1]`, or `[T]` with a bank: the number added to the context's position ids.
+        largest_shift: the maximum of `position_shift` as a number, known without a read from the device.
     """
 
     layers: Sequence[PrefixArguments]
@@ -33,7 +33,7 @@ class Prefix:
     largest_shift: int = 0
 
     def with_rows(self, rows: Sequence[PrefixArguments]) -> Prefix:
-        """In a causal model: the keys and values that the embeddings became, behind which the context stands."""
+        """Replace the embeddings by the keys and values that they became in a causal model, in front of the context."""
         assert self.embeddings is not None
         P = self.embeddings.shape[-2]
         shift = torch.tensor([P], device=self.embeddings.device) if self.lengths is None else self.lengths
@@ -41,7 +41,7 @@ class Prefix:
         return replace(self, layers=layers, embeddings=None, position_shift=shift, largest_shift=P)
 
     def arguments(self) -> list[PrefixArguments]:
-        """For each layer all keyword arguments of `prefix_attention`."""
+        """Return all keyword arguments of `prefix_attention` for each layer."""
         bank: PrefixArguments = {}
         if self.index is not None:
             bank["prefix_index"] = self.index
@@ -51,7 +51,7 @@ class Prefix:
 
 
 def no_prefix(key: Tensor, value: Tensor) -> PrefixArguments:
-    """Arguments of `prefix_attention` for a context without a prefix, whose keys and values are these."""
+    """Return arguments of `prefix_attention` for a context with these keys and values and no prefix."""
     return {
         "prefix_key": key.new_empty(key.shape[1], 0, key.shape[3]),
         "prefix_value": value.new_empty(value.shape[1], 0, value.shape[3]),
@@ -60,17 +60,17 @@ def no_prefix(key: Tensor, value: Tensor) -> PrefixArguments:
 
 
 class PlacedPrefix(PrefixArguments, total=False):
-    """A prefix on a layer. With `prompt_tokens=P` and no rows, the first P tokens of the sequence are the prefix."""
+    """The prefix on a layer. With `prompt_tokens=P` and no rows, the first P tokens of the sequence are the prefix."""
 
     prompt_tokens: int
 
 
-# On an attention module, of PyTorch as of transformers: the prefix that it attends to now.
+# The attribute of an attention module, PyTorch's or transformers', that holds its current prefix.
 PREFIX = "qtuning_prefix"
 
 
 def place(module: nn.Module, prefix: PrefixArguments | PlacedPrefix | None) -> None:
-    """From here on a module attends to this prefix; None: to its own, or to none."""
+    """Make a module attend to this prefix; with None, to its own prefix or to none."""
     if prefix is None:
         module.__dict__.pop(PREFIX, None)
     else:
@@ -78,5 +78,5 @@ def place(module: nn.Module, prefix: PrefixArguments | PlacedPrefix | None) -> N
 
 
 def placed(module: nn.Module) -> PlacedPrefix | None:
-    """The prefix that stands on a module."""
+    """Return the prefix placed on a module, or None."""
     return getattr(module, PREFIX, None)

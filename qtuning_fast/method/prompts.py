@@ -1,4 +1,4 @@
-"""The trainable rows in front of a context, `[P* ; P_new ; W ∘ Q_old]`: keys and values of a layer, or embeddings."""
+"""The trainable rows `[P* ; P_new ; W ∘ Q_old]` in front of a context: keys and values of a layer, or embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.reweighting import Reweighting
 
-KEY_STD = 0.5  # keys that start tiny collapse onto one direction
+KEY_STD = 0.5  # keys that start smaller collapse onto one direction
 VALUE_STD = 0.02
 
 
@@ -25,15 +25,15 @@ class LayerShape:
 
     @property
     def row_features(self) -> int:
-        """Length of a row's feature vector `[k ; v]`."""
+        """The length of a row's feature vector `[k ; v]`."""
         return self.num_kv_heads * (self.key_size + self.value_size)
 
     def to_rows(self, key: Tensor, value: Tensor) -> Tensor:
-        """`[Hkv, n, D]` and `[Hkv, n, Dv]` as rows `[n, F]`."""
+        """Concatenate keys `[Hkv, n, D]` and values `[Hkv, n, Dv]` into rows `[n, F]`."""
         return torch.cat([key.transpose(0, 1).flatten(1), value.transpose(0, 1).flatten(1)], dim=1)
 
     def from_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `[n, F]` as a key `[Hkv, n, D]` and a value `[Hkv, n, Dv]`."""
+        """Split rows `[n, F]` into keys `[Hkv, n, D]` and values `[Hkv, n, Dv]`."""
         sizes = (self.num_kv_heads * self.key_size, self.num_kv_heads * self.value_size)
         key, value = rows.split(sizes, dim=1)
         heads = (len(rows), self.num_kv_heads, -1)
@@ -43,11 +43,11 @@ class LayerShape:
 class PromptRows(nn.Module):
     """Trainable rows `[P* ; P_new ; W ∘ Q_old]` (Q-tuning, arXiv 2404.14607).
 
-    Rows are kept as feature vectors `[n, F]`, the shape in which the queue holds them.
+    Rows are feature vectors `[n, F]`, as in the queue.
 
     Attributes:
-        shared: `[S, F]`, the prefix prompt `P*` of all tasks.
-        prompt: `[l, F]`, the prompt of the task in training; none before the first task.
+        shared: `[S, F]`, the shared prompt `P*` of all tasks.
+        prompt: `[l, F]`, the prompt of the task in training; empty before the first task.
         old: `[n, F]`, the queue's rows, frozen.
     """
 
@@ -61,29 +61,29 @@ class PromptRows(nn.Module):
         self.register_buffer("old", torch.zeros(0, features), persistent=False)  # the queue saves its rows
 
     def new_rows(self, n: int) -> Tensor:
-        """`n` rows `[n, F]` as a prompt starts."""
+        """Return `n` initial rows `[n, F]` of a prompt."""
         raise NotImplementedError
 
     def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
-        """A new prompt in front of the queue's rows, whose reweighting starts at `row_scale` (`[n]`)."""
+        """Start a new prompt in front of the queue's rows, whose reweighting starts at `row_scale` (`[n]`)."""
         device = self.shared.device
         self.prompt = nn.Parameter(self.new_rows(prompt_length).to(device))
         self.old = old.to(device)
 
     def no_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows and scale of an empty queue."""
+        """Return the rows and the scale of an empty queue."""
         return self.old.new_zeros(0, self.old.shape[1]), self.old.new_zeros(0)
 
     def row_weights(self) -> Tensor:
-        """`W` of the old rows as `[n, F]`."""
+        """Return `W` of the old rows as `[n, F]`."""
         raise NotImplementedError
 
 
 class LayerPrefix(PromptRows):
-    """The rows of one attention layer: keys and values beside those of its context, `F = Hkv * (D + Dv)`.
+    """The rows of one attention layer, keys and values beside those of its context: `F = Hkv * (D + Dv)`.
 
     Attributes:
-        reweight_key, reweight_value: `W` of the old rows; none while there are no old rows.
+        reweight_key, reweight_value: `W` of the old rows; None while there are no old rows.
     """
 
     reweight_key: Reweighting | None
@@ -96,7 +96,7 @@ class LayerPrefix(PromptRows):
         self.register_module("reweight_value", None)
 
     def new_rows(self, n: int) -> Tensor:
-        """`n` rows, keys from N(0, 0.5²) and values from N(0, 0.02²)."""
+        """Draw `n` rows: keys from N(0, 0.5²), values from N(0, 0.02²)."""
         shape = self.shape
         keys = KEY_STD * torch.randn(n, shape.num_kv_heads * shape.key_size)
         values = VALUE_STD * torch.randn(n, shape.num_kv_heads * shape.value_size)
@@ -117,10 +117,10 @@ class LayerPrefix(PromptRows):
         return self.shape.to_rows(self.reweight_key(), self.reweight_value())
 
     def arguments(self, prompt: Tensor) -> PrefixArguments:
-        """The rows as keyword arguments of `prefix_attention`, which reweights them as it goes.
+        """Return the rows as keyword arguments of `prefix_attention`, which applies the reweighting.
 
         Args:
-            prompt: `[l, F]`, the new prompt as it is or after a reparametrisation.
+            prompt: `[l, F]`, the new prompt, reparametrised or not.
         """
         key, value = self.shape.from_rows(torch.cat([self.shared, prompt, self.old]))
         n_shared = len(self.shared) + len(prompt)
@@ -132,36 +132,36 @@ class LayerPrefix(PromptRows):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
-        """The prefix with `W` baked in: key `[Hkv, P, D]`, value `[Hkv, P, Dv]`."""
+        """Return the prefix with `W` folded in: keys `[Hkv, P, D]`, values `[Hkv, P, Dv]`."""
         key, value = self.shape.from_rows(torch.cat([self.shared, self.prompt, self.row_weights() * self.old]))
         return key.clone(), value.clone()
 
 
 class InputPrompt(PromptRows):
-    """Rows that are embeddings in front of the input, `F = E`: Q-tuning's own placement.
+    """Embeddings in front of the input, `F = E`: Q-tuning's own placement.
 
     Args:
-        vocabulary: the base model's embedding of words, of which new rows are random ones (Lester et al., EMNLP 2021,
-            section 3.2); without one, in image models, rows start from N(0, 0.02²).
+        vocabulary: the base model's word embedding; new rows are embeddings of random words (Lester et al., EMNLP
+            2021, section 3.2). None, as in image models: rows start from N(0, 0.02²).
         features: E.
     """
 
     reweight: Reweighting | None
 
     def __init__(self, vocabulary: nn.Embedding | None, features: int, *, shared_length: int, rank: int) -> None:
-        self._vocabulary = () if vocabulary is None else (vocabulary,)  # in a tuple: no part of this module
+        self._vocabulary = () if vocabulary is None else (vocabulary,)  # a tuple, so that it is not a submodule
         self._features = features
         super().__init__(features, shared_length=shared_length, rank=rank)
         self.register_module("reweight", None)
 
     @torch.no_grad()
     def new_rows(self, n: int) -> Tensor:
-        """`n` embeddings of random words."""
+        """Return `n` embeddings of random words."""
         if not self._vocabulary:
             return VALUE_STD * torch.randn(n, self._features)
         words = self._vocabulary[0]
         picked = torch.randint(words.num_embeddings, (n,))
-        # An offloaded embedding brings its input to where it computes itself.
+        # An offloaded embedding moves its input to the device on which it computes.
         placed = picked if words.weight.is_meta else picked.to(words.weight.device)
         return words(placed).to("cpu", torch.float32)
 
@@ -175,9 +175,9 @@ class InputPrompt(PromptRows):
         return torch.ones_like(self.old) if self.reweight is None else self.reweight().squeeze(0)
 
     def embeddings(self, prompt: Tensor) -> Tensor:
-        """`[P, E]`, reweighted.
+        """Return the reweighted rows `[P, E]`.
 
         Args:
-            prompt: `[l, E]`, the new prompt as it is or after a reparametrisation.
+            prompt: `[l, E]`, the new prompt, reparametrised or not.
         """
         return torch.cat([self.shared, prompt, self.row_weights() * self.old])

@@ -1,8 +1,8 @@
-"""The bounded queue of task prompts, and DQ-PCA, which makes room in it.
+"""The bounded queue of task prompts, and DQ-PCA, which evicts rows from it.
 
 Q-tuning (Guo et al., NAACL Findings 2024, arXiv 2404.14607) keeps the prompts of finished tasks in a queue and cuts a
-full queue by a principal component analysis over its rows. A row here is a (key, value) pair across a layer's heads,
-so its feature vector is `[k ; v]`.
+full queue by a principal component analysis of its rows. A row here is a (key, value) pair over a layer's heads, with
+the feature vector `[k ; v]`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 
 EVICTIONS = ("pca", "fifo", "random")
 
-_LEVEL = 1e-8  # sums of a vector's entries, and differences of their sizes, below this are none
+_LEVEL = 1e-8  # a vector's sum, or a difference of magnitudes of its entries, below this counts as 0
 
 
 def dq_pca(rows: Tensor, keep: int, *, center: bool = False) -> Tensor:
-    """The `keep` rows that hold the most of the energy of `rows`: `Uᵀ rows` for its leading left singular vectors.
+    """Project `rows` to the `keep` rows that hold the most energy: `Uᵀ rows`, with the leading left singular vectors U.
 
     Args:
         rows: `[n, F]`, floating point; the rows of one layer's queue.
-        keep: rows to keep, at most `min(n, F)`.
+        keep: number of rows to keep, at most `min(n, F)`.
         center: take the basis from the centred rows. Their left singular vectors are orthogonal to the vector of
-            ones, so the projection then loses the mean row altogether; the default keeps it.
+            ones, so the projection loses the mean row; the default keeps it.
 
     Returns:
-        `[keep, F]` in the dtype and on the device of `rows`, largest singular value first. Computed in float64 on the
-        CPU, deterministic: each singular vector has a non-negative sum, or, where that sum vanishes, a positive
-        largest entry.
+        `[keep, F]` in the dtype and on the device of `rows`, largest singular value first. The computation runs in
+        float64 on the CPU and is deterministic: each singular vector has a non-negative sum or, if its sum vanishes, a
+        positive largest entry.
 
     Raises:
         TypeError: `rows` is not a floating-point tensor.
@@ -41,7 +41,7 @@ def dq_pca(rows: Tensor, keep: int, *, center: bool = False) -> Tensor:
 
 
 def _decompose(rows: Tensor, keep: int, *, center: bool = False) -> tuple[Tensor, Tensor]:
-    """`dq_pca`'s rows, and the singular values `[min(n, F)]` in float64."""
+    """Return the rows of `dq_pca` and the singular values `[min(n, F)]` in float64."""
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         raise TypeError(f"rows is {getattr(rows, 'dtype', type(rows).__name__)}; it must be a floating-point tensor")
     if rows.ndim != 2:
@@ -52,8 +52,8 @@ def _decompose(rows: Tensor, keep: int, *, center: bool = False) -> tuple[Tensor
         raise ValueError(f"keep is {keep}; it must be in 0..{min(rows.shape)}, the smaller side of rows")
     exact = rows.detach().to("cpu", torch.float64)
     if not exact.isfinite().all():
-        raise ValueError("rows holds values that are not finite")
-    if not exact.numel():  # nothing to decompose, so nothing to keep
+        raise ValueError("rows holds values that are not finite; all must be finite")
+    if not exact.numel():  # nothing to decompose
         return rows.new_zeros(0, rows.shape[1]), exact.new_zeros(0)
     basis = exact - exact.mean(0) if center else exact
     left, singular_values, _ = torch.linalg.svd(basis, full_matrices=False)
@@ -65,21 +65,21 @@ def _decompose(rows: Tensor, keep: int, *, center: bool = False) -> tuple[Tensor
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """`[keep]` of ±1: what makes each column's sum, or its first largest entry, positive."""
+    """Return signs `[keep]` that make each column's sum, or else its first largest entry, positive."""
     sums, sizes = vectors.sum(0), vectors.abs()
     first_largest = (sizes >= sizes.amax(0) - _LEVEL).int().argmax(0, keepdim=True)
     return torch.where(sums.abs() < _LEVEL, vectors.gather(0, first_largest).squeeze(0), sums).sign()
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007)."""
+    """Return exp of the entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007)."""
     p = singular_values[singular_values > 0] / singular_values.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """What one eviction did; each list has one entry a layer."""
+    """Measurements of one eviction; each list has one entry a layer."""
 
     policy: str
     kept: int
@@ -91,22 +91,22 @@ class Eviction:
 class PromptQueue:
     """The queue `Q_old` of one model: for each layer the rows of finished prompts, newest first.
 
-    It holds at most `(capacity - 1) * prompt_length` rows a layer, so that with the prompt in training a prefix never
-    exceeds `capacity` prompts beside the shared one.
+    It holds at most `(capacity - 1) * prompt_length` rows a layer, so that a prefix, with the prompt in training, never
+    exceeds `capacity` prompts plus the shared one.
 
     Args:
-        capacity: prompts `C`, counting the one in training; 1 keeps no old rows.
-        prompt_length: rows `l` of one prompt.
-        eviction: `"pca"`, `"fifo"` (the newest rows stay) or `"random"`.
+        capacity: number of prompts `C`, counting the one in training; 1 keeps no old rows.
+        prompt_length: number of rows `l` of one prompt.
+        eviction: `"pca"`, `"fifo"` (keeps the newest rows) or `"random"`.
 
     Attributes:
         rows: one `[n, F]` float32 tensor a layer; empty before the first prompt.
-        row_scale: one `[n]` tensor a layer: where the reweighting of each row starts. Ones, but after an eviction
-            `min(1, mean row norm before / norm of this row)`: projected rows differ widely in norm.
-        evictions: how many evictions there have been.
+        row_scale: one `[n]` tensor a layer: the initial weight of each row. It is 1, but after an eviction
+            `min(1, mean row norm before / norm of this row)`, because projected rows differ widely in norm.
+        evictions: number of evictions so far.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     def __init__(self, capacity: int, prompt_length: int, *, eviction: str = "pca") -> None:
@@ -129,22 +129,22 @@ class PromptQueue:
         return (self.capacity - 1) * self.prompt_length
 
     def __len__(self) -> int:
-        """Rows held in each layer."""
+        """Return the number of rows in each layer."""
         return len(self.rows[0]) if self.rows else 0
 
     def push(self, prompt: Sequence[Tensor], weights: Sequence[Tensor], *, seed: int = 0) -> Eviction | None:
-        """Take in a finished prompt (Q-tuning, arXiv 2404.14607, the prompt queue).
+        """Add a finished prompt (Q-tuning, arXiv 2404.14607, the prompt queue).
 
-        While everything fits, the prompt joins as it is and the older rows stay unweighted. Otherwise the older rows
-        take in their weights and all rows together are cut to `max_rows`.
+        If everything fits, the prompt joins unchanged and older rows stay unweighted. Otherwise the weights are folded
+        into the older rows, and all rows together are cut to `max_rows`.
 
         Args:
             prompt: `[l, F]` a layer.
             weights: `[n, F]` a layer: `W` of the rows held so far.
-            seed: of the `"random"` policy.
+            seed: seed of the `"random"` policy.
 
         Returns:
-            What the eviction did, or None where none was due.
+            Measurements of the eviction, or None if nothing was evicted.
         """
         old = self.rows or [rows.new_zeros(0, rows.shape[1]) for rows in prompt]
         if len(prompt[0]) + len(old[0]) <= self.max_rows:
@@ -165,25 +165,25 @@ class PromptQueue:
         )
 
     def _cut(self, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """`max_rows` rows out of `rows` by the policy, and the spectrum of `rows`."""
+        """Return `max_rows` of `rows` by the policy, and the spectrum of `rows`."""
         keep = self.max_rows
         projected, spectrum = _decompose(rows, keep if self.eviction == "pca" else 0)
         if self.eviction == "pca":
             return projected, spectrum
         if self.eviction == "fifo":
             return rows[:keep].clone(), spectrum
-        # One draw for all layers, since `seed` is: a row that is kept is kept in every layer.
+        # All layers share the seed, so a row that is kept is kept in every layer.
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:keep].sort().values
         return rows[chosen.to(rows.device)], spectrum
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors by name, for saving."""
+        """Return the tensors by name, for saving."""
         state = {f"rows.{layer}": rows for layer, rows in enumerate(self.rows)}
         state |= {f"row_scale.{layer}": scale for layer, scale in enumerate(self.row_scale)}
         return state | {"evictions": torch.tensor(self.evictions)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore the result of `state_dict`."""
         layers = sum(name.startswith("rows.") for name in state)
         self.rows = [state[f"rows.{layer}"] for layer in range(layers)]
         self.row_scale = [state[f"row_scale.{layer}"] for layer in range(layers)]

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class ResidualReparameterization(nn.Module):
-    """`rows + MLP(rows)`, shared by all layers while a task trains, folded away afterwards.
+    """`rows + MLP(rows)`, shared by all layers while a task trains and folded into the rows afterwards.
 
-    The form is that of Razdaibiedina et al., "Residual Prompt Tuning" (ACL Findings 2023). The last layer starts at
-    zero, so that a prompt starts as itself.
+    The form follows Razdaibiedina et al., "Residual Prompt Tuning" (ACL Findings 2023). The last layer starts at zero,
+    so that a prompt is unchanged at first.
 
     Args:
-        features: length `F` of a row; the hidden layer has half of it.
+        features: length `F` of a row; the hidden layer has half as many units.
     """
 
     def __init__(self, features: int) -> None:
@@ -24,5 +24,5 @@ class ResidualReparameterization(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """`[..., F]` to `[..., F]`."""
+        """Map rows `[..., F]` to rows `[..., F]`."""
         return rows + self.up(nn.functional.relu(self.down(rows)))

@@ -1,4 +1,4 @@
-"""Memory retention: a Jensen-Shannon estimate of the information that new features keep of old ones."""
+"""Memory retention: a Jensen-Shannon estimate of the information that new features keep about old ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Discriminator(nn.Module):
-    """`F_ω`, which scores a pair of feature vectors (Q-tuning, arXiv 2404.14607, memory retention).
+    """The discriminator `F_ω`: it scores a pair of feature vectors (Q-tuning, arXiv 2404.14607, memory retention).
 
     Args:
         features: length of each vector.
@@ -20,21 +20,21 @@ class Discriminator(nn.Module):
         self.score = nn.Sequential(nn.Linear(2 * features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def forward(self, z_new: Tensor, z_old: Tensor) -> Tensor:
-        """`[B, features]` twice to `[B]`."""
+        """Map two `[B, features]` to scores `[B]`."""
         pair = torch.cat([z_new, z_old], dim=-1)
         return self.score(pair.to(next(self.parameters()).dtype)).squeeze(-1)
 
 
 def retention_loss(discriminator: Discriminator, z_new: Tensor, z_old: Tensor, shift: int) -> Tensor:
-    """`L_MR = −I(z_new, z_old)` by the Jensen-Shannon estimator (Hjelm et al., ICLR 2019).
+    """Return `L_MR = −I(z_new, z_old)` by the Jensen-Shannon estimator (Hjelm et al., ICLR 2019).
 
     Args:
-        z_new: `[B, features]` under the shared prefix prompt alone.
-        z_old: `[B, features]` under the previous task's adapter; no gradient flows into it.
-        shift: in 1..B-1; rolls `z_old` to make product pairs.
+        z_new: `[B, features]` under the shared prompt alone.
+        z_old: `[B, features]` under the previous task's adapter; it gets no gradient.
+        shift: an integer in 1..B-1; rolling `z_old` by it makes the product pairs.
 
     Returns:
-        A scalar; `2 ln 2` for a discriminator that is zero everywhere.
+        A scalar; `2 ln 2` if the discriminator is zero everywhere.
     """
     if not 1 <= shift < len(z_new):
         raise ValueError(f"shift is {shift}; it must be in 1..{len(z_new) - 1}, below the batch size")

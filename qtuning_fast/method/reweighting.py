@@ -1,4 +1,4 @@
-"""Low-rank reweighting of the older rows of a queue."""
+"""Low-rank reweighting of a queue's rows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 class Reweighting(nn.Module):
     """`W = U Vᵀ` over rows of shape `[heads, n, width]` (Q-tuning, arXiv 2404.14607; rank 1 in the paper).
 
-    `W` starts at the rows' scale, which is one unless an eviction said otherwise. Components beyond the first start
-    with `U` random and `V` zero: they change nothing yet and differ from each other.
+    `W` starts at the rows' scale, which is 1 unless an eviction has changed it. Components beyond the first start with
+    `U` random and `V` zero, so that they differ from each other but change nothing yet.
 
     Args:
-        scale: `[n]`, where the rows start.
-        heads, width: of the rows.
+        scale: `[n]`, the initial weight of each row.
+        heads, width: sizes of the rows.
         rank: R.
 
     Attributes:
@@ -31,9 +31,9 @@ class Reweighting(nn.Module):
         self.V = nn.Parameter(V)
 
     def forward(self) -> Tensor:
-        """`W` as `[heads, n, width]`."""
+        """Return `W` as `[heads, n, width]`."""
         return torch.einsum("nr,rhd->hnd", self.U, self.V)
 
     def behind(self, n_shared: int) -> tuple[Tensor, Tensor]:
-        """U and V for rows in front of which there are `n_shared` others, which are not reweighted."""
+        """Return U and V for rows that follow `n_shared` others, which are not reweighted."""
         return torch.cat([self.U.new_zeros(n_shared, self.U.shape[1]), self.U]), self.V

@@ -22,7 +22,7 @@ __all__ = [
     "answer_scores",
 ]
 
-# Imported when it is first asked for: files with checksums are of use without transformers.
+# Imported on first use, so that checked files work without transformers.
 _LAZY = {
     "AdapterRegistry": "qtuning_fast.model.registry",
     "AdapterSlots": "qtuning_fast.model.device_slots",

@@ -1,4 +1,4 @@
-"""Which task a model computes under now, and that task's prefix on the attention layers."""
+"""The active task of a model, and its prefix on the attention layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from qtuning_fast.method.prefix import Prefix
 
 
 class ActiveTask:
-    """The task that is set. With none, the base model computes by its own attention.
+    """The active task. Without one, the base model computes with its own attention.
 
     Args:
-        injector: of the base model.
+        injector: injector of the base model.
         layers: indices of the layers that get a prefix.
-        prefix_of: a task's prefix, by its name and whether the training prefix is to stand in for its own.
+        prefix_of: returns a task's prefix, given its name and whether the training prefix replaces its own.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class ActiveTask:
 
     @property
     def is_live(self) -> bool:
-        """Whether the model computes under the training prefix, which moves with every step."""
+        """Whether the model computes under the training prefix, which changes with every step."""
         return self._task is not None and self._task[1]
 
     def set(self, name: str | None, *, live: bool = False) -> None:
-        """Compute under this task from here on. An error leaves the one that was set before."""
+        """Activate a task. On an error the previous task stays active."""
         if name is None:
             self.forget()
             self._injector.restore()
@@ -47,18 +47,18 @@ class ActiveTask:
             self.place()
 
     def forget(self) -> None:
-        """No task is set any more; what stands on the layers is for the caller to take off."""
+        """Deactivate the task; the caller removes the prefix from the layers."""
         self._task = None
 
     def place(self) -> None:
-        """Put the task's prefix, as it is now, on the attention layers."""
+        """Place the task's current prefix on the attention layers."""
         assert self._task is not None
         with self._undone_by_errors():
             self._injector.place(self._layers, self._prefix_of(*self._task))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """After the block the task is set that was set before."""
+        """Restore the active task after the block."""
         task = self._task
         try:
             with self._injector.keeping():

@@ -1,4 +1,4 @@
-"""The frozen base model of a `QTuningModel`: prefixes are injected into it, and it is given back as it was."""
+"""The frozen base model of a `QTuningModel`: it takes prefixes and can be restored to its original state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qtuning_fast.integrations.transformers import PrefixInjector, input_device
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
 
-_CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # what image models call theirs
+_CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # its names in image models
 
 
 class Backbone:
@@ -24,7 +24,7 @@ class Backbone:
         placement: see `QTuningConfig`.
 
     Attributes:
-        model: the transformers model, without a wrapper of peft's around it.
+        model: the transformers model, without peft's wrapper.
         injector: places prefixes on its attention layers.
 
     Raises:
@@ -44,7 +44,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of the inputs."""
         return input_device(self.model)
 
     @property
@@ -53,43 +53,43 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        """Length of a feature vector."""
+        """The length of a feature vector."""
         return self.encoder.config.hidden_size
 
     @property
     def vocabulary(self) -> nn.Embedding | None:
-        """The embedding of words, where the model reads words."""
+        """The word embedding, or None if the model reads no text."""
         words = self.encoder.get_input_embeddings()
         return words if isinstance(words, nn.Embedding) else None
 
     @property
     def embedding_size(self) -> int:
-        """Length of one embedding in front of the input."""
+        """The length of an embedding in front of the input."""
         return self.hidden_size if self.vocabulary is None else self.vocabulary.embedding_dim
 
     @property
     def fingerprint(self) -> str:
-        """What tells this base model from others (`qtuning_fast.model.fingerprint`)."""
+        """Return the hash that identifies this base model (`qtuning_fast.model.fingerprint`)."""
         return fingerprint(self.injector.model)
 
-    # Computing, under the prefix that stands on the layers
+    # Computing under the placed prefix
 
     def check_inputs(self, inputs: dict[str, Any], *, under_a_task: bool) -> None:
-        """Raise a ValueError where inputs ask for what attention with a prefix cannot give."""
+        """Raise a ValueError if attention with a prefix cannot compute what the inputs request."""
         if inputs.get("output_attentions"):
             raise ValueError("output_attentions=True: attention weights are never formed; use the model after detach()")
         if not under_a_task:
             return
         if inputs.get("return_dict") is False:
-            raise ValueError("return_dict=False: under a task the output has names")
+            raise ValueError("return_dict=False: with a task set, the output is always a dict; leave it out")
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; under a task it must be [B, N]")
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Pooled features `[B, hidden]` of what was read.
+        """Return pooled features `[B, hidden]` of the inputs.
 
-        The mean over the tokens; in a causal model the last token, in an image model the class token if it has one.
+        They are the mean over the tokens; in a causal model the last token, in an image model the class token, if any.
 
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
@@ -99,64 +99,64 @@ class Backbone:
         hidden = output.last_hidden_state[:, self.injector.prompt_tokens :]
         image = encoder.main_input_name == "pixel_values"
         if image and len(hidden) != len(inputs["pixel_values"]):
-            raise NotImplementedError(f"{type(encoder).__name__} packs a batch's images into one sequence")
+            raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
         return pool(hidden, inputs.get("attention_mask"))
 
     def read(self, inputs: dict[str, Any]) -> Tensor:
-        """`encode`, of the inputs that the stack takes that reads them."""
+        """Call `encode` with those of the inputs that the encoder takes."""
         return self.encode({k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))})
 
     def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
-        """What the base model itself makes of the inputs, by its own head."""
+        """Return the base model's own output, from its own head."""
         return self.model(**inputs, **({} if labels is None else {"labels": labels}))
 
     def compute_under_a_task(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
-        """The same, but for a cache where layers checkpoint: they compute twice, and would write into it twice."""
+        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice."""
         return self.compute(({"use_cache": False} if self.injector.checkpoints else {}) | inputs, labels)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`."""
+        """Call the base model's `generate`."""
         generate: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
         return generate(*args, **kwargs)
 
     def check_generates(self) -> None:
-        """Raise a ValueError where the base model cannot generate."""
+        """Raise a ValueError if the base model cannot generate."""
         if not self.model.can_generate():
             raise ValueError(f"{type(self.model).__name__} has no language modelling head and cannot generate")
 
-    # Frozen, and given back
+    # Freezing and restoring
 
     def freeze(self, *, training: bool) -> None:
-        """Eval mode; while prompts train, layers that checkpoint their activations excepted."""
+        """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
 
     def check_gradient(self, layers: Sequence[int]) -> None:
-        """Raise a `RuntimeError` where none reaches prompts: heads would learn alone, and no one would notice."""
+        """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""
         if not self.injector.passes_gradient(layers):
             raise RuntimeError(
-                f"no gradient reaches the prompts: layers of this {type(self.model).__name__} pass none, as those "
-                "do that quantise activations too; quantise weights alone, or use finished tasks only"
+                f"no gradient reaches the prompts: layers of this {type(self.model).__name__} pass none, as is usual "
+                "if activations are quantised too; quantise weights alone, or use finished tasks only"
             )
 
     def check_attached(self) -> None:
         """Raise a `RuntimeError` after `detach`."""
         if self._is_detached:
-            raise RuntimeError("the base model was given back by detach(); attach a new QTuningModel")
+            raise RuntimeError("the base model was detached by detach(); attach a new QTuningModel")
 
     def detach(self) -> PreTrainedModel:
-        """Take everything off the base model and give it back as it was, wrapper and all."""
+        """Restore the base model to its original state and return it, in its wrapper if it had one."""
         self.injector.detach()
         self._is_detached = True
         return self._given
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:
-    """The transformers model within peft's wrapper, told without importing peft, or the model itself.
+    """Return the transformers model within peft's wrapper, found without importing peft, or the model itself.
 
     Raises:
-        ValueError: the wrapper holds prompts, which would be lost: they are no layers of the model within.
+        ValueError: the wrapper holds prompts, which would be lost because they are not layers of the inner model.
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model") or not hasattr(model, "peft_config"):
         return model
@@ -164,6 +164,6 @@ def _unwrapped(model: Any) -> PreTrainedModel:
         if settings.is_prompt_learning:
             raise ValueError(
                 f"base_model is a PeftModel whose adapter {name!r} holds prompts ({settings.peft_type.value}); attach "
-                "to its get_base_model() and convert the adapter by qtuning_fast.integrations.peft.adapter_from_peft"
+                "to its get_base_model() and convert the adapter with qtuning_fast.integrations.peft.adapter_from_peft"
             )
     return model.get_base_model()

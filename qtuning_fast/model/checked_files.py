@@ -1,7 +1,7 @@
-"""Files that are whole or refused: JSON and tensors with checksums, replaced in one step.
+"""JSON and tensor files with checksums, replaced atomically.
 
-A file is written beside its place and moved there, so a process that is killed leaves the old file or the new one.
-What is read is checked against a SHA-256, so a truncated or altered file is an error and never read as good.
+A file is written beside its destination and moved there, so a killed process leaves either the old file or the new one.
+Reading verifies a SHA-256, so a truncated or altered file is an error.
 """
 
 from __future__ import annotations
@@ -17,41 +17,40 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 _CHECKSUM = "checksum"
-TEMPORARY = ".part"  # ending of a file that is not whole yet
+TEMPORARY = ".part"  # suffix of a file that is still being written
 
 
 class CorruptFileError(ValueError):
-    """A file is not what was written."""
+    """A file differs from what was written."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` with a checksum of itself."""
+    """Write `content` with its checksum."""
     text = json.dumps({**content, _CHECKSUM: _json_digest(content)}, indent=2, allow_nan=False)
     _replace(path, text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote.
+    """Read a file that `write_json` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CorruptFileError: the file is not what was written.
+        CorruptFileError: the file differs from what was written.
     """
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop(_CHECKSUM)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CorruptFileError(f"{path} is damaged: it is not the JSON that was written") from None
+        raise CorruptFileError(f"{path} is damaged: it is not valid JSON") from None
     if checksum != _json_digest(content):
         raise CorruptFileError(f"{path} is damaged: its content does not match its checksum")
     return content
 
 
 def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Write a safetensors file named after its content; returns its `file` name and `sha256`, for `read_tensors`.
+    """Write a safetensors file named by its content; return its `file` name and `sha256`, for `read_tensors`.
 
-    A name that says what is inside is never written twice with different content, so the files of an older index stay
-    valid until the new index is in place.
+    Different content has a different name, so the files of an older index stay valid until the new index is in place.
     """
     data = _serialized(tensors)
     digest = hashlib.sha256(data).hexdigest()
@@ -61,29 +60,29 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor]) -> dict[s
 
 
 def read_tensors(folder: Path, entry: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of an entry that `write_tensors` returned.
+    """Read the tensors of an entry that `write_tensors` returned.
 
     Raises:
-        CorruptFileError: the file is missing or not what was written.
+        CorruptFileError: the file is missing or differs from what was written.
     """
     name = entry["file"]
     if not isinstance(name, str):
-        raise CorruptFileError(f"{folder}: the index names {name!r}, which is no file name")
+        raise CorruptFileError(f"{folder}: the index names {name!r}, which is not a file name")
     path = folder / name
     if Path(name).name != name or not path.is_file():
-        raise CorruptFileError(f"{path} is missing, though the index beside it names it")
+        raise CorruptFileError(f"{path} is missing, but the index beside it names it")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise CorruptFileError(f"{path} is damaged: its content does not match its SHA-256")
     try:
-        # Cloned: memory aligned as PyTorch aligns it, for sums in a matrix product may depend on that.
+        # Cloned into memory aligned as PyTorch aligns it, because sums in a matrix product may depend on alignment.
         return {name: tensor.clone() for name, tensor in safetensors.load(data).items()}
     except SafetensorError as error:
         raise CorruptFileError(f"{path} is damaged: {error}") from None
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors, names and all."""
+    """Return the SHA-256 of tensors and their names."""
     return hashlib.sha256(_serialized(tensors)).hexdigest()
 
 
@@ -92,7 +91,7 @@ def _serialized(tensors: dict[str, Tensor]) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):

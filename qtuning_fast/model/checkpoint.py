@@ -1,7 +1,7 @@
 """Checkpoints of a model: `adapter_config.json` and safetensors files beside it, never a pickle.
 
-`adapter_config.json` names every other file with its SHA-256 and is written last, in one step: until then the files of
-the older save stay, so that a folder is always one whole save or refused.
+`adapter_config.json` names every other file with its SHA-256. It is written last and atomically; until then the files
+of the previous checkpoint stay. So a folder holds one complete checkpoint, or reading it fails.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that `QTuningModel.save_pretrained` keeps.
+    """Everything that `QTuningModel.save_pretrained` writes.
 
     Attributes:
-        config: of the model.
-        fingerprint: of the base model it belongs to (`qtuning_fast.model.fingerprint`).
-        base_model: name of the base model's class, for people.
-        adapters: of the finished tasks, in order.
+        config: the model's configuration.
+        fingerprint: fingerprint of its base model (`qtuning_fast.model.fingerprint`).
+        base_model: name of the base model's class, for people to read.
+        adapters: adapters of the finished tasks, in order.
         learning: the state of the training prefix and the discriminator, by name.
         queue: the state of the queue.
-        last_learned: the task that was learned last, whose prompt the training prefix holds; None where there is none.
+        last_learned: the task learned last, whose prompt the training prefix holds; None if there is none.
     """
 
     config: QTuningConfig
@@ -63,7 +63,7 @@ class Checkpoint:
     last_learned: str | None = None
 
     def check_base_model(self, backbone: Backbone, folder: Path) -> None:
-        """Raise a ValueError where the checkpoint in this folder was made for another base model."""
+        """Raise a ValueError if the checkpoint in this folder was made for another base model."""
         if backbone.fingerprint != self.fingerprint:
             raise ValueError(
                 f"{folder} was made for another base model: a {self.base_model} with the fingerprint "
@@ -73,13 +73,13 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
-    """Write `saved` into `folder`; a save that was there stays valid until this one is whole.
+    """Write `saved` into `folder`; a previous checkpoint there stays valid until this one is complete.
 
-    Adapters that lie in the folder already stay where they are, and what was in memory only has a file from here on.
-    Files that were there and belong to no save are left alone.
+    Adapters whose files are in the folder already are not rewritten; adapters in memory get a file. Files that belong
+    to no checkpoint are left alone.
 
     Raises:
-        CorruptFileError: an adapter that is on disk only cannot be read.
+        CorruptFileError: an adapter that is only on disk cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
@@ -107,7 +107,7 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
 
 
 def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterRegistry) -> AdapterFile:
-    """An adapter's file in `folder`: the one that is there, or a new one."""
+    """Return an adapter's file in `folder`, written if it does not exist."""
     file = entry.file
     if file is not None and file.folder == folder and file.is_whole():
         return file
@@ -115,15 +115,15 @@ def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterRegi
 
 
 def read_checkpoint(folder: Path, *, lazy: bool = False) -> Checkpoint:
-    """What `write_checkpoint` wrote.
+    """Read a checkpoint that `write_checkpoint` wrote.
 
     Args:
         lazy: leave the adapters on disk until they are needed.
 
     Raises:
-        FileNotFoundError: nothing was saved there.
-        CorruptFileError: a file is damaged or missing, or the index is not one that `write_checkpoint` wrote.
-        ValueError: the format version is not one of READABLE_VERSIONS.
+        FileNotFoundError: the folder holds no checkpoint.
+        CorruptFileError: a file is damaged or missing, or `write_checkpoint` did not write the index.
+        ValueError: the format version is not in READABLE_VERSIONS.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -133,7 +133,7 @@ def read_checkpoint(folder: Path, *, lazy: bool = False) -> Checkpoint:
         try:
             return _read_files(folder.resolve(), content, lazy)
         except CorruptFileError:
-            if read_json(path) == content:  # otherwise it was saved anew while it was read
+            if read_json(path) == content:  # if not, it was replaced while it was read
                 raise
 
 
@@ -157,7 +157,7 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
         state = read_tensors(folder, content["state"])
         base, last = content["base_model"], content["last_learned"]
         if last is not None and last not in adapters:
-            raise CorruptFileError(f"{folder / CONFIG_FILE}: the task learned last, {last!r}, is not among its tasks")
+            raise CorruptFileError(f"{folder / CONFIG_FILE}: {last!r}, the task learned last, is not among its tasks")
         learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
         return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last)
     except (KeyError, TypeError, AttributeError) as error:
@@ -174,17 +174,17 @@ def _parted(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def from_version_3(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state by the names it has now: the training prefix was called `live` then."""
+    """Rename the entries of a version 3 state, which called the training prefix `live`."""
     return {re.sub(r"^live\.", "prefix.", name): x for name, x in state.items()}
 
 
 def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:
-    """What the index says of an adapter."""
+    """Return the index's description of an adapter."""
     name, labels = entry["name"], entry["label_names"]
     if not isinstance(name, str) or not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
-        raise CorruptFileError(f"{folder / CONFIG_FILE}: the name or the labels of task {name!r} are no text")
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the name or the labels of task {name!r} are not text")
     numbers = {key: entry[key] for key in ("position_shift", "prefix_rows", "classes", "bytes")}
     kinds = entry["gate"] in (None, *GATES) and entry["gate_per"] in (None, *GATE_PER)
     if not kinds or not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
-        raise CorruptFileError(f"{folder / CONFIG_FILE}: the gate or the sizes of task {name!r} are none")
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the gate or the sizes of task {name!r} are invalid")
     return AdapterInfo(name=name, label_names=tuple(labels), gate=entry["gate"], gate_per=entry["gate_per"], **numbers)

@@ -1,4 +1,4 @@
-"""What fits a base model: a kind of task, layers that are chosen, adapters that come from elsewhere."""
+"""Checks that a task type, chosen layers and adapters from elsewhere fit a base model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qtuning_fast.method.prompts import LayerShape
 
 
 def chosen_layers(config: QTuningConfig, layers: Sequence[AttentionLayer]) -> list[int]:
-    """Indices of the layers that get a prefix.
+    """Return the indices of the layers that get a prefix.
 
     Raises:
-        ValueError: the config names a layer that the model has not.
+        ValueError: the config names a layer that the model lacks.
     """
     stacks = {layer.stack for layer in layers}
     there = [i for i, layer in enumerate(layers) if len(stacks) == 1 or config.stack in (layer.stack, "both")]
@@ -30,7 +30,7 @@ def chosen_layers(config: QTuningConfig, layers: Sequence[AttentionLayer]) -> li
 
 
 def check_task_type(task_type: str, base_model: PreTrainedModel, *, causal: bool) -> None:
-    """Raise a ValueError where the model is not of the kind that the task type needs."""
+    """Raise a ValueError if the model is not of the kind that the task type needs."""
     reads = "images" if base_model.main_input_name == "pixel_values" else "text"
     two_stacks, writes = base_model.config.is_encoder_decoder, base_model.can_generate()
     needs = {
@@ -47,12 +47,12 @@ def check_task_type(task_type: str, base_model: PreTrainedModel, *, causal: bool
 def check_adapter(
     adapter: TaskAdapter, shapes: Sequence[LayerShape], *, embedding_size: int | None, hidden_size: int | None
 ) -> None:
-    """Raise a TypeError or ValueError where an adapter does not fit a model.
+    """Raise a TypeError or ValueError if an adapter does not fit a model.
 
     Args:
-        shapes: of the layers that get a prefix.
-        embedding_size: E, where prefixes are embeddings in front of the input.
-        hidden_size: of the features that heads take; None where there are no heads.
+        shapes: sizes of the layers that get a prefix.
+        embedding_size: E, if prefixes are embeddings in front of the input.
+        hidden_size: size of the features that heads take; None without heads.
     """
     if not isinstance(adapter, TaskAdapter):
         raise TypeError(f"adapter is a {type(adapter).__name__}; it must be a TaskAdapter")
@@ -64,8 +64,8 @@ def check_adapter(
     shift = adapter.position_shift
     if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0 or (shift and adapter.embeddings is not None):
         raise ValueError(
-            f"adapter {adapter.name!r}: position_shift is {shift!r}; it must be an integer, 0 or more, and 0 beside "
-            "embeddings, which take their positions themselves"
+            f"adapter {adapter.name!r}: position_shift is {shift!r}; it must be an integer, 0 or more, and 0 with "
+            "embeddings, which take positions of their own"
         )
     tensors = adapter.tensors()
     for name, tensor in tensors.items():
@@ -78,7 +78,7 @@ def check_adapter(
         fitting = wanted.get(name, [None])
         if found not in fitting:
             raise ValueError(
-                f"adapter {adapter.name!r} does not fit this model: {name} is {_said(found)}, it must be "
+                f"adapter {adapter.name!r} does not fit this model: {name} is {_said(found)}; it must be "
                 + " or ".join(map(_said, fitting))
             )
 
@@ -90,7 +90,7 @@ def _said(shape: list[int] | None) -> str:
 def _shapes(
     adapter: TaskAdapter, shapes: Sequence[LayerShape], embedding_size: int | None, hidden_size: int | None
 ) -> dict[str, list[list[int] | None]]:
-    """For each tensor that there must be, the shapes it may have."""
+    """Return the allowed shapes of each tensor; None among them: it may be absent."""
     wanted: dict[str, list[list[int] | None]] = {}
     rows = adapter.prefix_rows if adapter.keys or adapter.embeddings is not None else 0
     for layer, shape in enumerate(shapes):
@@ -101,7 +101,7 @@ def _shapes(
             wanted[f"alphas.{layer}"] = wanted[f"taus.{layer}"] = [[], [shape.num_heads]]
     if embedding_size is not None:
         wanted["embeddings"] = [[rows, embedding_size]]
-    if hidden_size is not None and (adapter.label_names or adapter.head_weight is not None):  # else a prompt alone
+    if hidden_size is not None and (adapter.label_names or adapter.head_weight is not None):  # else only a prompt
         classes = len(adapter.label_names)
         wanted |= {"head.weight": [[classes, hidden_size]], "head.bias": [[classes]]}
     return wanted

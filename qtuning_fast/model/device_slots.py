@@ -1,7 +1,7 @@
-"""Batches in which each sample has a task of its own: adapters in slots on the device, and the samples' slot numbers.
+"""Batches of several tasks: adapters in slots on the device, and a slot number for each sample.
 
-A forward pass stacks nothing. An adapter is written into a slot when a batch first names it and stays there until its
-slot goes to another, the least recently used one first; a batch then takes with it no more than one number a sample.
+An adapter is written into a slot when a batch first names it. It stays there until another needs the slot; the least
+recently used adapter goes first. A forward pass therefore stacks no adapters, and a batch carries one number a sample.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _FIRST_SLOTS = 4
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """What a batch of B samples needs to compute under its samples' own tasks.
+    """A batch of B samples, each under its own task.
 
     Attributes:
-        prefix: the bank's prefixes, with each sample's slot as `index`, ready to be placed.
+        prefix: the prefixes in the slots as a bank, with each sample's slot as `index`, ready to be placed.
         names: each sample's task.
-        classes: of each sample's task; 0 where it has no head.
-        head_weight, head_bias: `[slots, most classes, hidden]` and `[slots, most classes]`, −inf beyond a task's own;
-            None without heads.
+        classes: number of classes of each sample's task; 0 without a head.
+        head_weight, head_bias: `[slots, most classes, hidden]` and `[slots, most classes]`, −inf beyond a task's
+            classes; None without heads.
     """
 
     prefix: Prefix
@@ -44,7 +44,7 @@ class MixedBatch:
     head_bias: Tensor | None = None
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features `[B, hidden]` to `[B, most classes]`, by each sample's own head; −inf beyond its classes.
+        """Map features `[B, hidden]` to logits `[B, most classes]` by each sample's head; −inf beyond its classes.
 
         Raises:
             RuntimeError: a task has no head.
@@ -56,17 +56,17 @@ class MixedBatch:
         weight = self.head_weight[:, :most][slots].to(features)  # [B, most classes, hidden]
         bias = self.head_bias[:, :most][slots].to(features)
         logits = torch.baddbmm(bias[..., None], weight, features[..., None]).squeeze(-1)
-        return logits.to(features.dtype)  # autocast has the product in 16 bits
+        return logits.to(features.dtype)  # under autocast the product is 16-bit
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise a ValueError where a label is none of its sample's task; on an accelerator no one looks."""
+        """Raise a ValueError if a label is out of range for its sample's task; accelerators skip this check."""
         if labels.device.type == "cpu" and (labels >= torch.tensor(self.classes)).any():
             raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {[*self.classes]} classes")
 
 
 @dataclass(frozen=True)
 class _SlotSize:
-    """What slots have room for: rows P of a prefix, classes of a head, gates one a head."""
+    """The capacity of a slot: rows P of a prefix, classes of a head, one gate a head or a layer."""
 
     rows: int = 0
     classes: int = 0
@@ -74,7 +74,7 @@ class _SlotSize:
 
     @classmethod
     def of(cls, infos: Iterable[AdapterInfo]) -> _SlotSize:
-        """The least that has room for each of them."""
+        """Return the smallest size that holds each of these adapters."""
         infos = list(infos)
         return cls(
             max((info.prefix_rows for info in infos), default=0),
@@ -88,7 +88,7 @@ class _SlotSize:
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor of a slot, and what an adapter leaves in it where it has nothing."""
+    """One tensor of a slot, and its value where an adapter has no entries."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -101,18 +101,18 @@ class _Part:
 
 
 class AdapterSlots:
-    """Adapters on a model's device, each in a slot: one tensor a layer for the keys of all of them, and so on.
+    """Adapters on a model's device, each in a slot: one tensor a layer holds the keys of all slots, and so on.
 
-    The rows are kept in the precision of their layer, to which attention rounds them anyway. In a causal model
-    embeddings are kept as the keys and values that they become, since those do not depend on the context.
+    Rows have the precision of their layer, to which attention rounds them anyway. In a causal model embeddings are
+    stored as the keys and values that they become, which do not depend on the context.
 
     Args:
-        store: where adapters come from. What is removed from it, or replaced, is never computed with again.
-        backbone: on whose layers prefixes are placed.
-        layers: which of them.
-        embedding_size: E, where prefixes are embeddings in front of the input.
-        hidden_size: of the features that heads take; None where there are no heads.
-        device_bytes: bound on the slots' memory; None: there are as many as were ever needed at once, or more.
+        store: source of the adapters. An adapter that is removed from it or replaced is never used again.
+        backbone: model whose layers take the prefixes.
+        layers: indices of these layers.
+        embedding_size: E, if prefixes are embeddings in front of the input.
+        hidden_size: size of the features that heads take; None without heads.
+        device_bytes: bound on the slots' memory; None: at least as many slots as any batch has needed.
     """
 
     def __init__(
@@ -134,28 +134,28 @@ class AdapterSlots:
         self.clear()
 
     def clear(self) -> None:
-        """Give all slots back; they are made anew when a batch needs some."""
+        """Free all slots; they are allocated again when a batch needs them."""
         self._size = _SlotSize()
         self._where: tuple[Any, ...] = ()
         self._parts: dict[str, _Part] = {}
-        self._slots: dict[str, Tensor] = {}  # by the names of an adapter's tensors, each [slots, ...]
+        self._slots: dict[str, Tensor] = {}  # name of an adapter's tensor -> [slots, ...]
         self._count = 0
         self._free: list[int] = []
         self._held: OrderedDict[str, tuple[StoredAdapter, int]] = OrderedDict()  # least recently used first
 
     @property
     def slots(self) -> int:
-        """How many there are now."""
+        """The current number of slots."""
         return self._count
 
     @property
     def bytes(self) -> int:
-        """Of all slots there are now."""
+        """The size of all current slots in bytes."""
         return sum(tensor.nbytes for tensor in self._slots.values())
 
     @property
     def held(self) -> list[str]:
-        """The tasks that have a slot, the least recently used one first."""
+        """The tasks that have a slot, least recently used first."""
         return list(self._held)
 
     def discard(self, name: str) -> None:
@@ -164,19 +164,19 @@ class AdapterSlots:
             self._free.append(self._held.pop(name)[1])
 
     def batch(self, names: Sequence[str]) -> MixedBatch:
-        """What a batch computes with.
+        """Put the adapters of a batch into slots and return the batch.
 
         Args:
             names: a task of the store for each sample.
 
         Raises:
-            ValueError: the tasks have different gates, or are more than the bound on memory has slots for.
+            ValueError: the tasks have different gates, or need more slots than the bound on memory allows.
             CorruptFileError: an adapter's file is missing or damaged.
         """
         entries = {name: self._store.entry(name) for name in dict.fromkeys(names)}
         gates = {entry.info.gate for entry in entries.values()} - {None}
         if len(gates) > 1:
-            raise ValueError(f"adapters with the gates {sorted(map(str, gates))} cannot be used in one batch")
+            raise ValueError(f"one batch cannot use adapters with different gates, {sorted(map(str, gates))}")
         self._make_fit(entries)
         for name, entry in entries.items():
             if name in self._held and self._held[name][0] is entry:
@@ -199,26 +199,26 @@ class AdapterSlots:
     # Slots
 
     def _make_fit(self, entries: dict[str, StoredAdapter]) -> None:
-        """Slots wide enough for these adapters and enough of them, on the devices where the model is now."""
+        """Allocate enough slots, large enough for these adapters, on the model's current devices."""
         where = self._backbone.device, self._backbone.dtype
         needed = _SlotSize.of(entry.info for entry in entries.values())
         if where != self._where or not self._size.holds(needed):
             self.clear()
-            self._size = _SlotSize.of(entry.info for entry in self._store.entries())  # so that this is rare
+            self._size = _SlotSize.of(entry.info for entry in self._store.entries())  # for all, so that this is rare
             self._where, self._parts = where, self._slot_parts()
         slot_bytes = sum(part.bytes for part in self._parts.values())
         most = math.inf if self.device_bytes is None else self.device_bytes // slot_bytes
         if len(entries) > most:
             raise ValueError(
                 f"the batch names {len(entries)} tasks, but device_bytes={self.device_bytes} has room for {most} "
-                f"adapters of {slot_bytes} bytes; name fewer in one batch, or raise the bound (set_memory_limits)"
+                f"adapters of {slot_bytes} bytes; name fewer tasks, or raise the bound with set_memory_limits"
             )
         short = sum(name not in self._held for name in entries) - len(self._free)
         if short > 0:
             self._grow(int(min(max(self._count + short, 2 * self._count, _FIRST_SLOTS), most)))
 
     def _slot_parts(self) -> dict[str, _Part]:
-        """The tensors of a slot, by the names that they have in an adapter."""
+        """Return the tensors of a slot by their names in an adapter."""
         backbone, size = self._backbone, self._size
         number = _Part((), torch.int64, backbone.device)
         parts = {"length": number, "position_shift": number}
@@ -229,7 +229,7 @@ class AdapterSlots:
                 parts[f"keys.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.key_size), dtype, device)
                 parts[f"values.{layer}"] = _Part((shape.num_kv_heads, size.rows, shape.value_size), dtype, device)
             heads, wide = shape.num_heads if size.gate_per_head else 1, torch.promote_types(dtype, torch.float32)
-            parts[f"alphas.{layer}"] = _Part((heads,), wide, device)  # without a gate beside tasks with one: alpha 0
+            parts[f"alphas.{layer}"] = _Part((heads,), wide, device)  # alpha 0 for a task without a gate
             parts[f"taus.{layer}"] = _Part((heads,), wide, device, empty=1.0)
         wide = torch.promote_types(backbone.dtype, torch.float32)
         if not self._keeps_rows:
@@ -245,7 +245,7 @@ class AdapterSlots:
         return self._embedding_size is None or self._backbone.injector.is_causal
 
     @torch.no_grad()
-    @torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
+    @torch.inference_mode(False)  # inference tensors cannot be written outside that mode
     def _grow(self, count: int) -> None:
         for name, part in self._parts.items():
             before = self._slots.get(name)
@@ -257,8 +257,8 @@ class AdapterSlots:
         self._count = count
 
     def _take_in(self, name: str, entry: StoredAdapter) -> None:
-        """Read an adapter and write it into a free slot, or into the one that was least recently used."""
-        adapter = self._store.load(entry)  # an error leaves the slots as they are
+        """Read an adapter and write it into a free slot, or else into the least recently used one."""
+        adapter = self._store.load(entry)  # on an error the slots are unchanged
         if not self._free:
             self.discard(next(iter(self._held)))
         self._write(self._free[-1], adapter)
@@ -274,13 +274,13 @@ class AdapterSlots:
         for name, part in self._parts.items():
             room, tensor = self._slots[name][slot], tensors.get(name)
             room.fill_(part.empty)
-            if tensor is not None:  # smaller than its room, or a scalar for all of it
+            if tensor is not None:  # smaller than the slot, or a scalar to fill it with
                 room[tuple(slice(size) for size in tensor.shape)] = tensor.to(room.device)
 
     def _rows_of(self, embeddings: Tensor) -> dict[str, Tensor]:
-        """The keys and values that a prompt `[P, E]` becomes in each layer of a causal model."""
+        """Return the keys and values that a prompt `[P, E]` becomes in each layer of a causal model."""
         backbone = self._backbone
-        with torch.autocast(backbone.device.type, enabled=False):  # they stay, autocast or not
+        with torch.autocast(backbone.device.type, enabled=False):  # slots outlive autocast
             rows = backbone.injector.rows_of_prompt(self._layers, embeddings.to(backbone.device))
         keys = {f"keys.{layer}": each["prefix_key"] for layer, each in enumerate(rows)}
         return keys | {f"values.{layer}": each["prefix_value"] for layer, each in enumerate(rows)}
@@ -291,7 +291,7 @@ class AdapterSlots:
         device = self._backbone.device
         if device.type != "cuda":
             return torch.tensor(slots, device=device)
-        return torch.tensor(slots, pin_memory=True).to(device, non_blocking=True)  # so that the host goes on at once
+        return torch.tensor(slots, pin_memory=True).to(device, non_blocking=True)  # the host does not wait
 
     def _prefix(self, index: Tensor, infos: Sequence[AdapterInfo], gate: str | None) -> Prefix:
         slots, longest = self._slots, max(info.prefix_rows for info in infos)
@@ -303,12 +303,12 @@ class AdapterSlots:
                 arguments |= {"prefix_key": slots[f"keys.{layer}"], "prefix_value": slots[f"values.{layer}"]}
             layers.append(arguments)
         if self._keeps_rows and self._embedding_size is not None:
-            shift, largest = slots["length"], longest  # behind a prompt that has become keys and values
+            shift, largest = slots["length"], longest  # the prompt's keys and values take these positions
         else:
             shift, largest = slots["position_shift"], max(info.position_shift for info in infos)
         return Prefix(
             layers,
-            # Rows cost time, as tokens do: no more than the batch needs.
+            # Rows cost as much time as tokens, so keep no more than the batch needs.
             embeddings=None if self._keeps_rows else slots["embeddings"][:, :longest],
             index=index,
             lengths=slots["length"],
@@ -318,7 +318,7 @@ class AdapterSlots:
 
 
 def _where_computes(module: nn.Module, backbone: Backbone) -> tuple[torch.dtype, torch.device]:
-    """In which precision and where an attention module computes, as far as its parameters tell."""
+    """Return the dtype and the device of an attention module, judged by its parameters."""
     for parameter in module.parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
             return parameter.dtype, parameter.device

@@ -1,4 +1,4 @@
-"""Several processes that train one model: what is drawn at random is drawn once, and shards are put together."""
+"""Training of one model by several processes: they share random draws and gather shards."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @torch.no_grad()
 def synchronize(tensors: Sequence[Tensor]) -> None:
-    """Give these tensors, in place, the values that they have in the first process; alone in its group, do nothing."""
+    """Overwrite these tensors with the first process's values; do nothing in a single process."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     first = [[tensor.cpu() for tensor in tensors]]
-    dist.broadcast_object_list(first)  # a few megabytes once a task, and it asks nothing of the tensors' device
+    dist.broadcast_object_list(first)  # a few megabytes a task, and independent of the tensors' device
     for tensor, value in zip(tensors, first[0]):
         tensor.copy_(value)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor (FSDP2) put together, which all processes must ask for; any other as it is."""
+    """Gather a sharded tensor (FSDP2), in a call that all processes must make; return any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,4 +1,4 @@
-"""What tells one base model from another: a hash of samples of its weights, however they are kept."""
+"""The fingerprint of a base model: a hash of samples of its weights, in whatever form they are stored."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers import loaded
 from qtuning_fast.model.distributed import full_tensor
 
-_SAMPLES = 64  # values of each tensor that go into the fingerprint
+_SAMPLES = 64  # sampled values of each tensor
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells base models apart: names, shapes and evenly spaced samples of every weight.
+    """Return a hash that identifies a base model: of the name, shape and evenly spaced samples of every weight.
 
-    The samples are rounded to bfloat16, so a model loaded in float32 and in bfloat16 is the same; a quantised one
-    computes something else and is another. So is one with an adapter of peft's in use, such as LoRA, whatever the
-    adapter is called; adapters that are off do not count, and a merged one counts as the weights it was merged into.
-    The pooler is left out: features do not pass through it, and transformers makes a random one where a checkpoint has
-    none.
+    Samples are rounded to bfloat16, so a model has the same fingerprint in float32 and bfloat16. A quantised model,
+    which computes something else, has another one. So does a model with an active peft adapter such as LoRA, whatever
+    the adapter's name; inactive adapters do not count, and a merged one counts through the merged weights. The pooler
+    is left out: features do not pass through it, and transformers initialises it at random if a checkpoint has none.
 
     Raises:
         ValueError: a weight is on the meta device and nowhere else.
@@ -40,12 +39,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All that decides what the model computes, by the name it has without peft's wrappers.
+    """Yield everything that determines the model's output, by its name without peft's wrappers.
 
-    Parameters, and what else is saved with them: quantised layers keep their weights in buffers or in packed objects.
+    This includes the saved state beside parameters: quantised layers keep weights in buffers or packed objects.
     """
     named: dict[str, Any] = dict(model.named_parameters())
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # of tied weights
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # names of tied weights
     named |= {name: value for name, value in model.state_dict().items() if name not in aliases}
     for name, value in named.items():
         plain = _plain_name(model, name)
@@ -60,7 +59,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain_name(model: nn.Module, name: str) -> str | None:
-    """A weight's name without peft's wrappers and adapter names; None for what is not in use."""
+    """Return a weight's name without peft's wrappers and adapter names; None for a weight that is not in use."""
     module: Any = model
     kept: list[str] = []
     parts = iter(name.split("."))
@@ -70,7 +69,7 @@ def _plain_name(model: nn.Module, name: str) -> str | None:
             kept.append(part)
         elif part == "original_module" and in_use:
             return None
-        elif part not in ("base_layer", "original_module"):  # a container with one entry an adapter
+        elif part not in ("base_layer", "original_module"):  # a container with one entry for each adapter
             module, container, part = getattr(module, part), part, next(parts, "")
             if part not in in_use:
                 return None
@@ -80,7 +79,7 @@ def _plain_name(model: nn.Module, name: str) -> str | None:
 
 
 def _adapters_in_use(module: Any) -> list[str] | None:
-    """The adapters that change what a layer wrapped by peft computes; None for a module that is no such wrapper."""
+    """Return the adapters that affect a layer wrapped by peft; None for a module that is not such a wrapper."""
     wraps = hasattr(module, "base_layer") or hasattr(module, "original_module")
     if not wraps or not hasattr(module, "active_adapters"):
         return None
@@ -90,7 +89,7 @@ def _adapters_in_use(module: Any) -> list[str] | None:
 
 
 def _sample(tensor: Tensor) -> list[Any]:
-    """Values at even distances; of tensors made of others (quantised weights) those of their parts."""
+    """Return evenly spaced values; of composite tensors (quantised weights), those of their parts."""
     tensor = full_tensor(tensor)
     if is_traceable_wrapper_subclass(tensor):
         return [_sample(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]

@@ -1,4 +1,4 @@
-"""What a model learns with: the training prefix, and the head and the discriminator beside it."""
+"""The trainable parts of a model: the training prefix, the head and the discriminator."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Learning(nn.Module):
     Args:
         prefix: `[P* ; P_new ; W ∘ Q_old]` with its gates and the queue.
         config: see `QTuningConfig`.
-        hidden_size: of the features that heads and the discriminator take.
+        hidden_size: size of the features that heads and the discriminator take.
         has_heads: whether each task has a head of its own.
 
     Attributes:
-        task: its name, or None between tasks.
-        last_learned: the task that was learned last.
+        task: name of the task in training, or None between tasks.
+        last_learned: the task learned last.
     """
 
     discriminator: Discriminator | None
@@ -33,8 +33,8 @@ class Learning(nn.Module):
     def __init__(self, prefix: TrainingPrefix, config: QTuningConfig, *, hidden_size: int, has_heads: bool) -> None:
         super().__init__()
         self.prefix = prefix
-        # Registered now, so that parameters come in one order however a model came to be: sums over them (gradient
-        # clipping) would otherwise differ in the last bits between a run and the same run resumed.
+        # Registered now, so that the order of parameters does not depend on how the model was made. Otherwise sums over
+        # them (gradient clipping) would differ in the last bits between a run and the same run resumed.
         self.register_module("discriminator", None)
         self.register_module("head", None)
         self._config = config
@@ -47,13 +47,13 @@ class Learning(nn.Module):
     def check_idle(self) -> None:
         """Raise a RuntimeError while a task is in training."""
         if self.task is not None:
-            raise RuntimeError(f"task {self.task!r} is in training; finish_task comes first")
+            raise RuntimeError(f"task {self.task!r} is in training; call finish_task first")
 
     def start(self, name: str, label_names: tuple[str, ...], device: torch.device, *, retains: bool) -> None:
-        """Make room in the queue and begin a new prompt and head.
+        """Make room in the queue and start a new prompt and head.
 
         Args:
-            retains: whether memory retention is due once the queue has evicted rows.
+            retains: whether memory retention applies once the queue has evicted rows.
         """
         self.prefix.begin_task()
         if retains and self.prefix.queue.evictions > 0 and self.discriminator is None:
@@ -64,7 +64,7 @@ class Learning(nn.Module):
         self.task, self._label_names = name, label_names
 
     def finish(self) -> TaskAdapter:
-        """Fold the trained prompt, and free what only training needed.
+        """Fold the trained prompt into an adapter, and free what only training needed.
 
         Raises:
             RuntimeError: no task is in training.
@@ -79,12 +79,12 @@ class Learning(nn.Module):
         return adapter
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features `[B, hidden]` to `[B, classes]`, by the head in training."""
+        """Map features `[B, hidden]` to logits `[B, classes]` by the head in training."""
         assert self.head is not None
         return self.head(features.to(self.head.weight.dtype))
 
     def retention_loss(self, shared_features: Tensor, old_features: Tensor) -> Tensor:
-        """`L_MR` between features under the shared prompt and under the previous task's adapter, `[B, hidden]`."""
+        """Return `L_MR` of features `[B, hidden]` under the shared prompt and under the previous task's adapter."""
         assert self.discriminator is not None
         shift = int(torch.randint(1, len(shared_features), ()))
         return retention_loss(self.discriminator, shared_features, old_features.to(shared_features), shift)
@@ -108,14 +108,14 @@ class Learning(nn.Module):
         """Restore a state dict of the same task.
 
         Raises:
-            ValueError: it is of another task.
+            ValueError: the state belongs to another task.
         """
         missing, unexpected = self.load_state_dict(state, strict=False)
         if missing or unexpected:
             raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
 
     def restore(self, state: dict[str, Tensor], device: torch.device, last_learned: str | None) -> None:
-        """Between tasks, as a checkpoint has it; the queue is restored already."""
+        """Restore the state between tasks from a checkpoint; the queue is restored already."""
         self.last_learned = last_learned
         self.prefix.begin_prompts(len(state["prefix._rows.0.prompt"]))
         if any(name.startswith("discriminator.") for name in state):

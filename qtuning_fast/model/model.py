@@ -35,13 +35,12 @@ class QTuningModel(nn.Module):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
-    adapter (`set_task`). With no task set, the base model computes what it always did, by its own functions.
+    adapter (`set_task`). With no task set, the base model computes its original output with its own functions.
 
-    For classification each task has a head on pooled features (`encode`), scaled to unit root mean square; of a base
-    model with a head of its own only what is below it is used. For language modelling the base model's head is used,
-    and `forward` returns what the base model returns. The backbone is frozen and stays in eval mode. The prefix stands
-    on the attention layers while a model computes: one model serves one thread at a time, and models that share a
-    config switch together.
+    For classification each task has a head on pooled features (`encode`), scaled to unit root mean square; a head of
+    the base model is not used. For language modelling the base model's head is used, and `forward` returns what the
+    base model returns. The backbone is frozen and stays in eval mode. While a model computes, the prefix is placed on
+    the attention layers, so one model serves one thread at a time, and models that share a config switch together.
 
     Args:
         base_model: a transformers model whose layers call the attention interface (docs/models.md), or peft's wrapper
@@ -49,17 +48,17 @@ class QTuningModel(nn.Module):
         config: see `QTuningConfig`.
 
     Attributes:
-        base_model: without a wrapper of peft's around it.
-        backbone: it, frozen, with what injects prefixes into its layers.
-        learning: what trains: the training prefix, the head and the discriminator.
+        base_model: the transformers model, without peft's wrapper.
+        backbone: the frozen base model, with the injector of prefixes.
+        learning: the trainable parts: the training prefix, the head and the discriminator.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or the config does not fit the model.
+        TypeError, ValueError: an argument is invalid, or the config does not fit the model.
         NotImplementedError: the model's attention cannot take a prefix; the message says why.
     """
 
     base_model: PreTrainedModel
-    accepts_loss_kwargs = False  # transformers.Trainer: forward's **kwargs go to the base model and are no loss options
+    accepts_loss_kwargs = False  # for transformers.Trainer: forward's **kwargs are for the base model, not the loss
 
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
@@ -68,7 +67,7 @@ class QTuningModel(nn.Module):
         self.qtuning_config = config
         self.backbone = backbone = Backbone(base_model, config.placement)
         self.base_model = backbone.model
-        if hasattr(self.base_model, "hf_device_map"):  # tells transformers.Trainer not to move it
+        if hasattr(self.base_model, "hf_device_map"):  # it tells transformers.Trainer not to move the model
             self.hf_device_map = self.base_model.hf_device_map
         try:
             check_task_type(config.task_type, self.base_model, causal=backbone.injector.is_causal)
@@ -84,21 +83,21 @@ class QTuningModel(nn.Module):
         self._tasks = Tasks(backbone, self.layer_indices, config)
         self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
 
-    # What it is made of
+    # Parts
 
     @property
     def adapters(self) -> AdapterRegistry:
-        """The adapters of the finished tasks, a mapping by name."""
+        """The adapters of the finished tasks by name."""
         return self._tasks.adapters
 
     @property
     def slots(self) -> AdapterSlots:
-        """On the device, the adapters that batches of several tasks have used of late."""
+        """The slots on the device for adapters that batches of several tasks use."""
         return self._tasks.slots
 
     @property
     def training_prefix(self) -> TrainingPrefix:
-        """`[P* ; P_new ; W ∘ Q_old]`, its gates, and the queue."""
+        """The training prefix `[P* ; P_new ; W ∘ Q_old]` with its gates and the queue."""
         return self.learning.prefix
 
     @property
@@ -108,12 +107,12 @@ class QTuningModel(nn.Module):
 
     @property
     def discriminator(self) -> Discriminator | None:
-        """Memory retention's, from the first eviction on."""
+        """The discriminator of memory retention; None before the first eviction."""
         return self.learning.discriminator
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the finished tasks, in order."""
+        """The names of the finished tasks, in order."""
         return list(self.adapters)
 
     @property
@@ -128,49 +127,49 @@ class QTuningModel(nn.Module):
 
     @property
     def retains_memory(self) -> bool:
-        """Whether the loss of the task in training holds the memory retention term: from the first eviction on."""
+        """Whether the loss of the task in training has the memory retention term: from the first eviction on."""
         return self.training_prefix.queue.evictions > 0 and self._may_retain
 
     @property
     def _may_retain(self) -> bool:
         config, layers = self.qtuning_config, self.backbone.injector.layers
         reads = any(layers[index].stack == layers[0].stack for index in self.layer_indices)
-        return config.retention_weight > 0 and config.shared_length > 0 and reads  # features are of what was read
+        return config.retention_weight > 0 and config.shared_length > 0 and reads  # features are those of the input
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device of the inputs."""
         return self.backbone.device
 
     @property
     def hidden_size(self) -> int:
-        """Length of a feature vector."""
+        """The length of a feature vector."""
         return self.backbone.hidden_size
 
     def label_names(self, name: str) -> tuple[str, ...]:
-        """The classes of a finished task."""
+        """Return the classes of a finished task."""
         return self._tasks.label_names(name)
 
     # Tasks
 
     def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
-        """Make room in the queue and begin a new prompt and head; the model then computes under the new task.
+        """Make room in the queue and start a new prompt and head; the model then computes under the new task.
 
         Args:
-            name: a new task's name.
-            num_labels: classes, at least two; may be left out where `label_names` is given. Language modelling tasks
-                need neither.
-            label_names: one a class.
+            name: name of the new task.
+            num_labels: number of classes, at least two; optional with `label_names`. Language modelling tasks need
+                neither.
+            label_names: one name a class.
 
         Raises:
-            TypeError, ValueError: the name is taken or the labels are not usable.
+            TypeError, ValueError: the name is taken or the labels are invalid.
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
         self.learning.check_idle()
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
         if name in self.adapters:
-            raise ValueError(f"name is {name!r}, and a task of that name is finished already")
+            raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
         with self._active.kept():
             try:
                 self.backbone.check_gradient(self.layer_indices)
@@ -194,7 +193,7 @@ class QTuningModel(nn.Module):
         return adapter
 
     def set_task(self, name: str | None, *, live: bool = False) -> None:
-        """Compute under this task from here on; None for the base model alone, by its own attention.
+        """Make a task active; None activates the base model alone, with its own attention.
 
         Args:
             name: a finished task, the task in training, or None.
@@ -212,61 +211,61 @@ class QTuningModel(nn.Module):
         self._active.set(name, live=live or in_training)
 
     def add_task(self, adapter: TaskAdapter) -> None:
-        """Take in an adapter that was made elsewhere, for this base model, as a finished task.
+        """Add an adapter that was made elsewhere for this base model, as a finished task.
 
-        Neither the queue nor the training prefix know of it.
+        Queue and training prefix are unchanged.
 
         Raises:
-            TypeError, ValueError: it does not fit this model, or there is a task of its name.
+            TypeError, ValueError: the adapter does not fit this model, or its name is taken.
         """
         self._check_new(adapter)
         self._tasks.add(adapter)
 
     def load_task(self, folder: str | Path, name: str) -> None:
-        """Take in one adapter of a model that `save_pretrained` wrote, of the same base model, as a finished task.
+        """Add one adapter from a checkpoint of the same base model, as a finished task.
 
         Raises:
-            FileNotFoundError: nothing was saved there.
-            ValueError: there is no such task, a file is damaged, it was made for another base model or puts its
-                prefixes elsewhere, or a task of this name is there.
+            FileNotFoundError: the folder holds no checkpoint.
+            ValueError: the checkpoint lacks the task, a file is damaged, the base model or the place of prefixes
+                differs, or the name is taken.
         """
         adapter, saved = self._tasks.read(Path(folder), name)
         self._check_new(adapter)
         self._tasks.add_read(adapter, saved)
 
     def remove_task(self, name: str) -> None:
-        """Forget a finished task; one of the same name may come in its place. Other tasks stay as they are.
+        """Remove a finished task, which frees its name. Other tasks are unchanged.
 
-        What the queue has of its prompt stays there.
+        The queue keeps the rows of its prompt.
 
         Raises:
-            ValueError: no finished task of this name.
-            RuntimeError: it is in training, or set, or the next task's memory retention will need it.
+            ValueError: no finished task has this name.
+            RuntimeError: the task is in training or set, or the next task's memory retention will need it.
         """
         if name == self.learning.task:
             self.learning.check_idle()
         if name == self.active_task:
-            raise RuntimeError(f"task {name!r} is set; set_task, to another or to None, comes first")
+            raise RuntimeError(f"task {name!r} is set; set another task, or None, first")
         if name == self.learning.last_learned and self._may_retain:
             raise RuntimeError(
-                f"task {name!r} was learned last: the next one's memory retention is held against its adapter; with "
-                "retention_weight=0 it could go"
+                f"task {name!r} was learned last: memory retention of the next task needs its adapter; only with "
+                "retention_weight=0 can it be removed"
             )
         self._tasks.remove(name)
         if name == self.learning.last_learned:
             self.learning.last_learned = None
 
     def set_memory_limits(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> None:
-        """Bound what adapters take in memory; None is no bound.
+        """Bound the memory that adapters use; None means no bound.
 
         Args:
-            device_bytes: of the slots for batches of several tasks, on the model's device. A batch that names more
-                tasks than have room is refused.
-            host_bytes: of the adapters in the host's memory. Those used least of late that lie on disk are dropped and
-                read again when they are needed; what was never saved stays, whatever the bound.
+            device_bytes: bound on the slots for batches of several tasks, on the model's device. A batch that names
+                more tasks than fit is refused.
+            host_bytes: bound on the adapters in the host's memory. The least recently used ones that are on disk are
+                dropped and read again when needed; adapters that were never saved stay, even beyond the bound.
 
         Raises:
-            TypeError, ValueError: a bound is no positive integer.
+            TypeError, ValueError: a bound is not a positive integer.
         """
         self._tasks.set_memory_limits(device_bytes=device_bytes, host_bytes=host_bytes)
 
@@ -287,24 +286,24 @@ class QTuningModel(nn.Module):
         retention_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits under the active task, or the base model's own output where no task is set.
+        """Return logits under the active task, or the base model's own output if no task is set.
 
         Args:
             input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, E]`, or `pixel_values`.
             attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
             token_type_ids, position_ids, decoder_input_ids, decoder_attention_mask: as the base model takes them.
             labels: `[B]` class indices; for language modelling token ids, as the base model takes them.
-            task_names: one finished task a sample; each sample then gets its own task's adapter.
-            retention_features: `[B, hidden]`, the features of this batch under the previous task's adapter
-                (`features`), where they were computed beforehand; they are computed here otherwise.
+            task_names: one finished task for each sample, which uses that task's adapter.
+            retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
+                (`features`); None: they are computed here.
             **kwargs: for the base model.
 
         Returns:
-            `QTuningOutput` for classification, else what the base model returns. Its `retention_loss` is set where
-            memory retention is due, and part of its `loss`.
+            `QTuningOutput` for classification, otherwise the base model's output. If memory retention applies, its
+            `retention_loss` is set and included in `loss`.
 
         Raises:
-            ValueError: attention weights are asked for, or `task_names` does not fit.
+            ValueError: attention weights are requested, or `task_names` is invalid.
         """
         named = {
             "input_ids": input_ids,
@@ -329,11 +328,11 @@ class QTuningModel(nn.Module):
         if labels is not None and self.training and task == self.learning.task and self.retains_memory:
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active.is_live:
-            self._active.place()  # the training prefix moves with every step
+            self._active.place()  # the training prefix changes with every step
         return self._compute(inputs, labels)
 
     def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
-        """Loss and logits under what stands on the attention layers."""
+        """Return loss and logits under the placed prefix."""
         if not self.has_heads:
             return self.backbone.compute_under_a_task(inputs, labels)
         features = self.encode(inputs)
@@ -343,7 +342,7 @@ class QTuningModel(nn.Module):
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
 
     def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
-        """One step with memory retention: the batch under the training prefix and under the shared prompt alone."""
+        """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
         injector, batch = self.backbone.injector, batch_size(inputs)
         if retention_features is None:
             retention_features = self.features(inputs, task=self.learning.last_learned)
@@ -376,9 +375,9 @@ class QTuningModel(nn.Module):
         return self.training_prefix.prefix() if live else self._tasks.prefix(task)
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Pooled features `[B, hidden]` of what was read, under what stands on the attention layers now.
+        """Return pooled features `[B, hidden]` of the inputs under the placed prefix.
 
-        The mean over the tokens; in a causal model the last token, in an image model the class token if it has one.
+        They are the mean over the tokens; in a causal model the last token, in an image model the class token, if any.
 
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
@@ -387,25 +386,25 @@ class QTuningModel(nn.Module):
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
-        """Pooled features `[B, hidden]` under a finished task's adapter, or of the base model alone for None.
+        """Return pooled features `[B, hidden]` under a finished task's adapter or, for None, of the base model alone.
 
-        The active task stays what it was.
+        The active task does not change.
         """
         with self._active.kept():
             self.set_task(task)
             return self.backbone.read(inputs)
 
     def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate` under the active task, or under one finished task a sample.
+        """Call the base model's `generate` under the active task, or under a finished task for each sample.
 
-        The prefix is in no cache and, with `placement="prefix"`, takes no positions.
+        The prefix is not in the cache and, with `placement="prefix"`, takes no positions.
 
         Args:
             *args, **kwargs: as the base model takes them.
-            task_names: one finished task a sample.
+            task_names: one finished task for each sample.
 
         Raises:
-            ValueError: the base model cannot generate, or `task_names` does not fit.
+            ValueError: the base model cannot generate, or `task_names` is invalid.
         """
         self.backbone.check_generates()
         with torch.no_grad(), self.evaluating():
@@ -419,10 +418,10 @@ class QTuningModel(nn.Module):
 
     @contextmanager
     def using(self, task_names: Sequence[str], batch: int) -> Iterator[MixedBatch]:
-        """Within the block each sample of a batch of this size computes under its own finished task.
+        """Within the block, make each sample of a batch of this size compute under its own finished task.
 
         Raises:
-            ValueError: a task is unknown, there is not one name a sample, or the tasks do not go together.
+            ValueError: a task is unknown, the number of names differs from `batch`, or one batch cannot hold the tasks.
         """
         self._check_attached()
         with self._tasks.using(task_names, batch) as mixed:
@@ -431,9 +430,9 @@ class QTuningModel(nn.Module):
     # As a module
 
     def train(self, mode: bool = True) -> QTuningModel:
-        """Training mode for the prompts; the backbone stays in eval mode, but for layers that checkpoint.
+        """Set the prompts' training mode; the backbone stays in eval mode, except for layers that checkpoint.
 
-        So dropout within it is off, LoRA's included, also where LoRA's weights are trained beside the prompts.
+        Dropout in the backbone is therefore off, LoRA's included, even if LoRA's weights train beside the prompts.
         """
         super().train(mode)
         self.backbone.freeze(training=mode)
@@ -441,7 +440,7 @@ class QTuningModel(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within the block in eval mode, in which no layer checkpoints, so that caches are used."""
+        """Set eval mode within the block; no layer checkpoints then, so caches are used."""
         training = self.training
         self.eval()
         try:
@@ -450,37 +449,37 @@ class QTuningModel(nn.Module):
             self.train(training)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base model's, with either kind of checkpoint."""
+        """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
         self.base_model.gradient_checkpointing_enable(*args, **kwargs)
         self.train(self.training)
 
     def gradient_checkpointing_disable(self) -> None:
-        """As the base model's."""
+        """Call the base model's method."""
         self.base_model.gradient_checkpointing_disable()
         self.train(self.training)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
+        """Return the parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
 
-        `prompt` is the prompts and the reweighting; `network` the reparametrisation and the discriminator.
+        `prompt` holds the prompts and the reweighting, `network` the reparametrisation and the discriminator.
         """
         return self.learning.parameter_groups()
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
+        """Print the number of trainable parameters and of all parameters."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         everything, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
         print(f"trainable: {trainable:,} of {everything:,} parameters, {trainable / max(1, everything):.2%}")
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What `DistributedDataParallel` need not keep equal: the frozen backbone is, and may be sharded (FSDP2)."""
+        """Names that `DistributedDataParallel` skips: the frozen backbone never differs and may be sharded (FSDP2)."""
         frozen = [name for name, parameter in self.base_model.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in self.base_model.named_buffers()]
         return [f"base_model.{name}" for name in (*frozen, *buffers)]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # to(), cuda(), half(): what stands on the attention layers moves along, and slots are made anew.
+        # to(), cuda(), half(): the placed prefix moves along, and slots are allocated again.
         self.slots.clear()
         super()._apply(*args, **kwargs)
         if self._active.name is not None:
@@ -488,7 +487,7 @@ class QTuningModel(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
-        # Hooks on the base model, and what stands on its layers, are this model's: the copy gets its own.
+        # Hooks on the base model and prefixes on its layers belong to this model: the copy gets its own.
         name, live = self._active.name, self._active.is_live
         with self._active.kept():
             self.set_task(None)
@@ -502,15 +501,15 @@ class QTuningModel(nn.Module):
     # Saving
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The state of everything but the base model: what a checkpoint within a task needs."""
+        """Return the state of everything except the base model, for a checkpoint within a task."""
         return self.learning.state_dict()
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore `trainable_state_dict` within the same task, of this version or the one before."""
+        """Restore a `trainable_state_dict` of the same task, from this version or the previous one."""
         self.learning.load_trained(from_version_3(state))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the queue and the adapters of all finished tasks into a folder, replacing what was there in one step.
+        """Write the queue and the adapters of all finished tasks into a folder, replacing a checkpoint atomically.
 
         Raises:
             RuntimeError: a task is in training.
@@ -529,17 +528,16 @@ class QTuningModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path, *, lazy: bool = False) -> QTuningModel:
-        """Attach what `save_pretrained` wrote to the same base model; no task is set.
+        """Load a checkpoint onto the same base model; no task is set.
 
         Args:
-            base_model: as the adapters were made for.
-            folder: where they are.
-            lazy: read each adapter when it is first needed. The files must be there then; one that is damaged is
-                refused then.
+            base_model: the model that the adapters were made for.
+            folder: folder that `save_pretrained` wrote.
+            lazy: read each adapter when it is first needed; its file must exist then, and damage is detected then.
 
         Raises:
-            FileNotFoundError: nothing was saved there.
-            ValueError: the files are damaged, of an unknown format version, or made for another base model.
+            FileNotFoundError: the folder holds no checkpoint.
+            ValueError: a file is damaged, has an unknown format version, or belongs to another base model.
         """
         saved = read_checkpoint(Path(folder), lazy=lazy)
         model = cls(base_model, saved.config)
@@ -550,14 +548,14 @@ class QTuningModel(nn.Module):
             model.learning.restore(saved.learning, model.device, saved.last_learned)
         except (KeyError, RuntimeError) as error:
             model.detach()
-            raise CorruptFileError(f"{folder}: what is saved does not fit its own config: {error}") from None
+            raise CorruptFileError(f"{folder}: the checkpoint does not fit its own config: {error}") from None
         except ValueError:
             model.detach()
             raise
         return model
 
     def detach(self) -> PreTrainedModel:
-        """Take everything off the base model and give it back as it was; no task can be set from here on."""
+        """Restore the base model to its original state and return it; no task can be set afterwards."""
         self._active.forget()
         return self.backbone.detach()
 
@@ -566,13 +564,13 @@ class QTuningModel(nn.Module):
     def _check_new(self, adapter: TaskAdapter) -> None:
         self._tasks.check_new(adapter)
         if adapter.name == self.learning.task:
-            raise ValueError(f"a task {adapter.name!r} is in training; another needs another name")
+            raise ValueError(f"task {adapter.name!r} is in training; give the adapter another name")
 
     def _check_attached(self) -> None:
         """Raise a `RuntimeError` after `detach`."""
         self.backbone.check_attached()
-        if hasattr(type(self), "unshard"):  # FSDP2 changes the class of what it shards
+        if hasattr(type(self), "unshard"):  # FSDP2 changes the class of modules that it shards
             raise RuntimeError(
-                "fully_shard was called with the QTuningModel; call it with the base model before attaching, for the "
-                "prompts change from task to task and stay whole"
+                "fully_shard was called with the QTuningModel; call it with the base model before attaching, because "
+                "prompts change from task to task and cannot be sharded"
             )

@@ -1,4 +1,4 @@
-"""What a model gives back, and how many samples it was given."""
+"""The output of a model, and the batch size of its inputs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class QTuningOutput(ModelOutput):
 
     Attributes:
         loss: cross entropy plus η times the retention loss; None without labels.
-        logits: `[B, classes]`; with `task_names` of several tasks `[B, most classes]`, −inf beyond a task's own.
-        retention_loss: `L_MR`; None where memory retention is not due.
+        logits: `[B, classes]`; with `task_names` of several tasks `[B, most classes]`, −inf beyond a task's classes.
+        retention_loss: `L_MR`; None if memory retention does not apply.
     """
 
     loss: Tensor | None = None
@@ -29,15 +29,15 @@ _COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_inp
 
 
 def batch_size(inputs: dict[str, Any]) -> int:
-    """How many samples the inputs of a forward pass, by name, are of; a ValueError where nothing tells."""
+    """Return the number of samples in a forward pass's inputs; raise a ValueError if no input tells it."""
     for name in _COUNTED:
         if isinstance(inputs.get(name), Tensor):
             return len(inputs[name])
-    raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, by which the samples of a batch are counted")
+    raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, so the batch size is unknown; give one of them")
 
 
 def twice(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs for a batch of twice the samples."""
+    """Repeat the inputs for a batch of twice the samples."""
     batch = batch_size(inputs)
     return {
         name: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 and len(x) == batch else x

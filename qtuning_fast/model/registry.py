@@ -1,4 +1,4 @@
-"""The adapters of a model by name: in memory, or on disk until one is needed."""
+"""The registry of a model's adapters by task name: in memory, or on disk until needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read
 
 @dataclass
 class AdapterFile:
-    """Where an adapter's tensors lie: a file in a folder, and its SHA-256."""
+    """The file of an adapter's tensors: its folder, its name and its SHA-256."""
 
     folder: Path
     file: str
@@ -26,10 +26,10 @@ class AdapterFile:
     _seen_whole: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def is_whole(self) -> bool:
-        """Whether the file is there and what was written.
+        """Return whether the file exists and is intact.
 
-        It is read through once, and again when its size or times have changed since: a save asks this of every adapter,
-        and would otherwise take longer with each task. Whoever reads the tensors checks them whatever is known here.
+        The file is read once, and again only if its size or times have changed: a save checks every adapter and would
+        otherwise slow down with each task. Reading the tensors verifies them in any case.
         """
         path = self.folder / self.file
         if not path.is_file():
@@ -41,10 +41,10 @@ class AdapterFile:
         return self._seen_whole is not None
 
     def read(self, info: AdapterInfo) -> TaskAdapter:
-        """The adapter.
+        """Read the adapter.
 
         Raises:
-            CorruptFileError: the file is missing, not what was written, or of another adapter.
+            CorruptFileError: the file is missing, differs from what was written, or holds another adapter.
         """
         try:
             tensors = read_tensors(self.folder, {"file": self.file, "sha256": self.sha256})
@@ -57,12 +57,12 @@ class AdapterFile:
 
 
 class StoredAdapter:
-    """One adapter of a registry. It stays the same object until the task is removed, read and dropped as it may be.
+    """One adapter of a registry. The entry stays the same object until the task is removed.
 
     Attributes:
-        info: what is known without its tensors.
-        file: where they lie; None while they are in memory only.
-        adapter: them, or None while they are on disk only.
+        info: the adapter's description.
+        file: file of its tensors; None while they are only in memory.
+        adapter: the adapter in memory; None while it is only on disk.
     """
 
     def __init__(self, info: AdapterInfo, file: AdapterFile | None, adapter: TaskAdapter | None) -> None:
@@ -72,7 +72,7 @@ class StoredAdapter:
 
 
 class _ReadAgain(LRUCache[StoredAdapter, TaskAdapter]):
-    """Adapters in memory that have a file: the least recently used ones are dropped, to be read again."""
+    """A cache of adapters that have a file; it drops the least recently used ones, which can be read again."""
 
     def __init__(self, maxsize: float) -> None:
         super().__init__(maxsize, getsizeof=lambda adapter: adapter.info.bytes)
@@ -83,28 +83,28 @@ class _ReadAgain(LRUCache[StoredAdapter, TaskAdapter]):
         return entry, adapter
 
     def keep(self, entry: StoredAdapter, adapter: TaskAdapter) -> None:
-        """As far as there is room."""
+        """Keep an adapter if it fits."""
         entry.adapter = None
-        with suppress(ValueError):  # larger than all room
+        with suppress(ValueError):  # larger than the whole cache
             self[entry] = adapter
             entry.adapter = adapter
 
     def moved_to(self, other: _ReadAgain) -> _ReadAgain:
-        """The same in another, in the same order of use."""
+        """Copy the adapters to another cache, in the same order of use, and return it."""
         while self:
             other.keep(*super().popitem())
         return other
 
 
 class AdapterRegistry(Mapping[str, TaskAdapter]):
-    """Adapters by the names of their tasks, in the order in which they came.
+    """Adapters by task name, in the order of their addition.
 
-    A mapping to read; `QTuningModel` has `add_task` and `remove_task`, which see to it that all fits. What has a file
-    is read, checksum and all, when it is first asked for; under a bound on memory the least recently used ones that
-    have a file are dropped again. What has none stays. Several threads may use a registry at once.
+    The mapping is read-only; `QTuningModel.add_task` and `remove_task` change it and check that adapters fit. An
+    adapter with a file is read and verified on first use. Under a bound on memory, the least recently used adapters
+    with a file are dropped; those without one stay. Several threads may use a registry at once.
 
     Args:
-        host_bytes: how many bytes of adapters are kept in memory; None: any number.
+        host_bytes: bound on the bytes of adapters in memory; None: no bound.
     """
 
     def __init__(self, *, host_bytes: int | None = None) -> None:
@@ -129,11 +129,11 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    # What a mapping does not know
+    # Beyond a mapping
 
     @property
     def host_bytes(self) -> int | None:
-        """How many bytes of adapters are kept in memory; None: any number."""
+        """The bound on the bytes of adapters in memory; None: no bound."""
         return self._host_bytes
 
     @host_bytes.setter
@@ -144,7 +144,7 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
 
     @property
     def bytes_in_memory(self) -> int:
-        """Of the adapters that are in memory now."""
+        """The size of the adapters in memory, in bytes."""
         with self._lock:
             return int(self._read_again.currsize) + self._unsaved_bytes
 
@@ -153,18 +153,18 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
         return sum(entry.info.bytes for entry in self._entries.values() if entry.file is None)
 
     def entry(self, name: str) -> StoredAdapter:
-        """The entry of a task; a KeyError where there is none."""
+        """Return the entry of a task; raise a KeyError if there is none."""
         return self._entries[name]
 
     def entries(self) -> list[StoredAdapter]:
-        """All, in order."""
+        """Return all entries, in order."""
         with self._lock:
             return list(self._entries.values())
 
     def add(
         self, info: AdapterInfo, *, file: AdapterFile | None = None, adapter: TaskAdapter | None = None
     ) -> StoredAdapter:
-        """A new entry, from a file or from memory, in the place of one of the same name."""
+        """Add an entry with a file or an adapter in memory; it replaces one of the same name."""
         entry = StoredAdapter(info, file, adapter)
         with self._lock:
             if info.name in self._entries:
@@ -176,16 +176,16 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
         return entry
 
     def remove(self, name: str) -> None:
-        """Without this task from here on; a KeyError where there is none."""
+        """Remove a task; raise a KeyError if there is none of this name."""
         with self._lock:
             self._read_again.pop(self._entries.pop(name), None)
             self._make_room()
 
     def load(self, entry: StoredAdapter, *, keep: bool = True) -> TaskAdapter:
-        """The adapter of an entry, read if need be.
+        """Return the adapter of an entry, reading it if necessary.
 
         Args:
-            keep: whether what is read stays in memory, as far as the bound allows.
+            keep: whether to keep an adapter that was read in memory, within the bound.
 
         Raises:
             CorruptFileError: its file is missing or damaged.
@@ -193,17 +193,17 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
         with self._lock:
             adapter, file = entry.adapter, entry.file
             if adapter is not None:
-                self._read_again.get(entry)  # used just now
+                self._read_again.get(entry)  # mark as used
                 return adapter
         assert file is not None
-        adapter = file.read(entry.info)  # not under the lock: others need not wait, and two may read the same
+        adapter = file.read(entry.info)  # without the lock, so that others need not wait; two may read the same file
         with self._lock:
             if keep and self._entries.get(entry.info.name) is entry:
                 self._read_again.keep(entry, adapter)
         return adapter
 
     def lies_in(self, entry: StoredAdapter, file: AdapterFile) -> None:
-        """What was in memory only has a file from here on; what had one in that folder, a new one."""
+        """Record the file of an adapter that was only in memory, or its new file in the same folder."""
         with self._lock:
             was_unsaved = entry.file is None
             if was_unsaved or (entry.file is not None and entry.file.folder == file.folder):
@@ -213,7 +213,7 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
                 self._read_again.keep(entry, entry.adapter)
 
     def _make_room(self) -> None:
-        """What has no file takes its room first."""
+        """Shrink the cache by the size of the adapters without a file, which cannot be dropped."""
         room = math.inf if self._host_bytes is None else max(0, self._host_bytes - self._unsaved_bytes)
         if room != self._read_again.maxsize:
             self._read_again = self._read_again.moved_to(_ReadAgain(room))

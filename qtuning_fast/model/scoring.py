@@ -1,4 +1,4 @@
-"""How probable each of a few given answers is to a language model: classes are told apart by the words for them."""
+"""Scores of given answers under a language model, which classify an input by label words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qtuning_fast.integrations.transformers.caches import CACHE
 from qtuning_fast.model.model import QTuningModel
 
 Answers = Sequence[list[int]]
-"""The token ids of each answer, with the token that ends it where there is one."""
+"""The token ids of each answer, including its end token if there is one."""
 
 
 @torch.no_grad()
@@ -26,25 +26,25 @@ def answer_scores(
     task_names: Sequence[str] | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """`log p(answer | input)` of every answer, under the active task, a task for each sample, or the base model alone.
+    """Return `log p(answer | input)` of each answer under the active task, a task a sample, or the base model alone.
 
-    The input is read once and its cache serves all answers. With an encoder-decoder the answer is what the decoder
-    writes from its start token on; with a decoder it continues the input. The score is the exact sum over the answer's
-    tokens, so where no token ends the answers, one that begins another is always the more probable of the two.
+    The input is read once, and its cache serves all answers. In an encoder-decoder the decoder writes the answer after
+    its start token; in a decoder the answer continues the input. The score is the exact sum over the answer's tokens,
+    so without end tokens, an answer that another one starts with is always the more probable of the two.
 
     Args:
-        model: with `task_type="text-to-text"` or `"causal-lm"`.
-        inputs: what the model reads, `input_ids` and `attention_mask` of `[B, N]`; padding may be on either side.
+        model: a model with `task_type="text-to-text"` or `"causal-lm"`.
+        inputs: the model's `input_ids` and `attention_mask`, `[B, N]`; padding may be on either side.
         answers: K sequences of token ids, of any lengths.
-        task_names: one finished task a sample.
-        batch_size: answers in one pass at most, counted over samples, which bounds the memory.
+        task_names: one finished task for each sample.
+        batch_size: maximum number of answers in one pass, counted over samples; it bounds the memory.
 
     Returns:
         `[B, K]` in float32.
 
     Raises:
-        TypeError, ValueError: the model has heads instead of a language model, an answer is empty or no sequence of
-            its token ids, an input has no token, or `task_names` does not fit.
+        TypeError, ValueError: the model has heads instead of a language model, an answer is empty or not a sequence of
+            the model's token ids, an input has no token, or `task_names` is invalid.
     """
     if model.has_heads:
         task_type = model.qtuning_config.task_type
@@ -62,13 +62,13 @@ def answer_scores(
 
 
 class _Begun:
-    """A batch that the model has read, ready to be answered in different ways."""
+    """A batch that the model has read, ready for its answers."""
 
     def __init__(self, model: QTuningModel, inputs: dict[str, Tensor], task_names: Sequence[str] | None) -> None:
         self.model, self.task_names = model, task_names
         self.two_stacks = model.base_model.config.is_encoder_decoder
         positions = model.backbone.injector.positions
-        self.counts_positions = not self.two_stacks and positions.are_taken  # padding takes none
+        self.counts_positions = not self.two_stacks and positions.are_taken  # padding takes no position
         inputs = _with_mask(inputs)
         self.samples = len(inputs["attention_mask"])
         more: dict[str, Any] = {}
@@ -79,17 +79,17 @@ class _Begun:
             inputs = _left_padded(inputs)
             if self.counts_positions:
                 more["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            # `generate` asks the same: there is no public way to know whether a model takes logits_to_keep.
+            # `generate` calls the same private method: no public one tells whether a model takes logits_to_keep.
             if model.base_model.can_generate() and model.base_model._supports_logits_to_keep():  # type: ignore[operator]
                 more["logits_to_keep"] = 1
         output = model(**inputs | more, use_cache=True, task_names=task_names)
         self.mask = inputs["attention_mask"]
         self.cache = output[CACHE]
         self.memory = output.encoder_last_hidden_state if self.two_stacks else None
-        self.first = output.logits[:, -1].float().log_softmax(-1)  # [B, V], of each answer's first token
+        self.first = output.logits[:, -1].float().log_softmax(-1)  # [B, V], for each answer's first token
 
     def scores(self, answers: Answers) -> Tensor:
-        """`[B, k]`, all answers in one pass."""
+        """Return the scores `[B, k]` of all answers, from one pass."""
         B, k, longest = self.samples, len(answers), max(map(len, answers))
         tokens = torch.zeros(k, longest, dtype=torch.long)
         there = torch.zeros(k, longest, dtype=torch.bool)
@@ -105,8 +105,8 @@ class _Begun:
         return total
 
     def _continued(self, tokens: Tensor, times: int) -> Tensor:
-        """Logits `[B * times, L, V]` behind each of these tokens `[B * times, L]`, each sample `times` in a row."""
-        cache = copy.deepcopy(self.cache)  # it grows in the pass, and the next answers begin from it again
+        """Return logits `[B * times, L, V]` after each token of `[B * times, L]`, each sample `times` in a row."""
+        cache = copy.deepcopy(self.cache)  # the pass extends it, and the next answers start from it again
         cache.batch_repeat_interleave(times)
         mask = self.mask.repeat_interleave(times, dim=0)
         inputs: dict[str, Any] = {CACHE: cache, "use_cache": True}
@@ -136,22 +136,22 @@ def _check_answers(answers: Answers, vocabulary: int) -> None:
 def _start_token(model: QTuningModel) -> int:
     start = getattr(model.base_model.config, "decoder_start_token_id", None)
     if start is None:
-        raise ValueError(f"the config of this {type(model.base_model).__name__} names no decoder_start_token_id")
+        raise ValueError(f"the config of this {type(model.base_model).__name__} lacks decoder_start_token_id")
     return start
 
 
 def _with_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs with a padding mask of zeros and ones, `[B, N]`."""
+    """Return the inputs with a padding mask of zeros and ones, `[B, N]`."""
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
     mask = inputs.get("attention_mask")
     mask = tokens.new_ones(tokens.shape[:2], dtype=torch.long) if mask is None else (mask != 0).long()
     if not mask.any(1).all():
-        raise ValueError("attention_mask: an input has no token, and an answer needs something to answer")
+        raise ValueError("attention_mask: an input has no token; every input needs at least one")
     return inputs | {"attention_mask": mask}
 
 
 def _left_padded(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs with all padding in front, so that every answer continues its input in the next place."""
+    """Move all padding to the front, so that every answer directly follows its input."""
     mask = inputs["attention_mask"]
     order = mask.argsort(dim=1, stable=True)
 

@@ -1,4 +1,4 @@
-"""The finished tasks of a model: which there are, and their adapters in memory, on disk and in slots on the device."""
+"""The finished tasks of a model, with their adapters in memory, on disk and in slots on the device."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Tasks:
     """Finished tasks, by name.
 
     Args:
-        backbone: on which they run.
+        backbone: model on which the tasks run.
         layers: indices of its layers that get a prefix.
         config: see `QTuningConfig`.
-        adapters: of tasks that were finished before.
+        adapters: adapters of tasks finished before.
 
     Attributes:
-        adapters: each task's, in memory or on disk.
-        slots: on the device, those that batches of several tasks have used of late.
+        adapters: the registry of the tasks' adapters.
+        slots: the slots on the device for adapters that batches of several tasks use.
     """
 
     def __init__(
@@ -47,43 +47,43 @@ class Tasks:
         )
 
     def check(self, name: str) -> None:
-        """Raise a ValueError where no finished task has this name."""
+        """Raise a ValueError if no finished task has this name."""
         if name not in self.adapters:
             names = ", ".join(self.adapters) or "none yet"
             raise ValueError(f"task {name!r} is not among the finished tasks: {names}")
 
     def label_names(self, name: str) -> tuple[str, ...]:
-        """The classes of a task."""
+        """Return the classes of a task."""
         self.check(name)
         return self.adapters.entry(name).info.label_names
 
     def prefix(self, name: str) -> Prefix:
-        """The prefix of a task, ready to be placed on the layers."""
+        """Return the prefix of a task, ready to be placed on the layers."""
         return self.adapters[name].prefix(self._backbone.device, num_layers=len(self._layers))
 
     def logits(self, name: str, features: Tensor) -> Tensor:
-        """Features `[B, hidden]` to `[B, classes]`, by a task's head."""
+        """Map features `[B, hidden]` to logits `[B, classes]` by a task's head."""
         return self.adapters[name].logits(features)
 
     def check_new(self, adapter: TaskAdapter) -> None:
-        """Raise a TypeError or ValueError where an adapter does not fit the model, or its name is taken."""
+        """Raise a TypeError or ValueError if an adapter does not fit the model or its name is taken."""
         shapes = [self._backbone.injector.layers[index].shape for index in self._layers]
         check_adapter(adapter, shapes, embedding_size=self._embedding_size, hidden_size=self._hidden_size)
         if adapter.name in self.adapters:
-            raise ValueError(f"a task {adapter.name!r} is finished already; remove_task comes first")
+            raise ValueError(f"task {adapter.name!r} is finished already; call remove_task first")
 
     def add(self, adapter: TaskAdapter) -> None:
-        """Take in an adapter that was checked. It stays in the host's memory."""
+        """Add a checked adapter. It stays in the host's memory."""
         tensors = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
         self.adapters.add(adapter.info, adapter=TaskAdapter.from_tensors(tensors, adapter.info))
 
     def read(self, folder: Path, name: str) -> tuple[TaskAdapter, Checkpoint]:
-        """One adapter of a checkpoint that this model may take in, and the checkpoint.
+        """Read one adapter of a checkpoint that fits this model, and return both.
 
         Raises:
-            FileNotFoundError: nothing was saved there.
-            ValueError: there is no such task, a file is damaged, or it was made for another base model or puts its
-                prefixes elsewhere.
+            FileNotFoundError: the folder holds no checkpoint.
+            ValueError: the checkpoint lacks the task, a file is damaged, or the base model or the place of prefixes
+                differs.
         """
         saved = read_checkpoint(folder, lazy=True)
         saved.check_base_model(self._backbone, folder)
@@ -99,12 +99,12 @@ class Tasks:
         return saved.adapters[name], saved
 
     def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:
-        """Take in an adapter that `read` gave and that was checked. Its file stays where it is."""
+        """Add a checked adapter that `read` returned. Its file stays in place."""
         entry = saved.adapters.entry(adapter.name)
         self.adapters.add(entry.info, file=entry.file, adapter=adapter)
 
     def remove(self, name: str) -> None:
-        """Forget a task; a ValueError where there is none of this name."""
+        """Remove a task; raise a ValueError if there is none of this name."""
         self.check(name)
         self.adapters.remove(name)
         self.slots.discard(name)
@@ -122,10 +122,10 @@ class Tasks:
 
     @contextmanager
     def using(self, names: Sequence[str], batch: int) -> Iterator[MixedBatch]:
-        """Within the block each sample of a batch of this size computes under its own task.
+        """Within the block, make each sample of a batch of this size compute under its own task.
 
         Raises:
-            ValueError: a task is unknown, there is not one name a sample, or the tasks do not go together.
+            ValueError: a task is unknown, the number of names differs from `batch`, or one batch cannot hold the tasks.
         """
         if isinstance(names, str) or len(names) != batch:
             raise ValueError(f"task_names is {names!r}; it must hold one name for each of the {batch} samples")

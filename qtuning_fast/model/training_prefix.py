@@ -1,4 +1,4 @@
-"""The training prefix of a model: the new prompt in front of the queue, the gates, and what trains them."""
+"""The training prefix of a model: shared prompt, new prompt and queue, with the gates and the reparametrisation."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from qtuning_fast.model.distributed import synchronize
 
 
 class TrainingPrefix(nn.Module):
-    """`[P* ; P_new ; W ∘ Q_old]`, the gates, and the queue that holds `Q_old`.
+    """The training prefix `[P* ; P_new ; W ∘ Q_old]`, the gates, and the queue that holds `Q_old`.
 
-    With `placement="prefix"` each chosen layer has rows of its own, keys and values; with `placement="input"` there is
-    one set of rows for all, embeddings. Each layer has its gate either way.
+    With `placement="prefix"` each chosen layer has its own rows of keys and values; with `placement="input"` all layers
+    share one set of rows, which are embeddings. Each layer has its own gate in both cases.
 
     Args:
-        shapes: of the layers that get a prefix.
+        shapes: sizes of the layers that get a prefix.
         config: see `QTuningConfig`.
-        vocabulary, embedding_size: what rows that are embeddings start from, and their length.
+        vocabulary, embedding_size: for rows that are embeddings, their source and their length.
 
     Attributes:
         queue: the rows of finished prompts.
-        last_eviction: what the start of the current task evicted, or None.
-        reparameterization: what new prompts pass through while they train.
+        last_eviction: the eviction at the start of the current task, or None.
+        reparameterization: the network that new prompts pass through while they train.
 
     Raises:
         ValueError: the config does not fit these layers.
@@ -69,21 +69,21 @@ class TrainingPrefix(nn.Module):
 
     @property
     def rows(self) -> list[PromptRows]:
-        """One a layer, or one in all where they are embeddings."""
+        """The rows of each layer; a single entry if they are embeddings."""
         return cast("list[PromptRows]", list(self._rows))
 
     @property
     def gates(self) -> list[Gate]:
-        """One a layer; empty without a gate."""
+        """The gate of each layer; empty without a gate."""
         return cast("list[Gate]", list(self._gates))
 
     @property
     def prompt_length(self) -> int:
-        """Rows of the newest prompt; 0 before the first task."""
+        """The number of rows of the newest prompt; 0 before the first task."""
         return len(self.rows[0].prompt)
 
     def begin_task(self) -> None:
-        """Take the finished prompt into the queue and begin a new one; everything but old rows is trainable."""
+        """Push the finished prompt into the queue and start a new one; everything except old rows is trainable."""
         first = not self.prompt_length
         if not first:
             prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
@@ -99,14 +99,14 @@ class TrainingPrefix(nn.Module):
             self.reparameterization = ResidualReparameterization(row.shape[1]).to(row.device)
 
     def begin_prompts(self, prompt_length: int) -> None:
-        """New prompts over the queue as it is."""
+        """Start new prompts in front of the current queue."""
         for index, rows in enumerate(self.rows):
             held = (self.queue.rows[index], self.queue.row_scale[index]) if self.queue.rows else rows.no_rows()
             rows.begin(prompt_length, *held)
 
     @torch.no_grad()
     def finish_task(self, name: str, label_names: Sequence[str], head: nn.Linear | None) -> TaskAdapter:
-        """Fold the reparametrisation into the prompts, freeze them, and give what is kept of the task."""
+        """Fold the reparametrisation into the prompts, freeze them, and return the task's adapter."""
         for rows, prompt in zip(self.rows, self._prompts()):
             rows.prompt = nn.Parameter(prompt.clone())
         self.reparameterization = None
@@ -127,14 +127,14 @@ class TrainingPrefix(nn.Module):
         )
 
     def _prompts(self) -> Sequence[Tensor]:
-        """The new prompts, `[l, F]` each, through the reparametrisation while there is one."""
+        """Return the new prompts, `[l, F]` each, passed through the reparametrisation if there is one."""
         prompts: list[Tensor] = [rows.prompt for rows in self.rows]
         if self.reparameterization is None:
             return prompts
         return self.reparameterization(torch.stack(prompts)).unbind()
 
     def prefix(self) -> Prefix:
-        """The training prefix as it stands."""
+        """Return the current training prefix."""
         gates = [gate.arguments() for gate in self.gates] or [NO_GATE] * self._layer_count
         layers: list[PrefixArguments] = []
         embeddings = None
@@ -147,12 +147,12 @@ class TrainingPrefix(nn.Module):
         return Prefix([rows | gate for rows, gate in zip(layers, gates)], embeddings)
 
     def prefix_with_shared(self, index: Tensor) -> Prefix:
-        """A bank of two: 0 is the training prefix, 1 the shared prompt alone, with the gate held fixed.
+        """Return a bank of two: 0 is the training prefix, 1 the shared prompt alone, with a fixed gate.
 
-        Since the shared rows come first, the second is the first one cut to their length.
+        The shared rows come first, so the second prefix is the first one cut to their length.
 
         Args:
-            index: `[B]`, which of the two each sample uses.
+            index: `[B]`, the prefix of each sample.
         """
         one = self.prefix()
         rows = sum(len(part) for part in (self.rows[0].shared, self.rows[0].prompt, self.rows[0].old))
@@ -166,7 +166,7 @@ def _kept(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _twice(prefix: PrefixArguments) -> PrefixArguments:
-    """A layer's arguments as a bank of two that are the same, the second one's gate without gradient."""
+    """Stack a layer's arguments into a bank of two equal prefixes, the second one's gate without gradient."""
     bank: dict[str, Any] = dict(prefix)
     for name, x in prefix.items():
         if isinstance(x, tuple):
@@ -182,10 +182,10 @@ def _check_rows(config: QTuningConfig, features: set[int]) -> None:
     if config.eviction == "pca" and rows > min(features):
         raise ValueError(
             f"queue_size={config.queue_size} with prompt_length={config.prompt_length} keeps {rows} rows, more than "
-            f"the {min(features)} features of a row: DQ-PCA cannot; use less, or another eviction"
+            f"the {min(features)} features of a row, which DQ-PCA cannot do; reduce either, or choose another eviction"
         )
     if config.reparameterization is not None and len(features) > 1:
         raise ValueError(
             f"reparameterization={config.reparameterization!r} is shared by all layers, but rows have "
-            f"{sorted(features)} features in different layers; use None"
+            f"{sorted(features)} features in different layers; set it to None"
         )

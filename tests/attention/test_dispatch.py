@@ -24,7 +24,7 @@ def test_auto_says_what_it_picks_and_why_not_the_others(make_call):
     choice = explain_backend(**make_call(N=300, M=300))
     assert choice.backend == "composed" and choice.rejected.keys() == {"fused", "reference"}
     text = str(choice)
-    assert text.startswith("composed: the fastest by its table: on cpu") and "not fused: its Triton kernels" in text
+    assert text.startswith("composed: the fastest by the table: on cpu") and "not fused: its Triton kernels" in text
     assert "context by PyTorch's flash attention for CPUs" in text and "not reference: composed comes first" in text
 
 
@@ -69,12 +69,12 @@ def test_the_environment_stands_in_for_auto_only(make_call, monkeypatch):
     monkeypatch.setenv("QTUNING_FAST_BACKEND", "fused")
     with pytest.raises(NotImplementedError, match="QTUNING_FAST_BACKEND"):
         prefix_attention(**make_call())
-    assert explain_backend(**make_call(), backend="reference").reason == "asked for by name"
+    assert explain_backend(**make_call(), backend="reference").reason == "requested by name"
     monkeypatch.setenv("QTUNING_FAST_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"QTUNING_FAST_BACKEND must be one of auto, fused.*'fastest'"):
         prefix_attention(**make_call())
     monkeypatch.setenv("QTUNING_FAST_BACKEND", "")
-    assert "by its table" in explain_backend(**make_call()).reason
+    assert "by the table" in explain_backend(**make_call()).reason
 
 
 def test_auto_takes_the_next_when_the_fastest_cannot_do_the_call(make_call, monkeypatch):
@@ -95,7 +95,7 @@ def test_auto_takes_the_next_when_the_fastest_cannot_do_the_call(make_call, monk
     with pytest.raises(NotImplementedError, match="it knows no causality"):
         prefix_attention(**make_call(is_causal=True), backend="composed")
     by_name = explain_backend(**make_call(), backend="reference")
-    assert by_name.rejected["composed"] == "reference was asked for by name"
+    assert by_name.rejected["composed"] == "reference was requested by name"
 
 
 def test_on_a_gpu_the_composed_backend_needs_triton(monkeypatch):

@@ -1,13 +1,13 @@
-"""Backend "composed": a vendor's flash attention for the context, our own work for the prefix only.
+"""The backend "composed": a vendor's flash attention for the context, our own code for the prefix only.
 
-The operator splits at the log-sum-exp. With (o_c, L_c) attention over the context alone and (o_p, L_p) over the gated
-prefix,
+The operator splits at the log-sum-exp. If (o_c, L_c) is attention over the context alone and (o_p, L_p) attention over
+the gated prefix, then
 
     L = log(exp L_c + exp L_p)        o = o_c exp(L_c - L) + o_p exp(L_p - L)
 
-and a flash attention's backward pass that is handed o and L gives the exact gradients of the context part, because it
-rebuilds p = exp(s - L) and δ = rowsum(dO ∘ O) from them. `context` cuts the context into calls that a vendor does
-right; the prefix part, on a GPU Triton kernels and on a CPU batched products, merges in place and adds to dq.
+Given o and L, a flash attention's backward pass returns the exact gradients of the context part, because it rebuilds
+p = exp(s - L) and δ = rowsum(dO ∘ O) from them. `context` splits the context into calls that a vendor computes
+correctly. The prefix part (Triton kernels on a GPU, batched products on a CPU) merges in place and adds to dq.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from qtuning_fast.attention.composed.cpu import prefix_part as prefix_part_on_cp
 from qtuning_fast.attention.composed.vendors import EFFICIENT, FEW_QUERIES, Vendor, vendor_for
 from qtuning_fast.attention.custom_op import Outputs, operator
 
-CONTEXT = ("query", "key", "value")  # what has a gradient from the context
+CONTEXT = ("query", "key", "value")  # inputs with a gradient from the context
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:
-    """What keeps it from a call."""
+    """Return why this backend cannot compute a call, or None."""
     if call.softcap is not None:
         return "softcap: it does not cap scores"
     if call.query.is_cuda:
@@ -39,23 +39,23 @@ def why_not(call: PrefixAttentionCall) -> str | None:
     vendor = vendor_for(call)
     if isinstance(vendor, Vendor):
         return None
-    return "no attention for the context can do it: " + "; ".join(f"{name}: {why}" for name, why in vendor.items())
+    return "no vendor can compute the context: " + "; ".join(f"{name}: {why}" for name, why in vendor.items())
 
 
 def only_by_name(call: PrefixAttentionCall) -> str | None:
-    """Why "auto" passes by what it could do."""
+    """Return why "auto" skips this backend for a call that it could compute, or None."""
     if call.query.is_cuda and call.query.shape[2] > FEW_QUERIES and vendor_for(call) is EFFICIENT:
-        return f"of the context it could ask only {EFFICIENT.name}, which is not known to outrun our own kernels"
+        return f"for the context it has only {EFFICIENT.name}, which is not known to be faster than our own kernels"
     return None
 
 
 def how(call: PrefixAttentionCall) -> str:
-    """By whom the context is done."""
+    """Return which vendor computes the context."""
     return f"context by {_vendor(call).name}"
 
 
 def prefix_part_for(call: PrefixAttentionCall) -> Any:
-    """The module that computes the prefix part: `merge`, `backward`, `keeps_rest`."""
+    """Return the module that computes the prefix part by `merge`, `backward` and `keeps_rest`."""
     if call.query.is_cuda:
         import qtuning_fast.kernels.prefix_part as prefix_part
 
@@ -64,7 +64,7 @@ def prefix_part_for(call: PrefixAttentionCall) -> Any:
 
 
 class _Passes:
-    """A vendor's passes over the context, and the prefix part's."""
+    """The passes of a vendor over the context, combined with those of the prefix part."""
 
     def forward(self, call: PrefixAttentionCall) -> Outputs:
         prefix_part = prefix_part_for(call)
@@ -85,7 +85,7 @@ class _Passes:
         needed: Sequence[str],
     ) -> list[Tensor]:
         d_context: dict[str, Tensor] = {}
-        if any(name in CONTEXT for name in needed):  # a frozen backbone below the lowest prefix needs none of them
+        if any(name in CONTEXT for name in needed):  # none is needed in a frozen backbone below the lowest prefix
             gradients = context.backward(call, _vendor(call), output, lse, lse_rest, d_output)
             d_context = dict(zip(CONTEXT, gradients))
         d_query = d_context["query"] if "query" in needed else None

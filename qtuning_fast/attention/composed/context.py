@@ -1,4 +1,4 @@
-"""The context part of the composed backend: plain attention by a vendor, cut into pieces that the vendor does right."""
+"""The context part of the composed backend: attention by a vendor, in pieces that the vendor computes correctly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qtuning_fast.attention.common import masked, score_dtype
 from qtuning_fast.attention.composed.vendors import Attention, Vendor
 
 ALL = slice(None)
-NEAR = 256.0  # additive masks up to here stay as they are
+NEAR = 256.0  # additive masks up to this magnitude are not shifted
 
 
 class Piece(NamedTuple):
-    """Some queries attend to some keys. What is in no piece does not see each other."""
+    """Some queries that attend to some keys. Queries and keys that share no piece do not see each other."""
 
     queries: slice
     keys: slice
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
-    """Disjoint, and together the whole context."""
+    """Split the context into disjoint pieces that cover it."""
     N, M = call.query.shape[2], call.key.shape[2]
     if 0 in call.query.shape or M == 0:
         return ()
@@ -39,11 +39,11 @@ def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
 
 
 def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over the context alone.
+    """Compute attention over the context alone.
 
     Returns:
-        As `empty_outputs` has them: the output, the log-sum-exp, and what is to be added to the latter. A query that
-        sees nothing gets 0 and -inf. Which do is known from masks and causality: what vendors report differs.
+        Output, log-sum-exp and the latter's rest, to be added to it, shaped as in `empty_outputs`. A query that sees
+        nothing gets 0 and -inf. Masks and causality decide which queries these are, because vendors' reports differ.
     """
     mask, shift = _additive(call)
     parts = pieces(call, vendor)
@@ -67,12 +67,12 @@ def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tupl
 def backward(
     call: PrefixAttentionCall, vendor: Vendor, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value from the context, given the global output and log-sum-exp."""
+    """Return the context's gradients of query, key and value, given the global output and log-sum-exp."""
     mask, shift = _additive(call)
     parts = pieces(call, vendor)
     if lse_rest.numel():
         lse = lse - shift + lse_rest
-    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # sees nothing at all: exp(s - lse) is to be 0
+    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # a query that sees nothing: exp(s - lse) must be 0
     d_output = _laid_out(d_output, output)
     if [piece.queries for piece in parts] == [ALL]:
         found = vendor.backward(_attention(call, mask, parts[0]), output, lse, d_output)
@@ -91,9 +91,9 @@ def backward(
 def empty_outputs(
     call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool, device: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for output [B, Hq, N, Dv], log-sum-exp [B, Hq, N] and its rest, of that shape or empty.
+    """Allocate output [B, Hq, N, Dv], log-sum-exp [B, Hq, N] and its rest, of the latter's shape or empty.
 
-    On "meta" their shapes and strides only.
+    On the device "meta" they have shapes and strides only.
     """
     output = _room(call.query, call.value.shape[-1], vendor, device)
     lse = output.new_empty(call.query.shape[:3], dtype=score_dtype(call.query))
@@ -103,13 +103,13 @@ def empty_outputs(
 def empty_gradients(
     call: PrefixAttentionCall, vendor: Vendor, device: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of query, key and value."""
+    """Allocate the gradients of query, key and value."""
     dq, dk, dv = (_room(x, x.shape[-1], vendor, device) for x in (call.query, call.key, call.value))
     return dq, dk, dv
 
 
 def _room(x: Tensor, columns: int, vendor: Vendor, device: str | None) -> Tensor:
-    """Like x [B, H, N, D] but for D, its memory ordered as the vendor orders what it returns."""
+    """Allocate a tensor like x [B, H, N, D] with another D, in the memory order of the vendor's results."""
     B, H, N, D = x.shape
     if vendor.keeps_layout and columns == D and x.stride(-1) == 1:
         return torch.empty_like(x, device=device)
@@ -117,14 +117,14 @@ def _room(x: Tensor, columns: int, vendor: Vendor, device: str | None) -> Tensor
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x with like's strides, copied only if it lies otherwise in memory."""
+    """Return x with like's strides, copied only if its memory order differs."""
     if all(a == b or n == 1 for a, b, n in zip(x.stride(), like.stride(), x.shape)):
         return x if x.stride() == like.stride() else x.as_strided(x.shape, like.stride())
     return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _attention(call: PrefixAttentionCall, mask: Tensor | None, piece: Piece) -> Attention:
-    """What a vendor computes for a piece."""
+    """Return a vendor's input for a piece."""
     queries, keys, is_causal = piece
     if mask is not None:
         mask = mask[:, :, queries if mask.shape[2] > 1 else ALL, keys if mask.shape[3] > 1 else ALL]
@@ -135,17 +135,17 @@ def _attention(call: PrefixAttentionCall, mask: Tensor | None, piece: Piece) -> 
 
 
 def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]:
-    """The mask on the context, 4-D, in the scores' dtype, and what was taken off it, one number a query.
+    """Return the 4-D additive mask on the context in the scores' dtype, and the shift subtracted from it a query.
 
-    It is added to scores, and -inf where a query must not see a key. Attention does not change when a number is taken
-    off all scores of a query, and the largest one that a query sees keeps its log-sum-exp near its scores, however far
-    from 0 the mask's numbers are. Causality shows different keys to different queries: a row of numbers that serves all
-    of them is therefore written out for each.
+    The mask is -inf where a query must not see a key. Subtracting a number from all scores of a query does not change
+    attention. The shift is the largest mask value that the query sees, which keeps its log-sum-exp near its scores
+    however far the mask's values are from 0. Under causality queries see different keys, so a mask row shared by all
+    queries is expanded to one row a query.
     """
     mask = call.attn_mask if call.padding_mask is None else call.padding_mask[:, None, None, :]
     if mask is None:
         return None, 0.0
-    for dim, stride in enumerate(mask.stride()):  # what was expanded, and would be written out
+    for dim, stride in enumerate(mask.stride()):  # undo expanded dimensions, which would be written out
         mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] else mask
     additive = masked(torch.zeros(mask.shape, dtype=score_dtype(call.query), device=mask.device), mask)
     if mask.dtype == torch.bool or 0 in mask.shape:
@@ -160,7 +160,7 @@ def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]
 
 
 def _seen(x: Attention, vendor: Vendor) -> tuple[Tensor, Tensor]:
-    """A vendor's output and log-sum-exp; 0 and -inf for queries that see nothing."""
+    """Return a vendor's output and log-sum-exp, set to 0 and -inf for queries that see nothing."""
     output, lse = vendor.forward(x)
     if x.mask is None:
         return output, lse
@@ -168,7 +168,7 @@ def _seen(x: Attention, vendor: Vendor) -> tuple[Tensor, Tensor]:
     N, M = x.query.shape[2], x.key.shape[2]
     if not x.is_causal:
         sees = visible.any(-1)
-    elif visible.shape[2] == 1:  # the first visible key comes in time
+    elif visible.shape[2] == 1:  # a query sees something if the first visible key is not after its last key
         last = torch.arange(M - N, M, device=visible.device)
         sees = visible.any(-1) & (visible.byte().argmax(-1) <= last)
     else:
@@ -177,7 +177,7 @@ def _seen(x: Attention, vendor: Vendor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(output: Tensor, lse: Tensor, o: Tensor, L: Tensor) -> None:
-    """Attention over more keys, o and L, merged in place into output and lse."""
+    """Merge attention over more keys, (o, L), into output and lse in place."""
     total = torch.logaddexp(lse, L)
     finite = total.masked_fill(total.isneginf(), 0)
     output.copy_(output * (lse - finite).exp()[..., None] + o * (L - finite).exp()[..., None])

@@ -13,33 +13,33 @@ from qtuning_fast.integrations.modules.prefixed import PrefixedAttention, check_
 
 
 class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
-    """A drop-in for `torch.nn.MultiheadAttention` that also attends to a gated prefix, its own or one it is given.
+    """A drop-in replacement for `torch.nn.MultiheadAttention` that also attends to a gated prefix, its own or another.
 
-    Same constructor, same forward, same state dict, and without a prefix the same results. With one, each query's
-    softmax runs over the prefix and the context together (NoRGa: Le et al., arXiv 2405.14124, section 4), and no mask
+    Constructor, forward and state dict are the same, and without a prefix so are the results. With a prefix, each
+    query's softmax covers prefix and context together (NoRGa: Le et al., arXiv 2405.14124, section 4), and no mask
     covers the prefix. A plain module's state dict loads with `strict=False`; only the prefix is missing then.
 
-    What differs from the plain module:
+    Differences from the plain module:
 
-    - A query whose context is masked altogether attends to the prefix alone, and gets attention of 0 where there is
-      none, before the output projection. The plain module may answer NaN. Mask entries at or below their dtype's most
+    - A query whose whole context is masked attends to the prefix alone. Without a prefix, its attention before the
+      output projection is 0, where the plain module may return NaN. Mask entries at or below their dtype's most
       negative finite number count as -inf.
-    - Fast paths of `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`, which compute attention without calling
-      this module, are never taken, and nested tensors are refused. (A new `nn.TransformerEncoder` warns of it unless
-      made with `enable_nested_tensor=False`.)
+    - The fast paths of `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`, which bypass this module, are never
+      taken, and nested tensors are refused. (A new `nn.TransformerEncoder` warns about this unless it is made with
+      `enable_nested_tensor=False`.)
     - Attention weights, dropout in training mode and masks that require a gradient take a path in plain PyTorch that
-      forms all the weights. For speed: `need_weights=False`, and eval mode or `dropout=0`.
+      forms all weights. For speed, use `need_weights=False`, and eval mode or `dropout=0`.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
-            `nn.MultiheadAttention` takes them. Dropout is on the weights of prefix and context alike.
-        prefix_length: rows of the module's own prefix, P; 0: it has none, nor a gate.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            `nn.MultiheadAttention`. Dropout applies to the weights of prefix and context.
+        prefix_length: rows P of the module's own prefix; 0: neither a prefix nor a gate.
         gate: σ of `g(s) = s + α·σ(τ·s)`, a name that `prefix_attention` takes; None for plain prefix attention.
         gate_per: one (α, τ) pair for the `"layer"` or for each `"head"`.
 
     Attributes:
-        prefix_key, prefix_value: `[num_heads, P, head_dim]`, first drawn from N(0, 0.5²) and N(0, 0.02²); None when P
-            is 0.
+        prefix_key, prefix_value: `[num_heads, P, head_dim]`, initially drawn from N(0, 0.5²) and N(0, 0.02²); None if
+            P is 0.
         prefix_gate: a `Gate`, or None.
 
     Raises:
@@ -83,23 +83,23 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         *,
         prefix: PrefixArguments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over the prefix and the context, projected.
+        """Compute projected attention over the prefix and the context.
 
         Args:
             query: `[L, B, embed_dim]`, with `batch_first` `[B, L, embed_dim]`, unbatched `[L, embed_dim]`.
             key: `[S, B, kdim]`, `[B, S, kdim]` or `[S, kdim]`, likewise.
             value: `[S, B, vdim]`, `[B, S, vdim]` or `[S, vdim]`, likewise.
             key_padding_mask: `[B, S]`, unbatched `[S]`: bool (True: not attended to) or added to the scores.
-            need_weights: also return the weights, which takes a slower path.
+            need_weights: also return the weights, on a slower path.
             attn_mask: `[L, S]` or `[B * num_heads, L, S]`, bool (True: not attended to) or added to the scores.
-            average_attn_weights: the weights' mean over the heads, else those of each head.
-            is_causal: a hint that `attn_mask` is the causal mask. It is trusted where L = S.
-            prefix: for this call, instead of the module's own or the placed one; see `place`.
+            average_attn_weights: return the mean of the weights over heads instead of each head's.
+            is_causal: a hint that `attn_mask` is the causal mask. It is trusted if L = S.
+            prefix: prefix for this call instead of the module's own or the placed one; see `place`.
 
         Returns:
-            The output, shaped as query, and with `need_weights` the weights over the context's keys `[B, L, S]`, per
-            head `[B, num_heads, L, S]`, unbatched without B, else None. S counts the keys that `add_bias_kv` and
-            `add_zero_attn` add. What the weights of a query lack to 1 is the share of the prefix.
+            The output, shaped as query, and with `need_weights` the weights over the context's keys, `[B, L, S]` or,
+            per head, `[B, num_heads, L, S]` (unbatched: without B), otherwise None. S includes the keys that
+            `add_bias_kv` and `add_zero_attn` add. 1 minus the sum of a query's weights is the share of the prefix.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which, what it must be and what it was.
@@ -114,7 +114,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         elif not self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
 
-        # Bottom-right causality, the operator's, is the hint's where L = S and no keys are added.
+        # The operator's causality, aligned bottom-right, equals the hint's if L = S and no keys are added.
         causal = is_causal and q.shape[1] == k.shape[1] and self.bias_k is None and not self.add_zero_attn
         mask = self._context_mask(key_padding_mask, None if causal else attn_mask, len(q))
         k, v, mask = self._with_added_keys(k, v, mask)
@@ -139,7 +139,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         return output, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """The three projections; self-attention takes one product."""
+        """Return the three projections; self-attention needs only one product."""
         if self.in_proj_weight is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         packed = self.in_proj_weight is not None
@@ -149,7 +149,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         return tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases))
 
     def _with_added_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`add_bias_kv` and `add_zero_attn`: further keys behind the others, which no mask covers."""
+        """Append the keys of `add_bias_kv` and `add_zero_attn`, which no mask covers."""
         B, S, E = k.shape
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(B, 1, E)], dim=1)
@@ -161,7 +161,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         return k, v, mask
 
     def _context_mask(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int) -> Tensor | None:
-        """Both masks in one, as the operator takes it: `[B, S]` or 4-D, True where a query attends."""
+        """Combine both masks into the operator's form: `[B, S]` or 4-D, True where a query attends."""
         if attn_mask is None:
             mask = key_padding_mask
         else:
@@ -172,7 +172,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         return ~mask if mask is not None and mask.dtype == torch.bool else mask
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """`[B, L, embed_dim]` to `[B, H, L, D]`."""
+        """Reshape `[B, L, embed_dim]` to `[B, H, L, D]`."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -201,7 +201,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> None:
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask must be the causal mask where is_causal=True hints at it, got None")
+            raise ValueError("attn_mask must be the causal mask if is_causal=True, got None")
         time, batch = (0, 1) if query.ndim == 2 or not self.batch_first else (1, 0)
         L, S, B = query.shape[time], key.shape[time], () if query.ndim == 2 else (query.shape[batch],)
         shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
@@ -219,8 +219,8 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
 
     def _begin_prefix(self, length: int, gate: str | None, gate_per: str) -> None:
         super()._begin_prefix(length, gate, gate_per)
-        # With True, layers and stacks of nn.TransformerEncoder compute attention from the weights in inference, without
-        # a call of this module. Nothing else asks for it once the parameters are there.
+        # If True, layers and stacks of nn.TransformerEncoder compute inference from the weights without calling this
+        # module. Nothing else reads it once the parameters exist.
         self._qkv_same_embed_dim = False
 
     def revert_(self) -> None:
@@ -235,7 +235,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
 
 
 def _added(mask: Tensor, padding: Tensor) -> Tensor:
-    """The sum of two masks of which at least one is additive; the other may be bool, True where nobody attends."""
+    """Add two masks, of which at least one is additive; the other may be bool, True where no query attends."""
     dtype = padding.dtype if mask.dtype == torch.bool else mask.dtype
     first, second = (
         torch.zeros_like(x, dtype=dtype).masked_fill(x, -torch.inf) if x.dtype == torch.bool else x

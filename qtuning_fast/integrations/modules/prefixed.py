@@ -1,4 +1,4 @@
-"""What attention modules have that own a prefix: its parameters, and the way to another prefix for a while."""
+"""The base class of attention modules with a prefix: its parameters, and the placement of another prefix."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _OF_A_PREFIX = tuple(PrefixArguments.__annotations__)
 
 
 class PrefixedAttention(nn.Module):
-    """The part of an attention module that has to do with its prefix. A base class, in front of another one or alone.
+    """The base class that gives an attention module its prefix; it may come before another base class.
 
     Attributes:
-        prefix_key, prefix_value: `[H, P, D]` each, or None: the module has no prefix of its own.
+        prefix_key, prefix_value: `[H, P, D]` each, or None if the module has no prefix of its own.
         prefix_gate: the gate on the prefix's scores (NoRGa, arXiv 2405.14124), or None.
     """
 
@@ -33,27 +33,27 @@ class PrefixedAttention(nn.Module):
     prefix_value: nn.Parameter | None
     prefix_gate: Gate | None
 
-    _plain_class: type[nn.Module]  # of a module that `convert_` has changed
+    _plain_class: type[nn.Module]  # the original class of a module that `convert_` has changed
 
     def place(self, prefix: PrefixArguments | None) -> None:
-        """From here on attend to this prefix instead of the module's own; None: to its own again.
+        """Attend to this prefix instead of the module's own; None restores its own.
 
-        It stays in place until the next call, is no part of the state dict, and gets gradients where its tensors
+        The prefix stays in place until the next call, is not part of the state dict, and gets gradients if its tensors
         require them. A bank with one index a sample serves batches of mixed tasks.
 
         Args:
-            prefix: keyword arguments of `prefix_attention` that are about the prefix: `prefix_key` and `prefix_value`,
-                maybe `prefix_index`, `prefix_length`, `prefix_bias`, `n_shared`, `reweight_key`, `reweight_value` and
-                the gate. What is left out has that function's default: the module's own gate plays no part.
+            prefix: the arguments of `prefix_attention` that describe a prefix: `prefix_key` and `prefix_value`, and
+                optionally `prefix_index`, `prefix_length`, `prefix_bias`, `n_shared`, `reweight_key`, `reweight_value`
+                and the gate. Omitted arguments have that function's defaults; the module's own gate is not used.
 
         Raises:
-            TypeError: `prefix` is no mapping.
-            ValueError: it lacks the rows, or has an argument that is not about the prefix.
+            TypeError: `prefix` is not a mapping.
+            ValueError: it lacks the rows, or has an argument that does not describe the prefix.
         """
         place(self, None if prefix is None else _checked_prefix(prefix))
 
     def prefix_arguments(self) -> PrefixArguments:
-        """The module's own prefix as keyword arguments of `prefix_attention`; empty when it has none."""
+        """Return the module's own prefix as keyword arguments of `prefix_attention`; empty if it has none."""
         if self.prefix_key is None or self.prefix_value is None:
             return {}
         gate = NO_GATE if self.prefix_gate is None else self.prefix_gate.arguments()
@@ -72,13 +72,13 @@ class PrefixedAttention(nn.Module):
         need_weights: bool = False,
         prefix: PrefixArguments | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over the prefix and the context; arguments as in `prefix_attention`, where not said otherwise.
+        """Compute attention over the prefix and the context; other arguments are as in `prefix_attention`.
 
         Args:
-            attn_mask: a floating one may require a gradient.
-            dropout: on the weights.
+            attn_mask: as there, but a floating mask may require a gradient.
+            dropout: dropout probability of the weights.
             need_weights: also return the weights over the context.
-            prefix: one for this call, as `place` takes it.
+            prefix: a prefix for this call, as `place` takes it.
 
         Returns:
             The output `[B, H, N, Dv]`, and the weights over the context `[B, H, N, M]` or None.
@@ -87,9 +87,9 @@ class PrefixedAttention(nn.Module):
         prefix = prefix or self.prefix_arguments() or no_prefix(key, value)
         arguments: dict[str, Any] = {**prefix, "is_causal": is_causal, "scale": scale}
         if attn_mask is not None and not torch.is_grad_enabled():
-            attn_mask = attn_mask.detach()  # a learned one too is the operator's then
+            attn_mask = attn_mask.detach()  # lets the operator take a learned mask too
         learned_mask = attn_mask is not None and attn_mask.requires_grad
-        if need_weights or dropout or learned_mask:  # which the operator knows nothing of
+        if need_weights or dropout or learned_mask:  # the operator supports none of these
             output, weights = attention_with_weights(
                 query, key, value, attn_mask=attn_mask, dropout=dropout, **arguments
             )
@@ -98,15 +98,15 @@ class PrefixedAttention(nn.Module):
 
     @classmethod
     def check_convertible(cls, module: nn.Module) -> None:
-        """Raises a NotImplementedError where this class would not compute what the module does."""
+        """Raise a NotImplementedError if this class would not compute the same as the module."""
 
     @classmethod
     def convert_(cls, module: nn.Module, *, prefix_length: int, gate: str | None, gate_per: str) -> Self:
-        """Makes an attention module one of this class, in place: parameters, hooks and all else stay what they are.
+        """Change an attention module's class to this one, in place; parameters, hooks and all else stay.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: as `check_prefix` and `check_convertible` do; the module is
-                then what it was.
+            TypeError, ValueError, NotImplementedError: as in `check_prefix` and `check_convertible`; the module is
+                unchanged then.
         """
         check_prefix(prefix_length, gate, gate_per)
         cls.check_convertible(module)
@@ -118,26 +118,26 @@ class PrefixedAttention(nn.Module):
         return module
 
     def revert_(self) -> None:
-        """Undoes `convert_`; the prefix is gone."""
+        """Undo `convert_` and drop the prefix."""
         del self.prefix_key, self.prefix_value, self.prefix_gate
         place(self, None)
         self.__class__ = self.__dict__.pop("_plain_class")
 
     @property
     def was_converted(self) -> bool:
-        """Whether `revert_` can give back what this module was."""
+        """Whether `revert_` can restore the original module."""
         return "_plain_class" in self.__dict__
 
     def _prefix_shape(self) -> tuple[int, int]:
-        """Heads and head size."""
+        """Return the number of heads and the head size."""
         raise NotImplementedError
 
     def _prefix_like(self) -> Tensor:
-        """A parameter on whose device and in whose dtype the prefix shall be."""
+        """Return a parameter whose device and dtype the prefix takes."""
         raise NotImplementedError
 
     def _begin_prefix(self, length: int, gate: str | None, gate_per: str) -> None:
-        """Keys from N(0, 0.5²), values from N(0, 0.02²); nothing at all where the length is 0."""
+        """Draw keys from N(0, 0.5²) and values from N(0, 0.02²); with length 0, make no prefix and no gate."""
         self.register_parameter("prefix_key", None)
         self.register_parameter("prefix_value", None)
         self.register_module("prefix_gate", None)
@@ -154,10 +154,10 @@ class PrefixedAttention(nn.Module):
 
 
 def check_prefix(prefix_length: int, gate: str | None, gate_per: str) -> None:
-    """Whether a module can be given such a prefix.
+    """Check the arguments of a module's prefix.
 
     Raises:
-        TypeError, ValueError: it cannot; the message names the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     if not isinstance(prefix_length, int) or isinstance(prefix_length, bool):
         raise TypeError(f"prefix_length must be an integer, got {prefix_length!r}")

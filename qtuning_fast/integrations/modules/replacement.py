@@ -1,4 +1,4 @@
-"""A gated prefix in the attention layers of any model built from `nn.MultiheadAttention` or timm's `Attention`."""
+"""A gated prefix for the attention layers of any model built from `nn.MultiheadAttention` or timm's `Attention`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qtuning_fast.integrations.modules.multihead import PrefixMultiheadAttention
 from qtuning_fast.integrations.modules.prefixed import PrefixedAttention, check_prefix
 from qtuning_fast.integrations.modules.timm import PrefixTimmAttention, attention_class
 
-_BEFORE = "qtuning_before"  # on a model whose attention is replaced
+_BEFORE = "qtuning_before"  # attribute of a model whose attention is replaced
 
 
 @dataclass(frozen=True)
 class _Before:
-    """What else `replace_attention` changed, by name, so that it holds for copies of the model too."""
+    """The other changes of `replace_attention`, by name, so that they also apply to copies of the model."""
 
-    required_grad: dict[str, bool]  # of each parameter
-    nested: list[str]  # each nn.TransformerEncoder that would have made nested tensors
+    required_grad: dict[str, bool]  # by parameter
+    nested: list[str]  # each nn.TransformerEncoder whose nested tensors were switched off
 
 
 def replace_attention(
@@ -32,28 +32,28 @@ def replace_attention(
     names: Callable[[str], bool] | None = None,
     train_only_prefix: bool = True,
 ) -> dict[str, PrefixedAttention]:
-    """Gives a model's attention modules a gated prefix each, in place.
+    """Give each attention module of a model a gated prefix, in place.
 
-    A module stays the object that it is, with its parameters, hooks and place in the model, and changes its class: an
-    `nn.MultiheadAttention` to `PrefixMultiheadAttention`, an `Attention` of timm to `PrefixTimmAttention`. Fast paths
-    that would leave the prefix out are switched off. The model's state dict gains the prefix's entries, so that one
-    from before loads with `strict=False`. A module that occurs in several places has one prefix for all of them.
+    A module stays the same object, with its parameters, hooks and place in the model. Only its class changes, from
+    `nn.MultiheadAttention` to `PrefixMultiheadAttention` or from timm's `Attention` to `PrefixTimmAttention`. Fast
+    paths that would skip the prefix are switched off. The model's state dict gains the prefix's entries, so an earlier
+    one loads with `strict=False`. A module that occurs in several places has a single prefix.
 
     Args:
-        model: any module. In the order of `model.named_modules()`, its attention modules are the layers.
-        prefix_length: rows of each prefix. With 0, modules have none until they are given one by their `place`.
+        model: any module. Its attention modules, in the order of `model.named_modules()`, are the layers.
+        prefix_length: rows of each prefix. With 0, modules have no prefix until their `place` is called.
         gate: σ of the gate `g(s) = s + α·σ(τ·s)` (NoRGa, arXiv 2405.14124), or None.
         gate_per: one (α, τ) pair for each `"layer"` or for each `"head"`.
-        layers: which of the layers, counted from 0 among those that `names` leaves; None: all.
-        names: says of a module's qualified name whether it counts; None: all do but the cross-attention of
+        layers: indices of the layers to change, counted from 0 among those that `names` selects; None: all.
+        names: returns whether to count a module, given its qualified name; None: all except the cross-attention of
             `nn.TransformerDecoderLayer`.
-        train_only_prefix: all other parameters stop to require gradients, until `restore_attention`.
+        train_only_prefix: freeze all other parameters until `restore_attention`.
 
     Returns:
         The changed modules by their qualified names, in order.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, nothing is there to replace, or attention is replaced already.
+        TypeError, ValueError: an argument is wrong, there is nothing to replace, or attention is replaced already.
         NotImplementedError: a module is of a subclass, whose own behaviour would be lost.
     """
     check_prefix(prefix_length, gate, gate_per)
@@ -65,7 +65,7 @@ def replace_attention(
             _kinds()[type(module)].check_convertible(module)
         else:
             raise NotImplementedError(
-                f"{name} is a {type(module).__name__}: a subclass, of which nothing is known here"
+                f"{name} is a {type(module).__name__}: a subclass, whose own behaviour would be lost"
             )
 
     before = _Before({name: x.requires_grad for name, x in model.named_parameters()}, _nested(model, chosen))
@@ -81,21 +81,21 @@ def replace_attention(
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undoes `replace_attention`: modules have their class back, parameters require gradients where they did.
+    """Undo `replace_attention`: restore the classes of modules and the `requires_grad` of parameters.
 
-    The prefixes are gone. Weights are those that the model has now, should they have been trained or loaded since.
+    The prefixes are dropped. The weights stay as they are now, even if they were trained or loaded in the meantime.
 
     Args:
-        model: what `replace_attention` was called with, a copy of it, or a model around it.
+        model: the argument of `replace_attention`, a copy of it, or a model that contains it.
 
     Raises:
-        ValueError: `replace_attention` was not called with this model or any part of it.
+        ValueError: `replace_attention` was not called with this model or a part of it.
     """
     owners = [module for module in model.modules() if _BEFORE in module.__dict__]
     if not owners:
-        around = ": the call was with a model around this one, restore that" if _replaced(model) else ""
+        around = ": it was called with a model around this one; restore that model" if _replaced(model) else ""
         raise ValueError(f"model must be one whose attention replace_attention has replaced{around}")
-    for owner in reversed(owners):  # a part can have been changed after the whole, not before
+    for owner in reversed(owners):  # a part can only have been changed after the whole
         for module in _replaced(owner):
             module.revert_()
         before: _Before = owner.__dict__.pop(_BEFORE)
@@ -105,7 +105,7 @@ def restore_attention(model: nn.Module) -> None:
 
 
 def _kinds() -> dict[type[nn.Module], type[PrefixedAttention]]:
-    """What can be replaced, and by what."""
+    """Return the replaceable classes and their replacements."""
     kinds: dict[type[nn.Module], type[PrefixedAttention]] = {nn.MultiheadAttention: PrefixMultiheadAttention}
     timm_attention = attention_class()
     return kinds if timm_attention is None else kinds | {timm_attention: PrefixTimmAttention}
@@ -116,7 +116,7 @@ def _replaced(model: nn.Module) -> list[PrefixedAttention]:
 
 
 def _candidates(model: nn.Module, names: Callable[[str], bool] | None) -> dict[str, nn.Module]:
-    """The attention modules that count, by name."""
+    """Return the attention modules that count, by name."""
     cross = {id(module.multihead_attn) for module in model.modules() if isinstance(module, nn.TransformerDecoderLayer)}
     found = {
         name: module
@@ -131,7 +131,7 @@ def _candidates(model: nn.Module, names: Callable[[str], bool] | None) -> dict[s
         )
     counted = [name for name in found if (names(name) if names is not None else id(found[name]) not in cross)]
     if not counted:
-        raise ValueError(f"names must leave an attention module, got none of {', '.join(found)}")
+        raise ValueError(f"names must select an attention module, got none of {', '.join(found)}")
     return {name: model.get_submodule(name) for name in counted}
 
 
@@ -151,7 +151,7 @@ def _chosen(candidates: dict[str, nn.Module], layers: Sequence[int] | None) -> d
 
 
 def _nested(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
-    """Stacks that give nested tensors to a layer that is chosen, even where their first layer is not."""
+    """Return the stacks that would pass nested tensors to a chosen layer, even if their first layer is not chosen."""
     ids = {id(module) for module in chosen.values()}
     return [
         name

@@ -1,4 +1,4 @@
-"""Caches of keys and values: what this version of transformers calls them, and which models take one."""
+"""Caches of keys and values: their name in this version of transformers, and which models take one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qtuning_fast.integrations.transformers.layers import dummy_inputs, in_eval_mode
 
 CACHE = next((field.name for field in fields(BaseModelOutputWithPast) if Cache in get_args(field.type)), "cache")
-"""The name under which models take a cache and hand it back: `past_key_values`, since transformers 5.24 `cache`."""
+"""The name under which models take and return a cache: `past_key_values`, and `cache` since transformers 5.24."""
 
 
 def cache_among(inputs: Mapping[str, Any]) -> Cache | None:
-    """The cache that a call is given, under whatever name: transformers takes names of the past too."""
+    """Return the cache among a call's inputs, under any name: transformers also accepts former names."""
     for value in inputs.values():
         if isinstance(value, Cache):
             return value
@@ -26,11 +26,11 @@ def cache_among(inputs: Mapping[str, Any]) -> Cache | None:
 
 @torch.no_grad()
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether a model reads and writes a cache that it is given, found by giving it an empty one."""
+    """Return whether a model reads and writes a cache, found by passing it an empty one."""
     cache = DynamicCache()
     try:
         with in_eval_mode(model):
             model(**dummy_inputs(model), **{CACHE: cache})
-    except TypeError:  # it knows no argument of this name
+    except TypeError:  # it has no argument of this name
         return False
     return cache.get_seq_length() > 0

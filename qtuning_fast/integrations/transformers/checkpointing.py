@@ -1,12 +1,12 @@
-"""Gradient checkpointing of layers that hold a prefix: the prefix is an input of the layer, as the hidden states are.
+"""Gradient checkpointing of layers with a prefix: the prefix is an input of the layer, as the hidden states are.
 
-A checkpoint computes its layer a second time in the backward pass. What stands on the attention modules by then may be
-another prefix, and the reentrant kind of checkpoint passes gradients to the layer's inputs only. So both kinds are
-given the prefix's tensors, and put them back in place when they recompute.
+A checkpoint computes its layer again in the backward pass. By then another prefix may be on the attention modules, and
+reentrant checkpoints pass gradients only to the layer's inputs. So both kinds take the prefix's tensors as inputs and
+place them again when they recompute.
 
-transformers checkpoints layers in training mode only, in which some layers drop activations. A frozen layer is in
-training mode up to the checkpoint, and in eval mode within; and where there is no checkpoint, since nothing asks for a
-gradient (from transformers 5.24 on), in eval mode altogether.
+transformers checkpoints layers only in training mode, in which some layers drop activations. A frozen layer is
+therefore in training mode up to the checkpoint and in eval mode within it. If nothing requires a gradient, transformers
+5.24 and later run no checkpoint, and the layer is in eval mode throughout.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qtuning_fast.method.prefix import place, placed
 
 _FUNCTION = "_gradient_checkpointing_func"
-_BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours is in its place, and our hooks
-_PAUSED = "qtuning_training_paused"  # on a layer in training mode that runs without gradients now
+_BEFORE = "qtuning_checkpoint_before"  # transformers' own function, while ours replaces it, and our hooks
+_PAUSED = "qtuning_training_paused"  # marks a layer in training mode that currently runs without gradients
 
 
 def checkpointing_layers(model: nn.Module) -> Iterator[GradientCheckpointingLayer]:
-    """The layers of a model that would checkpoint their activations in training mode."""
+    """Yield the layers of a model that would checkpoint their activations in training mode."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             yield module
 
 
 def carry_prefixes(model: nn.Module) -> None:
-    """Checkpoints of the model's layers take prefixes as inputs from here on."""
+    """Make checkpoints of the model's layers take prefixes as inputs."""
     for layer in checkpointing_layers(model):
         if not hasattr(layer, _BEFORE):
             before = getattr(layer, _FUNCTION)
@@ -82,7 +82,7 @@ def _resume(layer: nn.Module, *_: Any) -> None:
 
 @contextmanager
 def _in_place(modules: Sequence[nn.Module], prefixes: Sequence[Any]) -> Iterator[None]:
-    """Within the block these prefixes stand on these modules."""
+    """Place these prefixes on these modules within the block."""
     before = [placed(module) for module in modules]
     try:
         for module, prefix in zip(modules, prefixes):

@@ -1,4 +1,4 @@
-"""The attention layers of one frozen model, and the switch between their own attention and prefix attention."""
+"""The injector of prefixes: a frozen model's attention layers, and the switch between its attention and ours."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_
 from qtuning_fast.method.gate import NO_GATE
 from qtuning_fast.method.prefix import PlacedPrefix, Prefix, place
 
-# By id, each config that names ours now: what it named before, and how many models that share it have a task set.
+# For the id of each config that names our attention: the previous name, and the number of its models with a task set.
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}
 
-_ATTACHED = "qtuning_attached"  # on a base model that is attached to
+_ATTACHED = "qtuning_attached"  # marks a base model with a QTuningModel
 
 
 class PrefixInjector:
-    """The self-attention layers of one frozen model, and the switch between their own attention and ours.
+    """The self-attention layers of a frozen model, and the switch between their own attention and ours.
 
     Args:
         base_model: a transformers model in which every layer calls the attention interface.
@@ -42,12 +42,12 @@ class PrefixInjector:
 
     Attributes:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
-        positions: how the stack that reads the input gives its tokens positions.
+        positions: how the encoder assigns positions to tokens.
 
     Raises:
         TypeError: `base_model` is not a transformers model.
-        ValueError: the model is attached to already.
-        NotImplementedError: a layer does not call the interface, or needs what prefix attention cannot do.
+        ValueError: a QTuningModel is attached to the model already.
+        NotImplementedError: a layer does not call the interface, or needs what prefix attention cannot compute.
     """
 
     def __init__(self, base_model: PreTrainedModel, placement: str = "prefix") -> None:
@@ -56,21 +56,21 @@ class PrefixInjector:
         if hasattr(base_model, _ATTACHED):
             raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
-        self._configs: list[Any] = []  # while ours is on: those that name it
+        self._configs: list[Any] = []  # the configs that name our attention while it is on
         self._placement = placement
         self._hooks: list[RemovableHandle] = []
         self._placed: tuple[Sequence[int], Prefix] | None = None
-        self._prompt: Prompt | None = None  # that stands in front of the sequence now
-        self._shift: Shift | None = None  # of the position ids now
+        self._prompt: Prompt | None = None  # the prompt in front of the sequence
+        self._shift: Shift | None = None  # the current shift of the position ids
         self.layers: list[AttentionLayer] = []
-        # By module and name: accelerate puts new parameters in place of those that it moves.
+        # By module and name, because accelerate replaces the parameters that it moves.
         self._required_grad = [
             (module, name, parameter.requires_grad)
             for module in base_model.modules()
             for name, parameter in module.named_parameters(recurse=False)
         ]
         self._was_training = [(module, module.training) for module in base_model.modules()]
-        base_model.requires_grad_(False)  # before it computes: FSDP2 looks then what requires gradients
+        base_model.requires_grad_(False)  # before the first pass, when FSDP2 checks what requires gradients
         self.switch()
         try:
             self.layers = find_layers(base_model)
@@ -78,7 +78,7 @@ class PrefixInjector:
             self.positions = Positions(self.encoder)
             if placement == "input":
                 self.restore()
-                self.switch()  # with hooks, which also refuse what cannot stand in front
+                self.switch()  # with hooks, which also refuse models that cannot take a prompt in front
                 self._check_in_front()
         except Exception:
             self.detach()
@@ -88,10 +88,10 @@ class PrefixInjector:
 
     @torch.no_grad()
     def _check_in_front(self) -> None:
-        """Raise a NotImplementedError where a placed prompt is not what the model itself makes of prompt and input.
+        """Raise a NotImplementedError if a placed prompt gives another result than prompt and input as one sequence.
 
-        Positions may follow the sequence, a state may pass from token to token beside attention, embeddings may depend
-        on more than the token. So this tries it out, on so few tokens that no window hides one.
+        Positions may depend on the sequence, a state may pass between tokens outside attention, or embeddings may
+        depend on more than the token. So the method tries it, on so few tokens that no window hides one.
         """
         stack, name = self.encoder, f"{type(self.model).__name__} cannot take a prompt in front of its input"
         first_stack = [index for index, layer in enumerate(self.layers) if layer.stack == self.layers[0].stack]
@@ -120,7 +120,7 @@ class PrefixInjector:
         except Exception as error:
             raise NotImplementedError(f"{name}: {error}; use placement='prefix'") from error
         if not same:
-            raise NotImplementedError(f"{name}: what follows is not what it computes of both; use placement='prefix'")
+            raise NotImplementedError(f"{name}: both as one sequence give another output; use placement='prefix'")
 
     @property
     def model(self) -> PreTrainedModel:
@@ -129,8 +129,8 @@ class PrefixInjector:
 
     @property
     def encoder(self) -> PreTrainedModel:
-        """The stack that reads the input: an encoder-decoder's encoder, or all there is below the head."""
-        # Some models keep their one stack within another module, and their heads call it there.
+        """The stack that reads the input: an encoder-decoder's encoder, or the whole model below the head."""
+        # In some models the only stack is inside another module, and their heads call it there.
         return self.model.get_encoder() if self.model.config.is_encoder_decoder else self.model.get_decoder()
 
     @property
@@ -140,19 +140,19 @@ class PrefixInjector:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether layers checkpoint their activations now."""
+        """Whether layers currently checkpoint their activations."""
         return any(layer.training for layer in checkpointing_layers(self._base_model))
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens stand in front of the sequence now."""
+        """The number of prompt tokens in front of the sequence."""
         return 0 if self._prompt is None else self._prompt.tokens
 
     def switch(self) -> None:
-        """Attention by `prefix_attention` from here on."""
+        """Switch the layers to `prefix_attention`."""
         if not self._configs:
             self._configs = configs_of(self._base_model)
-            # The private name: the public setter does more, and warns, each time that a task is set.
+            # The private name, because the public setter does more and would warn each time that a task is set.
             for config in self._configs:
                 _, before, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
                 _SWITCHED[id(config)] = config, before, users + 1
@@ -162,16 +162,16 @@ class PrefixInjector:
             config._attn_implementation = NAME
 
     def check_switched(self) -> None:
-        """Raise a RuntimeError where the model was given other attention while ours was on: it would see no prefix."""
+        """Raise a RuntimeError if the model's attention was changed while ours was on: it would see no prefix."""
         for config in self._configs:
             if config._attn_implementation != NAME:
                 raise RuntimeError(
                     f"the base model's attention is {config._attn_implementation!r}, which was chosen while a task was "
-                    "set and knows nothing of prefixes; call set_task again, and choose it while none is set"
+                    "set and ignores prefixes; call set_task again, and choose attention while no task is set"
                 )
 
     def _new_hooks(self) -> list[RemovableHandle]:
-        """On the stack that reads the input; they do nothing while there is no prompt in front and no shift."""
+        """Add hooks to the encoder; they do nothing without a prompt in front and without a shift."""
         hooks = []
         if self._placement == "input" and not self.is_causal:
             hooks += put_in_front(self.model, self.encoder, self.positions, lambda: self._prompt)
@@ -180,10 +180,10 @@ class PrefixInjector:
         return hooks
 
     def restore(self) -> None:
-        """The original attention and mask functions from here on, and no prefix anywhere."""
+        """Restore the original attention and mask functions, and remove all prefixes."""
         for config in self._configs:
             _, before, users = _SWITCHED.pop(id(config))
-            if users > 1:  # models that share it compute by ours, with their prefixes
+            if users > 1:  # other models that share it still compute with their prefixes
                 _SWITCHED[id(config)] = config, before, users - 1
             else:
                 config._attn_implementation = before
@@ -195,7 +195,7 @@ class PrefixInjector:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """After the block the prefix stands that stood before it, or the model computes by its own attention."""
+        """Restore the placed prefix, or the model's own attention, after the block."""
         before = self.placed
         try:
             yield
@@ -204,11 +204,11 @@ class PrefixInjector:
 
     @property
     def placed(self) -> tuple[Sequence[int], Prefix] | None:
-        """What stands on the layers now, for `put_back`; None while the model computes by its own attention."""
+        """Return the placed prefix and its layers, for `put_back`; None while the model uses its own attention."""
         return self._placed
 
     def put_back(self, placed: tuple[Sequence[int], Prefix] | None) -> None:
-        """What stood on the layers stands there again."""
+        """Place the result of `placed` again."""
         if placed is None:
             self.restore()
         else:
@@ -216,26 +216,26 @@ class PrefixInjector:
             self.place(*placed)
 
     def freeze(self, *, training: bool) -> None:
-        """The base model in eval mode; while prompts train, its layers that checkpoint their activations excepted."""
+        """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self._base_model.eval()
         carry_prefixes(self._base_model)
-        for layer in checkpointing_layers(self._base_model):  # which they do in training mode only
+        for layer in checkpointing_layers(self._base_model):  # they checkpoint only in training mode
             layer.training = training
 
     def detach(self) -> None:
-        """The base model as it was; another may be attached from here on."""
+        """Restore the base model; another QTuningModel can be attached afterwards."""
         self.restore()
         leave_prefixes(self._base_model)
         self._base_model.__dict__.pop(_ATTACHED, None)
         for module, name, required in self._required_grad:
-            parameter = module._parameters.get(name)  # getattr would also find what is no parameter any more
+            parameter = module._parameters.get(name)  # getattr would also find former parameters
             if parameter is not None:
                 parameter.requires_grad_(required)
         for module, training in self._was_training:
             module.training = training
 
     def place(self, layers: Sequence[int], prefix: Prefix) -> None:
-        """From here on the layers with these indices attend to `prefix`, whichever stood there before."""
+        """Place `prefix` on the layers with these indices, replacing any other."""
         self._clear()
         if prefix.embeddings is not None and self.is_causal:
             prefix = prefix.with_rows(self.rows_of_prompt(layers, prefix.embeddings))
@@ -252,9 +252,9 @@ class PrefixInjector:
             place(self.layers[layer].module, each)
 
     def passes_gradient(self, layers: Sequence[int]) -> bool:
-        """Whether gradients reach prefixes on all of these layers; no prefix stands anywhere afterwards.
+        """Return whether gradients reach prefixes on all of these layers; this removes all prefixes.
 
-        Layers that quantise what passes through them stop gradients, some without an error. So this tries it out.
+        Layers that quantise activations stop gradients, some without an error, so the method tries it.
         """
         shapes, device = [self.layers[index].shape for index in layers], input_device(self.model)
         keys = [torch.zeros(shape.num_kv_heads, 1, shape.key_size, device=device) for shape in shapes]
@@ -279,10 +279,10 @@ class PrefixInjector:
             place(layer.module, None)
 
     def rows_of_prompt(self, layers: Sequence[int], embeddings: Tensor) -> list[PrefixArguments]:
-        """For each layer the keys and values of a prompt `[P, E]` or of a bank of them, `[T, P, E]`.
+        """Return each layer's keys and values of a prompt `[P, E]` or of a bank of prompts `[T, P, E]`.
 
-        In a causal model they do not depend on what follows, so one pass over the prompt serves all samples. What
-        stood on the layers is taken off.
+        In a causal model they do not depend on later tokens, so one pass over the prompt serves all samples. All
+        prefixes are removed.
         """
         self._clear()
         found: dict[int, PrefixArguments] = {}
@@ -296,11 +296,11 @@ class PrefixInjector:
 
         checkpointing = [layer for layer in checkpointing_layers(self.model) if layer.training]
         for layer in checkpointing:
-            layer.training = False  # a few tokens; and what a checkpoint computes within it keeps to itself
+            layer.training = False  # few tokens need no checkpoint, which would hide the keys and values in it
         try:
             with watched(self.encoder, keep):
                 batch = embeddings if embeddings.ndim == 3 else embeddings[None]
-                # Cloned, since some models (CTRL) scale what they are given in place.
+                # Cloned, because some models (CTRL) scale their inputs in place.
                 self.encoder(inputs_embeds=batch.to(self.model.dtype).clone(), use_cache=False)
         finally:
             for layer in checkpointing:

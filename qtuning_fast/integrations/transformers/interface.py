@@ -1,6 +1,6 @@
-"""Prefix attention as transformers' attention and mask functions; no forward is patched.
+"""Prefix attention as transformers' attention and mask functions, without patching any forward.
 
-A model with `attn_implementation="qtuning_fast"` computes its attention here, without a prefix until one is placed on
+A model with `attn_implementation="qtuning_fast"` computes its attention here. It has no prefix until one is placed on
 its attention layers.
 """
 
@@ -31,12 +31,12 @@ _ALL = slice(None)
 
 Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
-_WATCHER = "qtuning_watcher"  # an attribute too, since torch.compile follows no context variables
+_WATCHER = "qtuning_watcher"  # also an attribute, because torch.compile does not follow context variables
 
 
 @contextmanager
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Within the block `watcher(module, query, key, value)` is told of every call of the attention function."""
+    """Within the block, call `watcher(module, query, key, value)` for every call of the attention function."""
     modules = list(model.modules())
     for module in modules:
         setattr(module, _WATCHER, watcher)
@@ -59,12 +59,12 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query `[B, Hq, N, D]` to output `[B, N, Hq, Dv]`, and no weights.
+    """Compute attention for transformers: query `[B, Hq, N, D]` to output `[B, N, Hq, Dv]`, without weights.
 
-    Sliding windows are in `attention_mask`; `position_bias` is T5's relative bias, `[1 or B, Hq, N, M]`.
+    `attention_mask` includes sliding windows; `position_bias` is T5's relative bias, `[1 or B, Hq, N, M]`.
 
     Raises:
-        ValueError: attention dropout or attention weights are asked for.
+        ValueError: attention dropout or attention weights are requested.
         NotImplementedError: the model has attention sinks.
     """
     if kwargs.get("output_attentions"):
@@ -75,18 +75,18 @@ def attention_forward(
         raise ValueError(f"dropout is {dropout}: prefix attention has no dropout; put the model in eval mode")
     for name, what in _NOT_DONE.items():
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention has not")
+            raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention does not")
     watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
         watcher(module, query, key, value)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     options = {
-        "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # else the mask holds it
+        "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # otherwise the mask includes it
         "scale": scaling,
         "softcap": kwargs.get("softcap"),
     }
     if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
-        position_bias = position_bias.detach()  # a reentrant checkpoint lets it require a gradient, which nobody takes
+        position_bias = position_bias.detach()  # a reentrant checkpoint makes it require a gradient, which is not used
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
     call = _Call(query, key, value, attention_mask, position_bias, options)
     prefix = placed(module)
@@ -101,7 +101,7 @@ def attention_forward(
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer asks for; every part of it (some queries, some keys) can be computed with a prefix of its own."""
+    """A layer's attention call; each part of it (some queries, some keys) can be computed with its own prefix."""
 
     query: Tensor
     key: Tensor
@@ -111,7 +111,7 @@ class _Call:
     options: dict[str, Any]
 
     def with_prefix(self, prefix: Arguments, *, queries: slice = _ALL, keys: slice = _ALL) -> Tensor:
-        """`[B, Hq, n, Dv]`, the output of these queries over the prefix and these keys."""
+        """Return the output `[B, Hq, n, Dv]` of these queries over the prefix and these keys."""
         mask, bias = self.mask, None if self.bias is None else self.bias[:, :, queries, keys]
         if mask is not None:
             mask = mask[:, keys] if mask.ndim == 2 else mask[:, :, queries, keys]
@@ -134,13 +134,13 @@ def _attend_behind_prompt(
     prefix_length: Tensor | None = None,
     **gate: Any,
 ) -> Tensor:
-    """The first tokens are the prompt: all others attend to them through the gate, they themselves as any token does.
+    """Attend with a prompt as the first tokens: the others see it through the gate, its own queries are not gated.
 
-    Each sample's prompt has passed through the layers below, so each sample has a prefix of its own.
+    Each sample's prompt has passed through the layers below, so each sample has its own prefix.
     """
     in_front, behind = slice(prompt_tokens), slice(prompt_tokens, None)
     bias = None if call.bias is None else call.bias[:, :, behind, in_front]
-    if prefix_index is not None:  # from one a task to one a sample
+    if prefix_index is not None:  # from one for each task to one for each sample
         gate |= {name: x[prefix_index] for name, x in gate.items() if isinstance(x, Tensor) and x.ndim == 2}
         if prefix_length is not None:  # shorter prompts fill the last rows
             there = (
@@ -161,14 +161,14 @@ def _attend_behind_prompt(
 
 
 def _both(mask: Tensor | None, padding: Tensor) -> Tensor:
-    """What a mask `[B, M]` or `[B, 1, N, M]`, if any, and a bool `[B, M]` both leave to be seen."""
+    """Combine a mask `[B, M]` or `[B, 1, N, M]`, if any, with a bool `[B, M]`: both must allow a key."""
     if mask is None:
         return padding
     return mask & padding if mask.ndim == 2 else mask & padding[:, None, None]
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Mask and relative bias as one `attn_mask`."""
+    """Combine mask and relative bias into one `attn_mask`."""
     if mask is None or bias is None:
         return mask if bias is None else bias
     if mask.ndim == 2:
@@ -177,9 +177,9 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def _fitting(prefix: Arguments, query: Tensor) -> dict[str, Any]:
-    """The prefix on query's device, and with an index for each of its samples.
+    """Return the prefix on query's device, with an index for each of its samples.
 
-    Layers of one model may sit on several devices. Beams and several answers to one question repeat each sample.
+    Layers of one model may be on several devices. Beams and several answers to one input repeat each sample.
     """
     fitting = tree_map_only(Tensor, lambda x: x.to(query.device), dict(prefix))
     if "prefix_index" in fitting:
@@ -188,10 +188,10 @@ def _fitting(prefix: Arguments, query: Tensor) -> dict[str, Any]:
 
 
 def for_batch(each: Tensor, batch: int) -> Tensor:
-    """`[B, ...]` for a batch in which each sample may stand several times in a row.
+    """Repeat `[B, ...]` for a batch in which each sample may occur several times in a row.
 
     Raises:
-        ValueError: the batch is no multiple of B.
+        ValueError: the batch size is not a multiple of B.
     """
     if batch % len(each):
         raise ValueError(f"the batch has {batch} samples, but tasks were named for {len(each)}")
@@ -208,10 +208,10 @@ def attention_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: `[B, M]` where padding is all there is beside causality, else `[B, 1, N, M]`.
+    """Return transformers' mask: a bool `[B, M]` if there is only padding beside causality, else a bool `[B, 1, N, M]`.
 
-    Both are bool. A static cache's `M` is its capacity and not the number of keys written so far, so that causality
-    cannot be told from `N` and `M`, and goes into the explicit mask; so do sliding windows and packed sequences.
+    A static cache's `M` is its capacity, not the number of keys written so far, so `N` and `M` do not determine
+    causality. The explicit mask then includes it, as it includes sliding windows and packed sequences.
     """
     fits = attention_mask is None or (attention_mask.ndim == 2 and attention_mask.shape[1] == kv_length)
     up_to_date = isinstance(q_offset, int) and not kv_offset and q_offset + q_length == kv_length

@@ -1,4 +1,4 @@
-"""Which attention layers of a model can take a prefix: found by running it once, refused where one does not call us."""
+"""Discovery of the attention layers that can take a prefix: one run of the model finds them or refuses the model."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from qtuning_fast.integrations.transformers.interface import watched
 from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.method.prompts import LayerShape
 
-_TOKENS = 5  # of the dummy input
-_DECODER_TOKENS = 3  # another number, so that cross-attention is told from self-attention by its sizes
+_TOKENS = 5  # length of the dummy input
+_DECODER_TOKENS = 3  # different, so that sizes distinguish cross-attention from self-attention
 
-# Families known not to go through the interface, and why.
-_DISENTANGLED = "its modelling code scores with disentangled relative positions, beside transformers' interface"
+# Families known to bypass the interface, and why.
+_DISENTANGLED = "its modelling code scores with disentangled relative positions, bypassing transformers' interface"
 _OWN_ATTENTION = {
     "deberta": _DISENTANGLED,
     "deberta-v2": _DISENTANGLED,
-    "falcon": "its modelling code computes attention itself, beside transformers' interface",
-    "nllb-moe": "its experts leave tokens out by the values of the additive mask of eager attention",
+    "falcon": "its modelling code computes attention itself, bypassing transformers' interface",
+    "nllb-moe": "its experts skip tokens by the values of the additive mask of eager attention",
 }
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """A self-attention module that calls the interface, its sizes, and the stack it stands in."""
+    """A self-attention module that calls the interface, its sizes, and its stack."""
 
     module: nn.Module
     shape: LayerShape
     is_causal: bool
-    stack: str  # "encoder" or "decoder"; what a model with one stack is follows from its causality
+    stack: str  # "encoder" or "decoder"; causality decides it in a model with one stack
 
 
 def find_layers(base_model: PreTrainedModel) -> list[AttentionLayer]:
-    """The self-attention layers of a model in the order in which they run, an encoder's before its decoder's.
+    """Return a model's self-attention layers in the order in which they run, an encoder's before its decoder's.
 
     The model runs once on a dummy input, with its attention set to ours. Cross-attention is left out.
 
     Raises:
         NotImplementedError: a layer does not call the interface or shares its module with another, or the model needs
-            what prefix attention cannot do; the message names it.
+            something that prefix attention cannot compute; the message names it.
     """
     model = without_head(base_model)
     calls = _calls_of(model)
@@ -65,16 +65,16 @@ def find_layers(base_model: PreTrainedModel) -> list[AttentionLayer]:
 
 
 def without_head(base_model: PreTrainedModel) -> PreTrainedModel:
-    """The model below the head; the model itself where it has none."""
+    """Return the model below the head, or the model itself if it has no head."""
     body = base_model.base_model
     assert isinstance(body, PreTrainedModel)
     return body
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
-    """Every config in the model that names an attention implementation, each once, the outermost first.
+    """Return every config in the model that names an attention implementation, each once, the outermost first.
 
-    Sub-models and, in some families, attention modules hold copies; each is read at every forward pass.
+    Sub-models and, in some families, attention modules hold copies; every forward pass reads each of them.
     """
     configs = (getattr(module, "config", None) for module in model.modules())
     return list({id(c): c for c in configs if c is not None and hasattr(c, "_attn_implementation")}.values())
@@ -82,7 +82,7 @@ def configs_of(model: PreTrainedModel) -> list[Any]:
 
 @torch.no_grad()
 def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, Tensor]]:
-    """The calls of the attention function in one forward pass in eval mode."""
+    """Return the calls of the attention function in one forward pass in eval mode."""
     calls: list[tuple[nn.Module, Tensor, Tensor, Tensor]] = []
     kind = type(model).__name__
     if model.config.model_type in _OWN_ATTENTION:
@@ -92,13 +92,13 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
         with in_eval_mode(model), watched(model, lambda *call: calls.append(call)):
             model(**inputs)
     except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        raise NotImplementedError(f"{kind} does not compute by prefix attention: {error}") from error
+        raise NotImplementedError(f"{kind} cannot compute with prefix attention: {error}") from error
     return calls
 
 
 @contextmanager
 def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """After the block each module is in the mode in which it was."""
+    """Set eval mode within the block and restore each module's mode after it."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -109,18 +109,18 @@ def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A few tokens, or an image, as the model takes them."""
+    """Return inputs for the model: a few tokens, or an image."""
     kind, device = type(model).__name__, input_device(model)
     if model.main_input_name == "pixel_values":
         size = getattr(model.config, "image_size", None)
         if not isinstance(size, (int, list, tuple)):
-            raise NotImplementedError(f"{kind}: its config names no image_size")
+            raise NotImplementedError(f"{kind}: its config lacks image_size")
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(model.config, "num_channels", 3)
         return {"pixel_values": torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
-        raise NotImplementedError(f"{kind} takes {model.main_input_name}; text and image models can be attached to")
-    # The token must not be padding: with nothing to see some models take other ways.
+        raise NotImplementedError(f"{kind} takes {model.main_input_name}; only text and image models are supported")
+    # The token must not be padding: some models take another path if every token is masked.
     not_these = [getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id")]
     token = next(i for i in range(3) if i not in not_these)
     inputs = {"input_ids": torch.full((1, _TOKENS), token, device=device)}
@@ -148,7 +148,7 @@ def _layer_counts(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     if not model.config.is_encoder_decoder:
         count = getattr(model.config, "num_hidden_layers", None)
         if count is None:
-            raise NotImplementedError(f"{type(model).__name__}: its config names no num_hidden_layers")
+            raise NotImplementedError(f"{type(model).__name__}: its config lacks num_hidden_layers")
         yield "model", count
         return
     for stack, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):

@@ -1,7 +1,7 @@
-"""Models whose weights are not where they compute: dispatched or offloaded by accelerate, to the CPU or to a disk.
+"""Models whose weights accelerate has dispatched, or offloaded to the CPU or a disk.
 
-Between forward passes such a weight is a tensor on the meta device; accelerate's hook on its module, `_hf_hook`, knows
-where the module computes and holds the weight itself.
+Between forward passes an offloaded weight is a tensor on the meta device. accelerate's hook on its module, `_hf_hook`,
+holds the weight itself and the device on which the module computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device on which a model takes its inputs."""
+    """Return the device of a model's inputs."""
     if model.device.type == "meta":
         for module in model.modules():
             for hook in _hooks(module):
@@ -25,7 +25,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def loaded(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A parameter or buffer of this name, or where it is offloaded what it holds.
+    """Return a parameter or buffer of this name, loaded if it is offloaded.
 
     Raises:
         ValueError: it is on the meta device and nowhere else.

@@ -1,4 +1,4 @@
-"""Position ids as a model would give them itself, and a shift of them that makes room for a prompt."""
+"""A model's own position ids, and a shift of them that makes room for a prompt."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from qtuning_fast.integrations.transformers.layers import dummy_inputs
 
 
 class Positions:
-    """How a stack gives its tokens positions, found once: by what it computes and is made of, not by its name.
+    """How a stack assigns positions to tokens, found once from its output and its modules, not from its name.
 
     Args:
-        stack: what reads tokens, in eval mode, with its attention set to ours.
+        stack: stack that reads tokens, in eval mode, with its attention set to ours.
 
     Attributes:
-        are_taken: whether it computes by the `position_ids` that it is given; otherwise positions follow the sequence.
+        are_taken: whether it uses given `position_ids`; if not, positions follow the sequence.
         first: the position id of the first token.
-        room: how many tokens there are positions for; None where no learned table of them ends.
+        room: the number of tokens with a position; None without a learned table, which would bound it.
     """
 
     def __init__(self, stack: PreTrainedModel) -> None:
         table = _position_table(stack)
-        # Positions start behind the padding's and count what is no padding, as in RoBERTa; None: they do not.
+        # The padding's position, if positions start after it and skip padding, as in RoBERTa; otherwise None.
         self._padding = None if table is None else table.padding_idx
         self.first = first_position(stack)
         self.are_taken = _are_taken(stack, self.first)
         limit = getattr(stack.config, "max_position_embeddings", None)
         self.room = None if limit is None or table is None else limit - self.first
-        # OPT too leaves padding out, but by the mask, and its table starts two places late without saying so.
+        # OPT also skips padding, but by the mask; its table has an undeclared offset of two.
         self._count_by_mask = stack.config.model_type == "opt"
         self._kind = type(stack).__name__
 
     def own(self, inputs: dict[str, Any]) -> Tensor:
-        """The `[1 or B, N]` position ids with which the stack would compute of these inputs, by name."""
+        """Return the position ids `[1 or B, N]` that the stack would use for these inputs, given by name."""
         given = inputs.get("position_ids")
         if given is not None:
             return given
@@ -55,7 +55,7 @@ class Positions:
         return torch.arange(tokens.shape[1], device=tokens.device)[None] + past_tokens(inputs) + self.first
 
     def check_room(self, tokens: int, taken: int) -> None:
-        """Raise a ValueError where there are no positions for so many tokens beside those that a prompt takes."""
+        """Raise a ValueError if there are too few positions for these tokens and those that a prompt takes."""
         if self.room is not None and tokens + taken > self.room:
             raise ValueError(
                 f"the input has {tokens} tokens and the prompt takes {taken} positions, but {self._kind} has "
@@ -64,16 +64,16 @@ class Positions:
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """The position id of the first token of an input."""
+    """Return the position id of an input's first token."""
     table = _position_table(model)
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
 @torch.no_grad()
 def _are_taken(stack: PreTrainedModel, first: int) -> bool:
-    """Whether a stack computes by `position_ids`, tried out: two orders of them, and the keys that attention is given.
+    """Return whether a stack uses `position_ids`: it compares attention's keys for two orders of them.
 
-    A forward that names them may leave them unread, and one that does not may pass them on.
+    A forward that names them may ignore them, and one that does not may pass them on.
     """
     if stack.main_input_name != "input_ids":
         return False
@@ -88,13 +88,13 @@ def _are_taken(stack: PreTrainedModel, first: int) -> bool:
 
     try:
         pairs = list(zip(keys(ascending), keys(ascending.flip(1))))
-    except TypeError:  # it knows no argument of this name
+    except TypeError:  # it has no argument of this name
         return False
     return any((mine - its).abs().max() > 2**-6 * its.abs().max() for mine, its in pairs)  # more than rounding
 
 
 def _position_table(stack: PreTrainedModel) -> nn.Embedding | None:
-    """The learned embedding of positions, where there is one."""
+    """Return the learned position embedding, or None."""
     for name, module in stack.named_modules():
         last = name.split(".")[-1]
         if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last):
@@ -103,18 +103,18 @@ def _position_table(stack: PreTrainedModel) -> nn.Embedding | None:
 
 
 def tokens_of(inputs: dict[str, Any]) -> Tensor:
-    """The input's token ids `[B, N]`, or the embeddings `[B, N, E]` that stand for them."""
+    """Return the input's token ids `[B, N]`, or the embeddings `[B, N, E]` given instead."""
     return inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
 
 
 def past_tokens(inputs: dict[str, Any]) -> int | Tensor:
-    """How many tokens the cache among the inputs holds."""
+    """Return the number of tokens in the cache among the inputs."""
     cache = cache_among(inputs)
     return 0 if cache is None else cache.get_seq_length()
 
 
 class Shift(NamedTuple):
-    """By how much position ids are larger: `[1 or B]`, and the largest of these as a number."""
+    """A shift of position ids, `[1 or B]`, and its maximum as a number."""
 
     by: Tensor
     at_most: int
@@ -123,7 +123,7 @@ class Shift(NamedTuple):
 def shift_positions(
     stack: PreTrainedModel, positions: Positions, placed: Callable[[], Shift | None]
 ) -> RemovableHandle:
-    """From here on the stack's position ids are larger by what `placed()` says, until the handle is removed."""
+    """Add `placed()` to the stack's position ids until the handle is removed."""
     names = argument_names(stack)
 
     def shifted(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -132,7 +132,7 @@ def shift_positions(
             return None
         inputs = by_name(names, args, kwargs)
         own, tokens, past = positions.own(inputs), tokens_of(inputs), past_tokens(inputs)
-        if isinstance(past, int):  # a static cache counts on the device, where asking would wait for it
+        if isinstance(past, int):  # a static cache counts on the device, and reading that would wait for it
             positions.check_room(tokens.shape[1] + past, shift.at_most)
         by = shift.by.to(own.device)
         each = by if len(by) == 1 else for_batch(by, len(tokens))
@@ -142,10 +142,10 @@ def shift_positions(
 
 
 def argument_names(stack: PreTrainedModel) -> tuple[str, ...]:
-    """Of the stack's forward, as its class has it: with them a call's arguments are read, and nothing is decided."""
+    """Return the argument names of the stack's class's forward; they only serve to read a call's arguments."""
     return tuple(inspect.signature(type(stack).forward).parameters)[1:]
 
 
 def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
+    """Return all arguments of a call by name."""
     return dict(zip(names, args)) | kwargs

@@ -1,6 +1,6 @@
-"""`placement="input"` in bidirectional models: a prompt's rows stand in front of the input as tokens (Q-tuning).
+"""`placement="input"` in bidirectional models: a prompt's rows are tokens in front of the input (Q-tuning).
 
-A causal model needs none of this: there the prompt's keys and values do not depend on what comes after it.
+A causal model does not need this module: its keys and values of the prompt do not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from qtuning_fast.integrations.transformers.positions import Positions, argument
 
 @dataclass(frozen=True)
 class Prompt:
-    """The rows that stand in front of a batch.
+    """The prompt in front of a batch.
 
     Attributes:
         embeddings: `[P, E]`, or a bank `[T, P, E]`.
-        index: `[B]` with a bank: which of them each sample uses.
-        lengths: `[T]` with a bank whose prompts differ in length; shorter ones stand next to the context.
+        index: `[B]`, only with a bank: the prompt of each sample.
+        lengths: `[T]`, only with a bank of prompts of different lengths; shorter ones are next to the context.
     """
 
     embeddings: Tensor
@@ -38,7 +38,7 @@ class Prompt:
         return self.embeddings.shape[-2]
 
     def rows(self, like: Tensor) -> Tensor:
-        """`[B, P, E]`, for inputs `like` these, `[B, N, E]`."""
+        """Return the rows `[B, P, E]` for inputs `like` these, `[B, N, E]`."""
         rows = self.embeddings
         if self.index is None:
             return rows.to(like).expand(len(like), -1, -1)
@@ -50,28 +50,28 @@ class Prompt:
         return rows[index[:, None], places].to(like)
 
     def absent(self, batch: int, device: torch.device) -> Tensor | None:
-        """`[B]`, how many of the first rows are none; None where all are there."""
+        """Return the number of absent leading rows, `[B]`; None if no row is absent."""
         if self.lengths is None or self.index is None:
             return None
         return self.tokens - for_batch(self.lengths[self.index].to(device), batch)
 
     def mask(self, batch: int, device: torch.device) -> Tensor | None:
-        """`[B, P]` bool, False for rows that are none; None where all are there."""
+        """Return a bool `[B, P]`, False for absent rows; None if no row is absent."""
         absent = self.absent(batch, device)
         return None if absent is None else torch.arange(self.tokens, device=device) >= absent[:, None]
 
 
 Placed = Callable[[], Prompt | None]
-"""The prompt that stands in front of the input now, if any. Hooks ask for it at each call and stay where they are."""
+"""Returns the current prompt in front of the input, if any. Hooks stay registered and call it each time."""
 
 
 def put_in_front(
     model: PreTrainedModel, encoder: PreTrainedModel, positions: Positions, placed: Placed
 ) -> list[RemovableHandle]:
-    """From here on the placed prompt stands in front of what `encoder` of `model` is given, until handles are removed.
+    """Put the placed prompt in front of the inputs of `model`'s `encoder`, until the handles are removed.
 
     Raises:
-        NotImplementedError: an image model without a module of the name `embeddings`.
+        NotImplementedError: an image model has no module named `embeddings`.
     """
     if encoder.main_input_name == "pixel_values":
         return [_in_front_of_patches(encoder, placed)]
@@ -85,7 +85,7 @@ def put_in_front(
 
 
 def _in_front_of_tokens(encoder: PreTrainedModel, positions: Positions, placed: Placed) -> RemovableHandle:
-    """The prompt's embeddings in front of the tokens', and all that goes along with a longer input."""
+    """Put the prompt's embeddings in front of the tokens', and extend masks and positions."""
     names = argument_names(encoder)
 
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -112,7 +112,7 @@ def _in_front_of_tokens(encoder: PreTrainedModel, positions: Positions, placed: 
 def _extended_positions(
     positions: Positions, inputs: dict[str, Any], prompt: Prompt, B: int, device: torch.device
 ) -> Tensor:
-    """Positions `[1 or B, P + N]`: the prompt's rows take the first ones, and the context follows."""
+    """Return positions `[1 or B, P + N]`: the prompt's rows come first, then the context."""
     absent = prompt.absent(B, device)
     missing = 0 if absent is None else absent[:, None]
     own = positions.own(inputs) + prompt.tokens - missing
@@ -121,7 +121,7 @@ def _extended_positions(
 
 
 def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
-    """Cross-attention sees the prompt's rows of the encoder's output too, so its padding mask grows with them."""
+    """Extend the padding mask of cross-attention, which also sees the prompt's rows of the encoder's output."""
     names = argument_names(decoder)
 
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -136,7 +136,7 @@ def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHa
 
 
 def _in_front_of_patches(encoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
-    """The prompt's rows in front of what an image was embedded as."""
+    """Put the prompt's rows in front of an image's embeddings."""
     modules = (module for name, module in encoder.named_modules() if name.split(".")[-1] == "embeddings")
     embeddings = next(modules, None)
     if embeddings is None:
@@ -150,7 +150,7 @@ def _in_front_of_patches(encoder: PreTrainedModel, placed: Placed) -> RemovableH
 
 
 def _positions_without_absent_rows(embed_positions: nn.Module, placed: Placed) -> RemovableHandle:
-    """Where positions follow the sequence, each sample's first row that is there takes the first position."""
+    """If positions follow the sequence, give the first position to each sample's first row that is not absent."""
 
     def moved(module: Any, args: Any, output: Tensor) -> Tensor:
         prompt = placed()
@@ -166,7 +166,7 @@ def _positions_without_absent_rows(embed_positions: nn.Module, placed: Placed) -
 
 
 def _extended_mask(mask: Tensor | None, prompt: Prompt, B: int, N: int, device: torch.device) -> Tensor | None:
-    """The padding mask `[B, N]` with the prompt's rows in front, `[B, P + N]`; None stays None where all are seen."""
+    """Extend the padding mask `[B, N]` by the prompt's rows to `[B, P + N]`; None stays None if no row is absent."""
     front = prompt.mask(B, device)
     if mask is None and front is None:
         return None

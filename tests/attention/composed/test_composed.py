@@ -33,7 +33,7 @@ def flat(values):
 
 def test_whose_attention_does_the_context_is_said(make_call):
     choice = explain_backend(**make_call(**LONG), backend="composed")
-    assert choice.reason == "asked for by name; context by PyTorch's flash attention for CPUs"
+    assert choice.reason == "requested by name; context by PyTorch's flash attention for CPUs"
 
 
 def test_who_cannot_do_the_context_is_said(make_call):

@@ -350,7 +350,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"prefix": {"prefix_key": torch.zeros(1, 2, 3, 6), "prefix_value": torch.zeros(1, 2, 3, 6)}},
         ValueError,
-        "prefix_index must say",
+        "prefix_index must give",
     ),
     ({"prefix": {"prefix_key": X, "prefix_value": X}}, ValueError, "prefix_key must be"),
 ]

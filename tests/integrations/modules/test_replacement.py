@@ -244,7 +244,7 @@ def test_what_cannot_be_replaced_is_said_and_changes_nothing(tiny_bert: nn.Modul
             model,
             {"names": lambda name: False},
             ValueError,
-            "names must leave an attention module, got none of layers.0",
+            "names must select an attention module, got none of layers.0",
         ),
         (model, {"prefix_length": -1}, ValueError, "prefix_length must not be negative"),
         (model, {"gate": "tan"}, ValueError, "gate must be"),

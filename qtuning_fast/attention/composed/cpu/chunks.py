@@ -1,4 +1,4 @@
-"""How the queries of a call are cut: chunks of them, stacked, whose scores stay in the processor's cache."""
+"""Chunks: stacked queries of a call, so few that their scores stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import score_dtype
 from qtuning_fast.attention.reference import bank_index
 
-SCORES = 1 << 19  # of a chunk, about, or numbers of its queries: 2 MiB in float32
-LEAST_ROWS = 64  # fewer make poor products
+SCORES = 1 << 19  # about as many scores, or elements of queries, in a chunk: 2 MiB in float32
+LEAST_ROWS = 64  # products over fewer rows are slow
 
 
 @dataclass(frozen=True)
@@ -25,43 +25,43 @@ class Chunk:
 
     call: PrefixAttentionCall
     prefix: int
-    length: int  # of the prefix
+    length: int  # rows of the prefix
     samples: slice
     positions: slice
 
     def part(self, x: Tensor) -> Tensor:
-        """The chunk's part of x [B, Hq, N, D]: a view [Hkv, b, G, n, D]."""
+        """Return the chunk's part of x [B, Hq, N, D] as a view [Hkv, b, G, n, D]."""
         group = self.call.query.shape[1] // self.call.key.shape[1]
         return x[self.samples, :, self.positions].unflatten(1, (-1, group)).transpose(0, 1)
 
     def read(self, x: Tensor) -> Tensor:
-        """[B, Hq, N, D] -> [Hkv, rows, D] in the scores' dtype; a view where strides allow it."""
+        """Return the chunk's part of x [B, Hq, N, D] as [Hkv, rows, D] in the scores' dtype, a view if possible."""
         return self.stacked(x).to(score_dtype(self.call.query))
 
     def stacked(self, x: Tensor) -> Tensor:
-        """The same in x's own dtype."""
+        """Return the same as `read`, in x's own dtype."""
         return self.part(x).flatten(1, 3)
 
     def apart(self, stacked: Tensor) -> Tensor:
-        """[Hkv, rows, D] in the shape of a part."""
+        """Reshape [Hkv, rows, D] to the shape of `part`."""
         return stacked.unflatten(1, self._shape[1:])
 
     def scores(self, name: str) -> Tensor:
-        """Scratch [Hkv, P, rows]."""
+        """Return scratch memory [Hkv, P, rows]."""
         Hkv, *rows = self._shape
         return scratch(name, score_dtype(self.call.query), Hkv, self.length, math.prod(rows))
 
     def room(self, name: str, like: Tensor) -> Tensor:
-        """Scratch [Hkv, rows, D], with like's D."""
+        """Return scratch memory [Hkv, rows, D] with like's D."""
         Hkv, *rows = self._shape
         return scratch(name, like.dtype, Hkv, math.prod(rows), like.shape[-1])
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[Hkv, rows] -> [Hq], summed over samples and positions."""
+        """Sum [Hkv, rows] over samples and positions to [Hq]."""
         return self.apart(x).sum((1, 3)).flatten()
 
     def gate_parameter(self, parameter: float | Tensor) -> Tensor:
-        """alpha or tau, to broadcast with scores [Hkv, P, rows]."""
+        """Return alpha or tau in a shape that broadcasts with scores [Hkv, P, rows]."""
         parameter = torch.as_tensor(parameter, dtype=score_dtype(self.call.query), device="cpu")
         if parameter.ndim == 2:
             parameter = parameter[self.prefix]
@@ -71,13 +71,13 @@ class Chunk:
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
-        """Hkv, samples, G, positions."""
+        """The sizes Hkv, samples, G, positions."""
         Hq, Hkv = self.call.query.shape[1], self.call.key.shape[1]
         return Hkv, self.samples.stop - self.samples.start, Hq // Hkv, self.positions.stop - self.positions.start
 
 
 def chunks(call: PrefixAttentionCall) -> Iterator[Chunk]:
-    """All queries that have a prefix, always in the same order."""
+    """Yield all queries that have a prefix, always in the same order."""
     N = call.query.shape[2]
     if not (N and call.prefix_key.shape[-2]):
         return
@@ -92,7 +92,7 @@ def chunks(call: PrefixAttentionCall) -> Iterator[Chunk]:
 
 
 def largest_chunk(call: PrefixAttentionCall) -> int:
-    """Queries of one head, of one sample or of several."""
+    """Return the most queries of one head in a chunk, over one sample or several."""
     Hq, Hkv = call.query.shape[1], call.key.shape[1]
     columns = max(call.prefix_key.shape[-2], call.query.shape[-1], call.value.shape[-1])
     rows = max(SCORES // max(Hkv * columns, 1), LEAST_ROWS)
@@ -100,7 +100,7 @@ def largest_chunk(call: PrefixAttentionCall) -> int:
 
 
 def _runs(call: PrefixAttentionCall) -> Iterator[tuple[int, int, range]]:
-    """Neighbouring samples with the same prefix, where it is not empty: its number, its length, the samples."""
+    """Yield runs of neighbouring samples with the same non-empty prefix: its index, its length, the samples."""
     B, P = len(call.query), call.prefix_key.shape[-2]
     index = [0] * B if call.prefix_index is None else bank_index(call).tolist()
     start = 0
@@ -112,28 +112,28 @@ def _runs(call: PrefixAttentionCall) -> Iterator[tuple[int, int, range]]:
 
 
 def _cut(x: range, largest: int) -> list[slice]:
-    """A range in as few, about equal slices as may be."""
+    """Cut a range into as few slices as possible, of about equal size."""
     pieces = -(-len(x) // largest)
     ends = [x.start + len(x) * i // pieces for i in range(pieces + 1)]
     return [slice(*ends) for ends in itertools.pairwise(ends)]
 
 
 class Scratch(threading.local):
-    """Memory kept from call to call: as much as the largest chunk so far has needed.
+    """Memory kept from call to call, as much as the largest chunk so far needed.
 
-    PyTorch gives freed memory back to the system, which hands it out again page by page: for a chunk's tensors, that
-    took longer than their arithmetic.
+    PyTorch returns freed memory to the system, which hands it out again page by page. For a chunk's tensors that took
+    longer than their arithmetic.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Room of some shape; what was in the room of that name is lost."""
+        """Return memory of this shape; the previous content under that name is lost."""
         size = math.prod(shape)
         room = self._kept.get((name, dtype))
         if room is None or room.numel() < size:
-            with torch.inference_mode(False):  # else no other mode could write to it
+            with torch.inference_mode(False):  # inference tensors cannot be written outside that mode
                 room = self._kept[name, dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return room[:size].view(shape)
 

@@ -1,4 +1,4 @@
-"""The gate's σ(τ s) and its derivative by PyTorch's elementwise operators, written to memory that is given."""
+"""The gate's σ(τ s) and its derivative by PyTorch's elementwise operators, written into given memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 _MINUS_ONE = {dtype: torch.tensor(-1.0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
-_OVERWRITE = {  # x with σ(x)
+_OVERWRITE = {  # overwrites x with σ(x)
     "sigmoid": torch.sigmoid_,
     "gelu": lambda x: aten.gelu.out(x, out=x),
     "relu": torch.relu_,
@@ -22,7 +22,7 @@ _FROM_SIGMA = {  # d, σ(x) -> d · σ'(x)
     "relu": lambda d, y, out: aten.threshold_backward.grad_input(d, y, 0, grad_input=out),
     "identity": lambda d, y, out: d,
 }
-_FROM_X = {  # d, x -> d · σ'(x), written over x
+_FROM_X = {  # d, x -> d · σ'(x); overwrites x
     "gelu": lambda d, x: aten.gelu_backward.grad_input(d, x, grad_input=x),
     "softplus": lambda d, x: aten.softplus_backward.grad_input(d, x, 1, 40, grad_input=x),
     "elu": lambda d, x: aten.elu_backward.grad_input(d, 1, 1, 1, False, x, grad_input=x),
@@ -30,10 +30,10 @@ _FROM_X = {  # d, x -> d · σ'(x), written over x
 
 
 def sigma(gate: str, s: Tensor, tau: Tensor, out: Tensor) -> Tensor:
-    """σ(τ s).
+    """Write σ(τ s) to `out`.
 
-    tanh(x) is taken as 2 sigmoid(2x) - 1: PyTorch's sigmoid needs a sixth of the time of its tanh, and a score needs no
-    more than an absolute accuracy.
+    tanh(x) is computed as 2 sigmoid(2x) - 1: PyTorch's sigmoid takes a sixth of the time of its tanh, and a score needs
+    only absolute accuracy.
     """
     if gate == "tanh":
         torch.mul(s, 2 * tau, out=out).sigmoid_()
@@ -42,7 +42,7 @@ def sigma(gate: str, s: Tensor, tau: Tensor, out: Tensor) -> Tensor:
 
 
 def times_slope(gate: str, d: Tensor, s: Tensor, tau: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """d · σ'(τ s), where y is σ(τ s). In `out`, or d itself."""
+    """Return d · σ'(τ s), given y = σ(τ s), in `out` or in d itself."""
     if gate in _FROM_SIGMA:
         return _FROM_SIGMA[gate](d, y, out)
     return _FROM_X[gate](d, torch.mul(s, tau, out=out))

@@ -1,8 +1,8 @@
 """The prefix part of the composed backend on a CPU: batched matrix products over chunks of queries.
 
-A chunk is as many queries as keep their scores in the processor's cache, all of samples with the same prefix. Its
-queries are stacked, [Hkv, rows, D], so that heads of a group and short sequences make one product, and its scores stand
-transposed, [Hkv, P, rows]: sums over the prefix then run along vectors. Nothing of a chunk outlives it.
+A chunk holds as many queries as keep their scores in the processor's cache, all from samples with the same prefix. Its
+queries are stacked, [Hkv, rows, D], so that heads of a group and short sequences form one product. Its scores are
+transposed, [Hkv, P, rows], so that sums over the prefix run along vectors. A chunk's tensors do not outlive it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from qtuning_fast.attention.reference import bank_index, prefix_rows, stored_row
 
 
 def keeps_rest(call: PrefixAttentionCall) -> bool:
-    """Whether what rounding the log-sum-exp leaves is kept: under additive masks, whose numbers may be of any size."""
+    """Return whether to keep the log-sum-exp's rounding residual: under additive masks, whose values may be large."""
     overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
     return any(x is not None and x.dtype != torch.bool for x in overlays)
 
 
 def merge(call: PrefixAttentionCall, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
-    """Merges the prefix into attention over the context, in place.
+    """Merge the prefix into attention over the context, in place.
 
     Args:
-        output: [B, Hq, N, Dv], and
-        lse: [B, Hq, N], of the context alone: 0 and -inf for a query that sees none of it.
-        lse_rest: what is to be added to lse; empty if nothing.
+        output: [B, Hq, N, Dv] of the context alone; 0 for a query that sees none of it.
+        lse: [B, Hq, N] of the context alone; -inf for such a query.
+        lse_rest: [B, Hq, N] to be added to lse; empty if there is nothing to add.
     """
     order = _order(call)
     if order is None:
@@ -54,10 +54,10 @@ def _merge(call: PrefixAttentionCall, output: Tensor, lse: Tensor, lse_rest: Ten
         g, _, _ = _gated_scores(chunk, k, chunk.read(call.query))
         largest = g.amax(1, keepdim=True)
         m = torch.maximum(largest, L_c)
-        m.masked_fill_(m.isneginf(), 0)  # sees nothing at all
+        m.masked_fill_(m.isneginf(), 0)  # queries that see nothing
         g.sub_(m)
         below = L_c - m
-        if rest is not None:  # it may be large itself: where the context leads, all is taken relative to L_c + rest
+        if rest is not None:  # it may be large: if the context dominates, all is relative to L_c + rest
             lead = rest.masked_fill(L_c < largest, 0)
             g.sub_(lead)
             below += rest - lead
@@ -66,7 +66,7 @@ def _merge(call: PrefixAttentionCall, output: Tensor, lse: Tensor, lse_rest: Ten
         above = total.log() if rest is None else total.log() + lead
         chunk.part(lse[..., None]).copy_(chunk.apart((m + above).mT))
         if rest is not None:
-            left = (m - (m + above) + above).nan_to_num_(0.0)  # -inf, and no rest, where nothing is seen
+            left = (m - (m + above) + above).nan_to_num_(0.0)  # a query that sees nothing has -inf and no rest
             chunk.part(lse_rest[..., None]).copy_(chunk.apart(left.mT))
         total.masked_fill_(total == 0, 1)
         o = torch.bmm(p.mT, v, out=chunk.room("o", v)).div_(total.mT)
@@ -83,7 +83,7 @@ def backward(
     d_query: Tensor | None,
     needed: Sequence[str],
 ) -> list[Tensor]:
-    """Adds the prefix's part to d_query, and returns the gradients of what is needed, all of it of the prefix."""
+    """Add the prefix's part to d_query and return the needed gradients of the prefix's tensors."""
     order = _order(call)
     if order is None:
         return _backward(call, output, lse, lse_rest, d_output, d_query, needed)
@@ -135,12 +135,12 @@ def _backward(
 
 
 def _lse(chunk: Chunk, lse: Tensor, lse_rest: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Both [Hkv, 1, rows]."""
+    """Return both for a chunk, [Hkv, 1, rows]."""
     return chunk.read(lse[..., None]).mT, chunk.read(lse_rest[..., None]).mT if lse_rest.numel() else None
 
 
 def _gated_scores(chunk: Chunk, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """g(s) with the bias, s and σ(τ s), all [Hkv, P, rows]; without a gate one and the same."""
+    """Return g(s) with the bias, s and σ(τ s), all [Hkv, P, rows]; without a gate the three are one tensor."""
     call = chunk.call
     s = chunk.scores("s").baddbmm_(k, q.mT, beta=0, alpha=call.scale)
     g = y = s
@@ -154,7 +154,7 @@ def _gated_scores(chunk: Chunk, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class Folded:
-    """k', or v', of the prefixes that chunks ask for: [Hkv, length, D], as the products take it."""
+    """k' or v' of the prefixes that chunks use, each [Hkv, length, D], as the products take it."""
 
     def __init__(self, call: PrefixAttentionCall, side: str) -> None:
         self._call, self._rows, self._weights = call, *_side(call, side)
@@ -166,7 +166,7 @@ class Folded:
         return self._known[chunk.prefix]
 
     def zeros(self) -> Tensor:
-        """Room for the gradient of all of them, [T, Hkv, P, D]."""
+        """Allocate the gradient of all prefixes, [T, Hkv, P, D], filled with zeros."""
         rows = _bank(self._call, self._rows)
         return rows.new_zeros(rows.shape, dtype=score_dtype(self._call.query))
 
@@ -180,7 +180,7 @@ class Folded:
 
 
 def _order(call: PrefixAttentionCall) -> Tensor | None:
-    """The samples by their prefixes, if they are not so already and short enough to be stacked."""
+    """Return the samples sorted by prefix, or None if they are sorted already or too long to be stacked."""
     if call.prefix_index is None or call.query.shape[2] > largest_chunk(call):
         return None
     index = bank_index(call)
@@ -188,12 +188,12 @@ def _order(call: PrefixAttentionCall) -> Tensor | None:
 
 
 def _taken(x: Tensor, order: Tensor) -> Tensor:
-    """The samples of x in that order; an empty x as it is."""
+    """Return the samples of x in that order; an empty x is returned as it is."""
     return x[order] if x.numel() else x
 
 
 def _of_samples(call: PrefixAttentionCall, order: Tensor) -> PrefixAttentionCall:
-    """The call with its samples in that order. Masks, which are the context's, are left out."""
+    """Return the call with its samples in that order, without masks, which belong to the context."""
     assert call.prefix_index is not None
     bias = call.prefix_bias if call.prefix_bias is None or len(call.prefix_bias) == 1 else call.prefix_bias[order]
     return replace(
@@ -207,15 +207,15 @@ def _of_samples(call: PrefixAttentionCall, order: Tensor) -> PrefixAttentionCall
 
 
 def _unfolded(call: PrefixAttentionCall, side: str, d_rows: Tensor) -> dict[str, Tensor]:
-    """The gradients of K, U and V from that of k' = (U Vᵀ) ∘ K, or of those of v', in their shapes and dtypes."""
+    """Return the gradients of K, U and V, in their shapes and dtypes, from that of k' = (U Vᵀ) ∘ K; likewise for v'."""
     rows, weights = _side(call, side)
     name = f"prefix_{side}"
     if weights is None:
         return {name: d_rows.reshape(rows.shape).to(rows.dtype)}
     K, U, V = (_bank(call, x.to(torch.promote_types(x.dtype, d_rows.dtype))) for x in (rows, *weights))
     shared = torch.arange(U.shape[1], device=U.device) < call.n_shared
-    U = U.masked_fill(shared[:, None], 0)  # its rows there may be anything, NaN included
-    if call.prefix_length is not None:  # and so may all beyond a prefix's length
+    U = U.masked_fill(shared[:, None], 0)  # its shared rows may hold anything, NaN included
+    if call.prefix_length is not None:  # and so may all rows beyond a prefix's length
         inside = stored_rows(call)
         K, U = K.where(inside[:, None, :, None], 0), U.where(inside[..., None], 0)
     W = torch.einsum("tpr,trhd->thpd", U, V).masked_fill_(shared[:, None], 1)
@@ -240,7 +240,7 @@ def _bank(call: PrefixAttentionCall, x: Tensor) -> Tensor:
 
 
 def _reduced(parameter: float | Tensor, gradient: Tensor) -> Tensor:
-    """The gradient [T, Hq] of alpha or tau summed up to its shape."""
+    """Sum the gradient [T, Hq] of alpha or tau to the parameter's shape."""
     if not isinstance(parameter, Tensor):
         return gradient
     shape = (1,) * (2 - parameter.ndim) + parameter.shape

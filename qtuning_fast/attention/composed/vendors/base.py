@@ -1,4 +1,4 @@
-"""What a vendor is, and what several of them need."""
+"""The interface of a vendor, and helpers that several vendors need."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 
-FEW_QUERIES = 8  # up to here it is decoding: reading keys and values takes the time
+FEW_QUERIES = 8  # up to this many, as in decoding, reading keys and values dominates the time
 
 
 class Attention(NamedTuple):
-    """What a vendor is asked for: neither N nor M is 0."""
+    """A vendor's input. Neither N nor M is 0."""
 
     query: Tensor  # [B, Hq, N, D]
     key: Tensor  # [B, Hkv, M, D]
     value: Tensor  # [B, Hkv, M, Dv]
-    mask: Tensor | None  # additive, each dimension of [B, Hq, N, M] or 1
-    is_causal: bool  # with N = M, or with M > N, aligned bottom-right
+    mask: Tensor | None  # additive, [B, Hq, N, M]; any dimension may be 1
+    is_causal: bool  # only with N = M, or with M > N, aligned bottom-right
     scale: float
 
 
@@ -34,33 +34,33 @@ class Vendor:
     """One implementation of attention without a prefix."""
 
     name: str
-    why_not: Callable[[PrefixAttentionCall], str | None]  # what it cannot do about a call
+    why_not: Callable[[PrefixAttentionCall], str | None]  # why it cannot compute a call; None: it can
     forward: Forward
     backward: Backward
-    bottom_right: bool  # whether causal with M > N is right; else it is asked for N = M only
-    keeps_layout: bool  # whether results have the memory order of query, key and value; else [B, N, H, D]
+    bottom_right: bool  # whether causality is right with M > N; otherwise it is used with N = M only
+    keeps_layout: bool  # whether results keep the memory order of query, key and value; otherwise [B, N, H, D]
 
 
 def padded(x: Tensor, columns: int) -> Tensor:
-    """x [..., D] filled up with columns of zeros."""
+    """Pad x [..., D] with columns of zeros."""
     return x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1]))
 
 
 def of_one_head_size(x: Attention, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, filled up with columns of zeros to one head size, a multiple of `multiple`."""
+    """Pad query, key and value with columns of zeros to one head size, a multiple of `multiple`."""
     D = max(x.query.shape[-1], x.value.shape[-1])
     D += -D % multiple
     return padded(x.query, D), padded(x.key, D), padded(x.value, D)
 
 
 def cut(x: Attention, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value without the columns that were filled up."""
+    """Return the gradients of query, key and value without the padded columns."""
     dq, dk, dv = (d[..., : like.shape[-1]] for d, like in zip(gradients, x[:3]))
     return dq, dk, dv
 
 
 def folding(forward: Forward, backward: Backward, most: int | None = None) -> tuple[Forward, Backward]:
-    """Both, doing the heads of a group as further queries of their key head; with up to `most` queries, if given."""
+    """Make both treat the heads of a group as further queries of their key head, for up to `most` queries if given."""
 
     def choose(x: Attention) -> Attention:
         return folded(x) if most is None or x.query.shape[2] <= most else x
@@ -82,10 +82,10 @@ def folding(forward: Forward, backward: Backward, most: int | None = None) -> tu
 
 
 def folded(x: Attention) -> Attention:
-    """Queries as [B, Hkv, G N, D]: what a group shares is then read once, and no key is repeated.
+    """Reshape queries to [B, Hkv, G N, D], so that a group reads its keys once and no key is repeated.
 
-    x itself where there is no group, where causality tells queries apart by their place, or where the mask would have
-    to be repeated for many queries.
+    Returns x itself without groups, under causality, which depends on a query's position, or if the mask would have to
+    be repeated for many queries.
     """
     B, Hq, N, D = x.query.shape
     Hkv, mask = x.key.shape[1], x.mask

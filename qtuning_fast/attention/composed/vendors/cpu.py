@@ -32,7 +32,7 @@ def _forward(x: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32 at least: in 16 bits it adds dk and dv up in 16 bits, tile by tile."""
+    """Compute in float32 at least, because for 16-bit inputs PyTorch accumulates dk and dv in 16 bits."""
     wide = torch.promote_types(x.query.dtype, torch.float32)
     q, k, v = (y.to(wide) for y in of_one_head_size(x))
     output, d_output = (padded(y, v.shape[-1]).to(wide) for y in (output, d_output))

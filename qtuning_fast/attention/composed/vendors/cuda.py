@@ -1,12 +1,12 @@
-"""Flash attention on an NVIDIA GPU, by PyTorch's own operators.
+"""Flash attention on an NVIDIA GPU by PyTorch's own operators.
 
-They are called with the operators' own conventions (read in the sources of PyTorch 2.11 to 2.13):
+Their conventions, from the sources of PyTorch 2.11 to 2.13:
 
-- without dropout their backward passes want tensors for the state of the random generator, and do not read them;
-- they load 16 bytes at a time, so data must start, and rows must lie, on multiples of that: else it is copied;
-- PyTorch's deterministic mode reaches FlashAttention-2 and the memory-efficient kernels by themselves. cuDNN has none.
+- Without dropout, their backward passes require tensors for the state of the random generator but do not read them.
+- They load 16 bytes at a time. Data must start, and rows must lie, on multiples of 16 bytes; otherwise it is copied.
+- FlashAttention-2 and the memory-efficient kernels follow PyTorch's deterministic mode; cuDNN has no such mode.
 
-On ROCm the same operators run other kernels, whose log-sum-exp is not known to be natural: there all of them refuse.
+On ROCm these operators run other kernels, whose log-sum-exp is not known to be natural, so all of them refuse there.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from qtuning_fast.attention.composed.vendors.base import (
 )
 
 HALVES = (torch.float16, torch.bfloat16)
-LARGEST_GRID = 65535  # of blocks, in the dimensions in which batch and heads run
+LARGEST_GRID = 65535  # blocks in the grid dimensions of batch and heads
 NO_MASK, BOTTOM_RIGHT = 0, 2  # custom_mask_type of the memory-efficient kernels; 1 is top-left
-LSE_ROWS = 32  # to a multiple of which they pad the log-sum-exp
+LSE_ROWS = 32  # they pad the log-sum-exp to a multiple of this
 
 aten = torch.ops.aten
 
 
 @constant
 def capability(index: int | None) -> tuple[int, int]:
-    """The compute capability of a device. Tests replace it."""
+    """Return the compute capability of a device. Tests replace this function."""
     return torch.cuda.get_device_capability(index)
 
 
 @constant
 def cudnn_version() -> int:
-    """Like 91501 for 9.15.1; 0 without cuDNN. Tests replace it."""
+    """Return cuDNN's version, such as 91501 for 9.15.1; 0 without cuDNN. Tests replace this function."""
     return torch.backends.cudnn.version() or 0
 
 
 @constant
 def other_flash_attention() -> str | None:
-    """What a user has put in the place of PyTorch's FlashAttention-2."""
+    """Return the name of an implementation that a user activated instead of PyTorch's FlashAttention-2, or None."""
     current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
     return current() if current else None
 
 
 @constant
 def switched_on(name: str) -> bool:
-    """PyTorch's own switches, as `torch.backends.cuda.enable_flash_sdp` and `sdpa_kernel` set them."""
+    """Return the state of a PyTorch switch that `torch.backends.cuda.enable_flash_sdp` or `sdpa_kernel` sets."""
     return bool(getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
 
 
@@ -67,7 +67,7 @@ def _avoids_recompilation() -> bool:
 
 
 def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What keeps every vendor on a GPU from a call."""
+    """Return why no vendor on a GPU can compute a call, or None."""
     query, value = call.query, call.value
     if not query.is_cuda:
         return f"it is for CUDA devices, and query is on {query.device}"
@@ -83,7 +83,7 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
 
 
 def _mask_obstacle(call: PrefixAttentionCall) -> str | None:
-    """What keeps one from a mask that adds masks in query's dtype: -1e9, say, would be -inf in float16."""
+    """Return why query's dtype cannot hold the mask, or None: -1e9, for example, would be -inf in float16."""
     mask, dtype = mask_of(call), call.query.dtype
     if mask is None or not mask.is_floating_point() or torch.promote_types(mask.dtype, dtype) == dtype:
         return None
@@ -95,25 +95,25 @@ def mask_of(call: PrefixAttentionCall) -> Tensor | None:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, copied unless its last dimension is dense, nothing overlaps, and start and strides are whole 16 bytes."""
+    """Copy x unless its last dimension is dense, nothing overlaps, and start and strides are multiples of 16 bytes."""
     whole = 16 // x.element_size()
     fits = x.stride(-1) == 1 and all(s % whole == 0 and (s or n == 1) for s, n in zip(x.stride()[:-1], x.shape))
     return x if fits and starts_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, copied unless it is contiguous and starts on 16 bytes."""
+    """Copy x unless it is contiguous and starts at a multiple of 16 bytes."""
     x = x.contiguous()
     return x if starts_aligned(x) else x.clone()
 
 
 def starts_aligned(x: Tensor) -> bool:
-    """Tests, whose tensors may have no memory, replace it."""
+    """Return whether x starts at a multiple of 16 bytes. Tests, whose tensors may have no memory, replace it."""
     return x.data_ptr() % 16 == 0
 
 
 def by_position(x: Tensor) -> Tensor:
-    """[B, H, N, D] as [B, N, H, D], or back."""
+    """Transpose [B, H, N, D] to [B, N, H, D], or back."""
     return x.transpose(1, 2)
 
 
@@ -143,10 +143,10 @@ def _cudnn_why_not(call: PrefixAttentionCall) -> str | None:
     if call.is_causal and mask_of(call) is not None:
         return "it takes causality or a mask, not both"
     if call.padding_mask is not None:
-        return "padding would have to be written out for every query"
+        return "the padding mask would have to be expanded for every query"
     if not call.is_causal and M % 128 == 64:
-        # The empty half of its last tile of keys counts as scores of 0: exp(0 - L) is infinite where L < -88.7.
-        return f"its backward pass can return NaN where M is 64 more than a multiple of 128, and M is {M}"
+        # It treats the empty half of its last tile of keys as scores of 0: exp(0 - L) overflows if L < -88.7.
+        return f"its backward pass can return NaN if M is 64 more than a multiple of 128, and M is {M}"
     return None
 
 
@@ -168,7 +168,7 @@ def _cudnn_forward(x: Attention) -> tuple[Tensor, Tensor]:
 
 def _cudnn_backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, bias = _cudnn_inputs(x)
-    # Some versions look a plan up by query, key, value and bias alone: all else has to lie as in every such call.
+    # Some versions look up a plan by query, key, value and bias alone, so all other tensors need a fixed layout.
     o, d_o = (_as_in_forward(padded(y, q.shape[-1]), q) for y in (output, d_output))
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
@@ -179,13 +179,13 @@ def _cudnn_backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tensor)
 
 
 def _as_in_forward(x: Tensor, query: Tensor) -> Tensor:
-    """x [B, H, N, D], lying as the forward pass lays out the output."""
+    """Return x [B, H, N, D] in the memory order of the forward pass's output."""
     room = torch.empty_like(query)
     return x if x.stride() == room.stride() and starts_aligned(x) else room.copy_(x)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask [b, h, n, M] in memory of its own, each row of which starts on 16 bytes."""
+    """Copy a mask [b, h, n, M] so that each row starts at a multiple of 16 bytes."""
     M = mask.shape[-1]
     return aligned(padded(mask.to(dtype), M + -M % 8))[..., :M]
 
@@ -211,7 +211,7 @@ def _flash_2_why_not(call: PrefixAttentionCall) -> str | None:
     if 192 < largest <= 224 and ((8, 6) <= found <= (8, 9) or found >= (12, 0)):
         return f"its backward pass does not take head size {largest} on compute capability {found[0]}.{found[1]}"
     other = other_flash_attention()
-    return None if other is None else f"{other} has been activated in its place"
+    return None if other is None else f"{other} was activated in its place"
 
 
 def _flash_2_forward(x: Attention) -> tuple[Tensor, Tensor]:
@@ -236,7 +236,7 @@ def _flash_2_backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tenso
 FLASH_2 = Vendor(
     "PyTorch's FlashAttention-2",
     _flash_2_why_not,
-    *folding(_flash_2_forward, _flash_2_backward, FEW_QUERIES),  # with more it is as good at groups by itself
+    *folding(_flash_2_forward, _flash_2_backward, FEW_QUERIES),  # with more queries it handles groups as well by itself
     bottom_right=True,
     keeps_layout=True,
 )
@@ -260,7 +260,7 @@ def _efficient_why_not(call: PrefixAttentionCall) -> str | None:
 
 
 def _efficient_inputs(x: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query, key and value as [B, N, H, D], keys and values repeated for the heads of a group; the bias."""
+    """Return query, key and value as [B, N, H, D], keys and values repeated for the heads of a group, and the bias."""
     B, Hq, N, _ = x.query.shape
     M = x.key.shape[2]
     q, k, v = (padded(y, y.shape[-1] + -y.shape[-1] % 8) for y in x[:3])

@@ -1,9 +1,9 @@
 """Flash attention by packages that a user may have installed: flash_attn 3 and 4.
 
-Nothing of them is imported before a call could use it. (Version 2 has the kernels of PyTorch's own FlashAttention-2.)
+They are imported only when a call could use them. (Version 2 has the kernels of PyTorch's own FlashAttention-2.)
 
-- Version 3 (`flash_attn_interface`, of which the schemas of the operators are known that give each argument but the
-  tensors a default, 2025-08 and later): `torch.ops.flash_attn_3.fwd` and `.bwd`.
+- Version 3 (`flash_attn_interface`, 2025-08 and later, whose operators have defaults for all arguments except
+  tensors): `torch.ops.flash_attn_3.fwd` and `.bwd`.
 - Version 4 (`flash_attn.cute`, 4.0 betas): `_flash_attn_fwd` and `_flash_attn_bwd`, called as PyTorch 2.13 calls them.
 
 Both take [B, N, H, D], align causality bottom-right, and return the natural log-sum-exp [B, H, N] in float32.
@@ -38,7 +38,7 @@ FLASH_3_FORWARD = {"q", "k", "v", "softmax_scale", "is_causal"}
 FLASH_3_BACKWARD = {"dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale", "is_causal"}
 FLASH_4_FORWARD = {"q", "k", "v", "softmax_scale", "causal", "return_lse"}
 FLASH_4_BACKWARD = {"q", "k", "v", "out", "dout", "lse", "softmax_scale", "causal"}
-BUILT_WITHOUT = ("BACKWARD", "FP16", "HDIM64", "HDIM96", "HDIM128", "HDIM192", "HDIM256")  # parts a build may lack
+BUILT_WITHOUT = ("BACKWARD", "FP16", "HDIM64", "HDIM96", "HDIM128", "HDIM192", "HDIM256")  # features a build may lack
 
 
 def _obstacle(call: PrefixAttentionCall) -> str | None:
@@ -72,7 +72,7 @@ def _flash_3_why_not(call: PrefixAttentionCall) -> str | None:
 
 @constant
 def flash_3_missing() -> str | None:
-    """What is wrong with the installed package. Tests replace it."""
+    """Return why the installed package cannot be used, or None. Tests replace this function."""
     return _flash_3_missing()
 
 
@@ -95,7 +95,7 @@ def _flash_3_missing() -> str | None:
 
 
 def _optional_but(operator: Any, required: int) -> set[str]:
-    """The names of an operator's arguments if all but the first ones have defaults, else nothing."""
+    """Return the names of an operator's arguments if all after the first `required` have defaults, else nothing."""
     arguments = operator.default._schema.arguments
     whole = all(argument.has_default_value() for argument in arguments[required:])
     return {argument.name for argument in arguments} if whole else set()
@@ -142,13 +142,13 @@ def _flash_4_why_not(call: PrefixAttentionCall) -> str | None:
 
 @constant
 def flash_4_missing() -> str | None:
-    """What is wrong with the installed package. Tests replace it."""
+    """Return why the installed package cannot be used, or None. Tests replace this function."""
     return _flash_4_missing()
 
 
 @functools.cache
 def _flash_4_missing() -> str | None:
-    package = find_spec("flash_attn")  # which find_spec("flash_attn.cute") would import
+    package = find_spec("flash_attn")  # find_spec("flash_attn.cute") would import it
     folders = (package and package.submodule_search_locations) or ()
     if not any((Path(folder) / "cute" / "interface.py").exists() for folder in folders):
         return "flash_attn.cute is not installed"
