@@ -1,12 +1,12 @@
-"""What the kernels take: named tuples of pointers and strides, and how they come from tensors.
+"""The arguments of the kernels: named tuples of pointers and strides, made from tensors.
 
-`Call` says what the launchers read of a call. Strides count elements; the last dimension is always contiguous. What is
-marked "compile-time" is known when a kernel is compiled, and so is a pointer that is None, which stands for what a call
-lacks: one kernel serves all variants. (It is always a pointer that is None, never a tuple: Triton 3.6 cannot compare
-every tuple with None.)
+`Call` lists what the launchers read of a call. Strides count elements; the last dimension is always contiguous. Fields
+marked "compile-time" are known when a kernel is compiled, and so is whether a pointer is None. A pointer is None if the
+call lacks that tensor, so one kernel serves all variants. (Only pointers are None, never tuples: Triton 3.6 cannot
+compare every tuple with None.)
 
-A tuple that holds tuples ends with `end`, which is always None. Triton 3.6 copies what a branch or a loop finds, and
-without it forgets in its copy which fields of the inner tuples are compile-time.
+A tuple that holds tuples ends with `end`, which is always None. Triton 3.6 copies the variables of a branch or a loop;
+without `end`, its copy loses which fields of the inner tuples are compile-time.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .target import current_target
 
-LARGEST_TILE = 128  # queries of one
+LARGEST_TILE = 128  # queries
 _LARGEST_STRIDE = 1 << 22  # between rows: the offset of a row within a tile, at most 256 of them, stays below 2**31
 
 
@@ -36,11 +36,11 @@ class Call(Protocol):
     value: Tensor  # [B, Hkv, M, Dv]
     prefix_key: Tensor  # [Hkv, P, D], a bank: [T, Hkv, P, D]
     prefix_value: Tensor
-    prefix_index: Tensor | None  # [B], exactly with a bank; its range is not known to be right
+    prefix_index: Tensor | None  # [B], with a bank only; its range is unchecked
     prefix_length: Tensor | None  # [T]
     padding_mask: Tensor | None  # [B, M], bool or additive
-    attn_mask: Tensor | None  # 4-D, each dimension of [B, Hq, N, M] or 1
-    prefix_bias: Tensor | None  # 4-D, each dimension of [B, Hq, N, P] or 1
+    attn_mask: Tensor | None  # [B, Hq, N, M]; any dimension may be 1
+    prefix_bias: Tensor | None  # [B, Hq, N, P]; any dimension may be 1
     n_shared: int
     gate: str | None
     is_causal: bool
@@ -60,7 +60,7 @@ class Call(Protocol):
 
 
 class Rows(NamedTuple):
-    """[outer, head, row, D]: outer is the sample, for a prefix its number in the bank. No pointer: not needed."""
+    """[outer, head, row, D]; outer is the sample or, for a prefix, its index in the bank. Pointer None: not needed."""
 
     pointer: Any
     outer: int
@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """W = U Vᵀ with U [T, P, R] and V [T, R, Hkv, D]. No pointers: all ones."""
+    """W = U V with U [T, P, R] and V [T, R, Hkv, D]. Pointers None: all weights are 1."""
 
     U: Any
     U_prefix: int
@@ -84,7 +84,7 @@ class LowRank(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The keys or the values of the prefix as they are stored, and their weights."""
+    """The stored keys or values of the prefix, and their weights."""
 
     rows: Rows
     weights: LowRank
@@ -92,19 +92,19 @@ class Stored(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """As attention sees it: k' and v', what `fold` makes of stored rows."""
+    """The prefix as attention sees it: k' and v', which `fold` makes from stored rows."""
 
     key: Rows
     value: Rows
     index: Any  # [B], None without a bank
-    length: Any  # [T], None: all P
+    length: Any  # [T]; None: P for all
     n_prefixes: int  # T
     n_rows: int  # P
     end: None = None
 
 
 class Parameter(NamedTuple):
-    """alpha or tau: a tensor over prefixes and heads, or, with no pointer, one value."""
+    """alpha or tau: a tensor over prefixes and heads or, if the pointer is None, one value."""
 
     pointer: Any
     prefix: int
@@ -121,7 +121,7 @@ class Gate(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """What is laid over scores [B, Hq, N, keys]: a dimension that broadcasts has stride 0; uint8 is bool."""
+    """A mask or bias on scores [B, Hq, N, keys]: a dimension that broadcasts has stride 0; uint8 means bool."""
 
     pointer: Any
     sample: int
@@ -138,10 +138,10 @@ class Masks(NamedTuple):
 
 
 class PerQuery(NamedTuple):
-    """Float32 tensors [B, Hq, N] that the passes hand on."""
+    """Float32 tensors [B, Hq, N] that one pass writes and another reads."""
 
     lse: Any  # natural; -inf for a query that sees nothing
-    rest: Any  # what rounding the log-sum-exp left; there if EXACT
+    rest: Any  # the log-sum-exp's rounding residual; present if EXACT
     delta: Any  # rowsum(dO ∘ O); None in the forward pass
 
 
@@ -154,7 +154,7 @@ class Sizes(NamedTuple):
 
 
 def attention(call: Call) -> dict[str, Any]:
-    """The arguments that the attention kernels share, by name; of a call whose prefix is folded."""
+    """Return the arguments that the attention kernels share, by name, for a call with a folded prefix."""
     return {
         "query": rows(call.query),
         "key": rows(call.key),
@@ -168,7 +168,7 @@ def attention(call: Call) -> dict[str, Any]:
 
 
 def attention_to_prefix(call: Call) -> dict[str, Any]:
-    """The same for the kernels that leave out the context."""
+    """Return the same for the kernels without a context."""
     return {
         "query": rows(call.query),
         "prefix": prefix(call),
@@ -180,9 +180,9 @@ def attention_to_prefix(call: Call) -> dict[str, Any]:
 
 
 def samples_by_prefix(call: Call) -> Tensor | None:
-    """The samples [B] in the order of their prefixes; None: as they are. The host does not wait for it.
+    """Return the samples [B] sorted by prefix, without the host waiting; None: unsorted.
 
-    They are so without a bank, and where a sample alone fills tiles, so that few of them have rows of several.
+    It is None without a bank, and if a single sample fills tiles, so that few tiles have rows of several samples.
     """
     Hq, N = call.query.shape[1:3]
     if call.prefix_index is None or Hq // call.key.shape[1] * N >= LARGEST_TILE:
@@ -191,15 +191,15 @@ def samples_by_prefix(call: Call) -> Tensor | None:
 
 
 def rows(x: Tensor) -> Rows:
-    """A tensor [outer, head, row, D], or [head, row, D] where outer is always 0, as kernels read it.
+    """Return a tensor [outer, head, row, D], or [head, row, D] with outer always 0, as kernels read it.
 
-    In place, or, if its strides are none for them, a copy.
+    The tensor is copied if kernels cannot use its strides.
     """
     return _rows(x if in_reach(x) else x.contiguous())
 
 
 def written_rows(x: Tensor | None) -> Rows:
-    """A tensor [outer, head, row, D] as kernels write it."""
+    """Return a tensor [outer, head, row, D] as kernels write it."""
     if x is None:
         return _NO_ROWS
     assert in_reach(x), f"kernels cannot write strides {x.stride()}"
@@ -213,18 +213,18 @@ def _rows(x: Tensor) -> Rows:
 
 
 def empty_rows_like(x: Tensor) -> Tensor:
-    """Room for a gradient, its memory in the order of x if kernels can write that."""
+    """Allocate a gradient, in the memory order of x if kernels can write it."""
     room = torch.empty_like(x)
     return room if in_reach(room) else contiguous_like(x)
 
 
 def contiguous_like(x: Tensor) -> Tensor:
-    """Room for a gradient, contiguous."""
+    """Allocate a contiguous gradient."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def scratch(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Room, contiguous, for what the kernels of a pass hand to each other; marked, so that a replay makes its own."""
+    """Allocate contiguous memory shared by the kernels of a pass; it is marked, so that a replay allocates its own."""
     room = like.new_empty(shape, dtype=dtype)
     room.is_scratch = True  # type: ignore[attr-defined]
     return room
@@ -235,21 +235,21 @@ def is_scratch(x: Tensor) -> bool:
 
 
 def block_of(D: int) -> int:
-    """The power of 2 that holds D; 16 is the least that matrix units take."""
+    """Return the power of 2 that holds D, at least 16, the minimum of matrix units."""
     return 16 if D <= 16 else 1 << (D - 1).bit_length()
 
 
-@lru_cache(maxsize=4096, typed=True)  # typed: 1 and True are other constants
+@lru_cache(maxsize=4096, typed=True)  # typed: 1 and True are different constants
 def constant(value: Any) -> tl.constexpr:
-    """A value as a kernel takes what is known when it is compiled: the same object each time.
+    """Return a value as a compile-time argument, always the same object.
 
-    Making one takes a microsecond, and so does telling two apart, which Triton does with each of a launch.
+    Making one takes a microsecond, and so does comparing two, which Triton does for each of a launch.
     """
     return tl.constexpr(value)
 
 
 def prefix(call: Call) -> Prefix:
-    """Of a folded call; of another one its rows are not what attention sees, and only the rest of it is of use."""
+    """Return the prefix of a folded call; for any other call its rows are not those that attention sees."""
     index, length = call.prefix_index, call.prefix_length
     return Prefix(
         key=rows(call.prefix_key),
@@ -262,12 +262,12 @@ def prefix(call: Call) -> Prefix:
 
 
 def stored(x: Tensor, weights: tuple[Tensor, Tensor] | None) -> Stored:
-    """Rows as they are stored, with their weights (U, V)."""
+    """Return stored rows with their weights (U, V)."""
     return Stored(rows(x), _low_rank(weights))
 
 
 def cdiv(count: int, block: int) -> int:
-    """How many blocks hold so many: triton.cdiv, which takes the host two microseconds."""
+    """Return the number of blocks that hold `count`; triton.cdiv would take the host two microseconds."""
     return -(-count // block)
 
 
@@ -276,7 +276,7 @@ def n_prefixes(call: Call) -> int:
 
 
 def gate(call: Call) -> Gate:
-    # Its error of 2⁻¹¹ is an eighth of bfloat16's rounding, but all of float16's.
+    # Its error of 2⁻¹¹ is an eighth of bfloat16's rounding error, but equals float16's.
     fast_tanh = call.query.dtype == torch.bfloat16 and current_target().startswith("sm_")
     return Gate(
         name=constant(call.gate or "none"),
@@ -309,7 +309,7 @@ def _low_rank(pair: tuple[Tensor, Tensor] | None) -> LowRank:
         U = U.contiguous()
     if not in_reach(V):
         V = V.contiguous()
-    U_prefix, U_row, _ = (0, *U.stride())[-3:]  # 0 without a bank: there is one prefix
+    U_prefix, U_row, _ = (0, *U.stride())[-3:]  # 0 without a bank
     V_prefix, V_rank, V_head, _ = (0, *V.stride())[-4:]
     return LowRank(U, U_prefix, U_row, V, V_prefix, V_rank, V_head, constant(U.shape[-1]))
 
@@ -322,7 +322,7 @@ def _parameter(x: float | Tensor) -> Parameter:
 
 
 def _overlay(x: Tensor | None) -> Overlay:
-    """Of a mask with four dimensions, or [sample, key]."""
+    """Return a mask with four dimensions, or [sample, key], as kernels read it."""
     if x is None:
         return _NO_OVERLAY
     if x.dtype == torch.bool:

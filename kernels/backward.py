@@ -1,10 +1,10 @@
-"""The backward pass: five launches at most, and of each only what some gradient needs.
+"""The backward pass: at most five launches, each computing only what some gradient needs.
 
-fold                k', v' once more
-backward_whole      where the context fits into one tile: δ, dq, dk, dv and the prefix's gradients in parts; else
+fold                k', v' again
+backward_whole      if the context fits into one tile: δ, dq, dk, dv and the prefix's gradients in parts; otherwise
 backward_queries    δ, dq
 backward_keys       dk, dv; the prefix's gradients in parts
-backward_prefix     the parts added up: dK, dα, dτ
+backward_prefix     sums of the parts: dK, dα, dτ
 backward_reweighting    dU, dV
 """
 
@@ -27,13 +27,13 @@ from .backward_keys import Parts
 from .fold import folded
 from .launch import Launch, run
 
-CONTEXT = ("query", "key", "value")  # whose gradients keep the order of their memory
+CONTEXT = ("query", "key", "value")  # their gradients keep their memory order
 
 
 def backward(
     call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needed: Sequence[str]
 ) -> list[Tensor]:
-    """The gradients of the call's tensors of these names, each of its input's shape and dtype."""
+    """Return the gradients of the call's tensors with these names, each in its input's shape and dtype."""
     gradients = rooms(call, needed)
     run(
         f"backward {' '.join(gradients)}",
@@ -47,7 +47,7 @@ def backward(
 def launches(
     call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
-    """What fills the gradients."""
+    """Yield the launches that fill the gradients."""
     as_seen, folding = folded(call)
     if gradients.keys() - {"key", "value"}:
         yield from folding
@@ -66,7 +66,7 @@ def launches(
 def launches_over_keys(
     call: Call, shared: dict[str, Any], d_output: Tensor, per_query: PerQuery, gradients: dict[str, Tensor]
 ) -> Iterator[Launch]:
-    """What fills all gradients but the queries', once their δ is there; `shared` are arguments of the folded call."""
+    """Yield the launches that fill all gradients except query's, given δ; `shared` are arguments of the folded call."""
     d_key, d_value = gradients.get("key"), gradients.get("value")
     parts = backward_keys.empty_parts(call, "keys", **parts_needed(gradients))
     if parts.needed or d_key is not None or d_value is not None:
@@ -75,7 +75,7 @@ def launches_over_keys(
 
 
 def launches_over_parts(call: Call, parts: Parts, gradients: dict[str, Tensor]) -> Iterator[Launch]:
-    """What fills the prefix's gradients, once their parts are there."""
+    """Yield the launches that fill the prefix's gradients from their parts."""
     if not parts.needed:
         return
     totals = (
@@ -88,14 +88,14 @@ def launches_over_parts(call: Call, parts: Parts, gradients: dict[str, Tensor]) 
 
 
 def _total(stored: Tensor, parts: Tensor | None, gradients: dict[str, Tensor], names: set[str]) -> Tensor | None:
-    """Room for dk' or dv', if a gradient of U or V comes from it."""
+    """Allocate dk' or dv' if a gradient of U or V needs it."""
     if parts is None or gradients.keys().isdisjoint(names):
         return None
     return scratch(stored, stored.shape, torch.float32)
 
 
 def parts_needed(gradients: dict[str, Tensor]) -> dict[str, bool]:
-    """Which of the prefix's gradients come in parts first."""
+    """Return which of the prefix's gradients are computed in parts."""
     return {
         "key": not gradients.keys().isdisjoint({"prefix_key", "U_key", "V_key"}),
         "value": not gradients.keys().isdisjoint({"prefix_value", "U_value", "V_value"}),
@@ -104,11 +104,11 @@ def parts_needed(gradients: dict[str, Tensor]) -> dict[str, bool]:
 
 
 def empty_gradients(call: Call, needed: Sequence[str]) -> list[Tensor]:
-    """Room for the gradients of the call's tensors of these names."""
+    """Allocate the gradients of the call's tensors with these names."""
     return list(rooms(call, needed).values())
 
 
 def rooms(call: Call, needed: Sequence[str]) -> dict[str, Tensor]:
-    """The same by name. Query, key and value keep the order of their memory, and what belongs to the prefix is
+    """Allocate the same by name. Gradients of query, key and value keep the memory order; those of the prefix are
     contiguous."""
     return {name: (empty_rows_like if name in CONTEXT else contiguous_like)(getattr(call, name)) for name in needed}

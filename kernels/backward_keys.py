@@ -1,15 +1,15 @@
 """The second kernel of the backward pass: dk and dv of the context, and the prefix's gradients in parts.
 
-A program has one tile of keys and walks over queries, its scores transposed, [keys, queries], so that no operand of a
-product is transposed in registers:
+A program has one tile of keys and loops over queries. Its scores are transposed, [keys, queries], so that no operand of
+a product is transposed in registers:
 
     dv = Σ p dO        dk = c Σ p (dO vᵀ - δ) g'(s) q        (g' = 1 in the context)
     dα = Σ p (dO vᵀ - δ) ∂g/∂α        dτ = Σ p (dO vᵀ - δ) ∂g/∂τ
 
-A tile of context keys belongs to one sample and walks over the queries of its G heads. A tile of prefix rows belongs to
-every sample that uses the prefix: so the query tiles of the whole batch are split into shares, one program each, and
-the shares' sums are added up afterwards, always in the same order (`backward_prefix`). With a bank a program looks
-through its share for the samples that use its prefix. No sum depends on which program came first.
+A tile of context keys belongs to one sample and loops over the queries of its G heads. A tile of prefix rows belongs to
+every sample that uses the prefix. So the query tiles of the batch are split into shares, one for each program, and
+`backward_prefix` adds the shares' sums in a fixed order. With a bank, a program searches its share for the samples that
+use its prefix. No sum depends on the order in which programs run.
 """
 
 from typing import Any, NamedTuple
@@ -38,11 +38,11 @@ from .tiles import (
     unmasked_scores,
 )
 
-PROGRAMS = 264  # for the prefix, as far as there are query tiles for so many: two on each of 132 multiprocessors
+PROGRAMS = 264  # for the prefix, if there are enough query tiles: two on each of 132 multiprocessors
 
 
 class Parts(NamedTuple):
-    """The prefix's gradients before the shares are added up, in float32. None: not needed."""
+    """The prefix's gradients in float32 before the shares are summed. None: not needed."""
 
     key: Any  # [shares, T, Hq, P, D]: c Σ ds q
     value: Any  # [shares, T, Hq, P, Dv]: Σ p dO
@@ -250,13 +250,13 @@ def store_part(part, block, p, n_rows, x, D: tl.constexpr):
 
 
 def empty_parts(call: Call, direction: str, *, key: bool, value: bool, gate: bool) -> Parts:
-    """Room for the parts that are needed, of a launch in a direction of the table of blocks."""
+    """Allocate the needed parts for a launch in a direction of the table of blocks."""
     B, Hq, N, D = call.query.shape
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
     variant, _ = variant_for(call, direction)
     tiles = arguments.cdiv(P, variant.BLOCK_P)
     query_tiles = B * arguments.cdiv(N, variant.BLOCK_N)
-    in_use = max(min(T, B) * Hq * tiles, 1)  # programs a share; prefixes that no sample uses have nothing to do
+    in_use = max(min(T, B) * Hq * tiles, 1)  # programs for each share; those of unused prefixes are idle
     shares = max(1, min(query_tiles, arguments.cdiv(PROGRAMS, in_use)))
 
     def part(*shape: int) -> Tensor:

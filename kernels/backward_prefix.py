@@ -1,10 +1,10 @@
-"""The prefix's gradients from their parts: sums over shares, and of the G query heads of a key head.
+"""The prefix's gradients from their parts: sums over shares and over the G query heads of a key head.
 
     dk' = Σ parts        dK = dk' ∘ W        dα, dτ = Σ parts
 
-and the same for values. Rows that are not reweighted (the first `n_shared`) have dK = dk'. dU and dV come from dk' in a
-launch of their own (`backward_reweighting`), so that parts are read once. Each number is the sum of one program, in a
-fixed order: a row of dk', an entry of dα.
+and likewise for values. Rows that are not reweighted (the first `n_shared`) have dK = dk'. A separate launch,
+`backward_reweighting`, computes dU and dV from dk', so that parts are read once. One program computes each sum (a row
+of dk', an entry of dα) in a fixed order.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ TILE = tl.constexpr(2048)  # numbers that a program adds at once
 
 
 class Sums(NamedTuple):
-    """Keys' or values' parts, and where their sums go, [T, Hkv, P, D], contiguous. None: not needed."""
+    """The parts of keys or values, and their contiguous sums [T, Hkv, P, D]. None: not needed."""
 
     parts: Any  # [shares, T, Hq, P, D], float32
     rows: Any  # dK, in the dtype of the stored rows
@@ -108,7 +108,7 @@ def gate_entry(pid, gradient, part, parts, prefix, sizes):
 def launch(
     call: Call, parts: Parts, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None
 ) -> Launch:
-    """dK, dV, dα and dτ into the gradients; dk' and dv', `[T, Hkv, P, D]` in float32, into the totals."""
+    """Write dK, dV, dα and dτ to the gradients, and dk' and dv', `[T, Hkv, P, D]` in float32, to the totals."""
     T, Hkv, P = arguments.n_prefixes(call), call.key.shape[1], call.prefix_key.shape[-2]
     key = arguments.stored(call.prefix_key, call.reweight_key)
     value = arguments.stored(call.prefix_value, call.reweight_value)

@@ -5,7 +5,7 @@ A program has one tile of queries of one head, as in the forward pass, and rebui
     δ = rowsum(dO ∘ O)                p = exp(s - L)                 over prefix (gated scores) and context
     dq = c Σ_j [p (dO vᵀ - δ)] k      over the context               dq += c Σ_j [p (dO v'ᵀ - δ) g'(s)] k'      prefix
 
-δ is written for the other kernels, so this one runs also where no query needs a gradient.
+The other kernels read δ, so this kernel also runs if query needs no gradient.
 """
 
 from typing import Any

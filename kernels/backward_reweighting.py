@@ -1,9 +1,9 @@
-"""The gradients of W = U Vᵀ from dk', what `backward_prefix` has added up.
+"""The gradients of W = U V from dk', the sum that `backward_prefix` computes.
 
     dU[p, r] = Σ_hd (dk' ∘ K)[h, p, d] V[r, h, d]        dV[r, h, d] = Σ_p U[p, r] (dk' ∘ K)[h, p, d]
 
-and the same for values. Rows that are not reweighted (the first `n_shared`) have no part in either. Each number is the
-sum of one program, in a fixed order: an entry of dU, a few columns of dV.
+and likewise for values. Rows that are not reweighted (the first `n_shared`) contribute to neither. One program computes
+each sum (an entry of dU, a few columns of dV) in a fixed order.
 """
 
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from .arguments import Call, Stored
 from .launch import Launch
 from .tiles import length_of
 
-COLUMNS = tl.constexpr(16)  # of dV a program
+COLUMNS = tl.constexpr(16)  # columns of dV in a program
 TILE = tl.constexpr(2048)  # numbers that a program adds at once
 
 
 class Reweighting(NamedTuple):
-    """Keys' or values'. Gradients are contiguous, in the dtypes of U and V; None: not needed."""
+    """The reweighting of keys or values. Gradients are contiguous, in the dtypes of U and V; None: not needed."""
 
     stored: Stored
     total: Any  # [T, Hkv, P, D], float32: dk'
@@ -111,7 +111,7 @@ def columns_of_V(pid, side, prefix, heads, n_shared):
 
 
 def launch(call: Call, gradients: dict[str, Tensor], total_key: Tensor | None, total_value: Tensor | None) -> Launch:
-    """dU and dV into the gradients; of a side without a total none is needed."""
+    """Write dU and dV to the gradients; a side without a total needs none."""
     key = _side(call.prefix_key, call.reweight_key, total_key, gradients.get("U_key"), gradients.get("V_key"))
     value = _side(
         call.prefix_value, call.reweight_value, total_value, gradients.get("U_value"), gradients.get("V_value")

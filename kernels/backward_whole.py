@@ -1,14 +1,14 @@
-"""The backward pass where the context fits into one tile: δ, dq, dk, dv and the prefix's shares in one launch.
+"""The backward pass if the context fits into one tile: δ, dq, dk, dv and the prefix's shares in one launch.
 
-A program has all keys of one sample and key head, and walks over the queries of its G heads. Scores stand transposed,
-[keys, queries], and those of the context are rebuilt once:
+A program has all keys of one sample and key head, and loops over the queries of its G heads. Scores are transposed,
+[keys, queries], and those of the context are recomputed once:
 
     δ = rowsum(dO ∘ O)        p = exp(s - L)        ds = p (dO vᵀ - δ) g'(s)        (g' = 1 in the context)
     dv = Σ p dO               dk = c Σ ds q         dq = c (ds'ᵀ k' + dsᵀ k)
 
-So the context takes five products a pair of query and key, where `backward_queries` and `backward_keys` take seven, and
-query, key, value and dO are read once. The prefix's own gradients are the work of other programs of the same launch, as
-in `backward_keys`.
+So the context takes five products for each pair of query and key instead of the seven of `backward_queries` and
+`backward_keys`, and query, key, value and dO are read once. Other programs of the same launch compute the prefix's own
+gradients, as in `backward_keys`.
 """
 
 from typing import Any
@@ -96,7 +96,7 @@ def whole_context(
 
 
 def takes(call: Call, gradients: dict[str, Tensor]) -> bool:
-    """Whether one launch does it: the table says up to how many keys, of a call that trains query, key and value."""
+    """Return whether to use one launch: if query, key and value train, up to the number of keys in the table."""
     B, Hkv, M, _ = call.key.shape
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
     blocks = blocks_of(call, "whole")

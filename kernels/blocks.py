@@ -1,7 +1,7 @@
-"""The block sizes of the attention kernels, per target, precision, head size and direction: blocks.json.
+"""The table of block sizes of the attention kernels by target, precision, head size and direction, blocks.json.
 
-`python -m qtuning_fast.bench.plans.tune` measures candidates on the GPU at hand and rewrites its entries there; nothing
-is tuned at run time, so that the first call is as fast as the next and the same seed gives the same bits.
+`python -m qtuning_fast.bench.plans.tune` measures candidates on the current GPU and rewrites its entries. Nothing is
+tuned at run time, so the first call is as fast as the next, and the same seed gives the same bits.
 """
 
 import json
@@ -16,27 +16,27 @@ DIRECTIONS = (
     "forward",  # the output
     "queries",  # delta and dq
     "keys",  # dk, dv and the prefix's gradients
-    "whole",  # all gradients at once, of calls of so many queries and keys and so many prefix rows at the most
+    "whole",  # all gradients at once, for calls with at most these numbers of queries, keys and prefix rows
     "merge",  # the prefix into the context's output
     "prefix-queries",  # delta and the prefix's part of dq
 )
-DEFAULT = "default"  # the target of entries for what was never tuned
+DEFAULT = "default"  # the target of entries for untuned devices
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """One entry."""
+    """One entry of the table."""
 
     target: str  # "sm_90", "gfx942", "interpreter"; "default" for all others
     element_size: int  # bytes: 2 or 4
-    head_size: int  # the largest it is for
+    head_size: int  # the largest head size of the entry
     direction: str
-    queries: int  # rows of a query tile; the last two directions halve it where there are few
-    keys: int  # rows of a tile of context keys; 0 in the last two directions, which read none, and where "whole" is off
+    queries: int  # rows of a query tile; the last two directions halve it if there are few queries
+    keys: int  # rows of a tile of context keys; 0 in the last two directions, which read none, and if "whole" is off
     prefix: int  # rows of a tile of the prefix
     warps: int
     stages: int
-    measured: str = ""  # on which device, by which versions; empty: never
+    measured: str = ""  # device and versions of the measurement; empty: not measured
 
 
 @cache
@@ -45,7 +45,7 @@ def table() -> tuple[Blocks, ...]:
 
 
 def blocks_for(target: str, element_size: int, head_size: int, direction: str) -> Blocks:
-    """The entry of the smallest head size that holds this one; of the default target where this one has none."""
+    """Return the entry of the smallest head size that holds this one, from the default target if this one has none."""
     if direction in _instead:
         return _instead[direction]
     return _from_table(target, element_size, head_size, direction)
@@ -53,7 +53,7 @@ def blocks_for(target: str, element_size: int, head_size: int, direction: str) -
 
 @contextmanager
 def instead(blocks: Blocks) -> Iterator[None]:
-    """Within it, these blocks for every call in their direction: to try them out."""
+    """Within the block, use these sizes for every call in their direction, to try them out."""
     global _edition
     _instead[blocks.direction] = blocks
     _edition += 1
@@ -69,7 +69,7 @@ _edition = 0
 
 
 def edition() -> int:
-    """Another number when the blocks are others than before."""
+    """Return a number that changes whenever the block sizes change."""
     return _edition
 
 
@@ -88,7 +88,7 @@ def _from_table(target: str, element_size: int, head_size: int, direction: str) 
 
 
 def write(entries: Sequence[Blocks]) -> None:
-    """Rewrites the table, one entry a line, in a fixed order."""
+    """Write the table, one entry a line, in a fixed order."""
     order = sorted(entries, key=lambda e: (e.target, -e.element_size, e.head_size, DIRECTIONS.index(e.direction)))
     lines = [json.dumps({name: value for name, value in asdict(entry).items() if value != ""}) for entry in order]
     PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")

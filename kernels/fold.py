@@ -2,9 +2,9 @@
 
     W[p, d] = Σ_r U[p, r] V[r, d] for previous rows, 1 for the first n_shared
 
-Products are taken in float32 and rounded once. A program has a few rows of one head, keys or values. With a bank it
-leaves out a prefix that no sample uses, and always the rows beyond a prefix's length: no one reads them. So the other
-kernels walk over the prefix as over the context, through rows of one dtype that can be loaded ahead.
+Products are computed in float32 and rounded once. A program has a few rows of one head, keys or values. It skips rows
+beyond a prefix's length and, with a bank, prefixes that no sample uses, because nothing reads them. The other kernels
+then loop over the prefix as over the context, through rows of one dtype that can be prefetched.
 """
 
 from dataclasses import replace
@@ -19,12 +19,12 @@ from .arguments import Call, Rows, Stored
 from .launch import Launch
 from .tiles import length_of, load_rows, store_rows, weight_rows, within_bank
 
-ROWS = tl.constexpr(16)  # a program
-SAMPLES = tl.constexpr(1024)  # whose prefixes it looks through at once
+ROWS = tl.constexpr(16)  # rows of a program
+SAMPLES = tl.constexpr(1024)  # samples whose prefixes it examines at once
 
 
 class Side(NamedTuple):
-    """Keys or values: from where to where. Without a pointer in `folded` they are what attention sees already."""
+    """Source and destination of keys or values. If the pointer of `folded` is None, stored rows need no folding."""
 
     stored: Stored
     folded: Rows
@@ -73,7 +73,7 @@ def is_used(prefix, t, B):
 
 
 def folded(call: Call) -> tuple[Call, list[Launch]]:
-    """The call with k' and v' for its prefix and no reweighting, and the launch, if any, that computes them."""
+    """Return the call with prefix k' and v' and no reweighting, and the launch, if any, that computes them."""
     key = _room(call, call.prefix_key, call.reweight_key)
     value = _room(call, call.prefix_value, call.reweight_value)
     if key is value is None:
@@ -106,7 +106,7 @@ def folded(call: Call) -> tuple[Call, list[Launch]]:
 
 
 def _room(call: Call, stored: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    """For folded rows; None where the stored ones are those."""
+    """Allocate folded rows; None if the stored rows need no folding."""
     if weights is None and stored.dtype == call.query.dtype:
         return None
     return arguments.scratch(call.query, stored.shape, call.query.dtype)

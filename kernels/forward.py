@@ -1,16 +1,16 @@
-"""The forward kernel: softmax([g(c q k'ᵀ), c q kᵀ]) [v' ; v] in one pass, no score ever leaving the chip.
+"""The forward kernel: softmax([g(c q k'ᵀ), c q kᵀ]) [v' ; v] in one pass, without writing scores to memory.
 
-A program has one tile of queries of one head. It walks over the prefix tiles, whose scores it gates, then over the
-context tiles, keeping the running maximum m, the running sum l and the unnormalised output of the online softmax:
+A program has one tile of queries of one head. It loops over the prefix tiles, whose scores it gates, then over the
+context tiles. It keeps the running maximum m, the running sum l and the unnormalised output of the online softmax:
 
     m' = max(m, max_j s_j)    p_j = exp(s_j - m')    l' = l exp(m - m') + Σ_j p_j    acc' = acc exp(m - m') + p v
 
-Context tiles that every query of the tile sees whole come first and need no mask.
+Context tiles that all queries of the tile see entirely come first and need no mask.
 
-Exponentials are powers of 2. For 16-bit inputs log₂e is folded into the scores' unit, and m counts powers of 2: one
-multiply-add a score. What that rounds shows in float32, and under an additive mask, whose numbers may be of any size
-(at -1e9 the rounding of m alone is worth a factor of 2^64). There m stays natural, s - m comes first, and the
-log-sum-exp is stored with the rest that its own rounding leaves: EXACT.
+Exponentials are powers of 2. For 16-bit inputs log₂e is folded into the scores' unit, and m counts powers of 2, which
+takes one multiply-add a score. Its rounding shows in float32 and under an additive mask, whose values may be large (at
+-1e9 the rounding of m alone changes weights by a factor of 2^64). In the variant EXACT, for these cases, m is natural,
+s - m is computed first, and the log-sum-exp is stored with its rounding residual.
 """
 
 from collections.abc import Iterator
@@ -101,7 +101,7 @@ def online_softmax(acc, m, l, s, unit, v, variant):
 
 
 def launch(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
-    """Of a call whose prefix is folded."""
+    """Return the launch for a call with a folded prefix."""
     own = {"output": arguments.written_rows(output), "per_query": arguments.PerQuery(lse, lse_rest, None)}
     return over_queries(forward_kernel, call, "forward", arguments.attention(call) | own)
 
@@ -113,15 +113,15 @@ def launches(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Itera
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and what rounding the latter left; see empty_outputs."""
+    """Return the output, the log-sum-exp and the latter's rounding residual, shaped as in empty_outputs."""
     outputs = empty_outputs(call)
     run("forward", call, outputs, lambda: launches(call, *outputs))
     return outputs
 
 
 def empty_outputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the output [B, Hq, N, Dv], its memory in the order [B, N, Hq, Dv] that models go on with, for the
-    log-sum-exp [B, Hq, N], and for its rest: of that shape if EXACT, else empty."""
+    """Allocate the output [B, Hq, N, Dv], in the memory order [B, N, Hq, Dv] that models use next, the log-sum-exp
+    [B, Hq, N], and its rest: of the same shape if EXACT, else empty."""
     B, Hq, N, _ = call.query.shape
     output = call.query.new_empty(B, N, Hq, call.value.shape[-1]).transpose(1, 2)
     lse = call.query.new_empty(B, Hq, N, dtype=torch.float32)

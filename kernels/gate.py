@@ -2,8 +2,8 @@
 
     dg/ds = 1 + α τ σ'(τ s)        dg/dα = σ(τ s)        dg/dτ = α s σ'(τ s)
 
-GATE names σ and is known at compile time; "none" means no gate at all, g(s) = s. FAST_TANH takes the hardware's tanh of
-NVIDIA GPUs, one instruction with a relative error of about 2⁻¹¹: for bfloat16, which keeps 8 bits.
+GATE names σ and is known at compile time; "none" means no gate, g(s) = s. FAST_TANH selects the hardware's tanh of
+NVIDIA GPUs, one instruction with a relative error of about 2⁻¹¹, for bfloat16, which keeps 8 bits.
 """
 
 import triton

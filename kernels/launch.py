@@ -1,12 +1,12 @@
-"""How kernels are launched: with which blocks, and a pass of several of them as one that may be run again.
+"""Launches of kernels: their block sizes, and replay of the launches of a pass.
 
-What a launch takes beside pointers follows from shapes, strides, dtypes and a call's numbers, which models repeat in
-every layer and step. Building it costs the host as much as launching it, and Triton, which looks at every leaf of it to
-find the compiled kernel, costs twice that. So the launches of a pass are kept under all that decides about them, their
-compiled kernels with them, and of their arguments only the pointers are put in again.
+Apart from pointers, a launch depends on shapes, strides, dtypes and a call's numbers, which models repeat in every
+layer and step. Building it costs the host as much as launching it, and Triton, which examines every leaf of the
+arguments to find the compiled kernel, costs twice that. So the launches of a pass are cached with their compiled
+kernels, under everything that determines them, and a replay replaces only the pointers.
 
-A pass is kept only if every pointer that it launches with is one of its arguments or of its own scratch. The copy of a
-tensor that kernels cannot read in place is neither: such a pass is built each time.
+A pass is cached only if every pointer belongs to one of its arguments or to its own scratch memory. The copy of a
+tensor that kernels cannot read in place belongs to neither, so such a pass is built each time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,35 +23,35 @@ from .arguments import Call, block_of, cdiv, constant, is_scratch
 from .blocks import Blocks, blocks_for
 from .target import INTERPRETED, current_target
 
-MULTIPROCESSORS = 132  # of an H100, and near enough for others: a tile more or less to each costs little
-MOST_PREFIX_ROWS = 64  # of a tile that was made lower
-SMALLEST = 16  # rows of a tile: the least that matrix units take
-MOST_PASSES = 1024  # that are kept
-ALIGNED = 16  # bytes; by this Triton tells pointers apart
+MULTIPROCESSORS = 132  # of an H100, and close enough for others: one tile more or less for each costs little
+MOST_PREFIX_ROWS = 64  # of a tile with fewer queries than the table's
+SMALLEST = 16  # rows of a tile, the minimum of matrix units
+MOST_PASSES = 1024  # capacity of the cache
+ALIGNED = 16  # bytes; Triton specialises kernels on this alignment of pointers
 
-# On AMD Triton also looks at how large the memory behind a pointer is. In the interpreter there is nothing to gain.
+# On AMD Triton also specialises on the size of the memory behind a pointer. The interpreter has nothing to gain.
 enabled = not INTERPRETED and torch.version.hip is None
 
 
 class Variant(NamedTuple):
-    """What the attention kernels know when they are compiled, beside head sizes and what is None."""
+    """The compile-time arguments of the attention kernels, beside head sizes and pointers that are None."""
 
     CAUSAL: Any
     HAS_MASK: Any  # on the context
     PRECISION: Any  # of products of float32
-    EXACT: Any  # s - m before anything is multiplied; see forward.py
+    EXACT: Any  # computes s - m before any multiplication; see forward.py
     BLOCK_N: Any  # queries
     BLOCK_M: Any  # context keys; 0 where none are read
     BLOCK_P: Any  # prefix rows
 
     def marked(self) -> "Variant":
-        """As kernels take it."""
+        """Return the variant as kernels take it."""
         return Variant(*map(constant, self))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, its grid and all it takes."""
+    """One kernel, its grid and its arguments."""
 
     kernel: Any
     programs: int
@@ -59,16 +59,16 @@ class Launch:
     options: dict[str, int]  # num_warps, num_stages
 
     def run(self) -> Any:
-        """The compiled kernel; None where no program runs, and in the interpreter."""
+        """Run it and return the compiled kernel; None if no program runs, and in the interpreter."""
         return self.kernel[(self.programs,)](**self.arguments, **self.options) if self.programs else None
 
     def compile(self) -> Any:
-        """The kernel compiled for the active driver's target; tensors may be on the meta device."""
+        """Compile the kernel for the active driver's target; tensors may be on the meta device."""
         return self.kernel.warmup(grid=(max(self.programs, 1),), **self.arguments, **self.options)
 
 
 def over_queries(kernel: Any, call: Call, direction: str, arguments: dict[str, Any]) -> Launch:
-    """A kernel whose programs each have one tile of queries of one head (`tiles.query_tile`)."""
+    """Return the launch of a kernel whose programs have one tile of queries of one head (`tiles.query_tile`)."""
     B, Hq, N, _ = call.query.shape
     variant, options = variant_for(call, direction)
     programs = B * Hq * cdiv(N, variant.BLOCK_N)
@@ -76,13 +76,13 @@ def over_queries(kernel: Any, call: Call, direction: str, arguments: dict[str, A
 
 
 def over_stacked_rows(kernel: Any, call: Call, direction: str, arguments: dict[str, Any]) -> Launch:
-    """A kernel over the prefix whose programs each have one tile of a key head's queries (`tiles.stacked_rows`)."""
+    """Return the launch of a kernel over the prefix, one tile of a key head's queries each (`tiles.stacked_rows`)."""
     B, Hq, N, _ = call.query.shape
     Hkv = call.key.shape[1]
     count = B * (Hq // Hkv) * N
     sizes = blocks_of(call, direction)
     queries = _filling(sizes.queries, count, Hkv)
-    # Where there are fewer queries in a tile there is room for more of the prefix: fewer steps one after the other.
+    # A tile with fewer queries has room for more rows of the prefix, so the loop over it has fewer steps.
     prefix = min(sizes.prefix * sizes.queries // queries, MOST_PREFIX_ROWS)
     variant = Variant(
         CAUSAL=False,
@@ -100,7 +100,7 @@ def over_stacked_rows(kernel: Any, call: Call, direction: str, arguments: dict[s
 
 
 def variant_for(call: Call, direction: str) -> tuple[Variant, dict[str, int]]:
-    """The variant of an attention kernel that a call needs, with the table's blocks, and its launch options."""
+    """Return the variant of an attention kernel for a call, with the table's blocks, and its launch options."""
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
     sizes = blocks_of(call, direction)
     variant = Variant(
@@ -117,7 +117,7 @@ def variant_for(call: Call, direction: str) -> tuple[Variant, dict[str, int]]:
 
 
 def is_exact(call: Call) -> bool:
-    """Whether scores may be large: in float32, and under what is added to them."""
+    """Return whether to use the variant EXACT: in float32, and under additive masks or bias."""
     overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
     return call.query.dtype == torch.float32 or any(x is not None and x.dtype != torch.bool for x in overlays)
 
@@ -128,25 +128,25 @@ def blocks_of(call: Call, direction: str) -> Blocks:
 
 
 def _filling(block: int, count: int, heads: int) -> int:
-    """A block of `count` rows a head so small that every multiprocessor has one, as far as there are so many rows."""
+    """Reduce a block over `count` rows a head until every multiprocessor has a block, if there are enough rows."""
     while block > SMALLEST and heads * cdiv(count, block) < MULTIPROCESSORS:
         block //= 2
     return block
 
 
 def at_most(block: int, size: int) -> int:
-    """A block no larger than `size` needs."""
+    """Return the smaller of a block and the power of 2 that holds `size`."""
     return min(block, block_of(max(size, 1)))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32: what PyTorch's own matrix products are set to, where the hardware has it."""
+    """Return the precision of float32 products: PyTorch's setting for its own, if the hardware supports it."""
     if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32" if current_target().startswith(("sm_", "gfx942")) else "ieee"
 
 
-# Passes that are run again
+# Replay of passes
 
 Step = tuple[Callable[..., Any], Callable[[list[Tensor]], tuple[Any, ...]]]
 
@@ -156,8 +156,8 @@ class Replay:
     """The launches of one pass.
 
     Args:
-        scratch: shape and dtype of what it allocates for itself.
-        steps: what launches a kernel, and what makes its arguments of all tensors, the scratch behind those handed in.
+        scratch: shape and dtype of each scratch tensor that it allocates.
+        steps: for each kernel, its launcher and the function that makes its arguments from all tensors, scratch last.
     """
 
     scratch: list[tuple[torch.Size, torch.dtype]]
@@ -170,16 +170,16 @@ class Replay:
             launch(*arguments(everything))
 
 
-_kept: dict[Any, Any] = {}  # a Replay; None: it cannot be one; _SEEN_ONCE
+_kept: dict[Any, Any] = {}  # values: a Replay; None if the pass cannot be replayed; _SEEN_ONCE
 
 
 def run(name: str, call: Call, others: Sequence[Tensor | None], launches: Callable[[], Iterable[Launch]]) -> None:
-    """Runs the launches of a pass, or an earlier one's in their stead.
+    """Run the launches of a pass, or replay those of an earlier equal pass.
 
     Args:
-        name: of the pass; it and the other arguments decide about all launches, but for their pointers.
-        others: what they read and write beside the call's own tensors.
-        launches: builds them.
+        name: name of the pass; with the other arguments it determines all launches except their pointers.
+        others: tensors that the launches read and write beside the call's own.
+        launches: builds the launches.
     """
     if not enabled:
         for launch in launches():
@@ -201,11 +201,11 @@ def run(name: str, call: Call, others: Sequence[Tensor | None], launches: Callab
 
 
 _UNKNOWN: Any = object()
-_SEEN_ONCE: Any = object()  # in decoding each token has another length: what does not come again is not recorded
+_SEEN_ONCE: Any = object()  # decoding has a new length for each token: a pass that does not recur is not recorded
 
 
 def _key(name: str, call: Call, others: Sequence[Tensor | None]) -> tuple[Any, list[Tensor]]:
-    """All that decides about a pass but the pointers; and its tensors."""
+    """Return everything that determines a pass except its pointers, and its tensors."""
     given = (*vars(call).values(), *others)
     tensors = [x for x in given if isinstance(x, Tensor)]
     facts = tuple([(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in given])
@@ -220,7 +220,7 @@ def _key(name: str, call: Call, others: Sequence[Tensor | None]) -> tuple[Any, l
 
 
 def _recorded(tensors: list[Tensor], launches: Iterable[Launch]) -> Replay | None:
-    """Runs them; None if they cannot be run again with other tensors."""
+    """Run the launches and record them; return None if they cannot be replayed with other tensors."""
     places = _Places(tensors)
     steps = []
     for launch in launches:
@@ -232,7 +232,7 @@ def _recorded(tensors: list[Tensor], launches: Iterable[Launch]) -> Replay | Non
 
 
 def _launcher(launch: Launch, compiled: Any) -> Any:
-    """What launches it with other arguments; None if it was compiled in some way that is not known here."""
+    """Return a function that launches the kernel with other arguments; None if its compiled form is not supported."""
     if INTERPRETED:
         kernel, programs, options = launch.kernel, launch.programs, launch.options
         return lambda *arguments: kernel[(programs,)](*arguments, **options)
@@ -240,15 +240,15 @@ def _launcher(launch: Launch, compiled: Any) -> Any:
 
 
 class _Places:
-    """Where a pass's tensors stand in its launches."""
+    """The places of a pass's tensors in its launches."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors, self.scratch = tensors, list[Tensor]()
         pointers = [x.data_ptr() for x in tensors if x.numel()]
-        self.known = len(set(pointers)) == len(pointers)  # else one could stand for another
+        self.known = len(set(pointers)) == len(pointers)  # otherwise places would be ambiguous
 
     def filler(self, launch: Launch) -> Callable[[list[Tensor]], tuple[Any, ...]]:
-        """What makes a launch's arguments, in the order of the kernel's, of all tensors: a function written for it."""
+        """Return a generated function from all tensors to a launch's arguments, in the order of the kernel's."""
         constants: dict[str, Any] = {"new": tuple.__new__}
         found = [self._source(launch.arguments[name], constants) for name in launch.kernel.arg_names]
         return eval(f"lambda t: ({', '.join(found)},)", constants)
@@ -261,7 +261,7 @@ class _Places:
         if isinstance(x, tuple) and any(True for _ in _tensors(x)):
             inner = "".join(f"{self._source(each, constants)}, " for each in x)
             if not INTERPRETED:
-                return f"({inner})"  # a compiled kernel knows no names
+                return f"({inner})"  # a compiled kernel takes plain tuples
             return f"new({_constant(type(x), constants)}, ({inner}))"
         return _constant(x, constants)
 

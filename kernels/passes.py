@@ -1,4 +1,4 @@
-"""The passes of prefix attention, as a backend asks for them."""
+"""The passes of prefix attention in the form that a backend needs."""
 
 from .backward import backward, empty_gradients
 from .forward import empty_outputs, forward

@@ -1,14 +1,14 @@
-"""The prefix joins what attention over the context alone came to: its output o_c and its log-sum-exp L_c.
+"""The merge of the prefix into attention over the context alone, its output o_c and log-sum-exp L_c.
 
     L = log(exp(L_c) + Σ_j exp(s_j))        o = exp(L_c - L) o_c + Σ_j exp(s_j - L) v'_j        s = g(c q k'ᵀ)
 
-That is the online softmax of forward.py over the prefix, begun where the context's ended, m = L_c, l = 1, acc = o_c
-(if EXACT with the rest r of L_c, l = exp(r), acc = l o_c); or, for a query that saw no context, at nothing. o_c and L_c
-are read once, and overwritten.
+This is the online softmax of forward.py over the prefix, started from the context's result: m = L_c, l = 1, acc = o_c
+(if EXACT, with the rest r of L_c, l = exp(r) and acc = l o_c). For a query that saw no context it starts empty. o_c and
+L_c are read once and overwritten.
 
-A program has one tile of a key head's rows: the queries of all samples and of all G heads of its group. Where a sample
-has few, as in decoding, the prefix is so read once a tile and not once a sample. With a bank samples stand in the order
-of their prefixes, and a program walks over only those that its rows use, each hidden from the rows of the others.
+A program has one tile of a key head's rows: the queries of all samples and of all G heads of its group. If a sample has
+few queries, as in decoding, the prefix is thus read once a tile instead of once a sample. With a bank, samples are
+sorted by prefix, and a program loops only over the prefixes of its rows; rows of other prefixes are masked.
 """
 
 import triton
@@ -97,7 +97,7 @@ def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, 
 
 
 def launch(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
-    """Of a call whose prefix is folded."""
+    """Return the launch for a call with a folded prefix."""
     own = {
         "order": arguments.samples_by_prefix(call),
         "output": arguments.written_rows(output),

@@ -1,10 +1,10 @@
-"""The prefix's part of attention whose context others compute: two launches forward, at most five backward.
+"""The prefix part of attention with a context that others compute: two launches forward, at most five backward.
 
 fold                k' and v', in both passes
-prefix_forward      the prefix joins the context's output and log-sum-exp
-prefix_queries      δ, and what the prefix adds to dq
+prefix_forward      merges the prefix into the context's output and log-sum-exp
+prefix_queries      δ, and the prefix's part of dq
 backward_keys       the prefix's gradients in parts
-backward_prefix     the parts added up: dK, dα, dτ
+backward_prefix     sums of the parts: dK, dα, dτ
 backward_reweighting    dU, dV
 """
 
@@ -20,17 +20,17 @@ from .launch import Launch, is_exact, run
 
 
 def keeps_rest(call: Call) -> bool:
-    """Whether what rounding the log-sum-exp leaves is kept."""
+    """Return whether to keep the log-sum-exp's rounding residual."""
     return is_exact(call)
 
 
 def merge(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
-    """Turns attention over the context alone into attention over both, in place.
+    """Merge the prefix into attention over the context alone, in place.
 
     Args:
-        output: `[B, Hq, N, Dv]` of query's dtype, its last dimension contiguous; 0 where a query sees no context.
-        lse: `[B, Hq, N]`, contiguous, float32, natural; -inf where a query sees no context.
-        lse_rest: what rounding lse left, of its shape if `keeps_rest`, else empty.
+        output: `[B, Hq, N, Dv]` in query's dtype, its last dimension contiguous; 0 for a query that sees no context.
+        lse: `[B, Hq, N]`, contiguous, float32, natural; -inf for a query that sees no context.
+        lse_rest: the rounding residual of lse, of its shape if `keeps_rest`, else empty.
 
     A query that sees nothing at all keeps 0 and -inf.
     """
@@ -52,10 +52,10 @@ def backward(
     d_query: Tensor | None,
     needed: Sequence[str],
 ) -> list[Tensor]:
-    """The gradients of what is needed: names of the call's tensors that belong to the prefix.
+    """Return the gradients of the needed tensors of the prefix, by their names in the call.
 
-    Output, log-sum-exp and its rest are those over both, after `merge`. To `d_query`, `[B, Hq, N, D]` of query's dtype,
-    its last dimension contiguous, the prefix's part of that gradient is added in place.
+    Output, log-sum-exp and its rest are those after `merge`. The prefix's part is added in place to `d_query`,
+    `[B, Hq, N, D]` in query's dtype with a contiguous last dimension.
     """
     gradients = rooms(call, needed)
     run(
@@ -76,7 +76,7 @@ def launches(
     d_query: Tensor | None,
     gradients: dict[str, Tensor],
 ) -> Iterator[Launch]:
-    """What adds to d_query and fills the gradients, none of them of query, key or value."""
+    """Yield the launches that add to d_query and fill the gradients, none of which is of query, key or value."""
     if d_query is None and not gradients:
         return
     as_seen, folding = folded(call)

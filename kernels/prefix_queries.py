@@ -1,11 +1,10 @@
-"""δ, and what the prefix adds to the gradient of the queries, where others compute the context's part.
+"""δ, and the prefix's part of the gradient of the queries, if others compute the context's part.
 
-With the log-sum-exp L and the output O over both, prefix and context:
+With the log-sum-exp L and the output O of prefix and context together:
 
     δ = rowsum(dO ∘ O)        p = exp(g(s) - L)        dq += c Σ_j [p (dO v'ᵀ - δ) g'(s)] k'        s = c q k'ᵀ
 
-Tiles are those of prefix_forward.py. δ is written for the other kernels, so this one runs also where no query needs a
-gradient.
+Tiles are those of prefix_forward.py. The other kernels read δ, so this kernel also runs if query needs no gradient.
 """
 
 from typing import Any

@@ -1,15 +1,15 @@
-"""What kernels run on."""
+"""The device that kernels run on."""
 
 from functools import cache
 from typing import Any
 
 import triton
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 at import: on the CPU, as NumPy
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 at import: kernels run on the CPU in NumPy
 
 
 def current_target() -> str:
-    """The architecture that kernels are compiled for: "sm_90", "gfx942", or "interpreter"."""
+    """Return the architecture that kernels are compiled for: "sm_90", "gfx942" or "interpreter"."""
     if INTERPRETED:
         return "interpreter"
     driver = triton.runtime.driver.active
@@ -18,6 +18,6 @@ def current_target() -> str:
 
 @cache
 def _target(driver: Any, device: int) -> str:
-    """Of the driver's current device: it is asked once, for it takes microseconds to answer."""
+    """Return the architecture of the driver's current device, cached because the query takes microseconds."""
     target = driver.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -1,7 +1,7 @@
 """Tiles of the operator's tensors: rows of query, key and value, reweighted prefix rows, scores under their masks.
 
-Positions come as a start and an offset within the tile, so that only starts need 64 bits. Offsets `i` of queries and
-`j` of keys are two-dimensional, [BLOCK, 1] and [1, BLOCK] or the other way round: the same functions serve scores
+A position is a start plus an offset within the tile, so that only starts need 64 bits. Offsets `i` of queries and `j`
+of keys are two-dimensional, [BLOCK, 1] and [1, BLOCK] or the reverse, so the same functions serve scores
 [queries, keys] and their transpose.
 """
 
@@ -150,7 +150,7 @@ def next_prefix(prefix, task, t):
 
 @triton.jit
 def weight_rows(stored, n_shared, t, h, start, length, BLOCK: tl.constexpr):
-    """W = U Vᵀ for rows start..start+BLOCK of one head, [BLOCK, BLOCK_D] in float32; 1 for shared rows."""
+    """W = U V for rows start..start+BLOCK of one head, [BLOCK, BLOCK_D] in float32; 1 for shared rows."""
     weights = stored.weights
     p = start + tl.arange(0, BLOCK)
     d = tl.arange(0, stored.rows.BLOCK_D)

@@ -74,7 +74,7 @@ def prefix_attention(
     arXiv 2404.14607), and their scores pass a gate (NoRGa's non-linear residual gate: Le et al., arXiv 2405.14124):
 
         o = softmax([g(c q k'ᵀ) + prefix_bias, c q kᵀ + attn_mask]) [v' ; v],    g(s) = s + alpha σ(tau s)
-        k' = (U Vᵀ) ∘ prefix_key,  v' = (U Vᵀ) ∘ prefix_value                    each with its own U and V
+        k' = (U V) ∘ prefix_key,  v' = (U V) ∘ prefix_value                      each with its own U and V
 
     With softcap, s -> softcap tanh(s / softcap) applies to the products c q kᵀ and c q k'ᵀ before anything else.
 

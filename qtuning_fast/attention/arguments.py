@@ -248,7 +248,7 @@ def checked(arguments: Mapping[str, Any]) -> PrefixAttentionCall:
 
 
 def _pair(name: str, pair: object) -> tuple[Any, Any]:
-    """Return U and V of a reweighting W = U Vᵀ, or None twice."""
+    """Return U and V of a reweighting W = U V, or None twice."""
     if pair is None:
         return None, None
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:

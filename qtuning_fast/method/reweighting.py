@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Reweighting(nn.Module):
-    """`W = U Vᵀ` over rows of shape `[heads, n, width]` (Q-tuning, arXiv 2404.14607; rank 1 in the paper).
+    """`W = U V` over rows of shape `[heads, n, width]` (Q-tuning, arXiv 2404.14607; rank 1 in the paper).
 
     `W` starts at the rows' scale, which is 1 unless an eviction has changed it. Components beyond the first start with
     `U` random and `V` zero, so that they differ from each other but change nothing yet.

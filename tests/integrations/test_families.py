@@ -37,7 +37,7 @@ def randomize(model: QTuningModel) -> None:
 
 
 def weighted_rows(rows: Any) -> Tensor:
-    """`[P, F]`, the new rows and the old ones reweighted by W = U Vᵀ."""
+    """`[P, F]`, the new rows and the old ones reweighted by W = U V."""
     if not len(rows.old):
         return torch.cat([rows.shared, rows.prompt])
     pairs = [rows.reweight] if hasattr(rows, "reweight") else [rows.reweight_key, rows.reweight_value]

@@ -207,7 +207,7 @@ def _of_samples(call: PrefixAttentionCall, order: Tensor) -> PrefixAttentionCall
 
 
 def _unfolded(call: PrefixAttentionCall, side: str, d_rows: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of K, U and V, in their shapes and dtypes, from that of k' = (U Vᵀ) ∘ K; likewise for v'."""
+    """Return the gradients of K, U and V, in their shapes and dtypes, from that of k' = (U V) ∘ K; likewise for v'."""
     rows, weights = _side(call, side)
     name = f"prefix_{side}"
     if weights is None:
