@@ -23,7 +23,7 @@ class Spec(NamedTuple):
     """How an argument is checked and whether it may train."""
 
     check: Callable[["_Known", str, Any], Any]  # takes a name and its value; returns what the dataclass holds
-    trained: bool = False  # whether it may require a gradient
+    differentiable: bool = False  # whether it may require a gradient
 
 
 def _tensor(dims: str, dtype: str) -> Spec:
@@ -32,7 +32,7 @@ def _tensor(dims: str, dtype: str) -> Spec:
     def check(known: "_Known", name: str, x: object) -> Tensor:
         return known.tensor(name, x, dtype, known.dims(dims))
 
-    return Spec(check, trained=True)
+    return Spec(check, differentiable=True)
 
 
 def _weights(side: str, dims: str) -> Spec:
@@ -44,7 +44,7 @@ def _weights(side: str, dims: str) -> Spec:
         named = [rank if dim == "R" else dim for dim in known.dims(dims)]
         return x if x is None else known.tensor(f"reweight_{side}[{index}]", x, "query's or float32", named)
 
-    return Spec(check, trained=True)
+    return Spec(check, differentiable=True)
 
 
 def _gate_parameter() -> Spec:
@@ -61,7 +61,7 @@ def _gate_parameter() -> Spec:
             )
         return x
 
-    return Spec(check, trained=True)
+    return Spec(check, differentiable=True)
 
 
 def _of_a_bank(dim: str, largest: Callable[["_Known"], int]) -> Spec:
@@ -154,7 +154,7 @@ class PrefixAttentionCall:
     """
 
     query: Annotated[Tensor, _tensor("B Hq N D", "a floating")]
-    key: Annotated[Tensor, Spec(_key, trained=True)]  # [B, Hkv, M, D]
+    key: Annotated[Tensor, Spec(_key, differentiable=True)]  # [B, Hkv, M, D]
     value: Annotated[Tensor, _tensor("B Hkv M Dv", "query's")]
     prefix_key: Annotated[Tensor, _tensor("T Hkv P D", "query's or float32")]
     prefix_value: Annotated[Tensor, _tensor("T Hkv P Dv", "query's or float32")]
@@ -211,7 +211,7 @@ class PrefixArguments(TypedDict, total=False):
 
 
 _FIELDS = {each.name: get_args(each.type) for each in fields(PrefixAttentionCall)}  # name -> its type and its Spec
-INPUTS = tuple(name for name, (_, spec) in _FIELDS.items() if spec.trained)
+INPUTS = tuple(name for name, (_, spec) in _FIELDS.items() if spec.differentiable)
 
 # Types in the notation of PyTorch's operator schemas; an operator takes the fields one by one.
 _TYPES: dict[Any, str] = {

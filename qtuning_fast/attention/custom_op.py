@@ -68,12 +68,12 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
     ) -> list[Tensor]:
         call = PrefixAttentionCall(*arguments)
         with _device_of(call.query), no_autocast(call.query):
-            return passes().backward(call, output, lse, lse_rest, d_output, _named(needs))
+            return passes().backward(call, output, lse, lse_rest, d_output, _needed_names(needs))
 
     def backward_fake(
         output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor, needs: Sequence[bool], *arguments: Any
     ) -> list[Tensor]:
-        return passes().empty_gradients(PrefixAttentionCall(*arguments), _named(needs))
+        return passes().empty_gradients(PrefixAttentionCall(*arguments), _needed_names(needs))
 
     def autograd(ctx: Any, d_output: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of all arguments, None where none is needed; only the first output has a gradient."""
@@ -86,7 +86,7 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
         tensors, others = iter(tensors), iter(ctx.others)
         inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
         # When the backward pass itself is recorded, only the operator reports that it has no second derivative.
-        unseen = not torch.is_grad_enabled() and _is_unseen((d_output, *saved))
+        unseen = not torch.is_grad_enabled() and _may_bypass_dispatcher((d_output, *saved))
         run = backward if unseen else backward_operator
         gradients = iter(run(output, lse, lse_rest, d_output, needs, *inputs))
         return (*(next(gradients) if needed else None for needed in needs), *nothing[len(INPUTS) :])
@@ -125,14 +125,14 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
         arguments = flattened(call)
         if _has_tangents(arguments):  # an operator would drop them silently
             raise NotImplementedError(f"{name} has no forward-mode derivative; backend='reference' has it")
-        run = PrefixAttention.apply if _is_unseen(arguments) else forward_operator
+        run = PrefixAttention.apply if _may_bypass_dispatcher(arguments) else forward_operator
         output, lse, _ = run(*arguments)
         return output, lse.detach()
 
     return attend
 
 
-def _named(needs: Sequence[bool]) -> list[str]:
+def _needed_names(needs: Sequence[bool]) -> list[str]:
     return [name for name, needed in zip(INPUTS, needs) if needed]
 
 
@@ -151,24 +151,24 @@ def _has_tangents(arguments: Iterable[Any]) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in arguments if isinstance(x, Tensor))
 
 
-def _is_unseen(arguments: Iterable[Any]) -> bool:
+def _may_bypass_dispatcher(arguments: Iterable[Any]) -> bool:
     """Return whether no compiler, tracer, transform, mode or tensor subclass needs to see the operators."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack():  # modes of this thread
         return False
-    return all(type(x) in _PLAIN and _is_what_it_points_to(x) for x in arguments if isinstance(x, Tensor))
+    return all(type(x) in _PLAIN and _memory_holds_values(x) for x in arguments if isinstance(x, Tensor))
 
 
-def _is_what_it_points_to(x: Tensor) -> bool:
+def _memory_holds_values(x: Tensor) -> bool:
     """Return whether a tensor's memory holds its values; if not, the dispatcher materialises them for an operator."""
     return not (x.is_meta or x.is_neg() or x._is_zerotensor())
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_AS_IT_IS = nullcontext()
+_NO_SWITCH = nullcontext()
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's device current, because Triton launches on the current device."""
-    return torch.cuda.device_of(x) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _AS_IT_IS
+    return torch.cuda.device_of(x) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _NO_SWITCH

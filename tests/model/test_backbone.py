@@ -131,7 +131,7 @@ def test_embeddings_in_front_of_the_input_are_of_the_vocabularys_size(families: 
     ("inputs", "always", "named"),
     [
         ({"output_attentions": True}, True, "attention weights are never formed"),
-        ({"return_dict": False}, False, "the output has names"),
+        ({"return_dict": False}, False, "the output is always a dict"),
         ({"attention_mask": torch.ones(2, 1, 1, 5)}, False, r"shape \(2, 1, 1, 5\).*must be \[B, N\]"),
     ],
 )
@@ -171,5 +171,5 @@ def test_a_wrapper_of_pefts_is_taken_off_and_given_back(tiny_bert: BertModel) ->
     assert backbone.model is tiny_bert
     backbone.check_attached()
     assert backbone.detach() is wrapped
-    with pytest.raises(RuntimeError, match=r"given back by detach\(\)"):
+    with pytest.raises(RuntimeError, match=r"detached by detach\(\)"):
         backbone.check_attached()

@@ -58,7 +58,7 @@ def unfit(adapter: TaskAdapter) -> dict[str, Any]:
         "values.2 is left out": replace(adapter, values=adapter.values[:2]),
         "keys.3 is": replace(adapter, keys=(*adapter.keys, adapter.keys[0])),
         "alphas.0 is": replace(adapter, alphas=tuple(torch.ones(3) for _ in adapter.alphas)),
-        r"alphas.0 is \[\], it must be left out": replace(adapter, gate=None, alphas=adapter.alphas[:2], taus=()),
+        r"alphas.0 is \[\]; it must be left out": replace(adapter, gate=None, alphas=adapter.alphas[:2], taus=()),
         "head.weight is": replace(adapter, head_weight=torch.zeros(2, 5)),
         "head.bias is left out": replace(adapter, head_bias=None),
         "embeddings is": replace(adapter, embeddings=torch.zeros(3, 32)),
@@ -133,7 +133,7 @@ def test_embeddings_stand_in_for_keys_and_values() -> None:
     gates = (torch.ones(()),) * 2
     in_front = TaskAdapter("new", (), (), (), "tanh", gates, gates, None, None, torch.ones(3, 32))
     check_adapter(in_front, shapes, embedding_size=32, hidden_size=None)
-    with pytest.raises(ValueError, match=r"embeddings is \[3, 32\], it must be \[3, 16\]"):
+    with pytest.raises(ValueError, match=r"embeddings is \[3, 32\]; it must be \[3, 16\]"):
         check_adapter(in_front, shapes, embedding_size=16, hidden_size=None)
     with pytest.raises(ValueError, match=r"keys\.0 is left out"):
         check_adapter(in_front, shapes, embedding_size=None, hidden_size=None)

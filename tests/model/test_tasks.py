@@ -127,7 +127,7 @@ def test_an_adapter_is_taken_into_the_hosts_memory_without_its_gradients(tiny_be
     given = replace(model.adapters["task-0"], name="new", head_bias=torch.zeros(2, requires_grad=True))
     model.add_task(given)
     assert not model.adapters["new"].tensors()["head.bias"].requires_grad and given.head_bias.requires_grad
-    with pytest.raises(ValueError, match="a task 'new' is finished already; remove_task comes first"):
+    with pytest.raises(ValueError, match="task 'new' is finished already; call remove_task first"):
         model.add_task(given)
 
 
