@@ -61,7 +61,7 @@ test-all: $(STAMP)
 # What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
 test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
-		-k "not compile and not graph and not fused" tests/model/test_model.py tests/model/test_scoring.py \
+		-k "not compile and not graph and not fused" tests/model \
 		tests/integrations/transformers \
 		$(addprefix tests/integrations/test_,edges.py families.py generation.py mixed.py peft.py saving.py training.py) \
 		$(addprefix tests/bench/rows/test_,lifelong.py mixed_tasks.py models.py)
