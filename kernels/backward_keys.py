@@ -115,7 +115,7 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
 
 @triton.jit
 def next_tile(h, tile, first, end):
-    """The next of a head's query tiles first..end, or the first of the next head."""
+    """The next of a head's query tiles first..end, or the first tile of the next head."""
     last = tile + 1 == end
     return tl.where(last, h + 1, h), tl.where(last, first, tile + 1)
 
@@ -135,7 +135,7 @@ def query_range(sizes, m, variant):
 
 @triton.jit
 def first_query(tile, variant):
-    return tl.cast(tile, tl.int32) * variant.BLOCK_N  # in the interpreter the counter of a loop is no tensor
+    return tl.cast(tile, tl.int32) * variant.BLOCK_N  # in the interpreter a loop counter is not a tensor
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def load_queries(query, output, d_output, per_query, sizes, b, h, n, variant):
 
 @triton.jit
 def add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant):
-    """dk and dv with one more tile of queries, of weights w [keys, queries]."""
+    """Add a tile of queries with weights w [keys, queries] to dk and dv."""
     if d_value.pointer is not None:
         dv = tl.dot(w.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
     if d_key.pointer is not None:
@@ -220,7 +220,7 @@ def add_prefix(
     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, n, p,
     query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
 ):  # fmt: skip
-    """The sums with one more tile of queries."""
+    """Add a tile of queries to the sums."""
     q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     j = tl.arange(0, variant.BLOCK_P)[:, None]

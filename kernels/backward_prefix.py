@@ -19,7 +19,7 @@ from .backward_keys import Parts
 from .launch import Launch
 from .tiles import length_of, weight_rows
 
-TILE = tl.constexpr(2048)  # numbers that a program adds at once
+TILE = tl.constexpr(2048)  # elements that a program adds at once
 
 
 class Sums(NamedTuple):
@@ -40,7 +40,7 @@ class GateGradient(NamedTuple):
 
 @triton.jit
 def backward_prefix_kernel(key, value, d_alpha, d_tau, parts, prefix, sizes, n_shared):
-    """The grid counts through all rows of dk', then of dv', then all entries of dα and dτ."""
+    """The grid runs over all rows of dk', then of dv', then all entries of dα and dτ."""
     pid = tl.program_id(0)
     count = prefix.n_prefixes * (sizes.heads // sizes.group) * prefix.n_rows
     if key.parts is not None:
@@ -90,7 +90,7 @@ def row_of_sums(pid, side, shares, prefix, sizes, n_shared):
 
 @triton.jit
 def gate_entry(pid, gradient, part, parts, prefix, sizes):
-    """One entry of dα or dτ: the sum over shares, tiles, and all prefixes and heads that have it in common."""
+    """One entry of dα or dτ: the sum over shares, tiles, and the prefixes and heads that share it."""
     total = tl.zeros([TILE], tl.float32)
     count = parts.shares * prefix.n_prefixes * sizes.heads * parts.tiles
     for start in range(0, count, TILE):

@@ -18,7 +18,7 @@ from .launch import Launch
 from .tiles import length_of
 
 COLUMNS = tl.constexpr(16)  # columns of dV in a program
-TILE = tl.constexpr(2048)  # numbers that a program adds at once
+TILE = tl.constexpr(2048)  # elements that a program adds at once
 
 
 class Reweighting(NamedTuple):
@@ -33,14 +33,14 @@ class Reweighting(NamedTuple):
 
 @triton.jit
 def backward_reweighting_kernel(key, value, prefix, heads, n_shared):
-    """The grid counts through the entries of dU and the columns of dV, first those of keys."""
+    """The grid runs over the entries of dU and the columns of dV, keys first."""
     pid = one_side(tl.program_id(0), key, prefix, heads, n_shared)
     one_side(pid, value, prefix, heads, n_shared)
 
 
 @triton.jit
 def one_side(pid, side, prefix, heads, n_shared):
-    """The programs of the keys or of the values; returns pid counted from behind them."""
+    """Run the programs of keys or values; return pid minus their number."""
     if side.U is not None:
         count = prefix.n_prefixes * prefix.n_rows * side.stored.weights.rank
         if (pid >= 0) & (pid < count):

@@ -33,7 +33,7 @@ class Side(NamedTuple):
 
 @triton.jit
 def fold_kernel(key, value, prefix, B, heads, n_shared):
-    """The grid counts through the tiles of all heads and prefixes, first those of keys."""
+    """The grid runs over the tiles of all heads and prefixes, keys first."""
     tiles = tl.cdiv(prefix.n_rows, ROWS)
     pid = tl.program_id(0)
     if key.folded.pointer is not None:

@@ -84,10 +84,10 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
 
 @triton.jit
 def online_softmax(acc, m, l, s, unit, v, variant):
-    """One more tile of scores s, times unit in powers of 2, and of values v."""
+    """Add a tile of scores s, where s * unit counts powers of 2, and of values v."""
     if variant.EXACT:
         m_new = tl.maximum(m, tl.max(s, 1))
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without any visible key so far
         p = tl.exp2((s - finite[:, None]) * LOG2E)
         shrink = tl.exp2((m - finite) * LOG2E)
     else:

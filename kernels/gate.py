@@ -33,7 +33,7 @@ def gated_with_derivatives(s, alpha, tau, GATE: tl.constexpr, FAST_TANH: tl.cons
 
 @triton.jit
 def activation(x, GATE: tl.constexpr, FAST_TANH: tl.constexpr):
-    """σ(x) and σ'(x); what is not used of them costs nothing."""
+    """σ(x) and σ'(x); an unused one costs nothing."""
     tl.static_assert(
         GATE == "tanh"
         or GATE == "sigmoid"
@@ -84,7 +84,7 @@ def tanh(x, FAST_TANH: tl.constexpr):
 def sigmoid(x, FAST_TANH: tl.constexpr):
     """1 / (1 + exp(-x)) and its derivative."""
     if FAST_TANH:
-        t, slope = tanh(0.5 * x, FAST_TANH)  # one instruction where exponential and quotient are two
+        t, slope = tanh(0.5 * x, FAST_TANH)  # one instruction instead of an exponential and a quotient
         return 0.5 + 0.5 * t, 0.25 * slope
     else:
         e = tl.exp(-tl.abs(x))

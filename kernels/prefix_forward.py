@@ -74,7 +74,7 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
             )  # fmt: skip
             t = next_prefix(prefix, task, t)
 
-    tl.debug_barrier()  # several warps may read a row: all have, before one writes
+    tl.debug_barrier()  # several warps may read a row: all must finish before one writes
     store_stacked(output, b, h, n, exists, acc / tl.where(l == 0.0, 1.0, l)[:, None])
     if variant.EXACT:
         store_lse(per_query, 0, row, exists, m, l, tl.where(m == L_c, rest - within, 0.0), variant)
@@ -84,7 +84,7 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
 
 @triton.jit
 def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scale, variant):
-    """The sums with one more prefix, of which each row sees the first `seen`, a number or [BLOCK_N, 1]."""
+    """Add a prefix to the sums; each row sees its first `seen` rows, a number or [BLOCK_N, 1]."""
     for p in range(0, length, variant.BLOCK_P):
         j = tl.arange(0, variant.BLOCK_P)[None, :]
         k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)

@@ -75,7 +75,7 @@ def prefix_queries_kernel(
 def over_prefix(
     dq, q, d_o, d, L, rest, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scale, variant
 ):
-    """The sum with one more prefix, of which each row sees the first `seen`, a number or [BLOCK_N, 1]."""
+    """Add a prefix to the sum; each row sees its first `seen` rows, a number or [BLOCK_N, 1]."""
     for p in range(0, length, variant.BLOCK_P):
         j = tl.arange(0, variant.BLOCK_P)[None, :]
         k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)

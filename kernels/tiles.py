@@ -23,20 +23,20 @@ def query_tile(sizes, variant):
 
 @triton.jit
 def query_rows(sizes, b, h, n, variant):
-    """Where the head's queries begin in a tensor [B, Hq, N], n..n+BLOCK_N of them, and which of these exist."""
+    """The start of a head's queries in a tensor [B, Hq, N], their offsets n..n+BLOCK_N, and which of them exist."""
     queries = n + tl.arange(0, variant.BLOCK_N)
     return tl.cast(b * sizes.heads + h, tl.int64) * sizes.N, queries, queries < sizes.N
 
 
 @triton.jit
 def stacked_per_query(sizes, b, h, n):
-    """Where rows of a stack stand in a tensor [B, Hq, N]."""
+    """The positions of stacked rows in a tensor [B, Hq, N]."""
     return (tl.cast(b, tl.int64) * sizes.heads + h) * sizes.N + n
 
 
 @triton.jit
 def context_range(sizes, n, variant):
-    """Context keys 0..whole need no mask for queries n..n+BLOCK_N; from `end` on none of them sees any."""
+    """The bounds `whole` and `end` for queries n..n+BLOCK_N: keys 0..whole need no mask, keys from `end` are unseen."""
     whole = sizes.M
     end = sizes.M
     if variant.CAUSAL:
@@ -51,8 +51,8 @@ def context_range(sizes, n, variant):
 def stacked_rows(sizes, order, variant):
     """The key head of this program, and of each of its rows the sample, query head and query, and whether it exists.
 
-    All queries of a key head's G heads stand in one list, a sample's together, the samples in `order` if there is one.
-    Rows beyond its end repeat the last.
+    The queries of a key head's G heads form one list, grouped by sample, with samples in `order` if given. Rows beyond
+    its end repeat the last one.
     """
     count = sizes.B * sizes.group * sizes.N
     tiles = tl.cdiv(count, variant.BLOCK_N)
@@ -68,14 +68,14 @@ def stacked_rows(sizes, order, variant):
 
 @triton.jit
 def stacked_pointers(rows, b, h, n):
-    """Pointers [BLOCK, BLOCK_D] to a row each of sample b, head h and query n, all [BLOCK]."""
+    """Pointers [BLOCK, BLOCK_D] to the rows of samples b, heads h and queries n, each [BLOCK]."""
     first = tl.cast(b, tl.int64) * rows.outer + tl.cast(h, tl.int64) * rows.head + tl.cast(n, tl.int64) * rows.row
     return rows.pointer + first[:, None] + tl.arange(0, rows.BLOCK_D)[None, :]
 
 
 @triton.jit
 def load_stacked(rows, b, h, n, exists):
-    """Those rows; zeros where there is none and from column D on."""
+    """Load the rows of `stacked_pointers`; zeros for rows that do not exist and from column D on."""
     return tl.load(stacked_pointers(rows, b, h, n), mask=row_mask(rows, exists), other=0.0)
 
 
@@ -95,7 +95,7 @@ def row_pointers(rows, outer, head, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_mask(rows, exists):
-    """Which numbers of a tile are there: of rows that exist, those before column D."""
+    """The mask of a tile: rows that exist, columns before D."""
     inside = exists[:, None]
     if rows.D != rows.BLOCK_D:
         inside = inside & (tl.arange(0, rows.BLOCK_D) < rows.D)[None, :]
@@ -104,7 +104,7 @@ def row_mask(rows, exists):
 
 @triton.jit
 def load_rows(rows, outer, head, start, end, BLOCK: tl.constexpr):
-    """Rows start..start+BLOCK of one head, [BLOCK, BLOCK_D]; zeros from row `end` and from column D on."""
+    """Load rows start..start+BLOCK of a head, [BLOCK, BLOCK_D]; zeros from row `end` and from column D on."""
     inside = row_mask(rows, start + tl.arange(0, BLOCK) < end)
     return tl.load(row_pointers(rows, outer, head, start, BLOCK), mask=inside, other=0.0)
 
@@ -118,7 +118,7 @@ def store_rows(rows, outer, head, start, end, x, BLOCK: tl.constexpr):
 
 @triton.jit
 def prefix_of(prefix, b):
-    """The prefix of sample b and its length. Clamped: on a device no one has checked the values."""
+    """The prefix of sample b and its length, both clamped, because values on a device are unchecked."""
     if prefix.index is None:
         t = tl.full([], 0, tl.int64)
     else:
@@ -130,7 +130,7 @@ def prefix_of(prefix, b):
 
 @triton.jit
 def within_bank(prefix, t):
-    """An index clamped to the prefixes there are."""
+    """An index clamped to the number of prefixes."""
     return tl.minimum(tl.maximum(t, 0), prefix.n_prefixes - 1)
 
 
@@ -144,7 +144,7 @@ def length_of(prefix, t):
 
 @triton.jit
 def next_prefix(prefix, task, t):
-    """The next after t of the prefixes that rows use, `task`; their number T if there is none."""
+    """The next prefix after t among those of the rows, `task`; T if there is none."""
     return tl.min(tl.where(task > t, task, prefix.n_prefixes))
 
 
@@ -176,7 +176,7 @@ def gate_parameter(parameter, t, h):
 
 @triton.jit
 def unmasked_scores(products, scale, variant):
-    """Scores where no mask is, and the factor that makes them powers of 2."""
+    """Unmasked scores, and the factor that turns them into powers of 2."""
     if variant.EXACT:
         return products * scale, LOG2E
     else:
@@ -185,7 +185,7 @@ def unmasked_scores(products, scale, variant):
 
 @triton.jit
 def softmax_weights(s, unit, L, rest, variant):
-    """exp(s - log-sum-exp) of scores times unit, from what load_lse gives, broadcast to the scores' shape."""
+    """exp(s - log-sum-exp) of scores times unit, with the result of load_lse broadcast to the scores' shape."""
     if variant.EXACT:
         return tl.exp2((s - L - rest) * LOG2E)
     else:
@@ -194,9 +194,9 @@ def softmax_weights(s, unit, L, rest, variant):
 
 @triton.jit
 def load_lse(per_query, start, row, exists, variant):
-    """The log-sum-exp of queries start+row, natural and with what its rounding took if EXACT, else in powers of 2.
+    """The log-sum-exp of queries start+row: natural and with its rest if EXACT, else in powers of 2.
 
-    +inf for a query that sees nothing or is not there: its weights are 0.
+    It is +inf for a query that sees nothing or does not exist, so that its weights are 0.
     """
     L = tl.load(per_query.lse + start + row, mask=exists, other=float("-inf"))
     blind = L == float("-inf")
