@@ -66,7 +66,7 @@ def test_room_for_gradients_lies_as_kernels_write_it(checked):
         (["prefix_value", "gate_tau"], {"value", "gate"}),
         (INPUTS, {"key", "value", "gate"}),
     ],
-    ids=str,
+    ids=lambda names: "-".join(sorted(names)) or "none",
 )
 def test_parts_follow_from_the_gradients(names, parts):
     needed = backward.parts_needed(dict.fromkeys(names, torch.empty(0)))
