@@ -75,7 +75,7 @@ def check_settings(settings: Any) -> None:
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Refuse what is no integer, with a `TypeError`, or one below `least`, with a `ValueError`."""
+    """Raise a `TypeError` if a value is not an integer, and a `ValueError` if it is below `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; it must be an integer")
     if value < least:
