@@ -127,10 +127,10 @@ def cost(one: Instruction, memory: Memory) -> Cost:
         return Cost("result", latency=FENCE_LATENCY)
     if base == "CALL":
         return Cost("plain", latency=CALL)
-    if base.startswith("U"):
-        return Cost("plain", ((_UNIFORM_PIPE, UNIFORM),), OTHER_LATENCY)
     if base.startswith(("UTMA", "SYNCS")):
         raise CodeError(f"{one.name}: copies by the tensor memory accelerator are not modelled")
+    if base.startswith("U"):
+        return Cost("plain", ((_UNIFORM_PIPE, UNIFORM),), OTHER_LATENCY)
     return Cost("result", latency=OTHER_LATENCY)
 
 
