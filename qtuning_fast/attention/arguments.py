@@ -26,11 +26,18 @@ class Spec(NamedTuple):
     differentiable: bool = False  # whether it may require a gradient
 
 
+def _dims(dims: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of dimensions without a bank, and with one: T exists only then."""
+    names = tuple(dims.split())
+    return tuple(name for name in names if name != "T"), names
+
+
 def _tensor(dims: str, dtype: str) -> Spec:
-    """A tensor of these dimensions; T exists only with a bank."""
+    """A tensor of these dimensions."""
+    names = _dims(dims)
 
     def check(known: "_Known", name: str, x: object) -> Tensor:
-        return known.tensor(name, x, dtype, known.dims(dims))
+        return known.tensor(name, x, dtype, names[known.has_bank])
 
     return Spec(check, differentiable=True)
 
@@ -38,11 +45,12 @@ def _tensor(dims: str, dtype: str) -> Spec:
 def _weights(side: str, dims: str) -> Spec:
     """U or V of a reweighting; the ranks of keys and values may differ."""
 
+    rank, names = f"R of reweight_{side}", _dims(dims)
+    named = [[rank if dim == "R" else dim for dim in each] for each in names]
+    public = f"reweight_{side}[{0 if dims.endswith('R') else 1}]"
+
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
-        index = 0 if name.startswith("U") else 1
-        rank = f"R of reweight_{side}"
-        named = [rank if dim == "R" else dim for dim in known.dims(dims)]
-        return x if x is None else known.tensor(f"reweight_{side}[{index}]", x, "query's or float32", named)
+        return x if x is None else known.tensor(public, x, "query's or float32", named[known.has_bank])
 
     return Spec(check, differentiable=True)
 
@@ -83,14 +91,16 @@ def _of_a_bank(dim: str, largest: Callable[["_Known"], int]) -> Spec:
 def _overlay(dims: str, dtype: str) -> Spec:
     """A mask or bias on scores, bool or additive, without a gradient."""
 
+    names = dims.split()
+
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
         if name == "padding_mask":
             name = "attn_mask"
-            known.tensor(name, x, dtype, dims.split())
+            known.tensor(name, x, dtype, names)
         else:
-            known.broadcasts(name, x, dtype, dims.split())
+            known.broadcasts(name, x, dtype, names)
         if x.requires_grad:
             raise ValueError(f"{name} must not require a gradient, because it gets none; got one that does: detach it")
         return x
@@ -99,7 +109,7 @@ def _overlay(dims: str, dtype: str) -> Spec:
 
 
 def _key(known: "_Known", name: str, x: object) -> Tensor:
-    x, heads = known.tensor(name, x, "query's", known.dims("B Hkv M D")), known["Hq"]
+    x, heads = known.tensor(name, x, "query's", ("B", "Hkv", "M", "D")), known["Hq"]
     if heads % x.shape[1]:
         raise ValueError(f"query's heads must be a multiple of key's, got Hq = {heads}, Hkv = {x.shape[1]}")
     return x
@@ -234,17 +244,20 @@ def checked(arguments: Mapping[str, Any]) -> PrefixAttentionCall:
         TypeError, ValueError: an argument is wrong; the message names it.
     """
     given = dict(arguments)
-    for side in ("key", "value"):
-        given[f"U_{side}"], given[f"V_{side}"] = _pair(f"reweight_{side}", arguments[f"reweight_{side}"])
-    for name in ("alpha", "tau"):
-        x = arguments[f"gate_{name}"]
-        given[f"gate_{name}"], given[f"number_{name}"] = (x, 1.0) if isinstance(x, Tensor) else (None, x)
+    given["U_key"], given["V_key"] = _pair("reweight_key", arguments["reweight_key"])
+    given["U_value"], given["V_value"] = _pair("reweight_value", arguments["reweight_value"])
+    given["gate_alpha"], given["number_alpha"] = _tensor_or_number(arguments["gate_alpha"])
+    given["gate_tau"], given["number_tau"] = _tensor_or_number(arguments["gate_tau"])
     mask = arguments["attn_mask"]
     is_padding = isinstance(mask, Tensor) and mask.ndim == 2
     given["padding_mask"], given["attn_mask"] = (mask, None) if is_padding else (None, mask)
 
     known = _Known(given["query"], given["prefix_key"])
     return PrefixAttentionCall(*[check(known, name, given[name]) for name, check in _CHECKS])
+
+
+def _tensor_or_number(x: object) -> tuple[Tensor | None, object]:
+    return (x, 1.0) if isinstance(x, Tensor) else (None, x)
 
 
 def _pair(name: str, pair: object) -> tuple[Any, Any]:
@@ -267,16 +280,12 @@ class _Known:
         self.sizes: dict[str, tuple[int, str]] = {}  # dimension -> its size and the argument that fixed it
         self.dtypes = {"a floating": FLOATING, "an integer": INTEGER, "a floating or bool": (*FLOATING, torch.bool)}
         if isinstance(query, Tensor):
-            self.query = query
+            self.query, self.device = query, query.device
             # The prefix, its reweighting and its gate may be float32 master weights beside a 16-bit query.
             self.dtypes |= {"query's": (query.dtype,), "query's or float32": (query.dtype, torch.float32)}
 
     def __getitem__(self, dim: str) -> int:
         return self.sizes[dim][0]
-
-    def dims(self, dims: str) -> list[str]:
-        """Return the names of dimensions; T only with a bank."""
-        return [dim for dim in dims.split() if dim != "T" or self.has_bank]
 
     def tensor(self, name: str, x: object, dtype: str, dims: Sequence[str] | None) -> Tensor:
         """Check a tensor except its values; `dtype` names a kind of dtype; `dims` None leaves the shape unchecked."""
@@ -287,8 +296,8 @@ class _Known:
         if x.dtype not in self.dtypes[dtype]:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(self.dtypes[dtype]))
             raise TypeError(f"{name} must have {dtype} dtype ({allowed}), got {x.dtype}")
-        if x.device != self.query.device:
-            raise ValueError(f"{name} must be on {self.query.device}, as query is, got one on {x.device}")
+        if x.device != self.device:
+            raise ValueError(f"{name} must be on {self.device}, as query is, got one on {x.device}")
         if dims is not None:
             self._check_shape(name, x, dims)
         return x
