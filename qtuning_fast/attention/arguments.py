@@ -34,10 +34,10 @@ def _dims(dims: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _tensor(dims: str, dtype: str) -> Spec:
     """A tensor of these dimensions."""
-    names = _dims(dims)
+    alone, in_bank = _dims(dims)
 
     def check(known: "_Known", name: str, x: object) -> Tensor:
-        return known.tensor(name, x, dtype, names[known.has_bank])
+        return known.tensor(name, x, dtype, in_bank if known.has_bank else alone)
 
     return Spec(check, differentiable=True)
 
@@ -45,12 +45,13 @@ def _tensor(dims: str, dtype: str) -> Spec:
 def _weights(side: str, dims: str) -> Spec:
     """U or V of a reweighting; the ranks of keys and values may differ."""
 
-    rank, names = f"R of reweight_{side}", _dims(dims)
-    named = [[rank if dim == "R" else dim for dim in each] for each in names]
+    rank = f"R of reweight_{side}"
+    alone, in_bank = ([rank if dim == "R" else dim for dim in each] for each in _dims(dims))
     public = f"reweight_{side}[{0 if dims.endswith('R') else 1}]"
 
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
-        return x if x is None else known.tensor(public, x, "query's or float32", named[known.has_bank])
+        shape = in_bank if known.has_bank else alone
+        return x if x is None else known.tensor(public, x, "query's or float32", shape)
 
     return Spec(check, differentiable=True)
 

@@ -37,13 +37,6 @@ def masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores + mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf).to(scores.dtype)
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Disable autocast on x's device, so that scores are not 16-bit. The meta device has no autocast to disable."""
-    device = x.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if is_on else nullcontext()
-
-
 def constant(function: Callable[Args, Result]) -> Callable[Args, Result]:
     """Mark a function as constant within a process: the compiler calls it while tracing, but does not trace it.
 
@@ -51,3 +44,16 @@ def constant(function: Callable[Args, Result]) -> Callable[Args, Result]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant
+def _knows_autocast(device: str) -> bool:
+    """Return whether autocast exists for a kind of device: it does not for meta tensors. PyTorch 2.11 cannot trace it."""
+    return torch.amp.is_autocast_available(device)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off, under which scores would be computed in 16 bits."""
+    device = x.device.type
+    is_on = _knows_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
