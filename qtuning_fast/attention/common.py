@@ -48,7 +48,7 @@ def constant(function: Callable[Args, Result]) -> Callable[Args, Result]:
 
 @constant
 def _knows_autocast(device: str) -> bool:
-    """Return whether autocast exists for a kind of device: it does not for meta tensors. PyTorch 2.11 cannot trace it."""
+    """Return whether a kind of device has autocast; meta has none. A constant, for PyTorch 2.11 cannot trace it."""
     return torch.amp.is_autocast_available(device)
 
 

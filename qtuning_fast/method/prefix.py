@@ -71,10 +71,10 @@ PREFIX = "qtuning_prefix"
 
 def place(module: nn.Module, prefix: PrefixArguments | PlacedPrefix | None) -> None:
     """Make a module attend to this prefix; with None, to its own prefix or to none."""
-    if prefix is None:
-        module.__dict__.pop(PREFIX, None)
-    else:
+    if prefix is not None:
         setattr(module, PREFIX, prefix)
+    elif hasattr(module, PREFIX):  # in a form that PyTorch 2.11 can compile
+        delattr(module, PREFIX)
 
 
 def placed(module: nn.Module) -> PlacedPrefix | None:

@@ -27,8 +27,6 @@ Arguments = Mapping[str, Any]
 
 _NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
-_ALL = slice(None)
-
 Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 _WATCHER = "qtuning_watcher"  # also an attribute, because torch.compile does not follow context variables
@@ -110,8 +108,9 @@ class _Call:
     bias: Tensor | None
     options: dict[str, Any]
 
-    def with_prefix(self, prefix: Arguments, *, queries: slice = _ALL, keys: slice = _ALL) -> Tensor:
+    def with_prefix(self, prefix: Arguments, *, queries: slice | None = None, keys: slice | None = None) -> Tensor:
         """Return the output `[B, Hq, n, Dv]` of these queries over the prefix and these keys."""
+        queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
         mask, bias = self.mask, None if self.bias is None else self.bias[:, :, queries, keys]
         if mask is not None:
             mask = mask[:, keys] if mask.ndim == 2 else mask[:, :, queries, keys]
