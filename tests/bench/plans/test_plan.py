@@ -35,7 +35,7 @@ def test_a_dry_run_has_arguments_of_its_own(tmp_path):
 def test_make_names_the_plan_and_its_steps(target, monkeypatch):
     plan = target.removeprefix("bench-")
     steps = [step.name for step in PLANS[plan][:2]]
-    make = ["make", "-n", target, "DRY=1", f"ONLY={' '.join(steps)}", "GPU_PYTHON=python3"]
+    make = ["make", "-n", "--no-print-directory", target, "DRY=1", f"ONLY={' '.join(steps)}", "GPU_PYTHON=python3"]
     said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     begun = []
 
