@@ -25,7 +25,8 @@ Outputs = tuple[Tensor, Tensor, Tensor]  # output, log-sum-exp, and the latter's
 class Passes(Protocol):
     """The passes of a backend. `needed` names those of INPUTS that need a gradient, in the order of the gradients."""
 
-    def forward(self, call: PrefixAttentionCall, /) -> Outputs: ...
+    def forward(self, call: PrefixAttentionCall, /) -> Outputs:
+        """Compute output, log-sum-exp and its residual."""
 
     def empty_outputs(self, call: PrefixAttentionCall, /) -> Outputs:
         """Allocate outputs with the shapes, strides and dtypes of `forward`'s."""
@@ -39,9 +40,11 @@ class Passes(Protocol):
         d_output: Tensor,
         needed: Sequence[str],
         /,
-    ) -> list[Tensor]: ...
+    ) -> list[Tensor]:
+        """Compute the gradients that are needed."""
 
-    def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str], /) -> list[Tensor]: ...
+    def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str], /) -> list[Tensor]:
+        """Allocate gradients with the shapes, strides and dtypes of `backward`'s."""
 
 
 def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttentionCall], tuple[Tensor, Tensor]]:

@@ -131,7 +131,7 @@ class LifelongTrainer:
                 self.listener.task_begins(number, task)
                 self._run_stage(number, "probe", partial(self._probe, model, task))
                 if number >= len(model.tasks):
-                    self._train_and_save(model, number, task)
+                    self._train_and_save(model, number)
                 self._run_stage(number, "evaluation", partial(self._evaluate, model, number))
                 shutil.rmtree(self._task_folder(number) / "checkpoints", ignore_errors=True)
                 self.listener.task_ends(
@@ -189,7 +189,7 @@ class LifelongTrainer:
         finally:
             model.detach()
 
-    def _train_and_save(self, model: QTuningModel, number: int, task: Task) -> None:
+    def _train_and_save(self, model: QTuningModel, number: int) -> None:
         self.listener.stage_begins("training")
         record = self._train_task(model, number, self._task_folder(number) / "checkpoints")
         write_json(self._task_folder(number) / "training.json", record)

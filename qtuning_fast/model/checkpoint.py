@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtuning_fast.attention.common import GATES
 from qtuning_fast.method.adapter import AdapterInfo
@@ -35,6 +35,7 @@ FORMAT_VERSION = 4
 READABLE_VERSIONS = (3, 4)
 
 _QUEUE = "queue."
+_NEW_NAMES = {"live": "learning.prefix", "discriminator": "learning.discriminator", "head": "learning.head"}
 _OURS = re.compile(
     rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
 )
@@ -176,6 +177,14 @@ def _parted(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 def from_version_3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the entries of a version 3 state, which called the training prefix `live`."""
     return {re.sub(r"^live\.", "prefix.", name): x for name, x in state.items()}
+
+
+def rename_version_3(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rename the entries of a whole model's state dict of version 3, in place: a hook of `load_state_dict`."""
+    for name in list(state_dict):
+        part, dot, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and dot and part in _NEW_NAMES:
+            state_dict[f"{prefix}{_NEW_NAMES[part]}.{rest}"] = state_dict.pop(name)
 
 
 def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:

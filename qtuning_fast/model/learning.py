@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.method.adapter import TaskAdapter
-from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.retention import Discriminator, retention_loss
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
@@ -18,7 +17,6 @@ class Learning(nn.Module):
 
     Args:
         prefix: `[P* ; P_new ; W ∘ Q_old]` with its gates and the queue.
-        config: see `QTuningConfig`.
         hidden_size: size of the features that heads and the discriminator take.
         has_heads: whether each task has a head of its own.
 
@@ -30,14 +28,13 @@ class Learning(nn.Module):
     discriminator: Discriminator | None
     head: nn.Linear | None
 
-    def __init__(self, prefix: TrainingPrefix, config: QTuningConfig, *, hidden_size: int, has_heads: bool) -> None:
+    def __init__(self, prefix: TrainingPrefix, *, hidden_size: int, has_heads: bool) -> None:
         super().__init__()
         self.prefix = prefix
         # Registered now, so that the order of parameters does not depend on how the model was made. Otherwise sums over
         # them (gradient clipping) would differ in the last bits between a run and the same run resumed.
         self.register_module("discriminator", None)
         self.register_module("head", None)
-        self._config = config
         self._hidden_size = hidden_size
         self._has_heads = has_heads
         self._label_names: tuple[str, ...] = ()

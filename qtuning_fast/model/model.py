@@ -20,7 +20,13 @@ from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
-from qtuning_fast.model.checkpoint import Checkpoint, from_version_3, read_checkpoint, write_checkpoint
+from qtuning_fast.model.checkpoint import (
+    Checkpoint,
+    from_version_3,
+    read_checkpoint,
+    rename_version_3,
+    write_checkpoint,
+)
 from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
@@ -79,8 +85,9 @@ class QTuningModel(nn.Module):
         except ValueError:
             backbone.detach()
             raise
-        self.learning = Learning(prefix, config, hidden_size=backbone.hidden_size, has_heads=self.has_heads)
+        self.learning = Learning(prefix, hidden_size=backbone.hidden_size, has_heads=self.has_heads)
         self._tasks = Tasks(backbone, self.layer_indices, config)
+        self.register_load_state_dict_pre_hook(rename_version_3)
         self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
 
     # Parts

@@ -74,8 +74,9 @@ class StoredAdapter:
 class _ReadAgain(LRUCache[StoredAdapter, TaskAdapter]):
     """A cache of adapters that have a file; it drops the least recently used ones, which can be read again."""
 
-    def __init__(self, maxsize: float) -> None:
-        super().__init__(maxsize, getsizeof=lambda adapter: adapter.info.bytes)
+    @staticmethod
+    def getsizeof(value: TaskAdapter) -> int:  # a function handed to the constructor could not be pickled
+        return value.info.bytes
 
     def popitem(self) -> tuple[StoredAdapter, TaskAdapter]:
         entry, adapter = super().popitem()

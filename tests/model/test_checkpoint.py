@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,3 +198,20 @@ def test_saving_amid_a_task_is_refused(tiny_bert: BertModel, tmp_path: Any) -> N
     model.start_task("task", 2)
     with pytest.raises(RuntimeError, match="'task' is in training"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_state_dict_of_the_format_before_loads_into_the_model(base: BertModel, older: Path) -> None:
+    model = QTuningModel.from_pretrained(base, older)
+    model.start_task("fourth", 2)  # now there is a head and a discriminator
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {
+        re.sub(r"^learning\.(prefix\.)?", lambda m: "live." if m[1] else "", name): x for name, x in state.items()
+    }
+    assert {name.partition(".")[0] for name in before} == {"base_model", "live", "discriminator", "head"}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: value for name, value in before.items() if not name.startswith("live.")})

@@ -152,7 +152,7 @@ def test_a_task_may_start_where_gradients_are_off(families: Any) -> None:
 def learning(*, has_heads: bool = True) -> Learning:
     torch.manual_seed(0)
     config = small_config(queue_size=1)  # the second task evicts the first one's prompt
-    return Learning(TrainingPrefix([LayerShape(2, 2, 4, 4)], config), config, hidden_size=8, has_heads=has_heads)
+    return Learning(TrainingPrefix([LayerShape(2, 2, 4, 4)], config), hidden_size=8, has_heads=has_heads)
 
 
 def start(part: Learning, name: str, *, retains: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,3 +252,15 @@ def test_on_a_gpu_it_learns_moves_saves_and_goes_on(
         loaded(**there, labels=LABELS.cuda()).loss.backward()
         loaded.finish_task()
     assert logits(loaded, there, "more-2").isfinite().all()
+
+
+def test_a_model_without_a_task_set_can_be_pickled(tiny_bert: BertModel, batch: Batch, learn: Any) -> None:
+    model = QTuningModel(tiny_bert, QTuningConfig(prompt_length=2, shared_length=2))
+    learn(model, batch, 2)
+    name = model.tasks[0]
+    model.set_task(name)
+    expected = model.eval()(**batch).logits
+    model.set_task(None)
+    other = pickle.loads(pickle.dumps(model))
+    other.set_task(name)
+    assert torch.equal(other(**batch).logits, expected)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -262,3 +263,11 @@ def test_a_model_can_be_copied(tiny_bert: BertModel, batch: dict[str, torch.Tens
     model.remove_task("task-0")
     assert twin.tasks == ["task-0", "task-1"]
     assert torch.equal(twin(**batch, task_names=names).logits, expected)
+
+
+def test_a_pickled_registry_is_a_registry_of_its_own(saved: Path) -> None:
+    store = read_checkpoint(saved).adapters
+    other = pickle.loads(pickle.dumps(store))
+    other.host_bytes = 1
+    assert unread(other) == list(other) == list(store) and unread(store) == []
+    assert all(same(other[name], store[name]) for name in store)

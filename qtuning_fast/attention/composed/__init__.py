@@ -13,7 +13,7 @@ correctly. The prefix part (Triton kernels on a GPU, batched products on a CPU) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
@@ -54,8 +54,31 @@ def how(call: PrefixAttentionCall) -> str:
     return f"context by {_vendor(call).name}"
 
 
-def prefix_part_for(call: PrefixAttentionCall) -> Any:
-    """Return the module that computes the prefix part by `merge`, `backward` and `keeps_rest`."""
+class PrefixPart(Protocol):
+    """A module that computes the prefix's part: one for the CPU, one of Triton kernels."""
+
+    def keeps_rest(self, call: PrefixAttentionCall, /) -> bool:
+        """Return whether the rounding residual of the log-sum-exp is kept."""
+
+    def merge(self, call: PrefixAttentionCall, output: Tensor, lse: Tensor, lse_rest: Tensor, /) -> None:
+        """Merge the prefix into attention over the context, in place."""
+
+    def backward(
+        self,
+        call: PrefixAttentionCall,
+        output: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        d_output: Tensor,
+        d_query: Tensor | None,
+        needed: Sequence[str],
+        /,
+    ) -> list[Tensor]:
+        """Add the prefix's part to d_query, and return the gradients of the prefix's inputs that are needed."""
+
+
+def prefix_part_for(call: PrefixAttentionCall) -> PrefixPart:
+    """Return the module that computes the prefix part on the call's device."""
     if call.query.is_cuda:
         import qtuning_fast.kernels.prefix_part as prefix_part
 
@@ -67,12 +90,14 @@ class _Passes:
     """The passes of a vendor over the context, combined with those of the prefix part."""
 
     def forward(self, call: PrefixAttentionCall) -> Outputs:
+        """Compute attention over the context, and merge the prefix into it."""
         prefix_part = prefix_part_for(call)
         results = context.forward(call, _vendor(call), prefix_part.keeps_rest(call))
         prefix_part.merge(call, *results)
         return results
 
     def empty_outputs(self, call: PrefixAttentionCall) -> Outputs:
+        """Allocate outputs with the shapes, strides and dtypes of `forward`'s."""
         return context.empty_outputs(call, _vendor(call), prefix_part_for(call).keeps_rest(call))
 
     def backward(
@@ -84,6 +109,7 @@ class _Passes:
         d_output: Tensor,
         needed: Sequence[str],
     ) -> list[Tensor]:
+        """Return the gradients of the call's tensors of these names: the context's by the vendor, then the prefix's."""
         d_context: dict[str, Tensor] = {}
         if any(name in CONTEXT for name in needed):  # none is needed in a frozen backbone below the lowest prefix
             gradients = context.backward(call, _vendor(call), output, lse, lse_rest, d_output)
@@ -94,6 +120,7 @@ class _Passes:
         return [d_context[name] for name in needed if name in CONTEXT] + d_prefix
 
     def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str]) -> list[Tensor]:
+        """Allocate gradients with the shapes, strides and dtypes of `backward`'s."""
         rooms = dict(zip(CONTEXT, context.empty_gradients(call, _vendor(call))))
         like = [getattr(call, name) for name in needed if name not in CONTEXT]
         return [rooms[name] for name in needed if name in CONTEXT] + [x.new_empty(x.shape) for x in like]

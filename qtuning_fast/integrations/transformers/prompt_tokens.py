@@ -89,6 +89,7 @@ def _in_front_of_tokens(encoder: PreTrainedModel, positions: Positions, placed: 
     names = argument_names(encoder)
 
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Return the stack's inputs with the prompt in front; None, which changes nothing, without a prompt."""
         prompt = placed()
         if prompt is None:
             return None
@@ -125,6 +126,7 @@ def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHa
     names = argument_names(decoder)
 
     def extended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Return the decoder's inputs with the longer mask; None, which changes nothing, without a prompt."""
         prompt, inputs = placed(), by_name(names, args, kwargs)
         memory, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
         if prompt is None or memory is None:
@@ -143,6 +145,7 @@ def _in_front_of_patches(encoder: PreTrainedModel, placed: Placed) -> RemovableH
         raise NotImplementedError(f"{type(encoder).__name__} has no module `embeddings`; use placement='prefix'")
 
     def extended(module: Any, args: Any, output: Tensor) -> Tensor:
+        """Return the embeddings `[B, N, E]` as `[B, P + N, E]`."""
         prompt = placed()
         return output if prompt is None else torch.cat([prompt.rows(output), output], dim=1)
 
@@ -153,6 +156,7 @@ def _positions_without_absent_rows(embed_positions: nn.Module, placed: Placed) -
     """If positions follow the sequence, give the first position to each sample's first row that is not absent."""
 
     def moved(module: Any, args: Any, output: Tensor) -> Tensor:
+        """Return the embeddings of positions `[B, P + N, E]`, each sample's moved by its absent rows."""
         prompt = placed()
         if prompt is None or prompt.index is None or prompt.lengths is None:
             return output
