@@ -108,6 +108,16 @@ class QTuningModel(nn.Module):
         return self.learning.prefix
 
     @property
+    def live(self) -> TrainingPrefix:
+        """`training_prefix`, by its name in version 0.1.0."""
+        return self.training_prefix
+
+    @property
+    def bank(self) -> AdapterSlots:
+        """`slots`, by its name in version 0.1.0."""
+        return self.slots
+
+    @property
     def head(self) -> nn.Linear | None:
         """The head of the task in training."""
         return self.learning.head

@@ -264,3 +264,8 @@ def test_a_model_without_a_task_set_can_be_pickled(tiny_bert: BertModel, batch: 
     other = pickle.loads(pickle.dumps(model))
     other.set_task(name)
     assert torch.equal(other(**batch).logits, expected)
+
+
+def test_the_parts_still_have_their_names_of_version_0_1(tiny_bert: BertModel) -> None:
+    model = QTuningModel(tiny_bert, QTuningConfig())
+    assert model.live is model.training_prefix and model.bank is model.slots
