@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,6 +69,14 @@ class Backbone:
         """The length of an embedding in front of the input."""
         return self.hidden_size if self.vocabulary is None else self.vocabulary.embedding_dim
 
+    @cached_property
+    def takes_loss_kwargs(self) -> bool:
+        """Whether the model's loss takes `num_items_in_batch`, by the rule of transformers' Trainer."""
+        if hasattr(self.model, "accepts_loss_kwargs"):
+            return bool(self.model.accepts_loss_kwargs)
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+
     @property
     def fingerprint(self) -> str:
         """Return the hash that identifies this base model (`qtuning_fast.model.fingerprint`)."""
@@ -108,13 +118,21 @@ class Backbone:
         """Call `encode` with those of the inputs that the encoder takes."""
         return self.encode({k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))})
 
-    def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
-        """Return the base model's own output, from its own head."""
-        return self.model(**inputs, **({} if labels is None else {"labels": labels}))
+    def compute(
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """Return the base model's own output, from its own head; the loss is averaged over this number of labels."""
+        for_loss = {} if labels is None else {"labels": labels}
+        if num_items_in_batch is not None and self.takes_loss_kwargs:
+            for_loss["num_items_in_batch"] = num_items_in_batch
+        return self.model(**inputs, **for_loss)
 
-    def compute_under_a_task(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
+    def compute_under_a_task(
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
         """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice."""
-        return self.compute(({"use_cache": False} if self.injector.checkpoints else {}) | inputs, labels)
+        without_cache = {"use_cache": False} if self.injector.checkpoints else {}
+        return self.compute(without_cache | inputs, labels, num_items_in_batch)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`."""
@@ -131,6 +149,8 @@ class Backbone:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
+        if hasattr(self.vocabulary, "neftune_noise_alpha"):  # the noise of NEFTune is added in training mode only
+            self.vocabulary.training = training
 
     def check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""

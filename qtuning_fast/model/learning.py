@@ -22,6 +22,7 @@ class Learning(nn.Module):
 
     Attributes:
         task: name of the task in training, or None between tasks.
+        label_names: its classes.
         last_learned: the task learned last.
     """
 
@@ -37,7 +38,7 @@ class Learning(nn.Module):
         self.register_module("head", None)
         self._hidden_size = hidden_size
         self._has_heads = has_heads
-        self._label_names: tuple[str, ...] = ()
+        self.label_names: tuple[str, ...] = ()
         self.task: str | None = None
         self.last_learned: str | None = None
 
@@ -58,7 +59,7 @@ class Learning(nn.Module):
         if self.discriminator is not None:
             self.discriminator.to(device).requires_grad_(True)
         self.head = nn.Linear(self._hidden_size, len(label_names)).to(device) if self._has_heads else None
-        self.task, self._label_names = name, label_names
+        self.task, self.label_names = name, label_names
 
     def finish(self) -> TaskAdapter:
         """Fold the trained prompt into an adapter, and free what only training needed.
@@ -68,7 +69,7 @@ class Learning(nn.Module):
         """
         if self.task is None:
             raise RuntimeError("no task is in training; call start_task first")
-        adapter = self.prefix.finish_task(self.task, self._label_names, self.head)
+        adapter = self.prefix.finish_task(self.task, self.label_names, self.head)
         self.last_learned, self.task = self.task, None
         self.head = None
         if self.discriminator is not None:

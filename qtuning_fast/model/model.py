@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
@@ -32,12 +33,13 @@ from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
 from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import QTuningOutput, batch_size, twice
+from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task, named_forward
 from qtuning_fast.model.registry import AdapterRegistry
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
 
-class QTuningModel(nn.Module):
+class QTuningModel(PretrainedInterface):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -63,9 +65,6 @@ class QTuningModel(nn.Module):
         NotImplementedError: the model's attention cannot take a prefix; the message says why.
     """
 
-    base_model: PreTrainedModel
-    accepts_loss_kwargs = False  # for transformers.Trainer: forward's **kwargs are for the base model, not the loss
-
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
@@ -73,8 +72,6 @@ class QTuningModel(nn.Module):
         self.qtuning_config = config
         self.backbone = backbone = Backbone(base_model, config.placement)
         self.base_model = backbone.model
-        if hasattr(self.base_model, "hf_device_map"):  # it tells transformers.Trainer not to move the model
-            self.hf_device_map = self.base_model.hf_device_map
         try:
             check_task_type(config.task_type, self.base_model, causal=backbone.injector.is_causal)
             self.layer_indices = chosen_layers(config, backbone.injector.layers)
@@ -89,6 +86,8 @@ class QTuningModel(nn.Module):
         self._tasks = Tasks(backbone, self.layer_indices, config)
         self.register_load_state_dict_pre_hook(rename_version_3)
         self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
+        self._task_configs: dict[str, PreTrainedConfig] = {}
+        self.forward = named_forward(self, backbone.encoder if self.has_heads else self.base_model)  # type: ignore[method-assign]
 
     # Parts
 
@@ -166,6 +165,23 @@ class QTuningModel(nn.Module):
     def label_names(self, name: str) -> tuple[str, ...]:
         """Return the classes of a finished task."""
         return self._tasks.label_names(name)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The base model's config; for a task with a head a copy of it with the task's classes."""
+        base, task = self.base_model.config, self.active_task
+        if not self.has_heads or task is None:
+            return base
+        names = self.learning.label_names if task == self.learning.task else self._tasks.label_names(task)
+        config = self._task_configs.get(task)
+        if config is None or tuple(config.id2label.values()) != names:
+            config = self._task_configs[task] = config_of_task(base, names, "single_label_classification")
+        return config
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `forward` takes `num_items_in_batch`; Trainer asks, for exact gradient accumulation."""
+        return self.has_heads or self.backbone.takes_loss_kwargs
 
     # Tasks
 
@@ -301,6 +317,7 @@ class QTuningModel(nn.Module):
         labels: Tensor | None = None,
         task_names: Sequence[str] | None = None,
         retention_features: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits under the active task, or the base model's own output if no task is set.
@@ -313,6 +330,8 @@ class QTuningModel(nn.Module):
             task_names: one finished task for each sample, which uses that task's adapter.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
+            num_items_in_batch: the number of labels over which the loss is averaged, if not this batch's own: Trainer's
+                count over all batches of a step.
             **kwargs: for the base model.
 
         Returns:
@@ -337,28 +356,42 @@ class QTuningModel(nn.Module):
         self.backbone.check_inputs(inputs, under_a_task=task is not None or task_names is not None)
         if task_names is not None:
             with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._compute(inputs, labels, mixed)
+                return self._compute(inputs, labels, num_items_in_batch, mixed)
         if task is None:
-            return self.backbone.compute(inputs, labels)
+            return self.backbone.compute(inputs, labels, num_items_in_batch)
         self._check_attached()
         self.backbone.injector.check_switched()
-        if labels is not None and self.training and task == self.learning.task and self.retains_memory:
-            return self._compute_retaining(inputs, labels, retention_features)
+        if self.training and task == self.learning.task and self.retains_memory:
+            if labels is not None:
+                return self._compute_retaining(inputs, labels, num_items_in_batch, retention_features)
+            _warn_of_no_retention()
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step
-        return self._compute(inputs, labels)
+        return self._compute(inputs, labels, num_items_in_batch)
 
-    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
+    def _compute(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        mixed: MixedBatch | None = None,
+    ) -> Any:
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
-            return self.backbone.compute_under_a_task(inputs, labels)
+            return self.backbone.compute_under_a_task(inputs, labels, num_items_in_batch)
         features = self.encode(inputs)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
         if mixed is not None and labels is not None:
             mixed.check_labels(labels)
         return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
 
-    def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
+    def _compute_retaining(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        retention_features: Tensor | None,
+    ) -> Any:
         """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
         injector, batch = self.backbone.injector, batch_size(inputs)
         if retention_features is None:
@@ -376,12 +409,18 @@ class QTuningModel(nn.Module):
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
                 shared_features = self.backbone.read(inputs)
             self._active.place()
-            output = self._compute(inputs, labels)
+            output = self._compute(inputs, labels, num_items_in_batch)
         if len(shared_features) > 1:  # a batch of one has no product pairs
             retention = self.learning.retention_loss(shared_features, retention_features)
-            output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
+            share = 1.0 if num_items_in_batch is None else self._items(labels) / num_items_in_batch
+            output["loss"] = output.loss + self.qtuning_config.retention_weight * share * retention
             output["retention_loss"] = retention
         return output
+
+    def _items(self, labels: Tensor) -> Tensor:
+        """Return the number of labels in the loss, as Trainer counts them: none for a causal model's first token."""
+        counted = labels[..., 1:] if self.qtuning_config.task_type == "causal-lm" else labels
+        return (counted != -100).sum()
 
     def _logits(self, features: Tensor) -> Tensor:
         task = self._active.name
@@ -468,6 +507,11 @@ class QTuningModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
         self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
+        self.base_model.activation_checkpointing_enable(*args, **kwargs)
         self.train(self.training)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -591,3 +635,12 @@ class QTuningModel(nn.Module):
                 "fully_shard was called with the QTuningModel; call it with the base model before attaching, because "
                 "prompts change from task to task and cannot be sharded"
             )
+
+
+def _warn_of_no_retention() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            "forward was called in training mode without labels, so memory retention is left out; label smoothing "
+            "and losses of your own do not add it: set retention_weight=0 if that is meant",
+            stacklevel=3,
+        )

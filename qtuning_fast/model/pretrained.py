@@ -1,0 +1,122 @@
+"""What transformers' Trainer, pipelines and collators, accelerate and torch.export ask of a model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+class _OfTheBase:
+    """An attribute of the base model under the same name; absent if the base model lacks it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: PretrainedInterface | None, owner: type) -> Any:
+        return self if model is None else getattr(model.base_model, self._name)
+
+    def __set__(self, model: PretrainedInterface, value: Any) -> None:
+        setattr(model.base_model, self._name, value)
+
+
+class PretrainedInterface(nn.Module):
+    """A module that stands for its `base_model` where transformers expects a `PreTrainedModel`.
+
+    State dicts leave out the frozen weights of the base model, so a checkpoint of Trainer or accelerate holds
+    what trains and nothing else.
+    """
+
+    base_model: PreTrainedModel
+
+    _keys_to_ignore_on_save: Sequence[str] | None = None  # Trainer reads it; `state_dict` leaves them out itself
+
+    dtype = _OfTheBase()
+    main_input_name = _OfTheBase()
+    input_modalities = _OfTheBase()
+    output_modalities = _OfTheBase()
+    loss_type = _OfTheBase()
+    generation_config = _OfTheBase()
+    hf_device_map = _OfTheBase()
+    is_gradient_checkpointing = _OfTheBase()
+    can_generate = _OfTheBase()
+    get_input_embeddings = _OfTheBase()
+    get_output_embeddings = _OfTheBase()
+    prepare_decoder_input_ids_from_labels = _OfTheBase()
+    floating_point_ops = _OfTheBase()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_without_frozen_weights)
+        self.register_load_state_dict_post_hook(_miss_no_frozen_weights)
+
+    # Trainer
+
+    def _get_name(self) -> str:
+        # By this name Trainer decides whether label smoothing shifts the labels.
+        base = type(self.base_model).__name__
+        return base if base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else type(self).__name__
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "nn.DataParallel copies layers without their prefixes; start one process for each GPU by torchrun or "
+            "accelerate launch, or show one GPU only by CUDA_VISIBLE_DEVICES=0"
+        )
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters, as transformers' method of this name does."""
+        left_out = self.base_model.get_input_embeddings() if exclude_embeddings else None
+        parameters = set(self.parameters()) - set(left_out.parameters() if left_out is not None else ())
+        return sum(each.numel() for each in parameters if each.requires_grad or not only_trainable)
+
+
+def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_type: str) -> PreTrainedConfig:
+    """Return a copy of the base model's config with the classes of a task, as pipelines and Trainer read them."""
+    config = copy.copy(base)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = problem_type
+    return config
+
+
+def named_forward(model: nn.Module, inner: nn.Module) -> Callable[..., Any]:
+    """Return `model.forward` with a signature that also names what `inner` takes: Trainer drops all other columns."""
+    forward = type(model).forward
+    *own, rest = list(inspect.signature(forward).parameters.values())[1:]
+    names = {each.name for each in own}
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    more = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for each in list(inspect.signature(type(inner).forward).parameters.values())[1:]
+        if each.kind in kinds and each.name not in names
+    ]
+    named: Any = partial(forward, model)  # a function of its own could not be pickled
+    named.__signature__ = inspect.Signature([*own, *more, rest])
+    return named
+
+
+def _without_frozen_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _frozen(model, [name for name in state if name.startswith(f"{prefix}base_model.")]):
+        del state[name]
+
+
+def _miss_no_frozen_weights(model: nn.Module, incompatible: Any) -> None:
+    for name in _frozen(model, incompatible.missing_keys):
+        incompatible.missing_keys.remove(name)
+
+
+def _frozen(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return those of the names in a state dict, after any prefix, of the base model's buffers and frozen parameters."""
+    assert isinstance(model, PretrainedInterface)
+    trained = {name for name, each in model.base_model.named_parameters(remove_duplicate=False) if each.requires_grad}
+    parts = [(name, name.partition("base_model.")) for name in names]
+    return [name for name, (_, found, rest) in parts if found and rest not in trained]
