@@ -115,7 +115,7 @@ def _miss_no_frozen_weights(model: nn.Module, incompatible: Any) -> None:
 
 
 def _frozen(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return those of the names in a state dict, after any prefix, of the base model's buffers and frozen parameters."""
+    """Return those of the names in a state dict that are frozen parameters and buffers of the base model."""
     assert isinstance(model, PretrainedInterface)
     trained = {name for name, each in model.base_model.named_parameters(remove_duplicate=False) if each.requires_grad}
     parts = [(name, name.partition("base_model.")) for name in names]
