@@ -33,7 +33,7 @@ from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
 from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import QTuningOutput, batch_size, twice
-from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task, named_forward
+from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
@@ -87,7 +87,7 @@ class QTuningModel(PretrainedInterface):
         self.register_load_state_dict_pre_hook(rename_version_3)
         self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
         self._task_configs: dict[str, PreTrainedConfig] = {}
-        self.forward = named_forward(self, backbone.encoder if self.has_heads else self.base_model)  # type: ignore[method-assign]
+        self.name_inputs(self._reads_inputs)
 
     # Parts
 
@@ -379,11 +379,12 @@ class QTuningModel(PretrainedInterface):
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
             return self.backbone.compute_under_a_task(inputs, labels, num_items_in_batch)
-        features = self.encode(inputs)
+        features, states = self.backbone.encode(inputs, self._pad_token_id)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
         if mixed is not None and labels is not None:
             mixed.check_labels(labels)
-        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return QTuningOutput(loss=loss, logits=logits, hidden_states=states)
 
     def _compute_retaining(
         self,
@@ -400,14 +401,17 @@ class QTuningModel(PretrainedInterface):
             index = torch.arange(2, device=self.device).repeat_interleave(batch)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                features, shared_features = self.encode(twice(inputs)).chunk(2)
+                both, states = self.backbone.encode(twice(inputs), self._pad_token_id)
+            features, shared_features = both.chunk(2)
             logits = self._logits(features)
-            output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
+            loss = F.cross_entropy(logits.float(), labels)
+            states = None if states is None else tuple(each[:batch] for each in states)
+            output: Any = QTuningOutput(loss=loss, logits=logits, hidden_states=states)
         else:
             index = torch.ones(batch, dtype=torch.long, device=self.device)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                shared_features = self.backbone.read(inputs)
+                shared_features = self.backbone.read(inputs, self._pad_token_id)
             self._active.place()
             output = self._compute(inputs, labels, num_items_in_batch)
         if len(shared_features) > 1:  # a batch of one has no product pairs
@@ -438,7 +442,12 @@ class QTuningModel(PretrainedInterface):
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
-        return self.backbone.encode(inputs)
+        return self.backbone.encode(inputs, self._pad_token_id)[0]
+
+    @property
+    def _pad_token_id(self) -> int | None:
+        config = self._task_configs.get(self._active.name or "", self.base_model.config)
+        return getattr(config, "pad_token_id", None)
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
@@ -448,7 +457,7 @@ class QTuningModel(PretrainedInterface):
         """
         with self._active.kept():
             self.set_task(task)
-            return self.backbone.read(inputs)
+            return self.backbone.read(inputs, self._pad_token_id)
 
     def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate` under the active task, or under a finished task for each sample.
@@ -546,6 +555,15 @@ class QTuningModel(PretrainedInterface):
         if self._active.name is not None:
             self._active.place()
         return self
+
+    @property
+    def _reads_inputs(self) -> PreTrainedModel:
+        """The part of the base model that `forward` hands its inputs to."""
+        return self.backbone.encoder if self.has_heads else self.base_model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.name_inputs(self._reads_inputs)  # a pickle holds no functions
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
         # Hooks on the base model and prefixes on its layers belong to this model: the copy gets its own.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from types import MethodType
 from typing import Any, NoReturn
 
 from torch import nn
@@ -56,6 +56,37 @@ class PretrainedInterface(nn.Module):
         self.register_state_dict_post_hook(_without_frozen_weights)
         self.register_load_state_dict_post_hook(_miss_no_frozen_weights)
 
+    def name_inputs(self, inner: nn.Module) -> None:
+        """Make `forward` take the inputs of `inner` in their order, and then its own by name.
+
+        So inputs by position mean what they mean to the base model, and Trainer, which drops the columns of a dataset
+        that no argument names, keeps those for the base model.
+        """
+        forward = type(self).forward
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        theirs = [
+            each.replace(annotation=inspect.Parameter.empty)
+            for each in inspect.signature(type(inner).forward).parameters.values()
+            if each.kind in kinds
+        ]
+        _, *ours, rest = inspect.signature(forward).parameters.values()
+        names = [each.name for each in theirs]
+        more = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in ours if each.name not in names]
+        positional = tuple(each.name for each in theirs[1:] if each.kind is kinds[0])
+
+        def named(self: PretrainedInterface, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(positional):
+                raise TypeError(f"forward takes {len(positional)} inputs by position, but {len(args)} were given")
+            by_position = dict(zip(positional, args))
+            twice = [name for name in by_position if name in kwargs]
+            if twice:
+                raise TypeError(f"forward got {', '.join(twice)} by position and by name")
+            return forward(self, **by_position, **kwargs)
+
+        named.__name__ = forward.__name__
+        named.__signature__ = inspect.Signature([*theirs, *more, rest])  # type: ignore[attr-defined]
+        self.forward = MethodType(named, self)  # type: ignore[method-assign]
+
     # Trainer
 
     def _get_name(self) -> str:
@@ -86,22 +117,6 @@ def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_t
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = problem_type
     return config
-
-
-def named_forward(model: nn.Module, inner: nn.Module) -> Callable[..., Any]:
-    """Return `model.forward` with a signature that also names what `inner` takes: Trainer drops all other columns."""
-    forward = type(model).forward
-    *own, rest = list(inspect.signature(forward).parameters.values())[1:]
-    names = {each.name for each in own}
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    more = [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for each in list(inspect.signature(type(inner).forward).parameters.values())[1:]
-        if each.kind in kinds and each.name not in names
-    ]
-    named: Any = partial(forward, model)  # a function of its own could not be pickled
-    named.__signature__ = inspect.Signature([*own, *more, rest])
-    return named
 
 
 def _without_frozen_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

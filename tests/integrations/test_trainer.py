@@ -154,6 +154,36 @@ def test_predict_with_generate_writes_what_generate_writes(families: Any, name: 
     assert torch.equal(written.where(written != -100, model.config.pad_token_id), padded)
 
 
+def test_a_classifier_returns_the_hidden_states_that_are_requested(families: Any) -> None:
+    for name, placement in (("BERT", "prefix"), ("BERT", "input"), ("ViT", "input")):
+        family = families[name]
+        model = started(family, placement=placement)
+        batch = {each: torch.stack([row[each] for row in rows_of(family, 3)]) for each in rows_of(family, 3)[0]}
+        output = model.train()(**batch, output_hidden_states=True)
+        model.set_task(None)
+        own = model.base_model(**family.batch(size=3), output_hidden_states=True).hidden_states
+        assert [each.shape for each in output.hidden_states] == [each.shape for each in own]
+        assert not torch.allclose(output.hidden_states[-1], own[-1])
+        model.set_task("reviews")
+        assert model(**batch).hidden_states is None
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT"])
+def test_a_classifier_on_a_decoder_finds_the_last_token_without_a_mask(
+    families: Any, name: str, placement: str
+) -> None:
+    settings = SMALL | {"task_type": "sequence-classification", "placement": placement}
+    model = QTuningModel(families[name].base_model(), QTuningConfig(**settings))
+    model.start_task("reviews", 3)
+    ids = torch.randint(5, 40, (3, 6), generator=torch.Generator().manual_seed(0))
+    padded = F.pad(ids, (0, 4), value=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=padded).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        model.config.pad_token_id = None
+        assert not torch.allclose(model(input_ids=padded).logits, model(input_ids=ids).logits, atol=1e-3)
+
+
 # Losses
 
 
@@ -276,10 +306,20 @@ def test_trainer_keeps_the_columns_that_the_base_model_takes(family: Any) -> Non
     inner = model.backbone.encoder if model.has_heads else model.base_model
     theirs = inspect.signature(inner.forward).parameters
     ours = inspect.signature(model.forward).parameters
-    named = {name for name, each in theirs.items() if each.kind is not each.VAR_KEYWORD}
-    assert named | {"labels", "task_names"} <= ours.keys()
-    own = list(inspect.signature(QTuningModel.forward).parameters)[1:-1]
-    assert list(ours)[: len(own)] == own  # arguments by position mean what they meant
+    named = [name for name, each in theirs.items() if each.kind is not each.VAR_KEYWORD]
+    assert list(ours)[: len(named)] == named
+    assert {"labels", "task_names"} <= ours.keys()
+
+
+def test_inputs_by_position_mean_what_they_mean_to_the_base_model(family: Any) -> None:
+    model = started(family).eval()
+    inputs, base = family.batch(), inspect.signature(model.base_model.forward).parameters
+    if "input_ids" in inputs and "position_ids" in base:
+        inputs["position_ids"] = torch.arange(7).flip(0).expand(3, -1) + 2
+    names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
+    by_position = [inputs.get(name) for name in names[: 1 + max(names.index(name) for name in inputs)]]
+    with torch.no_grad():
+        assert torch.equal(model(*by_position).logits, model(**inputs).logits)
 
 
 def test_boxes_reach_layoutlm(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
-from qtuning_fast.model.pretrained import config_of_task, named_forward
+from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 
 Batch = dict[str, Tensor]
 
@@ -59,17 +59,25 @@ def test_a_module_around_it_leaves_them_out_likewise(model: QTuningModel) -> Non
     around.load_state_dict(state)
 
 
-def test_forward_names_what_the_base_model_takes_behind_its_own() -> None:
-    class Inner(nn.Module):
-        def forward(self, input_ids: Tensor, boxes: Tensor, *args: Any, scale: float = 1.0, **kwargs: Any) -> None: ...
+class Inner(nn.Module):
+    def forward(self, input_ids: Tensor, boxes: Tensor, *args: Any, scale: float = 1.0, **kwargs: Any) -> None: ...
 
-    class Outer(nn.Module):
-        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            return input_ids, labels, kwargs
 
-    forward = named_forward(Outer(), Inner())
-    assert list(inspect.signature(forward).parameters) == ["input_ids", "labels", "boxes", "scale", "kwargs"]
-    assert forward(1, 2, boxes=3) == (1, 2, {"boxes": 3})
+class Outer(PretrainedInterface):
+    def forward(self, labels: Tensor | None = None, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return input_ids, labels, kwargs
+
+
+def test_forward_takes_the_base_models_inputs_in_their_order_and_then_its_own() -> None:
+    outer = Outer()
+    outer.name_inputs(Inner())
+    assert list(inspect.signature(outer.forward).parameters) == ["input_ids", "boxes", "scale", "labels", "kwargs"]
+    assert outer(1, 2, labels=3) == (1, 3, {"boxes": 2})
+    assert outer(1, labels=3, other=4) == (1, 3, {"other": 4})
+    with pytest.raises(TypeError, match="2 inputs by position, but 3 were given"):
+        outer(1, 2, 3)
+    with pytest.raises(TypeError, match="got boxes by position and by name"):
+        outer(1, 2, boxes=3)
 
 
 def test_forward_is_pickled_and_copied_with_its_model(model: QTuningModel, batch: Batch) -> None:
