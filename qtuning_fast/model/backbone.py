@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import PrefixInjector, input_device
+from qtuning_fast.method.labels import IGNORED, checked_tokens, token_loss
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
 
@@ -112,9 +113,32 @@ class Backbone:
         """Return the base model's own output, from its own head."""
         return self.model(**inputs, **({} if labels is None else {"labels": labels}))
 
-    def compute_under_a_task(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
-        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice."""
-        return self.compute(({"use_cache": False} if self.injector.checkpoints else {}) | inputs, labels)
+    def compute_under_a_task(
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items: Tensor | int | None = None
+    ) -> Any:
+        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice.
+
+        Args:
+            inputs: those of the base model.
+            labels: `[B, N]` token ids, or -100.
+            num_items: see `qtuning_fast.method.labels.label_loss`.
+
+        Raises:
+            TypeError, ValueError: the labels are invalid.
+        """
+        inputs = ({"use_cache": False} if self.injector.checkpoints else {}) | inputs
+        if labels is None:
+            return self.compute(inputs, None)
+        tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
+        shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
+        labels = checked_tokens(labels, self.model.config.get_text_config().vocab_size, shape)
+        output = self.compute(inputs, labels)
+        output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
+        return output
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Return whether each token label counts in the loss; a decoder predicts no first token."""
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`."""

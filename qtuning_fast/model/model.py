@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.labels import SINGLE, check_labels, counted, label_loss, share_of_items
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.model.active_task import ActiveTask
@@ -167,24 +167,43 @@ class QTuningModel(nn.Module):
         """Return the classes of a finished task."""
         return self._tasks.label_names(name)
 
+    def problem_type(self, name: str) -> str:
+        """Return what labels of a finished task mean; see `start_task`."""
+        self._tasks.check(name)
+        return self._tasks.labelled(name)[0]
+
     # Tasks
 
-    def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
+    def start_task(
+        self,
+        name: str,
+        num_labels: int | None = None,
+        *,
+        label_names: Sequence[str] | None = None,
+        problem_type: str = SINGLE,
+    ) -> None:
         """Make room in the queue and start a new prompt and head; the model then computes under the new task.
 
         Args:
             name: name of the new task.
             num_labels: number of classes, at least two; optional with `label_names`. Language modelling tasks need
-                neither.
-            label_names: one name a class.
+                neither. With `problem_type="regression"`, the number of outputs, 1 if not given.
+            label_names: one name a class, or an output.
+            problem_type: what labels of the task's head mean, in the words of transformers:
+                `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
 
         Raises:
-            TypeError, ValueError: the name is taken or the labels are invalid.
+            TypeError, ValueError: the name is taken, or the labels or the problem type are invalid.
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
         self.learning.check_idle()
-        labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
+        labels = checked_labels(name, num_labels, label_names, required=self.has_heads, problem_type=problem_type)
+        if problem_type != SINGLE and not self.has_heads:
+            task_type = self.qtuning_config.task_type
+            raise ValueError(
+                f"problem_type is {problem_type!r}, but task_type={task_type!r} has no heads; leave it out"
+            )
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
         with self._active.kept():
@@ -192,7 +211,7 @@ class QTuningModel(nn.Module):
                 self.backbone.check_gradient(self.layer_indices)
             finally:
                 self.train(self.training)
-        self.learning.start(name, labels, self.device, retains=self._may_retain)
+        self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
         synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.set_task(name)
 
@@ -309,18 +328,20 @@ class QTuningModel(nn.Module):
             input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, E]`, or `pixel_values`.
             attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
             token_type_ids, position_ids, decoder_input_ids, decoder_attention_mask: as the base model takes them.
-            labels: `[B]` class indices; for language modelling token ids, as the base model takes them.
+            labels: `[B]` class indices, or those of the task's problem type (`qtuning_fast.method.labels`); for
+                language modelling token ids, as the base model takes them. -100 leaves out a label.
             task_names: one finished task for each sample, which uses that task's adapter.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
-            **kwargs: for the base model.
+            **kwargs: for the base model. `num_items_in_batch` divides the sum of the labels' losses, and weights
+                memory retention by this batch's share of the items, so that losses add up over batches.
 
         Returns:
             `QTuningOutput` for classification, otherwise the base model's output. If memory retention applies, its
             `retention_loss` is set and included in `loss`.
 
         Raises:
-            ValueError: attention weights are requested, or `task_names` is invalid.
+            TypeError, ValueError: attention weights are requested, or `task_names` or `labels` are invalid.
         """
         named = {
             "input_ids": input_ids,
@@ -333,32 +354,64 @@ class QTuningModel(nn.Module):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
+        num_items = inputs.pop("num_items_in_batch", None)
         task = self._active.name
         self.backbone.check_inputs(inputs, under_a_task=task is not None or task_names is not None)
         if task_names is not None:
             with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._compute(inputs, labels, mixed)
+                return self._compute(inputs, labels, num_items, mixed)
         if task is None:
-            return self.backbone.compute(inputs, labels)
+            counted_items = {} if num_items is None else {"num_items_in_batch": num_items}
+            return self.backbone.compute(inputs | counted_items, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
         if labels is not None and self.training and task == self.learning.task and self.retains_memory:
-            return self._compute_retaining(inputs, labels, retention_features)
+            return self._compute_retaining(inputs, labels, retention_features, num_items)
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step
-        return self._compute(inputs, labels)
+        return self._compute(inputs, labels, num_items)
 
-    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
+    def _compute(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items: Tensor | int | None = None,
+        mixed: MixedBatch | None = None,
+    ) -> Any:
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
-            return self.backbone.compute_under_a_task(inputs, labels)
+            return self.backbone.compute_under_a_task(inputs, labels, num_items)
         features = self.encode(inputs)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
-        if mixed is not None and labels is not None:
-            mixed.check_labels(labels)
-        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
+        loss = None if labels is None else self._loss(logits, labels, num_items, mixed)
+        return QTuningOutput(loss=loss, logits=logits)
 
-    def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
+    def _loss(
+        self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None, mixed: MixedBatch | None = None
+    ) -> Tensor:
+        """Return the loss of the heads' logits, once the labels have been checked."""
+        problem_type, tasks, outputs = self._labelled(mixed)
+        check_labels(labels, problem_type, tasks, outputs, len(logits))
+        return label_loss(logits, labels, problem_type, num_items)
+
+    def _labelled(self, mixed: MixedBatch | None = None) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+        """Return the problem type, and each sample's task and number of outputs, or those of the only task."""
+        if mixed is not None:
+            return mixed.problem_type, mixed.names, mixed.classes
+        task = self._active.name
+        assert task is not None
+        if task == self.learning.task:
+            return self.learning.problem_type, (task,), (len(self.learning.label_names),)
+        problem_type, outputs = self._tasks.labelled(task)
+        return problem_type, (task,), (outputs,)
+
+    def _compute_retaining(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        retention_features: Tensor | None,
+        num_items: Tensor | int | None = None,
+    ) -> Any:
         """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
         injector, batch = self.backbone.injector, batch_size(inputs)
         if retention_features is None:
@@ -369,17 +422,25 @@ class QTuningModel(nn.Module):
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
                 features, shared_features = self.encode(twice(inputs)).chunk(2)
             logits = self._logits(features)
-            output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
+            output: Any = QTuningOutput(loss=self._loss(logits, labels, num_items), logits=logits)
         else:
             index = torch.ones(batch, dtype=torch.long, device=self.device)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
                 shared_features = self.backbone.read(inputs)
             self._active.place()
-            output = self._compute(inputs, labels)
+            output = self._compute(inputs, labels, num_items)
         if len(shared_features) > 1:  # a batch of one has no product pairs
             retention = self.learning.retention_loss(shared_features, retention_features)
-            output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
+            weight: Tensor | float = self.qtuning_config.retention_weight
+            if num_items is not None:  # summed over the batches of a step, the shares are 1
+                counts = (
+                    counted(output.logits, labels, self._labelled()[0])
+                    if self.has_heads
+                    else self.backbone.counted(labels)
+                )
+                weight = weight * share_of_items(counts, num_items).to(retention.device)
+            output["loss"] = output.loss + weight * retention
             output["retention_loss"] = retention
         return output
 
