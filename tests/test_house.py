@@ -18,7 +18,6 @@ READING_SIGNATURES = {
     "attention/api.py": "its own function's, to bind arguments",
     "attention/composed/vendors/packages.py": "an interface of flash-attn 4, which needs its GPU",
     "integrations/transformers/positions.py": "a stack's, to read a call's positional arguments; nothing is decided",
-    "model/backbone.py": "the base model's, by Trainer's own rule for num_items_in_batch",
     "model/pretrained.py": "the base model's, which Trainer reads to choose a dataset's columns",
 }
 # What has no test file of its name, and why. (A module that only imports needs none.)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import PrefixInjector, input_device
+from qtuning_fast.method.labels import IGNORED, checked_tokens, token_loss
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
 
@@ -71,14 +70,6 @@ class Backbone:
         """The length of an embedding in front of the input."""
         return self.hidden_size if self.vocabulary is None else self.vocabulary.embedding_dim
 
-    @cached_property
-    def takes_loss_kwargs(self) -> bool:
-        """Whether the model's loss takes `num_items_in_batch`, by the rule of transformers' Trainer."""
-        if hasattr(self.model, "accepts_loss_kwargs"):
-            return bool(self.model.accepts_loss_kwargs)
-        parameters = inspect.signature(self.model.forward).parameters.values()
-        return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-
     @property
     def fingerprint(self) -> str:
         """Return the hash that identifies this base model (`qtuning_fast.model.fingerprint`)."""
@@ -127,21 +118,36 @@ class Backbone:
         theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
         return self.encode(theirs, pad_token_id)[0]
 
-    def compute(
-        self, inputs: dict[str, Any], labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
-    ) -> Any:
-        """Return the base model's own output, from its own head; the loss is averaged over this number of labels."""
-        for_loss = {} if labels is None else {"labels": labels}
-        if num_items_in_batch is not None and self.takes_loss_kwargs:
-            for_loss["num_items_in_batch"] = num_items_in_batch
-        return self.model(**inputs, **for_loss)
+    def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
+        """Return the base model's own output, from its own head."""
+        return self.model(**inputs, **({} if labels is None else {"labels": labels}))
 
     def compute_under_a_task(
-        self, inputs: dict[str, Any], labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items: Tensor | int | None = None
     ) -> Any:
-        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice."""
-        without_cache = {"use_cache": False} if self.injector.checkpoints else {}
-        return self.compute(without_cache | inputs, labels, num_items_in_batch)
+        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice.
+
+        Args:
+            inputs: those of the base model.
+            labels: `[B, N]` token ids, or -100.
+            num_items: see `qtuning_fast.method.labels.label_loss`.
+
+        Raises:
+            TypeError, ValueError: the labels are invalid.
+        """
+        inputs = ({"use_cache": False} if self.injector.checkpoints else {}) | inputs
+        if labels is None:
+            return self.compute(inputs, None)
+        tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
+        shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
+        labels = checked_tokens(labels, self.model.config.get_text_config().vocab_size, shape)
+        output = self.compute(inputs, labels)
+        output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
+        return output
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Return whether each token label counts in the loss; a decoder predicts no first token."""
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.retention import Discriminator, retention_loss
 from qtuning_fast.model.stale_optimizers import watch
 from qtuning_fast.model.training_prefix import TrainingPrefix
@@ -23,7 +24,7 @@ class Learning(nn.Module):
 
     Attributes:
         task: name of the task in training, or None between tasks.
-        label_names: its classes.
+        label_names, problem_type: the labels of the task in training, and what they mean.
         last_learned: the task learned last.
     """
 
@@ -40,6 +41,7 @@ class Learning(nn.Module):
         self._hidden_size = hidden_size
         self._has_heads = has_heads
         self.label_names: tuple[str, ...] = ()
+        self.problem_type = SINGLE
         self.task: str | None = None
         self.last_learned: str | None = None
 
@@ -48,7 +50,15 @@ class Learning(nn.Module):
         if self.task is not None:
             raise RuntimeError(f"task {self.task!r} is in training; call finish_task first")
 
-    def start(self, name: str, label_names: tuple[str, ...], device: torch.device, *, retains: bool) -> None:
+    def start(
+        self,
+        name: str,
+        label_names: tuple[str, ...],
+        device: torch.device,
+        *,
+        retains: bool,
+        problem_type: str = SINGLE,
+    ) -> None:
         """Make room in the queue and start a new prompt and head.
 
         Args:
@@ -60,7 +70,7 @@ class Learning(nn.Module):
         if self.discriminator is not None:
             self.discriminator.to(device).requires_grad_(True)
         self.head = nn.Linear(self._hidden_size, len(label_names)).to(device) if self._has_heads else None
-        self.task, self.label_names = name, label_names
+        self.task, self.label_names, self.problem_type = name, label_names, problem_type
 
     def finish(self) -> TaskAdapter:
         """Fold the trained prompt into an adapter, and free what only training needed.
@@ -71,7 +81,7 @@ class Learning(nn.Module):
         if self.task is None:
             raise RuntimeError("no task is in training; call start_task first")
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        adapter = self.prefix.finish_task(self.task, self.label_names, self.head)
+        adapter = self.prefix.finish_task(self.task, self.label_names, self.head, problem_type=self.problem_type)
         self.last_learned, self.task = self.task, None
         self.head = None
         kept = {id(parameter) for parameter in self.parameters()}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.labels import SINGLE, check_labels, counted, label_loss, share_of_items
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.model.active_task import ActiveTask
@@ -166,41 +166,58 @@ class QTuningModel(PretrainedInterface):
         """Return the classes of a finished task."""
         return self._tasks.label_names(name)
 
+    def problem_type(self, name: str) -> str:
+        """Return what labels of a finished task mean; see `start_task`."""
+        self._tasks.check(name)
+        return self._tasks.labelled(name)[0]
+
     @property
     def config(self) -> PreTrainedConfig:
         """The base model's config; for a task with a head a copy of it with the task's classes."""
         base, task = self.base_model.config, self.active_task
         if not self.has_heads or task is None:
             return base
-        names = self.learning.label_names if task == self.learning.task else self._tasks.label_names(task)
+        if task == self.learning.task:
+            names, problem_type = self.learning.label_names, self.learning.problem_type
+        else:
+            names, problem_type = self.label_names(task), self.problem_type(task)
         config = self._task_configs.get(task)
-        if config is None or tuple(config.id2label.values()) != names:
-            config = self._task_configs[task] = config_of_task(base, names, "single_label_classification")
+        if config is None or (tuple(config.id2label.values()), config.problem_type) != (names, problem_type):
+            config = self._task_configs[task] = config_of_task(base, names, problem_type)
         return config
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether `forward` takes `num_items_in_batch`; Trainer asks, for exact gradient accumulation."""
-        return self.has_heads or self.backbone.takes_loss_kwargs
 
     # Tasks
 
-    def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
+    def start_task(
+        self,
+        name: str,
+        num_labels: int | None = None,
+        *,
+        label_names: Sequence[str] | None = None,
+        problem_type: str = SINGLE,
+    ) -> None:
         """Make room in the queue and start a new prompt and head; the model then computes under the new task.
 
         Args:
             name: name of the new task.
             num_labels: number of classes, at least two; optional with `label_names`. Language modelling tasks need
-                neither.
-            label_names: one name a class.
+                neither. With `problem_type="regression"`, the number of outputs, 1 if not given.
+            label_names: one name a class, or an output.
+            problem_type: what labels of the task's head mean, in the words of transformers:
+                `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
 
         Raises:
-            TypeError, ValueError: the name is taken or the labels are invalid.
+            TypeError, ValueError: the name is taken, or the labels or the problem type are invalid.
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
         self.learning.check_idle()
-        labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
+        labels = checked_labels(name, num_labels, label_names, required=self.has_heads, problem_type=problem_type)
+        if problem_type != SINGLE and not self.has_heads:
+            task_type = self.qtuning_config.task_type
+            raise ValueError(
+                f"problem_type is {problem_type!r}, but task_type={task_type!r} has no heads; leave it out"
+            )
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
         with self._active.kept():
@@ -208,7 +225,7 @@ class QTuningModel(PretrainedInterface):
                 self.backbone.check_gradient(self.layer_indices)
             finally:
                 self.train(self.training)
-        self.learning.start(name, labels, self.device, retains=self._may_retain)
+        self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
         synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
         self.set_task(name)
 
@@ -326,12 +343,13 @@ class QTuningModel(PretrainedInterface):
             input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, E]`, or `pixel_values`.
             attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
             token_type_ids, position_ids, decoder_input_ids, decoder_attention_mask: as the base model takes them.
-            labels: `[B]` class indices; for language modelling token ids, as the base model takes them.
+            labels: `[B]` class indices, or those of the task's problem type (`qtuning_fast.method.labels`); for
+                language modelling token ids, as the base model takes them. -100 leaves out a label.
             task_names: one finished task for each sample, which uses that task's adapter.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
-            num_items_in_batch: the number of labels over which the loss is averaged, if not this batch's own: Trainer's
-                count over all batches of a step.
+            num_items_in_batch: divides the sum of the labels' losses, and weights memory retention by this batch's
+                share of the items, so that losses add up over the batches of a step; None: the batch's own number.
             **kwargs: for the base model.
 
         Returns:
@@ -339,7 +357,7 @@ class QTuningModel(PretrainedInterface):
             `retention_loss` is set and included in `loss`.
 
         Raises:
-            ValueError: attention weights are requested, or `task_names` is invalid.
+            TypeError, ValueError: attention weights are requested, or `task_names` or `labels` are invalid.
         """
         named = {
             "input_ids": input_ids,
@@ -358,12 +376,12 @@ class QTuningModel(PretrainedInterface):
             with self.using(task_names, batch_size(inputs)) as mixed:
                 return self._compute(inputs, labels, num_items_in_batch, mixed)
         if task is None:
-            return self.backbone.compute(inputs, labels, num_items_in_batch)
+            return self.backbone.compute(inputs, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
         if self.training and task == self.learning.task and self.retains_memory:
             if labels is not None:
-                return self._compute_retaining(inputs, labels, num_items_in_batch, retention_features)
+                return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
             _warn_of_no_retention()
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step
@@ -373,25 +391,42 @@ class QTuningModel(PretrainedInterface):
         self,
         inputs: dict[str, Any],
         labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
+        num_items: Tensor | int | None = None,
         mixed: MixedBatch | None = None,
     ) -> Any:
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
-            return self.backbone.compute_under_a_task(inputs, labels, num_items_in_batch)
+            return self.backbone.compute_under_a_task(inputs, labels, num_items)
         features, states = self.backbone.encode(inputs, self._pad_token_id)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
-        if mixed is not None and labels is not None:
-            mixed.check_labels(labels)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else self._loss(logits, labels, num_items, mixed)
         return QTuningOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None, mixed: MixedBatch | None = None
+    ) -> Tensor:
+        """Return the loss of the heads' logits, once the labels have been checked."""
+        problem_type, tasks, outputs = self._labelled(mixed)
+        check_labels(labels, problem_type, tasks, outputs, len(logits))
+        return label_loss(logits, labels, problem_type, num_items)
+
+    def _labelled(self, mixed: MixedBatch | None = None) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+        """Return the problem type, and each sample's task and number of outputs, or those of the only task."""
+        if mixed is not None:
+            return mixed.problem_type, mixed.names, mixed.classes
+        task = self._active.name
+        assert task is not None
+        if task == self.learning.task:
+            return self.learning.problem_type, (task,), (len(self.learning.label_names),)
+        problem_type, outputs = self._tasks.labelled(task)
+        return problem_type, (task,), (outputs,)
 
     def _compute_retaining(
         self,
         inputs: dict[str, Any],
         labels: Tensor,
-        num_items_in_batch: Tensor | int | None,
         retention_features: Tensor | None,
+        num_items: Tensor | int | None = None,
     ) -> Any:
         """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
         injector, batch = self.backbone.injector, batch_size(inputs)
@@ -404,8 +439,8 @@ class QTuningModel(PretrainedInterface):
                 both, states = self.backbone.encode(twice(inputs), self._pad_token_id)
             features, shared_features = both.chunk(2)
             logits = self._logits(features)
-            loss = F.cross_entropy(logits.float(), labels)
             states = None if states is None else tuple(each[:batch] for each in states)
+            loss = self._loss(logits, labels, num_items)
             output: Any = QTuningOutput(loss=loss, logits=logits, hidden_states=states)
         else:
             index = torch.ones(batch, dtype=torch.long, device=self.device)
@@ -413,18 +448,20 @@ class QTuningModel(PretrainedInterface):
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
                 shared_features = self.backbone.read(inputs, self._pad_token_id)
             self._active.place()
-            output = self._compute(inputs, labels, num_items_in_batch)
+            output = self._compute(inputs, labels, num_items)
         if len(shared_features) > 1:  # a batch of one has no product pairs
             retention = self.learning.retention_loss(shared_features, retention_features)
-            share = 1.0 if num_items_in_batch is None else self._items(labels) / num_items_in_batch
-            output["loss"] = output.loss + self.qtuning_config.retention_weight * share * retention
+            weight: Tensor | float = self.qtuning_config.retention_weight
+            if num_items is not None:  # summed over the batches of a step, the shares are 1
+                counts = (
+                    counted(output.logits, labels, self._labelled()[0])
+                    if self.has_heads
+                    else self.backbone.counted(labels)
+                )
+                weight = weight * share_of_items(counts, num_items).to(retention.device)
+            output["loss"] = output.loss + weight * retention
             output["retention_loss"] = retention
         return output
-
-    def _items(self, labels: Tensor) -> Tensor:
-        """Return the number of labels in the loss, as Trainer counts them: none for a causal model's first token."""
-        counted = labels[..., 1:] if self.qtuning_config.task_type == "causal-lm" else labels
-        return (counted != -100).sum()
 
     def _logits(self, features: Tensor) -> Tensor:
         task = self._active.name

@@ -35,6 +35,7 @@ class PretrainedInterface(nn.Module):
 
     base_model: PreTrainedModel
 
+    accepts_loss_kwargs = True  # Trainer then gives `num_items_in_batch`, for exact gradient accumulation
     _keys_to_ignore_on_save: Sequence[str] | None = None  # Trainer reads it; `state_dict` leaves them out itself
 
     dtype = _OfTheBase()
