@@ -35,8 +35,9 @@ class DataOptions:
     label_column: str = setting("label", "Column of the labels in your own data.", "All tasks have the same.")
     problem_types: tuple[str, ...] = setting(
         (),
-        f"What labels of your own data are: {', '.join(PROBLEM_TYPES[:-1])} or {PROBLEM_TYPES[-1]}.",
-        f"`name={PROBLEM_TYPES[-1]}` sets it for one task; repeat. The default is {SINGLE}.",
+        f"Type of your own labels, or name=type for one task: {', '.join(PROBLEM_TYPES[:-1])} or {PROBLEM_TYPES[-1]}. "
+        "Repeat.",
+        f"The default is {SINGLE}.",
     )
 
     def load(self) -> list[Task]:
