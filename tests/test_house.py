@@ -18,6 +18,7 @@ READING_SIGNATURES = {
     "attention/api.py": "its own function's, to bind arguments",
     "attention/composed/vendors/packages.py": "an interface of flash-attn 4, which needs its GPU",
     "integrations/transformers/positions.py": "a stack's, to read a call's positional arguments; nothing is decided",
+    "model/pretrained.py": "the base model's, which Trainer reads to choose a dataset's columns",
 }
 # What has no test file of its name, and why. (A module that only imports needs none.)
 WITHOUT_TESTS = {

@@ -14,6 +14,8 @@ from qtuning_fast.method.labels import IGNORED, checked_tokens, token_loss
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
 
+HiddenStates = tuple[Tensor, ...] | None
+
 _CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # its names in image models
 
 
@@ -87,27 +89,34 @@ class Backbone:
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
 
-    def encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Return pooled features `[B, hidden]` of the inputs.
+    def encode(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> tuple[Tensor, HiddenStates]:
+        """Return pooled features `[B, hidden]` of the inputs, and all hidden states if they are requested.
 
-        They are the mean over the tokens; in a causal model the last token, in an image model the class token, if any.
+        The features are the mean over the tokens; in a causal model the last token, in an image model the class token,
+        if any. Without a mask, a causal model's last token is the last that is not padding, as transformers has it.
 
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
         encoder, causal = self.encoder, self.injector.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
-        hidden = output.last_hidden_state[:, self.injector.prompt_tokens :]
+        rows = self.injector.prompt_tokens
+        hidden = output.last_hidden_state[:, rows:]
         image = encoder.main_input_name == "pixel_values"
         if image and len(hidden) != len(inputs["pixel_values"]):
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
-        return pool(hidden, inputs.get("attention_mask"))
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if causal and mask is None and ids is not None and pad_token_id is not None:
+            mask = ids != pad_token_id
+        states = output.get("hidden_states")
+        return pool(hidden, mask), None if states is None else tuple(each[:, rows:] for each in states)
 
-    def read(self, inputs: dict[str, Any]) -> Tensor:
-        """Call `encode` with those of the inputs that the encoder takes."""
-        return self.encode({k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))})
+    def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
+        """Return the features of those of the inputs that the encoder takes."""
+        theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
+        return self.encode(theirs, pad_token_id)[0]
 
     def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
         """Return the base model's own output, from its own head."""
@@ -155,6 +164,8 @@ class Backbone:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
+        if hasattr(self.vocabulary, "neftune_noise_alpha"):  # the noise of NEFTune is added in training mode only
+            self.vocabulary.training = training
 
     def check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""

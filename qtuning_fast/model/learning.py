@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.retention import Discriminator, retention_loss
+from qtuning_fast.model.stale_optimizers import watch
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
 
@@ -79,12 +80,23 @@ class Learning(nn.Module):
         """
         if self.task is None:
             raise RuntimeError("no task is in training; call start_task first")
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         adapter = self.prefix.finish_task(self.task, self.label_names, self.head, problem_type=self.problem_type)
         self.last_learned, self.task = self.task, None
         self.head = None
+        kept = {id(parameter) for parameter in self.parameters()}
+        watch((parameter for parameter in trained if id(parameter) not in kept), self.check_optimizer)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
         return adapter
+
+    def check_optimizer(self, held: set[int]) -> None:
+        """Raise a RuntimeError if parameters of the task in training are not among those with these ids."""
+        if self.task is not None and any(id(each) not in held for each in self.parameters() if each.requires_grad):
+            raise RuntimeError(
+                f"the optimizer holds parameters of a finished task but not all of those of task {self.task!r}; make a "
+                "new Trainer, or a new optimizer, after each start_task"
+            )
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features `[B, hidden]` to logits `[B, classes]` by the head in training."""

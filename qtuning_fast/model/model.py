@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
@@ -32,12 +33,13 @@ from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
 from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import QTuningOutput, batch_size, twice
+from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
 
-class QTuningModel(nn.Module):
+class QTuningModel(PretrainedInterface):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -63,9 +65,6 @@ class QTuningModel(nn.Module):
         NotImplementedError: the model's attention cannot take a prefix; the message says why.
     """
 
-    base_model: PreTrainedModel
-    accepts_loss_kwargs = False  # for transformers.Trainer: forward's **kwargs are for the base model, not the loss
-
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
@@ -73,8 +72,6 @@ class QTuningModel(nn.Module):
         self.qtuning_config = config
         self.backbone = backbone = Backbone(base_model, config.placement)
         self.base_model = backbone.model
-        if hasattr(self.base_model, "hf_device_map"):  # it tells transformers.Trainer not to move the model
-            self.hf_device_map = self.base_model.hf_device_map
         try:
             check_task_type(config.task_type, self.base_model, causal=backbone.injector.is_causal)
             self.layer_indices = chosen_layers(config, backbone.injector.layers)
@@ -89,6 +86,8 @@ class QTuningModel(nn.Module):
         self._tasks = Tasks(backbone, self.layer_indices, config)
         self.register_load_state_dict_pre_hook(rename_version_3)
         self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
+        self._task_configs: dict[str, PreTrainedConfig] = {}
+        self.name_inputs(self._reads_inputs)
 
     # Parts
 
@@ -171,6 +170,21 @@ class QTuningModel(nn.Module):
         """Return what labels of a finished task mean; see `start_task`."""
         self._tasks.check(name)
         return self._tasks.labelled(name)[0]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The base model's config; for a task with a head a copy of it with the task's classes."""
+        base, task = self.base_model.config, self.active_task
+        if not self.has_heads or task is None:
+            return base
+        if task == self.learning.task:
+            names, problem_type = self.learning.label_names, self.learning.problem_type
+        else:
+            names, problem_type = self.label_names(task), self.problem_type(task)
+        config = self._task_configs.get(task)
+        if config is None or (tuple(config.id2label.values()), config.problem_type) != (names, problem_type):
+            config = self._task_configs[task] = config_of_task(base, names, problem_type)
+        return config
 
     # Tasks
 
@@ -320,6 +334,7 @@ class QTuningModel(nn.Module):
         labels: Tensor | None = None,
         task_names: Sequence[str] | None = None,
         retention_features: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits under the active task, or the base model's own output if no task is set.
@@ -333,8 +348,9 @@ class QTuningModel(nn.Module):
             task_names: one finished task for each sample, which uses that task's adapter.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
-            **kwargs: for the base model. `num_items_in_batch` divides the sum of the labels' losses, and weights
-                memory retention by this batch's share of the items, so that losses add up over batches.
+            num_items_in_batch: divides the sum of the labels' losses, and weights memory retention by this batch's
+                share of the items, so that losses add up over the batches of a step; None: the batch's own number.
+            **kwargs: for the base model.
 
         Returns:
             `QTuningOutput` for classification, otherwise the base model's output. If memory retention applies, its
@@ -354,22 +370,22 @@ class QTuningModel(nn.Module):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
-        num_items = inputs.pop("num_items_in_batch", None)
         task = self._active.name
         self.backbone.check_inputs(inputs, under_a_task=task is not None or task_names is not None)
         if task_names is not None:
             with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._compute(inputs, labels, num_items, mixed)
+                return self._compute(inputs, labels, num_items_in_batch, mixed)
         if task is None:
-            counted_items = {} if num_items is None else {"num_items_in_batch": num_items}
-            return self.backbone.compute(inputs | counted_items, labels)
+            return self.backbone.compute(inputs, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
-        if labels is not None and self.training and task == self.learning.task and self.retains_memory:
-            return self._compute_retaining(inputs, labels, retention_features, num_items)
+        if self.training and task == self.learning.task and self.retains_memory:
+            if labels is not None:
+                return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
+            _warn_of_no_retention()
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step
-        return self._compute(inputs, labels, num_items)
+        return self._compute(inputs, labels, num_items_in_batch)
 
     def _compute(
         self,
@@ -381,10 +397,10 @@ class QTuningModel(nn.Module):
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
             return self.backbone.compute_under_a_task(inputs, labels, num_items)
-        features = self.encode(inputs)
+        features, states = self.backbone.encode(inputs, self._pad_token_id)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
         loss = None if labels is None else self._loss(logits, labels, num_items, mixed)
-        return QTuningOutput(loss=loss, logits=logits)
+        return QTuningOutput(loss=loss, logits=logits, hidden_states=states)
 
     def _loss(
         self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None, mixed: MixedBatch | None = None
@@ -420,14 +436,17 @@ class QTuningModel(nn.Module):
             index = torch.arange(2, device=self.device).repeat_interleave(batch)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                features, shared_features = self.encode(twice(inputs)).chunk(2)
+                both, states = self.backbone.encode(twice(inputs), self._pad_token_id)
+            features, shared_features = both.chunk(2)
             logits = self._logits(features)
-            output: Any = QTuningOutput(loss=self._loss(logits, labels, num_items), logits=logits)
+            states = None if states is None else tuple(each[:batch] for each in states)
+            loss = self._loss(logits, labels, num_items)
+            output: Any = QTuningOutput(loss=loss, logits=logits, hidden_states=states)
         else:
             index = torch.ones(batch, dtype=torch.long, device=self.device)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                shared_features = self.backbone.read(inputs)
+                shared_features = self.backbone.read(inputs, self._pad_token_id)
             self._active.place()
             output = self._compute(inputs, labels, num_items)
         if len(shared_features) > 1:  # a batch of one has no product pairs
@@ -460,7 +479,12 @@ class QTuningModel(nn.Module):
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
-        return self.backbone.encode(inputs)
+        return self.backbone.encode(inputs, self._pad_token_id)[0]
+
+    @property
+    def _pad_token_id(self) -> int | None:
+        config = self._task_configs.get(self._active.name or "", self.base_model.config)
+        return getattr(config, "pad_token_id", None)
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
@@ -470,7 +494,7 @@ class QTuningModel(nn.Module):
         """
         with self._active.kept():
             self.set_task(task)
-            return self.backbone.read(inputs)
+            return self.backbone.read(inputs, self._pad_token_id)
 
     def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate` under the active task, or under a finished task for each sample.
@@ -531,6 +555,11 @@ class QTuningModel(nn.Module):
         self.base_model.gradient_checkpointing_enable(*args, **kwargs)
         self.train(self.training)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
+        self.base_model.activation_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
     def gradient_checkpointing_disable(self) -> None:
         """Call the base model's method."""
         self.base_model.gradient_checkpointing_disable()
@@ -563,6 +592,15 @@ class QTuningModel(nn.Module):
         if self._active.name is not None:
             self._active.place()
         return self
+
+    @property
+    def _reads_inputs(self) -> PreTrainedModel:
+        """The part of the base model that `forward` hands its inputs to."""
+        return self.backbone.encoder if self.has_heads else self.base_model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.name_inputs(self._reads_inputs)  # a pickle holds no functions
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
         # Hooks on the base model and prefixes on its layers belong to this model: the copy gets its own.
@@ -652,3 +690,12 @@ class QTuningModel(nn.Module):
                 "fully_shard was called with the QTuningModel; call it with the base model before attaching, because "
                 "prompts change from task to task and cannot be sharded"
             )
+
+
+def _warn_of_no_retention() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            "forward was called in training mode without labels, so memory retention is left out; label smoothing "
+            "and losses of your own do not add it: set retention_weight=0 if that is meant",
+            stacklevel=3,
+        )

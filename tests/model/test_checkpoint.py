@@ -208,6 +208,7 @@ def test_a_state_dict_of_the_format_before_loads_into_the_model(base: BertModel,
     before = {
         re.sub(r"^learning\.(prefix\.)?", lambda m: "live." if m[1] else "", name): x for name, x in state.items()
     }
+    before |= {f"base_model.{name}": x for name, x in model.base_model.state_dict().items()}
     assert {name.partition(".")[0] for name in before} == {"base_model", "live", "discriminator", "head"}
     with torch.no_grad():
         for parameter in model.parameters():
