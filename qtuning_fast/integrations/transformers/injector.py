@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.attention.arguments import PrefixArguments
-from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
+from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointable_layers, leave_prefixes
 from qtuning_fast.integrations.transformers.interface import NAME, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
@@ -63,6 +63,7 @@ class PrefixInjector:
         self._prompt: Prompt | None = None  # the prompt in front of the sequence
         self._shift: Shift | None = None  # the current shift of the position ids
         self.layers: list[AttentionLayer] = []
+        self._checkpointable = checkpointable_layers(base_model)
         # By module and name, because accelerate replaces the parameters that it moves.
         self._required_grad = [
             (module, name, parameter.requires_grad)
@@ -141,7 +142,7 @@ class PrefixInjector:
     @property
     def checkpoints(self) -> bool:
         """Whether layers currently checkpoint their activations."""
-        return any(layer.training for layer in checkpointing_layers(self._base_model))
+        return any(layer.training and layer.gradient_checkpointing for layer in self._checkpointable)
 
     @property
     def prompt_tokens(self) -> int:
@@ -218,14 +219,12 @@ class PrefixInjector:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self._base_model.eval()
-        carry_prefixes(self._base_model)
-        for layer in checkpointing_layers(self._base_model):  # they checkpoint only in training mode
-            layer.training = training
+        carry_prefixes(self._checkpointable, training=training)
 
     def detach(self) -> None:
         """Restore the base model; another QTuningModel can be attached afterwards."""
         self.restore()
-        leave_prefixes(self._base_model)
+        leave_prefixes(self._checkpointable)
         self._base_model.__dict__.pop(_ATTACHED, None)
         for module, name, required in self._required_grad:
             parameter = module._parameters.get(name)  # getattr would also find former parameters
@@ -294,7 +293,7 @@ class PrefixInjector:
                 "prefix_value": value if bank else value.squeeze(0),
             }
 
-        checkpointing = [layer for layer in checkpointing_layers(self.model) if layer.training]
+        checkpointing = [layer for layer in self._checkpointable if layer.training]
         for layer in checkpointing:
             layer.training = False  # few tokens need no checkpoint, which would hide the keys and values in it
         try:
