@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtuning_fast.integrations.transformers.layers import configs_of
+from qtuning_fast.integrations.transformers.lock import ComputeLock
 from qtuning_fast.method.prefix import place, placed
 
 _FUNCTION = "_gradient_checkpointing_func"
@@ -36,16 +38,17 @@ def checkpointable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def carry_prefixes(layers: Iterable[GradientCheckpointingLayer], *, training: bool) -> None:
+def carry_prefixes(layers: Iterable[GradientCheckpointingLayer], lock: ComputeLock, *, training: bool) -> None:
     """Make checkpoints of these layers take prefixes as inputs.
 
     Args:
+        lock: held while a layer is computed again.
         training: whether layers with checkpointing enabled are in training mode, in which alone they checkpoint.
     """
     for layer in layers:
         checkpoints = layer.gradient_checkpointing
         if checkpoints and type(getattr(layer, _FUNCTION)) is not _Carrying:
-            setattr(layer, _FUNCTION, _Carrying(layer, getattr(layer, _FUNCTION)))
+            setattr(layer, _FUNCTION, _Carrying(layer, getattr(layer, _FUNCTION), lock))
             if not hasattr(layer, _HOOKS):
                 hooks = layer.register_forward_pre_hook(_pause), layer.register_forward_hook(_resume, always_call=True)
                 setattr(layer, _HOOKS, hooks)
@@ -68,21 +71,28 @@ class _Carrying:
     Args:
         layer: the layer.
         checkpoint: the function in whose place this one stands.
+        lock: held while the layer is computed again.
     """
 
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any], lock: ComputeLock) -> None:
         self.layer = layer
         self.checkpoint = checkpoint
+        self.lock = lock
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        layer = self.layer
+        layer, lock, thread = self.layer, self.lock, get_ident()
         attention = [(config, config._attn_implementation) for config in configs_of(layer)]
         modules = [module for module in layer.modules() if placed(module) is not None]
         leaves, structure = tree_flatten([placed(module) for module in modules])
 
         def run(*inputs: Any) -> Any:
             prefixes = tree_unflatten(inputs[: len(leaves)], structure)
-            with _attending_by(attention), _in_place(modules, prefixes), _in_eval_mode(layer):
+            with (
+                lock.recomputing_for(thread),
+                _attending_by(attention),
+                _in_place(modules, prefixes),
+                _in_eval_mode(layer),
+            ):
                 return function(*inputs[len(leaves) :])
 
         return self.checkpoint(run, *leaves, *args, **kwargs)

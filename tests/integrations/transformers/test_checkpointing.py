@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtuning_fast.integrations.transformers import PrefixInjector
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointable_layers, leave_prefixes
+from qtuning_fast.integrations.transformers.lock import ComputeLock
 from qtuning_fast.method.prefix import Prefix
 
 NAMES = ["BERT", "Llama"]
@@ -61,7 +62,7 @@ def test_leaving_gives_back_the_functions_and_takes_the_hooks(base: Any) -> None
     before = [layer._gradient_checkpointing_func for layer in layers]
     assert layers
     for _ in range(2):  # the second time nothing is wrapped again
-        carry_prefixes(layers, training=True)
+        carry_prefixes(layers, ComputeLock(), training=True)
     assert all(layer._gradient_checkpointing_func is not old for layer, old in zip(layers, before))
     assert all(len(layer._forward_hooks) == 1 for layer in layers)
     leave_prefixes(layers)
