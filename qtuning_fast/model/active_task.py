@@ -118,10 +118,9 @@ class ActiveTask:
         choice = self._chosen.get()
         if choice is not None:
             return choice.task
-        living = self._living()
-        if not living:
+        found = {_identity(task): task for task in self._tasks_set()}
+        if not found:
             return self._last
-        found = {_identity(choice.task): choice.task for choice in living}
         if len(found) > 1:
             names = ", ".join(sorted(repr(None if task is None else task.name) for task in found.values()))
             raise RuntimeError(_AMBIGUOUS.format(names))
@@ -129,8 +128,7 @@ class ActiveTask:
 
     def is_set_anywhere(self, name: str) -> bool:
         """Return whether a living context has set this task, or a new context would get it."""
-        tasks = [choice.task for choice in self._living()] or [self._last]
-        return any(task is not None and task.name == name for task in tasks)
+        return any(task is not None and task.name == name for task in self._tasks_set() or [self._last])
 
     def set(self, name: str | None, *, live: bool = False, adapter: TaskAdapter | None = None) -> None:
         """Activate a task for the calling context. On an error the previous task stays active."""
@@ -167,6 +165,7 @@ class ActiveTask:
                     yield
             finally:
                 self._chosen.set(choice)
+                del choice  # the traceback of an error would keep it alive
                 self._last, self.current = last, current
                 self._follow_tasks()
 
@@ -176,6 +175,12 @@ class ActiveTask:
         with self._injector.lock, self._injector.keeping():
             self._injector.restore()
             yield self.task
+
+    def _tasks_set(self, *, by_others: bool = False) -> list[SetTask | None]:
+        """Return what each living context has set, perhaps without the calling one."""
+        # No choices themselves: the traceback of an error would keep them alive, as if their contexts still lived.
+        mine = self._chosen.get() if by_others else None
+        return [choice.task for choice in self._living() if choice is not mine]
 
     def _living(self) -> list[_Choice]:
         return [choice for choice in (each() for each in self._choices) if choice is not None]
@@ -277,17 +282,15 @@ class ActiveTask:
         """Raise a RuntimeError if compiled code may run under another context's task, which would be replaced."""
         if self._key not in _COMPILED:
             return
-        mine = self._chosen.get()
-        for choice in self._living():
-            if choice is not mine and _identity(choice.task) != identity:
-                name = "no task" if choice.task is None else f"task {choice.task.name!r}"
-                raise RuntimeError(_COMPILED_FOR.format(name))
+        for task in self._tasks_set(by_others=True):
+            if _identity(task) != identity:
+                raise RuntimeError(_COMPILED_FOR.format("no task" if task is None else f"task {task.name!r}"))
 
     # Direct calls of the base model
 
     def _follow_tasks(self) -> None:
         """Make direct calls of the base model computations too while a task is set."""
-        if self.current is not None or any(choice.task is not None for choice in self._living()):
+        if self.current is not None or any(task is not None for task in self._tasks_set()):
             self._add_hooks()
         elif not self._is_chosen_here:
             self.remove_hooks()
@@ -330,7 +333,7 @@ def _note_compiled(key: str) -> bool:
 
 
 class _DirectCalls:
-    """Hooks that make each direct call of the base model a computation of the calling context."""
+    """Hooks that make each direct call of the base model, or of its encoder, a computation of the calling context."""
 
     def __init__(self, active: ActiveTask) -> None:
         self._active = active

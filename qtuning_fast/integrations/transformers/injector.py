@@ -239,12 +239,15 @@ class PrefixInjector:
             carry_prefixes(self._checkpointable, self.lock, training=True)
 
     def add_hooks(self, before: Callable[..., None], after: Callable[..., None]) -> list[RemovableHandle]:
-        """Add hooks around each call of the base model: the first one, and one that is called after errors too."""
-        base_model = self._base_model
-        return [
-            base_model.register_forward_pre_hook(before, prepend=True),
-            base_model.register_forward_hook(after, always_call=True),
-        ]
+        """Add hooks around each call of the base model, the model below its head, and the encoder.
+
+        The second one is called after an error too. (An encoder-decoder's `generate` calls the encoder directly.)
+        """
+        hooks = []
+        for module in {id(each): each for each in (self._base_model, self.model, self.encoder)}.values():
+            hooks.append(module.register_forward_pre_hook(before, prepend=True))
+            hooks.append(module.register_forward_hook(after, always_call=True))
+        return hooks
 
     def detach(self) -> None:
         """Restore the base model; another QTuningModel can be attached afterwards."""
