@@ -491,6 +491,7 @@ class QTuningModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
         with self.backbone.injector.lock:
+            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
             self.base_model.gradient_checkpointing_enable(*args, **kwargs)
             self.train(self.training)
 
@@ -545,11 +546,16 @@ class QTuningModel(nn.Module):
         with self._active.off_the_layers() as task:
             copy.deepcopy(self._active, memo).remove_hooks()
             state = copy.deepcopy(self.__dict__, memo)
-        return state | {"_task": None if task is None else (task.name, task.is_live)}
+        base_model = state["_modules"]["base_model"]
+        requires = bool(getattr(base_model, "_require_grads_hooks", ()))
+        base_model.disable_input_require_grads()  # this hook of transformers cannot be pickled
+        return state | {"_task": task and (task.name, task.is_live), "_inputs_require_grads": requires}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        task = state.pop("_task")
+        task, requires = state.pop("_task"), state.pop("_inputs_require_grads")
         super().__setstate__(state)
+        if requires:
+            self.base_model.enable_input_require_grads()
         if task is not None:
             self.set_task(task[0], live=task[1])
 
