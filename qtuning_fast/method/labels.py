@@ -136,8 +136,8 @@ def checked_tokens(labels: Tensor, vocabulary: int | None, shape: Sequence[int |
             wrong |= labels >= vocabulary
         if wrong.any():
             raise ValueError(
-                f"labels holds {int(labels[wrong][0])}, but this model has {vocabulary or 'other'} tokens; a label must "
-                f"be a token id from 0 on, or {IGNORED} for none"
+                f"labels holds {int(labels[wrong][0])}, but this model has {vocabulary or 'other'} tokens; a label "
+                f"must be a token id from 0 on, or {IGNORED} for none"
             )
     return labels.long()
 

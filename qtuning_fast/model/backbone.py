@@ -107,7 +107,7 @@ class Backbone:
         rows = self.injector.prompt_tokens
         hidden = output.last_hidden_state[:, rows:]
         image = encoder.main_input_name == "pixel_values"
-        if image and len(hidden) != len(inputs["pixel_values"]):
+        if image and hidden.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool

@@ -135,7 +135,7 @@ def shift_positions(
         if isinstance(past, int):  # a static cache counts on the device, and reading that would wait for it
             positions.check_room(tokens.shape[1] + past, shift.at_most)
         by = shift.by.to(own.device)
-        each = by if len(by) == 1 else for_batch(by, len(tokens))
+        each = by if by.shape[0] == 1 else for_batch(by, tokens.shape[0])
         return (), inputs | {"position_ids": own + each[:, None]}
 
     return stack.register_forward_pre_hook(shifted, with_kwargs=True)
