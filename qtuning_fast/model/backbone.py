@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import PrefixInjector, input_device
+from qtuning_fast.integrations.transformers.packing import are_packed, check_position_ids
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
 
@@ -85,6 +86,7 @@ class Backbone:
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
+        check_position_ids(inputs)
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Return pooled features `[B, hidden]` of the inputs.
@@ -92,8 +94,14 @@ class Backbone:
         They are the mean over the tokens; in a causal model the last token, in an image model the class token, if any.
 
         Raises:
+            ValueError: rows hold several sequences, as their position ids say.
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
+        if are_packed(inputs):
+            raise ValueError(
+                "position_ids start again within a row, as in packed rows, which hold several sequences; a row has one "
+                "feature vector and one label, so give one sequence a row"
+            )
         encoder, causal = self.encoder, self.injector.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
         hidden = output.last_hidden_state[:, self.injector.prompt_tokens :]
@@ -102,7 +110,7 @@ class Backbone:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
-        return pool(hidden, inputs.get("attention_mask"))
+        return pool(hidden, self.injector.mask_of_output(inputs.get("attention_mask")))
 
     def read(self, inputs: dict[str, Any]) -> Tensor:
         """Call `encode` with those of the inputs that the encoder takes."""

@@ -342,7 +342,8 @@ class QTuningModel(nn.Module):
             return self.backbone.compute(inputs, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
-        if labels is not None and self.training and task == self.learning.task and self.retains_memory:
+        retains = labels is not None and self.training and task == self.learning.task and self.retains_memory
+        if retains and batch_size(inputs) > 1:  # a batch of one has no product pairs
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step
@@ -377,10 +378,9 @@ class QTuningModel(nn.Module):
                 shared_features = self.backbone.read(inputs)
             self._active.place()
             output = self._compute(inputs, labels)
-        if len(shared_features) > 1:  # a batch of one has no product pairs
-            retention = self.learning.retention_loss(shared_features, retention_features)
-            output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
-            output["retention_loss"] = retention
+        retention = self.learning.retention_loss(shared_features, retention_features)
+        output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
+        output["retention_loss"] = retention
         return output
 
     def _logits(self, features: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from qtuning_fast.integrations.transformers.layers import (
     without_head,
 )
 from qtuning_fast.integrations.transformers.offload import input_device
-from qtuning_fast.integrations.transformers.positions import Positions, Shift, shift_positions
+from qtuning_fast.integrations.transformers.padding import move_padding_behind, padding_behind
+from qtuning_fast.integrations.transformers.positions import Positions, Shift, give_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
 from qtuning_fast.method.gate import NO_GATE
 from qtuning_fast.method.prefix import PlacedPrefix, Prefix, place
@@ -148,6 +149,17 @@ class PrefixInjector:
         """The number of prompt tokens in front of the sequence."""
         return 0 if self._prompt is None else self._prompt.tokens
 
+    @property
+    def _moves_padding(self) -> bool:
+        """Whether hooks move padding behind the tokens, because the answer would depend on its place."""
+        if self.is_causal or self.encoder.main_input_name != "input_ids":
+            return False
+        return self._placement == "input" or self.positions.follow_the_sequence
+
+    def mask_of_output(self, mask: Tensor | None) -> Tensor | None:
+        """Return a padding mask `[B, N]` of the encoder's input in the order of its output."""
+        return padding_behind(mask) if mask is not None and self._hooks and self._moves_padding else mask
+
     def switch(self) -> None:
         """Switch the layers to `prefix_attention`."""
         if not self._configs:
@@ -171,12 +183,14 @@ class PrefixInjector:
                 )
 
     def _new_hooks(self) -> list[RemovableHandle]:
-        """Add hooks to the encoder; they do nothing without a prompt in front and without a shift."""
+        """Add hooks that prepare the encoder's inputs; they look up the current prompt in front and the current shift."""
         hooks = []
+        if self._moves_padding:
+            hooks += move_padding_behind(self.model, self.encoder)
         if self._placement == "input" and not self.is_causal:
             hooks += put_in_front(self.model, self.encoder, self.positions, lambda: self._prompt)
         if self.positions.are_taken:
-            hooks.append(shift_positions(self.encoder, self.positions, lambda: self._shift))
+            hooks.append(give_positions(self.encoder, self.positions, lambda: self._shift))
         return hooks
 
     def restore(self) -> None:
@@ -287,7 +301,7 @@ class PrefixInjector:
         self._clear()
         found: dict[int, PrefixArguments] = {}
 
-        def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
             bank = embeddings.ndim == 3
             found[id(module)] = {
                 "prefix_key": key if bank else key.squeeze(0),

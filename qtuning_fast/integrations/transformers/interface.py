@@ -27,14 +27,14 @@ Arguments = Mapping[str, Any]
 
 _NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
-Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor, "Tensor | None"], None]
 
 _WATCHER = "qtuning_watcher"  # also an attribute, because torch.compile does not follow context variables
 
 
 @contextmanager
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Within the block, call `watcher(module, query, key, value)` for every call of the attention function."""
+    """Within the block, call `watcher(module, query, key, value, mask)` for every call of the attention function."""
     modules = list(model.modules())
     for module in modules:
         setattr(module, _WATCHER, watcher)
@@ -76,7 +76,7 @@ def attention_forward(
             raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention does not")
     watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
-        watcher(module, query, key, value)
+        watcher(module, query, key, value, attention_mask)
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     options = {
         "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # otherwise the mask includes it

@@ -89,7 +89,7 @@ def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, T
         raise NotImplementedError(f"{kind} cannot take a prefix: {_OWN_ATTENTION[model.config.model_type]}")
     inputs = dummy_inputs(model)
     try:
-        with in_eval_mode(model), watched(model, lambda *call: calls.append(call)):
+        with in_eval_mode(model), watched(model, lambda *call: calls.append(call[:4])):
             model(**inputs)
     except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise NotImplementedError(f"{kind} cannot compute with prefix attention: {error}") from error

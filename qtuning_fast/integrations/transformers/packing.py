@@ -1,0 +1,102 @@
+"""Packed rows: several sequences, one after another, in one row of a batch; their position ids start again.
+
+transformers' `DataCollatorWithFlattening` makes such rows, without a padding mask. Most decoders then keep the sequences
+apart by their position ids, but only while they make no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+
+from qtuning_fast.integrations.transformers.caches import cache_among
+from qtuning_fast.integrations.transformers.interface import watched
+from qtuning_fast.integrations.transformers.layers import dummy_inputs
+
+_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # further names under which collators say where they begin
+
+
+def are_packed(inputs: Mapping[str, Any]) -> bool:
+    """Return whether position ids start again within a row, and no mask says that it is one sequence.
+
+    This reads the position ids, for which an accelerator has to wait. Traced code cannot, and gets False.
+    """
+    if not _may_be_packed(inputs) or torch.compiler.is_compiling():
+        return False
+    positions = inputs["position_ids"]
+    if _of_images(positions):  # the tokens of an image share their time, but time never goes back
+        return bool((positions[0].diff(dim=-1) < 0).any())
+    return find_packed_sequence_indices(positions if positions.ndim == 2 else positions[0]) is not None
+
+
+def _may_be_packed(inputs: Mapping[str, Any]) -> bool:
+    positions = inputs.get("position_ids")
+    return positions is not None and inputs.get("attention_mask") is None and positions.shape[-1] > 1
+
+
+def _of_images(positions: Tensor) -> bool:
+    """Return whether position ids are those of time, height and width, without a further row of text positions."""
+    return positions.ndim == 3 and len(positions) == 3
+
+
+def check_position_ids(inputs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if only other inputs than position ids say where the sequences of a row begin."""
+    for name in _BOUNDARIES:
+        if inputs.get(name) is not None and inputs.get("position_ids") is None:
+            raise ValueError(
+                f"{name} is given without position_ids, which tell packed sequences apart; give both, as "
+                "DataCollatorWithFlattening does with return_position_ids=True"
+            )
+
+
+def without_cache(inputs: Mapping[str, Any], *, kept_apart: bool, kind: str) -> dict[str, Any]:
+    """Return what to change in a stack's inputs so that the sequences of packed rows do not see each other.
+
+    Args:
+        inputs: the inputs by name.
+        kept_apart: whether the stack keeps the sequences of packed rows apart.
+        kind: name of the stack's class.
+
+    Raises:
+        ValueError: rows are packed, but the sequences would see each other.
+    """
+    has_cache = inputs.get("use_cache") or cache_among(inputs) is not None
+    if torch.compiler.is_compiling():  # positions cannot be read, so every row is taken for a packed one
+        return {"use_cache": False} if _may_be_packed(inputs) and kept_apart and not has_cache else {}
+    if not are_packed(inputs):
+        return {}
+    if not kept_apart or _of_images(inputs["position_ids"]):
+        raise ValueError(
+            f"position_ids start again within a row, as in packed rows, which {kind} does not keep apart; pad the "
+            "sequences instead, or give an attention_mask of ones if each row is one sequence"
+        )
+    if has_cache:
+        raise ValueError(
+            f"position_ids start again within a row, as in packed rows, which {kind} keeps apart only without a cache; "
+            "leave the cache out, or give an attention_mask of ones if each row is one sequence"
+        )
+    return {"use_cache": False}
+
+
+@torch.no_grad()
+def keeps_packed_rows_apart(stack: PreTrainedModel, first: int, options: Mapping[str, Any]) -> bool:
+    """Return whether no token sees another sequence of its row, found from the masks of a run on a packed row.
+
+    Args:
+        stack: a stack that takes position ids, with its attention set to ours.
+        first: the position id of the first token.
+        options: further arguments of the stack, which keep it from making a cache.
+    """
+    ids = dummy_inputs(stack)["input_ids"]
+    begin = ids.shape[1] // 2
+    places = torch.arange(ids.shape[1], device=ids.device)
+    positions = torch.where(places < begin, places, places - begin)[None] + first
+    masks: list[Tensor | None] = []
+    with watched(stack, lambda module, query, key, value, mask: masks.append(mask)):
+        stack(input_ids=ids, position_ids=positions, **options)
+    return all(mask is not None and mask.ndim == 4 and not mask[:, :, begin:, :begin].any() for mask in masks)
