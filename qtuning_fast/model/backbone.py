@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -86,7 +87,7 @@ class Backbone:
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
-        check_position_ids(inputs)
+        check_position_ids(inputs, taken=self.injector.positions.are_taken, kind=type(self.model).__name__)
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Return pooled features `[B, hidden]` of the inputs.
@@ -121,7 +122,14 @@ class Backbone:
         return self.model(**inputs, **({} if labels is None else {"labels": labels}))
 
     def compute_under_a_task(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
-        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice."""
+        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice.
+
+        In a decoder padding predicts no token: the loss does not depend on padding in front.
+        """
+        mask = inputs.get("attention_mask")
+        if labels is not None and mask is not None and self.injector.is_causal and labels.shape == mask.shape:
+            first = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
+            labels = labels.masked_fill(F.pad(first, (1, 0)).to(labels.device), -100)
         return self.compute(({"use_cache": False} if self.injector.checkpoints else {}) | inputs, labels)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -158,7 +158,7 @@ class PrefixInjector:
 
     def mask_of_output(self, mask: Tensor | None) -> Tensor | None:
         """Return a padding mask `[B, N]` of the encoder's input in the order of its output."""
-        return padding_behind(mask) if mask is not None and self._hooks and self._moves_padding else mask
+        return padding_behind(mask) if mask is not None and self._configs and self._moves_padding else mask
 
     def switch(self) -> None:
         """Switch the layers to `prefix_attention`."""

@@ -20,6 +20,11 @@ from qtuning_fast.integrations.transformers.layers import dummy_inputs
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # further names under which collators say where they begin
 
+_NOT_APART = (
+    "position_ids start again within a row, as in packed rows, which {} does not keep apart; pad the sequences instead, "
+    "or give an attention_mask of ones if each row is one sequence"
+)
+
 
 def are_packed(inputs: Mapping[str, Any]) -> bool:
     """Return whether position ids start again within a row, and no mask says that it is one sequence.
@@ -44,14 +49,22 @@ def _of_images(positions: Tensor) -> bool:
     return positions.ndim == 3 and len(positions) == 3
 
 
-def check_position_ids(inputs: Mapping[str, Any]) -> None:
-    """Raise a ValueError if only other inputs than position ids say where the sequences of a row begin."""
+def check_position_ids(inputs: Mapping[str, Any], *, taken: bool, kind: str) -> None:
+    """Raise a ValueError if a model's inputs say that rows are packed, but not to the model.
+
+    Args:
+        inputs: the inputs by name.
+        taken: whether the model uses position ids; otherwise it may ignore them.
+        kind: name of the model's class.
+    """
     for name in _BOUNDARIES:
         if inputs.get(name) is not None and inputs.get("position_ids") is None:
             raise ValueError(
                 f"{name} is given without position_ids, which tell packed sequences apart; give both, as "
                 "DataCollatorWithFlattening does with return_position_ids=True"
             )
+    if not taken and are_packed(inputs):
+        raise ValueError(_NOT_APART.format(kind))
 
 
 def without_cache(inputs: Mapping[str, Any], *, kept_apart: bool, kind: str) -> dict[str, Any]:
@@ -71,10 +84,7 @@ def without_cache(inputs: Mapping[str, Any], *, kept_apart: bool, kind: str) -> 
     if not are_packed(inputs):
         return {}
     if not kept_apart or _of_images(inputs["position_ids"]):
-        raise ValueError(
-            f"position_ids start again within a row, as in packed rows, which {kind} does not keep apart; pad the "
-            "sequences instead, or give an attention_mask of ones if each row is one sequence"
-        )
+        raise ValueError(_NOT_APART.format(kind))
     if has_cache:
         raise ValueError(
             f"position_ids start again within a row, as in packed rows, which {kind} keeps apart only without a cache; "
