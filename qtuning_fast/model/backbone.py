@@ -106,7 +106,7 @@ class Backbone:
         encoder, causal = self.encoder, self.injector.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
         hidden = output.last_hidden_state[:, self.injector.prompt_tokens :]
-        image = encoder.main_input_name == "pixel_values"
+        image = self.injector.reads_images
         if image and len(hidden) != len(inputs["pixel_values"]):
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()

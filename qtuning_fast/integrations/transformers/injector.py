@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.interface import NAME, watched
+from qtuning_fast.integrations.transformers.interface import NAME, AttentionCall, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
     configs_of,
     dummy_inputs,
     find_layers,
+    main_input,
     without_head,
 )
 from qtuning_fast.integrations.transformers.offload import input_device
@@ -43,6 +44,7 @@ class PrefixInjector:
 
     Attributes:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
+        reads_images: whether its input are images; otherwise it is text.
         positions: how the encoder assigns positions to tokens.
 
     Raises:
@@ -75,6 +77,7 @@ class PrefixInjector:
         self.switch()
         try:
             self.layers = find_layers(base_model)
+            self.reads_images = main_input(self.encoder) == "pixel_values"
             self.freeze(training=False)
             self.positions = Positions(self.encoder)
             if placement == "input":
@@ -152,7 +155,7 @@ class PrefixInjector:
     @property
     def _moves_padding(self) -> bool:
         """Whether hooks move padding behind the tokens, because the answer would depend on its place."""
-        if self.is_causal or self.encoder.main_input_name != "input_ids":
+        if self.is_causal or self.reads_images:
             return False
         return self._placement == "input" or self.positions.follow_the_sequence
 
@@ -301,11 +304,11 @@ class PrefixInjector:
         self._clear()
         found: dict[int, PrefixArguments] = {}
 
-        def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        def keep(call: AttentionCall) -> None:
             bank = embeddings.ndim == 3
-            found[id(module)] = {
-                "prefix_key": key if bank else key.squeeze(0),
-                "prefix_value": value if bank else value.squeeze(0),
+            found[id(call.module)] = {
+                "prefix_key": call.key if bank else call.key.squeeze(0),
+                "prefix_value": call.value if bank else call.value.squeeze(0),
             }
 
         checkpointing = [layer for layer in checkpointing_layers(self.model) if layer.training]

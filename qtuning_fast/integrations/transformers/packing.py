@@ -107,6 +107,6 @@ def keeps_packed_rows_apart(stack: PreTrainedModel, first: int, options: Mapping
     places = torch.arange(ids.shape[1], device=ids.device)
     positions = torch.where(places < begin, places, places - begin)[None] + first
     masks: list[Tensor | None] = []
-    with watched(stack, lambda module, query, key, value, mask: masks.append(mask)):
+    with watched(stack, lambda call: masks.append(call.mask)):
         stack(input_ids=ids, position_ids=positions, **options)
     return all(mask is not None and mask.ndim == 4 and not mask[:, :, begin:, :begin].any() for mask in masks)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.caches import cache_among
 from qtuning_fast.integrations.transformers.interface import for_batch, watched
-from qtuning_fast.integrations.transformers.layers import dummy_inputs
+from qtuning_fast.integrations.transformers.layers import dummy_inputs, main_input
 from qtuning_fast.integrations.transformers.packing import keeps_packed_rows_apart, without_cache
 
 
@@ -105,14 +105,14 @@ def _are_taken(stack: PreTrainedModel, first: int) -> bool:
 
     A forward that names them may ignore them, and one that does not may pass them on.
     """
-    if stack.main_input_name != "input_ids":
+    if main_input(stack) != "input_ids":
         return False
     ids = dummy_inputs(stack)["input_ids"]
     ascending = torch.arange(ids.shape[1], device=ids.device)[None] + first
 
     def keys(positions: Tensor) -> list[Tensor]:
         found: list[Tensor] = []
-        with watched(stack, lambda module, query, key, value, mask: found.append(key)):
+        with watched(stack, lambda call: found.append(call.key)):
             stack(input_ids=ids, position_ids=positions)
         return found
 
