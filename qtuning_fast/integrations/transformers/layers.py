@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,14 +106,17 @@ def _parts_of(base_model: PreTrainedModel) -> dict[str, PreTrainedModel | NotImp
 
 def _parts_message(base_model: PreTrainedModel, parts: dict[str, PreTrainedModel | NotImplementedError]) -> str:
     fit = [
-        f"base_model.{path} ({type(part).__name__}, reads {' and '.join(_reads(part))})"
+        f"base_model.{path} ({type(part).__name__}, reads {_listed(_reads(part))})"
         for path, part in parts.items()
         if isinstance(part, PreTrainedModel)
     ]
     refusals = "; ".join(f"base_model.{path}: {part}" for path, part in parts.items())
-    advice = f"attach to one of them: {' or '.join(fit)}" if fit else f"none of which can take a prefix ({refusals})"
-    reads = " and ".join(_reads(base_model))
-    return f"{type(base_model).__name__} reads {reads} and consists of several models; {advice}"
+    advice = f"attach to one of them: {' or '.join(fit)}" if fit else f"none of them can take a prefix ({refusals})"
+    return f"{type(base_model).__name__} reads {_listed(_reads(base_model))} and consists of several models; {advice}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def without_head(base_model: PreTrainedModel) -> PreTrainedModel:
@@ -135,9 +138,11 @@ def configs_of(model: PreTrainedModel) -> list[Any]:
 def main_input(model: PreTrainedModel) -> str:
     """Return the name of a model's main input; the name that its class declares may be one that it does not take."""
     taken = inspect.signature(type(model).forward).parameters
-    others = [name for name, each in taken.items() if name in _KINDS or each.default is each.empty]
     declared = model.main_input_name
-    return declared if declared in taken or len(others) < 2 else others[1]  # after self
+    if declared in taken:
+        return declared
+    named = [name for name, each in taken.items() if each.kind is each.POSITIONAL_OR_KEYWORD and name != "self"]
+    return next((name for name in named if name in _KINDS), named[0] if named else declared)
 
 
 def _reads(model: PreTrainedModel) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from qtuning_fast.integrations.transformers.positions import argument_names, by_name, padding_mask
+from qtuning_fast.integrations.transformers.positions import argument_names, by_name
 
 _BY_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask")
 
@@ -50,8 +50,8 @@ def _changed(
 
 
 def _with_padding_behind(inputs: dict[str, Any]) -> dict[str, Any] | None:
-    mask = padding_mask(inputs)
-    if mask is None:
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2:
         return None
     places = _places(mask)
     there = {name: inputs[name] for name in _BY_TOKEN if inputs.get(name) is not None}

@@ -88,9 +88,19 @@ def _count(seen: Tensor) -> Tensor:
 
 
 def padding_mask(inputs: dict[str, Any]) -> Tensor | None:
-    """Return the padding mask `[B, M]` among the inputs; None for none, or if it is not of this shape."""
+    """Return the padding mask `[B, M]` among the inputs, or None.
+
+    A vision-language model gives its text tower complete masks, one for each kind of layer: padding is what no token
+    sees in those `[B, 1, N, M]` of full attention.
+    """
     mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 4 and mask.dtype == torch.bool:
+        return mask.any(2).any(1)
+    return mask if mask.ndim == 2 else None
 
 
 def first_position(model: PreTrainedModel) -> int:
