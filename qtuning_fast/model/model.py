@@ -342,8 +342,8 @@ class QTuningModel(nn.Module):
             return self.backbone.compute(inputs, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
-        retains = labels is not None and self.training and task == self.learning.task and self.retains_memory
-        if retains and batch_size(inputs) > 1:  # a batch of one has no product pairs
+        retains = self.training and task == self.learning.task and self.retains_memory
+        if labels is not None and retains and batch_size(inputs) > 1:  # a batch of one has no product pairs
             return self._compute_retaining(inputs, labels, retention_features)
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step

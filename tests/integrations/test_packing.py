@@ -101,7 +101,7 @@ def test_a_row_of_one_task_in_a_batch_of_several(packing_decoder: Any, placement
     for row, name in enumerate(("second", "first")):
         model.set_task(name)
         torch.testing.assert_close(mixed[row : row + 1], one_by_one(model), atol=5e-5, rtol=5e-5)
-    with pytest.raises(ValueError, match="4 names.* 2|4 .*2 samples|task_names"):
+    with pytest.raises(ValueError, match="task_names"):
         model(**batch, task_names=["second", "first", "second", "first"])
 
 
@@ -166,9 +166,9 @@ def test_more_tokens_in_a_row_than_a_table_has_positions(families: Any) -> None:
             torch.testing.assert_close(found, model(input_ids=ids[:, -length:]).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_it_compiles_into_one_graph(families: Any, placement: str) -> None:
-    model = learned(families["Llama"], placement=placement).eval()
+@pytest.mark.thorough
+def test_it_compiles_into_one_graph(families: Any) -> None:
+    model = learned(families["Llama"]).eval()
     batch = packed()
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -186,7 +186,7 @@ class PrefixInjector:
                 )
 
     def _new_hooks(self) -> list[RemovableHandle]:
-        """Add hooks that prepare the encoder's inputs; they look up the current prompt in front and the current shift."""
+        """Add hooks that prepare the inputs; they look up the current prompt in front and the current shift."""
         hooks = []
         if self._moves_padding:
             hooks += move_padding_behind(self.model, self.encoder)

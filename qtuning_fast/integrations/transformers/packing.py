@@ -1,7 +1,7 @@
 """Packed rows: several sequences, one after another, in one row of a batch; their position ids start again.
 
-transformers' `DataCollatorWithFlattening` makes such rows, without a padding mask. Most decoders then keep the sequences
-apart by their position ids, but only while they make no cache.
+transformers' `DataCollatorWithFlattening` makes such rows, without a padding mask. Most decoders then keep the
+sequences apart by their position ids, but only while they make no cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qtuning_fast.integrations.transformers.layers import dummy_inputs
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # further names under which collators say where they begin
 
 _NOT_APART = (
-    "position_ids start again within a row, as in packed rows, which {} does not keep apart; pad the sequences instead, "
+    "position_ids start again within a row, as in packed rows, which {} does not keep apart; pad the sequences, "
     "or give an attention_mask of ones if each row is one sequence"
 )
 
@@ -94,13 +94,12 @@ def without_cache(inputs: Mapping[str, Any], *, kept_apart: bool, kind: str) -> 
 
 
 @torch.no_grad()
-def keeps_packed_rows_apart(stack: PreTrainedModel, first: int, options: Mapping[str, Any]) -> bool:
+def keeps_packed_rows_apart(stack: PreTrainedModel, first: int) -> bool:
     """Return whether no token sees another sequence of its row, found from the masks of a run on a packed row.
 
     Args:
         stack: a stack that takes position ids, with its attention set to ours.
         first: the position id of the first token.
-        options: further arguments of the stack, which keep it from making a cache.
     """
     ids = dummy_inputs(stack)["input_ids"]
     begin = ids.shape[1] // 2
@@ -108,5 +107,8 @@ def keeps_packed_rows_apart(stack: PreTrainedModel, first: int, options: Mapping
     positions = torch.where(places < begin, places, places - begin)[None] + first
     masks: list[Tensor | None] = []
     with watched(stack, lambda call: masks.append(call.mask)):
-        stack(input_ids=ids, position_ids=positions, **options)
+        try:
+            stack(input_ids=ids, position_ids=positions, use_cache=False)
+        except TypeError:  # it has no argument of this name, and makes no cache
+            stack(input_ids=ids, position_ids=positions)
     return all(mask is not None and mask.ndim == 4 and not mask[:, :, begin:, :begin].any() for mask in masks)

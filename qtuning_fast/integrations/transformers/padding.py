@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -36,9 +36,7 @@ def move_padding_behind(model: PreTrainedModel, encoder: PreTrainedModel) -> lis
     return handles
 
 
-def _changed(
-    stack: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any] | None]
-) -> RemovableHandle:
+def _changed(stack: PreTrainedModel, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> RemovableHandle:
     """Apply `change` to the inputs of each call of a stack; None changes nothing."""
     names = argument_names(stack)
 

@@ -37,8 +37,7 @@ class Positions:
         self._padding = None if table is None else table.padding_idx
         self.first = first_position(stack)
         self.are_taken = _are_taken(stack, self.first)
-        no_cache = {"use_cache": False} if "use_cache" in argument_names(stack) else {}
-        self.keeps_packed_rows_apart = self.are_taken and keeps_packed_rows_apart(stack, self.first, no_cache)
+        self.keeps_packed_rows_apart = self.are_taken and keeps_packed_rows_apart(stack, self.first)
         self.follow_the_sequence = table is not None and not self.are_taken
         limit = getattr(stack.config, "max_position_embeddings", None)
         self.room = None if limit is None or table is None else limit - self.first
@@ -160,9 +159,7 @@ class Shift(NamedTuple):
     at_most: int
 
 
-def give_positions(
-    stack: PreTrainedModel, positions: Positions, placed: Callable[[], Shift | None]
-) -> RemovableHandle:
+def give_positions(stack: PreTrainedModel, positions: Positions, placed: Callable[[], Shift | None]) -> RemovableHandle:
     """Give the stack position ids, until the handle is removed.
 
     They count the tokens of a padding mask and are moved by `placed()`; given ones are only moved.

@@ -15,8 +15,8 @@ from qtuning_fast.integrations.transformers.positions import (
     Shift,
     argument_names,
     by_name,
-    past_tokens,
     give_positions,
+    past_tokens,
     tokens_of,
 )
 
