@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import PrefixInjector, input_device
 from qtuning_fast.integrations.transformers.packing import are_packed, check_position_ids
+from qtuning_fast.method.labels import IGNORED, checked_tokens, token_loss
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
+
+HiddenStates = tuple[Tensor, ...] | None
 
 _CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # its names in image models
 
@@ -89,10 +92,15 @@ class Backbone:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
         check_position_ids(inputs, taken=self.injector.positions.are_taken, kind=type(self.model).__name__)
 
-    def encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Return pooled features `[B, hidden]` of the inputs.
+    def encode(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
+        """Return pooled features `[B, hidden]`; see `encode_with_states`."""
+        return self.encode_with_states(inputs, pad_token_id)[0]
 
-        They are the mean over the tokens; in a causal model the last token, in an image model the class token, if any.
+    def encode_with_states(self, inputs: dict[str, Any], pad_token_id: int | None) -> tuple[Tensor, HiddenStates]:
+        """Return pooled features `[B, hidden]` of the inputs, and all hidden states if they are requested.
+
+        The features are the mean over the tokens; in a causal model the last token, in an image model the class token,
+        if any. Without a mask, a causal model's last token is the last that is not padding, as transformers has it.
 
         Raises:
             ValueError: rows hold several sequences, as their position ids say.
@@ -105,32 +113,61 @@ class Backbone:
             )
         encoder, causal = self.encoder, self.injector.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
-        hidden = output.last_hidden_state[:, self.injector.prompt_tokens :]
+        rows, mask, ids = self.injector.prompt_tokens, inputs.get("attention_mask"), inputs.get("input_ids")
         image = self.injector.reads_images
+        hidden = self.injector.in_order_of_input(output.last_hidden_state[:, rows:], mask)
         if image and len(hidden) != len(inputs["pixel_values"]):
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
-        return pool(hidden, self.injector.mask_of_output(inputs.get("attention_mask")))
+        if causal and mask is None and ids is not None and pad_token_id is not None:
+            mask = ids != pad_token_id
+        states = output.get("hidden_states")
+        if states is not None:
+            states = tuple(self.injector.in_order_of_input(each[:, rows:], mask) for each in states)
+        return pool(hidden, mask), states
 
-    def read(self, inputs: dict[str, Any]) -> Tensor:
+    def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
         """Call `encode` with those of the inputs that the encoder takes."""
-        return self.encode({k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))})
+        theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
+        return self.encode(theirs, pad_token_id)
 
     def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
         """Return the base model's own output, from its own head."""
         return self.model(**inputs, **({} if labels is None else {"labels": labels}))
 
-    def compute_under_a_task(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
+    def compute_under_a_task(
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items: Tensor | int | None = None
+    ) -> Any:
         """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice.
 
-        In a decoder padding predicts no token: the loss does not depend on padding in front.
+        In a decoder, padding in front predicts no token, so the loss does not depend on it.
+
+        Args:
+            inputs: those of the base model.
+            labels: `[B, N]` token ids, or -100.
+            num_items: see `qtuning_fast.method.labels.label_loss`.
+
+        Raises:
+            TypeError, ValueError: the labels are invalid.
         """
+        inputs = ({"use_cache": False} if self.injector.checkpoints else {}) | inputs
+        if labels is None:
+            return self.compute(inputs, None)
+        tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
+        shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
+        labels = checked_tokens(labels, getattr(self.model.get_output_embeddings(), "out_features", None), shape)
         mask = inputs.get("attention_mask")
-        if labels is not None and mask is not None and self.injector.is_causal and labels.shape == mask.shape:
-            first = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
-            labels = labels.masked_fill(F.pad(first, (1, 0)).to(labels.device), -100)
-        return self.compute(({"use_cache": False} if self.injector.checkpoints else {}) | inputs, labels)
+        if mask is not None and self.injector.is_causal and mask.shape == labels.shape:
+            first = F.pad((mask[:, 1:] != 0) & (mask[:, :-1] == 0), (1, 0))
+            labels = labels.masked_fill(first.to(labels.device), IGNORED)
+        output = self.compute(inputs, labels)
+        output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
+        return output
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Return whether each token label counts in the loss; a decoder predicts no first token."""
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`."""
@@ -147,6 +184,8 @@ class Backbone:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
+        if hasattr(self.vocabulary, "neftune_noise_alpha"):  # the noise of NEFTune is added in training mode only
+            self.vocabulary.training = training
 
     def check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""

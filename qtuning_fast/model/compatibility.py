@@ -56,7 +56,8 @@ def check_adapter(
     """
     if not isinstance(adapter, TaskAdapter):
         raise TypeError(f"adapter is a {type(adapter).__name__}; it must be a TaskAdapter")
-    checked_labels(adapter.name, None, adapter.label_names or None, required=False)
+    labels = adapter.label_names or None
+    checked_labels(adapter.name, None, labels, required=False, problem_type=adapter.problem_type)
     if adapter.gate not in (None, *GATES):
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"

@@ -57,6 +57,11 @@ class Tasks:
         self.check(name)
         return self.adapters.entry(name).info.label_names
 
+    def labelled(self, name: str) -> tuple[str, int]:
+        """Return the problem type of a task and the number of outputs of its head."""
+        info = self.adapters.entry(name).info
+        return info.problem_type, info.classes
+
     def prefix(self, name: str) -> Prefix:
         """Return the prefix of a task, ready to be placed on the layers."""
         return self.adapters[name].prefix(self._backbone.device, num_layers=len(self._layers))

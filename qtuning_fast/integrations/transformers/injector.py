@@ -23,7 +23,7 @@ from qtuning_fast.integrations.transformers.layers import (
     without_head,
 )
 from qtuning_fast.integrations.transformers.offload import input_device
-from qtuning_fast.integrations.transformers.padding import move_padding_behind, padding_behind
+from qtuning_fast.integrations.transformers.padding import move_padding_behind, moved_back
 from qtuning_fast.integrations.transformers.positions import Positions, Shift, give_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
 from qtuning_fast.method.gate import NO_GATE
@@ -159,9 +159,9 @@ class PrefixInjector:
             return False
         return self._placement == "input" or self.positions.follow_the_sequence
 
-    def mask_of_output(self, mask: Tensor | None) -> Tensor | None:
-        """Return a padding mask `[B, N]` of the encoder's input in the order of its output."""
-        return padding_behind(mask) if mask is not None and self._configs and self._moves_padding else mask
+    def in_order_of_input(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the encoder's states `[B, N, hidden]` in the order of its input with this padding mask `[B, N]`."""
+        return moved_back(states, mask) if mask is not None and self._configs and self._moves_padding else states
 
     def switch(self) -> None:
         """Switch the layers to `prefix_attention`."""

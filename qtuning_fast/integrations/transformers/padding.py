@@ -1,8 +1,8 @@
 """Padding moved behind the tokens, where a stack's answer would otherwise depend on the padding's place.
 
 Learned positions that follow the sequence count padding in front, and padding between a prompt and the tokens changes
-their distance, which relative positions and windows see. Bidirectional stacks only: their output, in the new order, is
-pooled or attended to under a mask of the same order.
+their distance, which relative positions and windows see. Bidirectional stacks only: their output has the new order, so
+cross-attention takes a mask of that order, and features are pooled once the output is moved back.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ _BY_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "at
 def padding_behind(mask: Tensor) -> Tensor:
     """Return a padding mask `[B, N]` with its zeros last."""
     return _moved(mask, _places(mask))
+
+
+def moved_back(states: Tensor, mask: Tensor) -> Tensor:
+    """Return states `[B, N, hidden]` in the order of `padding_behind(mask)` in that of the mask."""
+    places = _places(mask).to(states.device)
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))
 
 
 def move_padding_behind(model: PreTrainedModel, encoder: PreTrainedModel) -> list[RemovableHandle]:

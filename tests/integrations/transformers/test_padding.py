@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtuning_fast.integrations.transformers import PrefixInjector
-from qtuning_fast.integrations.transformers.padding import move_padding_behind, padding_behind
+from qtuning_fast.integrations.transformers.padding import move_padding_behind, moved_back, padding_behind
 
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]])
 
@@ -51,18 +51,18 @@ def test_cross_attention_takes_the_mask_in_the_same_order(families: Any) -> None
     for handle in handles:
         handle.remove()
     seen = MASK.bool()
-    by_token, found = expected.encoder_last_hidden_state, moved.encoder_last_hidden_state
-    torch.testing.assert_close(found[padding_behind(MASK).bool()][:4], by_token[seen][:4], atol=1e-5, rtol=1e-5)
+    by_token, found = expected.encoder_last_hidden_state, moved_back(moved.encoder_last_hidden_state, MASK)
+    torch.testing.assert_close(found[seen][:4], by_token[seen][:4], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(moved.logits[:2], expected.logits[:2], atol=1e-5, rtol=1e-5)
 
 
 def test_only_where_the_place_of_padding_tells(family: Any) -> None:
+    states, mask = torch.arange(2.0).view(1, 2, 1), torch.tensor([[0, 1]])
     for placement in ("prefix", "input"):
         injector = PrefixInjector(family.base_model(), placement)
-        mask = torch.tensor([[0, 1]])
-        assert injector.mask_of_output(mask) is mask  # while the model uses its own attention
+        assert injector.in_order_of_input(states, mask) is states  # while the model uses its own attention
         injector.switch()
         follows = family.name == "BART" or (placement == "input" and family.kind in ("encoder", "encoder-decoder"))
-        assert injector.mask_of_output(mask).tolist() == ([[1, 0]] if follows else [[0, 1]])
-        assert injector.mask_of_output(None) is None
+        assert injector.in_order_of_input(states, mask).flatten().tolist() == ([1, 0] if follows else [0, 1])
+        assert injector.in_order_of_input(states, None) is states
         injector.detach()
