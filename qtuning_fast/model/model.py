@@ -407,9 +407,12 @@ class QTuningModel(PretrainedInterface):
         self._check_attached()
         self.backbone.injector.check_switched()
         if self.training and task.adapter is None and self.retains_memory:
-            if labels is not None:
+            if labels is None:
+                _warn_of_no_retention("forward got no labels (as with label smoothing or a loss of your own)")
+            elif batch_size(inputs) == 1:
+                _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
+            else:
                 return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
-            _warn_of_no_retention("forward got no labels (as with label smoothing or a loss of your own)")
         if task.is_live:
             self._active.place()  # the training prefix changes with every step
         return self._compute(inputs, labels, num_items_in_batch)
@@ -434,7 +437,7 @@ class QTuningModel(PretrainedInterface):
     ) -> Tensor:
         """Return the loss of the heads' logits, once the labels have been checked."""
         problem_type, tasks, outputs = self._labelled(mixed)
-        check_labels(labels, problem_type, tasks, outputs, len(logits))
+        check_labels(labels, problem_type, tasks, outputs, logits.shape[0])
         return label_loss(logits, labels, problem_type, num_items)
 
     def _labelled(self, mixed: MixedBatch | None = None) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
@@ -476,20 +479,15 @@ class QTuningModel(PretrainedInterface):
                 shared_features = self.backbone.read(inputs, self._pad_token_id)
             self._active.place()
             output = self._compute(inputs, labels, num_items)
-        if shared_features.shape[0] > 1:  # a batch of one has no product pairs
-            retention = self.learning.retention_loss(shared_features, retention_features)
-            weight: Tensor | float = self.qtuning_config.retention_weight
-            if num_items is not None:  # summed over the batches of a step, the shares are 1
-                counts = (
-                    counted(output.logits, labels, self._labelled()[0])
-                    if self.has_heads
-                    else self.backbone.counted(labels)
-                )
-                weight = weight * share_of_items(counts, num_items).to(retention.device)
-            output["loss"] = output.loss + weight * retention
-            output["retention_loss"] = retention
-        else:
-            _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
+        retention = self.learning.retention_loss(shared_features, retention_features)
+        weight: Tensor | float = self.qtuning_config.retention_weight
+        if num_items is not None:  # summed over the batches of a step, the shares are 1
+            counts = (
+                counted(output.logits, labels, self._labelled()[0]) if self.has_heads else self.backbone.counted(labels)
+            )
+            weight = weight * share_of_items(counts, num_items).to(retention.device)
+        output["loss"] = output.loss + weight * retention
+        output["retention_loss"] = retention
         return output
 
     def _logits(self, features: Tensor) -> Tensor:
