@@ -320,9 +320,14 @@ def _check_labels_differ(name: str, problem_type: str, parts: dict[str, Examples
     """Raise a ValueError if a split cannot tell a good answer from a bad one, as if its labels were hidden."""
     for split, part in parts.items():
         if problem_type == REGRESSION and len(part) > 1 and len(set(part.labels)) == 1:
-            raise ValueError(f"task {name!r}: all numbers of its {split} split are {part.labels[0]}; are they hidden?")
+            raise ValueError(
+                f"task {name!r}: all numbers of its {split} split are {part.labels[0]}; draw more examples if they are "
+                "not hidden"
+            )
         if problem_type == MULTI and len(part) and not any(any(labels) for labels in part.labels):  # type: ignore[arg-type]
-            raise ValueError(f"task {name!r}: no example of its {split} split has a label; are they hidden?")
+            raise ValueError(
+                f"task {name!r}: no example of its {split} split has a label; draw more examples if they are not hidden"
+            )
 
 
 def _check_sizes(name: str, shots: int | None, validation_shots: int, test_size: int) -> None:

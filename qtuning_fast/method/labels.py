@@ -112,12 +112,12 @@ def _divisor(num_items: Tensor | int, device: torch.device) -> Tensor | int:
     return num_items + (num_items == 0)
 
 
-def checked_tokens(labels: Tensor, vocabulary: int, shape: Sequence[int | None]) -> Tensor:
+def checked_tokens(labels: Tensor, vocabulary: int | None, shape: Sequence[int | None]) -> Tensor:
     """Return the token labels of a language model as int64; values are checked only on the CPU.
 
     Args:
         labels: `[B, N]`, token ids or -100.
-        vocabulary: the number of tokens.
+        vocabulary: the number of tokens; None if it is unknown, so that the base model has to refuse what is too large.
         shape: `[B, N]`, with None for any length.
 
     Raises:
@@ -131,11 +131,14 @@ def checked_tokens(labels: Tensor, vocabulary: int, shape: Sequence[int | None])
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"labels has shape {list(labels.shape)}; token ids must have the shape [{wanted}]")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
+        wrong = (labels < 0) & (labels != IGNORED)
+        if vocabulary is not None:
+            wrong |= labels >= vocabulary
         if wrong.any():
+            size = "other tokens" if vocabulary is None else f"{vocabulary} tokens"
             raise ValueError(
-                f"labels holds {int(labels[wrong][0])}, but this model has {vocabulary} tokens; a label must be a "
-                f"token id from 0 on, or {IGNORED} for none"
+                f"labels holds {int(labels[wrong][0])}, but this model has {size}; a label must be a token id from 0 "
+                f"on, or {IGNORED} for none"
             )
     return labels.long()
 

@@ -140,7 +140,7 @@ class Backbone:
             return self.compute(inputs, None)
         tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
         shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
-        labels = checked_tokens(labels, self.model.config.get_text_config().vocab_size, shape)
+        labels = checked_tokens(labels, getattr(self.model.get_output_embeddings(), "out_features", None), shape)
         output = self.compute(inputs, labels)
         output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
         return output

@@ -177,6 +177,9 @@ def test_token_labels_are_checked() -> None:
     for dtype in (torch.int64, torch.int32):
         found = checked_tokens(labels.to(dtype), 10, (1, None))
         assert found.dtype == torch.int64 and torch.equal(found, labels)
+    assert torch.equal(checked_tokens(labels.abs(), None, (1, None)), labels.abs())
+    with pytest.raises(ValueError, match="holds -4, but this model has other tokens"):
+        checked_tokens(-labels, None, (1, None))
     for given, error, message in (
         (labels.abs(), ValueError, "holds 100, but this model has 10 tokens"),
         (labels.float(), TypeError, "float32"),
