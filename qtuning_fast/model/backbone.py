@@ -89,7 +89,11 @@ class Backbone:
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
 
-    def encode(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> tuple[Tensor, HiddenStates]:
+    def encode(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
+        """Return pooled features `[B, hidden]`; see `encode_with_states`."""
+        return self.encode_with_states(inputs, pad_token_id)[0]
+
+    def encode_with_states(self, inputs: dict[str, Any], pad_token_id: int | None) -> tuple[Tensor, HiddenStates]:
         """Return pooled features `[B, hidden]` of the inputs, and all hidden states if they are requested.
 
         The features are the mean over the tokens; in a causal model the last token, in an image model the class token,
@@ -114,9 +118,9 @@ class Backbone:
         return pool(hidden, mask), None if states is None else tuple(each[:, rows:] for each in states)
 
     def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
-        """Return the features of those of the inputs that the encoder takes."""
+        """Call `encode` with those of the inputs that the encoder takes."""
         theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
-        return self.encode(theirs, pad_token_id)[0]
+        return self.encode(theirs, pad_token_id)
 
     def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
         """Return the base model's own output, from its own head."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,24 @@ class Learning(nn.Module):
         # them (gradient clipping) would differ in the last bits between a run and the same run resumed.
         self.register_module("discriminator", None)
         self.register_module("head", None)
+        self.register_load_state_dict_pre_hook(_name_no_task)
         self._hidden_size = hidden_size
         self._has_heads = has_heads
         self.label_names: tuple[str, ...] = ()
         self.problem_type = SINGLE
         self.task: str | None = None
         self.last_learned: str | None = None
+
+    # A state names its task, so that one task's checkpoint is not taken for another's. It is a tensor for safetensors.
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list((self.task or "").encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        name = bytes(state.tolist()).decode() or None
+        if name != self.task:
+            mine = "no task is in training" if self.task is None else f"task {self.task!r} is in training"
+            raise ValueError(f"the state was saved {f'within task {name!r}' if name else 'between tasks'}, but {mine}")
 
     def check_idle(self) -> None:
         """Raise a RuntimeError while a task is in training."""
@@ -143,3 +156,8 @@ class Learning(nn.Module):
             self.discriminator.requires_grad_(False)
         self.prefix.requires_grad_(False)
         self.load_trained(state)
+
+
+def _name_no_task(learning: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take a state without a name, as earlier versions saved it, for one of the task in training."""
+    state.setdefault(f"{prefix}_extra_state", learning.get_extra_state())

@@ -382,7 +382,7 @@ class QTuningModel(PretrainedInterface):
         if self.training and task == self.learning.task and self.retains_memory:
             if labels is not None:
                 return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
-            _warn_of_no_retention()
+            _warn_of_no_retention("forward got no labels (as with label smoothing or a loss of your own)")
         if self._active.is_live:
             self._active.place()  # the training prefix changes with every step
         return self._compute(inputs, labels, num_items_in_batch)
@@ -397,7 +397,7 @@ class QTuningModel(PretrainedInterface):
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
             return self.backbone.compute_under_a_task(inputs, labels, num_items)
-        features, states = self.backbone.encode(inputs, self._pad_token_id)
+        features, states = self.backbone.encode_with_states(inputs, self._pad_token_id)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
         loss = None if labels is None else self._loss(logits, labels, num_items, mixed)
         return QTuningOutput(loss=loss, logits=logits, hidden_states=states)
@@ -436,7 +436,7 @@ class QTuningModel(PretrainedInterface):
             index = torch.arange(2, device=self.device).repeat_interleave(batch)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                both, states = self.backbone.encode(twice(inputs), self._pad_token_id)
+                both, states = self.backbone.encode_with_states(twice(inputs), self._pad_token_id)
             features, shared_features = both.chunk(2)
             logits = self._logits(features)
             states = None if states is None else tuple(each[:batch] for each in states)
@@ -461,6 +461,8 @@ class QTuningModel(PretrainedInterface):
                 weight = weight * share_of_items(counts, num_items).to(retention.device)
             output["loss"] = output.loss + weight * retention
             output["retention_loss"] = retention
+        else:
+            _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
         return output
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -479,7 +481,7 @@ class QTuningModel(PretrainedInterface):
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
-        return self.backbone.encode(inputs, self._pad_token_id)[0]
+        return self.backbone.encode(inputs, self._pad_token_id)
 
     @property
     def _pad_token_id(self) -> int | None:
@@ -631,12 +633,14 @@ class QTuningModel(PretrainedInterface):
             RuntimeError: a task is in training.
         """
         self.learning.check_idle()
+        learning = self.learning.state_dict()
+        del learning["_extra_state"]  # it says that no task is in training
         checkpoint = Checkpoint(
             config=self.qtuning_config,
             fingerprint=self.backbone.fingerprint,
             base_model=type(self.base_model).__name__,
             adapters=self.adapters,
-            learning=self.learning.state_dict(),
+            learning=learning,
             queue=self.training_prefix.queue.state_dict(),
             last_learned=self.learning.last_learned,
         )
@@ -692,10 +696,9 @@ class QTuningModel(PretrainedInterface):
             )
 
 
-def _warn_of_no_retention() -> None:
+def _warn_of_no_retention(reason: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warnings.warn(
-            "forward was called in training mode without labels, so memory retention is left out; label smoothing "
-            "and losses of your own do not add it: set retention_weight=0 if that is meant",
+            f"memory retention is left out of the loss, because {reason}; set retention_weight=0 if that is meant",
             stacklevel=3,
         )

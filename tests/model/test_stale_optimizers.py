@@ -17,8 +17,7 @@ LABELS = torch.tensor([0, 1, 2, 0])
 Batch = dict[str, Tensor]
 
 
-@pytest.fixture
-def model(tiny_bert: BertModel) -> QTuningModel:
+def started(tiny_bert: BertModel) -> QTuningModel:
     model = QTuningModel(tiny_bert, QTuningConfig(prompt_length=3, queue_size=2, shared_length=2, retention_weight=0.0))
     model.start_task("first", 3)
     return model.train()
@@ -34,7 +33,8 @@ def step(model: QTuningModel, optimizer: torch.optim.Optimizer, batch: Batch) ->
     optimizer.zero_grad()
 
 
-def test_the_optimizer_of_the_task_before_is_refused_and_a_new_one_is_not(model: QTuningModel, batch: Batch) -> None:
+def test_the_optimizer_of_the_task_before_is_refused_and_a_new_one_is_not(tiny_bert: BertModel, batch: Batch) -> None:
+    model = started(tiny_bert)
     optimizer = optimizer_of(model)
     step(model, optimizer, batch)
     model.finish_task()
@@ -52,7 +52,8 @@ def holds(optimizer: torch.optim.Optimizer, parameter: Any) -> bool:
     return any(parameter is each for group in optimizer.param_groups for each in group["params"])
 
 
-def test_between_tasks_and_after_the_model_an_old_optimizer_may_step(model: QTuningModel, batch: Batch) -> None:
+def test_between_tasks_and_after_the_model_an_old_optimizer_may_step(tiny_bert: BertModel, batch: Batch) -> None:
+    model = started(tiny_bert)
     optimizer = optimizer_of(model)
     step(model, optimizer, batch)
     model.finish_task()
@@ -63,7 +64,8 @@ def test_between_tasks_and_after_the_model_an_old_optimizer_may_step(model: QTun
     optimizer.step()
 
 
-def test_parameters_that_nobody_holds_are_forgotten(model: QTuningModel) -> None:
+def test_parameters_that_nobody_holds_are_forgotten(tiny_bert: BertModel) -> None:
+    model = started(tiny_bert)
     before = len(stale_optimizers._FINISHED)
     model.finish_task()
     gc.collect()
