@@ -184,8 +184,9 @@ class Backbone:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
-        if hasattr(self.vocabulary, "neftune_noise_alpha"):  # the noise of NEFTune is added in training mode only
-            self.vocabulary.training = training
+        words = self.vocabulary
+        if words is not None and hasattr(words, "neftune_noise_alpha"):  # NEFTune adds its noise in training mode only
+            words.training = training
 
     def check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""

@@ -192,7 +192,7 @@ class QTuningModel(PretrainedInterface):
         else:
             names, problem_type = self.label_names(task), self.problem_type(task)
         config = self._task_configs.get(task)
-        if config is None or (tuple(config.id2label.values()), config.problem_type) != (names, problem_type):
+        if config is None or (config.id2label, config.problem_type) != (dict(enumerate(names)), problem_type):
             config = self._task_configs[task] = config_of_task(base, names, problem_type)
         return config
 
