@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from transformers import BertConfig, BertModel, GenerationMixin, PreTrainedConfig, TrainingArguments
+from transformers import BertConfig, BertModel, GenerationMixin, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,9 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_hf_hook": hook_of_accelerate,
     "_n_gpu": lambda: "_n_gpu" in inspect.getsource(TrainingArguments),
     "_name_or_path": lambda: BertConfig()._name_or_path == "",
+    "_require_grads_hooks": lambda: (
+        "_require_grads_hooks" in inspect.getsource(PreTrainedModel.disable_input_require_grads)
+    ),
     "_supports_logits_to_keep": lambda: callable(GenerationMixin._supports_logits_to_keep),
 }
 

@@ -135,9 +135,10 @@ def checked_tokens(labels: Tensor, vocabulary: int | None, shape: Sequence[int |
         if vocabulary is not None:
             wrong |= labels >= vocabulary
         if wrong.any():
+            size = "other tokens" if vocabulary is None else f"{vocabulary} tokens"
             raise ValueError(
-                f"labels holds {int(labels[wrong][0])}, but this model has {vocabulary or 'other'} tokens; a label must "
-                f"be a token id from 0 on, or {IGNORED} for none"
+                f"labels holds {int(labels[wrong][0])}, but this model has {size}; a label must be a token id from 0 "
+                f"on, or {IGNORED} for none"
             )
     return labels.long()
 

@@ -33,7 +33,7 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         return _scaled(hidden[:, -1])
     places = torch.arange(hidden.shape[1], device=hidden.device)
     last = (places * (attention_mask != 0)).argmax(1)
-    return _scaled(hidden[torch.arange(len(hidden), device=hidden.device), last])
+    return _scaled(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
 
 
 def first_token(hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -1,77 +1,367 @@
-"""The active task of a model, and its prefix on the attention layers."""
+"""The active task of each context (thread or asyncio task), and its prefix on the attention layers."""
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from qtuning_fast.attention.common import constant
 from qtuning_fast.integrations.transformers import PrefixInjector
+from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.prefix import Prefix
+
+Result = TypeVar("Result")
+
+_COMPILED: set[str] = set()  # the keys of the active tasks whose model was compiled
+_KEYS = map(str, itertools.count())
+
+_AMBIGUOUS = (
+    "threads or asyncio tasks have set different tasks, {}, and this one has set none; call set_task here, or pass "
+    "task_names"
+)
+_COMPILED_FOR = (
+    "the model was compiled, and compiled calls compute under one task at a time, because they take no lock: another "
+    "thread or asyncio task has set {}; set the same task everywhere, or compile one model for each thread"
+)
+_HOOKED = (
+    "the base model cannot be copied or pickled by itself while a task is set; copy or pickle the QTuningModel, or "
+    "call set_task(None) or detach() first"
+)
+
+
+@dataclass(eq=False)
+class SetTask:
+    """A task that is set.
+
+    Attributes:
+        name: its name.
+        is_live: whether the model computes under the training prefix, which changes with every step.
+        adapter: the adapter of a finished task, its head on the model's device; None for the task in training.
+        placed: its prefix as it was placed on the layers; None if it is to be made anew.
+    """
+
+    name: str
+    is_live: bool = False
+    adapter: TaskAdapter | None = None
+    placed: tuple[Sequence[int], Prefix] | None = field(default=None, repr=False)
+
+
+class _Choice:
+    """What one context has set: a task, or None for the base model alone. It lives as long as the context."""
+
+    def __init__(self, task: SetTask | None) -> None:
+        self.task = task
 
 
 class ActiveTask:
     """The active task. Without one, the base model computes with its own attention.
 
+    Each context chooses for itself: a thread starts without a choice, an asyncio task with its creator's. A context
+    without one uses the task of the living contexts, if they agree; if none is left, the task that was set last.
+
+    One computation at a time stands on the layers, under the injector's lock. `with active:` enters one: it puts the
+    task of the calling context on the layers, unless it stands there already or an outer computation goes on.
+
     Args:
         injector: injector of the base model.
         layers: indices of the layers that get a prefix.
-        prefix_of: returns a task's prefix, given its name and whether the training prefix replaces its own.
+        prefix_of: returns a task's current prefix.
+
+    Attributes:
+        current: the task on the layers; within a computation that of its context.
     """
 
-    def __init__(
-        self, injector: PrefixInjector, layers: Sequence[int], prefix_of: Callable[[str, bool], Prefix]
-    ) -> None:
+    def __init__(self, injector: PrefixInjector, layers: Sequence[int], prefix_of: Callable[[SetTask], Prefix]) -> None:
         self._injector = injector
         self._layers = layers
         self._prefix_of = prefix_of
-        self._task: tuple[str, bool] | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._key = next(_KEYS)
+        self._chosen: ContextVar[_Choice | None] = ContextVar("qtuning_task", default=None)
+        self._is_chosen_here = False  # whether a block decides what stands on the layers, instead of the context
+        self._choices: list[weakref.ref[_Choice]] = []  # replaced, never changed: other threads read it
+        self._last: SetTask | None = None
+        self.current: SetTask | None = None
+
+    # The task of a context
 
     @property
     def name(self) -> str | None:
-        return None if self._task is None else self._task[0]
+        task = self.task
+        return None if task is None else task.name
 
     @property
     def is_live(self) -> bool:
-        """Whether the model computes under the training prefix, which changes with every step."""
-        return self._task is not None and self._task[1]
+        task = self.task
+        return task is not None and task.is_live
 
-    def set(self, name: str | None, *, live: bool = False) -> None:
-        """Activate a task. On an error the previous task stays active."""
-        if name is None:
-            self.forget()
-            self._injector.restore()
-            return
-        with self._undone_by_errors():
-            self._task = name, live
-            self._injector.switch()
-            self.place()
+    @property
+    def task(self) -> SetTask | None:
+        """The task of the calling context.
+
+        Raises:
+            RuntimeError: it has set none, and others have set different ones.
+        """
+        choice = self._chosen.get()
+        if choice is not None:
+            return choice.task
+        found = {_identity(task): task for task in self._tasks_set()}
+        if not found:
+            return self._last
+        if len(found) > 1:
+            names = ", ".join(sorted(repr(None if task is None else task.name) for task in found.values()))
+            raise RuntimeError(_AMBIGUOUS.format(names))
+        return self._last if _identity(self._last) in found else next(iter(found.values()))
+
+    def is_set_anywhere(self, name: str) -> bool:
+        """Return whether a living context has set this task, or a new context would get it."""
+        return any(task is not None and task.name == name for task in self._tasks_set() or [self._last])
+
+    def set(self, name: str | None, *, live: bool = False, adapter: TaskAdapter | None = None) -> None:
+        """Activate a task for the calling context. On an error the previous task stays active."""
+        with self._injector.lock:
+            task = None if name is None else SetTask(name, live, adapter)
+            self._check_not_compiled_for_others(_identity(task))
+            if task is not None:
+                self._add_hooks()
+            self._put(task)
+            choice = _Choice(task)
+            self._chosen.set(choice)
+            self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
+            self._last = task
+            self._follow_tasks()
+
+    def set_for_all(self, name: str) -> None:
+        """Give the current task to every context that has set a task of this name."""
+        for choice in self._living():
+            if choice.task is not None and choice.task.name == name:
+                choice.task = self.current
 
     def forget(self) -> None:
-        """Deactivate the task; the caller removes the prefix from the layers."""
-        self._task = None
-
-    def place(self) -> None:
-        """Place the task's current prefix on the attention layers."""
-        assert self._task is not None
-        with self._undone_by_errors():
-            self._injector.place(self._layers, self._prefix_of(*self._task))
+        """Deactivate the task in all contexts; the caller removes the prefix from the layers."""
+        self.remove_hooks()
+        self._reset()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Restore the active task after the block."""
-        task = self._task
+        """Restore the active task after the block, within which no one else computes."""
+        with self._injector.lock:
+            choice, last, current = self._chosen.get(), self._last, self.current
+            try:
+                with self._injector.keeping(), self._choosing():
+                    yield
+            finally:
+                self._chosen.set(choice)
+                del choice  # the traceback of an error would keep it alive
+                self._last, self.current = last, current
+                self._follow_tasks()
+
+    @contextmanager
+    def off_the_layers(self) -> Iterator[SetTask | None]:
+        """Restore the base model within the block, for a copy, and yield the task of the calling context."""
+        with self._injector.lock, self._injector.keeping():
+            self._injector.restore()
+            yield self.task
+
+    def _tasks_set(self, *, by_others: bool = False) -> list[SetTask | None]:
+        """Return what each living context has set, perhaps without the calling one."""
+        # No choices themselves: the traceback of an error would keep them alive, as if their contexts still lived.
+        mine = self._chosen.get() if by_others else None
+        return [choice.task for choice in self._living() if choice is not mine]
+
+    def _living(self) -> list[_Choice]:
+        return [choice for choice in (each() for each in self._choices) if choice is not None]
+
+    # What stands on the layers
+
+    def compute(self, run: Callable[..., Result], *args: Any) -> Result:
+        """Call a function as a computation. Compiled code takes no lock: it computes under what is on the layers."""
+        if torch.compiler.is_dynamo_compiling():
+            self.note_compiled()
+            return run(*args)
+        with self:
+            return run(*args)
+
+    def note_compiled(self) -> None:
+        """Remember, while the compiler traces the model, that compiled code computes under this active task."""
+        _note_compiled(self._key)
+
+    def __enter__(self) -> None:
+        lock = self._injector.lock
+        lock.__enter__()
         try:
-            with self._injector.keeping():
-                yield
+            if not self._is_chosen_here:
+                task = self.task
+                if task is not self.current:
+                    self._check_not_compiled_for_others(_identity(task))
+                    self._put(task)
+            if not lock.is_nested:
+                self._injector.follow_checkpointing()
+        except BaseException:
+            lock.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._injector.lock.__exit__()
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Keep others from computing within a block of the user's code."""
+        with self._injector.lock, self._injector.lock.as_block():
+            yield
+
+    @contextmanager
+    def mixed(self) -> Iterator[None]:
+        """The same for a block in which the caller replaces what stands on the layers, and puts it back."""
+        with self.block(), self._choosing():
+            self._check_not_compiled_for_others(())
+            self._injector.follow_checkpointing()
+            self._add_hooks()
+            yield
+
+    @contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """Leave what stands on the layers to the code in the block, which holds the lock."""
+        before, self._is_chosen_here = self._is_chosen_here, True
+        try:
+            yield
         finally:
-            self._task = task
+            self._is_chosen_here = before
+
+    def place(self) -> None:
+        """Place the current task's current prefix on the attention layers."""
+        assert self.current is not None
+        with self._undone_by_errors():
+            self._injector.place(self._layers, self._prefix_of(self.current))
+
+    def place_again(self) -> None:
+        """Make every task's prefix anew, since the model has moved."""
+        for task in (self._last, self.current, *(choice.task for choice in self._living())):
+            if task is not None:
+                task.placed = None
+        if self.current is not None:
+            self._put(self.current)
+
+    def _put(self, task: SetTask | None) -> None:
+        """Put a task's prefix on the layers, or restore the model's own attention."""
+        if task is None:
+            self._injector.restore()
+        elif task.placed is not None:
+            self._injector.put_back(task.placed)
+        else:
+            with self._undone_by_errors(), self._choosing():
+                self._injector.switch()
+                self._injector.place(self._layers, self._prefix_of(task))
+            if not task.is_live:
+                task.placed = self._injector.placed
+        self.current = task
 
     @contextmanager
     def _undone_by_errors(self) -> Iterator[None]:
-        task, placed = self._task, self._injector.placed
+        placed = self._injector.placed
         try:
             yield
         except BaseException:
-            self._task = task
             self._injector.put_back(placed)
             raise
+
+    def _check_not_compiled_for_others(self, identity: tuple[Any, ...] | None) -> None:
+        """Raise a RuntimeError if compiled code may run under another context's task, which would be replaced."""
+        if self._key not in _COMPILED:
+            return
+        for task in self._tasks_set(by_others=True):
+            if _identity(task) != identity:
+                raise RuntimeError(_COMPILED_FOR.format("no task" if task is None else f"task {task.name!r}"))
+
+    # Direct calls of the base model
+
+    def _follow_tasks(self) -> None:
+        """Make direct calls of the base model computations too while a task is set."""
+        if self.current is not None or any(task is not None for task in self._tasks_set()):
+            self._add_hooks()
+        elif not self._is_chosen_here:
+            self.remove_hooks()
+
+    def _add_hooks(self) -> None:
+        if not self._hooks:
+            calls = _DirectCalls(self)
+            self._hooks = self._injector.add_hooks(calls.enter, calls.leave)
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @property
+    def has_hooks(self) -> bool:
+        return bool(self._hooks)
+
+    # Contexts and locks are neither copied nor pickled.
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_injector", "_layers", "_prefix_of", "_hooks")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+
+def _identity(task: SetTask | None) -> tuple[Any, ...] | None:
+    return None if task is None else (task.name, task.is_live)
+
+
+@constant
+def _note_compiled(key: str) -> bool:
+    """A constant, so that the compiler calls it when it traces the model, and never again; exported code needs none."""
+    if not torch.compiler.is_exporting():
+        _COMPILED.add(key)
+    return True
+
+
+class _DirectCalls:
+    """Hooks that make each direct call of the base model, or of its encoder, a computation of the calling context."""
+
+    def __init__(self, active: ActiveTask) -> None:
+        self._active = active
+        self._entered: Counter[int] = Counter()  # by thread: `leave` is called even if something failed before `enter`
+
+    def enter(self, *_: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._active.note_compiled()
+            return
+        self._active.__enter__()
+        if self._active.has_hooks:
+            self._entered[threading.get_ident()] += 1
+        else:  # removed while this call waited for the lock, so `leave` will not be called
+            self._active.__exit__()
+
+    def leave(self, *_: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        thread = threading.get_ident()
+        if self._entered[thread]:
+            self._entered[thread] -= 1
+            self._active.__exit__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DirectCalls:
+        active = memo.get(id(self._active))  # there only if the whole is copied
+        if active is None:
+            raise RuntimeError(_HOOKED)
+        return _DirectCalls(active)
+
+    def __reduce__(self) -> str:
+        raise RuntimeError(_HOOKED)

@@ -116,7 +116,7 @@ class Backbone:
         rows, mask, ids = self.injector.prompt_tokens, inputs.get("attention_mask"), inputs.get("input_ids")
         image = self.injector.reads_images
         hidden = self.injector.in_order_of_input(output.last_hidden_state[:, rows:], mask)
-        if image and len(hidden) != len(inputs["pixel_values"]):
+        if image and hidden.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
@@ -184,8 +184,9 @@ class Backbone:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
-        if hasattr(self.vocabulary, "neftune_noise_alpha"):  # the noise of NEFTune is added in training mode only
-            self.vocabulary.training = training
+        words = self.vocabulary
+        if words is not None and hasattr(words, "neftune_noise_alpha"):  # NEFTune adds its noise in training mode only
+            words.training = training
 
     def check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE, check_labels, counted, label_loss, share_of_items
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
-from qtuning_fast.model.active_task import ActiveTask
+from qtuning_fast.model.active_task import ActiveTask, SetTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
 from qtuning_fast.model.checkpoint import (
@@ -47,8 +48,12 @@ class QTuningModel(PretrainedInterface):
 
     For classification each task has a head on pooled features (`encode`), scaled to unit root mean square; a head of
     the base model is not used. For language modelling the base model's head is used, and `forward` returns what the
-    base model returns. The backbone is frozen and stays in eval mode. While a model computes, the prefix is placed on
-    the attention layers, so one model serves one thread at a time, and models that share a config switch together.
+    base model returns. The backbone is frozen and stays in eval mode.
+
+    Several threads and asyncio tasks may use one model, each under its own task: `set_task` sets it for the thread or
+    asyncio task that calls it. One that has set none computes under the task of the others, if they agree. While a
+    model computes, the prefix is on the attention layers, so it computes one call at a time, and so do models that
+    share a config.
 
     Args:
         base_model: a transformers model whose layers call the attention interface (docs/models.md), or peft's wrapper
@@ -85,7 +90,8 @@ class QTuningModel(PretrainedInterface):
         self.learning = Learning(prefix, hidden_size=backbone.hidden_size, has_heads=self.has_heads)
         self._tasks = Tasks(backbone, self.layer_indices, config)
         self.register_load_state_dict_pre_hook(rename_version_3)
-        self._active = ActiveTask(backbone.injector, self.layer_indices, self._prefix_of)
+        prefix_of = partial(_prefix_of, self.learning, backbone, len(self.layer_indices))
+        self._active = ActiveTask(backbone.injector, self.layer_indices, prefix_of)
         self._task_configs: dict[str, PreTrainedConfig] = {}
         self.name_inputs(self._reads_inputs)
 
@@ -133,7 +139,11 @@ class QTuningModel(PretrainedInterface):
 
     @property
     def active_task(self) -> str | None:
-        """The task that is set."""
+        """The task that is set in this thread or asyncio task.
+
+        Raises:
+            RuntimeError: it has set none, and others have set different ones.
+        """
         return self._active.name
 
     @property
@@ -182,7 +192,7 @@ class QTuningModel(PretrainedInterface):
         else:
             names, problem_type = self.label_names(task), self.problem_type(task)
         config = self._task_configs.get(task)
-        if config is None or (tuple(config.id2label.values()), config.problem_type) != (names, problem_type):
+        if config is None or (config.id2label, config.problem_type) != (dict(enumerate(names)), problem_type):
             config = self._task_configs[task] = config_of_task(base, names, problem_type)
         return config
 
@@ -225,9 +235,10 @@ class QTuningModel(PretrainedInterface):
                 self.backbone.check_gradient(self.layer_indices)
             finally:
                 self.train(self.training)
-        self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
-        synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
-        self.set_task(name)
+        with self.backbone.injector.lock:
+            self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
+            synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
+            self.set_task(name)
 
     def finish_task(self) -> TaskAdapter:
         """Fold the trained prompt, store the task's adapter and free what only training needed.
@@ -236,14 +247,18 @@ class QTuningModel(PretrainedInterface):
             RuntimeError: no task is in training.
         """
         self._check_attached()
-        adapter = self.learning.finish()
-        self.adapters.add(adapter.info, adapter=adapter)
-        self.zero_grad()
-        self.set_task(adapter.name)
+        with self.backbone.injector.lock:
+            adapter = self.learning.finish()
+            self.adapters.add(adapter.info, adapter=adapter)
+            self.zero_grad()
+            self.set_task(adapter.name)
+            self._active.set_for_all(adapter.name)
         return adapter
 
     def set_task(self, name: str | None, *, live: bool = False) -> None:
         """Make a task active; None activates the base model alone, with its own attention.
+
+        It is set for the calling thread or asyncio task, and for those that have set none.
 
         Args:
             name: a finished task, the task in training, or None.
@@ -254,11 +269,10 @@ class QTuningModel(PretrainedInterface):
             ValueError: no task of this name.
         """
         in_training = name is not None and name == self.learning.task
+        adapter = None if name is None or in_training else self._tasks.on_device(name)
         if name is not None:
-            if not in_training:
-                self._tasks.check(name)
             self._check_attached()
-        self._active.set(name, live=live or in_training)
+        self._active.set(name, live=live or in_training, adapter=adapter)
 
     def add_task(self, adapter: TaskAdapter) -> None:
         """Add an adapter that was made elsewhere for this base model, as a finished task.
@@ -294,14 +308,15 @@ class QTuningModel(PretrainedInterface):
         """
         if name == self.learning.task:
             self.learning.check_idle()
-        if name == self.active_task:
+        if self._active.is_set_anywhere(name):
             raise RuntimeError(f"task {name!r} is set; set another task, or None, first")
         if name == self.learning.last_learned and self._may_retain:
             raise RuntimeError(
                 f"task {name!r} was learned last: memory retention of the next task needs its adapter; only with "
                 "retention_weight=0 can it be removed"
             )
-        self._tasks.remove(name)
+        with self.backbone.injector.lock:
+            self._tasks.remove(name)
         if name == self.learning.last_learned:
             self.learning.last_learned = None
 
@@ -317,7 +332,8 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: a bound is not a positive integer.
         """
-        self._tasks.set_memory_limits(device_bytes=device_bytes, host_bytes=host_bytes)
+        with self.backbone.injector.lock:
+            self._tasks.set_memory_limits(device_bytes=device_bytes, host_bytes=host_bytes)
 
     # Computing
 
@@ -370,23 +386,34 @@ class QTuningModel(PretrainedInterface):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
-        task = self._active.name
-        self.backbone.check_inputs(inputs, under_a_task=task is not None or task_names is not None)
         if task_names is not None:
+            self.backbone.check_inputs(inputs, under_a_task=True)
             with self.using(task_names, batch_size(inputs)) as mixed:
                 return self._compute(inputs, labels, num_items_in_batch, mixed)
+        return self._active.compute(self._compute_alone, inputs, labels, num_items_in_batch, retention_features)
+
+    def _compute_alone(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        retention_features: Tensor | None,
+    ) -> Any:
+        """Return loss and logits under the one task that is set, or the base model's own output."""
+        task = self._active.current
+        self.backbone.check_inputs(inputs, under_a_task=task is not None)
         if task is None:
             return self.backbone.compute(inputs, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
-        if self.training and task == self.learning.task and self.retains_memory:
+        if self.training and task.adapter is None and self.retains_memory:
             if labels is None:
                 _warn_of_no_retention("forward got no labels (as with label smoothing or a loss of your own)")
             elif batch_size(inputs) == 1:
                 _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
             else:
                 return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
-        if self._active.is_live:
+        if task.is_live:
             self._active.place()  # the training prefix changes with every step
         return self._compute(inputs, labels, num_items_in_batch)
 
@@ -410,19 +437,19 @@ class QTuningModel(PretrainedInterface):
     ) -> Tensor:
         """Return the loss of the heads' logits, once the labels have been checked."""
         problem_type, tasks, outputs = self._labelled(mixed)
-        check_labels(labels, problem_type, tasks, outputs, len(logits))
+        check_labels(labels, problem_type, tasks, outputs, logits.shape[0])
         return label_loss(logits, labels, problem_type, num_items)
 
     def _labelled(self, mixed: MixedBatch | None = None) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
         """Return the problem type, and each sample's task and number of outputs, or those of the only task."""
         if mixed is not None:
             return mixed.problem_type, mixed.names, mixed.classes
-        task = self._active.name
+        task = self._active.current
         assert task is not None
-        if task == self.learning.task:
-            return self.learning.problem_type, (task,), (len(self.learning.label_names),)
-        problem_type, outputs = self._tasks.labelled(task)
-        return problem_type, (task,), (outputs,)
+        if task.adapter is None:
+            return self.learning.problem_type, (task.name,), (len(self.learning.label_names),)
+        info = task.adapter.info
+        return info.problem_type, (task.name,), (info.classes,)
 
     def _compute_retaining(
         self,
@@ -464,12 +491,9 @@ class QTuningModel(PretrainedInterface):
         return output
 
     def _logits(self, features: Tensor) -> Tensor:
-        task = self._active.name
+        task = self._active.current
         assert task is not None
-        return self.learning.logits(features) if task == self.learning.task else self._tasks.logits(task, features)
-
-    def _prefix_of(self, task: str, live: bool) -> Prefix:
-        return self.training_prefix.prefix() if live else self._tasks.prefix(task)
+        return self.learning.logits(features) if task.adapter is None else task.adapter.logits(features)
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Return pooled features `[B, hidden]` of the inputs under the placed prefix.
@@ -479,11 +503,12 @@ class QTuningModel(PretrainedInterface):
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
-        return self.backbone.encode(inputs, self._pad_token_id)
+        return self._active.compute(self.backbone.encode, inputs, self._pad_token_id)
 
     @property
     def _pad_token_id(self) -> int | None:
-        config = self._task_configs.get(self._active.name or "", self.base_model.config)
+        task = self._active.current
+        config = self._task_configs.get("" if task is None else task.name, self.base_model.config)
         return getattr(config, "pad_token_id", None)
 
     @torch.no_grad()
@@ -509,13 +534,16 @@ class QTuningModel(PretrainedInterface):
             ValueError: the base model cannot generate, or `task_names` is invalid.
         """
         self.backbone.check_generates()
-        with torch.no_grad(), self.evaluating():
-            if task_names is not None:
-                with self.using(task_names, len(args[0]) if args else batch_size(kwargs)):
-                    return self.backbone.generate(*args, **kwargs)
-            if self._active.name is not None:
+        if task_names is not None:
+            batch = args[0].shape[0] if args else batch_size(kwargs)
+            with torch.no_grad(), self.using(task_names, batch), self.evaluating():
+                return self.backbone.generate(*args, **kwargs)
+        with torch.no_grad(), self.evaluating(), self._active:
+            task = self._active.current
+            if task is not None:
                 self.backbone.injector.check_switched()
-                self._active.place()
+                if task.is_live:
+                    self._active.place()
             return self.backbone.generate(*args, **kwargs)
 
     @contextmanager
@@ -526,7 +554,7 @@ class QTuningModel(PretrainedInterface):
             ValueError: a task is unknown, the number of names differs from `batch`, or one batch cannot hold the tasks.
         """
         self._check_attached()
-        with self._tasks.using(task_names, batch) as mixed:
+        with self._active.mixed(), self._tasks.using(task_names, batch) as mixed:
             yield mixed
 
     # As a module
@@ -536,24 +564,28 @@ class QTuningModel(PretrainedInterface):
 
         Dropout in the backbone is therefore off, LoRA's included, even if LoRA's weights train beside the prompts.
         """
-        super().train(mode)
-        self.backbone.freeze(training=mode)
+        with self.backbone.injector.lock:
+            super().train(mode)
+            self.backbone.freeze(training=mode)
         return self
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Set eval mode within the block; no layer checkpoints then, so caches are used."""
-        training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(training)
+        with self._active.block():
+            training = self.training
+            self.eval()
+            try:
+                yield
+            finally:
+                self.train(training)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
-        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
-        self.train(self.training)
+        with self.backbone.injector.lock:
+            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
+            self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+            self.train(self.training)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
@@ -562,8 +594,9 @@ class QTuningModel(PretrainedInterface):
 
     def gradient_checkpointing_disable(self) -> None:
         """Call the base model's method."""
-        self.base_model.gradient_checkpointing_disable()
-        self.train(self.training)
+        with self.backbone.injector.lock:
+            self.base_model.gradient_checkpointing_disable()
+            self.train(self.training)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
@@ -587,10 +620,10 @@ class QTuningModel(PretrainedInterface):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # to(), cuda(), half(): the placed prefix moves along, and slots are allocated again.
-        self.slots.clear()
-        super()._apply(*args, **kwargs)
-        if self._active.name is not None:
-            self._active.place()
+        with self.backbone.injector.lock:
+            self.slots.clear()
+            super()._apply(*args, **kwargs)
+            self._active.place_again()
         return self
 
     @property
@@ -598,21 +631,36 @@ class QTuningModel(PretrainedInterface):
         """The part of the base model that `forward` hands its inputs to."""
         return self.backbone.encoder if self.has_heads else self.base_model
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.name_inputs(self._reads_inputs)  # a pickle holds no functions
-
     def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
         # Hooks on the base model and prefixes on its layers belong to this model: the copy gets its own.
-        name, live = self._active.name, self._active.is_live
-        with self._active.kept():
-            self.set_task(None)
+        with self._active.off_the_layers() as task:
             copied = type(self).__new__(type(self))
             memo[id(self)] = copied
+            copy.deepcopy(self._active, memo)  # first, which tells its hooks that they are copied with it
             copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if name is not None:
-            copied.set_task(name, live=live)
+        if task is not None:
+            copied.set_task(task.name, live=task.is_live)
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For pickle. Others may compute before it is written, so this copies the structure, but no tensors.
+        memo: dict[int, Any] = {id(x): x for x in (self, self.adapters, *self.parameters(), *self.buffers())}
+        with self._active.off_the_layers() as task:
+            copy.deepcopy(self._active, memo).remove_hooks()
+            state = copy.deepcopy(self.__dict__, memo)
+        base_model = state["_modules"]["base_model"]
+        requires = bool(getattr(base_model, "_require_grads_hooks", ()))
+        base_model.disable_input_require_grads()  # this hook of transformers cannot be pickled
+        return state | {"_task": task and (task.name, task.is_live), "_inputs_require_grads": requires}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        task, requires = state.pop("_task"), state.pop("_inputs_require_grads")
+        super().__setstate__(state)
+        self.name_inputs(self._reads_inputs)  # a pickle holds no functions
+        if requires:
+            self.base_model.enable_input_require_grads()
+        if task is not None:
+            self.set_task(task[0], live=task[1])
 
     # Saving
 
@@ -674,8 +722,9 @@ class QTuningModel(PretrainedInterface):
 
     def detach(self) -> PreTrainedModel:
         """Restore the base model to its original state and return it; no task can be set afterwards."""
-        self._active.forget()
-        return self.backbone.detach()
+        with self.backbone.injector.lock:
+            self._active.forget()
+            return self.backbone.detach()
 
     # Checks
 
@@ -700,3 +749,10 @@ def _warn_of_no_retention(reason: str) -> None:
             f"memory retention is left out of the loss, because {reason}; set retention_weight=0 if that is meant",
             stacklevel=3,
         )
+
+
+def _prefix_of(learning: Learning, backbone: Backbone, num_layers: int, task: SetTask) -> Prefix:
+    if task.is_live:
+        return learning.prefix.prefix()
+    assert task.adapter is not None
+    return task.adapter.prefix(backbone.device, num_layers=num_layers)

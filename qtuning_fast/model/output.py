@@ -35,7 +35,7 @@ def batch_size(inputs: dict[str, Any]) -> int:
     """Return the number of samples in a forward pass's inputs; raise a ValueError if no input tells it."""
     for name in _COUNTED:
         if isinstance(inputs.get(name), Tensor):
-            return len(inputs[name])
+            return inputs[name].shape[0]
     raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, so the batch size is unknown; give one of them")
 
 
@@ -43,6 +43,6 @@ def twice(inputs: dict[str, Any]) -> dict[str, Any]:
     """Repeat the inputs for a batch of twice the samples."""
     batch = batch_size(inputs)
     return {
-        name: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 and len(x) == batch else x
+        name: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch else x
         for name, x in inputs.items()
     }

@@ -86,7 +86,7 @@ class PretrainedInterface(nn.Module):
 
         named.__name__ = forward.__name__
         named.__signature__ = inspect.Signature([*theirs, *more, rest])  # type: ignore[attr-defined]
-        self.forward = MethodType(named, self)  # type: ignore[method-assign]
+        self.forward = MethodType(named, self)
 
     # Trainer
 
@@ -111,7 +111,7 @@ class PretrainedInterface(nn.Module):
         return sum(each.numel() for each in parameters if each.requires_grad or not only_trainable)
 
 
-def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_type: str) -> PreTrainedConfig:
+def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_type: Any) -> PreTrainedConfig:
     """Return a copy of the base model's config with the classes of a task, as pipelines and Trainer read them."""
     config = copy.copy(base)
     config.id2label = dict(enumerate(label_names))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
-from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checkpoint import Checkpoint, read_checkpoint
 from qtuning_fast.model.compatibility import check_adapter, chosen_layers
@@ -62,13 +60,14 @@ class Tasks:
         info = self.adapters.entry(name).info
         return info.problem_type, info.classes
 
-    def prefix(self, name: str) -> Prefix:
-        """Return the prefix of a task, ready to be placed on the layers."""
-        return self.adapters[name].prefix(self._backbone.device, num_layers=len(self._layers))
-
-    def logits(self, name: str, features: Tensor) -> Tensor:
-        """Map features `[B, hidden]` to logits `[B, classes]` by a task's head."""
-        return self.adapters[name].logits(features)
+    def on_device(self, name: str) -> TaskAdapter:
+        """Return the adapter of a task with its head on the device; raise a ValueError if there is none."""
+        self.check(name)
+        adapter = self.adapters[name]
+        if adapter.head_weight is None or adapter.head_bias is None:
+            return adapter
+        device = self._backbone.device
+        return replace(adapter, head_weight=adapter.head_weight.to(device), head_bias=adapter.head_bias.to(device))
 
     def check_new(self, adapter: TaskAdapter) -> None:
         """Raise a TypeError or ValueError if an adapter does not fit the model or its name is taken."""

@@ -12,7 +12,7 @@ from transformers import BertModel
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.integrations.transformers import PrefixInjector
 from qtuning_fast.method.prefix import Prefix, placed
-from qtuning_fast.model.active_task import ActiveTask
+from qtuning_fast.model.active_task import ActiveTask, SetTask
 
 Batch = dict[str, Tensor]
 SMALL = {"prompt_length": 3, "queue_size": 3, "shared_length": 2}
@@ -56,10 +56,10 @@ class Layers:
         self.active = ActiveTask(self.injector, [0, 2], self.prefix_of)
         self._base, self._batch = base, batch
 
-    def prefix_of(self, name: str, live: bool) -> Prefix:
+    def prefix_of(self, task: SetTask) -> Prefix:
         """Rows that are full of the number in the task's name."""
-        self.asked.append((name, live))
-        rows = torch.full((4, 2, 8), float(name))
+        self.asked.append((task.name, task.is_live))
+        rows = torch.full((4, 2, 8), float(task.name))
         return Prefix([{"prefix_key": rows, "prefix_value": rows, "gate": None}] * 2)
 
     @torch.no_grad()

@@ -59,6 +59,7 @@ def test_between_tasks_and_after_the_model_an_old_optimizer_may_step(tiny_bert: 
     model.finish_task()
     optimizer.step()
     model.start_task("second", 3)
+    model.detach()
     del model
     gc.collect()
     optimizer.step()

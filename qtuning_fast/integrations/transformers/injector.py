@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.attention.arguments import PrefixArguments
-from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointing_layers, leave_prefixes
+from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointable_layers, leave_prefixes
 from qtuning_fast.integrations.transformers.interface import NAME, AttentionCall, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
@@ -22,6 +23,7 @@ from qtuning_fast.integrations.transformers.layers import (
     main_input,
     without_head,
 )
+from qtuning_fast.integrations.transformers.lock import ComputeLock
 from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.integrations.transformers.padding import move_padding_behind, moved_back
 from qtuning_fast.integrations.transformers.positions import Positions, Shift, give_positions
@@ -32,7 +34,9 @@ from qtuning_fast.method.prefix import PlacedPrefix, Prefix, place
 # For the id of each config that names our attention: the previous name, and the number of its models with a task set.
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}
 
-_ATTACHED = "qtuning_attached"  # marks a base model with a QTuningModel
+_ATTACHED = "qtuning_attached"  # holds the id of a base model with a QTuningModel; in a copy of it, not the copy's id
+
+_INJECTORS: WeakSet[PrefixInjector] = WeakSet()
 
 
 class PrefixInjector:
@@ -46,6 +50,7 @@ class PrefixInjector:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
         reads_images: whether its input are images; otherwise it is text.
         positions: how the encoder assigns positions to tokens.
+        lock: who computes or changes what stands on the layers holds it; models that share a config share it.
 
     Raises:
         TypeError: `base_model` is not a transformers model.
@@ -56,9 +61,10 @@ class PrefixInjector:
     def __init__(self, base_model: PreTrainedModel, placement: str = "prefix") -> None:
         if not isinstance(base_model, PreTrainedModel):
             raise TypeError(f"base_model is a {type(base_model).__name__}; it must be a transformers PreTrainedModel")
-        if hasattr(base_model, _ATTACHED):
+        if getattr(base_model, _ATTACHED, None) == id(base_model):
             raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
+        self.lock = _lock_for(configs_of(base_model))
         self._configs: list[Any] = []  # the configs that name our attention while it is on
         self._placement = placement
         self._hooks: list[RemovableHandle] = []
@@ -66,6 +72,8 @@ class PrefixInjector:
         self._prompt: Prompt | None = None  # the prompt in front of the sequence
         self._shift: Shift | None = None  # the current shift of the position ids
         self.layers: list[AttentionLayer] = []
+        self._checkpointable = checkpointable_layers(base_model)
+        self._training = False
         # By module and name, because accelerate replaces the parameters that it moves.
         self._required_grad = [
             (module, name, parameter.requires_grad)
@@ -88,7 +96,11 @@ class PrefixInjector:
             self.detach()
             raise
         self.restore()
-        setattr(base_model, _ATTACHED, True)
+        self._mark_attached()
+
+    def _mark_attached(self) -> None:
+        setattr(self._base_model, _ATTACHED, id(self._base_model))
+        _INJECTORS.add(self)
 
     @torch.no_grad()
     def _check_in_front(self) -> None:
@@ -145,7 +157,7 @@ class PrefixInjector:
     @property
     def checkpoints(self) -> bool:
         """Whether layers currently checkpoint their activations."""
-        return any(layer.training for layer in checkpointing_layers(self._base_model))
+        return any(layer.training and layer.gradient_checkpointing for layer in self._checkpointable)
 
     @property
     def prompt_tokens(self) -> int:
@@ -234,16 +246,32 @@ class PrefixInjector:
 
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
+        self._training = training
         self._base_model.eval()
-        carry_prefixes(self._base_model)
-        for layer in checkpointing_layers(self._base_model):  # they checkpoint only in training mode
-            layer.training = training
+        carry_prefixes(self._checkpointable, self.lock, training=training)
+
+    def follow_checkpointing(self) -> None:
+        """Follow a change of checkpointing on the base model since the last call, before anything is computed."""
+        if self._training:
+            carry_prefixes(self._checkpointable, self.lock, training=True)
+
+    def add_hooks(self, before: Callable[..., None], after: Callable[..., None]) -> list[RemovableHandle]:
+        """Add hooks around each call of the base model, the model below its head, and the encoder.
+
+        The second one is called after an error too. (An encoder-decoder's `generate` calls the encoder directly.)
+        """
+        hooks = []
+        for module in {id(each): each for each in (self._base_model, self.model, self.encoder)}.values():
+            hooks.append(module.register_forward_pre_hook(before, prepend=True))
+            hooks.append(module.register_forward_hook(after, always_call=True))
+        return hooks
 
     def detach(self) -> None:
         """Restore the base model; another QTuningModel can be attached afterwards."""
         self.restore()
-        leave_prefixes(self._base_model)
+        leave_prefixes(self._checkpointable)
         self._base_model.__dict__.pop(_ATTACHED, None)
+        _INJECTORS.discard(self)
         for module, name, required in self._required_grad:
             parameter = module._parameters.get(name)  # getattr would also find former parameters
             if parameter is not None:
@@ -311,7 +339,7 @@ class PrefixInjector:
                 "prefix_value": call.value if bank else call.value.squeeze(0),
             }
 
-        checkpointing = [layer for layer in checkpointing_layers(self.model) if layer.training]
+        checkpointing = [layer for layer in self._checkpointable if layer.training]
         for layer in checkpointing:
             layer.training = False  # few tokens need no checkpoint, which would hide the keys and values in it
         try:
@@ -323,3 +351,14 @@ class PrefixInjector:
             for layer in checkpointing:
                 layer.training = True
         return [found[id(self.layers[index].module)] for index in layers]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._mark_attached()  # a copy of the base model has an id of its own
+
+
+def _lock_for(configs: Sequence[Any]) -> ComputeLock:
+    """Return the lock of the models that share one of these configs, or a new one."""
+    ids = {id(config) for config in configs}
+    sharing = (each.lock for each in _INJECTORS if not ids.isdisjoint(map(id, configs_of(each._base_model))))
+    return next(sharing, None) or ComputeLock()

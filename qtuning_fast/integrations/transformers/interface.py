@@ -163,7 +163,7 @@ def _attend_behind_prompt(
     prefix = gate | {
         "prefix_key": call.key[:, :, in_front],
         "prefix_value": call.value[:, :, in_front],
-        "prefix_index": torch.arange(len(call.key), device=call.key.device),
+        "prefix_index": torch.arange(call.key.shape[0], device=call.key.device),
         "prefix_bias": bias,
     }
     prompt = call.with_prefix(no_prefix(call.key, call.value), queries=in_front)
@@ -193,7 +193,7 @@ def _fitting(prefix: Arguments, query: Tensor) -> dict[str, Any]:
     """
     fitting = tree_map_only(Tensor, lambda x: x.to(query.device), dict(prefix))
     if "prefix_index" in fitting:
-        fitting["prefix_index"] = for_batch(fitting["prefix_index"], len(query))
+        fitting["prefix_index"] = for_batch(fitting["prefix_index"], query.shape[0])
     return fitting
 
 
@@ -203,9 +203,10 @@ def for_batch(each: Tensor, batch: int) -> Tensor:
     Raises:
         ValueError: the batch size is not a multiple of B.
     """
-    if batch % len(each):
-        raise ValueError(f"the batch has {batch} samples, but tasks were named for {len(each)}")
-    return each if len(each) == batch else each.repeat_interleave(batch // len(each), dim=0)
+    named = each.shape[0]  # len() would fix the size where a graph is traced
+    if batch % named:
+        raise ValueError(f"the batch has {batch} samples, but tasks were named for {named}")
+    return each if named == batch else each.repeat_interleave(batch // named, dim=0)
 
 
 def attention_mask(

@@ -126,7 +126,7 @@ def without_head(base_model: PreTrainedModel) -> PreTrainedModel:
     return body
 
 
-def configs_of(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """Return every config in the model that names an attention implementation, each once, the outermost first.
 
     Sub-models and, in some families, attention modules hold copies; every forward pass reads each of them.

@@ -45,7 +45,7 @@ def _may_be_packed(inputs: Mapping[str, Any]) -> bool:
 
 def _of_images(positions: Tensor) -> bool:
     """Return whether position ids are those of time, height and width, without a further row of text positions."""
-    return positions.ndim == 3 and len(positions) == 3
+    return positions.ndim == 3 and positions.shape[0] == 3
 
 
 def check_position_ids(inputs: Mapping[str, Any], *, taken: bool, kind: str) -> None:

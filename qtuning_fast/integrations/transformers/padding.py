@@ -78,6 +78,6 @@ def _places(mask: Tensor) -> Tensor:
 
 def _moved(x: Tensor, places: Tensor) -> Tensor:
     """Move the tokens of `[1 or B, N, ...]` to their new places."""
-    x, places = x.expand(len(places), *x.shape[1:]), places.to(x.device)
+    x, places = x.expand(places.shape[0], *x.shape[1:]), places.to(x.device)
     index = places.view(*places.shape, *[1] * (x.ndim - 2)).expand(x.shape)
     return torch.zeros_like(x).scatter(1, index, x)

@@ -184,7 +184,7 @@ def _shifted(own: Tensor, shift: Shift, positions: Positions, inputs: dict[str, 
     if isinstance(past, int) and inputs.get("position_ids") is None:  # reading numbers on the device would wait for it
         positions.check_room(tokens.shape[1] + past, shift.at_most)
     by = shift.by.to(own.device)
-    each = by if len(by) == 1 else for_batch(by, len(tokens))
+    each = by if by.shape[0] == 1 else for_batch(by, tokens.shape[0])
     return own + each[:, None]
 
 

@@ -42,9 +42,9 @@ class Prompt:
         """Return the rows `[B, P, E]` for inputs `like` these, `[B, N, E]`."""
         rows = self.embeddings
         if self.index is None:
-            return rows.to(like).expand(len(like), -1, -1)
-        index = for_batch(self.index.to(rows.device), len(like))
-        absent = self.absent(len(like), rows.device)
+            return rows.to(like).expand(like.shape[0], -1, -1)
+        index = for_batch(self.index.to(rows.device), like.shape[0])
+        absent = self.absent(like.shape[0], rows.device)
         if absent is None:
             return rows[index].to(like)
         places = (torch.arange(self.tokens, device=rows.device) - absent[:, None]) % self.tokens
@@ -119,7 +119,7 @@ def _extended_positions(
     missing = 0 if absent is None else absent[:, None]
     own = positions.own(inputs) + prompt.tokens - missing
     front = (torch.arange(prompt.tokens, device=device)[None] - missing).clamp(min=0) + positions.first
-    return torch.cat([front.expand(len(own), -1), own], dim=1)
+    return torch.cat([front.expand(own.shape[0], -1), own], dim=1)
 
 
 def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHandle:
@@ -133,7 +133,7 @@ def _in_front_of_memory(decoder: PreTrainedModel, placed: Placed) -> RemovableHa
         if prompt is None or memory is None:
             return None
         N = memory.shape[1] - prompt.tokens
-        return (), inputs | {"encoder_attention_mask": _extended_mask(mask, prompt, len(memory), N, memory.device)}
+        return (), inputs | {"encoder_attention_mask": _extended_mask(mask, prompt, memory.shape[0], N, memory.device)}
 
     return decoder.register_forward_pre_hook(extended, with_kwargs=True)
 
@@ -161,7 +161,7 @@ def _positions_without_absent_rows(embed_positions: nn.Module, placed: Placed) -
         prompt = placed()
         if prompt is None or prompt.index is None or prompt.lengths is None:
             return output
-        batch = max(len(output), len(prompt.index))
+        batch = max(output.shape[0], prompt.index.shape[0])
         absent = prompt.absent(batch, output.device)
         assert absent is not None
         places = (torch.arange(output.shape[1], device=output.device) - absent[:, None]).clamp(min=0)
