@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, FalconH1Config
 from transformers.masking_utils import find_packed_sequence_indices
 
 from qtuning_fast import QTuningConfig, QTuningModel
@@ -117,6 +118,16 @@ def test_a_base_model_that_lets_sequences_see_each_other_is_refused(families: An
             model(**batch, labels=labels)
     ones = torch.ones_like(batch["input_ids"])  # one sequence, whose positions are as the user wants them
     assert model(**batch, attention_mask=ones).logits.shape == (1, 3 if name == "BERT" else 40)
+
+
+def test_a_state_that_passes_between_sequences_is_found(families: Any) -> None:
+    """Falcon-H1's attention keeps them apart, its state-space layers do not."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4}
+    config = FalconH1Config(**sizes, **state, vocab_size=40, num_key_value_heads=2, pad_token_id=1)
+    model = learned(replace(families["Llama"], config=config))
+    with pytest.raises(ValueError, match="FalconH1Model does not keep apart"):
+        model(**packed())
 
 
 @pytest.mark.parametrize("name", ["T5", "BART"])

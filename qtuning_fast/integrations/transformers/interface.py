@@ -29,13 +29,12 @@ _NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
 
 class AttentionCall(NamedTuple):
-    """A call of the attention function: its module, query, key and value, its mask, and whether it is causal."""
+    """A call of the attention function: its module, query, key and value, and whether it is causal."""
 
     module: nn.Module
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
     is_causal: bool
 
 
@@ -89,7 +88,7 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
-        watcher(AttentionCall(module, query, key, value, attention_mask, causal))
+        watcher(AttentionCall(module, query, key, value, causal))
     options = {
         "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # otherwise the mask includes it
         "scale": scaling,

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
 from qtuning_fast.integrations.transformers.caches import cache_among
-from qtuning_fast.integrations.transformers.interface import watched
 from qtuning_fast.integrations.transformers.layers import dummy_inputs
 
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # further names under which collators say where they begin
@@ -95,7 +94,9 @@ def without_cache(inputs: Mapping[str, Any], *, kept_apart: bool, kind: str) -> 
 
 @torch.no_grad()
 def keeps_packed_rows_apart(stack: PreTrainedModel, first: int) -> bool:
-    """Return whether no token sees another sequence of its row, found from the masks of a run on a packed row.
+    """Return whether no token sees another sequence of its row: it changes the first one, and looks at the second.
+
+    Attention may see the first, and so may a state that passes between tokens outside attention.
 
     Args:
         stack: a stack that takes position ids, with its attention set to ours.
@@ -105,10 +106,13 @@ def keeps_packed_rows_apart(stack: PreTrainedModel, first: int) -> bool:
     begin = ids.shape[1] // 2
     places = torch.arange(ids.shape[1], device=ids.device)
     positions = torch.where(places < begin, places, places - begin)[None] + first
-    masks: list[Tensor | None] = []
-    with watched(stack, lambda call: masks.append(call.mask)):
+
+    def second(ids: Tensor) -> Tensor:
         try:
-            stack(input_ids=ids, position_ids=positions, use_cache=False)
+            states = stack(input_ids=ids, position_ids=positions, use_cache=False)[0]
         except TypeError:  # it has no argument of this name, and makes no cache
-            stack(input_ids=ids, position_ids=positions)
-    return all(mask is not None and mask.ndim == 4 and not mask[:, :, begin:, :begin].any() for mask in masks)
+            states = stack(input_ids=ids, position_ids=positions)[0]
+        return states[:, begin:]
+
+    other = torch.where(places < begin, ids + 1, ids)
+    return torch.equal(second(ids), second(other))  # what is not seen has a weight of exactly zero
