@@ -113,9 +113,9 @@ class Backbone:
             )
         encoder, causal = self.encoder, self.injector.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
-        rows, mask, ids = self.injector.prompt_tokens, inputs.get("attention_mask"), inputs.get("input_ids")
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         image = self.injector.reads_images
-        hidden = self.injector.in_order_of_input(output.last_hidden_state[:, rows:], mask)
+        hidden = self.injector.states_of_input(output.last_hidden_state, mask)
         if image and hidden.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
@@ -124,7 +124,7 @@ class Backbone:
             mask = ids != pad_token_id
         states = output.get("hidden_states")
         if states is not None:
-            states = tuple(self.injector.in_order_of_input(each[:, rows:], mask) for each in states)
+            states = tuple(self.injector.states_of_input(each, inputs.get("attention_mask")) for each in states)
         return pool(hidden, mask), states
 
     def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from qtuning_fast.integrations.transformers.layers import (
 )
 from qtuning_fast.integrations.transformers.lock import ComputeLock
 from qtuning_fast.integrations.transformers.offload import input_device
+from qtuning_fast.integrations.transformers.outputs import put_output_in_order
 from qtuning_fast.integrations.transformers.padding import move_padding_behind, moved_back
 from qtuning_fast.integrations.transformers.positions import Positions, Shift, give_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
@@ -117,7 +118,7 @@ class PrefixInjector:
 
         def behind(row: Tensor, **inputs: Tensor) -> Tensor:
             self.place(first_stack, Prefix([NO_GATE] * len(first_stack), row))
-            return states(**inputs)[:, self.prompt_tokens :]
+            return self.states_of_input(states(**inputs), None)
 
         inputs = dummy_inputs(self.model)
         try:
@@ -171,8 +172,23 @@ class PrefixInjector:
             return False
         return self._placement == "input" or self.positions.follow_the_sequence
 
+    @property
+    def _has_reader(self) -> bool:
+        """Whether something in the model reads the encoder's output: a decoder, or a causal stack's own head."""
+        return self.is_causal or self.model.config.is_encoder_decoder
+
+    def states_of_input(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the encoder's states as `[B, N, hidden]`, without a prompt's rows, in the order of the input.
+
+        Args:
+            states: what the encoder returned.
+            mask: the padding mask `[B, N]` of its input.
+        """
+        return self.in_order_of_input(states, mask) if self._has_reader else states  # a hook has put them in order
+
     def in_order_of_input(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the encoder's states `[B, N, hidden]` in the order of its input with this padding mask `[B, N]`."""
+        """Do this to states that no hook has put in order."""
+        states = states[:, self.prompt_tokens :]
         return moved_back(states, mask) if mask is not None and self._configs and self._moves_padding else states
 
     def switch(self) -> None:
@@ -198,8 +214,10 @@ class PrefixInjector:
                 )
 
     def _new_hooks(self) -> list[RemovableHandle]:
-        """Add hooks that prepare the inputs; they look up the current prompt in front and the current shift."""
-        hooks = []
+        """Add hooks around the encoder; they look up the current prompt in front and the current shift."""
+        hooks: list[RemovableHandle] = []
+        if not self._has_reader and (self._placement == "input" or self._moves_padding):
+            hooks += put_output_in_order(self.encoder, self.in_order_of_input)
         if self._moves_padding:
             hooks += move_padding_behind(self.model, self.encoder)
         if self._placement == "input" and not self.is_causal:
