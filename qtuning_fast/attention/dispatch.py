@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from qtuning_fast.attention import backend_order, composed, fused, reference
 from qtuning_fast.attention.arguments import PrefixAttentionCall, check_choice
 from qtuning_fast.attention.backend_order import PREFERENCE
+from qtuning_fast.attention.common import constant
 
 ENVIRONMENT_VARIABLE = "QTUNING_FAST_BACKEND"
 HAS_TRITON = find_spec("triton") is not None  # importing it would take a second
@@ -98,11 +100,19 @@ def _requested(name: str) -> tuple[str, str]:
     """Return the requested backend, with "auto" replaced from the environment, and who requested it."""
     check_choice("backend", name, NAMES)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
+    if name == "auto" and torch.compiler.is_exporting() and _is_for_onnx():
+        return "reference", "the only one that ONNX can express"
     if name != "auto" or not override:
         return name, "requested by name"
     if override not in NAMES:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(NAMES)}, got {override!r}")
     return override, f"requested by {ENVIRONMENT_VARIABLE}"
+
+
+@constant
+def _is_for_onnx() -> bool:
+    """Return whether the graph that is being traced is for ONNX, which knows PyTorch's operators and none of ours."""
+    return torch.onnx.is_in_onnx_export()
 
 
 def _why_not(name: str, call: PrefixAttentionCall) -> str | None:

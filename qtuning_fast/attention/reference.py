@@ -32,10 +32,10 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
 def attention_weights(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """Return the softmax weights [B, Hq, N, P + M] in query's dtype, prefix first, and the log-sum-exp."""
-    prefix_key = prefix_rows(call, call.prefix_key, call.reweight_key)
-    s_pre = _prefix_scores(call, prefix_key)  # [B, Hq, N, P]
-    s_ctx = _context_scores(call)  # [B, Hq, N, M]
-    scores = torch.cat([s_pre, s_ctx], dim=-1)
+    scores = _context_scores(call)  # [B, Hq, N, M]
+    if _has_prefix(call):
+        prefix_key = prefix_rows(call, call.prefix_key, call.reweight_key)
+        scores = torch.cat([_prefix_scores(call, prefix_key), scores], dim=-1)  # [B, Hq, N, P + M]
     lse = scores.detach().logsumexp(dim=-1)
 
     blind = lse.isneginf().unsqueeze(-1)  # here softmax and its gradient would be NaN
@@ -45,12 +45,21 @@ def attention_weights(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
 def weighted_values(call: PrefixAttentionCall, weights: Tensor) -> Tensor:
     """Return the output [B, Hq, N, Dv] in query's dtype from the weights of prefix and context."""
+    M, dtype = call.key.shape[-2], score_dtype(call.query)
+    if not _has_prefix(call):
+        return _weighted_sum(weights, call.value, dtype).to(call.query.dtype)
     prefix_value = prefix_rows(call, call.prefix_value, call.reweight_value)
-    M = call.key.shape[-2]
     w_pre, w_ctx = weights.split([weights.shape[-1] - M, M], dim=-1)
-    dtype = score_dtype(call.query)
     output = _weighted_sum(w_pre, prefix_value, dtype) + _weighted_sum(w_ctx, call.value, dtype)
     return output.to(call.query.dtype)
+
+
+def _has_prefix(call: PrefixAttentionCall) -> bool:
+    """Return whether to compute the prefix's part: always, except that exported graphs have none without rows.
+
+    (ONNX cannot reshape tensors without entries. Otherwise an empty prefix gets its empty gradients.)
+    """
+    return call.prefix_key.shape[-2] > 0 or not torch.compiler.is_exporting()
 
 
 def prefix_rows(call: PrefixAttentionCall, rows: Tensor, reweight: tuple[Tensor, Tensor] | None) -> Tensor:

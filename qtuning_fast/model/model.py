@@ -648,13 +648,13 @@ class QTuningModel(PretrainedInterface):
         with self._active.off_the_layers() as task:
             copy.deepcopy(self._active, memo).remove_hooks()
             state = copy.deepcopy(self.__dict__, memo)
-        base_model = state["_modules"]["base_model"]
+        base_model = state["backbone"].model
         requires = bool(getattr(base_model, "_require_grads_hooks", ()))
         base_model.disable_input_require_grads()  # this hook of transformers cannot be pickled
-        return state | {"_task": task and (task.name, task.is_live), "_inputs_require_grads": requires}
+        return state | {"task_that_is_set": task and (task.name, task.is_live), "inputs_require_grads": requires}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        task, requires = state.pop("_task"), state.pop("_inputs_require_grads")
+        task, requires = state.pop("task_that_is_set"), state.pop("inputs_require_grads")
         super().__setstate__(state)
         self.name_inputs(self._reads_inputs)  # a pickle holds no functions
         if requires:

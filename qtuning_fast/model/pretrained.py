@@ -51,6 +51,7 @@ class PretrainedInterface(nn.Module):
     get_output_embeddings = _OfTheBase()
     prepare_decoder_input_ids_from_labels = _OfTheBase()
     floating_point_ops = _OfTheBase()
+    _supports_logits_to_keep = _OfTheBase()  # `generate` asks a model that assists another
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,9 +107,14 @@ class PretrainedInterface(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters, as transformers' method of this name does."""
-        left_out = self.base_model.get_input_embeddings() if exclude_embeddings else None
-        parameters = set(self.parameters()) - set(left_out.parameters() if left_out is not None else ())
+        embeddings = {each.weight for each in self.modules() if exclude_embeddings and isinstance(each, nn.Embedding)}
+        parameters = set(self.parameters()) - embeddings
         return sum(each.numel() for each in parameters if each.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the parameters, and of the buffers, as transformers' method of this name does."""
+        tensors = {*self.parameters(), *(self.buffers() if return_buffers else ())}
+        return sum(each.nbytes for each in tensors)
 
 
 def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_type: Any) -> PreTrainedConfig:
