@@ -78,6 +78,15 @@ def with_prompt(family: Any, base: Any, kind: str = "PROMPT_TUNING") -> Any:
     return adapted
 
 
+def batch(family: Any) -> dict[str, Tensor]:
+    """The family's batch with padding behind the tokens, because peft counts padding in front as positions."""
+    inputs = family.batch()
+    if family.kind != "decoder":
+        return inputs
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    return {name: torch.cat([x[:1].roll(-padding, 1), x[1:]]) for name, x in inputs.items()}
+
+
 def randomize(module: nn.Module) -> None:
     torch.manual_seed(2)
     with torch.no_grad():
@@ -115,7 +124,7 @@ def under(model: QTuningModel, task: str | None, family: Any, inputs: dict[str, 
 def test_a_prefix_of_peft_gives_the_same_logits_here_and_back_in_peft(
     roomy: Any, computed: Any, tmp_path: Path
 ) -> None:
-    base, inputs = roomy.base_model(), roomy.batch()
+    base, inputs = roomy.base_model(), batch(roomy)
     if roomy.name in STACKS:
         pytest.skip("refused, see below")
     if roomy.name in PREFIX_FAILS:
@@ -148,7 +157,7 @@ def test_a_prefix_of_peft_gives_the_same_logits_here_and_back_in_peft(
 def test_without_a_gate_a_live_prefix_is_prefix_tuning_by_peft(roomy: Any, computed: Any) -> None:
     if roomy.name in PREFIX_FAILS or roomy.name in STACKS:
         pytest.skip("peft has no prefix tuning for it, or a different one")
-    base, inputs = roomy.base_model(), roomy.batch()
+    base, inputs = roomy.base_model(), batch(roomy)
     reference = with_prefix(roomy, base)
     weight = reference.prompt_encoder["default"].embedding.weight
     model = attached(roomy, base)
@@ -187,7 +196,7 @@ def test_a_prefix_of_peft_in_an_encoder_decoder_is_refused(name: str, families: 
 @pytest.mark.parametrize("name", ["Mistral", "Gemma 3"])
 def test_a_window_that_hides_the_prefix_from_peft_is_named(name: str, families: Any, computed: Any) -> None:
     family = families[name]
-    base, inputs = family.base_model(), family.batch()
+    base, inputs = family.base_model(), batch(family)
     reference = with_prefix(family, base)
     with pytest.warns(UserWarning, match="sliding window of 4 tokens.*inputs of up to 1 tokens"):
         adapter = adapter_from_peft(reference, "reviews")
@@ -201,7 +210,7 @@ def test_a_window_that_hides_the_prefix_from_peft_is_named(name: str, families: 
 @pytest.mark.parametrize("name", ["BERT", "Llama"])
 def test_a_projection_is_folded(name: str, families: Any, computed: Any, tmp_path: Path) -> None:
     family = families[name]
-    base, inputs = family.base_model(), family.batch()
+    base, inputs = family.base_model(), batch(family)
     reference = with_prefix(family, base, prefix_projection=True, encoder_hidden_size=16)
     reference.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
@@ -224,7 +233,7 @@ def test_a_projection_is_folded(name: str, families: Any, computed: Any, tmp_pat
 def test_a_prompt_of_peft_gives_the_same_logits_here_and_back_in_peft(kind: str, roomy: Any, tmp_path: Path) -> None:
     if roomy.kind == "image":
         pytest.skip("peft's prompts stand in front of words")
-    base, inputs = roomy.base_model(), roomy.batch()
+    base, inputs = roomy.base_model(), batch(roomy)
     if roomy.name in ("T5", "mT5"):
         base.double()  # in float32 their unscaled scores round by more than 1e-5
     reference = with_prompt(roomy, base, kind)
@@ -250,7 +259,7 @@ def test_a_converted_adapter_works_beside_one_with_a_gate(
     name: str, families: Any, computed: Any, tmp_path: Path
 ) -> None:
     family = families[name]
-    base, inputs = family.base_model(), family.batch()
+    base, inputs = family.base_model(), batch(family)
     reference = with_prefix(family, base)
     head = nn.Linear(32, 2) if family.kind == "encoder" else None
     adapter = adapter_from_peft(reference, "theirs", head=head, label_names=["no", "yes"] if head else [])
@@ -281,10 +290,10 @@ def test_generation_goes_on_as_the_forward_pass_of_peft_says(name: str, families
     family = families[name]
     base = family.base_model()
     reference = with_prefix(family, base)
-    theirs = computed(reference, family.batch())
+    theirs = computed(reference, batch(family))
     model = attached(family, base, adapter_from_peft(reference, "theirs"))
     model.set_task("theirs")
-    ids = family.batch()["input_ids"][1:]
+    ids = batch(family)["input_ids"][1:]
     words = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     for _ in range(6):  # one word more each time, without a cache
         with torch.no_grad():
@@ -298,7 +307,7 @@ def test_the_head_of_peft_stays_with_the_base_model(families: Any, computed: Any
     family = families["BERT"]
     torch.manual_seed(0)
     base = BertForSequenceClassification(copy.deepcopy(family.config)).eval()
-    inputs = family.batch()
+    inputs = batch(family)
     settings = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
     reference = peft.get_peft_model(copy.deepcopy(base), settings).eval()
     randomize(reference.prompt_encoder)
