@@ -188,7 +188,7 @@ class PrefixInjector:
 
     def in_order_of_input(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """Do this to states that no hook has put in order."""
-        states = states[:, self.prompt_tokens :]
+        states = states[:, self.prompt_tokens :] if self.prompt_tokens else states
         return moved_back(states, mask) if mask is not None and self._configs and self._moves_padding else states
 
     def switch(self) -> None:
