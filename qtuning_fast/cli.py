@@ -148,7 +148,7 @@ class _Options:
             elif kind == _INDICES:
                 kind = str | None
             elif kind == _REPEATED:
-                kind, default, flags = list[str] | None, None, (f"--{name.removesuffix('s')}",)
+                kind, default, flags = list[str] | None, None, (f"--{name.removesuffix('s').replace('_', '-')}",)
             option = typer.Option(*flags, help=text, rich_help_panel=self.panel)
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
@@ -263,15 +263,20 @@ def evaluate(
                 "text_column": text_column or saved.data.text_column,
                 "label_column": label_column or saved.data.label_column,
             }
-            tests = {task: load_examples(data, saved.model.label_names(task), **columns)}
+            kind = saved.model.problem_type(task)
+            tests = {task: load_examples(data, saved.model.label_names(task), **columns, problem_type=kind)}
         else:
             tests = {each.name: each.test for each in saved.load_tasks()}
             if task is not None:
                 saved.model.label_names(task)  # refuses an unknown task
                 tests = {task: tests[task]}
-        table = Table("task", "examples", "accuracy")
-        for name, examples in tests.items():
-            table.add_row(Text(name), str(len(examples)), f"{saved.accuracy(examples, name):.3f}")
+        from qtuning_fast.lifelong.scores import WORDS
+
+        words = [WORDS[saved.metric(name)] for name in tests]
+        table = Table("task", "examples", *(["measure", "score"] if len(set(words)) > 1 else words[:1]))
+        for word, (name, examples) in zip(words, tests.items()):
+            measure = [word] if len(set(words)) > 1 else []
+            table.add_row(Text(name), str(len(examples)), *measure, f"{saved.score(examples, name):.3f}")
         console.print(table)
 
 
@@ -290,12 +295,11 @@ def predict(
 
         saved = SavedRun(folder)
         names = [task] if task is not None else saved.model.tasks
-        answers = {name: saved.predict(text, name).max(-1) for name in names}
+        answers = {name: saved.predict(text, name) for name in names}
         for row, each in enumerate(text):
             console.print(each, style="bold", markup=False, highlight=False)
-            for name, (confidence, label) in answers.items():
-                answer = saved.model.label_names(name)[int(label[row])]
-                console.print(f"  {name}: {answer} ({float(confidence[row]):.0%})", markup=False, highlight=False)
+            for name, found in answers.items():
+                console.print(f"  {name}: {saved.answer(found[row], name)}", markup=False, highlight=False)
         if task is None:
             console.print(
                 "Every task has guessed, because the task of a text is unknown; confidences of different tasks are not "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,32 @@ def test_predict_under_a_task_and_without_one(finished: Path) -> None:
     assert code == 0 and output.count("colours:") == 2 and "guess" not in output
     code, output = call("predict", f"--run={finished}", "the red one")
     assert code == 0 and all(f"{name}:" in output for name in ("colours", "animals", "warm")) and "guess" in output
+
+
+def test_labels_of_every_kind(command: Command, tmp_path: Path) -> None:
+    draw, words = random.Random(0), ["the", "a", "is", "was", "seen", "here", "there"]
+    topics, stars = tmp_path / "topics.csv", tmp_path / "stars.jsonl"
+    texts = list(dict.fromkeys(" ".join(draw.choices([*words, "red", "cat"], k=6)) for _ in range(60)))
+    rows = [f"{text},{';'.join(word for word in ('cat', 'red') if word in text.split())}" for text in texts]
+    topics.write_text("\n".join(["text,label", *rows]))
+    numbers = [{"text": text, "label": len(text) / 10} for text in texts]
+    stars.write_text("\n".join(map(json.dumps, numbers)))
+    out = tmp_path / "run"
+    more = [f"--task={topics}", f"--task={stars}", "--problem-type=topics=multi_label_classification"]
+    code, output = call(*command(out, *more, "--problem-type=stars=regression", "--shots=16", tasks=1))
+    assert code == 0, output
+    assert "average score" in output and "accuracy" not in output
+    final = results(out)["task_adapter"]["accuracy_matrix"][-1]
+    code, output = call("eval", f"--run={out}")
+    assert code == 0 and all(word in output for word in ("accuracy", "micro-F1", "correlation"))
+    assert all(f"{score:.3f}" in output for score in final)
+    code, output = call("eval", f"--run={out}", "--task=stars", f"--data={stars}")
+    assert code == 0 and "correlation" in output and str(len(texts)) in output, output
+    code, output = call("predict", f"--run={out}", "the red cat was here")
+    assert code == 0 and re.search(r"topics: (none of cat, red|(cat|red) \(\d+%\))", output), output
+    assert re.search(r"stars: label -?[\d.]+ ", output)
+    code, output = call(*command(tmp_path / "other", more[1], "--problem-type=regresion", tasks=0))
+    assert code == 2 and "regresion" in output and not (tmp_path / "other").exists()
 
 
 def test_report_writes_the_report_again(finished: Path) -> None:

@@ -17,7 +17,9 @@ READING_SIGNATURES = {
     "cli.py": "its own commands', to put the options of the settings behind theirs",
     "attention/api.py": "its own function's, to bind arguments",
     "attention/composed/vendors/packages.py": "an interface of flash-attn 4, which needs its GPU",
+    "integrations/transformers/layers.py": "a model's, to say what it reads and to run it on that; the run decides",
     "integrations/transformers/positions.py": "a stack's, to read a call's positional arguments; nothing is decided",
+    "model/pretrained.py": "the base model's, which Trainer reads to choose a dataset's columns",
 }
 # What has no test file of its name, and why. (A module that only imports needs none.)
 WITHOUT_TESTS = {

@@ -1,4 +1,4 @@
-"""Evaluate a model on examples: probabilities, accuracy and features."""
+"""Evaluate a model on examples: outputs, probabilities, scores and features."""
 
 from __future__ import annotations
 
@@ -6,30 +6,53 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.scores import score
+from qtuning_fast.method.labels import MULTI, SINGLE
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers, answer_scores
 
 
 @torch.no_grad()
-def probabilities(
-    model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None
-) -> Tensor:
-    """Probabilities of the classes under the current task, `[examples, classes]` on the CPU.
+def outputs(model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None) -> Tensor:
+    """What the head of the current task gives, `[examples, outputs]` on the CPU; of a language model, answers' scores.
 
-    A language model gives each of `answers`, one per class, a probability; they are scaled to sum to one.
+    Args:
+        answers: the answers of a language model, one per class.
     """
     with model.evaluating():
-        scores = (
+        found = (
             model(**batch).logits if answers is None else answer_scores(model, batch, answers)
             for batch in examples.batches(batch_size, model.device)
         )
-        return torch.cat([each.softmax(-1).cpu() for each in scores])
+        return torch.cat([each.float().cpu() for each in found])
 
 
-def accuracy(model: QTuningModel, examples: EncodedExamples, batch_size: int, answers: Answers | None = None) -> float:
-    """The share of the examples that the model classifies correctly; for the arguments see `probabilities`."""
-    chosen = probabilities(model, examples, batch_size, answers).argmax(-1)
-    return float((chosen == examples.columns["labels"]).double().mean())
+def probabilities(
+    model: QTuningModel,
+    examples: EncodedExamples,
+    batch_size: int,
+    answers: Answers | None = None,
+    problem_type: str = SINGLE,
+) -> Tensor:
+    """Probabilities of the classes under the current task, `[examples, classes]` on the CPU; see `outputs`.
+
+    They sum to one if each example has one class; a language model's answers are scaled so. With several labels, each
+    has a probability of its own. Regression has no probabilities: these are the predicted numbers, `[examples, 1]`.
+    """
+    found = outputs(model, examples, batch_size, answers)
+    return found.softmax(-1) if problem_type == SINGLE else found.sigmoid() if problem_type == MULTI else found
+
+
+def task_score(
+    model: QTuningModel,
+    examples: EncodedExamples,
+    batch_size: int,
+    answers: Answers | None = None,
+    problem_type: str = SINGLE,
+) -> float:
+    """How well the model answers the current task, by the measure of its problem type; see `outputs`."""
+    found = outputs(model, examples, batch_size, answers)
+    return score(problem_type, found, examples.columns["labels"])
 
 
 def features(model: QTuningModel, examples: EncodedExamples, batch_size: int, *, task: str | None) -> Tensor:

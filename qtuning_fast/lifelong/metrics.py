@@ -1,6 +1,8 @@
 """Metrics of a run: accuracy, forgetting, and transfer between tasks.
 
-`R[i][j]` is the accuracy on task `j` after training on task `i`; above the diagonal it is undefined (None).
+`R[i][j]` is the accuracy on task `j` after training on task `i`; above the diagonal it is undefined (None). A task with
+several labels a text, or with numbers, has another measure in its place, which its `metric` in `per_task` names
+(`qtuning_fast.lifelong.scores`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from qtuning_fast.lifelong.scores import WORDS
+
 Metrics = Mapping[str, Any]  # the content of a run's metrics.json
 
 EVALUATIONS = ("task_adapter", "live_queue")
@@ -16,7 +20,10 @@ MEASURES = ("average_accuracy", "forgetting", "backward_transfer")
 
 
 def evaluation_summary(
-    accuracy_matrix: Sequence[Sequence[float | None]], alone: Sequence[float | None] | None = None
+    accuracy_matrix: Sequence[Sequence[float | None]],
+    alone: Sequence[float | None] | None = None,
+    *,
+    least: float = 0.0,
 ) -> dict[str, Any]:
     """Summarise one evaluation of a run.
 
@@ -24,6 +31,7 @@ def evaluation_summary(
         accuracy_matrix: `T` rows of `T` fractions in [0, 1]; None above the diagonal.
         alone: the accuracy of each of the `T` tasks when it is learned alone, with the same budget and seed, an empty
             queue and a fresh shared prompt. None where it was not measured; the first task never needs it.
+        least: the least that a task's measure can be: -1 if a task's is a correlation.
 
     Returns:
         A dict, ready for JSON:
@@ -35,9 +43,9 @@ def evaluation_summary(
         - `forward_transfer`: mean of `R[j][j] - alone[j]` over the tasks with a value in `alone`; None without any.
 
     Raises:
-        ValueError: the matrix or the list has the wrong shape, or an accuracy is outside [0, 1].
+        ValueError: the matrix or the list has the wrong shape, or an accuracy is outside [`least`, 1].
     """
-    R = _lower_triangle(accuracy_matrix)
+    R = _lower_triangle(accuracy_matrix, least)
     tasks, final, learned = len(R), R[-1], R.diagonal()
     lost = np.nanmax(R, axis=0) - final
     gained = final - learned
@@ -50,7 +58,7 @@ def evaluation_summary(
     }
 
 
-def _lower_triangle(accuracy_matrix: Sequence[Sequence[float | None]]) -> np.ndarray:
+def _lower_triangle(accuracy_matrix: Sequence[Sequence[float | None]], least: float) -> np.ndarray:
     """The matrix as float64 `[T, T]`, NaN above the diagonal."""
     tasks = len(accuracy_matrix)
     if tasks == 0 or any(len(row) != tasks for row in accuracy_matrix):
@@ -58,8 +66,8 @@ def _lower_triangle(accuracy_matrix: Sequence[Sequence[float | None]]) -> np.nda
         raise ValueError(f"accuracy_matrix must be square with at least one row, got rows of length {lengths}")
     R = np.array(accuracy_matrix, dtype=np.float64)
     known = R[np.tri(tasks, dtype=bool)]
-    if not np.all((known >= 0) & (known <= 1)):
-        raise ValueError("accuracy_matrix must hold fractions in [0, 1] on and below the diagonal")
+    if not np.all((known >= least) & (known <= 1)):
+        raise ValueError(f"accuracy_matrix must hold fractions in [{least:g}, 1] on and below the diagonal")
     if not np.all(np.isnan(R[~np.tri(tasks, dtype=bool)])):
         raise ValueError("accuracy_matrix must be None above the diagonal, where no task has been learned yet")
     return R
@@ -73,6 +81,17 @@ def _forward_transfer(learned: np.ndarray, alone: Sequence[float | None] | None)
     gains = learned[1:] - np.array(alone[1:], dtype=np.float64)
     known = gains[~np.isnan(gains)]
     return float(known.mean()) if known.size else None
+
+
+def measured(metrics: Metrics) -> str:
+    """The word for what the numbers of a run are: accuracy, another measure, or score if tasks have different ones."""
+    words = {WORDS[task.get("metric", "accuracy")] for task in metrics.get("per_task", ())}
+    return "score" if len(words) > 1 else next(iter(words), "accuracy")
+
+
+def in_words(name: str, word: str) -> str:
+    """A name or a sentence for readers, with the word of `measured` in place of accuracy."""
+    return name.replace("_", " ").replace("accuracy", word).replace("Accuracy", word[0].upper() + word[1:])
 
 
 def evaluations_and_baselines(metrics: Metrics) -> dict[str, dict[str, Any]]:
@@ -95,16 +114,17 @@ def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
         runs: the metrics of each seed, for the same stream and settings.
 
     Returns:
-        `{"task_adapter": {"average_accuracy": spread, "forgetting": ..., "backward_transfer": ...},
+        `{"metric": word, "task_adapter": {"average_accuracy": spread, "forgetting": ..., "backward_transfer": ...},
         "live_queue": {...}, "baselines": {name: {"average_accuracy": spread}}}`, where a spread is
-        `{"mean", "std", "values"}`: `std` is the sample standard deviation, None for a single run.
+        `{"mean", "std", "values"}`: `std` is the sample standard deviation, None for a single run; and the word is that
+        of `measured`.
 
     Raises:
         ValueError: `runs` is empty.
     """
     if not runs:
         raise ValueError("runs must hold the metrics of at least one run, got none")
-    summary: dict[str, Any] = {
+    summary: dict[str, Any] = {"metric": measured(runs[0])} | {
         evaluation: {measure: _spread([run[evaluation][measure] for run in runs]) for measure in MEASURES}
         for evaluation in EVALUATIONS
     }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from qtuning_fast.lifelong.data.loading import load_task
+from qtuning_fast.lifelong.data.loading import load_task, parse_spec
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
 from qtuning_fast.method.settings import check_settings, documented, setting
 
 _STREAM_SHOTS = 16
@@ -32,6 +33,12 @@ class DataOptions:
     seed: int = setting(0, "Random seed of the draw.")
     text_column: str = setting("text", "Column of the texts in your own data.", "All tasks have the same.")
     label_column: str = setting("label", "Column of the labels in your own data.", "All tasks have the same.")
+    problem_types: tuple[str, ...] = setting(
+        (),
+        f"Type of your own labels, or name=type for one task: {', '.join(PROBLEM_TYPES[:-1])} or {PROBLEM_TYPES[-1]}. "
+        "Repeat.",
+        f"The default is {SINGLE}.",
+    )
 
     def load(self) -> list[Task]:
         """The tasks in order.
@@ -48,18 +55,40 @@ class DataOptions:
         }
         columns: dict[str, Any] = {"text_column": self.text_column, "label_column": self.label_column}
         if self.stream is None:
-            return [load_task(spec, shots=self.shots, **sizes, **columns) for spec in self.tasks]
+            kinds = self._problem_types()
+            return [
+                load_task(spec, shots=self.shots, **sizes, **columns, problem_type=kinds[parse_spec(spec)[0]])
+                for spec in self.tasks
+            ]
+        if self.problem_types:
+            raise ValueError(f"problem_types is {list(self.problem_types)}, but a stream has its own; leave it out")
         for name, column in columns.items():
             if column != _USUAL[name]:
                 raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave {name} out")
         return load_stream(self.stream, shots=_STREAM_SHOTS if self.shots is None else self.shots, **sizes)
 
+    def _problem_types(self) -> dict[str, str]:
+        """The problem type of each task by name."""
+        names = [parse_spec(spec)[0] for spec in self.tasks]
+        found: dict[str, str] = {}
+        for given in self.problem_types:
+            name, separator, kind = given.rpartition("=")
+            if kind not in PROBLEM_TYPES:
+                raise ValueError(f"problem_types has {given!r}; the types are {', '.join(PROBLEM_TYPES)}")
+            if separator and name not in names:
+                raise ValueError(f"problem_types has {given!r}, but the tasks are {', '.join(names)}")
+            for each in [name] if separator else names:
+                if found.setdefault(each, kind) != kind:
+                    raise ValueError(f"problem_types gives task {each!r} two types, {found[each]} and {kind}")
+        return {name: found.get(name, SINGLE) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields, but for columns of the usual names: runs made before these could be chosen do not have them."""
+        """The fields, without what is as usual: runs made before it could be chosen do not have it."""
         return {name: value for name, value in asdict(self).items() if value != _USUAL.get(name, ...)}
 
 
-_USUAL = {each.name: each.default for each in fields(DataOptions) if each.name in ("text_column", "label_column")}
+_CHOSEN_LATER = ("text_column", "label_column", "problem_types")
+_USUAL = {each.name: each.default for each in fields(DataOptions) if each.name in _CHOSEN_LATER}
 
 
 @documented

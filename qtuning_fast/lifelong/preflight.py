@@ -85,7 +85,7 @@ def _train_one_step(model: QTuningModel, encoder: ExampleEncoder, task: Task, in
     answers = encoder.encode_answers(task.answers, task=task.name)
     training_inputs = inputs if answers is None else encoder.encode_with_answers(task.train, answers)
     model.features(next(inputs.batches(1, model.device)), task=None)
-    model.start_task(task.name, label_names=task.label_names)
+    model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
     with torch.enable_grad():
         model(
             **{name: column.to(model.device) for name, column in training_inputs.rows(slice(1)).items()}

@@ -56,7 +56,7 @@ class ProgressBars(RunListener):
         live = evaluation["live_queue"]
         self.progress.console.print(
             f"{number + 1:>2}. {task.name[:14]:<14} adapter {evaluation['task_adapter']:.3f}  "
-            f"probe {probe['accuracy']:.3f}  live queue, tasks so far {sum(live) / len(live):.3f}",
+            f"probe {probe[task.metric]:.3f}  live queue, tasks so far {sum(live) / len(live):.3f}",
             markup=False,
             highlight=False,
         )

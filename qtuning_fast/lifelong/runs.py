@@ -13,13 +13,15 @@ from torch import Tensor
 
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
-from qtuning_fast.lifelong.evaluation import accuracy, probabilities
+from qtuning_fast.lifelong.evaluation import probabilities, task_score
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.scores import METRICS
 from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
 from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
 from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.labels import MULTI, REGRESSION
 from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 
@@ -152,7 +154,9 @@ class SavedRun:
             raise ValueError(
                 f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
             )
-        self.data = DataOptions(**{**self._about["data"], "tasks": tuple(self._about["data"]["tasks"])})
+        data: dict[str, Any] = self._about["data"]
+        lists: dict[str, Any] = {name: tuple(x) for name, x in data.items() if isinstance(x, list)}
+        self.data = DataOptions(**data | lists)
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
@@ -173,15 +177,31 @@ class SavedRun:
     def predict(self, inputs: Sequence[str], task: str) -> Tensor:
         """Probabilities `[inputs, classes]` of texts, or of images by path, under the adapter of a task.
 
-        A language model chooses among the words for the classes.
+        A language model chooses among the words for the classes. Regression has no probabilities, but a number for each
+        input, `[inputs, 1]`.
         """
         self.model.set_task(task)
         given = [Path(each) if self.encoder.reads_images else each for each in inputs]
         encoded = self.encoder.encode(Examples(given, [0] * len(given)))
-        return probabilities(self.model, encoded, self._batch_size, self._answers(task))
+        problem_type = self.model.problem_type(task)
+        return probabilities(self.model, encoded, self._batch_size, self._answers(task), problem_type)
 
-    def accuracy(self, examples: Examples, task: str) -> float:
-        """The share of the examples that the adapter of a task classifies correctly.
+    def answer(self, predicted: Tensor, task: str) -> str:
+        """One row of `predict` in words: the most probable class, the labels above one half, or the number."""
+        names, kind = self.model.label_names(task), self.model.problem_type(task)
+        if kind == REGRESSION:
+            return f"{names[0]} {float(predicted[0]):.3g}"
+        if kind == MULTI:
+            given = [f"{name} ({p:.0%})" for name, p in zip(names, predicted.tolist()) if p > 0.5]
+            return ", ".join(given) or f"none of {', '.join(names)}"
+        return f"{names[int(predicted.argmax())]} ({float(predicted.max()):.0%})"
+
+    def metric(self, task: str) -> str:
+        """The name of the measure of a task (`qtuning_fast.lifelong.scores`)."""
+        return METRICS[self.model.problem_type(task)]
+
+    def score(self, examples: Examples, task: str) -> float:
+        """How well the adapter of a task answers the examples, by the task's `metric`.
 
         Raises:
             ValueError: the examples are images but the run reads texts, or the other way round.
@@ -190,7 +210,8 @@ class SavedRun:
             kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
             raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
         self.model.set_task(task)
-        return accuracy(self.model, self.encoder.encode(examples), self._batch_size, self._answers(task))
+        encoded, problem_type = self.encoder.encode(examples), self.model.problem_type(task)
+        return task_score(self.model, encoded, self._batch_size, self._answers(task), problem_type)
 
     @property
     def _batch_size(self) -> int:
@@ -220,7 +241,9 @@ def _files_by_seed(folder: Path, file: str) -> list[Path]:
 
 
 def _recorded(data: DataOptions) -> dict[str, Any]:
-    return data.to_dict() | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
+    """The options as JSON has them, with absolute paths."""
+    plain = {name: list(x) if isinstance(x, tuple) else x for name, x in data.to_dict().items()}
+    return plain | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
 
 
 def _with_absolute_path(spec: str) -> str:

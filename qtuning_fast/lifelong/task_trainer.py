@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.scores import METRICS, score
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers, answer_scores
@@ -65,10 +66,10 @@ class TaskTrainer(Trainer):
         stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
         super().__init__(
             model=model,
-            args=_training_arguments(options, folder, model.device),
+            args=_training_arguments(options, folder, model.device, METRICS[model.learning.problem_type]),
             train_dataset=train,
             eval_dataset=validation,
-            compute_metrics=_accuracy,
+            compute_metrics=partial(_score, model.learning.problem_type),
             callbacks=[self.clock, WriteManifest(), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
@@ -201,11 +202,11 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
+def _score(problem_type: str, prediction: Any) -> dict[str, float]:
+    return {METRICS[problem_type]: score(problem_type, prediction.predictions, prediction.label_ids)}
 
 
-def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device, metric: str) -> TrainingArguments:
     every = options.eval_every
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -225,7 +226,7 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         logging_steps=max(size for size in range(1, 6) if every % size == 0),
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
+        metric_for_best_model=metric,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
         seed=options.seed,

@@ -35,7 +35,7 @@ from qtuning_fast.integrations.transformers import without_head
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.environment import device_name, versions
-from qtuning_fast.lifelong.evaluation import accuracy, features
+from qtuning_fast.lifelong.evaluation import features, task_score
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
@@ -44,6 +44,7 @@ from qtuning_fast.lifelong.probe import linear_probe
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.labels import REGRESSION
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.fingerprint import fingerprint
@@ -201,7 +202,7 @@ class LifelongTrainer:
         began = time.perf_counter()
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
-        model.start_task(task.name, label_names=task.label_names)
+        model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
         split, answers = self._encoded(task), self._answers(task)
         train = split["train"] if answers is None else self.encoder.encode_with_answers(task.train, answers)
         if model.retains_memory:
@@ -221,6 +222,8 @@ class LifelongTrainer:
         return {
             "name": task.name,
             "label_names": list(task.label_names),
+            "problem_type": task.problem_type,
+            "metric": task.metric,
             "num_train": len(task.train),
             "num_validation": len(task.validation),
             "num_test": len(task.test),
@@ -231,7 +234,7 @@ class LifelongTrainer:
             "prefix_rows": adapter.prefix_rows,
             "loss_curve": _curve(history, "loss"),
             "retention_curve": _curve(history, "retention_loss"),
-            "validation_curve": _curve(history, "eval_accuracy"),
+            "validation_curve": _curve(history, f"eval_{task.metric}"),
             **_method_state(model),
         }
 
@@ -241,10 +244,10 @@ class LifelongTrainer:
             raise RuntimeError(
                 f"{self.folder}: the evaluation after task {number + 1} is missing, and the queue has changed since"
             )
-        live = [self._accuracy(model, task, live=True) for task in self.tasks[: number + 1]]
+        live = [self._score(model, task, live=True) for task in self.tasks[: number + 1]]
         task = self.tasks[number]
         digest = tensors_digest(model.adapters[task.name].tensors())
-        return {"live_queue": live, "task_adapter": self._accuracy(model, task), "adapter_digest": digest}
+        return {"live_queue": live, "task_adapter": self._score(model, task), "adapter_digest": digest}
 
     def _assert_unchanged(self, model: QTuningModel) -> None:
         """Check that no adapter has changed since it was evaluated, which is why a stored task is never forgotten."""
@@ -257,24 +260,25 @@ class LifelongTrainer:
         folder = self._task_folder(number) / "alone"
         with self._attached(alone=True) as model:
             self._train_task(model, number, folder)
-            accuracy = self._accuracy(model, self.tasks[number])
+            task = self.tasks[number]
+            found = self._score(model, task)
         shutil.rmtree(folder)
-        return {"accuracy": accuracy}
+        return {task.metric: found}
 
     def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
         split = self._encoded(task)
-        pairs = (
+        train, validation, test = (
             (self._features(model, part, None).numpy(), part.columns["labels"].numpy())
             for part in (split["train"], split["validation"], split["test"])
         )
-        return linear_probe(*pairs)
+        return linear_probe(train, validation, test, task.problem_type)
 
     # Pieces
 
-    def _accuracy(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
+    def _score(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)
         test = self._encoded(task)["test"]
-        return accuracy(model, test, self.options.eval_batch_size, self._answers(task))
+        return task_score(model, test, self.options.eval_batch_size, self._answers(task), task.problem_type)
 
     def _features(self, model: QTuningModel, examples: EncodedExamples, task: str | None) -> Tensor:
         return features(model, examples, self.options.eval_batch_size, task=task)
@@ -304,18 +308,19 @@ class LifelongTrainer:
         evaluations = [self._read_stage(number, "evaluation") for number in numbers]
         stored = [evaluation["task_adapter"] for evaluation in evaluations]
         alone = (
-            [self._read_stage(n, "alone")["accuracy"] if n else None for n in numbers]
+            [self._read_stage(n, "alone")[self.tasks[n].metric] if n else None for n in numbers]
             if self.forward_transfer
             else None
         )
-        probes = [self._read_stage(number, "probe")["accuracy"] for number in numbers]
+        probes = [self._read_stage(number, "probe")[self.tasks[number].metric] for number in numbers]
+        least = -1.0 if any(task.problem_type == REGRESSION for task in self.tasks) else 0.0
         adapter_rows = [_padded_row(stored[: number + 1], len(self.tasks)) for number in numbers]
         live_rows = [_padded_row(evaluation["live_queue"], len(self.tasks)) for evaluation in evaluations]
         return {
             "tasks": [task.name for task in self.tasks],
             "per_task": [self._read_stage(number, "training") for number in numbers],
-            "task_adapter": evaluation_summary(adapter_rows, alone),
-            "live_queue": evaluation_summary(live_rows, alone),
+            "task_adapter": evaluation_summary(adapter_rows, alone, least=least),
+            "live_queue": evaluation_summary(live_rows, alone, least=least),
             "baselines": {"linear_probe": {"accuracy": probes, "average_accuracy": float(np.mean(probes))}},
             "config": {"method": self.config.to_dict(), "training": self.options.to_dict(), **self.about},
             "versions": versions(),

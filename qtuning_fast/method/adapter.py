@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.gate import NO_GATE, gate_arguments
+from qtuning_fast.method.labels import REGRESSION, SINGLE, check_problem_type
 from qtuning_fast.method.prefix import Prefix
 
 NO_HEAD = "task {!r} has no head, only a prompt: it yields features, but no logits"
@@ -23,8 +24,9 @@ class AdapterInfo:
     Attributes:
         gate_per: `"layer"` or `"head"`: one pair (alpha, tau) for a layer or for each head; None without a gate.
         prefix_rows: P.
-        classes: classes of the head; 0 without one.
+        classes: outputs of the head: its classes, or the numbers that regression predicts; 0 without a head.
         bytes: size of all tensors.
+        problem_type: what the labels of the task mean (`qtuning_fast.method.labels`).
     """
 
     name: str
@@ -35,6 +37,7 @@ class AdapterInfo:
     prefix_rows: int
     classes: int
     bytes: int
+    problem_type: str = SINGLE
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ class TaskAdapter:
 
     Attributes:
         name: name of the task.
-        label_names: one name a class; empty for a task without labels.
+        label_names: one name a class, or a number that regression predicts; empty for a task without labels.
         keys, values: the folded prefix, `[Hkv, P, D]` and `[Hkv, P, Dv]` a layer; empty if there are embeddings.
         embeddings: the folded prompt `[P, E]` in front of the input, or None.
         gate: NoRGa's activation, or None.
         alphas, taus: `[]` or `[Hq]` a layer; empty without a gate.
         head_weight, head_bias: `[classes, hidden]` and `[classes]`; None without a head.
         position_shift: the number added to the context's position ids under this adapter.
+        problem_type: what the labels of the task mean (`qtuning_fast.method.labels`).
     """
 
     name: str
@@ -63,6 +67,7 @@ class TaskAdapter:
     head_bias: Tensor | None
     embeddings: Tensor | None = None
     position_shift: int = 0
+    problem_type: str = SINGLE
 
     @property
     def prefix_rows(self) -> int:
@@ -81,6 +86,7 @@ class TaskAdapter:
             prefix_rows=self.prefix_rows,
             classes=0 if self.head_bias is None else len(self.head_bias),
             bytes=sum(tensor.nbytes for tensor in self.tensors().values()),
+            problem_type=self.problem_type,
         )
 
     def prefix(self, device: torch.device, *, num_layers: int) -> Prefix:
@@ -120,7 +126,7 @@ class TaskAdapter:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], info: AdapterInfo) -> TaskAdapter:
-        """Rebuild an adapter from the result of `tensors` and the name, labels, gate and position shift of `info`."""
+        """Rebuild an adapter from the result of `tensors` and what `info` says of the rest."""
 
         def layers(kind: str) -> tuple[Tensor, ...]:
             count = sum(key.startswith(f"{kind}.") for key in tensors)
@@ -138,11 +144,17 @@ class TaskAdapter:
             head_weight=tensors.get("head.weight"),
             head_bias=tensors.get("head.bias"),
             position_shift=info.position_shift,
+            problem_type=info.problem_type,
         )
 
 
 def checked_labels(
-    name: object, num_labels: object, label_names: Sequence[str] | None, *, required: bool
+    name: object,
+    num_labels: object,
+    label_names: Sequence[str] | None,
+    *,
+    required: bool,
+    problem_type: str = SINGLE,
 ) -> tuple[str, ...]:
     """Return the label names of a new task, given the arguments of `start_task`.
 
@@ -150,20 +162,32 @@ def checked_labels(
         required: whether the task needs labels; if not, it may have none.
 
     Raises:
-        TypeError, ValueError: the name or the labels are invalid.
+        TypeError, ValueError: the name, the labels or the problem type are invalid.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is {name!r}; it must be a string")
     if not name:
         raise ValueError("name is empty; a task needs a name")
+    check_problem_type(problem_type)
     if label_names is None and num_labels is None and not required:
         return ()
+    regresses = problem_type == REGRESSION
     if label_names is None:
+        if num_labels is None and regresses:
+            num_labels = 1
         if isinstance(num_labels, bool) or not isinstance(num_labels, int):
             raise TypeError(f"num_labels is {num_labels!r}; give an integer, or give label_names")
         label_names = [str(label) for label in range(num_labels)]
     elif num_labels not in (None, len(label_names)):
         raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")
-    if len(label_names) < 2 or len(set(label_names)) < len(label_names):
-        raise ValueError(f"num_labels: task {name!r} has the labels {list(label_names)}; it needs two, all different")
+    if len(label_names) < 2 - regresses or len(set(label_names)) < len(label_names):
+        needed = "one" if regresses else "two"
+        raise ValueError(
+            f"num_labels: task {name!r} has the labels {list(label_names)}; it needs {needed}, all different"
+            + (
+                ""
+                if regresses
+                else f'; a task that predicts a number has problem_type="{REGRESSION}"' * (len(label_names) == 1)
+            )
+        )
     return tuple(label_names)

@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import PrefixInjector, input_device
+from qtuning_fast.integrations.transformers.packing import are_packed, check_position_ids
+from qtuning_fast.method.labels import IGNORED, checked_tokens, token_loss
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
+
+HiddenStates = tuple[Tensor, ...] | None
 
 _CLASS_TOKENS = {"cls_token", "class_embedding", "class_token"}  # its names in image models
 
@@ -85,36 +90,84 @@ class Backbone:
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; with a task set, it must be [B, N]")
+        check_position_ids(inputs, taken=self.injector.positions.are_taken, kind=type(self.model).__name__)
 
-    def encode(self, inputs: dict[str, Any]) -> Tensor:
-        """Return pooled features `[B, hidden]` of the inputs.
+    def encode(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
+        """Return pooled features `[B, hidden]`; see `encode_with_states`."""
+        return self.encode_with_states(inputs, pad_token_id)[0]
 
-        They are the mean over the tokens; in a causal model the last token, in an image model the class token, if any.
+    def encode_with_states(self, inputs: dict[str, Any], pad_token_id: int | None) -> tuple[Tensor, HiddenStates]:
+        """Return pooled features `[B, hidden]` of the inputs, and all hidden states if they are requested.
+
+        The features are the mean over the tokens; in a causal model the last token, in an image model the class token,
+        if any. Without a mask, a causal model's last token is the last that is not padding, as transformers has it.
 
         Raises:
+            ValueError: rows hold several sequences, as their position ids say.
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
+        if are_packed(inputs):
+            raise ValueError(
+                "position_ids start again within a row, as in packed rows, which hold several sequences; a row has one "
+                "feature vector and one label, so give one sequence a row"
+            )
         encoder, causal = self.encoder, self.injector.is_causal
         output = encoder(**inputs, **({"use_cache": False} if causal else {}))
-        hidden = output.last_hidden_state[:, self.injector.prompt_tokens :]
-        image = encoder.main_input_name == "pixel_values"
+        rows, mask, ids = self.injector.prompt_tokens, inputs.get("attention_mask"), inputs.get("input_ids")
+        image = self.injector.reads_images
+        hidden = self.injector.in_order_of_input(output.last_hidden_state[:, rows:], mask)
         if image and hidden.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
         names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
         pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
-        return pool(hidden, inputs.get("attention_mask"))
+        if causal and mask is None and ids is not None and pad_token_id is not None:
+            mask = ids != pad_token_id
+        states = output.get("hidden_states")
+        if states is not None:
+            states = tuple(self.injector.in_order_of_input(each[:, rows:], mask) for each in states)
+        return pool(hidden, mask), states
 
-    def read(self, inputs: dict[str, Any]) -> Tensor:
+    def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
         """Call `encode` with those of the inputs that the encoder takes."""
-        return self.encode({k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))})
+        theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
+        return self.encode(theirs, pad_token_id)
 
     def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
         """Return the base model's own output, from its own head."""
         return self.model(**inputs, **({} if labels is None else {"labels": labels}))
 
-    def compute_under_a_task(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
-        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice."""
-        return self.compute(({"use_cache": False} if self.injector.checkpoints else {}) | inputs, labels)
+    def compute_under_a_task(
+        self, inputs: dict[str, Any], labels: Tensor | None, num_items: Tensor | int | None = None
+    ) -> Any:
+        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice.
+
+        In a decoder, padding in front predicts no token, so the loss does not depend on it.
+
+        Args:
+            inputs: those of the base model.
+            labels: `[B, N]` token ids, or -100.
+            num_items: see `qtuning_fast.method.labels.label_loss`.
+
+        Raises:
+            TypeError, ValueError: the labels are invalid.
+        """
+        inputs = ({"use_cache": False} if self.injector.checkpoints else {}) | inputs
+        if labels is None:
+            return self.compute(inputs, None)
+        tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
+        shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
+        labels = checked_tokens(labels, getattr(self.model.get_output_embeddings(), "out_features", None), shape)
+        mask = inputs.get("attention_mask")
+        if mask is not None and self.injector.is_causal and mask.shape == labels.shape:
+            first = F.pad((mask[:, 1:] != 0) & (mask[:, :-1] == 0), (1, 0))
+            labels = labels.masked_fill(first.to(labels.device), IGNORED)
+        output = self.compute(inputs, labels)
+        output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
+        return output
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """Return whether each token label counts in the loss; a decoder predicts no first token."""
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`."""
@@ -131,6 +184,9 @@ class Backbone:
     def freeze(self, *, training: bool) -> None:
         """Set eval mode, except, while prompts train, for layers that checkpoint their activations."""
         self.injector.freeze(training=training)
+        words = self.vocabulary
+        if words is not None and hasattr(words, "neftune_noise_alpha"):  # NEFTune adds its noise in training mode only
+            words.training = training
 
     def check_gradient(self, layers: Sequence[int]) -> None:
         """Raise a `RuntimeError` if no gradient reaches the prompts, where only heads would learn, unnoticed."""

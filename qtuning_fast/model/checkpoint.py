@@ -19,6 +19,7 @@ from qtuning_fast.attention.common import GATES
 from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import GATE_PER
+from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import (
     TEMPORARY,
@@ -93,7 +94,8 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
             "config": saved.config.to_dict(),
             "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
             "tasks": [
-                {**asdict(entry.info), "file": file.file, "sha256": file.sha256} for entry, file in zip(entries, files)
+                {**_indexed(entry.info), "file": file.file, "sha256": file.sha256}
+                for entry, file in zip(entries, files)
             ],
             "last_learned": saved.last_learned,
             "state": state,
@@ -187,6 +189,14 @@ def rename_version_3(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
             state_dict[f"{prefix}{_NEW_NAMES[part]}.{rest}"] = state_dict.pop(name)
 
 
+def _indexed(info: AdapterInfo) -> dict[str, Any]:
+    """Return what the index says of an adapter; without the usual problem type, which earlier versions do not know."""
+    content = asdict(info)
+    if info.problem_type == SINGLE:
+        del content["problem_type"]
+    return content
+
+
 def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:
     """Return the index's description of an adapter."""
     name, labels = entry["name"], entry["label_names"]
@@ -196,4 +206,14 @@ def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:
     kinds = entry["gate"] in (None, *GATES) and entry["gate_per"] in (None, *GATE_PER)
     if not kinds or not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
         raise CorruptFileError(f"{folder / CONFIG_FILE}: the gate or the sizes of task {name!r} are invalid")
-    return AdapterInfo(name=name, label_names=tuple(labels), gate=entry["gate"], gate_per=entry["gate_per"], **numbers)
+    problem_type = entry.get("problem_type", SINGLE)
+    if problem_type not in PROBLEM_TYPES:
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: task {name!r} has an unknown problem type, {problem_type!r}")
+    return AdapterInfo(
+        name=name,
+        label_names=tuple(labels),
+        gate=entry["gate"],
+        gate_per=entry["gate_per"],
+        problem_type=problem_type,
+        **numbers,
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtuning_fast.attention.common import GATES
-from qtuning_fast.integrations.transformers import AttentionLayer
+from qtuning_fast.integrations.transformers import AttentionLayer, main_input
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.prompts import LayerShape
@@ -31,7 +31,7 @@ def chosen_layers(config: QTuningConfig, layers: Sequence[AttentionLayer]) -> li
 
 def check_task_type(task_type: str, base_model: PreTrainedModel, *, causal: bool) -> None:
     """Raise a ValueError if the model is not of the kind that the task type needs."""
-    reads = "images" if base_model.main_input_name == "pixel_values" else "text"
+    reads = "images" if main_input(base_model) == "pixel_values" else "text"
     two_stacks, writes = base_model.config.is_encoder_decoder, base_model.can_generate()
     needs = {
         "sequence-classification": ("a model that reads text", reads == "text"),
@@ -56,7 +56,8 @@ def check_adapter(
     """
     if not isinstance(adapter, TaskAdapter):
         raise TypeError(f"adapter is a {type(adapter).__name__}; it must be a TaskAdapter")
-    checked_labels(adapter.name, None, adapter.label_names or None, required=False)
+    labels = adapter.label_names or None
+    checked_labels(adapter.name, None, labels, required=False, problem_type=adapter.problem_type)
     if adapter.gate not in (None, *GATES):
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"

@@ -32,7 +32,8 @@ class MixedBatch:
     Attributes:
         prefix: the prefixes in the slots as a bank, with each sample's slot as `index`, ready to be placed.
         names: each sample's task.
-        classes: number of classes of each sample's task; 0 without a head.
+        classes: number of outputs of each sample's task; 0 without a head.
+        problem_types: the problem type of each sample's task.
         head_weight, head_bias: `[slots, most classes, hidden]` and `[slots, most classes]`, −inf beyond a task's
             classes; None without heads.
     """
@@ -40,6 +41,7 @@ class MixedBatch:
     prefix: Prefix
     names: tuple[str, ...]
     classes: tuple[int, ...]
+    problem_types: tuple[str, ...]
     head_weight: Tensor | None = None
     head_bias: Tensor | None = None
 
@@ -58,10 +60,17 @@ class MixedBatch:
         logits = torch.baddbmm(bias[..., None], weight, features[..., None]).squeeze(-1)
         return logits.to(features.dtype)  # under autocast the product is 16-bit
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise a ValueError if a label is out of range for its sample's task; accelerators skip this check."""
-        if labels.device.type == "cpu" and (labels >= torch.tensor(self.classes)).any():
-            raise ValueError(f"labels is {labels.tolist()}, but the samples' tasks have {[*self.classes]} classes")
+    @property
+    def problem_type(self) -> str:
+        """The problem type of all samples; raises a ValueError if there are several, which have no loss in common."""
+        first = self.problem_types[0]
+        for name, problem_type in zip(self.names, self.problem_types):
+            if problem_type != first:
+                raise ValueError(
+                    f"labels: task {self.names[0]!r} has problem_type={first!r}, but task {name!r} has "
+                    f"{problem_type!r}; give labels for tasks of one problem type at a time, or none"
+                )
+        return first
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,7 @@ class AdapterSlots:
             prefix=self._prefix(index, infos, next(iter(gates), None)),
             names=tuple(names),
             classes=tuple(entries[name].info.classes for name in names),
+            problem_types=tuple(entries[name].info.problem_type for name in names),
             head_weight=self._slots.get("head.weight"),
             head_bias=self._slots.get("head.bias"),
         )

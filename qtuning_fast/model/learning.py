@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.retention import Discriminator, retention_loss
+from qtuning_fast.model.stale_optimizers import watch
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
 
@@ -22,6 +25,7 @@ class Learning(nn.Module):
 
     Attributes:
         task: name of the task in training, or None between tasks.
+        label_names, problem_type: the labels of the task in training, and what they mean.
         last_learned: the task learned last.
     """
 
@@ -35,18 +39,39 @@ class Learning(nn.Module):
         # them (gradient clipping) would differ in the last bits between a run and the same run resumed.
         self.register_module("discriminator", None)
         self.register_module("head", None)
+        self.register_load_state_dict_pre_hook(_name_no_task)
         self._hidden_size = hidden_size
         self._has_heads = has_heads
-        self._label_names: tuple[str, ...] = ()
+        self.label_names: tuple[str, ...] = ()
+        self.problem_type = SINGLE
         self.task: str | None = None
         self.last_learned: str | None = None
+
+    # A state names its task, so that one task's checkpoint is not taken for another's. It is a tensor for safetensors.
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list((self.task or "").encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        name = bytes(state.tolist()).decode() or None
+        if name != self.task:
+            mine = "no task is in training" if self.task is None else f"task {self.task!r} is in training"
+            raise ValueError(f"the state was saved {f'within task {name!r}' if name else 'between tasks'}, but {mine}")
 
     def check_idle(self) -> None:
         """Raise a RuntimeError while a task is in training."""
         if self.task is not None:
             raise RuntimeError(f"task {self.task!r} is in training; call finish_task first")
 
-    def start(self, name: str, label_names: tuple[str, ...], device: torch.device, *, retains: bool) -> None:
+    def start(
+        self,
+        name: str,
+        label_names: tuple[str, ...],
+        device: torch.device,
+        *,
+        retains: bool,
+        problem_type: str = SINGLE,
+    ) -> None:
         """Make room in the queue and start a new prompt and head.
 
         Args:
@@ -58,7 +83,7 @@ class Learning(nn.Module):
         if self.discriminator is not None:
             self.discriminator.to(device).requires_grad_(True)
         self.head = nn.Linear(self._hidden_size, len(label_names)).to(device) if self._has_heads else None
-        self.task, self._label_names = name, label_names
+        self.task, self.label_names, self.problem_type = name, label_names, problem_type
 
     def finish(self) -> TaskAdapter:
         """Fold the trained prompt into an adapter, and free what only training needed.
@@ -68,12 +93,23 @@ class Learning(nn.Module):
         """
         if self.task is None:
             raise RuntimeError("no task is in training; call start_task first")
-        adapter = self.prefix.finish_task(self.task, self._label_names, self.head)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        adapter = self.prefix.finish_task(self.task, self.label_names, self.head, problem_type=self.problem_type)
         self.last_learned, self.task = self.task, None
         self.head = None
+        kept = {id(parameter) for parameter in self.parameters()}
+        watch((parameter for parameter in trained if id(parameter) not in kept), self.check_optimizer)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(False)
         return adapter
+
+    def check_optimizer(self, held: set[int]) -> None:
+        """Raise a RuntimeError if parameters of the task in training are not among those with these ids."""
+        if self.task is not None and any(id(each) not in held for each in self.parameters() if each.requires_grad):
+            raise RuntimeError(
+                f"the optimizer holds parameters of a finished task but not all of those of task {self.task!r}; make a "
+                "new Trainer, or a new optimizer, after each start_task"
+            )
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features `[B, hidden]` to logits `[B, classes]` by the head in training."""
@@ -120,3 +156,8 @@ class Learning(nn.Module):
             self.discriminator.requires_grad_(False)
         self.prefix.requires_grad_(False)
         self.load_trained(state)
+
+
+def _name_no_task(learning: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take a state without a name, as earlier versions saved it, for one of the task in training."""
+    state.setdefault(f"{prefix}_extra_state", learning.get_extra_state())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.labels import SINGLE, check_labels, counted, label_loss, share_of_items
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.model.active_task import ActiveTask, SetTask
@@ -33,12 +34,13 @@ from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
 from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import QTuningOutput, batch_size, twice
+from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
 
-class QTuningModel(nn.Module):
+class QTuningModel(PretrainedInterface):
     """Attaches Q-tuning's prompt queue and NoRGa's gate to a frozen transformers model.
 
     Tasks come one after another: `start_task`, train, `finish_task`. Each finished task stays available as a small
@@ -68,9 +70,6 @@ class QTuningModel(nn.Module):
         NotImplementedError: the model's attention cannot take a prefix; the message says why.
     """
 
-    base_model: PreTrainedModel
-    accepts_loss_kwargs = False  # for transformers.Trainer: forward's **kwargs are for the base model, not the loss
-
     def __init__(self, base_model: PreTrainedModel, config: QTuningConfig) -> None:
         if not isinstance(config, QTuningConfig):
             raise TypeError(f"config is a {type(config).__name__}; it must be a QTuningConfig")
@@ -78,8 +77,6 @@ class QTuningModel(nn.Module):
         self.qtuning_config = config
         self.backbone = backbone = Backbone(base_model, config.placement)
         self.base_model = backbone.model
-        if hasattr(self.base_model, "hf_device_map"):  # it tells transformers.Trainer not to move the model
-            self.hf_device_map = self.base_model.hf_device_map
         try:
             check_task_type(config.task_type, self.base_model, causal=backbone.injector.is_causal)
             self.layer_indices = chosen_layers(config, backbone.injector.layers)
@@ -95,6 +92,8 @@ class QTuningModel(nn.Module):
         self.register_load_state_dict_pre_hook(rename_version_3)
         prefix_of = partial(_prefix_of, self.learning, backbone, len(self.layer_indices))
         self._active = ActiveTask(backbone.injector, self.layer_indices, prefix_of)
+        self._task_configs: dict[str, PreTrainedConfig] = {}
+        self.name_inputs(self._reads_inputs)
 
     # Parts
 
@@ -177,24 +176,58 @@ class QTuningModel(nn.Module):
         """Return the classes of a finished task."""
         return self._tasks.label_names(name)
 
+    def problem_type(self, name: str) -> str:
+        """Return what labels of a finished task mean; see `start_task`."""
+        self._tasks.check(name)
+        return self._tasks.labelled(name)[0]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The base model's config; for a task with a head a copy of it with the task's classes."""
+        base, task = self.base_model.config, self.active_task
+        if not self.has_heads or task is None:
+            return base
+        if task == self.learning.task:
+            names, problem_type = self.learning.label_names, self.learning.problem_type
+        else:
+            names, problem_type = self.label_names(task), self.problem_type(task)
+        config = self._task_configs.get(task)
+        if config is None or (config.id2label, config.problem_type) != (dict(enumerate(names)), problem_type):
+            config = self._task_configs[task] = config_of_task(base, names, problem_type)
+        return config
+
     # Tasks
 
-    def start_task(self, name: str, num_labels: int | None = None, *, label_names: Sequence[str] | None = None) -> None:
+    def start_task(
+        self,
+        name: str,
+        num_labels: int | None = None,
+        *,
+        label_names: Sequence[str] | None = None,
+        problem_type: str = SINGLE,
+    ) -> None:
         """Make room in the queue and start a new prompt and head; the model then computes under the new task.
 
         Args:
             name: name of the new task.
             num_labels: number of classes, at least two; optional with `label_names`. Language modelling tasks need
-                neither.
-            label_names: one name a class.
+                neither. With `problem_type="regression"`, the number of outputs, 1 if not given.
+            label_names: one name a class, or an output.
+            problem_type: what labels of the task's head mean, in the words of transformers:
+                `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
 
         Raises:
-            TypeError, ValueError: the name is taken or the labels are invalid.
+            TypeError, ValueError: the name is taken, or the labels or the problem type are invalid.
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
         self.learning.check_idle()
-        labels = checked_labels(name, num_labels, label_names, required=self.has_heads)
+        labels = checked_labels(name, num_labels, label_names, required=self.has_heads, problem_type=problem_type)
+        if problem_type != SINGLE and not self.has_heads:
+            task_type = self.qtuning_config.task_type
+            raise ValueError(
+                f"problem_type is {problem_type!r}, but task_type={task_type!r} has no heads; leave it out"
+            )
         if name in self.adapters:
             raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
         with self._active.kept():
@@ -203,7 +236,7 @@ class QTuningModel(nn.Module):
             finally:
                 self.train(self.training)
         with self.backbone.injector.lock:
-            self.learning.start(name, labels, self.device, retains=self._may_retain)
+            self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
             synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
             self.set_task(name)
 
@@ -317,6 +350,7 @@ class QTuningModel(nn.Module):
         labels: Tensor | None = None,
         task_names: Sequence[str] | None = None,
         retention_features: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return logits under the active task, or the base model's own output if no task is set.
@@ -325,10 +359,13 @@ class QTuningModel(nn.Module):
             input_ids: `[B, N]` integers; or instead `inputs_embeds`, `[B, N, E]`, or `pixel_values`.
             attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
             token_type_ids, position_ids, decoder_input_ids, decoder_attention_mask: as the base model takes them.
-            labels: `[B]` class indices; for language modelling token ids, as the base model takes them.
+            labels: `[B]` class indices, or those of the task's problem type (`qtuning_fast.method.labels`); for
+                language modelling token ids, as the base model takes them. -100 leaves out a label.
             task_names: one finished task for each sample, which uses that task's adapter.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
+            num_items_in_batch: divides the sum of the labels' losses, and weights memory retention by this batch's
+                share of the items, so that losses add up over the batches of a step; None: the batch's own number.
             **kwargs: for the base model.
 
         Returns:
@@ -336,7 +373,7 @@ class QTuningModel(nn.Module):
             `retention_loss` is set and included in `loss`.
 
         Raises:
-            ValueError: attention weights are requested, or `task_names` is invalid.
+            TypeError, ValueError: attention weights are requested, or `task_names` or `labels` are invalid.
         """
         named = {
             "input_ids": input_ids,
@@ -352,10 +389,16 @@ class QTuningModel(nn.Module):
         if task_names is not None:
             self.backbone.check_inputs(inputs, under_a_task=True)
             with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._compute(inputs, labels, mixed)
-        return self._active.compute(self._compute_alone, inputs, labels, retention_features)
+                return self._compute(inputs, labels, num_items_in_batch, mixed)
+        return self._active.compute(self._compute_alone, inputs, labels, num_items_in_batch, retention_features)
 
-    def _compute_alone(self, inputs: dict[str, Any], labels: Tensor | None, retention_features: Tensor | None) -> Any:
+    def _compute_alone(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        retention_features: Tensor | None,
+    ) -> Any:
         """Return loss and logits under the one task that is set, or the base model's own output."""
         task = self._active.current
         self.backbone.check_inputs(inputs, under_a_task=task is not None)
@@ -363,23 +406,58 @@ class QTuningModel(nn.Module):
             return self.backbone.compute(inputs, labels)
         self._check_attached()
         self.backbone.injector.check_switched()
-        if labels is not None and self.training and task.adapter is None and self.retains_memory:
-            return self._compute_retaining(inputs, labels, retention_features)
+        if self.training and task.adapter is None and self.retains_memory:
+            if labels is None:
+                _warn_of_no_retention("forward got no labels (as with label smoothing or a loss of your own)")
+            elif batch_size(inputs) == 1:
+                _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
+            else:
+                return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
         if task.is_live:
             self._active.place()  # the training prefix changes with every step
-        return self._compute(inputs, labels)
+        return self._compute(inputs, labels, num_items_in_batch)
 
-    def _compute(self, inputs: dict[str, Any], labels: Tensor | None, mixed: MixedBatch | None = None) -> Any:
+    def _compute(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items: Tensor | int | None = None,
+        mixed: MixedBatch | None = None,
+    ) -> Any:
         """Return loss and logits under the placed prefix."""
         if not self.has_heads:
-            return self.backbone.compute_under_a_task(inputs, labels)
-        features = self.backbone.encode(inputs)
+            return self.backbone.compute_under_a_task(inputs, labels, num_items)
+        features, states = self.backbone.encode_with_states(inputs, self._pad_token_id)
         logits = self._logits(features) if mixed is None else mixed.logits(features)
-        if mixed is not None and labels is not None:
-            mixed.check_labels(labels)
-        return QTuningOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
+        loss = None if labels is None else self._loss(logits, labels, num_items, mixed)
+        return QTuningOutput(loss=loss, logits=logits, hidden_states=states)
 
-    def _compute_retaining(self, inputs: dict[str, Any], labels: Tensor, retention_features: Tensor | None) -> Any:
+    def _loss(
+        self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None, mixed: MixedBatch | None = None
+    ) -> Tensor:
+        """Return the loss of the heads' logits, once the labels have been checked."""
+        problem_type, tasks, outputs = self._labelled(mixed)
+        check_labels(labels, problem_type, tasks, outputs, logits.shape[0])
+        return label_loss(logits, labels, problem_type, num_items)
+
+    def _labelled(self, mixed: MixedBatch | None = None) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+        """Return the problem type, and each sample's task and number of outputs, or those of the only task."""
+        if mixed is not None:
+            return mixed.problem_type, mixed.names, mixed.classes
+        task = self._active.current
+        assert task is not None
+        if task.adapter is None:
+            return self.learning.problem_type, (task.name,), (len(self.learning.label_names),)
+        info = task.adapter.info
+        return info.problem_type, (task.name,), (info.classes,)
+
+    def _compute_retaining(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        retention_features: Tensor | None,
+        num_items: Tensor | int | None = None,
+    ) -> Any:
         """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
         injector, batch = self.backbone.injector, batch_size(inputs)
         if retention_features is None:
@@ -388,20 +466,28 @@ class QTuningModel(nn.Module):
             index = torch.arange(2, device=self.device).repeat_interleave(batch)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                features, shared_features = self.backbone.encode(twice(inputs)).chunk(2)
+                both, states = self.backbone.encode_with_states(twice(inputs), self._pad_token_id)
+            features, shared_features = both.chunk(2)
             logits = self._logits(features)
-            output: Any = QTuningOutput(loss=F.cross_entropy(logits.float(), labels), logits=logits)
+            states = None if states is None else tuple(each[:batch] for each in states)
+            loss = self._loss(logits, labels, num_items)
+            output: Any = QTuningOutput(loss=loss, logits=logits, hidden_states=states)
         else:
             index = torch.ones(batch, dtype=torch.long, device=self.device)
             with injector.keeping():
                 injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                shared_features = self.backbone.read(inputs)
+                shared_features = self.backbone.read(inputs, self._pad_token_id)
             self._active.place()
-            output = self._compute(inputs, labels)
-        if shared_features.shape[0] > 1:  # a batch of one has no product pairs
-            retention = self.learning.retention_loss(shared_features, retention_features)
-            output["loss"] = output.loss + self.qtuning_config.retention_weight * retention
-            output["retention_loss"] = retention
+            output = self._compute(inputs, labels, num_items)
+        retention = self.learning.retention_loss(shared_features, retention_features)
+        weight: Tensor | float = self.qtuning_config.retention_weight
+        if num_items is not None:  # summed over the batches of a step, the shares are 1
+            counts = (
+                counted(output.logits, labels, self._labelled()[0]) if self.has_heads else self.backbone.counted(labels)
+            )
+            weight = weight * share_of_items(counts, num_items).to(retention.device)
+        output["loss"] = output.loss + weight * retention
+        output["retention_loss"] = retention
         return output
 
     def _logits(self, features: Tensor) -> Tensor:
@@ -417,7 +503,13 @@ class QTuningModel(nn.Module):
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
-        return self._active.compute(self.backbone.encode, inputs)
+        return self._active.compute(self.backbone.encode, inputs, self._pad_token_id)
+
+    @property
+    def _pad_token_id(self) -> int | None:
+        task = self._active.current
+        config = self._task_configs.get("" if task is None else task.name, self.base_model.config)
+        return getattr(config, "pad_token_id", None)
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
@@ -427,7 +519,7 @@ class QTuningModel(nn.Module):
         """
         with self._active.kept():
             self.set_task(task)
-            return self.backbone.read(inputs)
+            return self.backbone.read(inputs, self._pad_token_id)
 
     def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate` under the active task, or under a finished task for each sample.
@@ -495,6 +587,11 @@ class QTuningModel(nn.Module):
             self.base_model.gradient_checkpointing_enable(*args, **kwargs)
             self.train(self.training)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
+        self.base_model.activation_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
     def gradient_checkpointing_disable(self) -> None:
         """Call the base model's method."""
         with self.backbone.injector.lock:
@@ -529,6 +626,11 @@ class QTuningModel(nn.Module):
             self._active.place_again()
         return self
 
+    @property
+    def _reads_inputs(self) -> PreTrainedModel:
+        """The part of the base model that `forward` hands its inputs to."""
+        return self.backbone.encoder if self.has_heads else self.base_model
+
     def __deepcopy__(self, memo: dict[int, Any]) -> QTuningModel:
         # Hooks on the base model and prefixes on its layers belong to this model: the copy gets its own.
         with self._active.off_the_layers() as task:
@@ -554,6 +656,7 @@ class QTuningModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         task, requires = state.pop("task_that_is_set"), state.pop("inputs_require_grads")
         super().__setstate__(state)
+        self.name_inputs(self._reads_inputs)  # a pickle holds no functions
         if requires:
             self.base_model.enable_input_require_grads()
         if task is not None:
@@ -576,12 +679,14 @@ class QTuningModel(nn.Module):
             RuntimeError: a task is in training.
         """
         self.learning.check_idle()
+        learning = self.learning.state_dict()
+        del learning["_extra_state"]  # it says that no task is in training
         checkpoint = Checkpoint(
             config=self.qtuning_config,
             fingerprint=self.backbone.fingerprint,
             base_model=type(self.base_model).__name__,
             adapters=self.adapters,
-            learning=self.learning.state_dict(),
+            learning=learning,
             queue=self.training_prefix.queue.state_dict(),
             last_learned=self.learning.last_learned,
         )
@@ -636,6 +741,14 @@ class QTuningModel(nn.Module):
                 "fully_shard was called with the QTuningModel; call it with the base model before attaching, because "
                 "prompts change from task to task and cannot be sharded"
             )
+
+
+def _warn_of_no_retention(reason: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"memory retention is left out of the loss, because {reason}; set retention_weight=0 if that is meant",
+            stacklevel=3,
+        )
 
 
 def _prefix_of(learning: Learning, backbone: Backbone, num_layers: int, task: SetTask) -> Prefix:

@@ -15,14 +15,17 @@ class QTuningOutput(ModelOutput):
     """Output of a forward pass under a task.
 
     Attributes:
-        loss: cross entropy plus η times the retention loss; None without labels.
-        logits: `[B, classes]`; with `task_names` of several tasks `[B, most classes]`, −inf beyond a task's classes.
+        loss: the loss of the task's problem type plus η times the retention loss; None without labels.
+        logits: `[B, classes]`, or the numbers that regression predicts; with `task_names` of several tasks
+            `[B, most classes]`, −inf beyond a task's classes.
         retention_loss: `L_MR`; None if memory retention does not apply.
+        hidden_states: those of the input, `[B, N, hidden]`, of the embeddings and of each layer, if they are requested.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     retention_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 _COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")

@@ -12,6 +12,7 @@ from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import NO_GATE, Gate
+from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.prompts import InputPrompt, LayerPrefix, LayerShape, PromptRows
 from qtuning_fast.method.queue import Eviction, PromptQueue
@@ -105,7 +106,9 @@ class TrainingPrefix(nn.Module):
             rows.begin(prompt_length, *held)
 
     @torch.no_grad()
-    def finish_task(self, name: str, label_names: Sequence[str], head: nn.Linear | None) -> TaskAdapter:
+    def finish_task(
+        self, name: str, label_names: Sequence[str], head: nn.Linear | None, *, problem_type: str = SINGLE
+    ) -> TaskAdapter:
         """Fold the reparametrisation into the prompts, freeze them, and return the task's adapter."""
         for rows, prompt in zip(self.rows, self._prompts()):
             rows.prompt = nn.Parameter(prompt.clone())
@@ -124,6 +127,7 @@ class TrainingPrefix(nn.Module):
             taus=_kept(gate.tau for gate in self.gates),
             head_weight=None if head is None else _kept([head.weight])[0],
             head_bias=None if head is None else _kept([head.bias])[0],
+            problem_type=problem_type,
         )
 
     def _prompts(self) -> Sequence[Tensor]:

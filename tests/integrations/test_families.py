@@ -76,6 +76,8 @@ def logits_by_hand(base: Any, family: Any, head: nn.Linear | None, inputs: dict[
         embeds = base.get_input_embeddings()(inputs.pop("input_ids"))
         inputs["inputs_embeds"] = torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
         inputs["attention_mask"] = F.pad(inputs["attention_mask"], (P, 0), value=1)
+    if family.kind == "decoder":  # padding takes no position
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     output = base(**inputs)
     if P and family.kind == "image":
         handle.remove()

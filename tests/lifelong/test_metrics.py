@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtuning_fast.lifelong.metrics import evaluation_summary, final_accuracies, mean_and_spread
+from qtuning_fast.lifelong.metrics import evaluation_summary, final_accuracies, in_words, mean_and_spread, measured
 
 MATRIX = [
     [0.8, None, None],
@@ -113,3 +113,20 @@ def test_one_run_has_no_spread(make_metrics):
     assert mean_and_spread([make_metrics(2)])["live_queue"]["average_accuracy"]["std"] is None
     with pytest.raises(ValueError, match="at least one run"):
         mean_and_spread([])
+
+
+def test_a_correlation_may_be_negative() -> None:
+    matrix = [[-0.5, None], [0.5, 1.0]]
+    with pytest.raises(ValueError, match=r"fractions in \[0, 1\]"):
+        evaluation_summary(matrix)
+    assert evaluation_summary(matrix, least=-1.0)["average_accuracy"] == 0.75
+
+
+def test_the_word_names_what_is_measured(make_metrics):
+    metrics = make_metrics(3)
+    assert measured(metrics) == "accuracy" and mean_and_spread([metrics])["metric"] == "accuracy"
+    for task in metrics["per_task"]:
+        task["metric"] = "micro_f1"
+    assert measured(metrics) == "micro-F1" and in_words("average_accuracy", "micro-F1") == "average micro-F1"
+    metrics["per_task"][0]["metric"] = "pearson"
+    assert measured(metrics) == "score" and in_words("Accuracy by task", "score") == "Score by task"

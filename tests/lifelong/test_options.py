@@ -54,3 +54,29 @@ def test_usual_columns_are_not_recorded() -> None:
     recorded = DataOptions(tasks=("a.csv",), label_column="class").to_dict()
     assert recorded["label_column"] == "class" and "text_column" not in recorded
     assert DataOptions(**recorded) == DataOptions(tasks=("a.csv",), label_column="class")
+
+
+def test_tasks_have_their_problem_types(toy_files: dict[str, Path], tmp_path: Path) -> None:
+    stars = tmp_path / "stars.csv"
+    stars.write_text("text,label\n" + "\n".join(f"text {number},{number / 2}" for number in range(40)))
+    specs, sizes = (f"colours={toy_files['colours']}", str(stars)), {"shots": 4, "validation_shots": 3, "test_size": 6}
+    options = DataOptions(tasks=specs, **sizes, problem_types=("stars=regression",))
+    assert [task.problem_type for task in options.load()] == ["single_label_classification", "regression"]
+    assert [task.problem_type for task in DataOptions(tasks=specs[1:], **sizes, problem_types=("regression",)).load()]
+    assert options.to_dict()["problem_types"] == ("stars=regression",)
+    assert "problem_types" not in DataOptions(tasks=specs).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("problem_types", "message"),
+    [
+        (("ranking",), "has 'ranking'; the types are single_label"),
+        (("others=regression",), "has 'others=regression', but the tasks are colours"),
+        (("regression", "colours=multi_label_classification"), "gives task 'colours' two types"),
+    ],
+)
+def test_problem_types_are_checked(toy_files: dict[str, Path], problem_types: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataOptions(tasks=(str(toy_files["colours"]),), problem_types=problem_types).load()
+    with pytest.raises(ValueError, match="a stream has its own"):
+        DataOptions("offline-5", problem_types=problem_types).load()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qtuning_fast.lifelong.probe import C_VALUES, linear_probe
+from qtuning_fast.method.labels import MULTI, REGRESSION
 
 
 def draw(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -32,3 +33,21 @@ def test_labels_without_a_pattern_are_not_learned():
 def test_of_equals_the_strongest_regularisation_is_taken():
     split = draw(0, 40, 0.0)
     assert linear_probe(split, split, split)["C"] == C_VALUES[0]
+
+
+def test_labels_are_told_apart_one_by_one():
+    (features, first), (_, second) = draw(0, 60, 0.1), draw(1, 60, 0.1)
+    features[:, 1] = 2 * second[::-1] - 1
+    always = np.ones(60, dtype=int)
+    labels = np.stack([first, second[::-1], always, 0 * always], axis=1)
+    parts = [(features[part], labels[part]) for part in (slice(20), slice(20, 40), slice(40, 60))]
+    probe = linear_probe(*parts, MULTI)
+    assert probe["micro_f1"] == 1 and set(probe) == {"micro_f1", "C"}
+
+
+def test_numbers_are_regressed():
+    features, _ = draw(0, 90, 0.1)
+    numbers = 3 * features[:, 0] + 10
+    parts = [(features[part], numbers[part]) for part in (slice(30), slice(30, 60), slice(60, 90))]
+    probe = linear_probe(*parts, REGRESSION)
+    assert probe["pearson"] > 0.99 and set(probe) == {"pearson", "C"}

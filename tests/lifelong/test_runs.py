@@ -49,14 +49,14 @@ def test_a_saved_run_has_its_settings_and_gives_its_accuracies_again(settings: R
     saved = SavedRun(folder)
     assert saved.options == TRAINING and saved.data == settings.data
     final = read_json(folder / "metrics.json")["task_adapter"]["accuracy_matrix"][-1]
-    assert [saved.accuracy(task.test, task.name) for task in saved.load_tasks()] == final
+    assert [saved.score(task.test, task.name) for task in saved.load_tasks()] == final
     chances = saved.predict(["the red one", "a green one", "the red one"], "colours")
     assert chances.shape == (3, 2) and chances[0].tolist() == pytest.approx(chances[2].tolist())
 
 
 def test_a_saved_run_refuses_images_for_texts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="task 'colours' reads texts, but these examples are images"):
-        SavedRun(folder).accuracy(Examples([tmp_path / "a.png"], [0]), "colours")
+        SavedRun(folder).score(Examples([tmp_path / "a.png"], [0]), "colours")
 
 
 def test_folders_without_a_run(tmp_path: Path) -> None:

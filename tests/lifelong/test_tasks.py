@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtuning_fast.lifelong.tasks import Task, balanced_counts, few_shot_split
+from qtuning_fast.lifelong.tasks import Examples, Task, balanced_counts, few_shot_split
+from qtuning_fast.method.labels import MULTI, REGRESSION
 
 SIZES = {"shots": 4, "validation_shots": 3, "test_size": 10}
 
@@ -162,3 +163,61 @@ def test_refuses_empty_texts_and_odd_lengths():
         split(["", " \n"], ["a", "b"])
     with pytest.raises(ValueError, match="2 texts, but 1 labels"):
         split(["x", "y"], ["a", "b"][:1], label_names=["a", "b"])
+
+
+DRAWN = {"name": "mine", "shots": 8, "validation_shots": 6, "test_size": 10, "seed": 0}
+
+
+def test_sizes_count_examples_in_all_where_there_are_no_classes() -> None:
+    texts = [f"text {number}" for number in range(40)]
+    sets = [("ab", "ac", "b", "")[number % 4] for number in range(40)]
+    several = few_shot_split(texts, sets, **DRAWN, problem_type=MULTI)
+    assert several.label_names == ["a", "b", "c"] and several.metric == "micro_f1"
+    numbers = few_shot_split(texts, list(range(40)), **DRAWN, problem_type=REGRESSION, label_names=["stars"])
+    assert numbers.label_names == ["stars"] and numbers.metric == "pearson"
+    for task in (several, numbers):
+        assert [len(part) for part in (task.train, task.validation, task.test)] == [8, 6, 10]
+        drawn = [text for part in (task.train, task.validation, task.test) for text in part.inputs]
+        assert len(set(drawn)) == 24
+        for part in (task.train, task.validation, task.test):
+            for text, label in zip(part.inputs, part.labels):
+                number = texts.index(text)
+                expected = tuple(int(name in sets[number]) for name in "abc") if task is several else float(number)
+                assert label == expected
+    more = few_shot_split(texts, sets, **(DRAWN | {"shots": 16}), problem_type=MULTI)
+    assert set(several.train.inputs) < set(more.train.inputs)
+    assert (several.validation, several.test) == (more.validation, more.test)
+
+
+def test_one_text_under_two_labels_is_dropped_of_every_kind() -> None:
+    texts = [*(f"text {number}" for number in range(30)), "twice", "twice ", "same", " same"]
+    sets = [*(("a", "b", "ab")[number % 3] for number in range(30)), "a", "ab", "ab", "ba"]
+    task = few_shot_split(texts, sets, **(DRAWN | {"shots": None}), problem_type=MULTI)
+    drawn = {" ".join(text.split()) for part in (task.train, task.validation, task.test) for text in part.inputs}
+    assert "twice" not in drawn and "same" in drawn and len(drawn) == 31
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "message"),
+    [
+        (REGRESSION, [1.0] * 40, "all numbers of its train split are 1.0"),
+        (MULTI, ["a", "b"] * 15 + [""] * 10, "no example of its test split has a label"),
+        (MULTI, ["a"] * 40, "at least two classes"),
+        (MULTI, ["a", "b"] * 5, "it has 10 different texts, but 15 are needed"),
+        ("ranking", ["a", "b"] * 20, "problem_type is 'ranking'"),
+    ],
+)
+def test_labels_that_teach_nothing_are_refused(problem_type: str, labels: list, message: str) -> None:
+    texts = [f"text {number}" for number in range(len(labels))]
+    test = (texts[30:], labels[30:]) if "test split" in message else None
+    given = len(labels) if test is None else 30
+    with pytest.raises(ValueError, match=message):
+        few_shot_split(
+            texts[:given], labels[:given], **(DRAWN | {"shots": 5 if test else 8}), problem_type=problem_type, test=test
+        )
+
+
+def test_regression_names_one_number() -> None:
+    examples = Examples(["a"], [1.0])
+    with pytest.raises(ValueError, match="regression has one number"):
+        Task("mine", ["a", "b"], examples, examples, examples, "", problem_type=REGRESSION)

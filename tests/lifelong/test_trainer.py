@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qtuning_fast import LifelongTrainer, QTuningConfig
+from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.task_trainer import latest_checkpoint
-from qtuning_fast.lifelong.tasks import Examples, Task
+from qtuning_fast.lifelong.tasks import Examples, Task, few_shot_split
+from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 from qtuning_fast.model.checked_files import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)
@@ -271,3 +272,51 @@ def test_another_run_in_the_same_folder_is_refused(tiny_model_folder: Path, task
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(ValueError, match="no name twice"):
         lifelong(tiny_model_folder, tasks[:1] * 2, tmp_path / "new")
+
+
+# Several labels a text, and numbers
+
+
+def of_another_kind(name: str, problem_type: str) -> Task:
+    """Which colours a text names, or how many animals."""
+    draw = random.Random(name)
+    animals, colours, others = ["cat", "dog", "horse"], ["red", "green", "blue"], ["the", "a", "is", "seen", "old"]
+    inputs: dict[str, Any] = {}
+    while len(inputs) < 200:
+        words = animals if problem_type == REGRESSION else colours
+        chosen = draw.sample(words, draw.randrange(4))
+        text = [*chosen, *draw.choices(others, k=6 - len(chosen))]
+        draw.shuffle(text)
+        inputs[" ".join(text)] = len(chosen) if problem_type == REGRESSION else chosen
+    sizes = {"shots": 100, "validation_shots": 40, "test_size": 60, "seed": 0}
+    names = ["animals"] if problem_type == REGRESSION else None
+    return few_shot_split(
+        [*inputs], [*inputs.values()], name=name, **sizes, label_names=names, problem_type=problem_type
+    )
+
+
+def test_a_stream_mixes_kinds_of_labels(tiny_model_folder: Path, tasks: list[Task], tmp_path: Path) -> None:
+    kinds = {"colours named": MULTI, "count": REGRESSION}
+    stream = [tasks[0], *(of_another_kind(name, kind) for name, kind in kinds.items())]
+    options = dataclasses.replace(TRAINING, steps=120, batch_size=16, eval_every=20)
+    run = lifelong(tiny_model_folder, stream, tmp_path / "run", options=options, forward_transfer=True)
+    metrics = run.run()
+    assert [task["metric"] for task in metrics["per_task"]] == ["accuracy", "micro_f1", "pearson"]
+    assert [task["problem_type"] for task in metrics["per_task"]] == [SINGLE, MULTI, REGRESSION]
+    final = metrics["task_adapter"]["accuracy_matrix"][-1]
+    assert min(final[1:]) > 0.5, final
+    assert all(task["validation_curve"] for task in metrics["per_task"])
+    probe = read_json(tmp_path / "run" / "tasks" / "01-colours_named" / "probe.json")
+    assert metrics["baselines"]["linear_probe"]["accuracy"][1] == probe["micro_f1"] > 0.5
+    assert metrics["task_adapter"]["forward_transfer"] is not None
+    model = QTuningModel.from_pretrained(run.base_model, tmp_path / "run" / "adapter")
+    assert [model.problem_type(name) for name in model.tasks] == [SINGLE, MULTI, REGRESSION]
+
+
+def test_a_language_model_refuses_labels_that_are_no_words(
+    tiny_model_folder: Path, folders_of_models: dict[str, Path], tmp_path: Path
+) -> None:
+    base, processor = load_base_model(str(folders_of_models["text-to-text"]), "text-to-text")
+    config = dataclasses.replace(METHOD, task_type="text-to-text")
+    with pytest.raises(ValueError, match=r"'count' has problem_type='regression'.*use task_type='sequence-class"):
+        LifelongTrainer(base, processor, config, [of_another_kind("count", REGRESSION)], TRAINING, tmp_path / "run")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qtuning_fast.method.adapter import AdapterInfo, TaskAdapter, checked_labels
+from qtuning_fast.method.labels import REGRESSION, SINGLE
 
 ROWS = tuple(torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(layer)) for layer in range(3))
 GATES = tuple(torch.full((4,), 0.5 + layer) for layer in range(3))
@@ -85,3 +86,20 @@ def test_labels_may_be_missing_where_none_are_required() -> None:
 def test_labels_that_are_no_use_are_refused(given: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         checked_labels(*given, required=True)
+
+
+def test_regression_has_one_output_unless_more_are_named() -> None:
+    given = {"required": True, "problem_type": REGRESSION}
+    assert checked_labels("stars", None, None, **given) == ("0",)
+    assert checked_labels("stars", 2, None, **given) == ("0", "1")
+    assert checked_labels("stars", None, ["stars"], **given) == ("stars",)
+    with pytest.raises(ValueError, match="it needs one, all different"):
+        checked_labels("stars", 0, None, **given)
+    with pytest.raises(ValueError, match=r'it needs two.*problem_type="regression"'):
+        checked_labels("stars", 1, None, required=True)
+
+
+def test_the_problem_type_is_kept() -> None:
+    adapter = replace(BESIDE, problem_type=REGRESSION)
+    assert BESIDE.info.problem_type == SINGLE and adapter.info.problem_type == REGRESSION
+    assert TaskAdapter.from_tensors(adapter.tensors(), adapter.info).problem_type == REGRESSION

@@ -115,7 +115,7 @@ def test_features_are_those_of_the_token_that_has_read_everything(families: Any)
 def test_what_only_a_decoder_takes_is_no_part_of_what_is_read(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, inputs = Backbone(families["T5"].base_model(), "prefix"), families["T5"].batch()
     given: list[str] = []
-    monkeypatch.setattr(backbone, "encode", given.extend)
+    monkeypatch.setattr(backbone, "encode", lambda inputs, *_: given.extend(inputs))
     backbone.read(inputs | {"logits_to_keep": 1})
     assert "decoder_input_ids" in inputs and given == ["input_ids", "attention_mask"]
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.method.labels import MULTI, SINGLE
 from qtuning_fast.model.checked_files import CorruptFileError, read_json, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE, FORMAT_VERSION, READABLE_VERSIONS, read_checkpoint
 
@@ -95,7 +96,7 @@ def test_a_task_goes_on_from_a_checkpoint_within_it_of_the_format_before(base: B
     torch.testing.assert_close(output.loss.detach(), loss)
     assert output.retention_loss is not None
     resumed = model.trainable_state_dict()
-    assert resumed.keys() == {name.replace("live.", "prefix.") for name in state}
+    assert resumed.keys() == {"_extra_state", *(name.replace("live.", "prefix.") for name in state)}
     assert all(torch.equal(resumed[name.replace("live.", "prefix.")], x) for name, x in state.items())
 
 
@@ -207,6 +208,8 @@ def test_a_state_dict_of_the_format_before_loads_into_the_model(base: BertModel,
     before = {
         re.sub(r"^learning\.(prefix\.)?", lambda m: "live." if m[1] else "", name): x for name, x in state.items()
     }
+    del before["_extra_state"]  # it names the task, as no state did then
+    before |= {f"base_model.{name}": x for name, x in model.base_model.state_dict().items()}
     assert {name.partition(".")[0] for name in before} == {"base_model", "live", "discriminator", "head"}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -215,3 +218,20 @@ def test_a_state_dict_of_the_format_before_loads_into_the_model(base: BertModel,
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict({name: value for name, value in before.items() if not name.startswith("live.")})
+
+
+def test_the_index_names_a_problem_type_only_where_it_is_not_the_usual_one(tiny_bert: BertModel, tmp_path: Any) -> None:
+    """So a checkpoint with the usual one has what it had before there were others, and an older one can be read."""
+    model = QTuningModel(tiny_bert, small_config())
+    for name, problem_type in (("moods", SINGLE), ("topics", MULTI)):
+        model.start_task(name, 2, problem_type=problem_type)
+        model.finish_task()
+    model.save_pretrained(tmp_path)
+    index = read_json(tmp_path / CONFIG_FILE)
+    assert [entry.get("problem_type") for entry in index["tasks"]] == [None, MULTI]
+    adapters = read_checkpoint(tmp_path).adapters
+    assert [adapters.entry(name).info.problem_type for name in adapters] == [SINGLE, MULTI]
+    index["tasks"][1]["problem_type"] = "ranking"
+    write_json(tmp_path / CONFIG_FILE, index)
+    with pytest.raises(CorruptFileError, match="'topics' has an unknown problem type, 'ranking'"):
+        read_checkpoint(tmp_path)

@@ -238,3 +238,21 @@ def test_a_state_of_another_task_is_refused() -> None:
     del state["head.bias"]
     with pytest.raises(ValueError, match=r"missing \['head\.bias'\], unexpected \['other'\]"):
         part.load_trained(state | {"other": torch.zeros(1)})
+
+
+def test_a_state_is_of_its_task_and_of_no_other(tiny_bert: BertModel) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    part = model.learning
+    model.start_task("first", 2)
+    state = part.state_dict()
+    part.load_state_dict(state)
+    unnamed = {name: value for name, value in state.items() if name != "_extra_state"}  # of an earlier version
+    part.load_state_dict(unnamed)
+    assert "_extra_state" not in unnamed
+    model.finish_task()
+    with pytest.raises(ValueError, match="saved within task 'first', but no task is in training"):
+        part.load_state_dict(state)
+    model.start_task("größer", 2)
+    with pytest.raises(ValueError, match="saved within task 'first', but task 'größer' is in training"):
+        model.load_trainable_state_dict(state)
+    part.load_state_dict(part.state_dict())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import BertModel
 
-from qtuning_fast import QTuningModel
+from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 
 Batch = dict[str, Tensor]
 
@@ -158,3 +159,27 @@ def test_bounds_on_memory_reach_the_slots_and_the_registry(tiny_bert: BertModel,
     assert (model.slots.device_bytes, model.adapters.host_bytes, model.slots.bytes) == (10**6, 10**5, 0)
     model.set_memory_limits()
     assert (model.slots.device_bytes, model.adapters.host_bytes) == (None, None)
+
+
+def test_a_task_says_what_its_labels_mean(tiny_bert: BertModel) -> None:
+    model = QTuningModel(tiny_bert, QTuningConfig(prompt_length=2))
+    for name, problem_type, outputs in (("topics", MULTI, 3), ("stars", REGRESSION, None), ("moods", SINGLE, 2)):
+        model.start_task(name, outputs, problem_type=problem_type)
+        model.finish_task()
+    assert [model.problem_type(name) for name in model.tasks] == [MULTI, REGRESSION, SINGLE]
+    assert model.label_names("stars") == ("0",)
+    with pytest.raises(ValueError, match="'others' is not among"):
+        model.problem_type("others")
+
+
+def test_an_added_adapter_keeps_its_problem_type(tiny_bert: BertModel, learned: Any) -> None:
+    model = learned(tiny_bert, 2)
+    first = model.adapters["task-0"]
+    model.add_task(replace(first, name="several", problem_type=MULTI))
+    assert model.problem_type("several") == MULTI
+    with pytest.raises(ValueError, match="problem_type is 'ranking'"):
+        model.add_task(replace(first, name="other", problem_type="ranking"))
+    one = {"label_names": ("stars",), "head_weight": first.head_weight[:1], "head_bias": first.head_bias[:1]}
+    model.add_task(replace(first, name="stars", problem_type=REGRESSION, **one))
+    with pytest.raises(ValueError, match="needs two"):
+        model.add_task(replace(first, name="one class", **one))

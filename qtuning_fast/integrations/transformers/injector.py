@@ -8,23 +8,25 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointable_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.interface import NAME, watched
+from qtuning_fast.integrations.transformers.interface import NAME, AttentionCall, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
     configs_of,
     dummy_inputs,
     find_layers,
+    main_input,
     without_head,
 )
 from qtuning_fast.integrations.transformers.lock import ComputeLock
 from qtuning_fast.integrations.transformers.offload import input_device
-from qtuning_fast.integrations.transformers.positions import Positions, Shift, shift_positions
+from qtuning_fast.integrations.transformers.padding import move_padding_behind, moved_back
+from qtuning_fast.integrations.transformers.positions import Positions, Shift, give_positions
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
 from qtuning_fast.method.gate import NO_GATE
 from qtuning_fast.method.prefix import PlacedPrefix, Prefix, place
@@ -46,6 +48,7 @@ class PrefixInjector:
 
     Attributes:
         layers: its self-attention layers, in the order in which they run, an encoder's before its decoder's.
+        reads_images: whether its input are images; otherwise it is text.
         positions: how the encoder assigns positions to tokens.
         lock: who computes or changes what stands on the layers holds it; models that share a config share it.
 
@@ -82,6 +85,7 @@ class PrefixInjector:
         self.switch()
         try:
             self.layers = find_layers(base_model)
+            self.reads_images = main_input(self.encoder) == "pixel_values"
             self.freeze(training=False)
             self.positions = Positions(self.encoder)
             if placement == "input":
@@ -160,6 +164,17 @@ class PrefixInjector:
         """The number of prompt tokens in front of the sequence."""
         return 0 if self._prompt is None else self._prompt.tokens
 
+    @property
+    def _moves_padding(self) -> bool:
+        """Whether hooks move padding behind the tokens, because the answer would depend on its place."""
+        if self.is_causal or self.reads_images:
+            return False
+        return self._placement == "input" or self.positions.follow_the_sequence
+
+    def in_order_of_input(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the encoder's states `[B, N, hidden]` in the order of its input with this padding mask `[B, N]`."""
+        return moved_back(states, mask) if mask is not None and self._configs and self._moves_padding else states
+
     def switch(self) -> None:
         """Switch the layers to `prefix_attention`."""
         if not self._configs:
@@ -183,12 +198,14 @@ class PrefixInjector:
                 )
 
     def _new_hooks(self) -> list[RemovableHandle]:
-        """Add hooks to the encoder; they do nothing without a prompt in front and without a shift."""
+        """Add hooks that prepare the inputs; they look up the current prompt in front and the current shift."""
         hooks = []
+        if self._moves_padding:
+            hooks += move_padding_behind(self.model, self.encoder)
         if self._placement == "input" and not self.is_causal:
             hooks += put_in_front(self.model, self.encoder, self.positions, lambda: self._prompt)
         if self.positions.are_taken:
-            hooks.append(shift_positions(self.encoder, self.positions, lambda: self._shift))
+            hooks.append(give_positions(self.encoder, self.positions, lambda: self._shift))
         return hooks
 
     def restore(self) -> None:
@@ -315,11 +332,11 @@ class PrefixInjector:
         self._clear()
         found: dict[int, PrefixArguments] = {}
 
-        def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        def keep(call: AttentionCall) -> None:
             bank = embeddings.ndim == 3
-            found[id(module)] = {
-                "prefix_key": key if bank else key.squeeze(0),
-                "prefix_value": value if bank else value.squeeze(0),
+            found[id(call.module)] = {
+                "prefix_key": call.key if bank else call.key.squeeze(0),
+                "prefix_value": call.value if bank else call.value.squeeze(0),
             }
 
         checkpointing = [layer for layer in self._checkpointable if layer.training]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,25 @@ Arguments = Mapping[str, Any]
 
 _NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
-Watcher = Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+
+class AttentionCall(NamedTuple):
+    """A call of the attention function: its module, query, key and value, and whether it is causal."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    is_causal: bool
+
+
+Watcher = Callable[[AttentionCall], None]
 
 _WATCHER = "qtuning_watcher"  # also an attribute, because torch.compile does not follow context variables
 
 
 @contextmanager
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Within the block, call `watcher(module, query, key, value)` for every call of the attention function."""
+    """Within the block, call `watcher` for every call of the attention function."""
     modules = list(model.modules())
     for module in modules:
         setattr(module, _WATCHER, watcher)
@@ -74,10 +85,10 @@ def attention_forward(
     for name, what in _NOT_DONE.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention does not")
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
-        watcher(module, query, key, value)
-    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+        watcher(AttentionCall(module, query, key, value, causal))
     options = {
         "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # otherwise the mask includes it
         "scale": scaling,

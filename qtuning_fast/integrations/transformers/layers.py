@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qtuning_fast.integrations.transformers.interface import watched
+from qtuning_fast.integrations.transformers.interface import AttentionCall, watched
 from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.method.prompts import LayerShape
 
 _TOKENS = 5  # length of the dummy input
 _DECODER_TOKENS = 3  # different, so that sizes distinguish cross-attention from self-attention
+# The names of inputs that transformers' models share, and what they hold.
+_KINDS = {
+    "input_ids": "text",
+    "pixel_values": "images",
+    "pixel_values_videos": "videos",
+    "input_features": "audio",
+    "input_values": "audio",
+}
 
 # Families known to bypass the interface, and why.
 _DISENTANGLED = "its modelling code scores with disentangled relative positions, bypassing transformers' interface"
@@ -46,22 +55,68 @@ def find_layers(base_model: PreTrainedModel) -> list[AttentionLayer]:
 
     Raises:
         NotImplementedError: a layer does not call the interface or shares its module with another, or the model needs
-            something that prefix attention cannot compute; the message names it.
+            something that prefix attention cannot compute; the message names it. If the model consists of several
+            models, the message names those that can be attached to instead.
     """
-    model = without_head(base_model)
-    calls = _calls_of(model)
+    try:
+        return _layers_of(without_head(base_model))
+    except NotImplementedError as error:
+        parts = _parts_of(base_model)
+        if not parts:
+            raise
+        raise NotImplementedError(_parts_message(base_model, parts)) from error
+
+
+def _layers_of(model: PreTrainedModel) -> list[AttentionLayer]:
     two_stacks = model.config.is_encoder_decoder
     found = []
-    for module, query, key, value in calls:
-        N, M = query.shape[2], key.shape[2]
+    for call in _calls_of(model):
+        N, M = call.query.shape[2], call.key.shape[2]
         if N != M:  # cross-attention
             continue
-        causal = bool(getattr(module, "is_causal", False))
-        stack = ("decoder" if N == _DECODER_TOKENS else "encoder") if two_stacks else "decoder" if causal else "encoder"
-        shape = LayerShape(query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        found.append(AttentionLayer(module, shape, causal, stack))
+        if two_stacks:
+            stack = "decoder" if N == _DECODER_TOKENS else "encoder"
+        else:
+            stack = "decoder" if call.is_causal else "encoder"
+        shape = LayerShape(call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3])
+        found.append(AttentionLayer(call.module, shape, call.is_causal, stack))
     _check_all_call(model, found)
     return found
+
+
+def _parts_of(base_model: PreTrainedModel) -> dict[str, PreTrainedModel | NotImplementedError]:
+    """Return the models that a model consists of, by their path, or why they cannot take a prefix.
+
+    They are the outermost ones that can be attached to. A model that is not composed of others has none.
+    """
+    parts: dict[str, PreTrainedModel | NotImplementedError] = {}
+    for path, module in base_model.named_modules():
+        if module in (base_model, without_head(base_model)) or not isinstance(module, PreTrainedModel):
+            continue
+        if any(path.startswith(f"{other}.") for other in parts):
+            continue
+        try:
+            _layers_of(without_head(module))
+            parts[path] = module
+        except NotImplementedError as error:
+            parts[path] = error
+    reads = _reads(base_model)
+    return parts if len(reads) > 1 or any(isinstance(part, PreTrainedModel) for part in parts.values()) else {}
+
+
+def _parts_message(base_model: PreTrainedModel, parts: dict[str, PreTrainedModel | NotImplementedError]) -> str:
+    fit = [
+        f"base_model.{path} ({type(part).__name__}, reads {_listed(_reads(part))})"
+        for path, part in parts.items()
+        if isinstance(part, PreTrainedModel)
+    ]
+    refusals = "; ".join(f"base_model.{path}: {part}" for path, part in parts.items())
+    advice = f"attach to one of them: {' or '.join(fit)}" if fit else f"none of them can take a prefix ({refusals})"
+    return f"{type(base_model).__name__} reads {_listed(_reads(base_model))} and consists of several models; {advice}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def without_head(base_model: PreTrainedModel) -> PreTrainedModel:
@@ -71,7 +126,7 @@ def without_head(base_model: PreTrainedModel) -> PreTrainedModel:
     return body
 
 
-def configs_of(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """Return every config in the model that names an attention implementation, each once, the outermost first.
 
     Sub-models and, in some families, attention modules hold copies; every forward pass reads each of them.
@@ -80,19 +135,37 @@ def configs_of(model: PreTrainedModel) -> list[Any]:
     return list({id(c): c for c in configs if c is not None and hasattr(c, "_attn_implementation")}.values())
 
 
+def main_input(model: PreTrainedModel) -> str:
+    """Return the name of a model's main input; the name that its class declares may be one that it does not take."""
+    taken = inspect.signature(type(model).forward).parameters
+    declared = model.main_input_name
+    if declared in taken:
+        return declared
+    named = [name for name, each in taken.items() if each.kind is each.POSITIONAL_OR_KEYWORD and name != "self"]
+    return next((name for name in named if name in _KINDS), named[0] if named else declared)
+
+
+def _reads(model: PreTrainedModel) -> list[str]:
+    """Return the kinds of input that a model takes, such as text and images."""
+    taken = inspect.signature(type(model).forward).parameters
+    return list(dict.fromkeys(kind for name, kind in _KINDS.items() if name in taken))
+
+
 @torch.no_grad()
-def _calls_of(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor, Tensor]]:
+def _calls_of(model: PreTrainedModel) -> list[AttentionCall]:
     """Return the calls of the attention function in one forward pass in eval mode."""
-    calls: list[tuple[nn.Module, Tensor, Tensor, Tensor]] = []
+    calls: list[AttentionCall] = []
     kind = type(model).__name__
     if model.config.model_type in _OWN_ATTENTION:
         raise NotImplementedError(f"{kind} cannot take a prefix: {_OWN_ATTENTION[model.config.model_type]}")
     inputs = dummy_inputs(model)
     try:
-        with in_eval_mode(model), watched(model, lambda *call: calls.append(call)):
+        with in_eval_mode(model), watched(model, calls.append):
             model(**inputs)
-    except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
+    except (NotImplementedError, ValueError) as error:
         raise NotImplementedError(f"{kind} cannot compute with prefix attention: {error}") from error
+    except (TypeError, AttributeError) as error:  # what it says is of no help
+        raise NotImplementedError(f"{kind} does not run on {' and '.join(inputs)} alone") from error
     return calls
 
 
@@ -111,15 +184,16 @@ def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return inputs for the model: a few tokens, or an image."""
     kind, device = type(model).__name__, input_device(model)
-    if model.main_input_name == "pixel_values":
+    name = main_input(model)
+    if name == "pixel_values":
         size = getattr(model.config, "image_size", None)
         if not isinstance(size, (int, list, tuple)):
             raise NotImplementedError(f"{kind}: its config lacks image_size")
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(model.config, "num_channels", 3)
         return {"pixel_values": torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
-    if model.main_input_name != "input_ids":
-        raise NotImplementedError(f"{kind} takes {model.main_input_name}; only text and image models are supported")
+    if name != "input_ids":
+        raise NotImplementedError(f"{kind} takes {name}; only text and image models are supported")
     # The token must not be padding: some models take another path if every token is masked.
     not_these = [getattr(model.config, name, None) for name in ("pad_token_id", "eos_token_id")]
     token = next(i for i in range(3) if i not in not_these)

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers.interface import for_batch
+from qtuning_fast.integrations.transformers.layers import main_input
 from qtuning_fast.integrations.transformers.positions import Positions, argument_names, by_name
 
 
@@ -73,7 +74,7 @@ def put_in_front(
     Raises:
         NotImplementedError: an image model has no module named `embeddings`.
     """
-    if encoder.main_input_name == "pixel_values":
+    if main_input(encoder) == "pixel_values":
         return [_in_front_of_patches(encoder, placed)]
     handles = [_in_front_of_tokens(encoder, positions, placed)]
     if model.config.is_encoder_decoder:

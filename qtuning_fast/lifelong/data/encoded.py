@@ -51,7 +51,7 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
 
-def tokenize_texts(texts: Sequence[Any], tokenizer: Any, max_length: int, labels: Sequence[int]) -> EncodedExamples:
+def tokenize_texts(texts: Sequence[Any], tokenizer: Any, max_length: int, labels: Sequence[Any]) -> EncodedExamples:
     """Tokenize texts for models with heads; each text is cut or padded to `max_length` tokens."""
     asked = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
     if tokenizer.pad_token_id is None:

@@ -21,9 +21,8 @@ from qtuning_fast.lifelong.data.encoded import FALLBACK_PAD_TOKEN, EncodedExampl
 from qtuning_fast.lifelong.data.images import ImageExamples
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.method.config import HEAD_TASK_TYPES
+from qtuning_fast.method.labels import IGNORED, SINGLE
 from qtuning_fast.model.scoring import Answers
-
-_IGNORED = -100  # the language modelling loss ignores this label
 
 
 class ExampleEncoder:
@@ -57,14 +56,20 @@ class ExampleEncoder:
             prompt_tokens: the most prompt tokens in front of a text.
 
         Raises:
-            ValueError: the tasks hold texts but images are needed, or the other way round; the texts are too long for
-                the model; or the words for two classes of a task cannot be told apart.
+            ValueError: the tasks hold texts but images are needed, or the other way round; a task has several labels an
+                example or numbers, but the model has no heads; the texts are too long for the model; or the words for
+                two classes of a task cannot be told apart.
         """
         for task in tasks:
             if task.holds_images != self.reads_images:
                 kinds = ("images", "texts") if task.holds_images else ("texts", "images")
                 raise ValueError(
                     f"task {task.name!r} holds {kinds[0]}, but task_type={self.task_type!r} needs {kinds[1]}"
+                )
+            if task.problem_type != SINGLE and self.task_type not in HEAD_TASK_TYPES:
+                raise ValueError(
+                    f"task {task.name!r} has problem_type={task.problem_type!r}, but with task_type={self.task_type!r} "
+                    "a model answers with the word for one class; use task_type='sequence-classification'"
                 )
         if self.reads_images:
             return
@@ -93,17 +98,15 @@ class ExampleEncoder:
 
     def encode_with_answers(self, examples: Examples, answers: Answers) -> EncodedExamples:
         """The inputs that a language model trains on, all of one length; `labels` are the tokens of the answers."""
-        given = [answers[label] for label in examples.labels]
+        given = [answers[label] for label in examples.labels if isinstance(label, int)]
         longest = max(map(len, answers))
         tokens = self._tokenize(examples)
         if self.task_type == "text-to-text":
-            return self._padded_inputs(tokens, self.max_length).with_column(
-                "labels", pad_rows(given, longest, _IGNORED)
-            )
+            return self._padded_inputs(tokens, self.max_length).with_column("labels", pad_rows(given, longest, IGNORED))
         length = self.max_length + longest
-        labels = [[_IGNORED] * len(text) + answer for text, answer in zip(tokens, given)]
+        labels = [[IGNORED] * len(text) + answer for text, answer in zip(tokens, given)]
         whole = self._padded_inputs([text + answer for text, answer in zip(tokens, given)], length)
-        return whole.with_column("labels", pad_rows(labels, length, _IGNORED))
+        return whole.with_column("labels", pad_rows(labels, length, IGNORED))
 
     def encode_answers(self, words: Sequence[str], *, task: str) -> Answers | None:
         """The tokens of the words for a task's classes; None for models with heads.

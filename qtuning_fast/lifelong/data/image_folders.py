@@ -50,12 +50,12 @@ def read_image_folder(path: str) -> tuple[dict[str, Labelled], list[str]]:
         split: folder / name for split, name in names_by_split(folder, [child.name for child in children]).items()
     }
     warn_about_ignored(folder, [child for child in visible_entries(folder) if not child.is_dir()])
-    splits: dict[str, Labelled] = {split: images_by_class(folders[split]) for split in folders}
-    classes = sorted(set(splits["train"][1]))
-    for split, (_, labels) in splits.items():
+    found = {split: images_by_class(folders[split]) for split in folders}
+    classes = sorted(set(found["train"][1]))
+    for split, (_, labels) in found.items():
         if others := sorted(set(labels) - set(classes)):
             raise ValueError(f"{split} of {path}: label {others[0]!r} does not occur in train, which has {classes}")
-    return splits, classes
+    return {**found}, classes
 
 
 def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:

@@ -21,10 +21,10 @@ class ImageExamples(EncodedExamples):
     Args:
         files: the paths of the images.
         image_processor: the base model's image processor.
-        labels: class indices.
+        labels: the label of each, as `Examples` holds them.
     """
 
-    def __init__(self, files: Sequence[Path], image_processor: Any, labels: Sequence[int]) -> None:
+    def __init__(self, files: Sequence[Path], image_processor: Any, labels: Sequence[Any]) -> None:
         super().__init__({"labels": torch.tensor(labels)})
         self.files = list(files)
         self.image_processor = image_processor

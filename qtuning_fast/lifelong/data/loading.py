@@ -17,11 +17,14 @@ from qtuning_fast.lifelong.data.tables import DataWarning, Table, is_readable, r
 from qtuning_fast.lifelong.data.text_columns import (
     check_known_labels,
     is_unlabelled,
+    read_label_sets,
     read_labels,
+    read_numbers,
     read_texts,
     warn_about_joined_rows,
 )
-from qtuning_fast.lifelong.tasks import Examples, Input, Labelled, Task, few_shot_split
+from qtuning_fast.lifelong.tasks import Examples, GivenLabel, Input, Labelled, Task, encoded_labels, few_shot_split
+from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE, check_problem_type
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +41,7 @@ def load_task(
     seed: int = 0,
     text_column: str = "text",
     label_column: str = "label",
+    problem_type: str = SINGLE,
 ) -> Task:
     """Load a task from `spec`; `few_shot_split` draws its splits.
 
@@ -57,6 +61,9 @@ def load_task(
             numbers take them whole.
         text_column, label_column: names of the columns. Texts must be strings; labels must be strings, integers,
             booleans or a `ClassLabel`.
+        problem_type: what the labels are: one class of each text, or with `"multi_label_classification"` any number of
+            classes (lists; in CSV and TSV between semicolons), or with `"regression"` a number. `shots`,
+            `validation_shots` and fifths then count examples in all.
 
     Warns:
         DataWarning: the data is readable, but something looks wrong: unused files, or labels that look alike.
@@ -67,9 +74,17 @@ def load_task(
         ConnectionError: the hub does not answer.
         ValueError: the data cannot be read or used; the message says where and why.
     """
-    name, path = _parse_spec(spec)
+    check_problem_type(problem_type)
+    name, path = parse_spec(spec)
     images = is_image_folder(Path(path).expanduser())
-    splits, label_names = read_image_folder(path) if images else _load_texts(path, text_column, label_column)
+    if images and problem_type != SINGLE:
+        raise ValueError(
+            f"{path} has a folder of images for each class, so each image has one; problem_type={problem_type!r} does "
+            "not fit (in Python, make a Task with labels of your own)"
+        )
+    splits, label_names = (
+        read_image_folder(path) if images else _load_texts(path, text_column, label_column, problem_type)
+    )
     inputs, labels = splits["train"]
     task = few_shot_split(
         inputs,
@@ -83,20 +98,23 @@ def load_task(
         validation=splits.get("validation"),
         test=splits.get("test"),
         source=path,
+        problem_type=problem_type,
     )
     if images:
         check_images([*task.train.inputs, *task.validation.inputs, *task.test.inputs])
     return task
 
 
-def _load_texts(path: str, text_column: str, label_column: str) -> tuple[dict[str, Labelled], list[str]]:
+def _load_texts(
+    path: str, text_column: str, label_column: str, problem_type: str
+) -> tuple[dict[str, Labelled], list[str]]:
     """Load the labelled texts of each split, and the names of the classes."""
     splits = _read_files(path) if _is_local(path) else _read_hub(path)
     if "train" not in splits:
         raise ValueError(f"{path} has no split 'train', only {', '.join(splits)}")
     _check_two_columns(text_column, label_column)
     texts = read_texts(splits["train"], text_column)
-    labels, label_names = read_labels(splits["train"], label_column)
+    labels, label_names = _read_labels(splits["train"], label_column, problem_type)
     warn_about_joined_rows(splits["train"], label_names)
     given: dict[str, Labelled] = {"train": (texts, labels)}
     reason = f"does not occur in train, which has [{shortened([repr(name) for name in label_names])}]"
@@ -108,10 +126,18 @@ def _load_texts(path: str, text_column: str, label_column: str) -> tuple[dict[st
             note = f"{table.where}: not used, because its labels are all -1 (hidden); a split is cut from train instead"
             warnings.warn(note, DataWarning, stacklevel=2)
             continue
-        given[split] = read_texts(table, text_column), read_labels(table, label_column)[0]
-        check_known_labels(table, given[split][1], label_names, reason)
+        found, _ = _read_labels(table, label_column, problem_type)
+        given[split] = read_texts(table, text_column), found
+        check_known_labels(table, found, label_names, reason)
         warn_about_joined_rows(table, label_names)
     return given, label_names
+
+
+def _read_labels(table: Table, column: str, problem_type: str) -> tuple[Sequence[GivenLabel], list[str]]:
+    """Read the label of each row, and the names of the classes; the name of a number is that of its column."""
+    if problem_type == REGRESSION:
+        return read_numbers(table, column), [column]
+    return read_label_sets(table, column) if problem_type == MULTI else read_labels(table, column)
 
 
 def _check_two_columns(text_column: str, label_column: str) -> None:
@@ -120,7 +146,12 @@ def _check_two_columns(text_column: str, label_column: str) -> None:
 
 
 def load_examples(
-    path: str, label_names: Sequence[str], *, text_column: str = "text", label_column: str = "label"
+    path: str,
+    label_names: Sequence[str],
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    problem_type: str = SINGLE,
 ) -> Examples:
     """Load all labelled texts of a file, or images of a folder, for a task with known classes.
 
@@ -128,6 +159,7 @@ def load_examples(
         path: a file as in `load_task`, or a folder with a folder of images per class.
         label_names: the task's classes.
         text_column, label_column: the names of the columns.
+        problem_type: what the labels are; see `load_task`.
 
     Raises:
         ImportError, FileNotFoundError, ValueError: as in `load_task`; also if a label is not among `label_names`.
@@ -135,6 +167,7 @@ def load_examples(
     file = Path(path).expanduser()
     reason = f"is not a label of the task, which has {shortened(label_names)}"
     inputs: Sequence[Input]
+    labels: Sequence[GivenLabel]
     if is_image_folder(file):
         inputs, labels = images_by_class(file)
         check_images(inputs)
@@ -145,15 +178,19 @@ def load_examples(
             raise FileNotFoundError(f"there is no file {path}")
         _check_two_columns(text_column, label_column)
         table = read_table(file)
-        texts, labels = read_texts(table, text_column), read_labels(table, label_column)[0]
+        texts, (labels, _) = read_texts(table, text_column), _read_labels(table, label_column, problem_type)
         check_known_labels(table, labels, label_names, reason)
         warn_about_joined_rows(table, label_names)
         inputs = texts
-    index = {name: number for number, name in enumerate(label_names)}
-    return Examples(inputs, [index[label] for label in labels])
+    return Examples(inputs, encoded_labels(labels, label_names, problem_type))
 
 
-def _parse_spec(spec: str) -> tuple[str, str]:
+def parse_spec(spec: str) -> tuple[str, str]:
+    """Return the name and the path of a task from its spec; see `load_task`.
+
+    Raises:
+        ValueError: the name or the path is empty, or the name is not UTF-8.
+    """
     name, separator, path = spec.partition("=")
     if not separator or "/" in name or Path(spec).exists():  # a path may contain an equals sign
         path = spec
@@ -218,7 +255,11 @@ def _read_hub(path: str) -> dict[str, Table]:
 def _hub_table(data: "Dataset", where: str) -> Table:
     from datasets import ClassLabel
 
-    classes = {name: each.names for name, each in data.features.items() if isinstance(each, ClassLabel)}
+    classes = {
+        name: item.names
+        for name, each in data.features.items()
+        if isinstance(item := getattr(each, "feature", each), ClassLabel)
+    }
     return Table(where, len(data), list(data.features), lambda name: data[name][:], classes)
 
 

@@ -53,7 +53,7 @@ class Table:
         size: the number of rows.
         names: the names of the columns.
         column: returns the values of a column as the source has them, None for a missing value.
-        classes: the class names of columns that hold class numbers.
+        classes: the class names of columns that hold class numbers, or lists of them.
         lines: the first line of each row; None if the source has no lines.
         delimiter: what separates cells; None if nothing does.
     """
@@ -246,7 +246,11 @@ def _declared_classes(schema: Any) -> dict[str, list[str]]:
     match json.loads((schema.metadata or {}).get(b"huggingface", b"{}")):
         case {"info": {"features": dict(features)}}:
             for name, feature in features.items():
-                match feature:  # for a list column it may be a list
-                    case {"_type": "ClassLabel", "names": list(names)}:
+                match feature:  # a list column is a list, or an object with the feature of its items
+                    case (
+                        {"_type": "ClassLabel", "names": list(names)}
+                        | [{"_type": "ClassLabel", "names": list(names)}]
+                        | {"feature": {"_type": "ClassLabel", "names": list(names)}}
+                    ):
                         classes[name] = names
     return classes

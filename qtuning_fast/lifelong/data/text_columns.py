@@ -1,18 +1,26 @@
-"""Read the texts and labels of a table, and check them."""
+"""Read the texts and labels of a table, and check them.
+
+What labels are is never recognised from the values: a table is read for one problem type.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 from qtuning_fast.lifelong.data.tables import DataWarning, Table, shortened
 
+SEPARATOR = ";"  # between the labels of a cell, where a text may have several
+_OTHER_SEPARATORS = ",|/"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,99}")  # as Python and JSON write integers; 01 and 1.0 are names like any other
 _KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number with a fraction"}
+_SEVERAL = 'for several labels a text, set problem_type="multi_label_classification"'
+_NUMBERS = 'for numbers to predict, set problem_type="regression"'
 
 
 def read_texts(table: Table, column: str) -> list[str]:
@@ -52,13 +60,93 @@ def read_labels(table: Table, column: str) -> tuple[list[str], list[str]]:
     _check_not_empty(
         table, column, [value is None or (isinstance(value, str) and not value.strip()) for value in values]
     )
-    _check_label_types(table, column, values)
+    _check_label_types(table, column, list(enumerate(values)))
     _check_unicode(table, column, values)
     written = [_written(value) for value in values]
     labels = [label.strip() for label in written]
     _warn_about_similar_labels(table, column, written)
-    names = sorted(set(labels), key=int if all(map(_INTEGER.fullmatch, labels)) else None)
+    names = _in_order(labels)
+    _warn_about_joined_labels(table, column, names, SEPARATOR + _OTHER_SEPARATORS, _SEVERAL)
     return labels, names
+
+
+def read_label_sets(table: Table, column: str) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Read any number of labels of each row, and the names of all classes in order.
+
+    A cell of CSV or TSV has its labels between semicolons, and none if it is empty. Elsewhere a value is a list of
+    strings, integers or booleans, or of numbers that a `ClassLabel` names. Labels and their order are as in
+    `read_labels`.
+
+    Raises:
+        ValueError: the column does not exist, or a value is no list, or a label is empty, has a wrong type or not that
+            of the rest.
+    """
+    values = _values(table, column, option="label")
+    if table.delimiter is not None:
+        values = [[label.strip() for label in cell.split(SEPARATOR)] if cell.strip() else [] for cell in values]
+    for row, value in enumerate(values):
+        if not isinstance(value, (list, tuple)):
+            said = "nothing" if value is None else _shown(value)
+            raise ValueError(
+                f'{_cell(table, column, row)} {said}, but it must be a list of labels, such as [] or ["a", "b"]'
+            )
+    if column in table.classes:
+        names = table.classes[column]
+        for row, value in enumerate(values):
+            for label in value:
+                if type(label) is not int or not 0 <= label < len(names):
+                    raise ValueError(
+                        f"{_cell(table, column, row)} {label!r:.40}, but it declares {len(names)} classes, "
+                        "numbered from 0"
+                    )
+        return [tuple(names[label] for label in value) for value in values], names
+    found = [(row, label) for row, value in enumerate(values) for label in value]
+    for row, label in found:
+        if label is None or (isinstance(label, str) and not label.strip()):
+            raise ValueError(f"{_cell(table, column, row)} an empty label")
+    _check_label_types(table, column, found)
+    _check_unicode(table, column, [label for _, label in found])
+    _warn_about_similar_labels(table, column, [_written(label) for _, label in found])
+    sets = [tuple(_written(label).strip() for label in value) for value in values]
+    names = _in_order([label for labels in sets for label in labels])
+    how = f"separate the labels of a cell by {SEPARATOR!r}" if table.delimiter else "write them as a list"
+    _warn_about_joined_labels(table, column, names, SEPARATOR + _OTHER_SEPARATORS, how)
+    return sets, names
+
+
+def read_numbers(table: Table, column: str) -> list[float]:
+    """Read the number of each row. A cell of CSV or TSV is read as Python writes numbers, without white space around.
+
+    Raises:
+        ValueError: the column does not exist, or a value is missing, no number, or not finite.
+    """
+    values = _values(table, column, option="label")
+    _check_not_empty(
+        table, column, [value is None or (isinstance(value, str) and not value.strip()) for value in values]
+    )
+    numbers: list[float] = []
+    for row, value in enumerate(values):
+        number = _number(value, is_cell=table.delimiter is not None)
+        if number is None:
+            raise ValueError(f"{_cell(table, column, row)} {_shown(value)}, but regression needs finite numbers")
+        numbers.append(number)
+    return numbers
+
+
+def _number(value: Any, *, is_cell: bool) -> float | None:
+    """Return a value as a finite number, or None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, str if is_cell else (int, float)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _in_order(labels: Sequence[str]) -> list[str]:
+    """Return the different labels: by number if all are integers, else by character."""
+    return sorted(set(labels), key=int if all(map(_INTEGER.fullmatch, labels)) else None)
 
 
 def is_unlabelled(table: Table, column: str) -> bool:
@@ -66,10 +154,21 @@ def is_unlabelled(table: Table, column: str) -> bool:
     return column in table.classes and set(table.column(column)) == {-1}
 
 
-def check_known_labels(table: Table, labels: Sequence[str], known: Sequence[str], reason: str) -> None:
-    """Raise a `ValueError` if a label is not known; the reason follows the label in the message."""
+def check_known_labels(
+    table: Table, labels: Sequence[str | Iterable[str] | float], known: Sequence[str], reason: str
+) -> None:
+    """Raise a `ValueError` if a label, or one of several, is not known; the reason follows the label in the message.
+
+    Numbers need not be known.
+    """
     names = set(known)
-    for row, label in enumerate(labels):
+    every: Iterator[tuple[int, str]] = (
+        (row, label)
+        for row, given in enumerate(labels)
+        if not isinstance(given, float)
+        for label in ([given] if isinstance(given, str) else given)
+    )
+    for row, label in every:
         if label not in names:
             similar = (name for name in known if _look(name) == _look(label))
             alike = next((f"; it looks like {name!a} but is {label!a}" for name in similar), "")
@@ -137,15 +236,19 @@ def _check_not_empty(table: Table, column: str, gaps: list[bool]) -> None:
         )
 
 
-def _check_label_types(table: Table, column: str, values: Sequence[Any]) -> None:
-    for row, value in enumerate(values):
+def _check_label_types(table: Table, column: str, values: Sequence[tuple[int, Any]]) -> None:
+    """Check labels, each with its row."""
+    for row, value in values:
         if type(value) not in (str, int, bool):
+            way_out = f"; {_SEVERAL}" if isinstance(value, list) else f"; {_NUMBERS}" * isinstance(value, float)
             raise ValueError(
                 f"{_cell(table, column, row)} {_shown(value)}, but labels must be strings, integers, or true and false"
+                + way_out
             )
-        if type(value) is not type(values[0]):
+        first, other = values[0]
+        if type(value) is not type(other):
             raise ValueError(
-                f"{_cell(table, column, row)} {_shown(value)}, but in {table.row_location(0)} {_shown(values[0])}; "
+                f"{_cell(table, column, row)} {_shown(value)}, but in {table.row_location(first)} {_shown(other)}; "
                 "write all labels in one way"
             )
 
@@ -178,3 +281,19 @@ def _warn_about_similar_labels(table: Table, column: str, written: Sequence[str]
         said = ", ".join(f"{label!r} {count} times" for label, count in counts.items())
         as_what = f"are read as one, {kept.pop()!r}" if len(kept) == 1 else f"are {len(kept)} classes"
         warnings.warn(f"{table.where}: column {column!r} holds {said}: they {as_what}", DataWarning, stacklevel=4)
+
+
+def _warn_about_joined_labels(table: Table, column: str, names: Sequence[str], separators: str, way_out: str) -> None:
+    """Warn about labels that look like several in one: a part of one is a label itself, or a part of another one."""
+    for separator in separators:
+        parts = {name: [part.strip() for part in name.split(separator)] for name in names}
+        counts = Counter(part for name in names for part in set(parts[name]))
+        joined = [name for name in names if len(parts[name]) > 1 and any(counts[part] > 1 for part in parts[name])]
+        if joined:
+            warnings.warn(
+                f"{table.where}: column {column!r} holds {joined[0]!r}, which looks like several labels but is one; "
+                + way_out,
+                DataWarning,
+                stacklevel=4,
+            )
+            return

@@ -6,7 +6,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, evaluations_and_baselines, final_accuracies
+from qtuning_fast.lifelong.metrics import (
+    EVALUATIONS,
+    MEASURES,
+    Metrics,
+    evaluations_and_baselines,
+    final_accuracies,
+    in_words,
+    measured,
+)
 
 
 def summary_table(metrics: Metrics) -> Table:
@@ -14,8 +22,8 @@ def summary_table(metrics: Metrics) -> Table:
 
     The table fits 80 columns; long task names are cut.
     """
-    final = final_accuracies(metrics)
-    table = Table(title="Accuracy at the end of the stream")
+    final, word = final_accuracies(metrics), measured(metrics)
+    table = Table(title=in_words("Accuracy at the end of the stream", word))
     table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=28)
     for name in final:
         table.add_column(name.replace("_", " "), justify="right")
@@ -26,7 +34,7 @@ def summary_table(metrics: Metrics) -> Table:
 
     for measure in MEASURES:
         values = [result.get(measure) for result in evaluations_and_baselines(metrics).values()]
-        table.add_row(measure.replace("_", " "), *map(_number, values), style="bold")
+        table.add_row(in_words(measure, word), *map(_number, values), style="bold")
     return table
 
 
@@ -35,7 +43,7 @@ def seeds_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title="Mean ± standard deviation over the seeds")
     table.add_column("")
     for measure in MEASURES:
-        table.add_column(measure.replace("_", " "), justify="right")
+        table.add_column(in_words(measure, summary.get("metric", "accuracy")), justify="right")
     for name, spreads in {**{name: summary[name] for name in EVALUATIONS}, **summary["baselines"]}.items():
         table.add_row(name.replace("_", " "), *(_spread(spreads.get(measure)) for measure in MEASURES))
     return table

@@ -11,8 +11,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, MEASURES, Metrics, evaluations_and_baselines, final_accuracies
+from qtuning_fast.lifelong.metrics import (
+    EVALUATIONS,
+    MEASURES,
+    Metrics,
+    evaluations_and_baselines,
+    final_accuracies,
+    in_words,
+    measured,
+)
 from qtuning_fast.lifelong.report import plots
+from qtuning_fast.lifelong.scores import WORDS
 
 
 @dataclass(frozen=True)
@@ -104,9 +113,11 @@ def write_report(metrics: Metrics, folder: Path) -> Path:
     Returns:
         The path of the report.
     """
+    word = measured(metrics)
     sections = {
-        heading: [
-            _render_plot(plot.name, plot.caption, partial(plot.draw, metrics), folder) for plot in plots_of_section
+        in_words(heading, word): [
+            _render_plot(plot.name, in_words(plot.caption, word), partial(plot.draw, metrics), folder)
+            for plot in plots_of_section
         ]
         for heading, plots_of_section in PLOTS.items()
     }
@@ -115,6 +126,7 @@ def write_report(metrics: Metrics, folder: Path) -> Path:
     return _render_page(
         "page.html.j2",
         folder,
+        word,
         metrics=metrics,
         measures=(*MEASURES, "forward_transfer") if transfers_forward else MEASURES,
         results=compared,
@@ -138,7 +150,8 @@ def write_seeds_report(runs: Sequence[Metrics], summary: Mapping[str, Any], fold
     caption = "Bars are means over the seeds, whiskers one sample standard deviation to either side."
     picture = _render_plot("accuracy-by-task", caption, partial(plots.seeds_accuracy, runs), folder)
     rows = {name: summary[name] for name in EVALUATIONS} | summary["baselines"]
-    return _render_page("seeds_report.html.j2", folder, runs=runs, measures=MEASURES, rows=rows, picture=picture)
+    word = measured(runs[0])
+    return _render_page("seeds_report.html.j2", folder, word, runs=runs, measures=MEASURES, rows=rows, picture=picture)
 
 
 def _render_plot(name: str, caption: str, draw: Callable[[], Figure], folder: Path) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def _render_plot(name: str, caption: str, draw: Callable[[], Figure], folder: Pa
     }
 
 
-def _render_page(template: str, folder: Path, **content: Any) -> Path:
+def _render_page(template: str, folder: Path, word: str, **content: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names of tasks and labels come from users
@@ -173,10 +186,11 @@ def _render_page(template: str, folder: Path, **content: Any) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
-    environment.filters["words"] = lambda name: name.replace("_", " ")
+    environment.filters["words"] = lambda name: in_words(name, word)
+    environment.filters["measure"] = WORDS.__getitem__
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "report.html"
-    target.write_text(environment.get_template(template).render(content), encoding="utf-8")
+    target.write_text(environment.get_template(template).render(content, word=word), encoding="utf-8")
     return target
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, Metrics, final_accuracies
+from qtuning_fast.lifelong.metrics import EVALUATIONS, Metrics, final_accuracies, in_words, measured
 from qtuning_fast.lifelong.report.plot_style import (
     FAINT,
     INK,
@@ -36,7 +36,8 @@ class NoDataError(Exception):
 
 def accuracy_matrix(metrics: Metrics, evaluation: str) -> Figure:
     """Accuracy on each task (columns) after training on each task (rows), on one colour scale for every run."""
-    title = f"Accuracy matrix: {evaluation.replace('_', ' ')}"
+    word = measured(metrics)
+    title = in_words(f"Accuracy matrix: {evaluation}", word)
     if evaluation not in metrics:
         raise NoDataError(f"{title}: this run was not evaluated that way.")
     R = np.array(metrics[evaluation]["accuracy_matrix"], dtype=float)
@@ -54,17 +55,17 @@ def accuracy_matrix(metrics: Metrics, evaluation: str) -> Figure:
     task_ticks(axes.yaxis, metrics["tasks"])
     axes.set_xlabel("tested on")
     axes.set_ylabel("after learning")
-    figure.colorbar(image, ax=axes, label="accuracy", shrink=0.8)
+    figure.colorbar(image, ax=axes, label=word, shrink=0.8)
     return figure
 
 
 def accuracy_over_time(metrics: Metrics) -> Figure:
     """Mean accuracy over the tasks seen so far, after each task."""
-    names = metrics["tasks"]
+    names, word = metrics["tasks"], measured(metrics)
     if len(names) == 1:
-        raise NoDataError("Accuracy over the tasks seen so far: there was only one.")
+        raise NoDataError(in_words("Accuracy over the tasks seen so far: there was only one.", word))
     seen = np.arange(1, len(names) + 1)
-    figure, [axes] = new_figure("Average accuracy over the tasks seen so far", height=4.4)
+    figure, [axes] = new_figure(in_words("Average accuracy over the tasks seen so far", word), height=4.4)
     for evaluation in filter(metrics.__contains__, EVALUATIONS):
         R = np.array(metrics[evaluation]["accuracy_matrix"], dtype=float)
         style: dict[str, Any] = {"color": PALETTE[evaluation], "label": evaluation.replace("_", " ")}
@@ -75,8 +76,8 @@ def accuracy_over_time(metrics: Metrics) -> Figure:
         axes.plot(mean, linestyle="--", **style)
     task_ticks(axes.xaxis, names)
     axes.set_xlabel("after learning")
-    axes.set_ylabel("mean accuracy")
-    axes.set_ylim(0, 1.02)
+    axes.set_ylabel(f"mean {word}")
+    axes.set_ylim(min(0.0, axes.dataLim.ymin), 1.02)  # a correlation may be negative
     legend(axes)
     return figure
 
@@ -84,7 +85,7 @@ def accuracy_over_time(metrics: Metrics) -> Figure:
 def task_accuracy(metrics: Metrics) -> Figure:
     """Accuracy on each task at the end of the run, the method beside its baselines."""
     series = {name: np.array([accuracies]) for name, accuracies in final_accuracies(metrics).items()}
-    return _accuracy_bars("Accuracy on each task at the end", metrics["tasks"], series)
+    return _accuracy_bars("Accuracy on each task at the end", metrics["tasks"], series, measured(metrics))
 
 
 def seeds_accuracy(runs: Sequence[Metrics]) -> Figure:
@@ -98,13 +99,14 @@ def seeds_accuracy(runs: Sequence[Metrics]) -> Figure:
         name: np.array([[dict(zip(tasks, final[name]))[task] for task in names] for tasks, final in finals])
         for name in finals[0][1]
     }
-    return _accuracy_bars(f"Accuracy on each task at the end, mean of {len(runs)} seeds", names, series)
+    title = f"Accuracy on each task at the end, mean of {len(runs)} seeds"
+    return _accuracy_bars(title, names, series, measured(runs[0]))
 
 
-def _accuracy_bars(title: str, names: Sequence[str], series: Mapping[str, np.ndarray]) -> Figure:
+def _accuracy_bars(title: str, names: Sequence[str], series: Mapping[str, np.ndarray], word: str) -> Figure:
     """Horizontal bars, so that names stay readable for any number of tasks. `series[name]` is `[runs, tasks]`."""
     row = 0.6 if len(names) <= 15 else 0.36  # inches a task
-    figure, [axes] = new_figure(title, height=1.4 + row * len(names))
+    figure, [axes] = new_figure(in_words(title, word), height=1.4 + row * len(names))
     thickness = 0.8 / len(series)
     for position, (name, values) in enumerate(series.items()):
         several = len(values) > 1
@@ -121,8 +123,8 @@ def _accuracy_bars(title: str, names: Sequence[str], series: Mapping[str, np.nda
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     task_ticks(axes.yaxis, names, limit=len(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("accuracy")
+    axes.set_xlim(min(0.0, *(float(values.min()) for values in series.values())), 1)
+    axes.set_xlabel(word)
     legend(axes)
     return figure
 
@@ -133,7 +135,8 @@ def training_curves(metrics: Metrics) -> Figure:
     Steps in the curves count from the start of their task.
     """
     per_task = metrics["per_task"]
-    kinds = {"loss_curve": "training loss", "validation_curve": "validation\naccuracy", "retention_curve": "retention"}
+    validation = f"validation\n{measured(metrics)}"
+    kinds = {"loss_curve": "training loss", "validation_curve": validation, "retention_curve": "retention"}
     kinds = {kind: name for kind, name in kinds.items() if any(task.get(kind) for task in per_task)}
     if not kinds:
         raise NoDataError("Training curves: the run recorded none.")
@@ -153,7 +156,8 @@ def training_curves(metrics: Metrics) -> Figure:
             axes.axvline(end, color=FAINT, linewidth=0.8, zorder=0)
         axes.set_ylabel(name)
         if kind != "retention_curve":  # the negative of a bound on mutual information: mostly below zero
-            axes.set_ylim(0, 1.02 if kind == "validation_curve" else None)
+            least = min(0.0, axes.dataLim.ymin) if kind == "validation_curve" else 0.0
+            axes.set_ylim(least, 1.02 if kind == "validation_curve" else None)
     panels[-1].set_xlim(0, 1.01 * ends[-1])
     task_ticks(panels[-1].xaxis, metrics["tasks"], at=(starts + ends) / 2)
     panels[-1].set_xlabel("tasks in order, each as wide as its number of steps")

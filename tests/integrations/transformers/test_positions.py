@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from qtuning_fast.integrations.transformers import PrefixInjector, without_head
 from qtuning_fast.integrations.transformers.caches import CACHE
@@ -14,8 +15,8 @@ from qtuning_fast.integrations.transformers.positions import (
     Shift,
     argument_names,
     by_name,
+    give_positions,
     past_tokens,
-    shift_positions,
     tokens_of,
 )
 
@@ -25,7 +26,7 @@ def test_whether_position_ids_are_read_is_found_by_trying(family: Any) -> None:
     assert PrefixInjector(family.base_model()).positions.are_taken == (not follows)
 
 
-@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "OPT", "Llama", "GPT-2"])
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "OPT", "Llama"])
 def test_own_positions_are_those_that_the_model_takes_itself(families: Any, name: str) -> None:
     family = families[name]
     stack = without_head(family.base_model())
@@ -42,6 +43,34 @@ def test_own_positions_are_those_that_the_model_takes_itself(families: Any, name
     assert positions.own(inputs | {"position_ids": own}) is own
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_padding_takes_no_position_on_either_side(families: Any, dtype: torch.dtype) -> None:
+    ids = torch.full((3, 4), 7)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).to(dtype)
+    seen = mask != 0
+    for name, first in (("GPT-2", 0), ("Llama", 0), ("BERT", 0), ("RoBERTa", 2)):
+        stack = without_head(families[name].base_model())
+        positions = Positions(stack)
+        embeds = stack.get_input_embeddings()(ids)
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds}):
+            own = positions.own(inputs | {"attention_mask": mask})
+            assert own[seen].tolist() == [first + i for i in (0, 1, 0, 1, 0, 1, 2, 3)]
+            assert int(own.min()) >= first and int(own.max()) < first + 4
+        by_ids = positions.own({"input_ids": ids.masked_fill(~seen, 1)})
+        assert name != "RoBERTa" or torch.equal(by_ids[seen], own[seen])
+
+
+def test_a_static_cache_counts_on_with_a_mask_of_any_length(families: Any) -> None:
+    model = families["Llama"].base_model()
+    positions, cache = Positions(model.model), StaticCache(model.config, max_cache_len=9)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    model(input_ids=torch.full((2, 4), 7), attention_mask=mask, use_cache=True, **{CACHE: cache})
+    for room in (1, 5):
+        longer = torch.cat([mask, torch.ones(2, room, dtype=torch.long)], dim=1)
+        inputs = {"input_ids": torch.full((2, 1), 7), "attention_mask": longer, CACHE: cache}
+        assert positions.own(inputs).tolist() == [[2], [4]]
+
+
 def test_behind_a_cache_positions_go_on(families: Any) -> None:
     model = families["Llama"].base_model()
     positions = Positions(model.model)
@@ -54,7 +83,7 @@ def test_the_shift_reaches_the_model_sample_by_sample(families: Any) -> None:
     """Rotary positions are relative, so a shift of all tokens alike changes nothing: learned ones tell it apart."""
     stack, inputs = without_head(families["GPT-2"].base_model()), {"input_ids": torch.full((2, 3), 7)}
     positions, shifts = Positions(stack), []
-    handle = shift_positions(stack, positions, lambda: shifts[-1] if shifts else None)
+    handle = give_positions(stack, positions, lambda: shifts[-1] if shifts else None)
     plain = stack(**inputs).last_hidden_state
     shifts.append(Shift(torch.tensor([0, 5]), 5))
     moved = stack(**inputs).last_hidden_state

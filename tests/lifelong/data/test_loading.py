@@ -310,3 +310,45 @@ def test_datasets_is_not_imported_before_it_is_needed():
     code = "import sys, qtuning_fast.lifelong.data.loading; print('datasets' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+SETS = [["red", "blue"], [], ["blue"], ["green"]] * 15
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".tsv", ".parquet", "ClassLabel.parquet"])
+def test_several_labels_a_text(tmp_path, ending):
+    path = tmp_path / f"topics{ending}"
+    names = ["red", "green", "blue"] if ending.startswith("ClassLabel") else ["blue", "green", "red"]
+    if ending in (".csv", ".tsv"):
+        write(path, labelled([";".join(labels) for labels in SETS], "labels"))
+    elif ending.startswith("ClassLabel"):
+        kinds = {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=names))}
+        rows = labelled([[names.index(label) for label in labels] for labels in SETS], "labels")
+        datasets.Dataset.from_list(rows, features=datasets.Features(kinds)).to_parquet(path)
+    else:
+        write(path, labelled(SETS, "labels"))
+    given = {"label_column": "labels", "problem_type": "multi_label_classification"}
+    task = load_task(str(path), shots=20, validation_shots=10, **given)
+    assert task.label_names == names and (len(task.train), len(task.validation)) == (20, 10)
+    examples = load_examples(str(path), names, **given)
+    assert [{name for name, there in zip(names, label) if there} for label in examples.labels] == list(map(set, SETS))
+    with pytest.raises(
+        ValueError, match=r"label 'blue' is not a label of the task, which has red, green; it is in row 1"
+    ):
+        load_examples(str(path), ["red", "green"], **given)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_a_number_as_label(tmp_path, ending):
+    path = write(tmp_path / f"stars{ending}", labelled([number / 2 for number in range(60)], "stars"))
+    given = {"label_column": "stars", "problem_type": "regression"}
+    task = load_task(path, shots=20, validation_shots=10, **given)
+    assert task.label_names == ["stars"] and (len(task.train), len(task.validation)) == (20, 10)
+    assert load_examples(path, ["stars"], **given).labels == [number / 2 for number in range(60)]
+
+
+def test_folders_of_images_have_one_class_an_image(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").touch()
+    with pytest.raises(ValueError, match="problem_type='regression' does not fit"):
+        load_task(str(tmp_path), problem_type="regression")

@@ -10,7 +10,13 @@ import pytest
 
 from qtuning_fast.lifelong.data.delimited import read_csv
 from qtuning_fast.lifelong.data.tables import DataWarning, Table
-from qtuning_fast.lifelong.data.text_columns import check_known_labels, read_labels, warn_about_joined_rows
+from qtuning_fast.lifelong.data.text_columns import (
+    check_known_labels,
+    read_label_sets,
+    read_labels,
+    read_numbers,
+    warn_about_joined_rows,
+)
 
 
 def table(labels: list[Any], **more: Any) -> Table:
@@ -101,3 +107,75 @@ def test_an_unknown_label_that_looks_like_a_known_one(label: str, said: str) -> 
         check_known_labels(table(["bad", label]), ["bad", label], ["bad", "good"], "is new")
     with pytest.raises(ValueError, match=re.escape(r"it looks like 'caf\xe9' but is 'cafe\u0301'")):
         check_known_labels(table([]), ["cafe\u0301"], ["caf\u00e9"], "is new")
+
+
+CELLS = {"delimiter": ","}
+
+
+@pytest.mark.parametrize(
+    ("values", "more"),
+    [
+        (["red; blue", "", "blue", "green;red"], CELLS),
+        ([["red", "blue"], [], ["blue"], ["green", "red"]], {}),
+        ([[2, 0], [], [0], [1, 2]], {"classes": {"label": ["blue", "green", "red"]}}),
+    ],
+)
+def test_a_text_may_have_several_labels(values: list[Any], more: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sets, names = read_label_sets(table(values, **more), "label")
+    assert sets == [("red", "blue"), (), ("blue",), ("green", "red")] and names == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "message"),
+    [
+        (["a;;b"], CELLS, "row 1 holds an empty label"),
+        (["a", "a"], {}, "'a', a string, but it must be a list of labels"),
+        ([["a"], None], {}, "row 2 holds nothing, but it must be a list"),
+        ([["a"], ["b", 1]], {}, "row 2 holds 1, an integer, but in row 1 holds 'a'|1, an integer"),
+        ([[0.5]], {}, "0.5, a number with a fraction"),
+        ([[3]], {"classes": {"label": ["x", "y"]}}, "holds 3, but it declares 2 classes"),
+    ],
+)
+def test_what_is_no_list_of_labels_is_refused(values: list[Any], more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_label_sets(table(values, **more), "label")
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "numbers"),
+    [([" 1.5", "-2", "1e3"], CELLS, [1.5, -2.0, 1000.0]), ([1, 2.5, -3], {}, [1.0, 2.5, -3.0])],
+)
+def test_numbers_are_read(values: list[Any], more: dict[str, Any], numbers: list[float]) -> None:
+    assert read_numbers(table(values, **more), "label") == numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "more"),
+    [(["1", "nan"], CELLS), (["1", "two"], CELLS), ([1, "2"], {}), ([1, True], {}), ([1, 10**400], {}), ([1, [2]], {})],
+)
+def test_what_is_no_number_is_refused(values: list[Any], more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"row 2 holds .*regression needs finite numbers"):
+        read_numbers(table(values, **more), "label")
+    with pytest.raises(ValueError, match="empty in 1 of 2 rows"):
+        read_numbers(table(["1", None]), "label")
+
+
+@pytest.mark.parametrize("joined", ["red;blue", "red, blue", "red|blue"])
+def test_several_labels_in_one_are_pointed_out(joined: str) -> None:
+    with pytest.warns(DataWarning, match=re.escape(repr(joined)) + ".*set problem_type=.multi_label"):
+        read_labels(table([joined, "blue", "green"], **CELLS), "label")
+    if ";" not in joined:
+        with pytest.warns(DataWarning, match=re.escape(repr(joined)) + ".*separate the labels of a cell by ';'"):
+            read_label_sets(table([joined, "blue;green"], **CELLS), "label")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_labels(table([joined, "other"], **CELLS), "label")
+
+
+def test_other_kinds_of_labels_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="multi_label_classification"):
+        read_labels(table([["a"], ["b"]]), "label")
+    with pytest.raises(ValueError, match="regression"):
+        read_labels(table([0.5, 1.5]), "label")

@@ -40,3 +40,11 @@ def test_a_run_without_baselines_or_live_queue(make_metrics):
     text = printed(metrics)
     assert "task adapter" in text
     assert "live queue" not in text
+
+
+def test_measures_other_than_accuracy_have_their_names(make_metrics):
+    metrics = make_metrics(2)
+    for task in metrics["per_task"]:
+        task["metric"] = "micro_f1"
+    text = printed(metrics)
+    assert "average micro-F1" in text and "ccuracy" not in text

@@ -128,3 +128,20 @@ def test_seeds_report_links_to_each_seed(make_metrics, tmp_path):
     assert [link for link in page.links() if link.endswith(".html")] == ["seed-3/report.html", "seed-8/report.html"]
     spread = summary["live_queue"]["average_accuracy"]
     assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in " ".join(page.text.split())
+
+
+def test_other_measures_are_named(make_metrics, tmp_path):
+    metrics = make_metrics(3)
+    for task, metric in zip(metrics["per_task"], ("accuracy", "micro_f1", "pearson")):
+        task["metric"] = metric
+    metrics["baselines"]["linear_probe"]["accuracy"][2] = -0.5  # a correlation
+    page = Page(write_report(metrics, tmp_path / "mixed"))
+    for said in ("average score", "micro-F1", "correlation", "measure"):
+        assert said in page.text
+    assert "average accuracy" not in page.text
+    for task in metrics["per_task"]:
+        task["metric"] = "micro_f1"
+    page = Page(write_report(metrics, tmp_path / "alike"))
+    assert "average micro-F1" in page.text and "ccuracy" not in page.text
+    text = Page(write_seeds_report([metrics], mean_and_spread([metrics]), tmp_path / "seeds")).text
+    assert "average micro-F1" in text and "ccuracy" not in text

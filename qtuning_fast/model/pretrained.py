@@ -1,0 +1,144 @@
+"""What transformers' Trainer, pipelines and collators, accelerate and torch.export ask of a model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+class _OfTheBase:
+    """An attribute of the base model under the same name; absent if the base model lacks it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: PretrainedInterface | None, owner: type) -> Any:
+        return self if model is None else getattr(model.base_model, self._name)
+
+    def __set__(self, model: PretrainedInterface, value: Any) -> None:
+        setattr(model.base_model, self._name, value)
+
+
+class PretrainedInterface(nn.Module):
+    """A module that stands for its `base_model` where transformers expects a `PreTrainedModel`.
+
+    State dicts leave out the frozen weights of the base model, so a checkpoint of Trainer or accelerate holds
+    what trains and nothing else.
+    """
+
+    base_model: PreTrainedModel
+
+    accepts_loss_kwargs = True  # Trainer then gives `num_items_in_batch`, for exact gradient accumulation
+    _keys_to_ignore_on_save: Sequence[str] | None = None  # Trainer reads it; `state_dict` leaves them out itself
+
+    dtype = _OfTheBase()
+    main_input_name = _OfTheBase()
+    input_modalities = _OfTheBase()
+    output_modalities = _OfTheBase()
+    loss_type = _OfTheBase()
+    generation_config = _OfTheBase()
+    hf_device_map = _OfTheBase()
+    is_gradient_checkpointing = _OfTheBase()
+    can_generate = _OfTheBase()
+    get_input_embeddings = _OfTheBase()
+    get_output_embeddings = _OfTheBase()
+    prepare_decoder_input_ids_from_labels = _OfTheBase()
+    floating_point_ops = _OfTheBase()
+    _supports_logits_to_keep = _OfTheBase()  # `generate` asks a model that assists another
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_without_frozen_weights)
+        self.register_load_state_dict_post_hook(_miss_no_frozen_weights)
+
+    def name_inputs(self, inner: nn.Module) -> None:
+        """Make `forward` take the inputs of `inner` in their order, and then its own by name.
+
+        So inputs by position mean what they mean to the base model, and Trainer, which drops the columns of a dataset
+        that no argument names, keeps those for the base model.
+        """
+        forward = type(self).forward
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        theirs = [
+            each.replace(annotation=inspect.Parameter.empty)
+            for each in inspect.signature(type(inner).forward).parameters.values()
+            if each.kind in kinds
+        ]
+        _, *ours, rest = inspect.signature(forward).parameters.values()
+        names = [each.name for each in theirs]
+        more = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in ours if each.name not in names]
+        positional = tuple(each.name for each in theirs[1:] if each.kind is kinds[0])
+
+        def named(self: PretrainedInterface, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(positional):
+                raise TypeError(f"forward takes {len(positional)} inputs by position, but {len(args)} were given")
+            by_position = dict(zip(positional, args))
+            twice = [name for name in by_position if name in kwargs]
+            if twice:
+                raise TypeError(f"forward got {', '.join(twice)} by position and by name")
+            return forward(self, **by_position, **kwargs)
+
+        named.__name__ = forward.__name__
+        named.__signature__ = inspect.Signature([*theirs, *more, rest])  # type: ignore[attr-defined]
+        self.forward = MethodType(named, self)
+
+    # Trainer
+
+    def _get_name(self) -> str:
+        # By this name Trainer decides whether label smoothing shifts the labels.
+        base = type(self.base_model).__name__
+        return base if base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else type(self).__name__
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "nn.DataParallel copies layers without their prefixes; start one process for each GPU by torchrun or "
+            "accelerate launch, or show one GPU only by CUDA_VISIBLE_DEVICES=0"
+        )
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters, as transformers' method of this name does."""
+        embeddings = {each.weight for each in self.modules() if exclude_embeddings and isinstance(each, nn.Embedding)}
+        parameters = set(self.parameters()) - embeddings
+        return sum(each.numel() for each in parameters if each.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the parameters, and of the buffers, as transformers' method of this name does."""
+        tensors = {*self.parameters(), *(self.buffers() if return_buffers else ())}
+        return sum(each.nbytes for each in tensors)
+
+
+def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_type: Any) -> PreTrainedConfig:
+    """Return a copy of the base model's config with the classes of a task, as pipelines and Trainer read them."""
+    config = copy.copy(base)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = problem_type
+    return config
+
+
+def _without_frozen_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _frozen(model, [name for name in state if name.startswith(f"{prefix}base_model.")]):
+        del state[name]
+
+
+def _miss_no_frozen_weights(model: nn.Module, incompatible: Any) -> None:
+    for name in _frozen(model, incompatible.missing_keys):
+        incompatible.missing_keys.remove(name)
+
+
+def _frozen(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return those of the names in a state dict that are frozen parameters and buffers of the base model."""
+    assert isinstance(model, PretrainedInterface)
+    trained = {name for name, each in model.base_model.named_parameters(remove_duplicate=False) if each.requires_grad}
+    parts = [(name, name.partition("base_model.")) for name in names]
+    return [name for name, (_, found, rest) in parts if found and rest not in trained]
