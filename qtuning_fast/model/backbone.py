@@ -41,6 +41,9 @@ class Backbone:
         self.model = _unwrapped(base_model)
         self.injector = PrefixInjector(self.model, placement)
         self._is_detached = False
+        names = (name.split(".")[-1] for name, _ in self.encoder.named_parameters())
+        # Found now, because a compiler that traces the search may take what it found in another model.
+        self._has_class_token = self.injector.reads_images and not _CLASS_TOKENS.isdisjoint(names)
 
     @property
     def encoder(self) -> PreTrainedModel:
@@ -118,8 +121,7 @@ class Backbone:
         hidden = self.injector.states_of_input(output.last_hidden_state, mask)
         if image and hidden.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
-        names = (name.split(".")[-1] for name, _ in encoder.named_parameters()) if image else ()
-        pool = first_token if not _CLASS_TOKENS.isdisjoint(names) else last_token if causal else mean_pool
+        pool = first_token if self._has_class_token else last_token if causal else mean_pool
         if causal and mask is None and ids is not None and pad_token_id is not None:
             mask = ids != pad_token_id
         states = output.get("hidden_states")

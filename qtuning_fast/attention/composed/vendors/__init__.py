@@ -21,10 +21,11 @@ FOR_DECODING = (FLASH_2,)  # tried before all others: it splits over keys, so th
 def vendor_for(call: PrefixAttentionCall) -> Vendor | dict[str, str]:
     """Return the fastest vendor that can compute a call; if none can, the obstacle of each by name.
 
-    The order depends on N alone: VENDORS, preceded by FOR_DECODING for up to FEW_QUERIES queries.
+    The order depends on N alone: VENDORS, preceded by FOR_DECODING, which are for GPUs, for up to FEW_QUERIES queries.
     """
     obstacles: dict[str, str] = {}
-    for vendor in (*FOR_DECODING, *VENDORS) if call.query.shape[2] <= FEW_QUERIES else VENDORS:
+    few = call.query.is_cuda and call.query.shape[2] <= FEW_QUERIES  # on a CPU N stays free where a graph is traced
+    for vendor in (*FOR_DECODING, *VENDORS) if few else VENDORS:
         why_not = vendor.why_not(call)
         if why_not is None:
             return vendor
