@@ -39,6 +39,7 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_schema": lambda: bool(torch.ops.aten.relu.default._schema.arguments),
     "_sdp_enabled": lambda: torch.backends.cuda.flash_sdp_enabled() in (True, False),  # the end of a public name
     "_parameters": lambda: isinstance(nn.Linear(1, 1)._parameters, dict),
+    "_extra_state": lambda: torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX == "_extra_state",
     "_dynamo": lambda: callable(torch._dynamo.reset),
     "_cuda_endAllocateToPool": lambda: not torch.cuda.is_available() or hasattr(torch._C, "_cuda_endAllocateToPool"),
     **{

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qtuning_fast.method.adapter import TaskAdapter, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
-from qtuning_fast.method.labels import SINGLE, check_labels, counted, label_loss, share_of_items
+from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.model.active_task import ActiveTask, SetTask
@@ -30,10 +30,11 @@ from qtuning_fast.model.checkpoint import (
     write_checkpoint,
 )
 from qtuning_fast.model.compatibility import check_task_type, chosen_layers
+from qtuning_fast.model.computing import Computing
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
 from qtuning_fast.model.learning import Learning
-from qtuning_fast.model.output import QTuningOutput, batch_size, twice
+from qtuning_fast.model.output import batch_size
 from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry
 from qtuning_fast.model.tasks import Tasks
@@ -92,7 +93,7 @@ class QTuningModel(PretrainedInterface):
         self.register_load_state_dict_pre_hook(rename_version_3)
         prefix_of = partial(_prefix_of, self.learning, backbone, len(self.layer_indices))
         self._active = ActiveTask(backbone.injector, self.layer_indices, prefix_of)
-        self._task_configs: dict[str, PreTrainedConfig] = {}
+        self._computing = Computing(backbone, self.learning, self._active, self.layer_indices, config)
         self.name_inputs(self._reads_inputs)
 
     # Parts
@@ -191,9 +192,9 @@ class QTuningModel(PretrainedInterface):
             names, problem_type = self.learning.label_names, self.learning.problem_type
         else:
             names, problem_type = self.label_names(task), self.problem_type(task)
-        config = self._task_configs.get(task)
+        config = self._computing.task_configs.get(task)
         if config is None or (config.id2label, config.problem_type) != (dict(enumerate(names)), problem_type):
-            config = self._task_configs[task] = config_of_task(base, names, problem_type)
+            config = self._computing.task_configs[task] = config_of_task(base, names, problem_type)
         return config
 
     # Tasks
@@ -389,7 +390,7 @@ class QTuningModel(PretrainedInterface):
         if task_names is not None:
             self.backbone.check_inputs(inputs, under_a_task=True)
             with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._compute(inputs, labels, num_items_in_batch, mixed)
+                return self._computing.under_a_task(inputs, labels, num_items_in_batch, mixed)
         return self._active.compute(self._compute_alone, inputs, labels, num_items_in_batch, retention_features)
 
     def _compute_alone(
@@ -412,88 +413,12 @@ class QTuningModel(PretrainedInterface):
             elif batch_size(inputs) == 1:
                 _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
             else:
-                return self._compute_retaining(inputs, labels, retention_features, num_items_in_batch)
+                if retention_features is None:
+                    retention_features = self.features(inputs, task=self.learning.last_learned)
+                return self._computing.retaining(inputs, labels, retention_features, num_items_in_batch)
         if task.is_live:
             self._active.place()  # the training prefix changes with every step
-        return self._compute(inputs, labels, num_items_in_batch)
-
-    def _compute(
-        self,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        num_items: Tensor | int | None = None,
-        mixed: MixedBatch | None = None,
-    ) -> Any:
-        """Return loss and logits under the placed prefix."""
-        if not self.has_heads:
-            return self.backbone.compute_under_a_task(inputs, labels, num_items)
-        features, states = self.backbone.encode_with_states(inputs, self._pad_token_id)
-        logits = self._logits(features) if mixed is None else mixed.logits(features)
-        loss = None if labels is None else self._loss(logits, labels, num_items, mixed)
-        return QTuningOutput(loss=loss, logits=logits, hidden_states=states)
-
-    def _loss(
-        self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None, mixed: MixedBatch | None = None
-    ) -> Tensor:
-        """Return the loss of the heads' logits, once the labels have been checked."""
-        problem_type, tasks, outputs = self._labelled(mixed)
-        check_labels(labels, problem_type, tasks, outputs, logits.shape[0])
-        return label_loss(logits, labels, problem_type, num_items)
-
-    def _labelled(self, mixed: MixedBatch | None = None) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
-        """Return the problem type, and each sample's task and number of outputs, or those of the only task."""
-        if mixed is not None:
-            return mixed.problem_type, mixed.names, mixed.classes
-        task = self._active.current
-        assert task is not None
-        if task.adapter is None:
-            return self.learning.problem_type, (task.name,), (len(self.learning.label_names),)
-        info = task.adapter.info
-        return info.problem_type, (task.name,), (info.classes,)
-
-    def _compute_retaining(
-        self,
-        inputs: dict[str, Any],
-        labels: Tensor,
-        retention_features: Tensor | None,
-        num_items: Tensor | int | None = None,
-    ) -> Any:
-        """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
-        injector, batch = self.backbone.injector, batch_size(inputs)
-        if retention_features is None:
-            retention_features = self.features(inputs, task=self.learning.last_learned)
-        if self.has_heads:  # one pass of twice the batch
-            index = torch.arange(2, device=self.device).repeat_interleave(batch)
-            with injector.keeping():
-                injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                both, states = self.backbone.encode_with_states(twice(inputs), self._pad_token_id)
-            features, shared_features = both.chunk(2)
-            logits = self._logits(features)
-            states = None if states is None else tuple(each[:batch] for each in states)
-            loss = self._loss(logits, labels, num_items)
-            output: Any = QTuningOutput(loss=loss, logits=logits, hidden_states=states)
-        else:
-            index = torch.ones(batch, dtype=torch.long, device=self.device)
-            with injector.keeping():
-                injector.place(self.layer_indices, self.training_prefix.prefix_with_shared(index))
-                shared_features = self.backbone.read(inputs, self._pad_token_id)
-            self._active.place()
-            output = self._compute(inputs, labels, num_items)
-        retention = self.learning.retention_loss(shared_features, retention_features)
-        weight: Tensor | float = self.qtuning_config.retention_weight
-        if num_items is not None:  # summed over the batches of a step, the shares are 1
-            counts = (
-                counted(output.logits, labels, self._labelled()[0]) if self.has_heads else self.backbone.counted(labels)
-            )
-            weight = weight * share_of_items(counts, num_items).to(retention.device)
-        output["loss"] = output.loss + weight * retention
-        output["retention_loss"] = retention
-        return output
-
-    def _logits(self, features: Tensor) -> Tensor:
-        task = self._active.current
-        assert task is not None
-        return self.learning.logits(features) if task.adapter is None else task.adapter.logits(features)
+        return self._computing.under_a_task(inputs, labels, num_items_in_batch)
 
     def encode(self, inputs: dict[str, Any]) -> Tensor:
         """Return pooled features `[B, hidden]` of the inputs under the placed prefix.
@@ -503,13 +428,7 @@ class QTuningModel(PretrainedInterface):
         Raises:
             NotImplementedError: an image model packs the images of a batch into one sequence.
         """
-        return self._active.compute(self.backbone.encode, inputs, self._pad_token_id)
-
-    @property
-    def _pad_token_id(self) -> int | None:
-        task = self._active.current
-        config = self._task_configs.get("" if task is None else task.name, self.base_model.config)
-        return getattr(config, "pad_token_id", None)
+        return self._active.compute(self.backbone.encode, inputs, self._computing.pad_token_id)
 
     @torch.no_grad()
     def features(self, inputs: dict[str, Any], *, task: str | None) -> Tensor:
@@ -519,7 +438,7 @@ class QTuningModel(PretrainedInterface):
         """
         with self._active.kept():
             self.set_task(task)
-            return self.backbone.read(inputs, self._pad_token_id)
+            return self.backbone.read(inputs, self._computing.pad_token_id)
 
     def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate` under the active task, or under a finished task for each sample.

@@ -156,36 +156,6 @@ def test_predict_with_generate_writes_what_generate_writes(families: Any, name: 
     assert torch.equal(written.where(written != -100, model.config.pad_token_id), padded)
 
 
-def test_a_classifier_returns_the_hidden_states_that_are_requested(families: Any) -> None:
-    for name, placement in (("BERT", "prefix"), ("BERT", "input"), ("ViT", "input")):
-        family = families[name]
-        model = started(family, placement=placement)
-        batch = {each: torch.stack([row[each] for row in rows_of(family, 3)]) for each in rows_of(family, 3)[0]}
-        output = model.train()(**batch, output_hidden_states=True)
-        model.set_task(None)
-        own = model.base_model(**family.batch(size=3), output_hidden_states=True).hidden_states
-        assert [each.shape for each in output.hidden_states] == [each.shape for each in own]
-        assert not torch.allclose(output.hidden_states[-1], own[-1])
-        model.set_task("reviews")
-        assert model(**batch).hidden_states is None
-
-
-@pytest.mark.parametrize("placement", ["prefix", "input"])
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT"])
-def test_a_classifier_on_a_decoder_finds_the_last_token_without_a_mask(
-    families: Any, name: str, placement: str
-) -> None:
-    settings = SMALL | {"task_type": "sequence-classification", "placement": placement}
-    model = QTuningModel(families[name].base_model(), QTuningConfig(**settings))
-    model.start_task("reviews", 3)
-    ids = torch.randint(5, 40, (3, 6), generator=torch.Generator().manual_seed(0))
-    padded = F.pad(ids, (0, 4), value=1)
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=padded).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
-        model.config.pad_token_id = None
-        assert not torch.allclose(model(input_ids=padded).logits, model(input_ids=ids).logits, atol=1e-3)
-
-
 # Losses
 
 
