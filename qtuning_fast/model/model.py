@@ -19,7 +19,7 @@ from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
-from qtuning_fast.model.active_task import ActiveTask, SetTask
+from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
 from qtuning_fast.model.checkpoint import (
@@ -29,6 +29,7 @@ from qtuning_fast.model.checkpoint import (
     rename_version_3,
     write_checkpoint,
 )
+from qtuning_fast.model.chosen_tasks import SetTask
 from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.computing import Computing
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
