@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -180,8 +180,7 @@ class QTuningModel(PretrainedInterface):
 
     def problem_type(self, name: str) -> str:
         """Return what labels of a finished task mean; see `start_task`."""
-        self._tasks.check(name)
-        return self._tasks.labelled(name)[0]
+        return self._tasks.problem_type(name)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -502,15 +501,17 @@ class QTuningModel(PretrainedInterface):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
-        with self.backbone.injector.lock:
-            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
-            self.base_model.gradient_checkpointing_enable(*args, **kwargs)
-            self.train(self.training)
+        self._enable_checkpointing(self.base_model.gradient_checkpointing_enable, *args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
-        self.base_model.activation_checkpointing_enable(*args, **kwargs)
-        self.train(self.training)
+        self._enable_checkpointing(self.base_model.activation_checkpointing_enable, *args, **kwargs)
+
+    def _enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        with self.backbone.injector.lock:
+            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
+            enable(*args, **kwargs)
+            self.train(self.training)
 
     def gradient_checkpointing_disable(self) -> None:
         """Call the base model's method."""
