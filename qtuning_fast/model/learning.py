@@ -55,8 +55,9 @@ class Learning(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         name = bytes(state.tolist()).decode() or None
         if name != self.task:
-            mine = "no task is in training" if self.task is None else f"task {self.task!r} is in training"
-            raise ValueError(f"the state was saved {f'within task {name!r}' if name else 'between tasks'}, but {mine}")
+            now = "no task is in training" if self.task is None else f"task {self.task!r} is in training"
+            then = "between tasks" if name is None else f"within task {name!r}"
+            raise ValueError(f"the state was saved {then}, but {now}; load it {then}")
 
     def check_idle(self) -> None:
         """Raise a RuntimeError while a task is in training."""
