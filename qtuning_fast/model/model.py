@@ -194,7 +194,7 @@ class QTuningModel(PretrainedInterface):
             names, problem_type = self.label_names(task), self.problem_type(task)
         config = self._computing.task_configs.get(task)
         if config is None or (config.id2label, config.problem_type) != (dict(enumerate(names)), problem_type):
-            config = self._computing.task_configs[task] = config_of_task(base, names, problem_type)
+            config = self._computing.task_configs[task] = config_of_task(config or base, names, problem_type)
         return config
 
     # Tasks
