@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -200,22 +198,36 @@ class ActiveTask:
         _note_compiled(self._key)
 
     def __enter__(self) -> None:
+        self._injector.lock.__enter__()
+        self._prepare(leave=self._injector.lock.__exit__)
+
+    def __exit__(self, *_: object) -> None:
+        self._injector.lock.__exit__()
+
+    def enter_hook(self) -> None:
+        """Enter a computation that `leave_hook` leaves."""
         lock = self._injector.lock
-        lock.__enter__()
+        lock.enter(by_hook=True)
+        self._prepare(leave=lock.leave_hook)
+        if not self._hooks:  # removed while this call waited for the lock, so no hook will leave it
+            lock.leave_hook()
+
+    def leave_hook(self) -> None:
+        self._injector.lock.leave_hook()
+
+    def _prepare(self, *, leave: Callable[[], None]) -> None:
+        """Put the task of the calling context on the layers; on an error leave the lock."""
         try:
             if not self._is_chosen_here:
                 task = self.task
                 if task is not self.current:
                     self._check_not_compiled_for_others(_identity(task))
                     self._put(task)
-            if not lock.is_nested:
+            if not self._injector.lock.is_nested:
                 self._injector.follow_checkpointing()
         except BaseException:
-            lock.__exit__()
+            leave()
             raise
-
-    def __exit__(self, *_: object) -> None:
-        self._injector.lock.__exit__()
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -305,10 +317,6 @@ class ActiveTask:
             hook.remove()
         self._hooks = []
 
-    @property
-    def has_hooks(self) -> bool:
-        return bool(self._hooks)
-
     # Contexts and locks are neither copied nor pickled.
 
     def __getstate__(self) -> dict[str, Any]:
@@ -337,25 +345,16 @@ class _DirectCalls:
 
     def __init__(self, active: ActiveTask) -> None:
         self._active = active
-        self._entered: Counter[int] = Counter()  # by thread: `leave` is called even if something failed before `enter`
 
     def enter(self, *_: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             self._active.note_compiled()
             return
-        self._active.__enter__()
-        if self._active.has_hooks:
-            self._entered[threading.get_ident()] += 1
-        else:  # removed while this call waited for the lock, so `leave` will not be called
-            self._active.__exit__()
+        self._active.enter_hook()
 
     def leave(self, *_: object) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            return
-        thread = threading.get_ident()
-        if self._entered[thread]:
-            self._entered[thread] -= 1
-            self._active.__exit__()
+        if not torch.compiler.is_dynamo_compiling():
+            self._active.leave_hook()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DirectCalls:
         active = memo.get(id(self._active))  # there only if the whole is copied

@@ -222,21 +222,21 @@ class QTuningModel(PretrainedInterface):
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
-        self.learning.check_idle()
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads, problem_type=problem_type)
         if problem_type != SINGLE and not self.has_heads:
             task_type = self.qtuning_config.task_type
             raise ValueError(
                 f"problem_type is {problem_type!r}, but task_type={task_type!r} has no heads; leave it out"
             )
-        if name in self.adapters:
-            raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
-        with self._active.kept():
-            try:
-                self.backbone.check_gradient(self.layer_indices)
-            finally:
-                self.train(self.training)
         with self.backbone.injector.lock:
+            self.learning.check_idle()
+            if name in self.adapters:
+                raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
+            with self._active.kept():
+                try:
+                    self.backbone.check_gradient(self.layer_indices)
+                finally:
+                    self.train(self.training)
             self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
             synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
             self.set_task(name)
@@ -269,11 +269,12 @@ class QTuningModel(PretrainedInterface):
         Raises:
             ValueError: no task of this name.
         """
-        in_training = name is not None and name == self.learning.task
-        adapter = None if name is None or in_training else self._tasks.on_device(name)
-        if name is not None:
-            self._check_attached()
-        self._active.set(name, live=live or in_training, adapter=adapter)
+        with self.backbone.injector.lock:
+            in_training = name is not None and name == self.learning.task
+            adapter = None if name is None or in_training else self._tasks.on_device(name)
+            if name is not None:
+                self._check_attached()
+            self._active.set(name, live=live or in_training, adapter=adapter)
 
     def add_task(self, adapter: TaskAdapter) -> None:
         """Add an adapter that was made elsewhere for this base model, as a finished task.
@@ -283,8 +284,9 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: the adapter does not fit this model, or its name is taken.
         """
-        self._check_new(adapter)
-        self._tasks.add(adapter)
+        with self.backbone.injector.lock:
+            self._check_new(adapter)
+            self._tasks.add(adapter)
 
     def load_task(self, folder: str | Path, name: str) -> None:
         """Add one adapter from a checkpoint of the same base model, as a finished task.
@@ -295,8 +297,9 @@ class QTuningModel(PretrainedInterface):
                 differs, or the name is taken.
         """
         adapter, saved = self._tasks.read(Path(folder), name)
-        self._check_new(adapter)
-        self._tasks.add_read(adapter, saved)
+        with self.backbone.injector.lock:
+            self._check_new(adapter)
+            self._tasks.add_read(adapter, saved)
 
     def remove_task(self, name: str) -> None:
         """Remove a finished task, which frees its name. Other tasks are unchanged.
@@ -307,19 +310,19 @@ class QTuningModel(PretrainedInterface):
             ValueError: no finished task has this name.
             RuntimeError: the task is in training or set, or the next task's memory retention will need it.
         """
-        if name == self.learning.task:
-            self.learning.check_idle()
-        if self._active.is_set_anywhere(name):
-            raise RuntimeError(f"task {name!r} is set; set another task, or None, first")
-        if name == self.learning.last_learned and self._may_retain:
-            raise RuntimeError(
-                f"task {name!r} was learned last: memory retention of the next task needs its adapter; only with "
-                "retention_weight=0 can it be removed"
-            )
         with self.backbone.injector.lock:
+            if name == self.learning.task:
+                self.learning.check_idle()
+            if self._active.is_set_anywhere(name):
+                raise RuntimeError(f"task {name!r} is set; set another task, or None, first")
+            if name == self.learning.last_learned and self._may_retain:
+                raise RuntimeError(
+                    f"task {name!r} was learned last: memory retention of the next task needs its adapter; only with "
+                    "retention_weight=0 can it be removed"
+                )
             self._tasks.remove(name)
-        if name == self.learning.last_learned:
-            self.learning.last_learned = None
+            if name == self.learning.last_learned:
+                self.learning.last_learned = None
 
     def set_memory_limits(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> None:
         """Bound the memory that adapters use; None means no bound.
