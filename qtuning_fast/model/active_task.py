@@ -90,6 +90,7 @@ class ActiveTask:
         self._key = next(_KEYS)
         self._chosen: ContextVar[_Choice | None] = ContextVar("qtuning_task", default=None)
         self._is_chosen_here = False  # whether a block decides what stands on the layers, instead of the context
+        self._is_kept = False  # whether the active task will be restored after a block
         self._choices: list[weakref.ref[_Choice]] = []  # replaced, never changed: other threads read it
         self._last: SetTask | None = None
         self.current: SetTask | None = None
@@ -138,8 +139,9 @@ class ActiveTask:
             self._put(task)
             choice = _Choice(task)
             self._chosen.set(choice)
-            self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
-            self._last = task
+            if not self._is_kept:  # otherwise it is of no concern to other contexts, which look without the lock
+                self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
+                self._last = task
             self._follow_tasks()
 
     def set_for_all(self, name: str) -> None:
@@ -157,14 +159,15 @@ class ActiveTask:
     def kept(self) -> Iterator[None]:
         """Restore the active task after the block, within which no one else computes."""
         with self._injector.lock:
-            choice, last, current = self._chosen.get(), self._last, self.current
+            choice, current = self._chosen.get(), self.current
+            is_kept, self._is_kept = self._is_kept, True
             try:
                 with self._injector.keeping(), self._choosing():
                     yield
             finally:
                 self._chosen.set(choice)
                 del choice  # the traceback of an error would keep it alive
-                self._last, self.current = last, current
+                self._is_kept, self.current = is_kept, current
                 self._follow_tasks()
 
     @contextmanager

@@ -248,6 +248,20 @@ def test_of_two_threads_that_start_a_task_at_once_one_is_refused(
     assert [name for name in started if name is not None] == [model.learning.task]
 
 
+def test_features_under_a_task_set_it_for_no_other_thread(model: QTuningModel, inputs: dict[str, Tensor]) -> None:
+    in_thread(lambda: model.set_task("first"))  # and no living thread has set one
+    seen = []
+
+    def look(*_: Any) -> None:
+        seen.append(in_thread(lambda: (model.active_task, model.config.id2label)))
+
+    hook = model.backbone.injector.layers[0].module.register_forward_pre_hook(look)
+    for task in ("second", None):
+        model.features(inputs, task=task)
+    hook.remove()
+    assert [name for name, _ in seen] == ["first", "first"] and model.active_task == "first"
+
+
 @pytest.mark.parametrize("shares", ["BERT", "GPT-2"])
 def test_models_that_share_a_config_may_compute_in_two_threads(families: Any, shares: str) -> None:
     family = families[shares]
