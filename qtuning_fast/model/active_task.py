@@ -31,6 +31,10 @@ _COMPILED_FOR = (
     "the model was compiled, and compiled calls compute under one task at a time, because they take no lock: another "
     "thread or asyncio task has set {}; set the same task everywhere, or compile one model for each thread"
 )
+_IN_A_BLOCK = (
+    "set_task is called while a batch of several tasks computes (`using`, or a call with task_names), which would go on "
+    "under the task that is set; call it before or after, or pass task_names to the inner call"
+)
 _HOOKED = (
     "the base model cannot be copied or pickled by itself while a task is set; copy or pickle the QTuningModel, or "
     "call set_task(None) or detach() first"
@@ -130,8 +134,14 @@ class ActiveTask:
         return any(task is not None and task.name == name for task in self._tasks_set() or [self._last])
 
     def set(self, name: str | None, *, live: bool = False, adapter: TaskAdapter | None = None) -> None:
-        """Activate a task for the calling context. On an error the previous task stays active."""
+        """Activate a task for the calling context. On an error the previous task stays active.
+
+        Raises:
+            RuntimeError: a block computes under several tasks, or compiled code under another one.
+        """
         with self._injector.lock:
+            if self._is_chosen_here and not self._is_kept:
+                raise RuntimeError(_IN_A_BLOCK)
             task = None if name is None else SetTask(name, live, adapter)
             self._check_not_compiled_for_others(_identity(task))
             if task is not None:
