@@ -32,8 +32,8 @@ _COMPILED_FOR = (
     "thread or asyncio task has set {}; set the same task everywhere, or compile one model for each thread"
 )
 _IN_A_BLOCK = (
-    "set_task is called while a batch of several tasks computes (`using`, or a call with task_names), which would go on "
-    "under the task that is set; call it before or after, or pass task_names to the inner call"
+    "set_task is called while a batch of several tasks computes (`using`, or a call with task_names), which would go "
+    "on under the task that is set; call it before or after, or pass task_names to the inner call"
 )
 _HOOKED = (
     "the base model cannot be copied or pickled by itself while a task is set; copy or pickle the QTuningModel, or "

@@ -94,6 +94,7 @@ class QTuningModel(PretrainedInterface):
         prefix_of = partial(_prefix_of, self.learning, backbone, len(self.layer_indices))
         self._active = ActiveTask(backbone.injector, self.layer_indices, prefix_of)
         self._computing = Computing(backbone, self.learning, self._active, self.layer_indices, config)
+        self._mixed: MixedBatch | None = None  # of the block `using` that is open
         self.name_inputs(self._reads_inputs)
 
     # Parts
@@ -391,21 +392,22 @@ class QTuningModel(PretrainedInterface):
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
         if task_names is not None:
-            self.backbone.check_inputs(inputs, under_a_task=True)
-            with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._computing.under_a_task(inputs, labels, num_items_in_batch, mixed)
-        return self._active.compute(self._compute_alone, inputs, labels, num_items_in_batch, retention_features)
+            with self.using(task_names, batch_size(inputs)):
+                return self._compute(inputs, labels, num_items_in_batch, retention_features)
+        return self._active.compute(self._compute, inputs, labels, num_items_in_batch, retention_features)
 
-    def _compute_alone(
+    def _compute(
         self,
         inputs: dict[str, Any],
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
         retention_features: Tensor | None,
     ) -> Any:
-        """Return loss and logits under the one task that is set, or the base model's own output."""
-        task = self._active.current
-        self.backbone.check_inputs(inputs, under_a_task=task is not None)
+        """Return loss and logits under the task that is set or those of a block, or the base model's own output."""
+        task, mixed = self._active.current, self._mixed
+        self.backbone.check_inputs(inputs, under_a_task=task is not None or mixed is not None)
+        if mixed is not None:
+            return self._computing.under_a_task(inputs, labels, num_items_in_batch, mixed)
         if task is None:
             return self.backbone.compute(inputs, labels)
         self._check_attached()
@@ -477,7 +479,11 @@ class QTuningModel(PretrainedInterface):
         """
         self._check_attached()
         with self._active.mixed(), self._tasks.using(task_names, batch) as mixed:
-            yield mixed
+            before, self._mixed = self._mixed, mixed
+            try:
+                yield mixed
+            finally:
+                self._mixed = before
 
     # As a module
 
