@@ -63,7 +63,8 @@ test-oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
 		-k "not compile and not graph and not fused" tests/model \
 		tests/integrations/transformers \
-		$(addprefix tests/integrations/test_,edges.py families.py generation.py mixed.py peft.py saving.py trainer.py training.py) \
+		$(addprefix tests/integrations/test_,copies.py edges.py families.py generation.py labels.py mixed.py packing.py) \
+		$(addprefix tests/integrations/test_,padding.py peft.py saving.py threads.py towers.py trainer.py training.py) \
 		$(addprefix tests/bench/rows/test_,lifelong.py mixed_tasks.py models.py)
 
 # Other versions of some packages, in folders that stand in front of the environment.

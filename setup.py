@@ -18,7 +18,17 @@ LIFELONG = [
     "scikit-learn>=1.4",
     "typer>=0.15",
 ]
-TEST = ["hypothesis>=6.100", "kernels>=0.10", "peft>=0.17", "pytest>=8.0", "pytest-benchmark>=5.0", "pytest-xdist>=3.5"]
+TEST = [
+    "hypothesis>=6.100",
+    "kernels>=0.10",
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "onnxscript>=0.5",
+    "peft>=0.17",
+    "pytest>=8.0",
+    "pytest-benchmark>=5.0",
+    "pytest-xdist>=3.5",
+]
 LINT = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 

@@ -86,6 +86,16 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors, f"{page}: {target}#{anchor}"
 
 
+NAMED_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def test_tests_that_a_page_names_exist() -> None:
+    named = [(page, *found) for page in PAGES for found in NAMED_TEST.findall((ROOT / page).read_text())]
+    assert len([page for page, *_ in named if page == "docs/drop-in.md"]) > 20
+    for page, file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{page}: {file}::{test}"
+
+
 def test_changelog_and_citation_have_the_version() -> None:
     dates = re.findall(rf"^## \[{re.escape(__version__)}\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     [date] = dates

@@ -97,7 +97,7 @@ def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
 
 
 def _requested(name: str) -> tuple[str, str]:
-    """Return the requested backend, with "auto" replaced from the environment, and who requested it."""
+    """Return the requested backend, with "auto" replaced for ONNX or from the environment, and who requested it."""
     check_choice("backend", name, NAMES)
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if name == "auto" and torch.compiler.is_exporting() and _is_for_onnx():

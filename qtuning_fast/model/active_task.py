@@ -1,13 +1,10 @@
-"""The active task of each context (thread or asyncio task), and its prefix on the attention layers."""
+"""The active task of the calling context (thread or asyncio task), and its prefix on the attention layers."""
 
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -17,16 +14,13 @@ from qtuning_fast.attention.common import constant
 from qtuning_fast.integrations.transformers import PrefixInjector
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.prefix import Prefix
+from qtuning_fast.model.chosen_tasks import ChosenTasks, SetTask, identity
 
 Result = TypeVar("Result")
 
 _COMPILED: set[str] = set()  # the keys of the active tasks whose model was compiled
 _KEYS = map(str, itertools.count())
 
-_AMBIGUOUS = (
-    "threads or asyncio tasks have set different tasks, {}, and this one has set none; call set_task here, or pass "
-    "task_names"
-)
 _COMPILED_FOR = (
     "the model was compiled, and compiled calls compute under one task at a time, because they take no lock: another "
     "thread or asyncio task has set {}; set the same task everywhere, or compile one model for each thread"
@@ -41,38 +35,12 @@ _HOOKED = (
 )
 
 
-@dataclass(eq=False)
-class SetTask:
-    """A task that is set.
-
-    Attributes:
-        name: its name.
-        is_live: whether the model computes under the training prefix, which changes with every step.
-        adapter: the adapter of a finished task, its head on the model's device; None for the task in training.
-        placed: its prefix as it was placed on the layers; None if it is to be made anew.
-    """
-
-    name: str
-    is_live: bool = False
-    adapter: TaskAdapter | None = None
-    placed: tuple[Sequence[int], Prefix] | None = field(default=None, repr=False)
-
-
-class _Choice:
-    """What one context has set: a task, or None for the base model alone. It lives as long as the context."""
-
-    def __init__(self, task: SetTask | None) -> None:
-        self.task = task
-
-
 class ActiveTask:
     """The active task. Without one, the base model computes with its own attention.
 
-    Each context chooses for itself: a thread starts without a choice, an asyncio task with its creator's. A context
-    without one uses the task of the living contexts, if they agree; if none is left, the task that was set last.
-
-    One computation at a time stands on the layers, under the injector's lock. `with active:` enters one: it puts the
-    task of the calling context on the layers, unless it stands there already or an outer computation goes on.
+    Each context sets its own (`ChosenTasks`). The layers hold the task of one computation at a time, under the
+    injector's lock. `with active:` enters a computation: it puts the task of the calling context on the layers, unless
+    it stands there already or an outer computation goes on.
 
     Args:
         injector: injector of the base model.
@@ -92,24 +60,17 @@ class ActiveTask:
 
     def _reset(self) -> None:
         self._key = next(_KEYS)
-        self._chosen: ContextVar[_Choice | None] = ContextVar("qtuning_task", default=None)
+        self._chosen = ChosenTasks()
         self._is_chosen_here = False  # whether a block decides what stands on the layers, instead of the context
-        self._is_kept = False  # whether the active task will be restored after a block
-        self._choices: list[weakref.ref[_Choice]] = []  # replaced, never changed: other threads read it
-        self._last: SetTask | None = None
         self.current: SetTask | None = None
 
     # The task of a context
 
     @property
     def name(self) -> str | None:
+        """The name of `task`."""
         task = self.task
         return None if task is None else task.name
-
-    @property
-    def is_live(self) -> bool:
-        task = self.task
-        return task is not None and task.is_live
 
     @property
     def task(self) -> SetTask | None:
@@ -118,20 +79,11 @@ class ActiveTask:
         Raises:
             RuntimeError: it has set none, and others have set different ones.
         """
-        choice = self._chosen.get()
-        if choice is not None:
-            return choice.task
-        found = {_identity(task): task for task in self._tasks_set()}
-        if not found:
-            return self._last
-        if len(found) > 1:
-            names = ", ".join(sorted(repr(None if task is None else task.name) for task in found.values()))
-            raise RuntimeError(_AMBIGUOUS.format(names))
-        return self._last if _identity(self._last) in found else next(iter(found.values()))
+        return self._chosen.mine
 
     def is_set_anywhere(self, name: str) -> bool:
         """Return whether a living context has set this task, or a new context would get it."""
-        return any(task is not None and task.name == name for task in self._tasks_set() or [self._last])
+        return any(task is not None and task.name == name for task in self._chosen.living() or [self._chosen.last])
 
     def set(self, name: str | None, *, live: bool = False, adapter: TaskAdapter | None = None) -> None:
         """Activate a task for the calling context. On an error the previous task stays active.
@@ -140,25 +92,19 @@ class ActiveTask:
             RuntimeError: a block computes under several tasks, or compiled code under another one.
         """
         with self._injector.lock:
-            if self._is_chosen_here and not self._is_kept:
+            if self._is_chosen_here and not self._chosen.is_kept:
                 raise RuntimeError(_IN_A_BLOCK)
             task = None if name is None else SetTask(name, live, adapter)
-            self._check_not_compiled_for_others(_identity(task))
+            self._check_not_compiled_for_others(identity(task))
             if task is not None:
                 self._add_hooks()
             self._put(task)
-            choice = _Choice(task)
-            self._chosen.set(choice)
-            if not self._is_kept:  # otherwise it is of no concern to other contexts, which look without the lock
-                self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
-                self._last = task
+            self._chosen.set_mine(task)
             self._follow_tasks()
 
     def set_for_all(self, name: str) -> None:
         """Give the current task to every context that has set a task of this name."""
-        for choice in self._living():
-            if choice.task is not None and choice.task.name == name:
-                choice.task = self.current
+        self._chosen.replace(name, self.current)
 
     def forget(self) -> None:
         """Deactivate the task in all contexts; the caller removes the prefix from the layers."""
@@ -169,15 +115,12 @@ class ActiveTask:
     def kept(self) -> Iterator[None]:
         """Restore the active task after the block, within which no one else computes."""
         with self._injector.lock:
-            choice, current = self._chosen.get(), self.current
-            is_kept, self._is_kept = self._is_kept, True
+            current = self.current
             try:
-                with self._injector.keeping(), self._choosing():
+                with self._chosen.kept(), self._injector.keeping(), self._choosing():
                     yield
             finally:
-                self._chosen.set(choice)
-                del choice  # the traceback of an error would keep it alive
-                self._is_kept, self.current = is_kept, current
+                self.current = current
                 self._follow_tasks()
 
     @contextmanager
@@ -186,15 +129,6 @@ class ActiveTask:
         with self._injector.lock, self._injector.keeping():
             self._injector.restore()
             yield self.task
-
-    def _tasks_set(self, *, by_others: bool = False) -> list[SetTask | None]:
-        """Return what each living context has set, perhaps without the calling one."""
-        # No choices themselves: the traceback of an error would keep them alive, as if their contexts still lived.
-        mine = self._chosen.get() if by_others else None
-        return [choice.task for choice in self._living() if choice is not mine]
-
-    def _living(self) -> list[_Choice]:
-        return [choice for choice in (each() for each in self._choices) if choice is not None]
 
     # What stands on the layers
 
@@ -234,7 +168,7 @@ class ActiveTask:
             if not self._is_chosen_here:
                 task = self.task
                 if task is not self.current:
-                    self._check_not_compiled_for_others(_identity(task))
+                    self._check_not_compiled_for_others(identity(task))
                     self._put(task)
             if not self._injector.lock.is_nested:
                 self._injector.follow_checkpointing()
@@ -274,7 +208,7 @@ class ActiveTask:
 
     def place_again(self) -> None:
         """Make every task's prefix anew, since the model has moved."""
-        for task in (self._last, self.current, *(choice.task for choice in self._living())):
+        for task in (self.current, self._chosen.last, *self._chosen.living()):
             if task is not None:
                 task.placed = None
         if self.current is not None:
@@ -303,19 +237,23 @@ class ActiveTask:
             self._injector.put_back(placed)
             raise
 
-    def _check_not_compiled_for_others(self, identity: tuple[Any, ...] | None) -> None:
-        """Raise a RuntimeError if compiled code may run under another context's task, which would be replaced."""
+    def _check_not_compiled_for_others(self, mine: tuple[Any, ...] | None) -> None:
+        """Raise a RuntimeError if compiled code may run under another context's task, which would be replaced.
+
+        Args:
+            mine: the `identity` of the task to be put on the layers; () for those of several tasks.
+        """
         if self._key not in _COMPILED:
             return
-        for task in self._tasks_set(by_others=True):
-            if _identity(task) != identity:
+        for task in self._chosen.living(but_mine=True):
+            if identity(task) != mine:
                 raise RuntimeError(_COMPILED_FOR.format("no task" if task is None else f"task {task.name!r}"))
 
     # Direct calls of the base model
 
     def _follow_tasks(self) -> None:
         """Make direct calls of the base model computations too while a task is set."""
-        if self.current is not None or any(task is not None for task in self._tasks_set()):
+        if self.current is not None or any(task is not None for task in self._chosen.living()):
             self._add_hooks()
         elif not self._is_chosen_here:
             self.remove_hooks()
@@ -339,10 +277,6 @@ class ActiveTask:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
-
-
-def _identity(task: SetTask | None) -> tuple[Any, ...] | None:
-    return None if task is None else (task.name, task.is_live)
 
 
 @constant

@@ -103,7 +103,11 @@ class Backbone:
         """Return pooled features `[B, hidden]` of the inputs, and all hidden states if they are requested.
 
         The features are the mean over the tokens; in a causal model the last token, in an image model the class token,
-        if any. Without a mask, a causal model's last token is the last that is not padding, as transformers has it.
+        if any.
+
+        Args:
+            inputs: those of the encoder.
+            pad_token_id: the token that pads a causal model's inputs without a mask, as in transformers.
 
         Raises:
             ValueError: rows hold several sequences, as their position ids say.
@@ -114,23 +118,27 @@ class Backbone:
                 "position_ids start again within a row, as in packed rows, which hold several sequences; a row has one "
                 "feature vector and one label, so give one sequence a row"
             )
-        encoder, causal = self.encoder, self.injector.is_causal
-        output = encoder(**inputs, **({"use_cache": False} if causal else {}))
-        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        image = self.injector.reads_images
-        hidden = self.injector.states_of_input(output.last_hidden_state, mask)
-        if image and hidden.shape[0] != inputs["pixel_values"].shape[0]:
+        encoder, injector, mask = self.encoder, self.injector, inputs.get("attention_mask")
+        output = encoder(**inputs, **({"use_cache": False} if injector.is_causal else {}))
+        last, states = injector.states_of_input(output.last_hidden_state, mask), output.get("hidden_states")
+        if injector.reads_images and last.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")
-        pool = first_token if self._has_class_token else last_token if causal else mean_pool
-        if causal and mask is None and ids is not None and pad_token_id is not None:
-            mask = ids != pad_token_id
-        states = output.get("hidden_states")
         if states is not None:
-            states = tuple(self.injector.states_of_input(each, inputs.get("attention_mask")) for each in states)
-        return pool(hidden, mask), states
+            states = tuple(injector.states_of_input(each, mask) for each in states)
+        return self._pooled(last, inputs, pad_token_id), states
+
+    def _pooled(self, last: Tensor, inputs: dict[str, Any], pad_token_id: int | None) -> Tensor:
+        mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        if self._has_class_token:
+            return first_token(last, mask)
+        if not self.injector.is_causal:
+            return mean_pool(last, mask)
+        if mask is None and ids is not None and pad_token_id is not None:
+            mask = ids != pad_token_id
+        return last_token(last, mask)
 
     def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
-        """Call `encode` with those of the inputs that the encoder takes."""
+        """Call `encode` without the inputs of a decoder and of a head."""
         theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
         return self.encode(theirs, pad_token_id)
 
@@ -141,9 +149,9 @@ class Backbone:
     def compute_under_a_task(
         self, inputs: dict[str, Any], labels: Tensor | None, num_items: Tensor | int | None = None
     ) -> Any:
-        """Return the same, without a cache if layers checkpoint: they compute twice and would write to it twice.
+        """Return the base model's own output under a task, with a loss that does not depend on padding.
 
-        In a decoder, padding in front predicts no token, so the loss does not depend on it.
+        There is no cache if layers checkpoint: they compute twice and would write to it twice.
 
         Args:
             inputs: those of the base model.
@@ -156,16 +164,20 @@ class Backbone:
         inputs = ({"use_cache": False} if self.injector.checkpoints else {}) | inputs
         if labels is None:
             return self.compute(inputs, None)
-        tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
-        shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
-        labels = checked_tokens(labels, getattr(self.model.get_output_embeddings(), "out_features", None), shape)
-        mask = inputs.get("attention_mask")
-        if mask is not None and self.injector.is_causal and mask.shape == labels.shape:
-            first = F.pad((mask[:, 1:] != 0) & (mask[:, :-1] == 0), (1, 0))
-            labels = labels.masked_fill(first.to(labels.device), IGNORED)
+        labels = self._checked(labels, inputs)
         output = self.compute(inputs, labels)
         output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
         return output
+
+    def _checked(self, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return the token labels as int64, in a decoder without those that padding in front would predict."""
+        tokens, mask = inputs.get("inputs_embeds", inputs.get("input_ids")), inputs.get("attention_mask")
+        shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]
+        labels = checked_tokens(labels, getattr(self.model.get_output_embeddings(), "out_features", None), shape)
+        if mask is None or not self.injector.is_causal or mask.shape != labels.shape:
+            return labels
+        predicted_by_padding = F.pad((mask[:, 1:] != 0) & (mask[:, :-1] == 0), (1, 0))
+        return labels.masked_fill(predicted_by_padding.to(labels.device), IGNORED)
 
     def counted(self, labels: Tensor) -> Tensor:
         """Return whether each token label counts in the loss; a decoder predicts no first token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
-from qtuning_fast.model.active_task import ActiveTask, SetTask
+from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
 from qtuning_fast.model.checkpoint import (
@@ -29,6 +29,7 @@ from qtuning_fast.model.checkpoint import (
     rename_version_3,
     write_checkpoint,
 )
+from qtuning_fast.model.chosen_tasks import SetTask
 from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.computing import Computing
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
@@ -180,8 +181,7 @@ class QTuningModel(PretrainedInterface):
 
     def problem_type(self, name: str) -> str:
         """Return what labels of a finished task mean; see `start_task`."""
-        self._tasks.check(name)
-        return self._tasks.labelled(name)[0]
+        return self._tasks.problem_type(name)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -510,15 +510,17 @@ class QTuningModel(PretrainedInterface):
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
-        with self.backbone.injector.lock:
-            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
-            self.base_model.gradient_checkpointing_enable(*args, **kwargs)
-            self.train(self.training)
+        self._enable_checkpointing(self.base_model.gradient_checkpointing_enable, *args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
-        self.base_model.activation_checkpointing_enable(*args, **kwargs)
-        self.train(self.training)
+        self._enable_checkpointing(self.base_model.activation_checkpointing_enable, *args, **kwargs)
+
+    def _enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        with self.backbone.injector.lock:
+            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
+            enable(*args, **kwargs)
+            self.train(self.training)
 
     def gradient_checkpointing_disable(self) -> None:
         """Call the base model's method."""

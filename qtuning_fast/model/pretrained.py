@@ -68,8 +68,8 @@ class PretrainedInterface(nn.Module):
         stays as it is.
         """
         forward = type(self).forward
-        mine = (each.forward for each in reversed(type(self).__mro__) if PretrainedInterface in each.__mro__[1:])
-        ours = next(mine)  # of the class that a subclass may derive from
+        below = [each for each in type(self).__mro__ if issubclass(each, PretrainedInterface)]
+        ours = below[-2].forward  # of the class that a subclass may derive from; the last is this one
         if forward is not ours and not _passes_everything(forward):
             return
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
@@ -145,6 +145,7 @@ def _without_frozen_weights(model: nn.Module, state: dict[str, Any], prefix: str
 
 
 def _note_prefix(model: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+    assert isinstance(model, PretrainedInterface)
     model._loaded_as = prefix  # the next hook gets the names of the whole, but no prefix
 
 

@@ -55,10 +55,10 @@ class Tasks:
         self.check(name)
         return self.adapters.entry(name).info.label_names
 
-    def labelled(self, name: str) -> tuple[str, int]:
-        """Return the problem type of a task and the number of outputs of its head."""
-        info = self.adapters.entry(name).info
-        return info.problem_type, info.classes
+    def problem_type(self, name: str) -> str:
+        """Return what labels of a task mean; raise a ValueError if there is none."""
+        self.check(name)
+        return self.adapters.entry(name).info.problem_type
 
     def on_device(self, name: str) -> TaskAdapter:
         """Return the adapter of a task with its head on the device; raise a ValueError if there is none."""

@@ -12,7 +12,8 @@ from transformers import BertModel
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.integrations.transformers import PrefixInjector
 from qtuning_fast.method.prefix import Prefix, placed
-from qtuning_fast.model.active_task import ActiveTask, SetTask
+from qtuning_fast.model.active_task import ActiveTask
+from qtuning_fast.model.chosen_tasks import SetTask
 
 Batch = dict[str, Tensor]
 SMALL = {"prompt_length": 3, "queue_size": 3, "shared_length": 2}
@@ -99,14 +100,14 @@ def layers(tiny_bert: BertModel, batch: Batch) -> Layers:
 
 def test_a_task_puts_its_prefix_on_its_layers_and_none_takes_it_off(layers: Layers) -> None:
     plain = layers.states()
-    assert layers.active.name is None and not layers.active.is_live
+    assert layers.active.task is None and layers.active.name is None
     layers.active.set("1")
     assert layers.active.name == "1" and layers.numbers == [1, None, 1]
     assert not torch.allclose(layers.states(), plain)
     layers.active.set("2", live=True)
-    assert layers.active.is_live and layers.numbers == [2, None, 2]
+    assert layers.active.task.is_live and layers.numbers == [2, None, 2]
     layers.active.set(None)
-    assert layers.active.name is None and not layers.active.is_live and layers.numbers == [None] * 3
+    assert layers.active.task is None and layers.active.name is None and layers.numbers == [None] * 3
     assert torch.equal(layers.states(), plain)
     assert layers.asked == [("1", False), ("2", True)]
 
@@ -124,7 +125,7 @@ def test_after_a_block_the_task_is_set_that_was_set_before(layers: Layers, befor
     with pytest.raises(KeyError), layers.active.kept():
         layers.active.set("2", live=True)
         raise KeyError
-    assert layers.active.name == before and not layers.active.is_live
+    assert layers.active.name == before and not (layers.active.task and layers.active.task.is_live)
     assert torch.equal(layers.states(), expected) and ("2", True) in layers.asked
 
 

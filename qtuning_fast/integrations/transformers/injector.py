@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from qtuning_fast.attention.arguments import PrefixArguments
+from qtuning_fast.integrations.transformers.attention_switch import AttentionSwitch
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointable_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.interface import NAME, AttentionCall, watched
+from qtuning_fast.integrations.transformers.interface import AttentionCall, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
     configs_of,
@@ -28,12 +29,9 @@ from qtuning_fast.integrations.transformers.offload import input_device
 from qtuning_fast.integrations.transformers.outputs import put_output_in_order
 from qtuning_fast.integrations.transformers.padding import move_padding_behind, moved_back
 from qtuning_fast.integrations.transformers.positions import Positions, Shift, give_positions
+from qtuning_fast.integrations.transformers.prompt_check import check_takes_prompt
 from qtuning_fast.integrations.transformers.prompt_tokens import Prompt, put_in_front
-from qtuning_fast.method.gate import NO_GATE
 from qtuning_fast.method.prefix import PlacedPrefix, Prefix, place
-
-# For the id of each config that names our attention: the previous name, and the number of its models with a task set.
-_SWITCHED: dict[int, tuple[Any, str, int]] = {}
 
 _ATTACHED = "qtuning_attached"  # holds the id of a base model with a QTuningModel; in a copy of it, not the copy's id
 
@@ -66,7 +64,7 @@ class PrefixInjector:
             raise ValueError("base_model has a QTuningModel attached already; call its detach() first")
         self._base_model = base_model
         self.lock = _lock_for(configs_of(base_model))
-        self._configs: list[Any] = []  # the configs that name our attention while it is on
+        self._switch = AttentionSwitch(base_model)
         self._placement = placement
         self._hooks: list[RemovableHandle] = []
         self._placed: tuple[Sequence[int], Prefix] | None = None
@@ -92,7 +90,7 @@ class PrefixInjector:
             if placement == "input":
                 self.restore()
                 self.switch()  # with hooks, which also refuse models that cannot take a prompt in front
-                self._check_in_front()
+                check_takes_prompt(self)
         except Exception:
             self.detach()
             raise
@@ -102,42 +100,6 @@ class PrefixInjector:
     def _mark_attached(self) -> None:
         setattr(self._base_model, _ATTACHED, id(self._base_model))
         _INJECTORS.add(self)
-
-    @torch.no_grad()
-    def _check_in_front(self) -> None:
-        """Raise a NotImplementedError if a placed prompt gives another result than prompt and input as one sequence.
-
-        Positions may depend on the sequence, a state may pass between tokens outside attention, or embeddings may
-        depend on more than the token. So the method tries it, on so few tokens that no window hides one.
-        """
-        stack, name = self.encoder, f"{type(self.model).__name__} cannot take a prompt in front of its input"
-        first_stack = [index for index, layer in enumerate(self.layers) if layer.stack == self.layers[0].stack]
-
-        def states(**inputs: Tensor) -> Tensor:
-            return stack(**inputs, **({"use_cache": False} if self.is_causal else {})).last_hidden_state
-
-        def behind(row: Tensor, **inputs: Tensor) -> Tensor:
-            self.place(first_stack, Prefix([NO_GATE] * len(first_stack), row))
-            return self.states_of_input(states(**inputs), None)
-
-        inputs = dummy_inputs(self.model)
-        try:
-            if "pixel_values" in inputs:
-                alone = states(**inputs)
-                same = alone.shape == behind(alone.new_zeros(1, stack.config.hidden_size), **inputs).shape
-            else:
-                ids = inputs["input_ids"][:, :2]
-                embeds = stack.get_input_embeddings()(ids)
-                row = embeds[:, :1]
-                pairs = [(states(input_ids=ids), states(inputs_embeds=embeds.clone()))]
-                whole = states(inputs_embeds=torch.cat([row, embeds], dim=1))[:, 1:]
-                pairs.append((behind(row[0], input_ids=ids), whole))
-                tolerance = 0.1 if whole.dtype.itemsize < 4 else 1e-4
-                same = all((mine - its).abs().max() <= tolerance * its.abs().max() for mine, its in pairs)
-        except Exception as error:
-            raise NotImplementedError(f"{name}: {error}; use placement='prefix'") from error
-        if not same:
-            raise NotImplementedError(f"{name}: both as one sequence give another output; use placement='prefix'")
 
     @property
     def model(self) -> PreTrainedModel:
@@ -184,34 +146,25 @@ class PrefixInjector:
             states: what the encoder returned.
             mask: the padding mask `[B, N]` of its input.
         """
-        return self.in_order_of_input(states, mask) if self._has_reader else states  # a hook has put them in order
+        return self.in_order_of_input(states, mask) if self._has_reader else states  # otherwise a hook has done it
 
     def in_order_of_input(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Do this to states that no hook has put in order."""
+        """Do the same to states that are as the encoder's own code returned them."""
         states = states[:, self.prompt_tokens :] if self.prompt_tokens else states
-        return moved_back(states, mask) if mask is not None and self._configs and self._moves_padding else states
+        if mask is None or not self._switch.is_on or not self._moves_padding:
+            return states
+        return moved_back(states, mask)
 
     def switch(self) -> None:
         """Switch the layers to `prefix_attention`."""
-        if not self._configs:
-            self._configs = configs_of(self._base_model)
-            # The private name, because the public setter does more and would warn each time that a task is set.
-            for config in self._configs:
-                _, before, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
-                _SWITCHED[id(config)] = config, before, users + 1
-            if self.layers:
-                self._hooks = self._new_hooks()
-        for config in self._configs:
-            config._attn_implementation = NAME
+        was_on = self._switch.is_on
+        self._switch.on()
+        if not was_on and self.layers:
+            self._hooks = self._new_hooks()
 
     def check_switched(self) -> None:
         """Raise a RuntimeError if the model's attention was changed while ours was on: it would see no prefix."""
-        for config in self._configs:
-            if config._attn_implementation != NAME:
-                raise RuntimeError(
-                    f"the base model's attention is {config._attn_implementation!r}, which was chosen while a task was "
-                    "set and ignores prefixes; call set_task again, and choose attention while no task is set"
-                )
+        self._switch.check()
 
     def _new_hooks(self) -> list[RemovableHandle]:
         """Add hooks around the encoder; they look up the current prompt in front and the current shift."""
@@ -228,13 +181,7 @@ class PrefixInjector:
 
     def restore(self) -> None:
         """Restore the original attention and mask functions, and remove all prefixes."""
-        for config in self._configs:
-            _, before, users = _SWITCHED.pop(id(config))
-            if users > 1:  # other models that share it still compute with their prefixes
-                _SWITCHED[id(config)] = config, before, users - 1
-            else:
-                config._attn_implementation = before
-        self._configs = []
+        self._switch.off()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -240,7 +240,7 @@ def _check_label_types(table: Table, column: str, values: Sequence[tuple[int, An
     """Check labels, each with its row."""
     for row, value in values:
         if type(value) not in (str, int, bool):
-            way_out = f"; {_SEVERAL}" if isinstance(value, list) else f"; {_NUMBERS}" * isinstance(value, float)
+            way_out = {list: f"; {_SEVERAL}", float: f"; {_NUMBERS}"}.get(type(value), "")
             raise ValueError(
                 f"{_cell(table, column, row)} {_shown(value)}, but labels must be strings, integers, or true and false"
                 + way_out
