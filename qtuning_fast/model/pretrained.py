@@ -69,8 +69,8 @@ class PretrainedInterface(nn.Module):
         """
         forward = type(self).forward
         below = [each for each in type(self).__mro__ if issubclass(each, PretrainedInterface)]
-        ours = below[-2].forward  # of the class that a subclass may derive from; the last is this one
-        if forward is not ours and not _passes_everything(forward):
+        first = below[-2].forward  # of the class that a subclass may derive from; the last is this one
+        if forward is not first and not _passes_everything(forward):
             return
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         theirs = [
@@ -78,7 +78,7 @@ class PretrainedInterface(nn.Module):
             for each in inspect.signature(type(inner).forward).parameters.values()
             if each.kind in kinds
         ]
-        _, *ours, rest = inspect.signature(ours).parameters.values()
+        _, *ours, rest = inspect.signature(first).parameters.values()
         names = [each.name for each in theirs]
         more = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in ours if each.name not in names]
         positional = tuple(each.name for each in theirs[1:] if each.kind is kinds[0])
