@@ -95,9 +95,9 @@ def label_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Ten
 def counted(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """Return whether each label counts in the loss, `[B]` or `[B, outputs]`."""
     if problem_type == SINGLE:
-        return labels.reshape(-1) != IGNORED
+        return labels.reshape(-1).long() != IGNORED  # as uint8, -100 would be 156
     exists = ~logits.isneginf()
-    return exists if problem_type == REGRESSION else exists & (labels.to(logits.device) != IGNORED)
+    return exists if problem_type == REGRESSION else exists & (labels.to(logits) != IGNORED)
 
 
 def share_of_items(counts: Tensor, num_items: Tensor | int) -> Tensor:
@@ -165,7 +165,8 @@ def _check_values(labels: Tensor, problem_type: str, tasks: Sequence[str], outpu
         wanted = f"a class index from 0 on, or {IGNORED} for none"
     elif problem_type == MULTI:
         most = torch.where(torch.arange(labels.shape[1]) < sizes, 1, 0)
-        right = (labels == IGNORED) | ((labels >= 0) & (labels <= most))
+        numbers = labels.float()
+        right = (numbers == IGNORED) | ((numbers >= 0) & (numbers <= most))
         wanted = f"a number from 0 to 1 for each class, or {IGNORED} for none"
     else:
         right, wanted = labels.isfinite(), "finite numbers"

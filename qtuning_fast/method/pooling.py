@@ -21,7 +21,7 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         pooled = hidden.mean(1)
     else:
-        weights = attention_mask.to(hidden)[..., None]
+        weights = (attention_mask != 0).to(hidden)[..., None]
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
     return _scaled(pooled)
 

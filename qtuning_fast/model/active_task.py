@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,6 +24,10 @@ _KEYS = map(str, itertools.count())
 _COMPILED_FOR = (
     "the model was compiled, and compiled calls compute under one task at a time, because they take no lock: another "
     "thread or asyncio task has set {}; set the same task everywhere, or compile one model for each thread"
+)
+_IN_A_BLOCK = (
+    "set_task is called while a batch of several tasks computes (`using`, or a call with task_names), which would go "
+    "on under the task that is set; call it before or after, or pass task_names to the inner call"
 )
 _HOOKED = (
     "the base model cannot be copied or pickled by itself while a task is set; copy or pickle the QTuningModel, or "
@@ -84,8 +86,14 @@ class ActiveTask:
         return any(task is not None and task.name == name for task in self._chosen.living() or [self._chosen.last])
 
     def set(self, name: str | None, *, live: bool = False, adapter: TaskAdapter | None = None) -> None:
-        """Activate a task for the calling context. On an error the previous task stays active."""
+        """Activate a task for the calling context. On an error the previous task stays active.
+
+        Raises:
+            RuntimeError: a block computes under several tasks, or compiled code under another one.
+        """
         with self._injector.lock:
+            if self._is_chosen_here and not self._chosen.is_kept:
+                raise RuntimeError(_IN_A_BLOCK)
             task = None if name is None else SetTask(name, live, adapter)
             self._check_not_compiled_for_others(identity(task))
             if task is not None:
@@ -137,22 +145,36 @@ class ActiveTask:
         _note_compiled(self._key)
 
     def __enter__(self) -> None:
+        self._injector.lock.__enter__()
+        self._prepare(leave=self._injector.lock.__exit__)
+
+    def __exit__(self, *_: object) -> None:
+        self._injector.lock.__exit__()
+
+    def enter_hook(self) -> None:
+        """Enter a computation that `leave_hook` leaves."""
         lock = self._injector.lock
-        lock.__enter__()
+        lock.enter(by_hook=True)
+        self._prepare(leave=lock.leave_hook)
+        if not self._hooks:  # removed while this call waited for the lock, so no hook will leave it
+            lock.leave_hook()
+
+    def leave_hook(self) -> None:
+        self._injector.lock.leave_hook()
+
+    def _prepare(self, *, leave: Callable[[], None]) -> None:
+        """Put the task of the calling context on the layers; on an error leave the lock."""
         try:
             if not self._is_chosen_here:
                 task = self.task
                 if task is not self.current:
                     self._check_not_compiled_for_others(identity(task))
                     self._put(task)
-            if not lock.is_nested:
+            if not self._injector.lock.is_nested:
                 self._injector.follow_checkpointing()
         except BaseException:
-            lock.__exit__()
+            leave()
             raise
-
-    def __exit__(self, *_: object) -> None:
-        self._injector.lock.__exit__()
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -246,10 +268,6 @@ class ActiveTask:
             hook.remove()
         self._hooks = []
 
-    @property
-    def has_hooks(self) -> bool:
-        return bool(self._hooks)
-
     # Contexts and locks are neither copied nor pickled.
 
     def __getstate__(self) -> dict[str, Any]:
@@ -274,25 +292,16 @@ class _DirectCalls:
 
     def __init__(self, active: ActiveTask) -> None:
         self._active = active
-        self._entered: Counter[int] = Counter()  # by thread: `leave` is called even if something failed before `enter`
 
     def enter(self, *_: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             self._active.note_compiled()
             return
-        self._active.__enter__()
-        if self._active.has_hooks:
-            self._entered[threading.get_ident()] += 1
-        else:  # removed while this call waited for the lock, so `leave` will not be called
-            self._active.__exit__()
+        self._active.enter_hook()
 
     def leave(self, *_: object) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            return
-        thread = threading.get_ident()
-        if self._entered[thread]:
-            self._entered[thread] -= 1
-            self._active.__exit__()
+        if not torch.compiler.is_dynamo_compiling():
+            self._active.leave_hook()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DirectCalls:
         active = memo.get(id(self._active))  # there only if the whole is copied

@@ -181,7 +181,7 @@ class Backbone:
 
     def counted(self, labels: Tensor) -> Tensor:
         """Return whether each token label counts in the loss; a decoder predicts no first token."""
-        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]) != IGNORED
+        return (labels if self.model.config.is_encoder_decoder else labels[:, 1:]).long() != IGNORED
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`."""

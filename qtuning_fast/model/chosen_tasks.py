@@ -49,12 +49,14 @@ class ChosenTasks:
 
     Attributes:
         last: the task that was set last.
+        is_kept: whether a block goes on after which the task of its context will be restored.
     """
 
     def __init__(self) -> None:
         self._mine: ContextVar[_Choice | None] = ContextVar("qtuning_task", default=None)
         self._choices: list[weakref.ref[_Choice]] = []  # replaced, never changed: other threads read it
         self.last: SetTask | None = None
+        self.is_kept = False
 
     @property
     def mine(self) -> SetTask | None:
@@ -81,8 +83,9 @@ class ChosenTasks:
         """Set the task of the calling context; None is the base model alone."""
         choice = _Choice(task)
         self._mine.set(choice)
-        self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
-        self.last = task
+        if not self.is_kept:  # otherwise it is of no concern to other contexts
+            self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
+            self.last = task
 
     def replace(self, name: str, task: SetTask | None) -> None:
         """Give a task to every context that has set a task of this name."""
@@ -92,13 +95,17 @@ class ChosenTasks:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Restore the task of the calling context after the block."""
-        choice, last = self._mine.get(), self.last
+        """Restore the task of the calling context after the block, in which one context at a time may be.
+
+        What is set within it is of the calling context alone, also if it has none of its own.
+        """
+        choice = self._mine.get()
+        before, self.is_kept = self.is_kept, True
         try:
             yield
         finally:
             self._mine.set(choice)
-            self.last = last
+            self.is_kept = before
             del choice  # the traceback of an error would keep it alive
 
     def living(self, *, but_mine: bool = False) -> list[SetTask | None]:

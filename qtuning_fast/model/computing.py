@@ -43,10 +43,18 @@ class Computing:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The token that pads inputs without a mask."""
-        task = self._active.current
-        config = self.task_configs.get("" if task is None else task.name, self._backbone.model.config)
-        return getattr(config, "pad_token_id", None)
+        """The token that pads inputs without a mask.
+
+        Users set it on the config of one task, and it is meant for all, which share a tokenizer. The configs of tasks
+        are copies of the base model's, so one that differs from it has been set.
+        """
+        task, base = self._active.current, getattr(self._backbone.model.config, "pad_token_id", None)
+        mine = [self.task_configs[task.name]] if task is not None and task.name in self.task_configs else []
+        for config in (*mine, *self.task_configs.values()):
+            token: int | None = getattr(config, "pad_token_id", None)
+            if token != base:
+                return token
+        return base
 
     def under_a_task(
         self,

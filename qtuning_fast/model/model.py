@@ -95,6 +95,7 @@ class QTuningModel(PretrainedInterface):
         prefix_of = partial(_prefix_of, self.learning, backbone, len(self.layer_indices))
         self._active = ActiveTask(backbone.injector, self.layer_indices, prefix_of)
         self._computing = Computing(backbone, self.learning, self._active, self.layer_indices, config)
+        self._mixed: MixedBatch | None = None  # of the block `using` that is open
         self.name_inputs(self._reads_inputs)
 
     # Parts
@@ -194,7 +195,7 @@ class QTuningModel(PretrainedInterface):
             names, problem_type = self.label_names(task), self.problem_type(task)
         config = self._computing.task_configs.get(task)
         if config is None or (config.id2label, config.problem_type) != (dict(enumerate(names)), problem_type):
-            config = self._computing.task_configs[task] = config_of_task(base, names, problem_type)
+            config = self._computing.task_configs[task] = config_of_task(config or base, names, problem_type)
         return config
 
     # Tasks
@@ -222,21 +223,21 @@ class QTuningModel(PretrainedInterface):
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
-        self.learning.check_idle()
         labels = checked_labels(name, num_labels, label_names, required=self.has_heads, problem_type=problem_type)
         if problem_type != SINGLE and not self.has_heads:
             task_type = self.qtuning_config.task_type
             raise ValueError(
                 f"problem_type is {problem_type!r}, but task_type={task_type!r} has no heads; leave it out"
             )
-        if name in self.adapters:
-            raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
-        with self._active.kept():
-            try:
-                self.backbone.check_gradient(self.layer_indices)
-            finally:
-                self.train(self.training)
         with self.backbone.injector.lock:
+            self.learning.check_idle()
+            if name in self.adapters:
+                raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
+            with self._active.kept():
+                try:
+                    self.backbone.check_gradient(self.layer_indices)
+                finally:
+                    self.train(self.training)
             self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
             synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
             self.set_task(name)
@@ -269,11 +270,12 @@ class QTuningModel(PretrainedInterface):
         Raises:
             ValueError: no task of this name.
         """
-        in_training = name is not None and name == self.learning.task
-        adapter = None if name is None or in_training else self._tasks.on_device(name)
-        if name is not None:
-            self._check_attached()
-        self._active.set(name, live=live or in_training, adapter=adapter)
+        with self.backbone.injector.lock:
+            in_training = name is not None and name == self.learning.task
+            adapter = None if name is None or in_training else self._tasks.on_device(name)
+            if name is not None:
+                self._check_attached()
+            self._active.set(name, live=live or in_training, adapter=adapter)
 
     def add_task(self, adapter: TaskAdapter) -> None:
         """Add an adapter that was made elsewhere for this base model, as a finished task.
@@ -283,8 +285,9 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: the adapter does not fit this model, or its name is taken.
         """
-        self._check_new(adapter)
-        self._tasks.add(adapter)
+        with self.backbone.injector.lock:
+            self._check_new(adapter)
+            self._tasks.add(adapter)
 
     def load_task(self, folder: str | Path, name: str) -> None:
         """Add one adapter from a checkpoint of the same base model, as a finished task.
@@ -295,8 +298,9 @@ class QTuningModel(PretrainedInterface):
                 differs, or the name is taken.
         """
         adapter, saved = self._tasks.read(Path(folder), name)
-        self._check_new(adapter)
-        self._tasks.add_read(adapter, saved)
+        with self.backbone.injector.lock:
+            self._check_new(adapter)
+            self._tasks.add_read(adapter, saved)
 
     def remove_task(self, name: str) -> None:
         """Remove a finished task, which frees its name. Other tasks are unchanged.
@@ -307,19 +311,19 @@ class QTuningModel(PretrainedInterface):
             ValueError: no finished task has this name.
             RuntimeError: the task is in training or set, or the next task's memory retention will need it.
         """
-        if name == self.learning.task:
-            self.learning.check_idle()
-        if self._active.is_set_anywhere(name):
-            raise RuntimeError(f"task {name!r} is set; set another task, or None, first")
-        if name == self.learning.last_learned and self._may_retain:
-            raise RuntimeError(
-                f"task {name!r} was learned last: memory retention of the next task needs its adapter; only with "
-                "retention_weight=0 can it be removed"
-            )
         with self.backbone.injector.lock:
+            if name == self.learning.task:
+                self.learning.check_idle()
+            if self._active.is_set_anywhere(name):
+                raise RuntimeError(f"task {name!r} is set; set another task, or None, first")
+            if name == self.learning.last_learned and self._may_retain:
+                raise RuntimeError(
+                    f"task {name!r} was learned last: memory retention of the next task needs its adapter; only with "
+                    "retention_weight=0 can it be removed"
+                )
             self._tasks.remove(name)
-        if name == self.learning.last_learned:
-            self.learning.last_learned = None
+            if name == self.learning.last_learned:
+                self.learning.last_learned = None
 
     def set_memory_limits(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> None:
         """Bound the memory that adapters use; None means no bound.
@@ -388,21 +392,22 @@ class QTuningModel(PretrainedInterface):
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
         if task_names is not None:
-            self.backbone.check_inputs(inputs, under_a_task=True)
-            with self.using(task_names, batch_size(inputs)) as mixed:
-                return self._computing.under_a_task(inputs, labels, num_items_in_batch, mixed)
-        return self._active.compute(self._compute_alone, inputs, labels, num_items_in_batch, retention_features)
+            with self.using(task_names, batch_size(inputs)):
+                return self._compute(inputs, labels, num_items_in_batch, retention_features)
+        return self._active.compute(self._compute, inputs, labels, num_items_in_batch, retention_features)
 
-    def _compute_alone(
+    def _compute(
         self,
         inputs: dict[str, Any],
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
         retention_features: Tensor | None,
     ) -> Any:
-        """Return loss and logits under the one task that is set, or the base model's own output."""
-        task = self._active.current
-        self.backbone.check_inputs(inputs, under_a_task=task is not None)
+        """Return loss and logits under the task that is set or those of a block, or the base model's own output."""
+        task, mixed = self._active.current, self._mixed
+        self.backbone.check_inputs(inputs, under_a_task=task is not None or mixed is not None)
+        if mixed is not None:
+            return self._computing.under_a_task(inputs, labels, num_items_in_batch, mixed)
         if task is None:
             return self.backbone.compute(inputs, labels)
         self._check_attached()
@@ -474,7 +479,11 @@ class QTuningModel(PretrainedInterface):
         """
         self._check_attached()
         with self._active.mixed(), self._tasks.using(task_names, batch) as mixed:
-            yield mixed
+            before, self._mixed = self._mixed, mixed
+            try:
+                yield mixed
+            finally:
+                self._mixed = before
 
     # As a module
 

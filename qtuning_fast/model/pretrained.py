@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any, NoReturn
 
@@ -55,23 +55,30 @@ class PretrainedInterface(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._loaded_as = ""
         self.register_state_dict_post_hook(_without_frozen_weights)
+        self.register_load_state_dict_pre_hook(_note_prefix)
         self.register_load_state_dict_post_hook(_miss_no_frozen_weights)
 
     def name_inputs(self, inner: nn.Module) -> None:
         """Make `forward` take the inputs of `inner` in their order, and then its own by name.
 
         So inputs by position mean what they mean to the base model, and Trainer, which drops the columns of a dataset
-        that no argument names, keeps those for the base model.
+        that no argument names, keeps those for the base model. A subclass's `forward` that names inputs of its own
+        stays as it is.
         """
         forward = type(self).forward
+        below = [each for each in type(self).__mro__ if issubclass(each, PretrainedInterface)]
+        first = below[-2].forward  # of the class that a subclass may derive from; the last is this one
+        if forward is not first and not _passes_everything(forward):
+            return
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         theirs = [
             each.replace(annotation=inspect.Parameter.empty)
             for each in inspect.signature(type(inner).forward).parameters.values()
             if each.kind in kinds
         ]
-        _, *ours, rest = inspect.signature(forward).parameters.values()
+        _, *ours, rest = inspect.signature(first).parameters.values()
         names = [each.name for each in theirs]
         more = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in ours if each.name not in names]
         positional = tuple(each.name for each in theirs[1:] if each.kind is kinds[0])
@@ -117,6 +124,12 @@ class PretrainedInterface(nn.Module):
         return sum(each.nbytes for each in tensors)
 
 
+def _passes_everything(forward: Callable[..., Any]) -> bool:
+    """Return whether a method is `forward(self, *args, **kwargs)`."""
+    _, *others = inspect.signature(forward).parameters.values()
+    return [each.kind for each in others] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+
+
 def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_type: Any) -> PreTrainedConfig:
     """Return a copy of the base model's config with the classes of a task, as pipelines and Trainer read them."""
     config = copy.copy(base)
@@ -127,18 +140,28 @@ def config_of_task(base: PreTrainedConfig, label_names: Sequence[str], problem_t
 
 
 def _without_frozen_weights(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in _frozen(model, [name for name in state if name.startswith(f"{prefix}base_model.")]):
+    for name in _frozen(model, state, prefix):
         del state[name]
 
 
+def _note_prefix(model: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+    assert isinstance(model, PretrainedInterface)
+    model._loaded_as = prefix  # the next hook gets the names of the whole, but no prefix
+
+
 def _miss_no_frozen_weights(model: nn.Module, incompatible: Any) -> None:
-    for name in _frozen(model, incompatible.missing_keys):
+    for name in _frozen(model, incompatible.missing_keys, str(model._loaded_as)):
         incompatible.missing_keys.remove(name)
 
 
-def _frozen(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return those of the names in a state dict that are frozen parameters and buffers of the base model."""
+def _frozen(model: nn.Module, names: Iterable[str], prefix: str) -> list[str]:
+    """Return those of the names that are frozen parameters and buffers of the base model in a state dict.
+
+    Args:
+        names: names of a whole state dict.
+        prefix: what names of this model begin with.
+    """
     assert isinstance(model, PretrainedInterface)
     trained = {name for name, each in model.base_model.named_parameters(remove_duplicate=False) if each.requires_grad}
-    parts = [(name, name.partition("base_model.")) for name in names]
-    return [name for name, (_, found, rest) in parts if found and rest not in trained]
+    start = f"{prefix}base_model."
+    return [name for name in names if name.startswith(start) and name.removeprefix(start) not in trained]

@@ -52,6 +52,20 @@ def test_each_sample_gets_what_its_task_gives_by_itself(family: Any, placement: 
         check(model, batch, names)
 
 
+@pytest.mark.parametrize("set_before", [None, "task-2"])
+def test_within_a_block_forward_computes_under_its_tasks(family: Any, set_before: str | None) -> None:
+    model, batch = learned(family.base_model(), 3, task_type=family.task_type), family.batch()
+    names = ["task-1", "task-0", "task-1"]
+    with torch.no_grad():
+        expected = model(**batch, task_names=names).logits
+        model.set_task(set_before)
+        with model.using(names, 3):
+            torch.testing.assert_close(model(**batch).logits, expected)
+            assert model(**batch, task_names=["task-0"] * 3).logits.shape[0] == 3
+            torch.testing.assert_close(model(**batch).logits, expected)
+    assert model.active_task == set_before
+
+
 @pytest.mark.parametrize("family", ["Llama", "OPT"], indirect=True)
 @pytest.mark.parametrize("placement", ["prefix", "input"])
 def test_heads_on_a_decoder(family: Any, placement: str) -> None:

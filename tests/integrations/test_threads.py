@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import copy
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -184,6 +185,81 @@ def test_one_thread_trains_while_others_answer(families: Any, name: str, checkpo
         others = [repeated(model, inputs, right[each], each) for each in NAMES] if crowd else []
         histories.append(at_once(lambda model=model: train(model), *others)[0])
     torch.testing.assert_close(torch.stack(histories[1]), torch.stack(histories[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_backward_pass_in_another_thread_changes_no_answer(families: Any, use_reentrant: bool) -> None:
+    model, inputs = two_tasks(families["Llama"]), families["Llama"].batch()
+    right = answers(model, inputs)["first"]
+    model.start_task("third")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.train()
+    for _ in range(ROUNDS):
+        model.set_task("third")
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        model.set_task("first")
+        thread = threading.Thread(target=loss.backward, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            check(answer(model, inputs), right)
+
+
+@pytest.mark.parametrize("compute", ["forward", "generate", "task_names"])
+def test_after_a_keyboard_interrupt_other_threads_may_compute(families: Any, compute: str) -> None:
+    model, inputs = two_tasks(families["Llama"]), families["Llama"].batch()
+    right = answers(model, inputs)["first"]
+    model.set_task("first")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.backbone.injector.layers[1].module.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if compute == "generate":
+            model.generate(**inputs, max_new_tokens=2)
+        else:
+            model(**inputs, task_names=["second"] * 3 if compute == "task_names" else None)
+    hook.remove()
+    check(in_thread(lambda: answer(model, inputs)), right)
+    check(answer(model, inputs), right)
+
+
+def test_of_two_threads_that_start_a_task_at_once_one_is_refused(
+    families: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two_tasks(families["BERT"])
+    slow = model.backbone.check_gradient
+
+    def slower(*args: Any) -> None:
+        slow(*args)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(model.backbone, "check_gradient", slower)
+
+    def start(name: str) -> str | None:
+        try:
+            model.start_task(name, 3)
+        except RuntimeError as error:
+            assert "is in training" in str(error)
+            return None
+        return name
+
+    started = at_once(lambda: start("third"), lambda: start("fourth"))
+    assert [name for name in started if name is not None] == [model.learning.task]
+
+
+def test_features_under_a_task_set_it_for_no_other_thread(model: QTuningModel, inputs: dict[str, Tensor]) -> None:
+    in_thread(lambda: model.set_task("first"))  # and no living thread has set one
+    seen = []
+
+    def look(*_: Any) -> None:
+        seen.append(in_thread(lambda: (model.active_task, model.config.id2label)))
+
+    hook = model.backbone.injector.layers[0].module.register_forward_pre_hook(look)
+    for task in ("second", None):
+        model.features(inputs, task=task)
+    hook.remove()
+    assert [name for name, _ in seen] == ["first", "first"] and model.active_task == "first"
 
 
 @pytest.mark.parametrize("shares", ["BERT", "GPT-2"])

@@ -62,6 +62,18 @@ def test_integers_of_any_size_mean_the_index(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss(LABELS[SINGLE].to(dtype)[:, None], SINGLE), expected)
 
 
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
+def test_no_class_and_no_token_is_taken_for_a_label_that_is_left_out(problem_type: str) -> None:
+    wraps = torch.tensor([256 - 100], dtype=torch.uint8)  # -100 in eight bits
+    assert checked_tokens(wraps[None], 200, [1, 1]).tolist() == [[156]]
+    logits = torch.randn(1, 200)
+    if problem_type == SINGLE:
+        torch.testing.assert_close(loss(wraps, SINGLE, logits), F.cross_entropy(logits, wraps.long()))
+    else:
+        with pytest.raises(ValueError, match="labels holds"):
+            loss(wraps.expand(1, 200), MULTI, logits)
+
+
 def test_booleans_mean_the_second_class() -> None:
     yes = torch.tensor([True, False, False, True])
     torch.testing.assert_close(loss(yes, SINGLE), F.cross_entropy(LOGITS, yes.long()))

@@ -18,6 +18,15 @@ def test_what_is_pooled() -> None:
             torch.testing.assert_close(mine, theirs / theirs.square().mean().sqrt())
 
 
+def test_every_number_in_a_mask_but_zero_means_a_token() -> None:
+    hidden = torch.randn(2, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    numbers = mask * torch.tensor([1, 2, 3, 4])  # as of packed sequences
+    for pool in (mean_pool, last_token):
+        for other in (numbers, numbers.bool(), numbers.float()):
+            assert torch.equal(pool(hidden, other), pool(hidden, mask))
+
+
 def test_a_sample_that_is_all_padding_is_zeros() -> None:
     pooled = mean_pool(torch.randn(2, 3, 4), torch.tensor([[0, 0, 0], [1, 1, 0]]))
     assert (pooled[0] == 0).all() and (pooled[1] != 0).all()

@@ -31,6 +31,25 @@ def test_the_task_set_survives_a_mixed_batch(tiny_bert: BertModel, batch: Batch,
     assert torch.equal(model(**batch).logits, expected)
 
 
+def test_no_task_is_set_while_a_mixed_batch_computes(tiny_bert: BertModel, batch: Batch, learn: Any) -> None:
+    model = QTuningModel(tiny_bert, QTuningConfig(prompt_length=3, queue_size=6))
+    learn(model, batch, tasks=2)
+    names = ["task-0", "task-1"] * 2
+    with torch.no_grad():
+        expected, features = model(**batch, task_names=names).logits, model.features(batch, task="task-1")
+
+        def interrupt(*_: Any) -> None:
+            hook.remove()
+            assert torch.equal(model.features(batch, task="task-1"), features)  # which restores what was set
+            with pytest.raises(RuntimeError, match="while a batch of several tasks computes"):
+                model.set_task("task-0")
+
+        hook = tiny_bert.encoder.layer[1].register_forward_pre_hook(interrupt)
+        assert torch.equal(model(**batch, task_names=names).logits, expected)
+    assert model.active_task == "task-1"
+    model.set_task("task-0")
+
+
 def test_what_stands_on_the_layers_moves_with_the_model(tiny_bert: BertModel, batch: Batch, learn: Any) -> None:
     model = QTuningModel(tiny_bert, small_config())
     learn(model, batch, 1)

@@ -62,7 +62,7 @@ def test_what_was_set_before_a_block_is_set_after_it(chosen: ChosenTasks) -> Non
     other = in_new_context(chosen, SECOND)
     with pytest.raises(KeyError), chosen.kept():
         chosen.set_mine(FIRST)
-        assert chosen.mine is FIRST
+        assert chosen.mine is FIRST and Context().run(lambda: chosen.mine) is SECOND
         raise KeyError
     assert chosen.mine is SECOND and chosen.last is SECOND and chosen.living() == [SECOND]
     del other

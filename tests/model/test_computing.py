@@ -50,6 +50,27 @@ def test_a_classifier_on_a_decoder_finds_the_last_token_without_a_mask(
         assert not torch.allclose(model(input_ids=padded).logits, model(input_ids=ids).logits, atol=1e-3)
 
 
+def test_a_padding_token_that_is_set_under_one_task_holds_under_all(families: Any) -> None:
+    base = families["Llama"].base_model()
+    base.config.pad_token_id = None
+    model = QTuningModel(base, QTuningConfig(**SMALL | {"task_type": "sequence-classification"}))
+    for name in ("first", "second"):
+        model.start_task(name, 3)
+        model.finish_task()
+    ids = torch.randint(5, 40, (3, 6), generator=torch.Generator().manual_seed(0))
+    padded = F.pad(ids, (0, 4), value=1)
+    model.config.pad_token_id = 1
+    with torch.no_grad():
+        for names in (None, ["first", "second", "first"]):
+            expected = model(input_ids=ids, task_names=names).logits
+            torch.testing.assert_close(model(input_ids=padded, task_names=names).logits, expected)
+        model.set_task("first")
+        assert model.config.label2id == {"0": 0, "1": 1, "2": 2}
+        torch.testing.assert_close(model(input_ids=padded).logits, model(input_ids=ids).logits)
+    model.set_task(None)
+    assert model.config is base.config and base.config.pad_token_id is None
+
+
 def test_hidden_states_of_a_step_with_memory_retention_are_those_of_the_batch(families: Any) -> None:
     model = started(families["BERT"])
     for task in ("second", "third"):

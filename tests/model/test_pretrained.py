@@ -60,6 +60,25 @@ def test_a_module_around_it_leaves_them_out_likewise(model: QTuningModel) -> Non
     around.load_state_dict(state)
 
 
+class Around(nn.Module):
+    def __init__(self, base_model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = base_model
+
+
+def test_names_of_a_module_around_it_are_not_those_of_its_base_model(model: QTuningModel) -> None:
+    weight = model.base_model.get_parameter("encoder.layer.0.output.dense.weight").requires_grad_(True)
+    around = Around(model)
+    state = around.state_dict()
+    assert any(value.data_ptr() == weight.data_ptr() for value in state.values())
+    around.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*base_model\.learning\.prefix"):
+        around.load_state_dict({name: value for name, value in state.items() if ".prefix." not in name})
+    beside = nn.ModuleList([Around(nn.Linear(1, 1)), model])
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.base_model\.weight"):
+        beside.load_state_dict({f"1.{name}": value for name, value in model.state_dict().items()})
+
+
 class Inner(nn.Module):
     def forward(self, input_ids: Tensor, boxes: Tensor, *args: Any, scale: float = 1.0, **kwargs: Any) -> None: ...
 
@@ -79,6 +98,25 @@ def test_forward_takes_the_base_models_inputs_in_their_order_and_then_its_own() 
         outer(1, 2, 3)
     with pytest.raises(TypeError, match="got boxes by position and by name"):
         outer(1, 2, boxes=3)
+
+
+class PassingOn(Outer):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return "passed on", super().forward(*args, **kwargs)
+
+
+class OfItsOwn(Outer):
+    def forward(self, boxes: int, labels: Any = None, **kwargs: Any) -> Any:
+        return super().forward(labels, boxes, **kwargs)
+
+
+def test_a_subclass_gets_inputs_by_the_names_that_it_gives_them_or_by_those_of_the_base_model() -> None:
+    passing, own = PassingOn(), OfItsOwn()
+    for outer in (passing, own):
+        outer.name_inputs(Inner())
+    assert list(inspect.signature(passing.forward).parameters) == ["input_ids", "boxes", "scale", "labels", "kwargs"]
+    assert passing(1, 2, labels=3) == ("passed on", (1, 3, {"boxes": 2}))
+    assert own(1, 2) == (1, 2, {}) and list(inspect.signature(own.forward).parameters) == ["boxes", "labels", "kwargs"]
 
 
 def test_forward_is_pickled_and_copied_with_its_model(model: QTuningModel, batch: Batch) -> None:

@@ -83,10 +83,29 @@ def test_a_backward_pass_in_a_thread_of_pytorchs_does_not_wait_for_the_one_that_
         with lock.recomputing_for(thread):
             return True
 
-    with lock:
+    with lock, lock.as_block():
         assert in_thread(lambda: recompute(caller)) == [True]
         assert in_thread(lambda: recompute(caller + 1)) == []
         assert recompute(caller)
+    with lock:  # it computes, and does not wait
+        assert in_thread(lambda: recompute(caller)) == []
+        assert recompute(caller)
+
+
+def test_what_hooks_entered_is_left_with_the_statement_around_them() -> None:
+    lock = ComputeLock()
+    lock.enter(by_hook=True)
+    with lock:
+        lock.enter(by_hook=True)  # and never left, as after a KeyboardInterrupt
+        lock.enter(by_hook=True)
+    assert not lock.is_nested and in_thread(lambda: taken(lock)) == []
+    with lock:
+        lock.leave_hook()  # of a hook that failed before it entered
+        assert lock.is_nested
+    lock.leave_hook()
+    assert in_thread(lambda: taken(lock)) == [True]
+    lock.leave_hook()
+    assert taken(lock)
 
 
 def test_copies_and_pickles_are_locks_of_their_own() -> None:
