@@ -524,8 +524,15 @@ class QTuningModel(PretrainedInterface):
 
     def gradient_checkpointing_disable(self) -> None:
         """Call the base model's method."""
+        self._disable_checkpointing(self.base_model.gradient_checkpointing_disable)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Call the base model's method, which replaces `gradient_checkpointing_disable` in transformers 5.24."""
+        self._disable_checkpointing(self.base_model.activation_checkpointing_disable)
+
+    def _disable_checkpointing(self, disable: Callable[[], None]) -> None:
         with self.backbone.injector.lock:
-            self.base_model.gradient_checkpointing_disable()
+            disable()
             self.train(self.training)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

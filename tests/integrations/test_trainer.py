@@ -393,3 +393,13 @@ def test_it_has_the_base_models_own(family: Any) -> None:
 def test_a_causal_model_is_known_by_the_name_of_its_base(families: Any) -> None:
     assert started(families["Llama"])._get_name() == "LlamaForCausalLM"
     assert started(families["BERT"])._get_name() == "QTuningModel"
+
+
+def test_checkpointing_is_switched_by_its_new_name_too(families: Any) -> None:
+    model = started(families["BERT"]).train()
+    if not hasattr(model.base_model, "activation_checkpointing_enable"):
+        pytest.skip("transformers before 5.24 has one name")
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert model.is_gradient_checkpointing and model.backbone.injector.checkpoints
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing and not model.backbone.injector.checkpoints
