@@ -42,7 +42,6 @@ class PretrainedInterface(nn.Module):
     main_input_name = _OfTheBase()
     input_modalities = _OfTheBase()
     output_modalities = _OfTheBase()
-    loss_type = _OfTheBase()
     generation_config = _OfTheBase()
     hf_device_map = _OfTheBase()
     is_gradient_checkpointing = _OfTheBase()
@@ -98,10 +97,21 @@ class PretrainedInterface(nn.Module):
 
     # Trainer
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether tasks have heads of their own; otherwise the base model's language modelling head is used."""
+        return False
+
+    @property
+    def loss_type(self) -> str | None:
+        """The base model's, by which Trainer counts labels: those of a causal model are shifted, a head's are not."""
+        return None if self.has_heads else getattr(self.base_model, "loss_type", None)
+
     def _get_name(self) -> str:
         # By this name Trainer decides whether label smoothing shifts the labels.
         base = type(self.base_model).__name__
-        return base if base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else type(self).__name__
+        shifts = not self.has_heads and base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        return base if shifts else type(self).__name__
 
     def __repr__(self) -> str:
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())

@@ -218,6 +218,25 @@ def test_gradient_accumulation_is_exact(families: Any, name: str, tmp_path: Path
     assert_same(ends[1], ends[0], tolerance=2e-5)
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.2}, {"gradient_accumulation_steps": 4}], ids=str)
+def test_labels_of_a_head_are_not_shifted_where_the_base_is_a_causal_language_model(
+    families: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    family = families["Llama"]
+    model = started(family, task_type="sequence-classification")
+    assert type(model.base_model).__name__ == "LlamaForCausalLM" and model._get_name() == "QTuningModel"
+    rows = [row | {"labels": index % 3} for index, row in enumerate(rows_of(family, 4))]
+    size = 4 // options.get("gradient_accumulation_steps", 1)
+    run = trainer(model, rows, tmp_path, per_device_train_batch_size=size, max_grad_norm=0.0, **options)
+    run.train()
+    again = started(family, task_type="sequence-classification").train()
+    batch = {each: torch.stack([row[each] for row in rows]) for each in ("input_ids", "attention_mask")}
+    labels = torch.tensor([row["labels"] for row in rows])
+    smoothing = options.get("label_smoothing_factor", 0.0)
+    expected = F.cross_entropy(again(**batch).logits, labels, label_smoothing=smoothing)
+    assert run.state.log_history[0]["loss"] == pytest.approx(float(expected.detach()), abs=1e-3)
+
+
 def test_the_share_of_memory_retention_is_that_of_the_labels(families: Any) -> None:
     for name in ("BERT", "Llama"):
         family = families[name]
@@ -374,7 +393,8 @@ def test_a_pipeline_classifies_with_the_tasks_own_classes(families: Any, tokeniz
 def test_it_has_the_base_models_own(family: Any) -> None:
     model = started(family)
     base = model.base_model
-    for name in ("dtype", "main_input_name", "generation_config", "loss_type"):
+    assert model.loss_type == (None if model.has_heads else base.loss_type)
+    for name in ("dtype", "main_input_name", "generation_config"):
         assert getattr(model, name, "none") == getattr(base, name, "none")
     assert model.can_generate() == base.can_generate()
     assert model.get_input_embeddings() is base.get_input_embeddings()
