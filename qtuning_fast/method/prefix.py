@@ -73,8 +73,11 @@ def place(module: nn.Module, prefix: PrefixArguments | PlacedPrefix | None) -> N
     """Make a module attend to this prefix; with None, to its own prefix or to none."""
     if prefix is not None:
         setattr(module, PREFIX, prefix)
-    elif hasattr(module, PREFIX):  # in a form that PyTorch 2.11 can compile
-        delattr(module, PREFIX)
+    elif hasattr(module, PREFIX):  # in a form that PyTorch 2.11 can compile, which reads no deleted attribute
+        if torch.compiler.is_dynamo_compiling():
+            setattr(module, PREFIX, None)
+        else:
+            delattr(module, PREFIX)
 
 
 def placed(module: nn.Module) -> PlacedPrefix | None:

@@ -25,7 +25,7 @@ class AttentionSwitch:
 
     @property
     def is_on(self) -> bool:
-        return bool(self._configs)
+        return len(self._configs) > 0  # PyTorch 2.11 cannot compile bool() of a list
 
     def on(self) -> None:
         """Switch to our attention, also where another one was chosen since the switch is on."""
