@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qtuning_fast.attention.arguments import PrefixArguments
 from qtuning_fast.integrations.transformers.attention_switch import AttentionSwitch
 from qtuning_fast.integrations.transformers.checkpointing import carry_prefixes, checkpointable_layers, leave_prefixes
-from qtuning_fast.integrations.transformers.interface import AttentionCall, watched
+from qtuning_fast.integrations.transformers.interface import AttentionCall, forget_watchers, watched
 from qtuning_fast.integrations.transformers.layers import (
     AttentionLayer,
     configs_of,
@@ -235,6 +235,7 @@ class PrefixInjector:
         """Restore the base model; another QTuningModel can be attached afterwards."""
         self.restore()
         leave_prefixes(self._checkpointable)
+        forget_watchers(self._base_model)
         self._base_model.__dict__.pop(_ATTACHED, None)
         _INJECTORS.discard(self)
         for module, name, required in self._required_grad:

@@ -52,8 +52,17 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in modules:
-            delattr(module, _WATCHER)
+        if torch.compiler.is_dynamo_compiling():  # PyTorch 2.11 reads no deleted attribute
+            for module in modules:
+                setattr(module, _WATCHER, None)
+        else:
+            forget_watchers(model)
+
+
+def forget_watchers(model: nn.Module) -> None:
+    """Remove what `watched` leaves on modules, also in compiled code."""
+    for module in model.modules():
+        module.__dict__.pop(_WATCHER, None)
 
 
 def attention_forward(
