@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary, ref
 
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.prefix import Prefix
@@ -35,10 +35,10 @@ def identity(task: SetTask | None) -> tuple[str, bool] | None:
 
 
 class _Choice:
-    """What one context has set: a task, or None for the base model alone. It lives as long as the context."""
+    """Stands for what one context has set, and lives as long as the context.
 
-    def __init__(self, task: SetTask | None) -> None:
-        self.task = task
+    It does not hold the task: a context never drops a variable, so the task would outlive its model.
+    """
 
 
 class ChosenTasks:
@@ -54,7 +54,8 @@ class ChosenTasks:
 
     def __init__(self) -> None:
         self._mine: ContextVar[_Choice | None] = ContextVar("qtuning_task", default=None)
-        self._choices: list[weakref.ref[_Choice]] = []  # replaced, never changed: other threads read it
+        self._choices: list[ref[_Choice]] = []  # replaced, never changed: other threads read it
+        self._task_of: WeakKeyDictionary[_Choice, SetTask | None] = WeakKeyDictionary()  # None: the base model alone
         self.last: SetTask | None = None
         self.is_kept = False
 
@@ -67,7 +68,7 @@ class ChosenTasks:
         """
         choice = self._mine.get()
         if choice is not None:
-            return choice.task
+            return self._task_of[choice]
         found = {identity(task): task for task in self.living()}
         if not found:
             return self.last
@@ -81,17 +82,19 @@ class ChosenTasks:
 
     def set_mine(self, task: SetTask | None) -> None:
         """Set the task of the calling context; None is the base model alone."""
-        choice = _Choice(task)
+        choice = _Choice()
+        self._task_of[choice] = task
         self._mine.set(choice)
         if not self.is_kept:  # otherwise it is of no concern to other contexts
-            self._choices = [weakref.ref(each) for each in (*self._living(), choice)]
+            self._choices = [ref(each) for each in (*self._living(), choice)]
             self.last = task
 
     def replace(self, name: str, task: SetTask | None) -> None:
         """Give a task to every context that has set a task of this name."""
         for choice in self._living():
-            if choice.task is not None and choice.task.name == name:
-                choice.task = task
+            before = self._task_of[choice]
+            if before is not None and before.name == name:
+                self._task_of[choice] = task
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -112,7 +115,7 @@ class ChosenTasks:
         """Return what each living context has set, perhaps without the calling one."""
         # No choices themselves: the traceback of an error would keep them alive, as if their contexts still lived.
         mine = self._mine.get() if but_mine else None
-        return [choice.task for choice in self._living() if choice is not mine]
+        return [self._task_of[choice] for choice in self._living() if choice is not mine]
 
     def _living(self) -> list[_Choice]:
         return [choice for choice in (each() for each in self._choices) if choice is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -136,3 +138,21 @@ def test_a_task_whose_prefix_cannot_be_made_leaves_the_one_before(layers: Layers
     with pytest.raises(ValueError, match="could not convert"):
         layers.active.set("no number")
     assert layers.active.name == before and torch.equal(layers.states(), expected)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_model_that_is_gone_leaves_no_adapter_and_no_prefix_behind(tiny_config: Any, detached: bool) -> None:
+    """A context keeps its variables for ever, so what they hold must be nothing of the model's."""
+    model = QTuningModel(BertModel(tiny_config()), QTuningConfig(prompt_length=3, queue_size=2, shared_length=2))
+    model.start_task("first", 2)
+    model.finish_task()
+    model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    task = model._active.current
+    assert task is not None and task.adapter is not None and task.placed is not None
+    kept = [weakref.ref(each) for each in (task, task.adapter, task.placed[1])]
+    del task
+    if detached:
+        model.detach()
+    del model
+    gc.collect()
+    assert [each() for each in kept] == [None, None, None]
