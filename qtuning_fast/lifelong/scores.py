@@ -2,8 +2,9 @@
 
 - `accuracy`, for one class an example: the share of examples whose most probable class is right.
 - `micro_f1`, for several labels: F1 over all pairs of an example and a label. The model gives a label if its
-  probability is above one half.
+  probability is above one half. If it gives none and none is right, F1 is 1.
 - `pearson`, for a number: Pearson's correlation of the predicted numbers with the true ones, from -1 to 1, as in GLUE.
+  If either are all the same, it is 0.
 """
 
 from __future__ import annotations
@@ -30,20 +31,9 @@ def score(problem_type: str, outputs: Any, labels: Any) -> float:
     if problem_type == SINGLE:
         return float(np.mean(outputs.argmax(-1) == labels))
     if problem_type == MULTI:
-        return micro_f1(outputs > 0, labels > 0)
-    return pearson(outputs[:, 0], labels)
+        from sklearn.metrics import f1_score
 
-
-def micro_f1(given: np.ndarray, right: np.ndarray) -> float:
-    """Return F1 over all entries of two boolean arrays; 1 where no label is given and none is right."""
-    wrong = int((given != right).sum())
-    both = 2 * int((given & right).sum())
-    return both / (both + wrong) if both + wrong else 1.0
-
-
-def pearson(predicted: np.ndarray, right: np.ndarray) -> float:
-    """Return Pearson's correlation; 0 where either side is constant, which says nothing about the other."""
-    x, y = (np.asarray(each, dtype=np.float64) for each in (predicted, right))
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float(np.clip((x * y).sum() / size, -1, 1)) if size > 0 else 0.0
+        return float(f1_score(labels > 0, outputs > 0, average="micro", zero_division=1.0))
+    if np.ptp(outputs) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(np.corrcoef(outputs[:, 0].astype(np.float64), labels.astype(np.float64))[0, 1])

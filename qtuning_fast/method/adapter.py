@@ -180,14 +180,10 @@ def checked_labels(
         label_names = [str(label) for label in range(num_labels)]
     elif num_labels not in (None, len(label_names)):
         raise ValueError(f"num_labels is {num_labels}, but label_names has {len(label_names)}")
+    needed = "one" if regresses else "two"
     if len(label_names) < 2 - regresses or len(set(label_names)) < len(label_names):
-        needed = "one" if regresses else "two"
-        raise ValueError(
-            f"num_labels: task {name!r} has the labels {list(label_names)}; it needs {needed}, all different"
-            + (
-                ""
-                if regresses
-                else f'; a task that predicts a number has problem_type="{REGRESSION}"' * (len(label_names) == 1)
-            )
-        )
+        message = f"num_labels: task {name!r} has the labels {list(label_names)}; it needs {needed}, all different"
+        if len(label_names) == 1:
+            message += f'; a task that predicts a number has problem_type="{REGRESSION}"'
+        raise ValueError(message)
     return tuple(label_names)

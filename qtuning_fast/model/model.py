@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -508,52 +508,12 @@ class QTuningModel(PretrainedInterface):
             finally:
                 self.train(training)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
-        self._enable_checkpointing(self.base_model.gradient_checkpointing_enable, *args, **kwargs)
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
-        self._enable_checkpointing(self.base_model.activation_checkpointing_enable, *args, **kwargs)
-
-    def _enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        with self.backbone.injector.lock:
-            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
-            enable(*args, **kwargs)
-            self.train(self.training)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Call the base model's method."""
-        self._disable_checkpointing(self.base_model.gradient_checkpointing_disable)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Call the base model's method, which replaces `gradient_checkpointing_disable` in transformers 5.24."""
-        self._disable_checkpointing(self.base_model.activation_checkpointing_disable)
-
-    def _disable_checkpointing(self, disable: Callable[[], None]) -> None:
-        with self.backbone.injector.lock:
-            disable()
-            self.train(self.training)
-
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
 
         `prompt` holds the prompts and the reweighting, `network` the reparametrisation and the discriminator.
         """
         return self.learning.parameter_groups()
-
-    def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters and of all parameters."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        everything, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
-        print(f"trainable: {trainable:,} of {everything:,} parameters, {trainable / max(1, everything):.2%}")
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Names that `DistributedDataParallel` skips: the frozen backbone never differs and may be sharded (FSDP2)."""
-        frozen = [name for name, parameter in self.base_model.named_parameters() if not parameter.requires_grad]
-        buffers = [name for name, _ in self.base_model.named_buffers()]
-        return [f"base_model.{name}" for name in (*frozen, *buffers)]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # to(), cuda(), half(): the placed prefix moves along, and slots are allocated again.

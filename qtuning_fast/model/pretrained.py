@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qtuning_fast.model.backbone import Backbone
+
 
 class _OfTheBase:
     """An attribute of the base model under the same name; absent if the base model lacks it."""
@@ -34,6 +36,7 @@ class PretrainedInterface(nn.Module):
     """
 
     base_model: PreTrainedModel
+    backbone: Backbone
 
     accepts_loss_kwargs = True  # Trainer then gives `num_items_in_batch`, for exact gradient accumulation
     _keys_to_ignore_on_save: Sequence[str] | None = None  # Trainer reads it; `state_dict` leaves them out itself
@@ -116,17 +119,58 @@ class PretrainedInterface(nn.Module):
     def __repr__(self) -> str:
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Names that `DistributedDataParallel` skips: the frozen backbone never differs and may be sharded (FSDP2)."""
+        frozen = [name for name, parameter in self.base_model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in self.base_model.named_buffers()]
+        return [f"base_model.{name}" for name in (*frozen, *buffers)]
+
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(
             "nn.DataParallel copies layers without their prefixes; start one process for each GPU by torchrun or "
             "accelerate launch, or show one GPU only by CUDA_VISIBLE_DEVICES=0"
         )
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method; reentrant and non-reentrant checkpoints both work."""
+        self._enable_checkpointing(self.base_model.gradient_checkpointing_enable, *args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Call the base model's method, which replaces `gradient_checkpointing_enable` in transformers 5.24."""
+        self._enable_checkpointing(self.base_model.activation_checkpointing_enable, *args, **kwargs)
+
+    def _enable_checkpointing(self, enable: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        with self.backbone.injector.lock:
+            self.base_model.disable_input_require_grads()  # enabling twice would lose the first hook
+            enable(*args, **kwargs)
+            self.train(self.training)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Call the base model's method."""
+        self._disable_checkpointing(self.base_model.gradient_checkpointing_disable)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Call the base model's method, which replaces `gradient_checkpointing_disable` in transformers 5.24."""
+        self._disable_checkpointing(self.base_model.activation_checkpointing_disable)
+
+    def _disable_checkpointing(self, disable: Callable[[], None]) -> None:
+        with self.backbone.injector.lock:
+            disable()
+            self.train(self.training)
+
+    # Sizes
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters, as transformers' method of this name does."""
         embeddings = {each.weight for each in self.modules() if exclude_embeddings and isinstance(each, nn.Embedding)}
         parameters = set(self.parameters()) - embeddings
         return sum(each.numel() for each in parameters if each.requires_grad or not only_trainable)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters and of all parameters."""
+        everything, trainable = self.num_parameters(), self.num_parameters(only_trainable=True)
+        print(f"trainable: {trainable:,} of {everything:,} parameters, {trainable / max(1, everything):.2%}")
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes of the parameters, and of the buffers, as transformers' method of this name does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,7 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from qtuning_fast import QTuningModel
 from qtuning_fast.attention.common import GATES
 
 BY_HAND = "prefix_by_hand"
@@ -210,6 +212,22 @@ def writer(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(params=[name for name, family in FAMILIES.items() if family.kind == "decoder"])
 def decoder(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
+
+
+def _with_tasks(model: QTuningModel, *names: str) -> QTuningModel:
+    for name in names:
+        model.start_task(name, 3)
+        with torch.no_grad():
+            for parameter in model.learning.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        model.finish_task()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def with_tasks() -> Callable[..., QTuningModel]:
+    """`with_tasks(model, *names)` finishes tasks of three classes with parameters at random; the last one is set."""
+    return _with_tasks
 
 
 # By hand

@@ -21,10 +21,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 @pytest.mark.parametrize("placement", ["prefix", "input"])
-def test_an_error_while_a_task_is_set_leaves_the_one_before(families: Any, placement: str) -> None:
+def test_an_error_while_a_task_is_set_leaves_the_one_before(families: Any, with_tasks: Any, placement: str) -> None:
     """The prefix of a prompt is made by a pass through the model, which can fail, and adapters are read from disk."""
     family = families["Llama"]
-    model, inputs = two_tasks(family, placement), family.batch()
+    config = QTuningConfig(**SMALL, placement=placement, task_type=family.task_type)
+    model, inputs = with_tasks(QTuningModel(family.base_model(), config), "first", "second"), family.batch()
     expected = model(**inputs).logits
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -51,23 +52,14 @@ class Missing:
         raise MemoryError
 
 
-def two_tasks(family: Any, placement: str, **changes: Any) -> QTuningModel:
-    """Two finished tasks with prefixes at random; the second is set."""
-    config = QTuningConfig(**(SMALL | {"placement": placement, "task_type": family.task_type} | changes))
-    model = QTuningModel(family.base_model(), config)
-    for name in ("first", "second"):
-        model.start_task(name, 3)
-        with torch.no_grad():
-            for parameter in model.training_prefix.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.5)
-        model.finish_task()
-    return model.eval()
-
-
 @pytest.mark.parametrize("placement", ["prefix", "input"])
-def test_a_copy_of_a_model_with_a_task_set_is_a_model_of_its_own(families: Any, placement: str) -> None:
+def test_a_copy_of_a_model_with_a_task_set_is_a_model_of_its_own(
+    families: Any, with_tasks: Any, placement: str
+) -> None:
     for name in ("BERT", "GPT-2"):
-        model, inputs = two_tasks(families[name], placement), families[name].batch()
+        family = families[name]
+        config = QTuningConfig(**SMALL, placement=placement, task_type=family.task_type)
+        model, inputs = with_tasks(QTuningModel(family.base_model(), config), "first", "second"), family.batch()
         second = model(**inputs).logits
         copied = copy.deepcopy(model)
         assert torch.equal(copied(**inputs).logits, second)

@@ -31,19 +31,13 @@ Batch = dict[str, Tensor]
 
 
 @pytest.fixture
-def model(families: Any, name: str, task_type: str, placement: str) -> QTuningModel:
+def model(families: Any, with_tasks: Any, name: str, task_type: str, placement: str) -> QTuningModel:
     """Two finished tasks at random; the first one is set."""
     torch._dynamo.reset()
     base = families[name].base_model()
     base.config.use_cache = False
     model = QTuningModel(base, QTuningConfig(**SMALL, placement=placement, task_type=task_type))
-    for task in ("second", "first"):
-        model.start_task(task, 3)
-        with torch.no_grad():
-            for parameter in model.learning.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.5)
-        model.finish_task()
-    return model.eval()
+    return with_tasks(model, "second", "first")
 
 
 @pytest.fixture

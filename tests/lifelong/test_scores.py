@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from qtuning_fast.lifelong.scores import METRICS, WORDS, micro_f1, pearson, score
+from qtuning_fast.lifelong.scores import METRICS, WORDS, score
 from qtuning_fast.method.labels import MULTI, PROBLEM_TYPES, REGRESSION, SINGLE
 
 RANDOM = np.random.default_rng(0)
@@ -24,12 +24,18 @@ def test_one_class_is_scored_by_accuracy() -> None:
 def test_several_labels_are_scored_by_micro_f1() -> None:
     logits, labels = RANDOM.normal(size=(30, 4)), RANDOM.integers(0, 2, (30, 4))
     assert score(MULTI, logits, labels) == pytest.approx(f1_score(labels, logits > 0, average="micro"))
-    nothing = np.zeros((3, 2), dtype=bool)
-    assert micro_f1(nothing, nothing) == 1 and micro_f1(nothing, ~nothing) == micro_f1(~nothing, nothing) == 0
+    none, all_right = (
+        -np.ones((3, 2)),
+        np.ones((3, 2), dtype=int),
+    )  # logits that give no label; labels that are all right
+    assert score(MULTI, none, 0 * all_right) == 1
+    assert score(MULTI, none, all_right) == score(MULTI, -none, 0 * all_right) == 0
 
 
 def test_numbers_are_scored_by_their_correlation() -> None:
     predicted, labels = RANDOM.normal(size=(30, 1)), RANDOM.normal(size=30)
     assert score(REGRESSION, predicted, labels) == pytest.approx(np.corrcoef(predicted[:, 0], labels)[0, 1])
-    assert pearson(3 * labels + 2, labels) == pytest.approx(1) and pearson(-labels, labels) == pytest.approx(-1)
-    assert pearson(np.ones(30), labels) == pearson(labels, np.ones(30)) == 0
+    column = labels[:, None]
+    assert score(REGRESSION, 3 * column + 2, labels) == pytest.approx(1)
+    assert score(REGRESSION, -column, labels) == pytest.approx(-1)
+    assert score(REGRESSION, np.ones((30, 1)), labels) == score(REGRESSION, column, np.ones(30)) == 0

@@ -10,7 +10,7 @@ The tokenizer's end-of-sequence token ends each word, so that a word can be told
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -98,7 +98,7 @@ class ExampleEncoder:
 
     def encode_with_answers(self, examples: Examples, answers: Answers) -> EncodedExamples:
         """The inputs that a language model trains on, all of one length; `labels` are the tokens of the answers."""
-        given = [answers[label] for label in examples.labels if isinstance(label, int)]
+        given = [answers[label] for label in cast(Sequence[int], examples.labels)]  # `check` refuses other labels
         longest = max(map(len, answers))
         tokens = self._tokenize(examples)
         if self.task_type == "text-to-text":

@@ -14,19 +14,6 @@ from qtuning_fast.integrations.transformers.attention_switch import AttentionSwi
 SMALL = {"prompt_length": 2, "queue_size": 2, "shared_length": 1, "reparameterization": None}
 
 
-def two_tasks(family: Any) -> QTuningModel:
-    """Two finished tasks with prefixes at random; the second is set."""
-    config = QTuningConfig(**SMALL, task_type=family.task_type)
-    model = QTuningModel(family.base_model(), config)
-    for name in ("first", "second"):
-        model.start_task(name, 3)
-        with torch.no_grad():
-            for parameter in model.training_prefix.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.5)
-        model.finish_task()
-    return model.eval()
-
-
 def test_a_shared_config_names_our_attention_until_the_last_switch_is_off(families: Any) -> None:
     base = families["BERT"].base_model()
     config, other = base.config, type(base)(base.config)
@@ -68,9 +55,11 @@ def test_models_that_share_a_config_go_their_own_ways(families: Any) -> None:
     assert base.config._attn_implementation == before
 
 
-def test_other_attention_chosen_under_a_task_is_not_computed_with_in_silence(families: Any) -> None:
+def test_other_attention_chosen_under_a_task_is_not_computed_with_in_silence(families: Any, with_tasks: Any) -> None:
     for name in ("BERT", "Llama"):
-        model, inputs = two_tasks(families[name]), families[name].batch()
+        family = families[name]
+        config = QTuningConfig(**SMALL, task_type=family.task_type)
+        model, inputs = with_tasks(QTuningModel(family.base_model(), config), "first", "second"), family.batch()
         expected = model(**inputs).logits
         model.base_model.set_attn_implementation("eager")
         with pytest.raises(RuntimeError, match="attention is 'eager'"):
