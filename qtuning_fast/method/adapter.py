@@ -14,6 +14,7 @@ from qtuning_fast.method.gate import NO_GATE, gate_arguments
 from qtuning_fast.method.labels import REGRESSION, SINGLE, check_problem_type
 from qtuning_fast.method.prefix import Prefix
 
+RESERVED_NAMES = ("infer", "validation", "random")
 NO_HEAD = "task {!r} has no head, only a prompt: it yields features, but no logits"
 
 
@@ -148,6 +149,15 @@ class TaskAdapter:
         )
 
 
+def check_not_reserved(name: str) -> None:
+    """Raise a ValueError if a task's name means something else where tasks are named."""
+    if name in RESERVED_NAMES:
+        raise ValueError(
+            f"name is {name!r}, which is no task name: {', '.join(map(repr, RESERVED_NAMES))} have a meaning of their "
+            "own where tasks are named; choose another"
+        )
+
+
 def checked_labels(
     name: object,
     num_labels: object,
@@ -168,6 +178,7 @@ def checked_labels(
         raise TypeError(f"name is {name!r}; it must be a string")
     if not name:
         raise ValueError("name is empty; a task needs a name")
+    check_not_reserved(name)
     check_problem_type(problem_type)
     if label_names is None and num_labels is None and not required:
         return ()

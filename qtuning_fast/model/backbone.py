@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qtuning_fast.integrations.transformers import PrefixInjector, input_device
 from qtuning_fast.integrations.transformers.packing import are_packed, check_position_ids
+from qtuning_fast.integrations.transformers.padding import with_padding_behind
 from qtuning_fast.method.labels import IGNORED, checked_tokens, token_loss
 from qtuning_fast.method.pooling import first_token, last_token, mean_pool
 from qtuning_fast.model.fingerprint import fingerprint
@@ -138,9 +139,12 @@ class Backbone:
         return last_token(last, mask)
 
     def read(self, inputs: dict[str, Any], pad_token_id: int | None = None) -> Tensor:
-        """Call `encode` without the inputs of a decoder and of a head."""
+        """Return the features of the inputs without those of a decoder and of a head, wherever padding is.
+
+        The base model alone may count padding as positions, so it is moved behind the tokens.
+        """
         theirs = {k: v for k, v in inputs.items() if not k.startswith(("decoder_", "logits_to_keep"))}
-        return self.encode(theirs, pad_token_id)
+        return self.encode(with_padding_behind(theirs) or theirs, pad_token_id)
 
     def compute(self, inputs: dict[str, Any], labels: Tensor | None) -> Any:
         """Return the base model's own output, from its own head."""

@@ -7,7 +7,8 @@ of the previous checkpoint stay. So a folder holds one complete checkpoint, or r
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ from qtuning_fast.model.checked_files import (
     write_json,
     write_tensors,
 )
-from qtuning_fast.model.registry import AdapterFile, AdapterRegistry, StoredAdapter
+from qtuning_fast.model.registry import (
+    AdapterFile,
+    AdapterRegistry,
+    Registry,
+    StatisticsFile,
+    StatisticsInfo,
+    StatisticsRegistry,
+    Stored,
+    StoredFile,
+)
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 4
@@ -38,7 +48,8 @@ READABLE_VERSIONS = (3, 4)
 _QUEUE = "queue."
 _NEW_NAMES = {"live": "learning.prefix", "discriminator": "learning.discriminator", "head": "learning.head"}
 _OURS = re.compile(
-    rf"(task-\d+|state)-[0-9a-f]{{12}}\.safetensors|\.(task|state|adapter_config).*{re.escape(TEMPORARY)}"
+    rf"((task|statistics)-\d+|state)-[0-9a-f]{{12}}\.safetensors"
+    rf"|\.(task|statistics|state|adapter_config).*{re.escape(TEMPORARY)}"
 )
 
 
@@ -54,6 +65,7 @@ class Checkpoint:
         learning: the state of the training prefix and the discriminator, by name.
         queue: the state of the queue.
         last_learned: the task learned last, whose prompt the training prefix holds; None if there is none.
+        statistics: those of the tasks that have some.
     """
 
     config: QTuningConfig
@@ -63,6 +75,7 @@ class Checkpoint:
     learning: dict[str, Tensor]
     queue: dict[str, Tensor]
     last_learned: str | None = None
+    statistics: StatisticsRegistry = field(default_factory=StatisticsRegistry)
 
     def check_base_model(self, backbone: Backbone, folder: Path) -> None:
         """Raise a ValueError if the checkpoint in this folder was made for another base model."""
@@ -87,14 +100,24 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
     folder = folder.resolve()
     with FileLock(folder / ".lock"):
         entries = saved.adapters.entries()
-        files = [_written(folder, number, entry, saved.adapters) for number, entry in enumerate(entries)]
+        files = [_written(folder, f"task-{n:03d}", each, saved.adapters, AdapterFile) for n, each in enumerate(entries)]
+        recorded = {entry.info.name: entry for entry in saved.statistics.entries()}
+        statistics = {
+            entry.info.name: _written(
+                folder, f"statistics-{n:03d}", recorded[entry.info.name], saved.statistics, StatisticsFile
+            )
+            for n, entry in enumerate(entries)
+            if entry.info.name in recorded
+        }
         state = write_tensors(folder, "state", _joined(saved.learning, saved.queue))
         content = {
             "format_version": FORMAT_VERSION,
             "config": saved.config.to_dict(),
             "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
             "tasks": [
-                {**_indexed(entry.info), "file": file.file, "sha256": file.sha256}
+                _indexed(entry.info)
+                | {"file": file.file, "sha256": file.sha256}
+                | _indexed_statistics(recorded.get(entry.info.name), statistics.get(entry.info.name))
                 for entry, file in zip(entries, files)
             ],
             "last_learned": saved.last_learned,
@@ -103,18 +126,26 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
         write_json(folder / CONFIG_FILE, content)
         for entry, file in zip(entries, files):
             saved.adapters.lies_in(entry, file)
-        named = {state["file"], *(file.file for file in files)}
+        for name, its_file in statistics.items():
+            saved.statistics.lies_in(recorded[name], its_file)
+        named = {state["file"], *(file.file for file in (*files, *statistics.values()))}
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
 
 
-def _written(folder: Path, number: int, entry: StoredAdapter, store: AdapterRegistry) -> AdapterFile:
-    """Return an adapter's file in `folder`, written if it does not exist."""
+def _written(
+    folder: Path,
+    stem: str,
+    entry: Stored[Any, Any],
+    store: Registry[Any, Any],
+    kind: Callable[..., StoredFile[Any, Any]],
+) -> StoredFile[Any, Any]:
+    """Return an entry's file in `folder`, written if it does not exist."""
     file = entry.file
     if file is not None and file.folder == folder and file.is_whole():
         return file
-    return AdapterFile(folder, **write_tensors(folder, f"task-{number:03d}", store.load(entry, keep=False).tensors()))
+    return kind(folder, **write_tensors(folder, stem, store.load(entry, keep=False).tensors()))
 
 
 def read_checkpoint(folder: Path, *, lazy: bool = False) -> Checkpoint:
@@ -149,12 +180,18 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
         )
     try:
         config = QTuningConfig.from_dict(content["config"])
-        adapters = AdapterRegistry()
+        adapters, statistics = AdapterRegistry(), StatisticsRegistry()
         for entry in content["tasks"]:
             file = AdapterFile(folder, entry["file"], entry["sha256"])
             stored = adapters.add(_info(folder, entry), file=file)
             if not lazy:
                 adapters.load(stored)
+            if "statistics" in entry:
+                of = _statistics_info(folder, entry["name"], entry["statistics"])
+                kept = StatisticsFile(folder, entry["statistics"]["file"], entry["statistics"]["sha256"])
+                recorded = statistics.add(of, file=kept)
+                if not lazy:
+                    statistics.load(recorded)
         if len(adapters) < len(content["tasks"]):
             raise CorruptFileError(f"{folder / CONFIG_FILE} names a task twice")
         state = read_tensors(folder, content["state"])
@@ -162,7 +199,7 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
         if last is not None and last not in adapters:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {last!r}, the task learned last, is not among its tasks")
         learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
-        return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last)
+        return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last, statistics)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
 
@@ -195,6 +232,24 @@ def _indexed(info: AdapterInfo) -> dict[str, Any]:
     if info.problem_type == SINGLE:
         del content["problem_type"]
     return content
+
+
+def _indexed_statistics(entry: Stored[StatisticsInfo, Any] | None, file: StoredFile[Any, Any] | None) -> dict[str, Any]:
+    """Return what the index says of a task's statistics; nothing if it has none, as in earlier versions."""
+    if entry is None or file is None:
+        return {}
+    content = asdict(entry.info) | {"file": file.file, "sha256": file.sha256}
+    del content["name"]
+    return {"statistics": content}
+
+
+def _statistics_info(folder: Path, name: str, entry: dict[str, Any]) -> StatisticsInfo:
+    """Return the index's description of a task's statistics."""
+    maps, numbers = entry["feature_maps"], {key: entry[key] for key in ("classes", "bytes")}
+    right = isinstance(maps, list) and all(isinstance(each, str) for each in maps)
+    if not right or not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the statistics of task {name!r} are invalid")
+    return StatisticsInfo(name=name, feature_maps=tuple(maps), **numbers)
 
 
 def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:

@@ -20,7 +20,9 @@ from qtuning_fast.method.adapter import NO_HEAD, AdapterInfo, TaskAdapter
 from qtuning_fast.method.gate import NO_GATE, gate_arguments
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.model.backbone import Backbone
-from qtuning_fast.model.registry import AdapterRegistry, StoredAdapter
+from qtuning_fast.model.registry import AdapterRegistry, Stored
+
+StoredAdapter = Stored[AdapterInfo, TaskAdapter]
 
 _FIRST_SLOTS = 4
 

@@ -1,12 +1,15 @@
-"""Training of one model by several processes: they share random draws and gather shards."""
+"""Training of one model by several processes: they share random draws and gather shards and statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 @torch.no_grad()
@@ -18,6 +21,15 @@ def synchronize(tensors: Sequence[Tensor]) -> None:
     dist.broadcast_object_list(first)  # a few megabytes a task, and independent of the tensors' device
     for tensor, value in zip(tensors, first[0]):
         tensor.copy_(value)
+
+
+def gathered(value: Value) -> list[Value]:
+    """Return the values of all processes, in the order of their ranks, in a call that all processes must make."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qtuning_fast.method.adapter import TaskAdapter, checked_labels
+from qtuning_fast.method.adapter import TaskAdapter, check_not_reserved, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
+from qtuning_fast.method.statistics import TaskStatistics
+from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, TaskInference
+from qtuning_fast.method.task_rules import TaskRule, rule_by_name
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError
@@ -34,10 +37,12 @@ from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.computing import Computing
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
+from qtuning_fast.model.inferring import infer, inferred
+from qtuning_fast.model.known_tasks import Batch
 from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import batch_size
 from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
-from qtuning_fast.model.registry import AdapterRegistry
+from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
@@ -104,6 +109,23 @@ class QTuningModel(PretrainedInterface):
     def adapters(self) -> AdapterRegistry:
         """The adapters of the finished tasks by name."""
         return self._tasks.adapters
+
+    @property
+    def statistics(self) -> StatisticsRegistry:
+        """What was recorded of the finished tasks' examples, by task name; see `record_statistics`."""
+        return self._tasks.known.statistics
+
+    @property
+    def task_rule(self) -> TaskRule:
+        """The rule by which the task of an input is inferred; set it to one, or to a name in `RULES`.
+
+        It is not saved with the model.
+        """
+        return self._tasks.known.rule
+
+    @task_rule.setter
+    def task_rule(self, rule: TaskRule | str) -> None:
+        self._tasks.known.rule = rule_by_name(rule)
 
     @property
     def slots(self) -> AdapterSlots:
@@ -251,7 +273,7 @@ class QTuningModel(PretrainedInterface):
         self._check_attached()
         with self.backbone.injector.lock:
             adapter = self.learning.finish()
-            self.adapters.add(adapter.info, adapter=adapter)
+            self.adapters.add(adapter.info, value=adapter)
             self.zero_grad()
             self.set_task(adapter.name)
             self._active.set_for_all(adapter.name)
@@ -277,20 +299,24 @@ class QTuningModel(PretrainedInterface):
                 self._check_attached()
             self._active.set(name, live=live or in_training, adapter=adapter)
 
-    def add_task(self, adapter: TaskAdapter) -> None:
+    def add_task(self, adapter: TaskAdapter, statistics: TaskStatistics | None = None) -> None:
         """Add an adapter that was made elsewhere for this base model, as a finished task.
 
         Queue and training prefix are unchanged.
 
+        Args:
+            adapter: the adapter.
+            statistics: those of its examples, without which its inputs are not recognised.
+
         Raises:
-            TypeError, ValueError: the adapter does not fit this model, or its name is taken.
+            TypeError, ValueError: the adapter or the statistics do not fit this model, or the name is taken.
         """
         with self.backbone.injector.lock:
             self._check_new(adapter)
-            self._tasks.add(adapter)
+            self._tasks.add(adapter, statistics)
 
     def load_task(self, folder: str | Path, name: str) -> None:
-        """Add one adapter from a checkpoint of the same base model, as a finished task.
+        """Add one adapter from a checkpoint of the same base model, as a finished task, with its statistics.
 
         Raises:
             FileNotFoundError: the folder holds no checkpoint.
@@ -303,9 +329,9 @@ class QTuningModel(PretrainedInterface):
             self._tasks.add_read(adapter, saved)
 
     def remove_task(self, name: str) -> None:
-        """Remove a finished task, which frees its name. Other tasks are unchanged.
+        """Remove a finished task and its statistics, which frees its name. Other tasks are unchanged.
 
-        The queue keeps the rows of its prompt.
+        The queue keeps the rows of its prompt. Inference of tasks is then what it would be without the task.
 
         Raises:
             ValueError: no finished task has this name.
@@ -332,13 +358,61 @@ class QTuningModel(PretrainedInterface):
             device_bytes: bound on the slots for batches of several tasks, on the model's device. A batch that names
                 more tasks than fit is refused.
             host_bytes: bound on the adapters in the host's memory. The least recently used ones that are on disk are
-                dropped and read again when needed; adapters that were never saved stay, even beyond the bound.
+                dropped and read again when needed; adapters that were never saved stay, even beyond the bound. Under a
+                bound, statistics that are on disk are read only when tasks come or go.
 
         Raises:
             TypeError, ValueError: a bound is not a positive integer.
         """
         with self.backbone.injector.lock:
             self._tasks.set_memory_limits(device_bytes=device_bytes, host_bytes=host_bytes)
+
+    # Inferring the task
+
+    def record_statistics(self, name: str, batches: Iterable[Batch], *, validation: Iterable[Batch] = ()) -> None:
+        """Record what tells inputs of a finished task from those of other tasks, in one pass of the base model.
+
+        No example is kept: per class the count and the mean of the features, per task their scatter
+        (`qtuning_fast.method.statistics`). What was recorded before is replaced. In a distributed run every process
+        gives its share of the batches; the result is the same in all.
+
+        Args:
+            name: a finished task.
+            batches: inputs of training examples by name, with `labels`, `[B]` class indices; -100 leaves out a sample.
+                A task whose answers are not one class of several (free text, several labels, numbers) needs no labels.
+            validation: further batches, of which up to 64 feature vectors are kept. On them the probabilities of
+                `infer_tasks` are calibrated, and by them an input of no known task is recognised.
+
+        Raises:
+            TypeError, ValueError: there is no such task, no example, or a batch does not fit the task.
+        """
+        self._tasks.check(name)
+        self._tasks.known.record(name, batches, validation, partial(self.features, task=None))
+
+    def infer_tasks(
+        self,
+        *,
+        priors: Mapping[str, float] | None = None,
+        threshold: float | None = None,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
+        **inputs: Any,
+    ) -> TaskInference:
+        """Return which finished task each input is of, judged by the base model's features alone.
+
+        The rule is `task_rule`. Each input is judged alone. Tasks without statistics cannot be chosen.
+
+        Args:
+            priors: weights of tasks, in place of equal weights of all classes; 0, or no weight, excludes a task.
+            threshold: the squared Mahalanobis distance to the nearest class mean from which on an input is of no known
+                task; None: the one that fits `false_alarm_rate`.
+            false_alarm_rate: the share of inputs of known tasks that may be taken for inputs of no known task.
+            **inputs: as in `forward`.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid, or no task has statistics.
+        """
+        options = {"priors": priors, "threshold": threshold, "false_alarm_rate": false_alarm_rate}
+        return infer(self, inputs, **options)
 
     # Computing
 
@@ -353,7 +427,8 @@ class QTuningModel(PretrainedInterface):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        task_names: Sequence[str] | None = None,
+        task_names: Sequence[str] | str | None = None,
+        top_k: int = 1,
         retention_features: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -366,7 +441,10 @@ class QTuningModel(PretrainedInterface):
             token_type_ids, position_ids, decoder_input_ids, decoder_attention_mask: as the base model takes them.
             labels: `[B]` class indices, or those of the task's problem type (`qtuning_fast.method.labels`); for
                 language modelling token ids, as the base model takes them. -100 leaves out a label.
-            task_names: one finished task for each sample, which uses that task's adapter.
+            task_names: one finished task for each sample, which uses that task's adapter; or `"infer"`, to use that of
+                the task that `infer_tasks` finds.
+            top_k: with `"infer"`, ask the adapters of so many tasks, the likeliest, and take the one whose answer has
+                the greatest probability `p(t|x) p_t(c|x)`. Only for tasks with heads.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
             num_items_in_batch: divides the sum of the labels' losses, and weights memory retention by this batch's
@@ -375,7 +453,7 @@ class QTuningModel(PretrainedInterface):
 
         Returns:
             `QTuningOutput` for classification, otherwise the base model's output. If memory retention applies, its
-            `retention_loss` is set and included in `loss`.
+            `retention_loss` is set and included in `loss`. With inferred tasks its `task_index` is set.
 
         Raises:
             TypeError, ValueError: attention weights are requested, or `task_names` or `labels` are invalid.
@@ -391,6 +469,11 @@ class QTuningModel(PretrainedInterface):
             "decoder_attention_mask": decoder_attention_mask,
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
+        if top_k != 1 or isinstance(task_names, str):
+            with inferred(self, task_names, inputs, top_k) as found, self.using(found.names, len(found.names)):
+                output = self._compute(inputs, labels, num_items_in_batch, retention_features)
+            output["task_index"] = found.index
+            return output
         if task_names is not None:
             with self.using(task_names, batch_size(inputs)):
                 return self._compute(inputs, labels, num_items_in_batch, retention_features)
@@ -445,19 +528,23 @@ class QTuningModel(PretrainedInterface):
             self.set_task(task)
             return self.backbone.read(inputs, self._computing.pad_token_id)
 
-    def generate(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, task_names: Sequence[str] | str | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate` under the active task, or under a finished task for each sample.
 
         The prefix is not in the cache and, with `placement="prefix"`, takes no positions.
 
         Args:
             *args, **kwargs: as the base model takes them.
-            task_names: one finished task for each sample.
+            task_names: one finished task for each sample, or `"infer"`, as in `forward`.
 
         Raises:
             ValueError: the base model cannot generate, or `task_names` is invalid.
         """
         self.backbone.check_generates()
+        if isinstance(task_names, str):
+            given = {self.base_model.main_input_name: args[0]} if args else {}
+            with inferred(self, task_names, kwargs | given) as found:
+                return self.generate(*args, task_names=found.names, **kwargs)
         if task_names is not None:
             batch = args[0].shape[0] if args else batch_size(kwargs)
             with torch.no_grad(), self.using(task_names, batch), self.evaluating():
@@ -541,7 +628,8 @@ class QTuningModel(PretrainedInterface):
 
     def __getstate__(self) -> dict[str, Any]:
         # For pickle. Others may compute before it is written, so this copies the structure, but no tensors.
-        memo: dict[int, Any] = {id(x): x for x in (self, self.adapters, *self.parameters(), *self.buffers())}
+        kept = self, self.adapters, self.statistics
+        memo: dict[int, Any] = {id(x): x for x in (*kept, *self.parameters(), *self.buffers())}
         with self._active.off_the_layers() as task:
             copy.deepcopy(self._active, memo).remove_hooks()
             state = copy.deepcopy(self.__dict__, memo)
@@ -586,6 +674,7 @@ class QTuningModel(PretrainedInterface):
             learning=learning,
             queue=self.training_prefix.queue.state_dict(),
             last_learned=self.learning.last_learned,
+            statistics=self.statistics,
         )
         write_checkpoint(Path(folder), checkpoint)
 
@@ -606,7 +695,7 @@ class QTuningModel(PretrainedInterface):
         model = cls(base_model, saved.config)
         try:
             saved.check_base_model(model.backbone, Path(folder))
-            model._tasks = Tasks(model.backbone, model.layer_indices, saved.config, saved.adapters)
+            model._tasks = Tasks(model.backbone, model.layer_indices, saved.config, saved.adapters, saved.statistics)
             model.training_prefix.queue.load_state_dict(saved.queue)
             model.learning.restore(saved.learning, model.device, saved.last_learned)
         except (KeyError, RuntimeError) as error:
@@ -627,6 +716,7 @@ class QTuningModel(PretrainedInterface):
 
     def _check_new(self, adapter: TaskAdapter) -> None:
         self._tasks.check_new(adapter)
+        check_not_reserved(adapter.name)
         if adapter.name == self.learning.task:
             raise ValueError(f"task {adapter.name!r} is in training; give the adapter another name")
 

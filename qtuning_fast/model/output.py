@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,22 @@ class QTuningOutput(ModelOutput):
             `[B, most classes]`, −inf beyond a task's classes.
         retention_loss: `L_MR`; None if memory retention does not apply.
         hidden_states: those of the input, `[B, N, hidden]`, of the embeddings and of each layer, if they are requested.
+        task_index: with `task_names="infer"` the place of each sample's task among the model's tasks, `[B]` int64.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     retention_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    task_index: Tensor | None = None
 
 
+_NOT_READ = ("labels", "label_ids", "decoder_", "cache_position", "num_items_in_batch", "logits_to_keep")
+_FLAGS = ("interpolate_pos_encoding",)  # they change how an input is read
 _COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def batch_size(inputs: dict[str, Any]) -> int:
+def batch_size(inputs: Mapping[str, Any]) -> int:
     """Return the number of samples in a forward pass's inputs; raise a ValueError if no input tells it."""
     for name in _COUNTED:
         if isinstance(inputs.get(name), Tensor):
@@ -39,10 +44,30 @@ def batch_size(inputs: dict[str, Any]) -> int:
     raise ValueError(f"the inputs hold none of {', '.join(_COUNTED)}, so the batch size is unknown; give one of them")
 
 
+def read_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a call's inputs that the base model reads samples from: tensors with an entry a sample.
+
+    Labels, what a decoder is given and settings of `generate` are not among them.
+    """
+    batch = batch_size(inputs)
+    return {
+        name: x
+        for name, x in inputs.items()
+        if name in _FLAGS or (_has_samples(x, batch) and not name.startswith(_NOT_READ))
+    }
+
+
 def twice(inputs: dict[str, Any]) -> dict[str, Any]:
     """Repeat the inputs for a batch of twice the samples."""
     batch = batch_size(inputs)
-    return {
-        name: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch else x
-        for name, x in inputs.items()
-    }
+    return {name: torch.cat([x, x]) if _has_samples(x, batch) else x for name, x in inputs.items()}
+
+
+def repeated(inputs: dict[str, Any], times: int) -> dict[str, Any]:
+    """Repeat each sample of the inputs so many times, in a row."""
+    batch = batch_size(inputs)
+    return {name: x.repeat_interleave(times, dim=0) if _has_samples(x, batch) else x for name, x in inputs.items()}
+
+
+def _has_samples(x: Any, batch: int) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch

@@ -1,4 +1,4 @@
-"""The registry of a model's adapters by task name: in memory, or on disk until needed."""
+"""Registries by task name of a model's adapters and of its tasks' statistics: in memory, or on disk until needed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,58 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from cachetools import LRUCache
+from torch import Tensor
 
 from qtuning_fast.method.adapter import AdapterInfo, TaskAdapter
+from qtuning_fast.method.statistics import TaskStatistics
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_tensors
 
 
+class _Info(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
+class _Value(Protocol):
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+Info = TypeVar("Info", bound=_Info)
+Value = TypeVar("Value", bound=_Value)
+
+
+@dataclass(frozen=True)
+class StatisticsInfo:
+    """The description of a task's statistics.
+
+    Attributes:
+        name: name of the task.
+        classes: C; free text is one class.
+        feature_maps: the names of the feature maps whose moments they hold.
+        bytes: size of all tensors.
+    """
+
+    name: str
+    classes: int
+    feature_maps: tuple[str, ...]
+    bytes: int
+
+    @classmethod
+    def of(cls, name: str, statistics: TaskStatistics) -> StatisticsInfo:
+        """Return the description of a task's statistics."""
+        size = sum(tensor.nbytes for tensor in statistics.tensors().values())
+        return cls(name, statistics.classes, tuple(sorted(statistics.moments)), size)
+
+
 @dataclass
-class AdapterFile:
-    """The file of an adapter's tensors: its folder, its name and its SHA-256."""
+class StoredFile(Generic[Info, Value]):
+    """The file of an entry's tensors: its folder, its name and its SHA-256."""
 
     folder: Path
     file: str
@@ -40,84 +81,118 @@ class AdapterFile:
             self._seen_whole = seen if file_digest(path) == self.sha256 else None
         return self._seen_whole is not None
 
-    def read(self, info: AdapterInfo) -> TaskAdapter:
-        """Read the adapter.
+    def read(self, info: Info) -> Value:
+        """Read the value.
 
         Raises:
-            CorruptFileError: the file is missing, differs from what was written, or holds another adapter.
+            CorruptFileError: the file is missing, differs from what was written, or holds something else.
         """
+        kind = self._kind
         try:
-            tensors = read_tensors(self.folder, {"file": self.file, "sha256": self.sha256})
-            adapter = TaskAdapter.from_tensors(tensors, info)
-            if adapter.info != info or info.classes not in (0, len(info.label_names)):
-                raise CorruptFileError(f"{self.folder / self.file} does not hold what its index says, {info}")
-        except (CorruptFileError, LookupError, AttributeError, OSError) as error:
-            raise CorruptFileError(f"the adapter of task {info.name!r} cannot be read: {error}") from None
+            value = self._rebuilt(read_tensors(self.folder, {"file": self.file, "sha256": self.sha256}), info)
+        except (CorruptFileError, LookupError, AttributeError, ValueError, OSError) as error:
+            raise CorruptFileError(f"the {kind} of task {info.name!r} cannot be read: {error}") from None
+        return value
+
+    _kind = ""
+
+    def _rebuilt(self, tensors: dict[str, Tensor], info: Info) -> Value:
+        """Return the value, or raise a ValueError if the tensors are not what the index says."""
+        raise NotImplementedError
+
+    def _check(self, found: Info, info: Info, *, right: bool = True) -> None:
+        if found != info or not right:
+            raise CorruptFileError(f"{self.folder / self.file} does not hold what its index says, {info}")
+
+
+class AdapterFile(StoredFile[AdapterInfo, TaskAdapter]):
+    """The file of an adapter."""
+
+    _kind = "adapter"
+
+    def _rebuilt(self, tensors: dict[str, Tensor], info: AdapterInfo) -> TaskAdapter:
+        adapter = TaskAdapter.from_tensors(tensors, info)
+        self._check(adapter.info, info, right=info.classes in (0, len(info.label_names)))
         return adapter
 
 
-class StoredAdapter:
-    """One adapter of a registry. The entry stays the same object until the task is removed.
+class StatisticsFile(StoredFile[StatisticsInfo, TaskStatistics]):
+    """The file of a task's statistics."""
+
+    _kind = "statistics"
+
+    def _rebuilt(self, tensors: dict[str, Tensor], info: StatisticsInfo) -> TaskStatistics:
+        statistics = TaskStatistics.from_tensors(tensors)
+        self._check(StatisticsInfo.of(info.name, statistics), info)
+        return statistics
+
+
+class Stored(Generic[Info, Value]):
+    """One entry of a registry. It stays the same object until the task is removed.
 
     Attributes:
-        info: the adapter's description.
-        file: file of its tensors; None while they are only in memory.
-        adapter: the adapter in memory; None while it is only on disk.
+        info: the description of the value.
+        file: the file of its tensors; None while they are only in memory.
+        value: the value in memory; None while it is only on disk.
     """
 
-    def __init__(self, info: AdapterInfo, file: AdapterFile | None, adapter: TaskAdapter | None) -> None:
+    def __init__(self, info: Info, file: StoredFile[Info, Value] | None, value: Value | None) -> None:
         self.info = info
         self.file = file
-        self.adapter = adapter
+        self.value = value
 
 
-class _ReadAgain(LRUCache[StoredAdapter, TaskAdapter]):
-    """A cache of adapters that have a file; it drops the least recently used ones, which can be read again."""
+class _ReadAgain(LRUCache[Stored[Any, Any], Any]):
+    """A cache of values that have a file; it drops the least recently used ones, which can be read again."""
 
     @staticmethod
-    def getsizeof(value: TaskAdapter) -> int:  # a function handed to the constructor could not be pickled
-        return value.info.bytes
+    def getsizeof(value: _Value) -> int:  # a function handed to the constructor could not be pickled
+        return sum(tensor.nbytes for tensor in value.tensors().values())
 
-    def popitem(self) -> tuple[StoredAdapter, TaskAdapter]:
-        entry, adapter = super().popitem()
-        entry.adapter = None
-        return entry, adapter
+    def popitem(self) -> tuple[Stored[Any, Any], Any]:
+        entry, value = super().popitem()
+        entry.value = None
+        return entry, value
 
-    def keep(self, entry: StoredAdapter, adapter: TaskAdapter) -> None:
-        """Keep an adapter if it fits."""
-        entry.adapter = None
+    def keep(self, entry: Stored[Any, Any], value: _Value) -> None:
+        """Keep a value if it fits."""
+        entry.value = None
         with suppress(ValueError):  # larger than the whole cache
-            self[entry] = adapter
-            entry.adapter = adapter
+            self[entry] = value
+            entry.value = value
 
     def moved_to(self, other: _ReadAgain) -> _ReadAgain:
-        """Copy the adapters to another cache, in the same order of use, and return it."""
+        """Copy the values to another cache, in the same order of use, and return it."""
         while self:
             other.keep(*super().popitem())
         return other
 
 
-class AdapterRegistry(Mapping[str, TaskAdapter]):
-    """Adapters by task name, in the order of their addition.
+class Registry(Mapping[str, Value], Generic[Info, Value]):
+    """Adapters or statistics by task name, in the order of their addition.
 
-    The mapping is read-only; `QTuningModel.add_task` and `remove_task` change it and check that adapters fit. An
-    adapter with a file is read and verified on first use. Under a bound on memory, the least recently used adapters
-    with a file are dropped; those without one stay. Several threads may use a registry at once.
+    The mapping is read-only; `QTuningModel.add_task` and `remove_task` change it and check that adapters fit. A value
+    with a file is read and verified on first use. Under a bound on memory, the least recently used values with a file
+    are dropped; those without one stay. Several threads may use a registry at once.
 
     Args:
-        host_bytes: bound on the bytes of adapters in memory; None: no bound.
+        host_bytes: bound on the bytes of values in memory; None: no bound.
+
+    Attributes:
+        version: a number that changes whenever an entry comes or goes.
     """
 
     def __init__(self, *, host_bytes: int | None = None) -> None:
         self._host_bytes = host_bytes
-        self._entries: dict[str, StoredAdapter] = {}
+        self._entries: dict[str, Stored[Info, Value]] = {}
         self._read_again = _ReadAgain(math.inf)
+        self.version = 0
         self._lock = threading.RLock()
         self._make_room()
 
     # As a mapping
 
-    def __getitem__(self, name: str) -> TaskAdapter:
+    def __getitem__(self, name: str) -> Value:
         return self.load(self.entry(name))
 
     def __contains__(self, name: object) -> bool:
@@ -134,7 +209,7 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
 
     @property
     def host_bytes(self) -> int | None:
-        """The bound on the bytes of adapters in memory; None: no bound."""
+        """The bound on the bytes of values in memory; None: no bound."""
         return self._host_bytes
 
     @host_bytes.setter
@@ -145,7 +220,7 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
 
     @property
     def bytes_in_memory(self) -> int:
-        """The size of the adapters in memory, in bytes."""
+        """The size of the values in memory, in bytes."""
         with self._lock:
             return int(self._read_again.currsize) + self._unsaved_bytes
 
@@ -153,68 +228,70 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
     def _unsaved_bytes(self) -> int:
         return sum(entry.info.bytes for entry in self._entries.values() if entry.file is None)
 
-    def entry(self, name: str) -> StoredAdapter:
+    def entry(self, name: str) -> Stored[Info, Value]:
         """Return the entry of a task; raise a KeyError if there is none."""
         return self._entries[name]
 
-    def entries(self) -> list[StoredAdapter]:
+    def entries(self) -> list[Stored[Info, Value]]:
         """Return all entries, in order."""
         with self._lock:
             return list(self._entries.values())
 
     def add(
-        self, info: AdapterInfo, *, file: AdapterFile | None = None, adapter: TaskAdapter | None = None
-    ) -> StoredAdapter:
-        """Add an entry with a file or an adapter in memory; it replaces one of the same name."""
-        entry = StoredAdapter(info, file, adapter)
+        self, info: Info, *, file: StoredFile[Info, Value] | None = None, value: Value | None = None
+    ) -> Stored[Info, Value]:
+        """Add an entry with a file or a value in memory; it replaces one of the same name."""
+        entry = Stored(info, file, value)
         with self._lock:
             if info.name in self._entries:
                 self._read_again.pop(self._entries[info.name], None)
             self._entries[info.name] = entry
+            self.version += 1
             self._make_room()
-            if file is not None and adapter is not None:
-                self._read_again.keep(entry, adapter)
+            if file is not None and value is not None:
+                self._read_again.keep(entry, value)
         return entry
 
     def remove(self, name: str) -> None:
         """Remove a task; raise a KeyError if there is none of this name."""
         with self._lock:
             self._read_again.pop(self._entries.pop(name), None)
+            self.version += 1
             self._make_room()
 
-    def load(self, entry: StoredAdapter, *, keep: bool = True) -> TaskAdapter:
-        """Return the adapter of an entry, reading it if necessary.
+    def load(self, entry: Stored[Info, Value], *, keep: bool = True) -> Value:
+        """Return the value of an entry, reading it if necessary.
 
         Args:
-            keep: whether to keep an adapter that was read in memory, within the bound.
+            keep: whether to keep a value that was read in memory, within the bound.
 
         Raises:
             CorruptFileError: its file is missing or damaged.
         """
         with self._lock:
-            adapter, file = entry.adapter, entry.file
-            if adapter is not None:
+            value, file = entry.value, entry.file
+            if value is not None:
                 self._read_again.get(entry)  # mark as used
-                return adapter
+                return value
         assert file is not None
-        adapter = file.read(entry.info)  # without the lock, so that others need not wait; two may read the same file
+        value = file.read(entry.info)  # without the lock, so that others need not wait; two may read the same file
         with self._lock:
             if keep and self._entries.get(entry.info.name) is entry:
-                self._read_again.keep(entry, adapter)
-        return adapter
+                self._read_again.keep(entry, value)
+        return value
 
-    def lies_in(self, entry: StoredAdapter, file: AdapterFile) -> None:
-        """Record the file of an adapter that was only in memory, or its new file in the same folder."""
+    def lies_in(self, entry: Stored[Info, Value], file: StoredFile[Info, Value]) -> None:
+        """Record the file of a value that was only in memory, or its new file in the same folder."""
         with self._lock:
             was_unsaved = entry.file is None
             if was_unsaved or (entry.file is not None and entry.file.folder == file.folder):
                 entry.file = file
             self._make_room()
-            if was_unsaved and entry.adapter is not None:
-                self._read_again.keep(entry, entry.adapter)
+            if was_unsaved and entry.value is not None:
+                self._read_again.keep(entry, entry.value)
 
     def _make_room(self) -> None:
-        """Shrink the cache by the size of the adapters without a file, which cannot be dropped."""
+        """Shrink the cache by the size of the values without a file, which cannot be dropped."""
         room = math.inf if self._host_bytes is None else max(0, self._host_bytes - self._unsaved_bytes)
         if room != self._read_again.maxsize:
             self._read_again = self._read_again.moved_to(_ReadAgain(room))
@@ -228,3 +305,11 @@ class AdapterRegistry(Mapping[str, TaskAdapter]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+
+
+class AdapterRegistry(Registry[AdapterInfo, TaskAdapter]):
+    """The adapters of a model's finished tasks."""
+
+
+class StatisticsRegistry(Registry[StatisticsInfo, TaskStatistics]):
+    """The statistics of a model's finished tasks, by which the task of an input is inferred."""

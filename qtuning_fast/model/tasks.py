@@ -9,11 +9,13 @@ from pathlib import Path
 
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
+from qtuning_fast.method.statistics import TaskStatistics
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checkpoint import Checkpoint, read_checkpoint
 from qtuning_fast.model.compatibility import check_adapter, chosen_layers
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
-from qtuning_fast.model.registry import AdapterRegistry
+from qtuning_fast.model.known_tasks import KnownTasks
+from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
 
 
 class Tasks:
@@ -23,15 +25,21 @@ class Tasks:
         backbone: model on which the tasks run.
         layers: indices of its layers that get a prefix.
         config: see `QTuningConfig`.
-        adapters: adapters of tasks finished before.
+        adapters, statistics: those of tasks finished before.
 
     Attributes:
         adapters: the registry of the tasks' adapters.
+        known: the tasks' statistics, by which the task of an input is inferred.
         slots: the slots on the device for adapters that batches of several tasks use.
     """
 
     def __init__(
-        self, backbone: Backbone, layers: Sequence[int], config: QTuningConfig, adapters: AdapterRegistry | None = None
+        self,
+        backbone: Backbone,
+        layers: Sequence[int],
+        config: QTuningConfig,
+        adapters: AdapterRegistry | None = None,
+        statistics: StatisticsRegistry | None = None,
     ) -> None:
         self._backbone = backbone
         self._layers = layers
@@ -40,6 +48,7 @@ class Tasks:
         self._embedding_size = backbone.embedding_size if in_input else None
         self._hidden_size = backbone.hidden_size if has_heads else None
         self.adapters = AdapterRegistry() if adapters is None else adapters
+        self.known = KnownTasks(self.adapters, StatisticsRegistry() if statistics is None else statistics, backbone)
         self.slots = AdapterSlots(
             self.adapters, backbone, layers, embedding_size=self._embedding_size, hidden_size=self._hidden_size
         )
@@ -76,10 +85,18 @@ class Tasks:
         if adapter.name in self.adapters:
             raise ValueError(f"task {adapter.name!r} is finished already; call remove_task first")
 
-    def add(self, adapter: TaskAdapter) -> None:
-        """Add a checked adapter. It stays in the host's memory."""
+    def add(self, adapter: TaskAdapter, statistics: TaskStatistics | None = None) -> None:
+        """Add a checked adapter. It stays in the host's memory.
+
+        Raises:
+            TypeError, ValueError: the statistics do not fit it.
+        """
+        if statistics is not None:
+            self.known.check(adapter.info, statistics)
         tensors = {name: tensor.detach().cpu() for name, tensor in adapter.tensors().items()}
-        self.adapters.add(adapter.info, adapter=TaskAdapter.from_tensors(tensors, adapter.info))
+        self.adapters.add(adapter.info, value=TaskAdapter.from_tensors(tensors, adapter.info))
+        if statistics is not None:
+            self.known.add(adapter.name, statistics)
 
     def read(self, folder: Path, name: str) -> tuple[TaskAdapter, Checkpoint]:
         """Read one adapter of a checkpoint that fits this model, and return both.
@@ -105,12 +122,16 @@ class Tasks:
     def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:
         """Add a checked adapter that `read` returned. Its file stays in place."""
         entry = saved.adapters.entry(adapter.name)
-        self.adapters.add(entry.info, file=entry.file, adapter=adapter)
+        self.adapters.add(entry.info, file=entry.file, value=adapter)
+        if adapter.name in saved.statistics:
+            recorded = saved.statistics.entry(adapter.name)
+            self.known.statistics.add(recorded.info, file=recorded.file, value=saved.statistics.load(recorded))
 
     def remove(self, name: str) -> None:
         """Remove a task; raise a ValueError if there is none of this name."""
         self.check(name)
         self.adapters.remove(name)
+        self.known.remove(name)
         self.slots.discard(name)
 
     def set_memory_limits(self, *, device_bytes: int | None, host_bytes: int | None) -> None:
@@ -121,6 +142,8 @@ class Tasks:
             if value is not None and value < 1:
                 raise ValueError(f"{bound} is {value}; it must be positive")
         self.adapters.host_bytes = host_bytes
+        # Statistics are needed all at once, and seldom: those that can be read again do not stay under a bound.
+        self.known.statistics.host_bytes = None if host_bytes is None else 0
         self.slots.clear()
         self.slots.device_bytes = device_bytes
 

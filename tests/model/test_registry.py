@@ -49,7 +49,7 @@ def saved(tiny_bert: BertModel, tmp_path: Path) -> Path:
 
 
 def unread(store: AdapterRegistry) -> list[str]:
-    return [entry.info.name for entry in store.entries() if entry.adapter is None]
+    return [entry.info.name for entry in store.entries() if entry.value is None]
 
 
 def same(one: TaskAdapter, other: TaskAdapter) -> bool:
@@ -60,8 +60,8 @@ def same(one: TaskAdapter, other: TaskAdapter) -> bool:
 def test_it_is_read_like_a_dict() -> None:
     store = AdapterRegistry()
     first, second = an_adapter("first"), an_adapter("second")
-    store.add(first.info, adapter=first)
-    store.add(second.info, adapter=second)
+    store.add(first.info, value=first)
+    store.add(second.info, value=second)
     assert list(store) == ["first", "second"] and len(store) == 2 and "first" in store and "third" not in store
     assert [*store.values()] == [first, second] and dict(store.items())["second"] is second
     store.remove("first")
@@ -103,7 +103,7 @@ def test_a_lazy_model_reads_what_it_computes_with(
 def test_the_least_recently_used_ones_that_have_a_file_are_dropped(saved: Path) -> None:
     store = read_checkpoint(saved).adapters
     new = replace(store["task-3"], name="new")
-    store.add(new.info, adapter=new)
+    store.add(new.info, value=new)
     store["task-0"]
     each = store.entry("task-3").info.bytes
     store.host_bytes = 3 * each
@@ -244,7 +244,7 @@ def test_many_threads_read_at_once(saved: Path) -> None:
             assert same(store[name], expected[name])
             assert store.bytes_in_memory <= store.host_bytes
             new = replace(expected[name], name=f"new-{worker}")
-            store.add(new.info, adapter=new)
+            store.add(new.info, value=new)
             assert list(store)[:4] == list(expected)
             store.remove(f"new-{worker}")
         return worker

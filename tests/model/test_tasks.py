@@ -42,7 +42,7 @@ def test_tasks_come_and_go_while_it_serves(
     assert torch.equal(after[[0, 2]], before[[0, 2]]) and not torch.equal(after[1], before[1])
     model.adapters.remove("task-1")  # behind the model's back, and the slots know
     again = replace(model.adapters["task-0"], name="task-1")
-    model.adapters.add(again.info, adapter=again)
+    model.adapters.add(again.info, value=again)
     assert_as_by_itself(model, batch, names)
 
 
@@ -89,7 +89,7 @@ def test_a_task_of_another_saved_model(
     with pytest.raises(ValueError, match=r"'x' is not among those in .*task-0"):
         model.load_task(tmp_path, "x")
     model.set_memory_limits(host_bytes=1)
-    assert model.adapters.entry("task-2").adapter is None  # it has a file
+    assert model.adapters.entry("task-2").value is None  # it has a file
     assert torch.equal(logits(model, batch, ["task-2"] * 4), mixed)
 
 
@@ -137,7 +137,7 @@ def test_labels_are_known_without_the_adapter(tiny_bert: BertModel, tmp_path: Pa
     saved.save_pretrained(tmp_path)
     model = QTuningModel.from_pretrained(saved.detach(), tmp_path, lazy=True)
     assert model.label_names("task-1") == ("0", "1", "2")
-    assert model.adapters.entry("task-1").adapter is None  # not read yet
+    assert model.adapters.entry("task-1").value is None  # not read yet
     with pytest.raises(ValueError, match="task 'x' is not among the finished tasks: task-0, task-1"):
         model.label_names("x")
     with pytest.raises(ValueError, match="among the finished tasks: none yet"):

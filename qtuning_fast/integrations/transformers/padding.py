@@ -36,7 +36,7 @@ def move_padding_behind(model: PreTrainedModel, encoder: PreTrainedModel) -> lis
 
     The encoder's output then has the order of `padding_behind(mask)`; cross-attention takes it with that mask.
     """
-    handles = [_changed(encoder, _with_padding_behind)]
+    handles = [_changed(encoder, with_padding_behind)]
     if model.config.is_encoder_decoder:
         handles.append(_changed(model.get_decoder(), _with_memory_padding_behind))
     return handles
@@ -53,7 +53,8 @@ def _changed(stack: PreTrainedModel, change: Callable[[dict[str, Any]], dict[str
     return stack.register_forward_pre_hook(changed, with_kwargs=True)
 
 
-def _with_padding_behind(inputs: dict[str, Any]) -> dict[str, Any] | None:
+def with_padding_behind(inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a stack's inputs with padding behind the tokens; None if they have no padding mask `[B, N]`."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return None

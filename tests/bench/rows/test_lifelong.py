@@ -73,7 +73,7 @@ def test_the_queue_is_bounded_and_what_accumulates_grows_by_a_prompt(dry_run: tu
 def test_finished_adapters_lie_on_disk_only(tmp_path: Path) -> None:
     stream = Stream(METHODS["queue"], 3, DRY, 3, "cpu", tmp_path)
     assert [stream.next_task().adapters_in_memory_bytes for _ in range(3)] == [0, 0, 0]
-    assert all(entry.adapter is None for entry in stream.model.adapters.entries())
+    assert all(entry.value is None for entry in stream.model.adapters.entries())
     saved = read_checkpoint(tmp_path).adapters
     assert list(saved) == stream.model.tasks == ["task-1", "task-2", "task-3"]
     assert saved["task-3"].prefix_rows == 40

@@ -1,0 +1,287 @@
+"""Which task is an input of? Calibrated probabilities over tasks and classes, each input judged alone.
+
+A rule (`qtuning_fast.method.task_rules`) scores all classes; `p(c|x) = softmax(scores / T)` and `p(t|x)` is its sum
+over the classes of task t. The temperature T minimises the log-loss of validation examples (Guo et al. 2017, arXiv
+1706.04599). An input that is farther from every class mean than nearly all validation examples is of no known task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.method.task_rules import (
+    Candidate,
+    Evidence,
+    Scores,
+    SharedGaussian,
+    TaskRule,
+    validation_of,
+)
+
+_CPU = torch.device("cpu")
+
+FALSE_ALARM_RATE = 0.01
+CALIBRATED_ON = 2048
+"""At most so many validation examples, so that calibration costs no more for many tasks."""
+
+
+@dataclass(frozen=True)
+class TaskInference:
+    """Which task each of B inputs is of.
+
+    Attributes:
+        tasks: the tasks to choose from, T names in the order in which they were learned.
+        classes: the number of classes of each.
+        task_probabilities: `p(t|x)`, `[B, T]` float64 on the CPU.
+        class_probabilities: `p(c|x)`, `[B, C]`, the classes of the first task, then those of the second, and so on.
+        distances: squared Mahalanobis distance to the nearest class mean, `[B]`; None without statistics.
+        threshold: the distance from which on an input is of no known task; inf without validation examples.
+        left_out: tasks that cannot be chosen, because they have no statistics.
+    """
+
+    tasks: tuple[str, ...]
+    classes: tuple[int, ...]
+    task_probabilities: Tensor
+    class_probabilities: Tensor
+    distances: Tensor | None
+    threshold: float
+    left_out: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.task_probabilities)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The most probable task of each input."""
+        return [self.tasks[index] for index in self.task_probabilities.argmax(1).tolist()]
+
+    @property
+    def is_known(self) -> Tensor:
+        """Whether each input is of a known task, `[B]` bool."""
+        if self.distances is None:
+            return torch.ones(len(self), dtype=torch.bool)
+        return self.distances <= self.threshold
+
+    def top(self, k: int) -> list[list[tuple[str, float]]]:
+        """Return the k most probable tasks of each input and their probabilities, the most probable first."""
+        found = self.task_probabilities.topk(min(k, len(self.tasks)), dim=1)
+        return [
+            [(self.tasks[index], p) for index, p in zip(indices, probabilities)]
+            for indices, probabilities in zip(found.indices.tolist(), found.values.tolist())
+        ]
+
+    def classes_of(self, task: str) -> Tensor:
+        """Return `p(c|x)` of one task's classes, `[B, its classes]`."""
+        index = self.tasks.index(task)
+        return self.class_probabilities.split(self.classes, dim=1)[index]
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """A rule that is fitted to tasks and calibrated.
+
+    Attributes:
+        candidates: the tasks, sorted by name.
+        order: their names in the order in which they were learned.
+        left_out: see `TaskInference`.
+        scores: the rule's.
+        gaussian: what distances are measured with; None without statistics.
+        temperature: T.
+        distances: those of validation examples, sorted, `[v]`.
+        device: where the matrices are.
+    """
+
+    candidates: tuple[Candidate, ...]
+    order: tuple[str, ...]
+    left_out: tuple[str, ...]
+    scores: Scores
+    gaussian: SharedGaussian | None
+    temperature: float
+    distances: Tensor
+    device: torch.device = _CPU
+
+    @classmethod
+    def fit(cls, rule: TaskRule, candidates: Sequence[Candidate], *, left_out: Sequence[str] = ()) -> TaskChoice:
+        """Fit a rule to tasks, given in the order in which they were learned.
+
+        Raises:
+            ValueError: there is no task.
+        """
+        if not candidates:
+            raise ValueError("there is no task to choose")
+        ordered = sorted(candidates, key=lambda each: each.name)
+        statistics = [each.statistics for each in ordered if each.statistics is not None]
+        scores = rule.fit(ordered)
+        gaussian, temperature, distances = None, 1.0, torch.zeros(0, dtype=torch.float64)
+        if len(statistics) == len(ordered):
+            gaussian = scores if isinstance(scores, SharedGaussian) else SharedGaussian.of(statistics)
+            features, labels = validation_of(statistics, most=CALIBRATED_ON)
+            evidence = Evidence(features.double(), _no_inputs)
+            if len(labels):
+                distances = gaussian.distances(evidence).sort().values
+                if rule.needs_statistics:
+                    temperature = best_temperature(scores(evidence), labels)
+        names = tuple(each.name for each in candidates)
+        return cls(tuple(ordered), names, tuple(left_out), scores, gaussian, temperature, distances)
+
+    def to(self, device: torch.device) -> TaskChoice:
+        """Return the same with its matrices on a device, or on the CPU if they cannot be there."""
+        if not hasattr(self.scores, "to") or device.type == "mps":  # which has no float64
+            device = _CPU
+        if device == self.device:
+            return self
+        gaussian = None if self.gaussian is None else self.gaussian.to(device)
+        scores = gaussian if self.scores is self.gaussian else self.scores.to(device)
+        return replace(self, scores=scores, gaussian=gaussian, device=device)
+
+    def infer(
+        self,
+        evidence: Evidence,
+        *,
+        priors: Mapping[str, float] | None = None,
+        threshold: float | None = None,
+        false_alarm_rate: float = FALSE_ALARM_RATE,
+    ) -> TaskInference:
+        """Return the tasks of the inputs; see `QTuningModel.infer_tasks`."""
+        evidence = replace(evidence, features=_finite(evidence.features).to(self.device, torch.float64))
+        scores = _checked(self.scores(evidence), sum(each.classes for each in self.candidates), len(evidence.features))
+        classes = (scores.cpu() / self.temperature + self._log_priors(priors)).softmax(1)
+        sizes = [each.classes for each in self.candidates]
+        by_name = dict(zip((each.name for each in self.candidates), classes.split(sizes, dim=1)))
+        chosen = [by_name[name] for name in self.order]
+        return TaskInference(
+            tasks=self.order,
+            classes=tuple(each.shape[1] for each in chosen),
+            task_probabilities=torch.stack([each.sum(1) for each in chosen], dim=1),
+            class_probabilities=torch.cat(chosen, dim=1),
+            distances=None if self.gaussian is None else self.gaussian.distances(evidence).cpu(),
+            threshold=self.threshold(false_alarm_rate) if threshold is None else threshold,
+            left_out=self.left_out,
+        )
+
+    def threshold(self, false_alarm_rate: float) -> float:
+        """Return the distance that this share of inputs of known tasks exceeds, judged by the validation examples."""
+        if not 0 < false_alarm_rate < 1:
+            raise ValueError(f"false_alarm_rate is {false_alarm_rate}; it must be between 0 and 1")
+        count = len(self.distances)
+        if count == 0:
+            return math.inf
+        place = math.ceil((count + 1) * (1 - false_alarm_rate))  # as in conformal prediction
+        return float(self.distances[min(place, count) - 1])
+
+    def _log_priors(self, priors: Mapping[str, float] | None) -> Tensor:
+        """Return the log prior of each class, `[C]`, up to a constant: that of its task, shared by its classes."""
+        if priors is None:
+            return torch.zeros(sum(each.classes for each in self.candidates), dtype=torch.float64)
+        check_priors(priors, [each.name for each in self.candidates])
+        each_class = [priors.get(each.name, 0.0) / each.classes for each in self.candidates]
+        return torch.tensor(
+            [p for p, each in zip(each_class, self.candidates) for _ in range(each.classes)], dtype=torch.float64
+        ).log()
+
+
+def check_priors(priors: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raise a TypeError or ValueError unless these are priors of some of the tasks."""
+    if not isinstance(priors, Mapping):
+        raise TypeError(f"priors is a {type(priors).__name__}; it must map tasks to numbers")
+    for name, prior in priors.items():
+        if name not in names:
+            raise ValueError(f"priors names task {name!r}, which cannot be chosen; the tasks are {', '.join(names)}")
+        if isinstance(prior, bool) or not isinstance(prior, (int, float)) or not 0 <= prior < math.inf:
+            raise ValueError(f"priors gives task {name!r} {prior!r}; it must be a finite number, 0 or more")
+    if not sum(priors.values()) > 0:
+        raise ValueError("priors gives no task more than 0; give at least one")
+
+
+def best_temperature(scores: Tensor, labels: Tensor) -> float:
+    """Return the temperature T > 0 at which `softmax(scores / T)` has the least log-loss.
+
+    Where classes are told apart without an error, the loss falls for ever as T falls. So T falls only until the loss is
+    what n right answers warrant by Laplace's rule of succession, `log((n + 2) / (n + 1))`.
+
+    Args:
+        scores: `[n, C]` float64; −inf excludes a class, but never the right one.
+        labels: the right classes, `[n]`.
+    """
+    own = scores.gather(1, labels[:, None])
+    gaps = (scores - own).masked_fill(scores.isneginf(), -torch.inf)
+    finite = gaps[gaps.isfinite() & (gaps != 0)]
+    if not len(finite):  # one class, or all scores alike
+        return 1.0
+    warranted = math.log((len(labels) + 2) / (len(labels) + 1))
+    usable = gaps.masked_fill(gaps.isneginf(), 0.0)  # probability 0 times a gap of −inf
+
+    def loss(log_beta: float) -> tuple[float, float, float]:
+        """The loss, and its first two derivatives by the inverse temperature, β, times β and β²."""
+        beta = math.exp(log_beta)
+        probabilities = (beta * gaps).softmax(1)
+        mean = (probabilities * usable).sum(1)
+        variance = (probabilities * usable.square()).sum(1) - mean.square()
+        return (
+            float((beta * gaps).logsumexp(1).mean()),
+            beta * float(mean.mean()),
+            beta**2 * float(variance.clamp(min=0).mean()),
+        )
+
+    start = -math.log(float(finite.abs().mean()))
+    low, high = start - 20, start + 20
+
+    def steeper(log_beta: float) -> tuple[float, float]:
+        _, first, second = loss(log_beta)
+        return first / math.exp(log_beta), second / math.exp(log_beta)
+
+    def warranted_left(log_beta: float) -> tuple[float, float]:
+        value, first, _ = loss(log_beta)
+        return warranted - value, -first
+
+    best = _root(steeper, low, high)
+    if loss(best)[0] < warranted:
+        best = _root(warranted_left, low, best)
+    return math.exp(-best)
+
+
+def _root(function: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
+    """Return where an increasing function is zero, by Newton's method within bounds.
+
+    Args:
+        function: returns its value and its derivative.
+    """
+    at = (low + high) / 2
+    for _ in range(80):
+        value, slope = function(at)
+        low, high = (at, high) if value < 0 else (low, at)
+        newton = at - value / slope if slope > 0 else math.nan
+        step = newton if low < newton < high else (low + high) / 2
+        if abs(step - at) <= 1e-15 * max(1.0, abs(at)):
+            break
+        at = step
+    return at
+
+
+def _finite(features: Tensor) -> Tensor:
+    """Return features `[B, F]`, or raise a ValueError."""
+    wrong = ~features.isfinite().all(1)
+    if wrong.any():
+        raise ValueError(
+            f"the features of input {int(wrong.nonzero()[0])} are not finite; the base model's precision may be too "
+            "low for it: load it in bfloat16 or float32"
+        )
+    return features
+
+
+def _checked(scores: Tensor, classes: int, inputs: int) -> Tensor:
+    """Return a rule's scores, or raise a ValueError."""
+    if scores.shape != (inputs, classes):
+        raise ValueError(f"the rule's scores have shape {list(scores.shape)}; it must be {[inputs, classes]}")
+    if not (scores < torch.inf).all() or not (scores > -torch.inf).any(1).all():
+        raise ValueError("the rule's scores are NaN or inf, or exclude every class of an input")
+    return scores
+
+
+def _no_inputs() -> Mapping[str, Tensor]:
+    raise RuntimeError("features alone are at hand here, so adapters cannot be asked")

@@ -1,0 +1,117 @@
+"""Calls whose tasks are inferred: features of the base model alone, then each sample under its own adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.integrations.transformers.caches import cache_among
+from qtuning_fast.method.labels import SINGLE
+from qtuning_fast.method.task_inference import TaskInference
+from qtuning_fast.method.task_rules import Evidence
+from qtuning_fast.model.known_tasks import INFER
+from qtuning_fast.model.output import read_inputs, repeated
+
+if TYPE_CHECKING:
+    from qtuning_fast.model.model import QTuningModel
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The tasks of a call.
+
+    Attributes:
+        names: each sample's task.
+        index: the place of each among the model's tasks, `[B]` int64.
+    """
+
+    names: list[str]
+    index: Tensor
+
+
+@torch.no_grad()
+def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> TaskInference:
+    """Return which task each input is of; see `QTuningModel.infer_tasks`.
+
+    Args:
+        options: those of `TaskChoice.infer`.
+    """
+    cache = cache_among(inputs)
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "the tasks of inputs that continue a cache cannot be inferred; call infer_tasks with the whole input once, "
+            "and give its task_names to each call"
+        )
+    read = read_inputs(inputs)
+    with model.backbone.injector.lock:
+        choice = model._tasks.known.choice()
+        features = model.features(read, task=None)
+        return choice.infer(Evidence(features, lambda: _ask_adapters(model, read)), **options)
+
+
+@contextmanager
+def inferred(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], top_k: int = 1) -> Iterator[Inferred]:
+    """Within the block, in which no task goes, yield the tasks of a call.
+
+    Args:
+        task_names: must be `"infer"`.
+        top_k: see `QTuningModel.forward`.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid, or no task can be inferred.
+    """
+    if task_names != INFER:
+        if isinstance(task_names, str):
+            raise ValueError(f'task_names is {task_names!r}; it must hold one name for each sample, or be "{INFER}"')
+        raise ValueError(f'top_k is {top_k}, but task_names is not "{INFER}"; leave top_k out')
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; it must be an integer, at least 1")
+    if top_k > 1 and not model.has_heads:
+        raise ValueError(
+            f"top_k is {top_k}, but task_type={model.qtuning_config.task_type!r} has no heads, whose answers could be "
+            "weighed; leave top_k out"
+        )
+    with model._active.block():
+        found = infer(model, inputs)
+        names = found.task_names if top_k == 1 else _surest(model, inputs, found, top_k)
+        places = {name: place for place, name in enumerate(model.tasks)}
+        yield Inferred(names, torch.tensor([places[name] for name in names], device=model.device))
+
+
+def _surest(model: QTuningModel, inputs: Mapping[str, Any], found: TaskInference, top_k: int) -> list[str]:
+    """Return, of each sample's likeliest tasks, the one whose best answer has the greatest `p(t|x) p_t(c|x)`."""
+    likeliest = found.top(top_k)
+    names = [[name for name, _ in tasks] for tasks in likeliest]
+    each = len(names[0])
+    with torch.no_grad():
+        output = model(**repeated(read_inputs(inputs), each), task_names=[name for tasks in names for name in tasks])
+    best = output.logits.double().softmax(-1).amax(-1).view(len(names), each).cpu()
+    # An answer that is not one class of several has no probability to compare: its task's alone counts.
+    single = torch.tensor([[model.problem_type(name) == SINGLE for name in tasks] for tasks in names])
+    weighed = torch.tensor([[p for _, p in tasks] for tasks in likeliest]) * torch.where(single, best, 1.0)
+    return [tasks[place] for tasks, place in zip(names, weighed.argmax(1).tolist())]
+
+
+def _ask_adapters(model: QTuningModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return by task the probabilities `[B, classes]` that its adapter gives."""
+    if not model.has_heads:
+        raise ValueError(
+            f"rule {model.task_rule.name!r} compares heads, but task_type={model.qtuning_config.task_type!r} has none; "
+            "set another task_rule"
+        )
+    asked = {}
+    for name in model.tasks:
+        if model.problem_type(name) != SINGLE:
+            raise ValueError(
+                f"rule {model.task_rule.name!r} compares probabilities of classes, but task {name!r} has "
+                f"problem_type={model.problem_type(name)!r}; set another task_rule"
+            )
+        samples = len(next(iter(inputs.values())))
+        logits = model(**inputs, task_names=[name] * samples).logits
+        asked[name] = logits[:, : len(model.label_names(name))].double().softmax(-1).cpu()
+    return asked

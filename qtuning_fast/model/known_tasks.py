@@ -1,0 +1,193 @@
+"""The tasks that the input of a model may be of: their statistics, and the rule that chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.method.adapter import AdapterInfo
+from qtuning_fast.method.labels import IGNORED, SINGLE
+from qtuning_fast.method.statistics import FEATURES, Labelled, Recorder, TaskStatistics
+from qtuning_fast.method.task_inference import TaskChoice
+from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
+from qtuning_fast.model.backbone import Backbone
+from qtuning_fast.model.distributed import gathered
+from qtuning_fast.model.output import read_inputs
+from qtuning_fast.model.registry import AdapterRegistry, StatisticsInfo, StatisticsRegistry
+
+INFER = "infer"
+"""In place of task names: each sample's task is inferred."""
+
+Batch = Mapping[str, Any]
+"""Inputs of the base model and their `labels`."""
+
+
+@dataclass
+class _Fitted:
+    """A choice among all tasks, and what it was made of."""
+
+    of: tuple[Any, ...]
+    choice: TaskChoice
+
+
+class KnownTasks:
+    """Statistics of finished tasks and the rule that chooses among them.
+
+    Args:
+        adapters, statistics: the registries of the tasks.
+        backbone: the model whose features tell tasks apart.
+
+    Attributes:
+        statistics: the registry of the tasks' statistics.
+        rule: the rule.
+    """
+
+    def __init__(self, adapters: AdapterRegistry, statistics: StatisticsRegistry, backbone: Backbone) -> None:
+        self.statistics = statistics
+        self.rule: TaskRule = ClosedForm()
+        self._adapters = adapters
+        self._backbone = backbone
+        self._fitted: _Fitted | None = None
+
+    # Statistics
+
+    def add(self, name: str, statistics: TaskStatistics) -> None:
+        """Set the statistics of a finished task.
+
+        Raises:
+            TypeError, ValueError: they do not fit the task or the model.
+        """
+        self.check(self._adapters.entry(name).info, statistics)
+        self.statistics.add(StatisticsInfo.of(name, statistics), value=statistics)
+
+    def check(self, info: AdapterInfo, statistics: TaskStatistics) -> None:
+        """Raise a TypeError or ValueError if statistics do not fit a task or the model."""
+        if not isinstance(statistics, TaskStatistics):
+            raise TypeError(f"statistics is a {type(statistics).__name__}; it must be a TaskStatistics")
+        found, wanted = (statistics.classes, statistics.hidden_size), (classes_of(info), self._backbone.hidden_size)
+        if found != wanted:
+            raise ValueError(
+                f"the statistics have {found[0]} classes and {found[1]} features, but task {info.name!r} has "
+                f"{wanted[0]} and the base model {wanted[1]}"
+            )
+
+    def remove(self, name: str) -> None:
+        """Remove the statistics of a task, if it has some."""
+        if name in self.statistics:
+            self.statistics.remove(name)
+
+    def record(
+        self,
+        name: str,
+        batches: Iterable[Batch],
+        validation: Iterable[Batch],
+        features: Callable[[dict[str, Any]], Tensor],
+    ) -> TaskStatistics:
+        """Record the statistics of a finished task; see `QTuningModel.record_statistics`.
+
+        Args:
+            features: returns the features `[B, F]` of inputs.
+        """
+        info = self._adapters.entry(name).info
+        maps = {} if self.rule.feature_map == FEATURES else {self.rule.feature_map: self.rule.map}
+        recorder, held_out = Recorder(classes_of(info), maps), list[Labelled]()
+        error: Exception | None = None
+        try:
+            for batch in batches:
+                recorder.add(*self._labelled(batch, info, features))
+            held_out += [self._labelled(batch, info, features) for batch in validation]
+        except (TypeError, ValueError) as found:
+            error = found
+        processes = gathered((recorder, held_out, error))
+        for *_, theirs in processes:
+            if theirs is not None:
+                raise theirs
+        together = Recorder(classes_of(info), maps)
+        for their_recorder, _, _ in processes:
+            together.absorb(their_recorder)
+        statistics = together.finish([part for _, parts, _ in processes for part in parts])
+        self.add(name, statistics)
+        return statistics
+
+    def _labelled(self, batch: Batch, info: AdapterInfo, features: Callable[[dict[str, Any]], Tensor]) -> Labelled:
+        """Return the features of a batch and its class indices, without samples whose label is left out."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"a batch is a {type(batch).__name__}; it must map names of inputs, and labels, to tensors")
+        device = self._backbone.device
+        inputs = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in read_inputs(batch).items()}
+        found = features(inputs).cpu()
+        labels = class_indices(batch.get("labels"), info, len(found))
+        counts = labels != IGNORED
+        return found[counts], labels[counts]
+
+    # The choice
+
+    def choice(self) -> TaskChoice:
+        """Return the rule, fitted to all tasks on the model's device; it is kept until a task comes or goes.
+
+        Raises:
+            ValueError: no task can be chosen.
+        """
+        of = self.rule, self._adapters.version, self.statistics.version, self._backbone.device
+        fitted = self._fitted
+        if fitted is None or fitted.of != of:
+            fitted = self._fitted = _Fitted(of, self.choice_among(list(self._adapters), self.rule).to(of[-1]))
+        return fitted.choice
+
+    def choice_among(self, names: Sequence[str], rule: TaskRule) -> TaskChoice:
+        """Return a rule, fitted to some of the tasks, in the order of the names.
+
+        Raises:
+            ValueError: no task can be chosen.
+        """
+        able = [name for name in names if not rule.needs_statistics or self._has(name, rule)]
+        left_out = [name for name in names if name not in able]
+        if not able:
+            raise ValueError(
+                "no task can be inferred, because there are no finished tasks yet"
+                if not left_out
+                else f"no task can be inferred: rule {rule.name!r} needs statistics, which {', '.join(left_out)} "
+                f"{'lack' if len(left_out) > 1 else 'lacks'}; call record_statistics for each with some of its examples"
+            )
+        return TaskChoice.fit(rule, [self._candidate(name) for name in able], left_out=left_out)
+
+    def _has(self, name: str, rule: TaskRule) -> bool:
+        return name in self.statistics and rule.feature_map in self.statistics.entry(name).info.feature_maps
+
+    def _candidate(self, name: str) -> Candidate:
+        statistics = self.statistics.get(name)
+        classes = classes_of(self._adapters.entry(name).info)
+        return Candidate(name, classes, statistics)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fitted": None}  # it may hold functions, which cannot be pickled
+
+
+def classes_of(info: AdapterInfo) -> int:
+    """Return the number of classes that a task counts as; one if its answers are not one class of several."""
+    return len(info.label_names) if info.problem_type == SINGLE and info.label_names else 1
+
+
+def class_indices(labels: Any, info: AdapterInfo, batch: int) -> Tensor:
+    """Return the class index of each sample of a batch, `[B]` int64.
+
+    Args:
+        labels: those of the batch; they do not matter if the task counts as one class.
+        info: the description of the task.
+        batch: B.
+
+    Raises:
+        TypeError, ValueError: the labels are no class indices.
+    """
+    if classes_of(info) == 1:
+        return torch.zeros(batch, dtype=torch.long)
+    needed = f"task {info.name!r} has {classes_of(info)} classes; a batch needs labels, [{batch}] class indices"
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels is {'missing' if labels is None else f'a {type(labels).__name__}'}, but {needed}")
+    if labels.is_floating_point() or labels.shape not in ((batch,), (batch, 1)):
+        raise ValueError(f"labels is {labels.dtype} of shape {list(labels.shape)}, but {needed}")
+    return labels.detach().reshape(-1).cpu().long()
