@@ -125,7 +125,7 @@ gpu-packages: $(STAMP)
 triton-cache:
 	$(BARE) qtuning_fast.bench.plans.triton_cache
 
-# Every benchmark on a CPU; 45 minutes on two idle cores.
+# Every benchmark on a CPU; 50 minutes on two idle cores.
 bench-cpu: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.plans.run $(if $(DRY),--dry-run) cpu --out $(OUT)/cpu.json
 	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.plans.run --unpack $(OUT)/cpu.json)

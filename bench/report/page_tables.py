@@ -139,7 +139,7 @@ def task_inference(document: Document) -> list[str]:
                 "" if peak is None else f"{peak / 2**20:.0f} MiB",
                 *(f"{row[which] / 2**20:.1f} MiB" for which in ("statistics_bytes", "rule_bytes")),
                 f"{ms['score']:.1f} ms ({said['score_ms']:.1f} ms)",
-                f"{ms['score'] / ms['forward']:.3f}",
+                f"{ms['score'] / ms['forward']:.2g}",
                 f"{ms['record']:.1f} ms beside {passes * ms['forward'] / 1e3:.1f} s of passes",
             ]
             lines.append(f"| {name}: {int(tasks):,} tasks | {' | '.join(cells)} |")

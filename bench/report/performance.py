@@ -130,8 +130,10 @@ def source(document: Document) -> str:
     modified = ", with changes not committed" if document["modified"] else ""
     names = ("torch", "triton", "transformers", *(["peft"] if "peft" in document["command"] else []))
     versions = ", ".join(f"{name} {document['versions'][name]}" for name in names)
+    threads = document["device"].get("threads") if document["device"]["type"] == "cpu" else None
+    computing = "" if threads is None else f" ({threads} thread{'' if threads == 1 else 's'})"
     return (
-        f"<small>`{_rerun(document)}`; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
+        f"<small>`{_rerun(document)}`{computing}; {document['date']} UTC; {versions}; {commit}{modified}; {since}; "
         f"load before {document['load_before']}</small>"
     )
 

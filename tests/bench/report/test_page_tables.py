@@ -61,5 +61,5 @@ def test_what_inferring_costs_stands_beside_what_was_predicted():
     row |= {"ms": {"score": {"median": 2.0}, "forward": {"median": 50.0}, "record": {"median": 3.0}}}
     entry = {"of": "BERT", "sizes": {"hidden": 384}, "rows": {"2000": row}, "passes_to_record": 8}
     lines = page_tables.task_inference({"entries": {"bert": entry}})
-    expected = "2.50 s (1.50 s) |  | 4.0 MiB | 5.0 MiB | 2.0 ms (1.8 ms) | 0.040 | 3.0 ms beside 0.4 s of passes |"
+    expected = "2.50 s (1.50 s) |  | 4.0 MiB | 5.0 MiB | 2.0 ms (1.8 ms) | 0.04 | 3.0 ms beside 0.4 s of passes |"
     assert lines[2] == f"| BERT, F = 384: 2,000 tasks | {expected}"

@@ -139,8 +139,10 @@ def test_without_figures_of_a_gpu_it_says_so(documents):
 def test_each_section_names_its_command_and_whether_the_code_has_changed(documents):
     stale = copy.deepcopy(documents)
     stale["growth"]["digests"]["kernels"] = "another"
+    stale["decode"]["device"] |= {"threads": 1}
     text = page({"cpu": stale})
-    assert "`python -m qtuning_fast.bench.rows.growth`" in line(text, "**changed since: kernels**")
+    assert "`python -m qtuning_fast.bench.rows.growth` (2 threads); " in line(text, "**changed since: kernels**")
+    assert "(1 thread); " in line(text, "rows.attention --decode`")
     assert line(text, "rows.attention`").count("have not changed since") == 1
     assert "- flex: `NotImplementedError: no backward`" in text
     for question in ("attention", "decode", "ingredients", "growth", "lifelong", "models"):
