@@ -233,15 +233,15 @@ def run(
             model, data, _METHOD.read(given), _TRAINING.read(given, seed=seed), forward_transfer, task_rule
         )
         from qtuning_fast.lifelong.progress import ProgressBars
-        from qtuning_fast.lifelong.report.console import seeds_table, summary_table
+        from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
 
         def progress_bars(tasks: Any, title: str) -> ProgressBars:
             return ProgressBars(len(tasks), title, console)
 
         if seeds == 1:
-            console.print(summary_table(run_stream(settings, out, progress_bars)))
+            console.print(run_tables(run_stream(settings, out, progress_bars)))
         else:
-            console.print(seeds_table(run_seeds(settings, seeds, out, progress_bars)))
+            console.print(seeds_tables(run_seeds(settings, seeds, out, progress_bars)))
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
 
 
@@ -360,11 +360,11 @@ def statistics(folder: RunFolder) -> None:
 def report(folder: RunFolder) -> None:
     """Rewrite a run's report and pictures from its metrics."""
     with _readable_errors():
-        from qtuning_fast.lifelong.report.console import seeds_table, summary_table
+        from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
         from qtuning_fast.lifelong.runs import rewrite_report
 
         page, metrics, is_summary = rewrite_report(folder)
-        console.print(seeds_table(metrics) if is_summary else summary_table(metrics))
+        console.print(seeds_tables(metrics) if is_summary else run_tables(metrics))
         console.print(f"Report: {page}", soft_wrap=True, markup=False)
 
 
