@@ -123,8 +123,11 @@ def unnamed_results(metrics: Metrics) -> dict[str, dict[str, Any]]:
 
 
 def named_summary(metrics: Metrics) -> dict[str, float]:
-    """What the stored adapters reach when the task is named, by those of `UNNAMED_MEASURES` that make sense then."""
-    if "task_adapter" not in metrics:
+    """What the stored adapters reach when the task is named, by those of `UNNAMED_MEASURES` that make sense then.
+
+    Empty if a task has another measure than accuracy, which is not comparable.
+    """
+    if "task_adapter" not in metrics or measured(metrics) != "accuracy":
         return {}
     result = metrics["task_adapter"]
     rows = [fmean(row[: place + 1]) for place, row in enumerate(result["accuracy_matrix"])]

@@ -181,15 +181,16 @@ class UnnamedTasks:
             held_out = distances.pop(task.name)
             areas.append(auroc(held_out, np.concatenate([*distances.values()])))
             detected.append(float((held_out > choice.threshold(FALSE_ALARM_RATE)).mean()))
-        threshold = inferred[0].threshold
+        threshold, told = inferred[0].threshold, bool(np.isfinite(inferred[0].threshold))
+        known = torch.cat([each.is_known for each in inferred]).double()
         return {
             "false_alarm_rate": FALSE_ALARM_RATE,
-            "false_alarms": float(1 - torch.cat([each.is_known for each in inferred]).double().mean()),
-            "threshold": threshold if np.isfinite(threshold) else None,
+            "false_alarms": float(1 - known.mean()) if told else None,
+            "threshold": threshold if told else None,
             "auroc": areas or None,
             "mean_auroc": float(np.mean(areas)) if areas else None,
-            "detected": detected or None,
-            "mean_detected": float(np.mean(detected)) if detected else None,
+            "detected": detected if told and detected else None,
+            "mean_detected": float(np.mean(detected)) if told and detected else None,
         }
 
     def _joint(self, model: QTuningModel, truths: Sequence[Pairs]) -> dict[str, Any]:

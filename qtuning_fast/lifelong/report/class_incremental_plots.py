@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from qtuning_fast.lifelong.metrics import Metrics, in_words, measured, unnamed_results
+from qtuning_fast.lifelong.metrics import Metrics, named_summary, unnamed_results
 from qtuning_fast.lifelong.report.plot_style import (
     FAINT,
     INK,
@@ -32,10 +32,9 @@ FEW = 15  # up to that many tasks a cell of a matrix has room for its number
 def unnamed_accuracy(metrics: Metrics) -> Figure:
     """Mean accuracy over the tasks seen so far when the task is not named, below that of the named task."""
     _block(metrics)
-    names, word = metrics["tasks"], measured(metrics)
-    title = in_words("Average accuracy over the tasks seen so far, task not named", word)
-    figure, [axes] = new_figure(title, height=4.6)
-    if "task_adapter" in metrics:
+    names = metrics["tasks"]
+    figure, [axes] = new_figure("Average accuracy over the tasks seen so far, task not named", height=4.6)
+    if named_summary(metrics):
         means = _mean_of_rows(metrics["task_adapter"])
         axes.plot(means, linestyle=":", linewidth=2, color=PALETTE["task_adapter"], label="adapters, task named")
     for name, result in unnamed_results(metrics).items():
@@ -51,8 +50,8 @@ def unnamed_accuracy(metrics: Metrics) -> Figure:
             axes.plot(*last, linestyle="", marker="D", markersize=7, markerfacecolor="none", clip_on=False, **style)
     task_ticks(axes.xaxis, names)
     axes.set_xlabel("after learning")
-    axes.set_ylabel(f"mean {word}")
-    axes.set_ylim(min(0.0, axes.dataLim.ymin), 1.02)
+    axes.set_ylabel("mean accuracy")
+    axes.set_ylim(0, 1.02)
     legend(axes)
     return figure
 

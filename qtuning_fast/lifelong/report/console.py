@@ -60,10 +60,10 @@ def summary_table(metrics: Metrics) -> Table:
 
 def unnamed_table(metrics: Metrics) -> Table:
     """How good the answers are without the task's name, those with it in the last row; below it unknown tasks."""
-    word, block = measured(metrics), metrics["class_incremental"]
-    table = _table_of_measures("Accuracy when the task is not named", UNNAMED_MEASURES, word, number="0.000")
+    block = metrics["class_incremental"]
+    table = _table_of_measures("Accuracy when the task is not named", UNNAMED_MEASURES, number="0.000")
     for name, result in unnamed_results(metrics).items():
-        table.add_row(in_words(name, word), *(_number(result.get(measure)) for measure in UNNAMED_MEASURES))
+        table.add_row(name.replace("_", " "), *(_number(result.get(measure)) for measure in UNNAMED_MEASURES))
     named = named_summary(metrics)
     if named:
         table.add_section()
@@ -75,11 +75,11 @@ def unnamed_table(metrics: Metrics) -> Table:
 
 def unnamed_seeds_table(summary: Mapping[str, Any]) -> Table:
     """How good the answers are without the task's name, over several seeds."""
-    word, block = summary.get("metric", "accuracy"), summary["class_incremental"]
+    block = summary["class_incremental"]
     measures = [measure for measure in UNNAMED_MEASURES if measure != "label_accuracy"]  # 80 columns have no room
-    table = _table_of_measures("The same when the task is not named", measures, word, number="0.000 ± 0.000")
+    table = _table_of_measures("The same when the task is not named", measures, number="0.000 ± 0.000")
     for name, spreads in ({name: block[name] for name in ("adapters", "closed_form")} | block["baselines"]).items():
-        table.add_row(in_words(name, word), *(_spread(spreads.get(measure)) for measure in measures))
+        table.add_row(name.replace("_", " "), *(_spread(spreads.get(measure)) for measure in measures))
     numbers = {name: _spread(spread) for name, spread in block["unknown"].items() if spread}
     numbers["false_alarm_rate"] = _number(block["unknown"]["false_alarm_rate"]["mean"])  # promised, hence all alike
     table.caption = _no_known_task(numbers, _spread(block["calibration"]["error"]))
@@ -97,12 +97,12 @@ def seeds_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table_of_measures(title: str, measures: Iterable[str], word: str, number: str) -> Table:
+def _table_of_measures(title: str, measures: Iterable[str], number: str) -> Table:
     """An empty table with a column for each measure without the task's name, wide enough for a `number`."""
-    table = Table(title=in_words(title, word), caption_justify="left")
+    table = Table(title=title, caption_justify="left")
     table.add_column("", min_width=len("nearest"))
     for measure in measures:
-        heading = in_words(UNNAMED_MEASURES[measure], word)
+        heading = UNNAMED_MEASURES[measure]
         least = max(len(part) for part in [number, *heading.split()])  # headings break between words, numbers never
         table.add_column(heading, justify="right", width=least)
     return table
