@@ -17,7 +17,6 @@ try:
     import typer
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
@@ -260,23 +259,27 @@ def evaluate(
 ) -> None:
     """Evaluate the stored adapters on the run's test splits or on your own labelled examples.
 
-    Without --task, also as if nobody had named the task of an example.
+    Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
     """
     with _readable_errors():
-        if data is not None and task is None:
-            raise ValueError("--data needs --task, which names the adapter")
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
         _silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
+        from qtuning_fast.lifelong.report.console import labels_table, scores_table
         from qtuning_fast.lifelong.runs import SavedRun
 
         saved = SavedRun(folder)
+        columns = {
+            "text_column": text_column or saved.data.text_column,
+            "label_column": label_column or saved.data.label_column,
+        }
+        if data is not None and task is None:
+            examples = load_examples(data, saved.label_names, **columns)
+            console.print(labels_table(len(examples), saved.score_by_label(examples, top_k=top_k)))
+            _name_left_out(saved)
+            return
         if data is not None and task is not None:
-            columns = {
-                "text_column": text_column or saved.data.text_column,
-                "label_column": label_column or saved.data.label_column,
-            }
             kind = saved.model.problem_type(task)
             tests = {task: load_examples(data, saved.model.label_names(task), **columns, problem_type=kind)}
         else:
@@ -284,20 +287,18 @@ def evaluate(
             if task is not None:
                 saved.model.label_names(task)  # refuses an unknown task
                 tests = {task: tests[task]}
-        from qtuning_fast.lifelong.scores import WORDS
-
-        words = [WORDS[saved.metric(name)] for name in tests]
-        measures = ["measure", "score"] if len(set(words)) > 1 else words[:1]
         unnamed = task is None and saved.infers
-        table = Table("task", "examples", *measures, *(["task found", "not named"] if unnamed else []))
-        for word, (name, examples) in zip(words, tests.items()):
-            measure = [word] if len(set(words)) > 1 else []
-            row = [str(len(examples)), *measure, f"{saved.score(examples, name):.3f}"]
-            if unnamed:
-                without = saved.score_unnamed(examples, name, top_k=top_k)
-                row += [f"{without['task_found']:.3f}", f"{without['accuracy']:.3f}"]
-            table.add_row(Text(name), *row)
-        console.print(table)
+        rows = [
+            {
+                "task": name,
+                "examples": len(examples),
+                "measure": saved.metric(name),
+                "score": saved.score(examples, name),
+            }
+            | (saved.score_unnamed(examples, name, top_k=top_k) if unnamed else {})
+            for name, examples in tests.items()
+        ]
+        console.print(scores_table(rows))
         if task is None:
             console.print(
                 "not named: nobody says which task an example is of; task and class must be right."

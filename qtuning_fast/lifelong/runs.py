@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -315,6 +315,31 @@ class SavedRun:
             "accuracy": fmean(right),
             "known": fmean(answer.is_known for answer in answers),
         }
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the classes of all tasks, each once."""
+        single = [name for name in self.model.tasks if self.model.problem_type(name) == SINGLE]
+        return list(dict.fromkeys(label for name in single for label in self.model.label_names(name)))
+
+    def score_by_label(self, examples: Examples, *, top_k: int = 1) -> dict[str, float]:
+        """How well examples of any tasks are answered, judged by the names of their labels.
+
+        Args:
+            examples: their labels are places in `label_names`.
+            top_k: see `infer`.
+
+        Returns:
+            `accuracy`, the share of answers with the right label name; `known`, as in `score_unnamed`.
+        """
+        self._check_kind(examples, "any")
+        answers, names = self._infer(self.encoder.encode(examples), top_k), self.label_names
+        right = [
+            self.model.problem_type(answer.task) == SINGLE
+            and self.model.label_names(answer.task)[int(answer.output.argmax())] == names[cast(int, label)]
+            for answer, label in zip(answers, examples.labels)
+        ]
+        return {"accuracy": fmean(right), "known": fmean(answer.is_known for answer in answers)}
 
     def _check_kind(self, examples: Examples, task: str) -> None:
         if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:

@@ -1,6 +1,6 @@
 """The results of a run as tables for the terminal, each at most 80 columns wide."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -19,6 +19,7 @@ from qtuning_fast.lifelong.metrics import (
     named_summary,
     unnamed_results,
 )
+from qtuning_fast.lifelong.scores import WORDS
 
 
 def run_tables(metrics: Metrics) -> Group:
@@ -35,6 +36,31 @@ def seeds_tables(summary: Mapping[str, Any]) -> Group:
     if "class_incremental" in summary:
         tables.append(unnamed_seeds_table(summary))
     return Group(*tables)
+
+
+def scores_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What the stored adapters reach on test examples, one row a task.
+
+    Args:
+        rows: `task`, `examples`, `measure` and `score` of each task; and, if tasks were inferred too, what
+            `SavedRun.score_unnamed` returns.
+    """
+    words = [WORDS[row["measure"]] for row in rows]
+    several, unnamed = len(set(words)) > 1, all("task_found" in row for row in rows)
+    table = Table("task", "examples", *(["measure", "score"] if several else words[:1]))
+    for heading in ("task found", "not named") if unnamed else ():
+        table.add_column(heading)
+    for word, row in zip(words, rows):
+        numbers = [row["score"], *((row["task_found"], row["accuracy"]) if unnamed else ())]
+        table.add_row(Text(row["task"]), str(row["examples"]), *([word] if several else []), *map(_number, numbers))
+    return table
+
+
+def labels_table(examples: int, found: Mapping[str, float]) -> Table:
+    """How well examples of any tasks are answered, from `SavedRun.score_by_label`."""
+    table = Table("examples", "right label", "of a known task")
+    table.add_row(str(examples), _number(found["accuracy"]), _number(found["known"]))
+    return table
 
 
 def summary_table(metrics: Metrics) -> Table:
