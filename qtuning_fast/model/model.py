@@ -567,8 +567,10 @@ class QTuningModel(PretrainedInterface):
         """
         self.backbone.check_generates()
         if isinstance(task_names, str):
-            given = {self.base_model.main_input_name: args[0]} if args else {}
-            with inferred(self, task_names, kwargs | given) as found:
+            read = dict(kwargs)
+            if args or "inputs" in read:  # what generate calls the input, whatever the model calls it
+                read[self.base_model.main_input_name] = args[0] if args else read.pop("inputs")
+            with inferred(self, task_names, read) as found:
                 return self.generate(*args, task_names=found.names, **kwargs)
         if task_names is not None:
             batch = args[0].shape[0] if args else batch_size(kwargs)
