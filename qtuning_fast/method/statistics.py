@@ -266,5 +266,5 @@ def _checked(features: Tensor, labels: Tensor, classes: int, size: int | None) -
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = labels[(labels < 0) | (labels >= classes)][0]
-        raise ValueError(f"labels holds {int(wrong)}; the task has {classes} classes, so it must be from 0 to {classes - 1}")
+        raise ValueError(f"labels holds {int(wrong)}; the task has {classes} classes, so it must be 0 to {classes - 1}")
     return features, labels

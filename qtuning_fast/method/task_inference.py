@@ -73,8 +73,7 @@ class TaskInference:
         ranked = self._ranked[:, :k]
         probabilities = self.task_probabilities.gather(1, ranked)
         return [
-            [(self.tasks[index], p) for index, p in zip(*each)]
-            for each in zip(ranked.tolist(), probabilities.tolist())
+            [(self.tasks[index], p) for index, p in zip(*each)] for each in zip(ranked.tolist(), probabilities.tolist())
         ]
 
     @property

@@ -49,8 +49,8 @@ def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> Tas
         )
     if inputs.get("encoder_outputs") is not None:
         raise ValueError(
-            "the tasks of encoder_outputs cannot be inferred, which may have been computed under a task; give the input "
-            "itself, or its task_names"
+            "the tasks of encoder_outputs, which may be those under a task, cannot be inferred; give the input itself, "
+            "or its task_names"
         )
     read = read_inputs(inputs)
     with model.backbone.injector.lock:
