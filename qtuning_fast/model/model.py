@@ -395,8 +395,8 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: there is no such task, or they do not fit it or the base model.
         """
-        self._tasks.check(name)
         with self.backbone.injector.lock:
+            self._tasks.check(name)
             self._tasks.known.add(name, statistics)
 
     def fit_task_rule(self, tasks: Sequence[str] | None = None, rule: TaskRule | str | None = None) -> TaskChoice:
@@ -409,10 +409,11 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: an argument is invalid, or no task can be inferred.
         """
-        names = self.tasks if tasks is None else list(tasks)
-        for name in names:
-            self._tasks.check(name)
-        return self._tasks.known.choice_among(names, self.task_rule if rule is None else rule_by_name(rule))
+        with self.backbone.injector.lock:
+            names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+            for name in names:
+                self._tasks.check(name)
+            return self._tasks.known.choice_among(names, self.task_rule if rule is None else rule_by_name(rule))
 
     def infer_tasks(
         self,

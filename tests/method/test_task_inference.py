@@ -234,16 +234,18 @@ def test_without_validation_examples_all_is_known_and_the_temperature_is_1() -> 
     assert found.distances is not None and found.distances.min() > 0
 
 
-@pytest.mark.parametrize("rate", [0, 1, -0.1, math.nan, "few", True])
-def test_false_alarm_rates_that_are_none(rate: Any) -> None:
-    with pytest.raises(ValueError, match=r"false_alarm_rate is .* between 0 and 1"):
-        chosen("cars", "birds").infer(evidence(INPUTS), false_alarm_rate=rate)
-
-
-@pytest.mark.parametrize("threshold", [-1.0, math.nan, "far", False])
-def test_thresholds_that_are_none(threshold: Any) -> None:
-    with pytest.raises(ValueError, match=r"threshold is .* a squared distance, 0 or more"):
-        chosen("cars", "birds").infer(evidence(INPUTS), threshold=threshold)
+@pytest.mark.parametrize(
+    ("option", "values", "named"),
+    [
+        ("false_alarm_rate", [0, 1, -0.1, math.nan, "few", True], "must be a number between 0 and 1"),
+        ("threshold", [-1.0, math.nan, "far", False], "must be a squared distance, 0 or more"),
+    ],
+)
+def test_options_that_are_none(option: str, values: list[Any], named: str) -> None:
+    choice = chosen("cars", "birds")
+    for value in values:
+        with pytest.raises(ValueError, match=f"{option} is .* {named}"):
+            choice.infer(evidence(INPUTS), **{option: value})
 
 
 def test_calibration_takes_as_many_of_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,16 +375,13 @@ def test_priors_and_a_rule_that_together_exclude_everything_are_refused() -> Non
         choice.infer(evidence(INPUTS), priors={"cars": 1})
 
 
-def test_inputs_that_are_not_finite_are_named() -> None:
+def test_inputs_that_are_not_finite_are_named_and_no_task_is_nothing_to_choose() -> None:
+    with pytest.raises(ValueError, match="no task to choose"):
+        TaskChoice.fit(ClosedForm(), [])
     inputs = INPUTS.clone()
     inputs[3, 1] = torch.nan
     with pytest.raises(ValueError, match=r"features of input 3 are not finite.*bfloat16 or float32"):
         chosen("cars", "birds").infer(evidence(inputs))
-
-
-def test_without_a_task_there_is_nothing_to_choose() -> None:
-    with pytest.raises(ValueError, match="no task to choose"):
-        TaskChoice.fit(ClosedForm(), [])
 
 
 def test_a_rule_that_needs_no_statistics_has_no_distances() -> None:
@@ -391,3 +390,13 @@ def test_a_rule_that_needs_no_statistics_has_no_distances() -> None:
     asked = {"a": torch.tensor([[0.9, 0.1]]), "b": torch.tensor([[0.4, 0.6]])}
     found = choice.infer(Evidence(torch.zeros(1, 3), lambda: asked))
     assert found.task_names == ["a"] and found.distances is None and found.is_known.all() and found.left_out == ("c",)
+
+
+@pytest.mark.parametrize("name", ["closed-form", "nearest-mean", "ranpac"])
+def test_a_choice_moves_to_a_device_with_all_it_holds(name: str) -> None:
+    choice = chosen("cars", "birds", rule=RanPAC(size=6) if name == "ranpac" else rule_by_name(name))
+    assert choice.to(torch.device("cpu")) is choice and choice.to(torch.device("mps")) is choice
+    moved = choice.to(torch.device("meta"))
+    assert moved.device.type == "meta" and moved.gaussian is not None
+    given = Evidence(torch.zeros(2, F, dtype=torch.float64, device="meta"), asked_for_nothing)
+    assert moved.scores(given).device.type == moved.gaussian.distances(given).device.type == "meta"

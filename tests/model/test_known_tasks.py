@@ -321,8 +321,12 @@ def test_a_copy_recognises_the_same_and_is_a_model_of_its_own(
 ) -> None:
     family = families["BERT"]
     model, batch = recognising(family, 3), inputs_of(family, 1, seed=3)
-    expected = model.infer_tasks(**batch).class_probabilities  # now there is a fitted choice to leave out
+    expected = model.infer_tasks(**batch).class_probabilities
+    model.task_rule = "most-confident"
+    model.infer_tasks(**batch)  # now there is a fitted choice, of a function that cannot be pickled
     other = copied(model)
+    assert other.task_rule.name == "most-confident" and other.task_rule is not model.task_rule
+    model.task_rule = other.task_rule = "closed-form"
     assert torch.equal(other.infer_tasks(**batch).class_probabilities, expected)
     other.remove_task("task-1")
     assert "task-1" not in other.statistics and "task-1" not in other.infer_tasks(**batch).task_names
