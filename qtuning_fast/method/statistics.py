@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,17 @@ class TaskStatistics:
         validation_features: `[v, F]` float32, of up to 64 examples that the moments do not count: the task's inferred
             probabilities are calibrated on them.
         validation_labels: their classes, `[v]` int64.
+
+    Raises:
+        ValueError: shapes, types or values do not fit together, or no class has an example.
     """
 
     moments: Mapping[str, ClassMoments]
     validation_features: Tensor
     validation_labels: Tensor
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     @property
     def features(self) -> ClassMoments:
@@ -126,31 +133,38 @@ class TaskStatistics:
                 name: ClassMoments(*(tensors[f"{name}.{part}"] for part in ("counts", "means", "factor")))
                 for name in names
             }
-            found = cls(moments, tensors["validation.features"], tensors["validation.labels"])
-            _check(found)
-        except (KeyError, IndexError) as error:
+            return cls(moments, tensors["validation.features"], tensors["validation.labels"])
+        except KeyError as error:
             raise ValueError(f"these are not statistics of a task: {error} is missing") from None
-        return found
 
 
 def _check(found: TaskStatistics) -> None:
     """Raise a ValueError if shapes, types or values do not fit together."""
-    features, labels, classes = found.validation_features, found.validation_labels, found.classes
-    right = features.shape == (len(labels), found.hidden_size) and labels.ndim == 1 and not labels.is_floating_point()
-    right = right and (len(labels) == 0 or 0 <= int(labels.min()) <= int(labels.max()) < classes)
-    for each in found.moments.values():
-        size = each.means.shape[-1]
-        right = right and each.counts.shape == (classes,) and each.means.shape == (classes, size)
-        right = right and each.factor.shape[1:] == (size,) and bool((each.counts >= 0).all())
-        right = right and each.means.dtype == each.factor.dtype == torch.float64
-        right = right and bool(each.means.isfinite().all() and each.factor.isfinite().all())
-    if not right or not features.isfinite().all():
+    if FEATURES not in found.moments:
+        raise ValueError(f"these are not statistics of a task: moments of {FEATURES!r} are missing")
+    features, labels, counts = found.validation_features, found.validation_labels, found.features.counts
+    right = labels.shape == features.shape[:1] and labels.dtype == torch.long and features.dtype == torch.float32
+    right = right and features.shape[1:] == found.features.means.shape[1:] and bool(features.isfinite().all())
+    right = right and (len(labels) == 0 or 0 <= int(labels.min()) <= int(labels.max()) < len(counts))
+    right = right and counts.dtype == torch.long and counts.ndim == 1 and bool((counts >= 0).all())
+    right = right and all(_fits(each, counts) for each in found.moments.values())
+    if not right or not found.features.seen.any():
         raise ValueError("these are not statistics of a task: shapes, types or values do not fit together")
+
+
+def _fits(moments: ClassMoments, counts: Tensor) -> bool:
+    """Return whether the moments are of so many examples of each class."""
+    means, factor = moments.means, moments.factor
+    right = means.ndim == factor.ndim == 2 and len(means) == len(counts) and means.shape[1] == factor.shape[1]
+    right = right and means.dtype == factor.dtype == torch.float64 and torch.equal(moments.counts, counts)
+    return right and bool(means.isfinite().all() and factor.isfinite().all())
 
 
 @dataclass
 class Recorder:
     """Adds up the statistics of a task, batch by batch, in memory that does not grow with the number of examples.
+
+    Sent to another process, it leaves out the feature maps, which may be functions that cannot be pickled.
 
     Args:
         classes: the number of classes, C.
@@ -170,9 +184,9 @@ class Recorder:
             labels: `[n]` class indices.
 
         Raises:
-            ValueError: a feature is not finite, or a label is out of range.
+            ValueError: shapes do not fit, a feature is not finite, or a label is out of range.
         """
-        self._waiting.append(_checked(features, labels, self.classes))
+        self._waiting.append(_checked(features, labels, self.classes, self._size))
         waiting = sum(len(each) for _, each in self._waiting)
         if waiting >= max(features.shape[1], 1024):  # one QR for many rows
             self._count()
@@ -197,11 +211,22 @@ class Recorder:
         if FEATURES not in self._moments or not self._moments[FEATURES].seen.any():
             raise ValueError("there are no examples to record statistics of; give some")
         size = self._moments[FEATURES].means.shape[1]
-        parts = [_checked(features, labels, self.classes) for features, labels in validation]
+        parts = [_checked(features, labels, self.classes, size) for features, labels in validation]
         features = torch.cat([part[0] for part in parts]) if parts else torch.zeros(0, size)
         labels = torch.cat([part[1] for part in parts]) if parts else torch.zeros(0, dtype=torch.long)
         kept = spread(features, KEPT_FOR_CALIBRATION)
         return TaskStatistics(dict(self._moments), features[kept].float(), labels[kept])
+
+    @property
+    def _size(self) -> int | None:
+        """The length of a feature vector; None before the first."""
+        if self._waiting:
+            return self._waiting[0][0].shape[1]
+        return self._moments[FEATURES].means.shape[1] if self._moments else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._count()
+        return self.__dict__ | {"maps": {}}
 
     def _count(self) -> None:
         if not self._waiting:
@@ -227,9 +252,11 @@ def _unchanged(features: Tensor) -> Tensor:
     return features
 
 
-def _checked(features: Tensor, labels: Tensor, classes: int) -> Labelled:
+def _checked(features: Tensor, labels: Tensor, classes: int, size: int | None) -> Labelled:
     """Return features and labels on the CPU, or raise a ValueError."""
     features, labels = features.detach().cpu(), labels.detach().cpu().long()
+    if features.ndim != 2 or size not in (None, features.shape[1]):
+        raise ValueError(f"features has shape {list(features.shape)}; it must be [n, {size or 'F'}]")
     if labels.shape != features.shape[:1]:
         raise ValueError(f"there are {len(features)} examples, but labels has shape {list(labels.shape)}")
     if not features.isfinite().all():
@@ -239,5 +266,5 @@ def _checked(features: Tensor, labels: Tensor, classes: int) -> Labelled:
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         wrong = labels[(labels < 0) | (labels >= classes)][0]
-        raise ValueError(f"labels holds {int(wrong)}; the task has {classes} classes, so it must be below {classes}")
+        raise ValueError(f"labels holds {int(wrong)}; the task has {classes} classes, so it must be 0 to {classes - 1}")
     return features, labels

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ class TaskInference:
 
     @property
     def task_names(self) -> list[str]:
-        """The most probable task of each input."""
-        return [self.tasks[index] for index in self.task_probabilities.argmax(1).tolist()]
+        """The most probable task of each input; of equals the first by name, whichever was learned first."""
+        return [self.tasks[index] for index in self._ranked[:, 0].tolist()]
 
     @property
     def is_known(self) -> Tensor:
@@ -69,11 +70,17 @@ class TaskInference:
 
     def top(self, k: int) -> list[list[tuple[str, float]]]:
         """Return the k most probable tasks of each input and their probabilities, the most probable first."""
-        found = self.task_probabilities.topk(min(k, len(self.tasks)), dim=1)
+        ranked = self._ranked[:, :k]
+        probabilities = self.task_probabilities.gather(1, ranked)
         return [
-            [(self.tasks[index], p) for index, p in zip(indices, probabilities)]
-            for indices, probabilities in zip(found.indices.tolist(), found.values.tolist())
+            [(self.tasks[index], p) for index, p in zip(*each)] for each in zip(ranked.tolist(), probabilities.tolist())
         ]
+
+    @property
+    def _ranked(self) -> Tensor:
+        """The places of the tasks, the most probable first, `[B, T]`."""
+        by_name = torch.tensor(sorted(range(len(self.tasks)), key=self.tasks.__getitem__))
+        return by_name[self.task_probabilities[:, by_name].argsort(dim=1, descending=True, stable=True)]
 
     def classes_of(self, task: str) -> Tensor:
         """Return `p(c|x)` of one task's classes, `[B, its classes]`."""
@@ -116,6 +123,7 @@ class TaskChoice:
             raise ValueError("there is no task to choose")
         ordered = sorted(candidates, key=lambda each: each.name)
         statistics = [each.statistics for each in ordered if each.statistics is not None]
+        classes = sum(each.classes for each in ordered)
         scores = rule.fit(ordered)
         gaussian, temperature, distances = None, 1.0, torch.zeros(0, dtype=torch.float64)
         if len(statistics) == len(ordered):
@@ -125,19 +133,22 @@ class TaskChoice:
             if len(labels):
                 distances = gaussian.distances(evidence).sort().values
                 if rule.needs_statistics:
-                    temperature = best_temperature(scores(evidence), labels)
+                    temperature = best_temperature(_checked(scores(evidence), classes, len(labels)), labels)
         names = tuple(each.name for each in candidates)
         return cls(tuple(ordered), names, tuple(left_out), scores, gaussian, temperature, distances)
 
     def to(self, device: torch.device) -> TaskChoice:
         """Return the same with its matrices on a device, or on the CPU if they cannot be there."""
-        if not hasattr(self.scores, "to") or device.type == "mps":  # which has no float64
+        scores_to = getattr(self.scores, "to", None)
+        if scores_to is None or device.type == "mps":  # which has no float64
             device = _CPU
-        if device == self.device:
+        if device == self.device or scores_to is None:
             return self
+        if isinstance(self.scores, SharedGaussian):  # the same that distances are measured with
+            both = self.scores.to(device)
+            return replace(self, scores=both, gaussian=both, device=device)
         gaussian = None if self.gaussian is None else self.gaussian.to(device)
-        scores = gaussian if self.scores is self.gaussian else self.scores.to(device)
-        return replace(self, scores=scores, gaussian=gaussian, device=device)
+        return replace(self, scores=scores_to(device), gaussian=gaussian, device=device)
 
     def infer(
         self,
@@ -150,7 +161,7 @@ class TaskChoice:
         """Return the tasks of the inputs; see `QTuningModel.infer_tasks`."""
         evidence = replace(evidence, features=_finite(evidence.features).to(self.device, torch.float64))
         scores = _checked(self.scores(evidence), sum(each.classes for each in self.candidates), len(evidence.features))
-        classes = (scores.cpu() / self.temperature + self._log_priors(priors)).softmax(1)
+        classes = _possible(scores.cpu().double() / self.temperature + self._log_priors(priors)).softmax(1)
         sizes = [each.classes for each in self.candidates]
         by_name = dict(zip((each.name for each in self.candidates), classes.split(sizes, dim=1)))
         chosen = [by_name[name] for name in self.order]
@@ -160,14 +171,14 @@ class TaskChoice:
             task_probabilities=torch.stack([each.sum(1) for each in chosen], dim=1),
             class_probabilities=torch.cat(chosen, dim=1),
             distances=None if self.gaussian is None else self.gaussian.distances(evidence).cpu(),
-            threshold=self.threshold(false_alarm_rate) if threshold is None else threshold,
+            threshold=self.threshold(false_alarm_rate) if threshold is None else _as_threshold(threshold),
             left_out=self.left_out,
         )
 
     def threshold(self, false_alarm_rate: float) -> float:
         """Return the distance that this share of inputs of known tasks exceeds, judged by the validation examples."""
-        if not 0 < false_alarm_rate < 1:
-            raise ValueError(f"false_alarm_rate is {false_alarm_rate}; it must be between 0 and 1")
+        if not isinstance(false_alarm_rate, Real) or not 0 < false_alarm_rate < 1:
+            raise ValueError(f"false_alarm_rate is {false_alarm_rate!r}; it must be a number between 0 and 1")
         count = len(self.distances)
         if count == 0:
             return math.inf
@@ -175,14 +186,18 @@ class TaskChoice:
         return float(self.distances[min(place, count) - 1])
 
     def _log_priors(self, priors: Mapping[str, float] | None) -> Tensor:
-        """Return the log prior of each class, `[C]`, up to a constant: that of its task, shared by its classes."""
+        """Return the log prior of each class, `[C]`, up to a constant: that of its task, shared by its classes.
+
+        A class without an example has no share, because no input can be of it.
+        """
         if priors is None:
             return torch.zeros(sum(each.classes for each in self.candidates), dtype=torch.float64)
         check_priors(priors, [each.name for each in self.candidates])
-        each_class = [priors.get(each.name, 0.0) / each.classes for each in self.candidates]
-        return torch.tensor(
-            [p for p, each in zip(each_class, self.candidates) for _ in range(each.classes)], dtype=torch.float64
-        ).log()
+        shares = []
+        for each in self.candidates:
+            possible = each.classes if each.statistics is None else int(each.statistics.features.seen.sum())
+            shares += [float(priors.get(each.name, 0.0)) / possible] * each.classes
+        return torch.tensor(shares, dtype=torch.float64).log()
 
 
 def check_priors(priors: Mapping[str, float], names: Sequence[str]) -> None:
@@ -192,7 +207,7 @@ def check_priors(priors: Mapping[str, float], names: Sequence[str]) -> None:
     for name, prior in priors.items():
         if name not in names:
             raise ValueError(f"priors names task {name!r}, which cannot be chosen; the tasks are {', '.join(names)}")
-        if isinstance(prior, bool) or not isinstance(prior, (int, float)) or not 0 <= prior < math.inf:
+        if isinstance(prior, bool) or not isinstance(prior, Real) or not 0 <= prior < math.inf:
             raise ValueError(f"priors gives task {name!r} {prior!r}; it must be a finite number, 0 or more")
     if not sum(priors.values()) > 0:
         raise ValueError("priors gives no task more than 0; give at least one")
@@ -205,10 +220,13 @@ def best_temperature(scores: Tensor, labels: Tensor) -> float:
     what n right answers warrant by Laplace's rule of succession, `log((n + 2) / (n + 1))`.
 
     Args:
-        scores: `[n, C]` float64; −inf excludes a class, but never the right one.
+        scores: `[n, C]` float64; −inf excludes a class. An example whose right class is excluded does not count, since
+            no temperature helps it.
         labels: the right classes, `[n]`.
     """
     own = scores.gather(1, labels[:, None])
+    counts = ~own[:, 0].isneginf()
+    scores, own, labels = scores[counts], own[counts], labels[counts]
     gaps = (scores - own).masked_fill(scores.isneginf(), -torch.inf)
     finite = gaps[gaps.isfinite() & (gaps != 0)]
     if not len(finite):  # one class, or all scores alike
@@ -281,6 +299,24 @@ def _checked(scores: Tensor, classes: int, inputs: int) -> Tensor:
     if not (scores < torch.inf).all() or not (scores > -torch.inf).any(1).all():
         raise ValueError("the rule's scores are NaN or inf, or exclude every class of an input")
     return scores
+
+
+def _possible(scores: Tensor) -> Tensor:
+    """Return scores with priors, or raise a ValueError if an input could be of no task."""
+    impossible = scores.isneginf().all(1)
+    if impossible.any():
+        raise ValueError(
+            f"priors excludes every task that the rule finds possible for input {int(impossible.nonzero()[0])}; give "
+            "more tasks a prior"
+        )
+    return scores
+
+
+def _as_threshold(threshold: float) -> float:
+    """Return a threshold, or raise a ValueError."""
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not threshold >= 0:
+        raise ValueError(f"threshold is {threshold!r}; it must be a squared distance, 0 or more")
+    return float(threshold)
 
 
 def _no_inputs() -> Mapping[str, Tensor]:

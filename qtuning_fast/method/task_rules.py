@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qtuning_fast.method.statistics import FEATURES, Labelled, TaskStatistics
+from qtuning_fast.method.statistics import FEATURES, Labelled, TaskStatistics, spread
 
 _FLOAT32_NOISE = torch.finfo(torch.float32).eps ** 2
 
@@ -169,11 +169,16 @@ class RanPAC(TaskRule):
     Args:
         size: number of random features, M.
         seed: seed of the random directions.
+
+    Raises:
+        ValueError: the size is no positive integer.
     """
 
     name = "ranpac"
 
     def __init__(self, size: int = 2000, seed: int = 0) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size is {size!r}; it must be a positive integer, the number of random features")
         self.size, self.seed = size, seed
         self.feature_map = f"relu-{size}-{seed}"
         self._maps: dict[int, RandomFeatures] = {}
@@ -323,14 +328,16 @@ def validation_of(statistics: Sequence[TaskStatistics], most: int | None = None)
 
     Args:
         statistics: those of the tasks.
-        most: keep so many at most, as many of each task as of the others, but at least one.
+        most: keep so many at most, as many of each task as of the others, but at least one; they are spread evenly.
     """
     each_at_most = None if most is None else max(1, most // max(1, len(statistics)))
     features, labels, before = [], [], 0
     for each in statistics:
         usable = each.features.seen[each.validation_labels]
-        features.append(each.validation_features[usable][:each_at_most])
-        labels.append(each.validation_labels[usable][:each_at_most] + before)
+        its_features, its_labels = each.validation_features[usable], each.validation_labels[usable] + before
+        kept = spread(its_features, len(its_features) if each_at_most is None else each_at_most)
+        features.append(its_features[kept])
+        labels.append(its_labels[kept])
         before += each.classes
     return torch.cat(features), torch.cat(labels)
 

@@ -30,6 +30,7 @@ from qtuning_fast.model.checked_files import (
     write_json,
     write_tensors,
 )
+from qtuning_fast.model.known_tasks import classes_of
 from qtuning_fast.model.registry import (
     AdapterFile,
     AdapterRegistry,
@@ -187,7 +188,7 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
             if not lazy:
                 adapters.load(stored)
             if "statistics" in entry:
-                of = _statistics_info(folder, entry["name"], entry["statistics"])
+                of = _statistics_info(folder, stored.info, entry["statistics"])
                 kept = StatisticsFile(folder, entry["statistics"]["file"], entry["statistics"]["sha256"])
                 recorded = statistics.add(of, file=kept)
                 if not lazy:
@@ -243,13 +244,14 @@ def _indexed_statistics(entry: Stored[StatisticsInfo, Any] | None, file: StoredF
     return {"statistics": content}
 
 
-def _statistics_info(folder: Path, name: str, entry: dict[str, Any]) -> StatisticsInfo:
+def _statistics_info(folder: Path, task: AdapterInfo, entry: dict[str, Any]) -> StatisticsInfo:
     """Return the index's description of a task's statistics."""
     maps, numbers = entry["feature_maps"], {key: entry[key] for key in ("classes", "bytes")}
     right = isinstance(maps, list) and all(isinstance(each, str) for each in maps)
-    if not right or not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
-        raise CorruptFileError(f"{folder / CONFIG_FILE}: the statistics of task {name!r} are invalid")
-    return StatisticsInfo(name=name, feature_maps=tuple(maps), **numbers)
+    right = right and all(isinstance(number, int) and number >= 0 for number in numbers.values())
+    if not right or numbers["classes"] != classes_of(task):
+        raise CorruptFileError(f"{folder / CONFIG_FILE}: the statistics of task {task.name!r} are invalid")
+    return StatisticsInfo(name=task.name, feature_maps=tuple(maps), **numbers)
 
 
 def _info(folder: Path, entry: dict[str, Any]) -> AdapterInfo:

@@ -34,6 +34,7 @@ class Inferred:
     index: Tensor
 
 
+@torch.compiler.disable  # locks and numbers read off tensors would break its graph into dozens, each to be compiled
 @torch.no_grad()
 def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> TaskInference:
     """Return which task each input is of; see `QTuningModel.infer_tasks`.
@@ -46,6 +47,11 @@ def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> Tas
         raise ValueError(
             "the tasks of inputs that continue a cache cannot be inferred; call infer_tasks with the whole input once, "
             "and give its task_names to each call"
+        )
+    if inputs.get("encoder_outputs") is not None:
+        raise ValueError(
+            "the tasks of encoder_outputs, which may be those under a task, cannot be inferred; give the input itself, "
+            "or its task_names"
         )
     read = read_inputs(inputs)
     with model.backbone.injector.lock:
@@ -93,7 +99,8 @@ def _surest(model: QTuningModel, inputs: Mapping[str, Any], found: TaskInference
     best = output.logits.double().softmax(-1).amax(-1).view(len(names), each).cpu()
     # An answer that is not one class of several has no probability to compare: its task's alone counts.
     single = torch.tensor([[model.problem_type(name) == SINGLE for name in tasks] for tasks in names])
-    weighed = torch.tensor([[p for _, p in tasks] for tasks in likeliest]) * torch.where(single, best, 1.0)
+    of_task = torch.tensor([[p for _, p in tasks] for tasks in likeliest], dtype=best.dtype)
+    weighed = of_task * torch.where(single, best, 1.0)
     return [tasks[place] for tasks, place in zip(names, weighed.argmax(1).tolist())]
 
 

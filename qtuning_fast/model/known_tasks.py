@@ -92,7 +92,8 @@ class KnownTasks:
         Args:
             features: returns the features `[B, F]` of inputs.
         """
-        info = self._adapters.entry(name).info
+        task = self._adapters.entry(name)
+        info = task.info
         maps = {self.rule.feature_map: self.rule.map} if self.rule.has_own_features else {}
         recorder, held_out = Recorder(classes_of(info), maps), list[Labelled]()
         error: Exception | None = None
@@ -100,7 +101,7 @@ class KnownTasks:
             for batch in batches:
                 recorder.add(*self._labelled(batch, info, features))
             held_out += [self._labelled(batch, info, features) for batch in validation]
-        except (TypeError, ValueError) as found:
+        except Exception as found:  # the other processes must not wait for this one
             error = found
         processes = gathered((recorder, held_out, error))
         for *_, theirs in processes:
@@ -110,7 +111,10 @@ class KnownTasks:
         for their_recorder, _, _ in processes:
             together.absorb(their_recorder)
         statistics = together.finish([part for _, parts, _ in processes for part in parts])
-        self.add(name, statistics)
+        with self._backbone.injector.lock:
+            if name not in self._adapters or self._adapters.entry(name) is not task:
+                raise ValueError(f"task {name!r} was removed while its statistics were recorded; record them again")
+            self.add(name, statistics)
         return statistics
 
     def _labelled(self, batch: Batch, info: AdapterInfo, features: Callable[[dict[str, Any]], Tensor]) -> Labelled:

@@ -395,8 +395,8 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: there is no such task, or they do not fit it or the base model.
         """
-        self._tasks.check(name)
         with self.backbone.injector.lock:
+            self._tasks.check(name)
             self._tasks.known.add(name, statistics)
 
     def fit_task_rule(self, tasks: Sequence[str] | None = None, rule: TaskRule | str | None = None) -> TaskChoice:
@@ -409,10 +409,11 @@ class QTuningModel(PretrainedInterface):
         Raises:
             TypeError, ValueError: an argument is invalid, or no task can be inferred.
         """
-        names = self.tasks if tasks is None else list(tasks)
-        for name in names:
-            self._tasks.check(name)
-        return self._tasks.known.choice_among(names, self.task_rule if rule is None else rule_by_name(rule))
+        with self.backbone.injector.lock:
+            names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+            for name in names:
+                self._tasks.check(name)
+            return self._tasks.known.choice_among(names, self.task_rule if rule is None else rule_by_name(rule))
 
     def infer_tasks(
         self,
@@ -567,8 +568,10 @@ class QTuningModel(PretrainedInterface):
         """
         self.backbone.check_generates()
         if isinstance(task_names, str):
-            given = {self.base_model.main_input_name: args[0]} if args else {}
-            with inferred(self, task_names, kwargs | given) as found:
+            read = dict(kwargs)
+            if args or "inputs" in read:  # what generate calls the input, whatever the model calls it
+                read[self.base_model.main_input_name] = args[0] if args else read.pop("inputs")
+            with inferred(self, task_names, read) as found:
                 return self.generate(*args, task_names=found.names, **kwargs)
         if task_names is not None:
             batch = args[0].shape[0] if args else batch_size(kwargs)

@@ -33,6 +33,7 @@ class QTuningOutput(ModelOutput):
 
 _NOT_READ = ("labels", "label_ids", "decoder_", "cache_position", "num_items_in_batch", "logits_to_keep")
 _FLAGS = ("interpolate_pos_encoding",)  # they change how an input is read
+_SHARED = ("attention_mask", "position_ids", "token_type_ids")  # perhaps `[1, N]`
 _COUNTED = ("input_ids", "inputs", "inputs_embeds", "pixel_values", "decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -47,14 +48,17 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
 def read_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a call's inputs that the base model reads samples from: tensors with an entry a sample.
 
-    Labels, what a decoder is given and settings of `generate` are not among them.
+    What has one entry for all samples is given to each. Labels, what a decoder is given and settings of `generate` are
+    not among them.
     """
     batch = batch_size(inputs)
-    return {
-        name: x
-        for name, x in inputs.items()
-        if name in _FLAGS or (_has_samples(x, batch) and not name.startswith(_NOT_READ))
-    }
+    read = {}
+    for name, x in inputs.items():
+        if name in _SHARED and isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == 1:
+            x = x.expand(batch, -1)
+        if name in _FLAGS or (_has_samples(x, batch) and not name.startswith(_NOT_READ)):
+            read[name] = x
+    return read
 
 
 def twice(inputs: dict[str, Any]) -> dict[str, Any]:

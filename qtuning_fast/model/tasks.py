@@ -121,11 +121,13 @@ class Tasks:
 
     def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:
         """Add a checked adapter that `read` returned. Its file stays in place."""
-        entry = saved.adapters.entry(adapter.name)
+        entry, statistics = saved.adapters.entry(adapter.name), saved.statistics.get(adapter.name)
+        if statistics is not None:
+            self.known.check(entry.info, statistics)
         self.adapters.add(entry.info, file=entry.file, value=adapter)
-        if adapter.name in saved.statistics:
+        if statistics is not None:
             recorded = saved.statistics.entry(adapter.name)
-            self.known.statistics.add(recorded.info, file=recorded.file, value=saved.statistics.load(recorded))
+            self.known.statistics.add(recorded.info, file=recorded.file, value=statistics)
 
     def remove(self, name: str) -> None:
         """Remove a task; raise a ValueError if there is none of this name."""
