@@ -88,6 +88,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
         _MIXED,
         Step("lifelong", "rows.lifelong", 1800),
         Step("models", "rows.models", 1800),
+        Step("task_inference", "rows.task_inference", 900),
     ),
     "gpu": (
         _SMOKE,

@@ -125,6 +125,27 @@ def mixed(document: Document) -> list[str]:
     return lines
 
 
+def task_inference(document: Document) -> list[str]:
+    """What fitting, scoring and recording cost, predictions in brackets."""
+    lines = ["| | fitting once | memory while fitting | statistics | rule | scoring | over a pass | recording |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for entry in document["entries"].values():
+        name, passes = f"{entry['of']}, F = {entry['sizes']['hidden']}", entry["passes_to_record"]
+        for tasks, row in entry["rows"].items():
+            said, ms = row["predicted"], {which: timing["median"] for which, timing in row["ms"].items()}
+            peak = row["fit_peak_bytes"]
+            cells = [
+                f"{row['fit_seconds']['median']:.2f} s ({said['fit_seconds']:.2f} s)",
+                "" if peak is None else f"{peak / 2**20:.0f} MiB",
+                *(f"{row[which] / 2**20:.1f} MiB" for which in ("statistics_bytes", "rule_bytes")),
+                f"{ms['score']:.1f} ms ({said['score_ms']:.1f} ms)",
+                f"{ms['score'] / ms['forward']:.3f}",
+                f"{ms['record']:.1f} ms beside {passes * ms['forward'] / 1e3:.1f} s of passes",
+            ]
+            lines.append(f"| {name}: {int(tasks):,} tasks | {' | '.join(cells)} |")
+    return lines
+
+
 def _roofline(entry: Mapping[str, Any], which: str, ms: float) -> str:
     return f"{entry['floor_ms'][which][0] / ms:.0%}" if "floor_ms" in entry else ""
 

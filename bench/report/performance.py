@@ -215,6 +215,20 @@ transformers](peft.md).
         page_tables.mixed,
         drawn=False,
     ),
+    Section(
+        "task_inference",
+        "Inferring the task",
+        """
+What it costs to find out which task an input is of, with the rule `closed-form`. Tasks have four classes of 16
+examples, and 16 more a class of which up to 64 features are kept. *Fitting* happens once after a task came or went;
+*scoring* takes a batch from its features to the names of its tasks. *Pass* is a forward pass of the base model over 16
+samples of 128 tokens, which yields the features. *Recording* is that of one task, beside the passes over its examples.
+Statistics and rule are in memory; statistics that a checkpoint holds need not stay there. In brackets what counted work
+predicts at the speed of this machine. Features are random, and tasks have no prompts.
+""",
+        page_tables.task_inference,
+        drawn=False,
+    ),
 )
 
 

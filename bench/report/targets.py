@@ -108,6 +108,13 @@ def mixed(documents: Documents) -> float | None:
     return times[0] / times[1] if len(times) == 2 else None
 
 
+def inferring(model: str, documents: Documents) -> float | None:
+    """The time to score a batch among 2,000 tasks over that of the forward pass that yields its features."""
+    entry = documents.get("task_inference", {}).get("entries", {}).get(model)
+    times = entry["rows"].get("2000", {}).get("ms") if entry else None
+    return times["score"]["median"] / times["forward"]["median"] if times else None
+
+
 def _on_cpu() -> list[Target]:
     found = []
     for shape, bound in (("minilm", 1.25), ("minilm-512", 1.15), ("long-2048", 1.10), ("long-4096", 1.10)):
@@ -118,6 +125,9 @@ def _on_cpu() -> list[Target]:
         found.append(Target(f"reference over composed, {shape}", "cpu", AT_LEAST, 3.0, figure))
     peak = partial(peak_ratio, "long-4096-cpu", "composed", "sdpa")
     found.append(Target("peak memory, composed over sdpa, long-4096-cpu", "cpu", AT_MOST, 1.2, peak))
+    for model in ("bert-cpu", "bert-base"):
+        scoring = partial(inferring, model)
+        found.append(Target(f"scoring 2,000 tasks over a forward pass, {model}", "cpu", AT_MOST, 0.1, scoring))
     return found
 
 

@@ -119,16 +119,21 @@ def of_passes(shape: Shape, element_size: int, ceilings: Ceilings) -> dict[str, 
 
 
 def measured_ceilings(
-    device: torch.device, *, rounds: int = 10, clock_rate: float = 0.0, sizes: tuple[int, int] | None = None
+    device: torch.device,
+    *,
+    rounds: int = 10,
+    clock_rate: float = 0.0,
+    sizes: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Ceilings:
     """By a large product of random matrices, a large copy, and a sum over as much.
 
     The special functions are counted by the highest clock in Hz, where it is known. Sizes are those of a matrix's side
-    and of the copy in bytes.
+    and of the copy in bytes. The dtype is that of the product; None: bfloat16 on a GPU, float32 on a CPU.
     """
     on_gpu = device.type == "cuda"
     size, copied = sizes or ((8192, 1 << 32) if on_gpu else (1024, 1 << 27))
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     source = torch.ones(copied // 4, device=device).view(torch.uint8)

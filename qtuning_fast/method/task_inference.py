@@ -1,15 +1,17 @@
 """Which task is an input of? Calibrated probabilities over tasks and classes, each input judged alone.
 
 A rule (`qtuning_fast.method.task_rules`) scores all classes; `p(c|x) = softmax(scores / T)` and `p(t|x)` is its sum
-over the classes of task t. The temperature T minimises the log-loss of validation examples (Guo et al. 2017, arXiv
-1706.04599). An input that is farther from every class mean than nearly all validation examples is of no known task.
+over the classes of task t. The temperature T minimises the log-loss of validation examples. An input that is farther
+from every class mean than nearly all validation examples is of no known task.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from numbers import Real
 
 import torch
@@ -23,6 +25,7 @@ from qtuning_fast.method.task_rules import (
     TaskRule,
     validation_of,
 )
+from qtuning_fast.method.temperature import best_temperature
 
 _CPU = torch.device("cpu")
 
@@ -93,7 +96,8 @@ class TaskChoice:
     """A rule that is fitted to tasks and calibrated.
 
     Attributes:
-        candidates: the tasks, sorted by name.
+        candidates: the tasks, sorted by name, without their statistics, which would stay in memory.
+        possible: how many classes of each have an example; of a task without statistics, all count.
         order: their names in the order in which they were learned.
         left_out: see `TaskInference`.
         scores: the rule's.
@@ -104,6 +108,7 @@ class TaskChoice:
     """
 
     candidates: tuple[Candidate, ...]
+    possible: tuple[int, ...]
     order: tuple[str, ...]
     left_out: tuple[str, ...]
     scores: Scores
@@ -131,11 +136,14 @@ class TaskChoice:
             features, labels = validation_of(statistics, most=CALIBRATED_ON)
             evidence = Evidence(features.double(), _no_inputs)
             if len(labels):
-                distances = gaussian.distances(evidence).sort().values
-                if rule.needs_statistics:
-                    temperature = best_temperature(_checked(scores(evidence), classes, len(labels)), labels)
+                found = _checked(scores(evidence), classes, len(labels)) if rule.needs_statistics else None
+                distances = gaussian.distances(evidence, found if scores is gaussian else None).sort().values
+                if found is not None:
+                    temperature = best_temperature(found, labels)
         names = tuple(each.name for each in candidates)
-        return cls(tuple(ordered), names, tuple(left_out), scores, gaussian, temperature, distances)
+        described = tuple(replace(each, statistics=None) for each in ordered)
+        possible = tuple(_possible_classes(each) for each in ordered)
+        return cls(described, possible, names, tuple(left_out), scores, gaussian, temperature, distances)
 
     def to(self, device: torch.device) -> TaskChoice:
         """Return the same with its matrices on a device, or on the CPU if they cannot be there."""
@@ -161,19 +169,30 @@ class TaskChoice:
         """Return the tasks of the inputs; see `QTuningModel.infer_tasks`."""
         evidence = replace(evidence, features=_finite(evidence.features).to(self.device, torch.float64))
         scores = _checked(self.scores(evidence), sum(each.classes for each in self.candidates), len(evidence.features))
-        classes = _possible(scores.cpu().double() / self.temperature + self._log_priors(priors)).softmax(1)
-        sizes = [each.classes for each in self.candidates]
-        by_name = dict(zip((each.name for each in self.candidates), classes.split(sizes, dim=1)))
-        chosen = [by_name[name] for name in self.order]
+        sizes, columns, tasks = self._layout
+        classes = _possible(scores.cpu().double() / self.temperature + self._log_priors(priors)).softmax(1)[:, columns]
+        by_task = classes.new_zeros(len(classes), len(sizes)).scatter_add_(1, tasks.expand_as(classes), classes)
+        distances = None
+        if self.gaussian is not None:
+            distances = self.gaussian.distances(evidence, scores if self.scores is self.gaussian else None).cpu()
         return TaskInference(
             tasks=self.order,
-            classes=tuple(each.shape[1] for each in chosen),
-            task_probabilities=torch.stack([each.sum(1) for each in chosen], dim=1),
-            class_probabilities=torch.cat(chosen, dim=1),
-            distances=None if self.gaussian is None else self.gaussian.distances(evidence).cpu(),
+            classes=sizes,
+            task_probabilities=by_task,
+            class_probabilities=classes,
+            distances=distances,
             threshold=self.threshold(false_alarm_rate) if threshold is None else _as_threshold(threshold),
             left_out=self.left_out,
         )
+
+    @cached_property
+    def _layout(self) -> tuple[tuple[int, ...], Tensor, Tensor]:
+        """Return, in the order of learning: the classes of each task, and of each class its column and its task."""
+        sizes = {each.name: each.classes for each in self.candidates}
+        first = dict(zip(sizes, accumulate(sizes.values(), initial=0)))
+        columns = [first[name] + number for name in self.order for number in range(sizes[name])]
+        tasks = [task for task, name in enumerate(self.order) for _ in range(sizes[name])]
+        return tuple(sizes[name] for name in self.order), torch.tensor(columns), torch.tensor(tasks)
 
     def threshold(self, false_alarm_rate: float) -> float:
         """Return the distance that this share of inputs of known tasks exceeds, judged by the validation examples."""
@@ -194,91 +213,28 @@ class TaskChoice:
             return torch.zeros(sum(each.classes for each in self.candidates), dtype=torch.float64)
         check_priors(priors, [each.name for each in self.candidates])
         shares = []
-        for each in self.candidates:
-            possible = each.classes if each.statistics is None else int(each.statistics.features.seen.sum())
+        for each, possible in zip(self.candidates, self.possible):
             shares += [float(priors.get(each.name, 0.0)) / possible] * each.classes
         return torch.tensor(shares, dtype=torch.float64).log()
+
+
+def _possible_classes(candidate: Candidate) -> int:
+    statistics = candidate.statistics
+    return candidate.classes if statistics is None else int(statistics.features.seen.sum())
 
 
 def check_priors(priors: Mapping[str, float], names: Sequence[str]) -> None:
     """Raise a TypeError or ValueError unless these are priors of some of the tasks."""
     if not isinstance(priors, Mapping):
         raise TypeError(f"priors is a {type(priors).__name__}; it must map tasks to numbers")
+    known = set(names)
     for name, prior in priors.items():
-        if name not in names:
+        if name not in known:
             raise ValueError(f"priors names task {name!r}, which cannot be chosen; the tasks are {', '.join(names)}")
         if isinstance(prior, bool) or not isinstance(prior, Real) or not 0 <= prior < math.inf:
             raise ValueError(f"priors gives task {name!r} {prior!r}; it must be a finite number, 0 or more")
     if not sum(priors.values()) > 0:
         raise ValueError("priors gives no task more than 0; give at least one")
-
-
-def best_temperature(scores: Tensor, labels: Tensor) -> float:
-    """Return the temperature T > 0 at which `softmax(scores / T)` has the least log-loss.
-
-    Where classes are told apart without an error, the loss falls for ever as T falls. So T falls only until the loss is
-    what n right answers warrant by Laplace's rule of succession, `log((n + 2) / (n + 1))`.
-
-    Args:
-        scores: `[n, C]` float64; −inf excludes a class. An example whose right class is excluded does not count, since
-            no temperature helps it.
-        labels: the right classes, `[n]`.
-    """
-    own = scores.gather(1, labels[:, None])
-    counts = ~own[:, 0].isneginf()
-    scores, own, labels = scores[counts], own[counts], labels[counts]
-    gaps = (scores - own).masked_fill(scores.isneginf(), -torch.inf)
-    finite = gaps[gaps.isfinite() & (gaps != 0)]
-    if not len(finite):  # one class, or all scores alike
-        return 1.0
-    warranted = math.log((len(labels) + 2) / (len(labels) + 1))
-    usable = gaps.masked_fill(gaps.isneginf(), 0.0)  # probability 0 times a gap of −inf
-
-    def loss(log_beta: float) -> tuple[float, float, float]:
-        """The loss, and its first two derivatives by the inverse temperature, β, times β and β²."""
-        beta = math.exp(log_beta)
-        probabilities = (beta * gaps).softmax(1)
-        mean = (probabilities * usable).sum(1)
-        variance = (probabilities * usable.square()).sum(1) - mean.square()
-        return (
-            float((beta * gaps).logsumexp(1).mean()),
-            beta * float(mean.mean()),
-            beta**2 * float(variance.clamp(min=0).mean()),
-        )
-
-    start = -math.log(float(finite.abs().mean()))
-    low, high = start - 20, start + 20
-
-    def steeper(log_beta: float) -> tuple[float, float]:
-        _, first, second = loss(log_beta)
-        return first / math.exp(log_beta), second / math.exp(log_beta)
-
-    def warranted_left(log_beta: float) -> tuple[float, float]:
-        value, first, _ = loss(log_beta)
-        return warranted - value, -first
-
-    best = _root(steeper, low, high)
-    if loss(best)[0] < warranted:
-        best = _root(warranted_left, low, best)
-    return math.exp(-best)
-
-
-def _root(function: Callable[[float], tuple[float, float]], low: float, high: float) -> float:
-    """Return where an increasing function is zero, by Newton's method within bounds.
-
-    Args:
-        function: returns its value and its derivative.
-    """
-    at = (low + high) / 2
-    for _ in range(80):
-        value, slope = function(at)
-        low, high = (at, high) if value < 0 else (low, at)
-        newton = at - value / slope if slope > 0 else math.nan
-        step = newton if low < newton < high else (low + high) / 2
-        if abs(step - at) <= 1e-15 * max(1.0, abs(at)):
-            break
-        at = step
-    return at
 
 
 def _finite(features: Tensor) -> Tensor:

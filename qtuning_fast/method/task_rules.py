@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qtuning_fast.method.statistics import FEATURES, Labelled, TaskStatistics, spread
+from qtuning_fast.method.statistics import FEATURES, ClassMoments, Labelled, TaskStatistics, spread
 
+_FACTORS_AT_ONCE = 16  # a product of few rows spends its time on reading and writing the sum
 _FLOAT32_NOISE = torch.finfo(torch.float32).eps ** 2
 
 
@@ -196,10 +197,9 @@ class RanPAC(TaskRule):
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
         statistics = [each.known for each in candidates]
         moments = [each.moments[self.feature_map] for each in statistics]
-        sums = torch.cat([each.counts[:, None] * each.means for each in moments])  # [C, M]
-        gram = sums.new_zeros(self.size, self.size)
-        for each in moments:
-            gram += each.scatter + each.means.mT @ (each.counts[:, None] * each.means)
+        means = torch.cat([each.means for each in moments])  # [C, M]
+        sums = torch.cat([each.counts for each in moments])[:, None] * means
+        gram = summed_scatter(moments).addmm_(means.mT, sums)
         values, vectors = torch.linalg.eigh(gram)
         values, turned = values.clamp(min=0), sums @ vectors
         unit = values.mean().clamp(min=torch.finfo(torch.float64).tiny)
@@ -227,9 +227,11 @@ class MostConfident(TaskRule):
     needs_statistics = False
 
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
+        names = [each.name for each in candidates]
+
         def scores(evidence: Evidence) -> Tensor:
             asked = evidence.ask_adapters()
-            rows = [asked[each.name].double().log() for each in candidates]
+            rows = [asked[name].double().log() for name in names]
             return torch.cat([row.masked_fill(row < row.amax(1, keepdim=True), -torch.inf) for row in rows], dim=1)
 
         return scores
@@ -274,9 +276,7 @@ class SharedGaussian:
         """Fit to the statistics of tasks: `Σ = (1−ρ) S/m + ρ tr(S/m)/F I`, m the degrees of freedom."""
         means, seen = _means(statistics), _seen(statistics)
         freedom = int(_counts(statistics).sum() - seen.sum())
-        scatter = means.new_zeros(means.shape[1], means.shape[1])
-        for each in statistics:
-            scatter += each.features.scatter
+        scatter = summed_scatter([each.features for each in statistics])
         covariance, shrinkage = oas(scatter, freedom, noise=_FLOAT32_NOISE * float(means.square().mean()))
         lower = torch.linalg.cholesky(covariance)
         whitening = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=torch.float64), upper=False)
@@ -291,10 +291,25 @@ class SharedGaussian:
     def __call__(self, evidence: Evidence) -> Tensor:
         return self.linear(evidence)
 
-    def distances(self, evidence: Evidence) -> Tensor:
-        """Return the squared Mahalanobis distance to the nearest class mean, `[B]` (Lee et al. 2018, 1807.03888)."""
+    def distances(self, evidence: Evidence, scores: Tensor | None = None) -> Tensor:
+        """Return the squared Mahalanobis distance to the nearest class mean, `[B]` (Lee et al. 2018, 1807.03888).
+
+        Args:
+            evidence: what is known of the inputs.
+            scores: the scores of the inputs by this model, `[B, C]`, where they have been computed already.
+        """
+        scores = self.linear(evidence) if scores is None else scores
         white = evidence.features @ self.whitening.mT
-        return (white.square().sum(1) - 2 * self.linear(evidence).amax(1)).clamp(min=0)
+        return (white.square().sum(1) - 2 * scores.amax(1)).clamp(min=0)
+
+
+def summed_scatter(moments: Sequence[ClassMoments]) -> Tensor:
+    """Return the sum of the scatters, `[F, F]`."""
+    total = moments[0].factor.new_zeros(moments[0].factor.shape[1], moments[0].factor.shape[1])
+    for first in range(0, len(moments), _FACTORS_AT_ONCE):
+        rows = torch.cat([each.factor for each in moments[first : first + _FACTORS_AT_ONCE]])
+        total.addmm_(rows.mT, rows)
+    return total
 
 
 def oas(scatter: Tensor, freedom: int, *, noise: float = 0.0) -> tuple[Tensor, float]:

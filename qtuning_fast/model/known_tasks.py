@@ -149,7 +149,8 @@ class KnownTasks:
             ValueError: no task can be chosen.
         """
         able = [name for name in names if not rule.needs_statistics or self._has(name, rule)]
-        left_out = [name for name in names if name not in able]
+        chosen = set(able)
+        left_out = [name for name in names if name not in chosen]
         if not able:
             raise ValueError(
                 "no task can be inferred, because there are no finished tasks yet"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,14 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from torch import Tensor
 
 from qtuning_fast.method import task_inference
 from qtuning_fast.method.statistics import Recorder
-from qtuning_fast.method.task_inference import TaskChoice, TaskInference, best_temperature
-from qtuning_fast.method.task_rules import Candidate, ClosedForm, Evidence, RanPAC, TaskRule, rule_by_name
+from qtuning_fast.method.task_inference import TaskChoice, TaskInference
+from qtuning_fast.method.task_rules import Candidate, ClosedForm, Evidence, LinearScores, RanPAC, TaskRule, rule_by_name
+from qtuning_fast.method.temperature import best_temperature
 
 SIZES = {"birds": 3, "cars": 2, "apples": 1, "dogs": 4}
 F = 6
@@ -234,108 +236,21 @@ def test_without_validation_examples_all_is_known_and_the_temperature_is_1() -> 
     assert found.distances is not None and found.distances.min() > 0
 
 
-@pytest.mark.parametrize(
-    ("option", "values", "named"),
-    [
-        ("false_alarm_rate", [0, 1, -0.1, math.nan, "few", True], "must be a number between 0 and 1"),
-        ("threshold", [-1.0, math.nan, "far", False], "must be a squared distance, 0 or more"),
-    ],
-)
-def test_options_that_are_none(option: str, values: list[Any], named: str) -> None:
-    choice = chosen("cars", "birds")
-    for value in values:
-        with pytest.raises(ValueError, match=f"{option} is .* {named}"):
-            choice.infer(evidence(INPUTS), **{option: value})
+@pytest.mark.parametrize("rate", [0, 1, -0.1, math.nan, "few", True])
+def test_false_alarm_rates_that_are_none(rate: Any) -> None:
+    with pytest.raises(ValueError, match=r"false_alarm_rate is .* between 0 and 1"):
+        chosen("cars", "birds").infer(evidence(INPUTS), false_alarm_rate=rate)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, math.nan, "far", False])
+def test_thresholds_that_are_none(threshold: Any) -> None:
+    with pytest.raises(ValueError, match=r"threshold is .* a squared distance, 0 or more"):
+        chosen("cars", "birds").infer(evidence(INPUTS), threshold=threshold)
 
 
 def test_calibration_takes_as_many_of_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_inference, "CALIBRATED_ON", 40)
     assert len(chosen(*SIZES).distances) == 40
-
-
-# The temperature
-
-
-def log_loss(scores: np.ndarray, labels: np.ndarray, T: float) -> float:
-    return float(-log_softmax(scores / T, axis=1)[np.arange(len(labels)), labels].mean())
-
-
-def by_brute_force(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The warmest T on a grid, then by bisection, at which the loss is least or what Laplace's rule warrants."""
-    n = len(labels)
-    warranted = math.log((n + 2) / (n + 1))
-    centre = math.log(np.abs(scores - scores[np.arange(n), labels][:, None]).max() + 1e-300)
-    grid = np.linspace(centre - 12, centre + 20, 160)
-    losses = np.array([log_loss(scores, labels, math.exp(t)) for t in grid])
-    place = int(losses.argmin())
-    low, high = grid[max(0, place - 1)], grid[min(len(grid) - 1, place + 1)]
-    best = minimize_scalar(lambda t: log_loss(scores, labels, math.exp(t)), bounds=(low, high), method="bounded")
-    if best.fun >= warranted:
-        return math.exp(best.x)
-    low, high = best.x, grid[-1]  # the loss rises with T from there on
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if log_loss(scores, labels, math.exp(middle)) < warranted else (low, middle)
-    return math.exp(low)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    n=st.integers(2, 60),
-    classes=st.integers(2, 6),
-    right=st.floats(0, 6),
-    scale=st.sampled_from([1e-3, 1.0, 1e3]),
-    seed=st.integers(0, 2**16),
-)
-def test_the_temperature_is_that_of_brute_force(n: int, classes: int, right: float, scale: float, seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    labels = draw.integers(classes, size=n)
-    scores = draw.normal(size=(n, classes))
-    scores[np.arange(n), labels] += right
-    scores *= scale
-    found = best_temperature(torch.tensor(scores), torch.tensor(labels))
-    expected = by_brute_force(scores, labels)
-    wanted = max(log_loss(scores, labels, expected), math.log((n + 2) / (n + 1)))
-    assert log_loss(scores, labels, found) == pytest.approx(wanted, abs=1e-7)
-    if expected < 50 * scale:  # warmer, the loss is flat: scores say nothing
-        assert found == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("n", [1, 2, 64, 2048])
-def test_where_there_are_no_errors_the_loss_is_what_so_many_right_answers_warrant(n: int) -> None:
-    scores = torch.randn(n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    labels = scores.argmax(1)
-    scores[torch.arange(n), labels] += 1
-    T = best_temperature(scores, labels)
-    assert log_loss(scores.numpy(), labels.numpy(), T) == pytest.approx(math.log((n + 2) / (n + 1)), rel=1e-9)
-
-
-def test_the_temperature_goes_with_the_scale_of_the_scores() -> None:
-    draw = np.random.default_rng(0)
-    scores, labels = torch.tensor(draw.normal(size=(50, 3))), torch.tensor(draw.integers(3, size=50))
-    scores[torch.arange(50), labels] += 1
-    one = best_temperature(scores, labels)
-    for scale in (1e-9, 1e9):
-        assert best_temperature(scale * scores + 7 * scale, labels) == pytest.approx(scale * one, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("scores", "labels"),
-    [([[3.0]], [0]), ([[1.0, 1.0], [2.0, 2.0]], [0, 1]), ([[5.0, -math.inf]], [0]), ([[-math.inf, 5.0]], [0])],
-    ids=["one class", "all alike", "all others excluded", "the right one excluded"],
-)
-def test_where_scores_tell_nothing_the_temperature_is_1(scores: list[list[float]], labels: list[int]) -> None:
-    assert best_temperature(torch.tensor(scores, dtype=torch.float64), torch.tensor(labels)) == 1
-
-
-def test_an_excluded_class_does_not_count_and_neither_does_an_example_of_it() -> None:
-    draw = torch.Generator().manual_seed(0)
-    scores, labels = torch.randn(40, 3, generator=draw, dtype=torch.float64), torch.arange(40) % 2
-    expected = best_temperature(scores[:, :2], labels)
-    scores[:, 2] = -torch.inf
-    assert best_temperature(scores, labels) == pytest.approx(expected, rel=1e-12)
-    more = torch.cat([scores, torch.tensor([[1.0, 2.0, -torch.inf]], dtype=torch.float64)])
-    assert best_temperature(more, torch.cat([labels, torch.tensor([2])])) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_temperature_of_a_choice_is_that_of_its_validation_examples() -> None:
@@ -344,6 +259,29 @@ def test_the_temperature_of_a_choice_is_that_of_its_validation_examples() -> Non
     scores = choice.scores(evidence(torch.cat([each[0] for each in held]).double()))
     labels = torch.cat([held[0][1], held[1][1] + 3])
     assert choice.temperature == pytest.approx(best_temperature(scores, labels), rel=1e-9)
+
+
+# Many tasks
+
+
+def test_a_choice_does_not_keep_the_statistics_in_memory() -> None:
+    known = [candidate("cars"), candidate("birds")]
+    kept = [weakref.ref(each.statistics) for each in known]
+    for rule in (ClosedForm(), rule_by_name("nearest-mean"), rule_by_name("most-confident")):
+        choice = TaskChoice.fit(rule, known)
+        assert [each.name for each in choice.candidates] == ["birds", "cars"]
+        held = known
+        known = [Candidate(each.name, each.classes, each.statistics) for each in held]
+    del known, held
+    gc.collect()
+    assert [each() for each in kept] == [None, None] and choice.order == ("cars", "birds")
+
+
+def test_scores_of_a_batch_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice, score, batches = chosen("cars", "birds"), LinearScores.__call__, []
+    monkeypatch.setattr(LinearScores, "__call__", lambda self, given: batches.append(1) or score(self, given))
+    choice.infer(evidence(INPUTS))
+    assert len(batches) == 1
 
 
 # Rules that answer badly, and bad input
@@ -375,13 +313,16 @@ def test_priors_and_a_rule_that_together_exclude_everything_are_refused() -> Non
         choice.infer(evidence(INPUTS), priors={"cars": 1})
 
 
-def test_inputs_that_are_not_finite_are_named_and_no_task_is_nothing_to_choose() -> None:
-    with pytest.raises(ValueError, match="no task to choose"):
-        TaskChoice.fit(ClosedForm(), [])
+def test_inputs_that_are_not_finite_are_named() -> None:
     inputs = INPUTS.clone()
     inputs[3, 1] = torch.nan
     with pytest.raises(ValueError, match=r"features of input 3 are not finite.*bfloat16 or float32"):
         chosen("cars", "birds").infer(evidence(inputs))
+
+
+def test_without_a_task_there_is_nothing_to_choose() -> None:
+    with pytest.raises(ValueError, match="no task to choose"):
+        TaskChoice.fit(ClosedForm(), [])
 
 
 def test_a_rule_that_needs_no_statistics_has_no_distances() -> None:
@@ -390,13 +331,3 @@ def test_a_rule_that_needs_no_statistics_has_no_distances() -> None:
     asked = {"a": torch.tensor([[0.9, 0.1]]), "b": torch.tensor([[0.4, 0.6]])}
     found = choice.infer(Evidence(torch.zeros(1, 3), lambda: asked))
     assert found.task_names == ["a"] and found.distances is None and found.is_known.all() and found.left_out == ("c",)
-
-
-@pytest.mark.parametrize("name", ["closed-form", "nearest-mean", "ranpac"])
-def test_a_choice_moves_to_a_device_with_all_it_holds(name: str) -> None:
-    choice = chosen("cars", "birds", rule=RanPAC(size=6) if name == "ranpac" else rule_by_name(name))
-    assert choice.to(torch.device("cpu")) is choice and choice.to(torch.device("mps")) is choice
-    moved = choice.to(torch.device("meta"))
-    assert moved.device.type == "meta" and moved.gaussian is not None
-    given = Evidence(torch.zeros(2, F, dtype=torch.float64, device="meta"), asked_for_nothing)
-    assert moved.scores(given).device.type == moved.gaussian.distances(given).device.type == "meta"

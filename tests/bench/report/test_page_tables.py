@@ -53,3 +53,13 @@ def test_models_that_cannot_train_are_listed_by_their_error_below_the_table():
     lines = page_tables.models({"entries": {"bert": {"rows": rows}, "t5": {"rows": rows}}})
     assert lines[2:4] == ["| bert: ours | 1,234 | 1 MiB | 7 |", "| t5: ours | 1,234 | 1 MiB | 7 |"]
     assert lines[4:] == ["", "- bert: flex, t5: flex: `it cannot`"]
+
+
+def test_what_inferring_costs_stands_beside_what_was_predicted():
+    row = {"predicted": {"fit_seconds": 1.5, "score_ms": 1.8}, "fit_seconds": {"median": 2.5}, "fit_peak_bytes": None}
+    row |= {"statistics_bytes": 4 << 20, "rule_bytes": 5 << 20}
+    row |= {"ms": {"score": {"median": 2.0}, "forward": {"median": 50.0}, "record": {"median": 3.0}}}
+    entry = {"of": "BERT", "sizes": {"hidden": 384}, "rows": {"2000": row}, "passes_to_record": 8}
+    lines = page_tables.task_inference({"entries": {"bert": entry}})
+    expected = "2.50 s (1.50 s) |  | 4.0 MiB | 5.0 MiB | 2.0 ms (1.8 ms) | 0.040 | 3.0 ms beside 0.4 s of passes |"
+    assert lines[2] == f"| BERT, F = 384: 2,000 tasks | {expected}"

@@ -44,6 +44,13 @@ def tasks(grow):
     return {"about": "a method", "per_task": per_task, "verdict": {"ratios": ratios, "flat": {}, "limits": {}}}
 
 
+def inferring(score, forward):
+    said = {"fit_seconds": 1.5, "score_ms": 1.8}
+    found = {"predicted": said, "fit_seconds": {"median": 2.5}, "fit_peak_bytes": 3 << 20}
+    found |= {"statistics_bytes": 4 << 20, "rule_bytes": 5 << 20}
+    return found | {"ms": {"score": {"median": score}, "forward": {"median": forward}, "record": {"median": 3.0}}}
+
+
 @pytest.fixture
 def documents():
     peers = {"composed": row(2.0, 20), "composed-again": row(2.0), "eager": row(6.0, 50), "sdpa": row(1.0, 10)}
@@ -57,6 +64,8 @@ def documents():
     trained |= {"trainable_parameters": 7, "difference": None, "error": ""}
     refused = trained | {"timing": None, "tokens_per_second": None, "peak_bytes": None, "error": "it cannot"}
     mixed = {name: timing(ms) for name, ms in (("one-task", 10.0), ("named-16", 12.0))}
+    inferred = {"of": "BERT", "sizes": {"hidden": 384, "samples": 16}, "rows": {"2000": inferring(2.0, 10.0)}}
+    inferred["passes_to_record"] = 8
     grown = {"of": "N", "title": "B2", "pass": "step", "points": points, "peers": ["composed", "eager"]}
     return {
         "attention": document("attention", attention),
@@ -66,6 +75,7 @@ def documents():
         "lifelong": document("lifelong", {"queue": tasks(0.0), "accumulate": tasks(0.5)}),
         "models": document("models", {"bert": {"of": "BERT", "rows": {"qtuning_fast": trained, "flex": refused}}}),
         "mixed_tasks": document("mixed_tasks", {"forward": {"rows": mixed}}),
+        "task_inference": document("task_inference", {"bert-cpu": inferred}),
     }
 
 
@@ -80,6 +90,8 @@ def test_targets_are_met_or_not_or_not_measured(documents):
     assert "| ≥ 3 | 3.500 | met |" in line(text, "reference over composed, long-2048-cpu")
     assert "| ≤ 1.25 |  | not measured |" in line(text, "composed over sdpa, minilm-cpu")
     assert "| ≤ 1.15 | 1.200 | **not met** |" in line(text, "16 tasks over one task")
+    assert "| ≤ 0.1 | 0.200 | **not met** |" in line(text, "scoring 2,000 tasks over a forward pass, bert-cpu")
+    assert "| ≤ 0.1 |  | not measured |" in line(text, "scoring 2,000 tasks over a forward pass, bert-base")
     assert "| 1.000 | met |" in line(text, "step, last ten of 200 tasks over tasks 6 to 15")
     rows = [each for each in on_a_gpu.partition("\n## ")[0].splitlines() if each.startswith("| ")][1:]
     assert len(rows) == sum(p.device == "cuda" for p in TARGETS) > 30
@@ -165,7 +177,7 @@ def test_a_run_writes_pages_and_pictures_and_a_check_finds_what_is_stale(documen
     assert performance.PAGE in capsys.readouterr().out and (tmp_path / performance.PAGE).read_text() == "old"
     assert performance.main([]) == 0 and performance.main(["--check"]) == 0
     drawn = {path.name for path in (tmp_path / performance.IMAGES).iterdir()}
-    assert drawn == {f"cpu-{q}.png" for q in documents if q != "mixed_tasks"}
+    assert drawn == {f"cpu-{q}.png" for q in documents if q not in ("mixed_tasks", "task_inference")}
     (tmp_path / performance.IMAGES / "cpu-growth.png").unlink()
     assert performance.main(["--check"]) == 1 and "cpu-growth.png" in capsys.readouterr().out
 
