@@ -1,6 +1,7 @@
 """Serve many tasks with one frozen model: adapters on disk, bounded memory, and a task for each row of a batch.
 
-Shows: from_pretrained(..., lazy=True), task_names, set_memory_limits, remove_task and load_task between requests.
+Shows: from_pretrained(..., lazy=True), task_names, "infer" for rows whose task nobody names, set_memory_limits,
+remove_task and load_task between requests.
 Needs: pip install 'qtuning_fast[lifelong]'. Without --adapters it uses untrained ones, which take as long.
 Takes: 13 s on one of two CPU cores.
 
@@ -28,12 +29,29 @@ from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 TEXT = "it was a very old house, and the new family had never seen the garden behind it"
 
 
-def write_adapters(base: Any, folder: str, tasks: int) -> None:
-    """Save a model with so many tasks, none of them trained."""
+def examples(text: dict[str, Tensor], number: int, rows: int, classes: int = 1) -> dict[str, Tensor]:
+    """Texts of a task: some of their tokens are the task's, one is the class's own."""
+    chance = torch.Generator().manual_seed(1000 * number + rows)
+    labels = torch.arange(rows) % classes
+    ids = text["input_ids"][:1].repeat(rows, 1)
+    tokens, device = ids.shape[1], ids.device
+    own = 2000 + 37 * number  # any words of the vocabulary
+    for row in range(rows):
+        places = 1 + torch.randperm(tokens - 2, generator=chance)[:6]
+        ids[row, places.to(device)] = own
+        ids[row, int(places[0])] = own + 1 + int(labels[row])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def write_adapters(base: Any, folder: str, tasks: int, text: dict[str, Tensor]) -> None:
+    """Save a model with so many tasks, none of them trained, which knows their texts."""
     model = QTuningModel(base, QTuningConfig(queue_size=3))
     for number in range(tasks):
-        model.start_task(f"task-{number:02d}", num_labels=2 + number % 4)
+        name, classes = f"task-{number:02d}", 2 + number % 4
+        model.start_task(name, num_labels=classes)
         model.finish_task()
+        train, validation = (examples(text, number, rows, classes) for rows in (4 * classes, 2 * classes))
+        model.record_statistics(name, [train], validation=[validation])
     model.save_pretrained(folder)
     model.detach()
 
@@ -78,6 +96,16 @@ def serve(model: QTuningModel, folder: str, batch: dict[str, Tensor], times: int
     latency[f"{several}, in their slots on the device"] = milliseconds(mixed, times)
     latency[f"{several}, row by row"] = milliseconds(row_by_row, times)
     latency["no task, the base model alone"] = milliseconds(lambda: model(**batch), times)
+    found = None
+    if len(model.statistics):  # nobody names the tasks of these rows
+        places = [row % len(model.tasks) for row in range(rows)]
+        parts = [examples(batch, place, 1) for place in places]
+        unnamed = {
+            key: torch.cat([part[key] for part in parts]).to(model.device) for key in ("input_ids", "attention_mask")
+        }
+        latency[f"{several}, inferred"] = milliseconds(lambda: model(**unnamed, task_names="infer"), times)
+        found = model(**unnamed, task_names="infer").task_index.tolist()
+        found = sum(a == b for a, b in zip(found, places)) / rows
     logits = mixed()
     error = max(float((one[: len(own)] - own).abs().max()) for one, own in zip(logits, row_by_row()))
 
@@ -101,7 +129,14 @@ def serve(model: QTuningModel, folder: str, batch: dict[str, Tensor], times: int
         refused.append(str(reason))
     latency["taking it in again, from disk"] = milliseconds(lambda: model.load_task(folder, gone))
     as_before = torch.equal(mixed(), logits)
-    return {"latency": latency, "error": error, "bounded": bounded, "refused": refused, "as_before": as_before}
+    return {
+        "latency": latency,
+        "error": error,
+        "found": found,
+        "bounded": bounded,
+        "refused": refused,
+        "as_before": as_before,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -120,15 +155,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     base, tokenizer = load_base_model(options.model)
     folder = options.adapters or options.out
+    text = dict(tokenizer([TEXT], return_tensors="pt").to(base.device))
     if options.adapters is None:
-        write_adapters(base, folder, options.tasks)
+        write_adapters(base, folder, options.tasks, text)
     model = QTuningModel.from_pretrained(base, folder, lazy=True).eval()
     if not model.tasks:
         raise ValueError(f"{folder} holds no tasks to serve")
     in_memory = model.adapters.bytes_in_memory
     console.print(f"{len(model.tasks)} tasks in {folder}, {in_memory} bytes of them in memory")
 
-    batch = dict(tokenizer([TEXT] * options.rows, return_tensors="pt").to(model.device))
+    batch = {key: x.repeat(options.rows, 1) for key, x in text.items()}
     report = serve(model, folder, batch, options.steps)
     for reason in report["refused"]:
         console.print(f"refused: {reason}", overflow="ellipsis", no_wrap=True)
@@ -137,6 +173,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for what, taken in report["latency"].items():
         table.add_row(what, f"{taken:.1f}")
     console.print(table)
+    if report["found"] is None:
+        console.print(f"{folder} holds no statistics, so that tasks have to be named; see record_statistics")
+    else:
+        console.print(f"the task was found for {report['found']:.0%} of the rows that do not name it")
     console.print(f"a mixed batch differs from row by row by {report['error']:.0e} at most")
     return report | {"tasks": model.tasks, "in_memory": in_memory}
 

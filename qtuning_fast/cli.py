@@ -1,4 +1,4 @@
-"""The command line: `qtuning-fast run | eval | predict | report | bench | info`."""
+"""The command line: `qtuning-fast run | eval | predict | statistics | report | bench | info`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 try:
     import typer
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
@@ -25,7 +24,11 @@ from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.streams import STREAMS
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.settings import Setting, settings_of
+from qtuning_fast.method.task_rules import RULES, ClosedForm
 from qtuning_fast.version import __version__
+
+if TYPE_CHECKING:
+    from qtuning_fast.lifelong.runs import SavedRun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +52,7 @@ def _option(panel: str, text: str) -> Any:
 
 _data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Attention", "Sizes"))
 
+TopK = Annotated[int, typer.Option(min=1, help="Without --task: ask the adapters of so many tasks, the likeliest.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
@@ -211,6 +215,9 @@ def run(
     seed: Annotated[int, typer.Option(help="Random seed, also for the draw of examples.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the report gives mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Also learn each task alone.")] = False,
+    task_rule: Annotated[
+        str, typer.Option(help=f"How the task of an input is inferred: {', '.join(RULES)}.")
+    ] = ClosedForm.name,
     **given: Any,
 ) -> None:
     """Run a stream of tasks and a linear probe on the same examples; write metrics and a report."""
@@ -221,17 +228,19 @@ def run(
         data = _DATA.read(given, seed=seed)
         if given["queue_size"] is None:
             given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
-        settings = RunSettings(model, data, _METHOD.read(given), _TRAINING.read(given, seed=seed), forward_transfer)
+        settings = RunSettings(
+            model, data, _METHOD.read(given), _TRAINING.read(given, seed=seed), forward_transfer, task_rule
+        )
         from qtuning_fast.lifelong.progress import ProgressBars
-        from qtuning_fast.lifelong.report.console import seeds_table, summary_table
+        from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
 
         def progress_bars(tasks: Any, title: str) -> ProgressBars:
             return ProgressBars(len(tasks), title, console)
 
         if seeds == 1:
-            console.print(summary_table(run_stream(settings, out, progress_bars)))
+            console.print(run_tables(run_stream(settings, out, progress_bars)))
         else:
-            console.print(seeds_table(run_seeds(settings, seeds, out, progress_bars)))
+            console.print(seeds_tables(run_seeds(settings, seeds, out, progress_bars)))
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
 
 
@@ -246,23 +255,31 @@ def evaluate(
     label_column: Annotated[
         str | None, typer.Option(help="Column of the labels in --data; default as in the run.")
     ] = None,
+    top_k: TopK = 1,
 ) -> None:
-    """Evaluate the stored adapters on the run's test splits or on your own labelled examples."""
+    """Evaluate the stored adapters on the run's test splits or on your own labelled examples.
+
+    Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
+    """
     with _readable_errors():
-        if data is not None and task is None:
-            raise ValueError("--data needs --task, which names the adapter")
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
         _silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
+        from qtuning_fast.lifelong.report.console import labels_table, scores_table
         from qtuning_fast.lifelong.runs import SavedRun
 
         saved = SavedRun(folder)
+        columns = {
+            "text_column": text_column or saved.data.text_column,
+            "label_column": label_column or saved.data.label_column,
+        }
+        if data is not None and task is None:
+            examples = load_examples(data, saved.label_names, **columns)
+            console.print(labels_table(len(examples), saved.score_by_label(examples, top_k=top_k)))
+            _name_left_out(saved)
+            return
         if data is not None and task is not None:
-            columns = {
-                "text_column": text_column or saved.data.text_column,
-                "label_column": label_column or saved.data.label_column,
-            }
             kind = saved.model.problem_type(task)
             tests = {task: load_examples(data, saved.model.label_names(task), **columns, problem_type=kind)}
         else:
@@ -270,23 +287,35 @@ def evaluate(
             if task is not None:
                 saved.model.label_names(task)  # refuses an unknown task
                 tests = {task: tests[task]}
-        from qtuning_fast.lifelong.scores import WORDS
-
-        words = [WORDS[saved.metric(name)] for name in tests]
-        table = Table("task", "examples", *(["measure", "score"] if len(set(words)) > 1 else words[:1]))
-        for word, (name, examples) in zip(words, tests.items()):
-            measure = [word] if len(set(words)) > 1 else []
-            table.add_row(Text(name), str(len(examples)), *measure, f"{saved.score(examples, name):.3f}")
-        console.print(table)
+        unnamed = task is None and saved.infers
+        rows = [
+            {
+                "task": name,
+                "examples": len(examples),
+                "measure": saved.metric(name),
+                "score": saved.score(examples, name),
+            }
+            | (saved.score_unnamed(examples, name, top_k=top_k) if unnamed else {})
+            for name, examples in tests.items()
+        ]
+        console.print(scores_table(rows))
+        if task is None:
+            console.print(
+                "not named: nobody says which task an example is of; task and class must be right."
+                if unnamed
+                else saved.no_inference
+            )
+            _name_left_out(saved)
 
 
 @app.command()
 def predict(
     folder: RunFolder,
     text: Annotated[list[str], typer.Argument(help="Texts to classify, or paths of images.")],
-    task: Annotated[str | None, typer.Option(help="Their task; without it, all tasks answer.")] = None,
+    task: Annotated[str | None, typer.Option(help="Their task; without it, it is inferred.")] = None,
+    top_k: TopK = 1,
 ) -> None:
-    """Classify texts or images under a stored task."""
+    """Classify texts or images, under a stored task or under the one that each seems to be of."""
     with _readable_errors():
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
@@ -294,28 +323,49 @@ def predict(
         from qtuning_fast.lifelong.runs import SavedRun
 
         saved = SavedRun(folder)
-        names = [task] if task is not None else saved.model.tasks
-        answers = {name: saved.predict(text, name) for name in names}
-        for row, each in enumerate(text):
+        if task is not None:
+            answers = [f"{task}: {saved.answer(found, task)}" for found in saved.predict(text, task)]
+        else:
+            answers = [saved.in_words(found) for found in saved.infer(text, top_k=top_k)]
+        for each, answer in zip(text, answers):
             console.print(each, style="bold", markup=False, highlight=False)
-            for name, found in answers.items():
-                console.print(f"  {name}: {saved.answer(found[row], name)}", markup=False, highlight=False)
+            console.print(f"  {answer}", markup=False, highlight=False)
         if task is None:
-            console.print(
-                "Every task has guessed, because the task of a text is unknown; confidences of different tasks are not "
-                "comparable. Name the task with --task."
-            )
+            _name_left_out(saved)
+
+
+def _name_left_out(saved: SavedRun) -> None:
+    """Say which tasks cannot be inferred."""
+    if saved.infers and saved.left_out:
+        console.print(
+            f"Not considered, because they have no statistics: {', '.join(saved.left_out)}. Record them: "
+            f"qtuning-fast statistics --run {saved.folder}",
+            markup=False,
+            highlight=False,
+        )
+
+
+@app.command()
+def statistics(folder: RunFolder) -> None:
+    """Record what inferring the task needs, for a run of an earlier version, from the run's own examples."""
+    with _readable_errors():
+        _silence_libraries()
+        from qtuning_fast.lifelong.runs import SavedRun
+
+        recorded = SavedRun(folder).record_statistics()
+        said = f"Recorded for {', '.join(recorded)}." if recorded else "Every task has its statistics already."
+        console.print(said, markup=False, highlight=False)
 
 
 @app.command()
 def report(folder: RunFolder) -> None:
     """Rewrite a run's report and pictures from its metrics."""
     with _readable_errors():
-        from qtuning_fast.lifelong.report.console import seeds_table, summary_table
+        from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
         from qtuning_fast.lifelong.runs import rewrite_report
 
         page, metrics, is_summary = rewrite_report(folder)
-        console.print(seeds_table(metrics) if is_summary else summary_table(metrics))
+        console.print(seeds_tables(metrics) if is_summary else run_tables(metrics))
         console.print(f"Report: {page}", soft_wrap=True, markup=False)
 
 

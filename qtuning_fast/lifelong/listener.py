@@ -16,7 +16,17 @@ class RunListener:
 
     def stage_begins(self, stage: str) -> None: ...
 
-    def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None: ...
+    def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """A task is learned and evaluated.
+
+        Args:
+            number: its number, from 0.
+            task: the task.
+            probe: the linear probe's measure.
+            evaluation: `task_adapter`, this task's measure under its adapter; `live_queue`, that of each task so far
+                under the live prefix; `class_incremental`, without the task's name: `accuracy` and `task_found` of each
+                task so far.
+        """
 
     def step_callback(self, steps: int) -> TrainerCallback:
         """A transformers callback for the training of one task, which has at most `steps` steps."""

@@ -5,7 +5,7 @@ several labels a text, or with numbers, has another measure in its place, which 
 (`qtuning_fast.lifelong.scores`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -17,6 +17,13 @@ Metrics = Mapping[str, Any]  # the content of a run's metrics.json
 
 EVALUATIONS = ("task_adapter", "live_queue")
 MEASURES = ("average_accuracy", "forgetting", "backward_transfer")
+UNNAMED_MEASURES = {  # of answers without the task's name, with the words for readers
+    "task_found": "task found",
+    "average_accuracy": "average accuracy (FA)",
+    "cumulative_average_accuracy": "cumulative average accuracy (CA)",
+    "forgetting": "forgetting",
+    "label_accuracy": "accuracy by label name",
+}
 
 
 def evaluation_summary(
@@ -107,6 +114,27 @@ def final_accuracies(metrics: Metrics) -> dict[str, list[float]]:
     }
 
 
+def unnamed_results(metrics: Metrics) -> dict[str, dict[str, Any]]:
+    """The results without the task's name, by evaluation and baseline; empty for a run that has none."""
+    block = metrics.get("class_incremental")
+    if block is None:
+        return {}
+    return {name: block[name] for name in ("adapters", "closed_form")} | block.get("baselines", {})
+
+
+def named_summary(metrics: Metrics) -> dict[str, float]:
+    """What the stored adapters reach when the task is named, by those of `UNNAMED_MEASURES` that make sense then.
+
+    Empty if a task has another measure than accuracy, which is not comparable.
+    """
+    if "task_adapter" not in metrics or measured(metrics) != "accuracy":
+        return {}
+    result = metrics["task_adapter"]
+    rows = [fmean(row[: place + 1]) for place, row in enumerate(result["accuracy_matrix"])]
+    known = {measure: result[measure] for measure in ("average_accuracy", "forgetting") if measure in result}
+    return known | {"cumulative_average_accuracy": fmean(rows)}
+
+
 def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
     """Summarise the runs from several seeds: one run's metrics, with a spread in place of each number.
 
@@ -117,7 +145,10 @@ def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
         `{"metric": word, "task_adapter": {"average_accuracy": spread, "forgetting": ..., "backward_transfer": ...},
         "live_queue": {...}, "baselines": {name: {"average_accuracy": spread}}}`, where a spread is
         `{"mean", "std", "values"}`: `std` is the sample standard deviation, None for a single run; and the word is that
-        of `measured`.
+        of `measured`. Where every run has answers without the task's name, there is also
+        `"class_incremental": {"adapters": {measure: spread}, "closed_form": {...}, "baselines": {name: {...}},
+        "calibration": {"error": spread}, "unknown": {"false_alarm_rate", "false_alarms", "mean_auroc",
+        "mean_detected"}}`, with None in place of a spread where a run has no number.
 
     Raises:
         ValueError: `runs` is empty.
@@ -132,7 +163,30 @@ def mean_and_spread(runs: Sequence[Metrics]) -> dict[str, Any]:
         name: {"average_accuracy": _spread([run["baselines"][name]["average_accuracy"] for run in runs])}
         for name in runs[0].get("baselines", {})
     }
+    if all(run.get("class_incremental") for run in runs):
+        summary["class_incremental"] = _unnamed_spreads([run["class_incremental"] for run in runs])
     return summary
+
+
+def _unnamed_spreads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The block `class_incremental` of a summary, from those of the runs."""
+    baselines = blocks[0].get("baselines", {})
+    unknown = ("false_alarm_rate", "false_alarms", "mean_auroc", "mean_detected")
+    return {
+        **{name: _spreads([b[name] for b in blocks], UNNAMED_MEASURES) for name in ("adapters", "closed_form")},
+        "baselines": {name: _spreads([b["baselines"][name] for b in blocks], UNNAMED_MEASURES) for name in baselines},
+        "calibration": _spreads([b["calibration"] for b in blocks], ["error"]),
+        "unknown": _spreads([b["unknown"] for b in blocks], unknown),
+    }
+
+
+def _spreads(results: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> dict[str, dict[str, Any] | None]:
+    """A spread for each measure that the results have; None where one of them has no number."""
+    spreads: dict[str, dict[str, Any] | None] = {}
+    for measure in filter(results[0].__contains__, measures):
+        values: list[Any] = [result.get(measure) for result in results]
+        spreads[measure] = None if None in values else _spread(values)
+    return spreads
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -53,16 +53,20 @@ class ProgressBars(RunListener):
     def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None:
         self.progress.update(self._stream, completed=number + 1)
         self.progress.update(self._steps, visible=False)
-        live = evaluation["live_queue"]
+        live, unnamed = evaluation["live_queue"], evaluation["class_incremental"]["accuracy"]
         self.progress.console.print(
-            f"{number + 1:>2}. {task.name[:14]:<14} adapter {evaluation['task_adapter']:.3f}  "
-            f"probe {probe[task.metric]:.3f}  live queue, tasks so far {sum(live) / len(live):.3f}",
+            f"{number + 1:>2}. {task.name[:12]:<12} adapter {evaluation['task_adapter']:.3f}, "
+            f"probe {probe[task.metric]:.3f}; so far live {_mean(live)}, not named {_mean(unnamed)}",
             markup=False,
             highlight=False,
         )
 
     def step_callback(self, steps: int) -> TrainerCallback:
         return _StepBar(self.progress, self._steps, steps)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
 
 
 class _StepBar(TrainerCallback):

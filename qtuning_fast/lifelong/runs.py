@@ -7,21 +7,27 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 from torch import Tensor
 
 from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
-from qtuning_fast.lifelong.evaluation import probabilities, task_score
+from qtuning_fast.lifelong.evaluation import features, task_score
+from qtuning_fast.lifelong.inferred import InferredAnswer, Inferring
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS
-from qtuning_fast.lifelong.tasks import Examples, Task, data_digest
+from qtuning_fast.lifelong.tasks import SPLITS, Examples, Task, data_digest
 from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
+from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.config import QTuningConfig
-from qtuning_fast.method.labels import MULTI, REGRESSION
+from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
+from qtuning_fast.method.task_inference import TaskChoice
+from qtuning_fast.method.task_rules import ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 
@@ -37,6 +43,10 @@ class RunSettings:
     method: QTuningConfig
     training: TrainingOptions
     forward_transfer: bool = False
+    task_rule: str = ClosedForm.name
+
+    def __post_init__(self) -> None:
+        rule_by_name(self.task_rule)  # a wrong name fails before anything is loaded
 
     def with_seed(self, seed: int) -> RunSettings:
         """The same run with another seed, which also draws other examples."""
@@ -74,6 +84,7 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
             settings.training,
             folder,
             forward_transfer=settings.forward_transfer,
+            task_rule=settings.task_rule,
             about={
                 "stream": title,
                 "base_model": _with_absolute_path(settings.model),
@@ -150,6 +161,7 @@ class SavedRun:
         self.options = TrainingOptions(**settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
         self._words = settings.get("label_words", {})
+        rule = settings.get("task_rule", ClosedForm.name)
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
                 f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
@@ -161,6 +173,8 @@ class SavedRun:
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
+        self.model.task_rule = rule
+        self._inferring = Inferring(self.model, self.options.eval_batch_size, self._answers)
 
     def load_tasks(self) -> list[Task]:
         """Load the finished tasks of the run again.
@@ -180,11 +194,74 @@ class SavedRun:
         A language model chooses among the words for the classes. Regression has no probabilities, but a number for each
         input, `[inputs, 1]`.
         """
-        self.model.set_task(task)
-        given = [Path(each) if self.encoder.reads_images else each for each in inputs]
-        encoded = self.encoder.encode(Examples(given, [0] * len(given)))
-        problem_type = self.model.problem_type(task)
-        return probabilities(self.model, encoded, self._batch_size, self._answers(task), problem_type)
+        return self._inferring.ask(task, self._encoded(inputs))
+
+    def infer(self, inputs: Sequence[str], *, top_k: int = 1) -> list[InferredAnswer]:
+        """Answers to texts, or to images by path, whose task is inferred.
+
+        Args:
+            inputs: the texts or the paths.
+            top_k: ask the adapters of so many tasks, the likeliest, and take the most probable answer of all.
+
+        Raises:
+            ValueError: no task has statistics, or `top_k` is invalid.
+        """
+        return self._infer(self._encoded(inputs), top_k)
+
+    def _infer(self, encoded: EncodedExamples, top_k: int) -> list[InferredAnswer]:
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it must be at least 1")
+        choice = self._choice()
+        inference = self._inferring.infer(choice, encoded, features(self.model, encoded, self._batch_size, task=None))
+        return self._inferring.answer(inference, encoded, top_k=top_k)
+
+    def _choice(self) -> TaskChoice:
+        if not self.infers:
+            raise ValueError(self.no_inference)
+        return self.model.fit_task_rule()
+
+    @property
+    def infers(self) -> bool:
+        """Whether tasks can be inferred."""
+        return not self.model.task_rule.needs_statistics or len(self.left_out) < len(self.model.tasks)
+
+    @property
+    def no_inference(self) -> str:
+        """Why tasks cannot be inferred, and what to do."""
+        return (
+            f"{self.folder} is a run of an earlier version, without the statistics by which the task of an input is "
+            f"inferred; record them with `qtuning-fast statistics --run {self.folder}`, or name the task with --task"
+        )
+
+    @property
+    def left_out(self) -> list[str]:
+        """The tasks that cannot be inferred, because they have no statistics."""
+        return [name for name in self.model.tasks if name not in self.model.statistics]
+
+    def record_statistics(self) -> list[str]:
+        """Record the statistics of the finished tasks that have none, from the run's own examples, and save them.
+
+        Returns:
+            The names of these tasks.
+
+        Raises:
+            ValueError: the data of a task has changed since the run.
+        """
+        lacking = self.left_out
+        tasks = self.load_tasks() if lacking else []
+        unnamed = UnnamedTasks(
+            tasks,
+            lambda task: {split: self.encoder.encode(getattr(task, split)) for split in SPLITS},
+            self._answers,
+            self._batch_size,
+            self.model.task_rule,
+        )
+        for number, task in enumerate(tasks):
+            if task.name in lacking:
+                unnamed.record(self.model, number)
+        if lacking:
+            self.model.save_pretrained(self.folder / "adapter")
+        return lacking
 
     def answer(self, predicted: Tensor, task: str) -> str:
         """One row of `predict` in words: the most probable class, the labels above one half, or the number."""
@@ -196,6 +273,14 @@ class SavedRun:
             return ", ".join(given) or f"none of {', '.join(names)}"
         return f"{names[int(predicted.argmax())]} ({float(predicted.max()):.0%})"
 
+    def in_words(self, found: InferredAnswer) -> str:
+        """An answer whose task was inferred, in words."""
+        others = ", ".join(f"{name} {p:.0%}" for name, p in found.runners_up[:3])
+        answer = f"{found.task}: {self.answer(found.output, found.task)}"
+        if not found.is_known:
+            return f"no known task; the nearest is {answer}"
+        return f"{answer}; {found.probability:.0%} with the task" + (f" (next: {others})" if others else "")
+
     def metric(self, task: str) -> str:
         """The name of the measure of a task (`qtuning_fast.lifelong.scores`)."""
         return METRICS[self.model.problem_type(task)]
@@ -206,12 +291,64 @@ class SavedRun:
         Raises:
             ValueError: the examples are images but the run reads texts, or the other way round.
         """
-        if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:
-            kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
-            raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
+        self._check_kind(examples, task)
         self.model.set_task(task)
         encoded, problem_type = self.encoder.encode(examples), self.model.problem_type(task)
         return task_score(self.model, encoded, self._batch_size, self._answers(task), problem_type)
+
+    def score_unnamed(self, examples: Examples, task: str, *, top_k: int = 1) -> dict[str, float]:
+        """How well examples of a task are answered if nobody names it.
+
+        Returns:
+            `task_found`, the share whose task is inferred; `accuracy`, the share for which task and class are right;
+            `known`, the share that is not said to be of no known task.
+        """
+        self._check_kind(examples, task)
+        single = self.model.problem_type(task) == SINGLE
+        answers = self._infer(self.encoder.encode(examples), top_k)
+        right = [
+            answer.task == task and (not single or int(answer.output.argmax()) == label)
+            for answer, label in zip(answers, examples.labels)
+        ]
+        return {
+            "task_found": fmean(answer.task == task for answer in answers),
+            "accuracy": fmean(right),
+            "known": fmean(answer.is_known for answer in answers),
+        }
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the classes of all tasks, each once."""
+        single = [name for name in self.model.tasks if self.model.problem_type(name) == SINGLE]
+        return list(dict.fromkeys(label for name in single for label in self.model.label_names(name)))
+
+    def score_by_label(self, examples: Examples, *, top_k: int = 1) -> dict[str, float]:
+        """How well examples of any tasks are answered, judged by the names of their labels.
+
+        Args:
+            examples: their labels are places in `label_names`.
+            top_k: see `infer`.
+
+        Returns:
+            `accuracy`, the share of answers with the right label name; `known`, as in `score_unnamed`.
+        """
+        self._check_kind(examples, "any")
+        answers, names = self._infer(self.encoder.encode(examples), top_k), self.label_names
+        right = [
+            self.model.problem_type(answer.task) == SINGLE
+            and self.model.label_names(answer.task)[int(answer.output.argmax())] == names[cast(int, label)]
+            for answer, label in zip(answers, examples.labels)
+        ]
+        return {"accuracy": fmean(right), "known": fmean(answer.is_known for answer in answers)}
+
+    def _check_kind(self, examples: Examples, task: str) -> None:
+        if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:
+            kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
+            raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
+
+    def _encoded(self, inputs: Sequence[str]) -> EncodedExamples:
+        given = [Path(each) if self.encoder.reads_images else each for each in inputs]
+        return self.encoder.encode(Examples(given, [0] * len(given)))
 
     @property
     def _batch_size(self) -> int:

@@ -8,6 +8,7 @@ Each stage of a run writes a file, and is skipped if the file is there:
     <folder>/tasks/NN-name/training.json    curves, steps, seconds
     <folder>/adapter/                       the model after the last finished task
     <folder>/tasks/NN-name/evaluation.json  each task so far under the live queue, and this one under its adapter
+    <folder>/tasks/NN-name/class_incremental.json   each task so far without its name, by inference
     <folder>/tasks/NN-name/alone.json       the task learned alone, if asked for
     <folder>/metrics.json                   all results, at the end of the stream
 
@@ -43,8 +44,11 @@ from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import linear_probe
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
+from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
+from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import REGRESSION
+from qtuning_fast.method.task_rules import ClosedForm, TaskRule, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.fingerprint import fingerprint
@@ -67,6 +71,7 @@ class LifelongTrainer:
         options: the budget and the learning rates of each task.
         folder: the folder of the run; an interrupted run in it is resumed.
         forward_transfer: also train each task but the first alone, with an empty queue, for comparison.
+        task_rule: the rule that infers the task of examples whose task is not named, or its name.
         about: further entries for the `config` of `metrics.json`, such as the stream's name.
         listener: receives the events of the run.
 
@@ -85,6 +90,7 @@ class LifelongTrainer:
         folder: str | Path,
         *,
         forward_transfer: bool = False,
+        task_rule: TaskRule | str = ClosedForm.name,
         about: dict[str, Any] | None = None,
         listener: RunListener | None = None,
     ) -> None:
@@ -92,6 +98,7 @@ class LifelongTrainer:
         if not names or len(set(names)) != len(names):
             raise ValueError(f"tasks has the names {names}; it must hold at least one task and no name twice")
         for task in tasks:
+            check_not_reserved(task.name)
             for split in SPLITS:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
@@ -106,6 +113,9 @@ class LifelongTrainer:
         self.about = dict(about or {})
         self.listener = listener or RunListener()
         self._splits: dict[str, dict[str, EncodedExamples]] = {}
+        self._unnamed = UnnamedTasks(
+            self.tasks, self._encoded, self._answers_of, options.eval_batch_size, rule_by_name(task_rule)
+        )
 
     def run(self) -> dict[str, Any]:
         """Train and evaluate what is not done yet; returns the metrics, which are also in `metrics.json`."""
@@ -134,10 +144,9 @@ class LifelongTrainer:
                 if number >= len(model.tasks):
                     self._train_and_save(model, number)
                 self._run_stage(number, "evaluation", partial(self._evaluate, model, number))
+                self._run_stage(number, "class_incremental", partial(self._evaluate_unnamed, model, number))
                 shutil.rmtree(self._task_folder(number) / "checkpoints", ignore_errors=True)
-                self.listener.task_ends(
-                    number, task, self._read_stage(number, "probe"), self._read_stage(number, "evaluation")
-                )
+                self.listener.task_ends(number, task, self._read_stage(number, "probe"), self._results(number))
             self._assert_unchanged(model)
         for number in range(1, len(self.tasks)) if self.forward_transfer else ():
             self._run_stage(number, "alone", partial(self._train_alone, number))
@@ -164,6 +173,8 @@ class LifelongTrainer:
             "base_fingerprint": fingerprint(without_head(self.base_model)),
             "about": self.about,
         }
+        if self._unnamed.rule.name != ClosedForm.name:  # runs made before it could be chosen do not have it
+            current["task_rule"] = self._unnamed.rule.name
         if self.config.task_type not in HEAD_TASK_TYPES:
             current["label_words"] = {task.name: task.answers for task in self.tasks}
         path = self.folder / RUN_FILE
@@ -194,6 +205,7 @@ class LifelongTrainer:
         self.listener.stage_begins("training")
         record = self._train_task(model, number, self._task_folder(number) / "checkpoints")
         write_json(self._task_folder(number) / "training.json", record)
+        self._unnamed.record(model, number)
         model.save_pretrained(self.folder / "adapter")
 
     def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
@@ -249,6 +261,20 @@ class LifelongTrainer:
         digest = tensors_digest(model.adapters[task.name].tensors())
         return {"live_queue": live, "task_adapter": self._score(model, task), "adapter_digest": digest}
 
+    def _evaluate_unnamed(self, model: QTuningModel, number: int) -> dict[str, Any]:
+        """Evaluate each task so far without its name."""
+        lacking = self._unnamed.lack_statistics(model, number)
+        for each in lacking:
+            self._unnamed.record(model, each)
+        if lacking:
+            model.save_pretrained(self.folder / "adapter")
+        return self._unnamed.stage(model, number, self._read_stage(number - 1, "class_incremental") if number else None)
+
+    def _results(self, number: int) -> dict[str, Any]:
+        """What a listener is told of the evaluation after a task."""
+        unnamed = self._read_stage(number, "class_incremental")["adapters"]
+        return self._read_stage(number, "evaluation") | {"class_incremental": unnamed}
+
     def _assert_unchanged(self, model: QTuningModel) -> None:
         """Check that no adapter has changed since it was evaluated, which is why a stored task is never forgotten."""
         for number, (name, adapter) in enumerate(model.adapters.items()):
@@ -266,10 +292,9 @@ class LifelongTrainer:
         return {task.metric: found}
 
     def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
-        split = self._encoded(task)
         train, validation, test = (
-            (self._features(model, part, None).numpy(), part.columns["labels"].numpy())
-            for part in (split["train"], split["validation"], split["test"])
+            (self._unnamed.features(model, task, split).numpy(), self._encoded(task)[split].columns["labels"].numpy())
+            for split in SPLITS
         )
         return linear_probe(train, validation, test, task.problem_type)
 
@@ -285,6 +310,9 @@ class LifelongTrainer:
 
     def _answers(self, task: Task) -> Answers | None:
         return self.encoder.encode_answers(task.answers, task=task.name)
+
+    def _answers_of(self, name: str) -> Answers | None:
+        return next(self._answers(task) for task in self.tasks if task.name == name)
 
     def _encoded(self, task: Task) -> dict[str, EncodedExamples]:
         if task.name not in self._splits:
@@ -321,6 +349,7 @@ class LifelongTrainer:
             "per_task": [self._read_stage(number, "training") for number in numbers],
             "task_adapter": evaluation_summary(adapter_rows, alone, least=least),
             "live_queue": evaluation_summary(live_rows, alone, least=least),
+            "class_incremental": self._unnamed.summary([self._read_stage(n, "class_incremental") for n in numbers]),
             "baselines": {"linear_probe": {"accuracy": probes, "average_accuracy": float(np.mean(probes))}},
             "config": {"method": self.config.to_dict(), "training": self.options.to_dict(), **self.about},
             "versions": versions(),

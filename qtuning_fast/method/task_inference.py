@@ -147,13 +147,16 @@ class TaskChoice:
 
     def to(self, device: torch.device) -> TaskChoice:
         """Return the same with its matrices on a device, or on the CPU if they cannot be there."""
-        if not hasattr(self.scores, "to") or device.type == "mps":  # which has no float64
+        scores_to = getattr(self.scores, "to", None)
+        if scores_to is None or device.type == "mps":  # which has no float64
             device = _CPU
-        if device == self.device:
+        if device == self.device or scores_to is None:
             return self
+        if isinstance(self.scores, SharedGaussian):  # the same that distances are measured with
+            both = self.scores.to(device)
+            return replace(self, scores=both, gaussian=both, device=device)
         gaussian = None if self.gaussian is None else self.gaussian.to(device)
-        scores = gaussian if self.scores is self.gaussian else self.scores.to(device)
-        return replace(self, scores=scores, gaussian=gaussian, device=device)
+        return replace(self, scores=scores_to(device), gaussian=gaussian, device=device)
 
     def infer(
         self,

@@ -111,6 +111,11 @@ class TaskRule:
     feature_map = FEATURES
     needs_statistics = True
 
+    @property
+    def has_own_features(self) -> bool:
+        """Whether moments of `map` are recorded beside those of the features."""
+        return self.feature_map != FEATURES
+
     def map(self, features: Tensor) -> Tensor:
         """Return what the rule makes of features `[n, F]` in float64, for rules that need moments of something else."""
         return features

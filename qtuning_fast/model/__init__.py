@@ -5,20 +5,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtuning_fast.method.adapter import TaskAdapter
+    from qtuning_fast.method.statistics import TaskStatistics
+    from qtuning_fast.method.task_inference import TaskChoice, TaskInference
+    from qtuning_fast.method.task_rules import (
+        Candidate,
+        ClosedForm,
+        Evidence,
+        MostConfident,
+        NearestMean,
+        RanPAC,
+        TaskRule,
+    )
     from qtuning_fast.model.checked_files import CorruptFileError
     from qtuning_fast.model.device_slots import AdapterSlots
     from qtuning_fast.model.model import QTuningModel
     from qtuning_fast.model.output import QTuningOutput
-    from qtuning_fast.model.registry import AdapterRegistry
+    from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
     from qtuning_fast.model.scoring import answer_scores
 
 __all__ = [
     "AdapterRegistry",
     "AdapterSlots",
+    "Candidate",
+    "ClosedForm",
     "CorruptFileError",
+    "Evidence",
+    "MostConfident",
+    "NearestMean",
     "QTuningModel",
     "QTuningOutput",
+    "RanPAC",
+    "StatisticsRegistry",
     "TaskAdapter",
+    "TaskChoice",
+    "TaskInference",
+    "TaskRule",
+    "TaskStatistics",
     "answer_scores",
 ]
 
@@ -26,10 +48,21 @@ __all__ = [
 _LAZY = {
     "AdapterRegistry": "qtuning_fast.model.registry",
     "AdapterSlots": "qtuning_fast.model.device_slots",
+    "Candidate": "qtuning_fast.method.task_rules",
+    "ClosedForm": "qtuning_fast.method.task_rules",
     "CorruptFileError": "qtuning_fast.model.checked_files",
+    "Evidence": "qtuning_fast.method.task_rules",
+    "MostConfident": "qtuning_fast.method.task_rules",
+    "NearestMean": "qtuning_fast.method.task_rules",
     "QTuningModel": "qtuning_fast.model.model",
     "QTuningOutput": "qtuning_fast.model.output",
+    "RanPAC": "qtuning_fast.method.task_rules",
+    "StatisticsRegistry": "qtuning_fast.model.registry",
     "TaskAdapter": "qtuning_fast.method.adapter",
+    "TaskChoice": "qtuning_fast.method.task_inference",
+    "TaskInference": "qtuning_fast.method.task_inference",
+    "TaskRule": "qtuning_fast.method.task_rules",
+    "TaskStatistics": "qtuning_fast.method.statistics",
     "answer_scores": "qtuning_fast.model.scoring",
 }
 

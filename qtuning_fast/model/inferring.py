@@ -34,6 +34,7 @@ class Inferred:
     index: Tensor
 
 
+@torch.compiler.disable  # locks and numbers read off tensors would break its graph into dozens, each to be compiled
 @torch.no_grad()
 def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> TaskInference:
     """Return which task each input is of; see `QTuningModel.infer_tasks`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.labels import IGNORED, SINGLE
-from qtuning_fast.method.statistics import FEATURES, Labelled, Recorder, TaskStatistics
+from qtuning_fast.method.statistics import Labelled, Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import TaskChoice
 from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
 from qtuning_fast.model.backbone import Backbone
@@ -94,7 +94,7 @@ class KnownTasks:
         """
         task = self._adapters.entry(name)
         info = task.info
-        maps = {} if self.rule.feature_map == FEATURES else {self.rule.feature_map: self.rule.map}
+        maps = {self.rule.feature_map: self.rule.map} if self.rule.has_own_features else {}
         recorder, held_out = Recorder(classes_of(info), maps), list[Labelled]()
         error: Exception | None = None
         try:

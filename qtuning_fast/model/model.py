@@ -20,7 +20,7 @@ from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.method.statistics import TaskStatistics
-from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, TaskInference
+from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, TaskChoice, TaskInference
 from qtuning_fast.method.task_rules import TaskRule, rule_by_name
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
@@ -388,6 +388,32 @@ class QTuningModel(PretrainedInterface):
         """
         self._tasks.check(name)
         self._tasks.known.record(name, batches, validation, partial(self.features, task=None))
+
+    def add_statistics(self, name: str, statistics: TaskStatistics) -> None:
+        """Set the statistics of a finished task that were recorded elsewhere, for this base model.
+
+        Raises:
+            TypeError, ValueError: there is no such task, or they do not fit it or the base model.
+        """
+        with self.backbone.injector.lock:
+            self._tasks.check(name)
+            self._tasks.known.add(name, statistics)
+
+    def fit_task_rule(self, tasks: Sequence[str] | None = None, rule: TaskRule | str | None = None) -> TaskChoice:
+        """Return a rule that is fitted to some of the tasks, as if there were no others, and calibrated.
+
+        Args:
+            tasks: finished tasks; None: all.
+            rule: a rule; None: `task_rule`.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid, or no task can be inferred.
+        """
+        with self.backbone.injector.lock:
+            names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
+            for name in names:
+                self._tasks.check(name)
+            return self._tasks.known.choice_among(names, self.task_rule if rule is None else rule_by_name(rule))
 
     def infer_tasks(
         self,

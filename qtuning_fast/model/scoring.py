@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from qtuning_fast.integrations.transformers.caches import CACHE
+from qtuning_fast.model.inferring import inferred
 from qtuning_fast.model.model import QTuningModel
 
 Answers = Sequence[list[int]]
@@ -23,7 +24,7 @@ def answer_scores(
     inputs: dict[str, Tensor],
     answers: Answers,
     *,
-    task_names: Sequence[str] | None = None,
+    task_names: Sequence[str] | str | None = None,
     batch_size: int = 256,
 ) -> Tensor:
     """Return `log p(answer | input)` of each answer under the active task, a task a sample, or the base model alone.
@@ -36,7 +37,7 @@ def answer_scores(
         model: a model with `task_type="text-to-text"` or `"causal-lm"`.
         inputs: the model's `input_ids` and `attention_mask`, `[B, N]`; padding may be on either side.
         answers: K sequences of token ids, of any lengths.
-        task_names: one finished task for each sample.
+        task_names: one finished task for each sample, or `"infer"`, as in `QTuningModel.forward`.
         batch_size: maximum number of answers in one pass, counted over samples; it bounds the memory.
 
     Returns:
@@ -49,6 +50,9 @@ def answer_scores(
     if model.has_heads:
         task_type = model.qtuning_config.task_type
         raise ValueError(f"task_type is {task_type!r}; only text-to-text and causal-lm have answers to score")
+    if isinstance(task_names, str):
+        with inferred(model, task_names, inputs) as found:
+            return answer_scores(model, inputs, answers, task_names=found.names, batch_size=batch_size)
     _check_answers(answers, model.base_model.get_output_embeddings().weight.shape[0])
     with model.evaluating():
         begun = _Begun(model, inputs, task_names)

@@ -27,8 +27,13 @@ NAMES = ["trec", "agnews", "sst2", "clinc-banking", "dbpedia", "yelp-review-full
 LAYERS, HEADS, ROWS, CAPACITY, SHARED = 6, 4, 10, 4, 10
 
 
-def make_metrics(tasks: int, seed: int = 0, gate: bool = True, capacity: int = CAPACITY) -> dict[str, Any]:
-    """A plausible run: learning curves that bend, a queue that fills and overflows, old tasks that fade."""
+def make_metrics(
+    tasks: int, seed: int = 0, gate: bool = True, capacity: int = CAPACITY, class_incremental: bool = True
+) -> dict[str, Any]:
+    """A plausible run: learning curves that bend, a queue that fills and overflows, old tasks that fade.
+
+    Without `class_incremental` it is one of a version that did not answer without the task's name.
+    """
     rng = np.random.default_rng(seed)
     names = [NAMES[i] if tasks <= len(NAMES) else f"{NAMES[i % len(NAMES)]}-{i:02d}" for i in range(tasks)]
     learned = rng.uniform(0.6, 0.95, tasks)
@@ -50,6 +55,67 @@ def make_metrics(tasks: int, seed: int = 0, gate: bool = True, capacity: int = C
         "versions": {"qtuning_fast": "0.1.0", "torch": "2.13.0"},
         "device": "cpu",
         "seed": seed,
+        **({"class_incremental": make_class_incremental(learned, seed)} if class_incremental else {}),
+    }
+
+
+def make_class_incremental(learned: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """What a run measures without the task's name: tasks are found less often the more there are."""
+    rng, tasks = np.random.default_rng(1000 + seed), len(learned)
+    among = np.arange(tasks)[:, None]
+    found = np.clip(rng.uniform(0.85, 1, tasks) - 0.02 * rng.uniform(0, 1, tasks) * among, 0.3, 1)
+    found[0] = 1
+    weights = rng.gamma(0.2, 1.0, (tasks, tasks)) * (1 - np.eye(tasks)) + 1e-9 * (1 - np.eye(tasks))
+    wrong = weights / weights.sum(axis=1, keepdims=True) if tasks > 1 else weights
+    right = found[-1]
+    confidences = (np.arange(10) + 0.6) / 10
+    first = min(int(10 / tasks), 9)  # the likeliest of T tasks has at least 1/T
+    counts = np.geomspace(12, 500 * tasks, 10).astype(int)
+    bins = [
+        [float(c), float(np.clip(c - 0.04 + 0.06 * rng.random(), 0, 1)), int(n)] for c, n in zip(confidences, counts)
+    ]
+    alone = tasks == 1
+    auroc, detected = rng.uniform(0.75, 1, tasks).tolist(), rng.uniform(0.2, 0.95, tasks).tolist()
+    return {
+        "rule": "closed-form",
+        "classes": [2 + i % 5 for i in range(tasks)],
+        "adapters": make_unnamed(learned * found, found),
+        "closed_form": make_unnamed((learned - 0.05) * found, found),
+        "baselines": {
+            "nearest_class_mean": make_unnamed((learned - 0.15) * (found - 0.1), found - 0.1),
+            "joint_regression": {
+                "accuracy": (learned * right).tolist(),
+                "average_accuracy": float((learned * right).mean()),
+                "task_found": float(right.mean()) - 0.01,
+            },
+        },
+        "confusion": (np.diag(right) + (1 - right)[:, None] * wrong).tolist(),
+        "calibration": {"error": 0.021, "temperature": 1.7, "bins": bins[first:]},
+        "unknown": {
+            "false_alarm_rate": 0.01,
+            "false_alarms": 0.013,
+            "threshold": 412.5,
+            "auroc": None if alone else auroc,
+            "mean_auroc": None if alone else float(np.mean(auroc)),
+            "detected": None if alone else detected,
+            "mean_detected": None if alone else float(np.mean(detected)),
+        },
+    }
+
+
+def make_unnamed(accuracy: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """One evaluation without the task's name, from `[T, T]` matrices."""
+    matrix, tasks = _below(accuracy), len(accuracy)
+    rows = [np.mean(row[: i + 1]) for i, row in enumerate(accuracy)]
+    lost = np.nanmax(np.where(np.tri(tasks, dtype=bool), accuracy, np.nan), axis=0) - accuracy[-1]
+    return {
+        "accuracy_matrix": matrix,
+        "average_accuracy": float(rows[-1]),
+        "cumulative_average_accuracy": float(np.mean(rows)),
+        "forgetting": float(lost[:-1].mean()) if tasks > 1 else 0.0,
+        "task_found": float(found[-1].mean()),
+        "task_found_matrix": _below(found),
+        "label_accuracy": float(rows[-1]) + 0.012,
     }
 
 

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtuning_fast.lifelong.metrics import evaluation_summary, final_accuracies, in_words, mean_and_spread, measured
+from qtuning_fast.lifelong.metrics import (
+    evaluation_summary,
+    final_accuracies,
+    in_words,
+    mean_and_spread,
+    measured,
+    named_summary,
+    unnamed_results,
+)
 
 MATRIX = [
     [0.8, None, None],
@@ -107,6 +115,47 @@ def test_mean_and_spread_over_seeds(make_metrics):
     assert spread["std"] == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / 2))
     assert summary["task_adapter"]["forgetting"]["mean"] == 0
     assert len(summary["baselines"]["linear_probe"]["average_accuracy"]["values"]) == 3
+
+
+def test_spread_of_answers_without_the_name(make_metrics):
+    runs = [make_metrics(3, seed) for seed in range(3)]
+    blocks = [run["class_incremental"] for run in runs]
+    summary = mean_and_spread(runs)["class_incremental"]
+    measures = {"task_found", "average_accuracy", "cumulative_average_accuracy", "forgetting", "label_accuracy"}
+    for name in ("adapters", "closed_form"):
+        assert summary[name].keys() == measures
+        for measure, spread in summary[name].items():
+            assert spread["values"] == [block[name][measure] for block in blocks]
+    assert summary["baselines"]["nearest_class_mean"].keys() == measures
+    assert summary["baselines"]["joint_regression"].keys() == {"task_found", "average_accuracy"}
+    values = [block["baselines"]["joint_regression"]["task_found"] for block in blocks]
+    assert summary["baselines"]["joint_regression"]["task_found"]["mean"] == pytest.approx(sum(values) / 3)
+    assert summary["unknown"]["mean_auroc"]["values"] == [block["unknown"]["mean_auroc"] for block in blocks]
+    assert summary["unknown"]["false_alarms"]["mean"] == pytest.approx(0.013)
+    assert summary["calibration"]["error"]["values"] == [0.021] * 3
+
+
+def test_a_number_that_one_run_lacks_has_no_spread(make_metrics):
+    runs = [make_metrics(2, seed) for seed in range(2)]
+    runs[1]["class_incremental"]["unknown"]["false_alarms"] = None
+    unknown = mean_and_spread(runs)["class_incremental"]["unknown"]
+    assert unknown["false_alarms"] is None and unknown["mean_auroc"] is not None
+    assert mean_and_spread([make_metrics(1)])["class_incremental"]["unknown"]["mean_auroc"] is None
+
+
+def test_runs_of_an_earlier_version_have_no_answers_without_the_name(make_metrics):
+    earlier, later = make_metrics(2, class_incremental=False), make_metrics(2)
+    assert "class_incremental" not in mean_and_spread([earlier])
+    assert "class_incremental" not in mean_and_spread([later, earlier])
+    assert unnamed_results(earlier) == {}
+    assert list(unnamed_results(later)) == ["adapters", "closed_form", "nearest_class_mean", "joint_regression"]
+
+
+def test_what_named_adapters_reach():
+    assert named_summary({"tasks": ["a"]}) == {}
+    named = named_summary({"task_adapter": evaluation_summary(MATRIX)})
+    assert named["average_accuracy"] == pytest.approx((0.5 + 0.7 + 0.4) / 3)
+    assert named["cumulative_average_accuracy"] == pytest.approx((0.8 + (0.9 + 0.6) / 2 + (0.5 + 0.7 + 0.4) / 3) / 3)
 
 
 def test_one_run_has_no_spread(make_metrics):

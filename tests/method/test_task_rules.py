@@ -185,7 +185,7 @@ HARD: dict[str, tuple[Tensor, Tensor, int]] = {
     "classes without an example": (normal(6, 3), torch.ones(6), 4),
     "all features equal": (torch.ones(6, 3), torch.arange(6) % 2, 2),
     "all features zero": (torch.zeros(6, 3), torch.arange(6) % 2, 2),
-    "equal up to rounding": (torch.ones(6, 3) + 1e-8 * torch.eye(6)[:, :3], torch.arange(6) % 2, 2),
+    "equal up to rounding": (torch.ones(6, 3) + 6e-8 * normal(6, 3), torch.arange(6) % 2, 2),
     "a feature that never varies": (normal(9, 3) * torch.tensor([1, 1, 0]) + 1, torch.arange(9) % 2, 2),
     "the same feature twice": (normal(9, 2)[:, [0, 1, 1]], torch.arange(9) % 2, 2),
     "more classes than features": (normal(30, 2), torch.arange(30) % 15, 15),
@@ -210,6 +210,13 @@ def test_scores_are_numbers_wherever_there_is_an_answer(name: str, case: str) ->
         assert scores.softmax(1).sum(1).sub(1).abs().max() < 1e-12
     distances = SharedGaussian.of([known]).distances(evidence(features))
     assert distances.isfinite().all() and (distances >= 0).all()
+
+
+@pytest.mark.parametrize("case", ["all features equal", "equal up to rounding", "one example a class"])
+def test_differences_of_rounding_are_no_spread(case: str) -> None:
+    features, labels, classes = HARD[case]
+    gaussian = SharedGaussian.of([recorded((features, labels.long()), classes)])
+    assert torch.equal(gaussian.whitening, torch.eye(features.shape[1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("case", ["one example a class", "huge", "tiny", "both", "the same feature twice"])

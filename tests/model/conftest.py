@@ -129,3 +129,51 @@ def each_by_itself() -> Callable[..., list[Tensor]]:
 def assert_as_by_itself() -> Callable[..., None]:
     """`assert_as_by_itself(model, batch, names, **tolerance)` holds a mixed batch against `each_by_itself`."""
     return _assert_as_by_itself
+
+
+# Tasks whose inputs are recognised
+
+
+def _inputs_of(family: Any, task: int, size: int = 6, seed: int = 0) -> Batch:
+    """Inputs that their tokens, or their brightness, tell from those of other tasks."""
+    batch: Batch = family.batch(seed=10 * seed + task, size=size)
+    if family.kind == "image":
+        return {"pixel_values": 0.5 * batch["pixel_values"] + task}
+    ids = batch["input_ids"]
+    return batch | {"input_ids": torch.where(batch["attention_mask"] != 0, 5 + 11 * task + ids % 11, ids)}
+
+
+def _recognising(family: Any, tasks: int = 3, **changes: Any) -> QTuningModel:
+    torch.manual_seed(1)
+    small = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
+    small |= {"retention_weight": 0.0, "task_type": family.task_type}
+    model = QTuningModel(family.base_model(), QTuningConfig(**(small | changes)))
+    for number in range(tasks):
+        model.start_task(f"task-{number}", 2 + number if model.has_heads else None)
+        with torch.no_grad():
+            for parameter in model.learning.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        model.finish_task()
+        labels = {"labels": torch.arange(24) % (2 + number)}
+        model.record_statistics(
+            f"task-{number}",
+            [_inputs_of(family, number, 24) | labels],
+            validation=[_inputs_of(family, number, 24, seed=1) | labels],
+        )
+    model.set_task(None)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def inputs_of() -> Callable[..., Batch]:
+    """`inputs_of(family, task, size=6, seed=0)` draws inputs of one of the tasks 0, 1, 2 of `recognising`."""
+    return _inputs_of
+
+
+@pytest.fixture(scope="session")
+def recognising() -> Callable[..., QTuningModel]:
+    """`recognising(family, tasks=3, **config)` makes a model with tasks at random and with their statistics.
+
+    They have two, three and four classes where tasks have heads. None is set.
+    """
+    return _recognising

@@ -235,3 +235,164 @@ def test_the_index_names_a_problem_type_only_where_it_is_not_the_usual_one(tiny_
     write_json(tmp_path / CONFIG_FILE, index)
     with pytest.raises(CorruptFileError, match="'topics' has an unknown problem type, 'ranking'"):
         read_checkpoint(tmp_path)
+
+
+# Statistics of tasks
+
+
+def known(model: QTuningModel) -> dict[str, torch.Tensor]:
+    """All statistics by task and name."""
+    return {f"{task}.{name}": x for task, each in model.statistics.items() for name, x in each.tensors().items()}
+
+
+def changed(folder: Path, name: str, **changes: Any) -> None:
+    """Rewrite what the index says of one task's statistics."""
+    index = read_json(folder / CONFIG_FILE)
+    for entry in index["tasks"]:
+        if entry["name"] == name:
+            entry["statistics"] |= changes
+    write_json(folder / CONFIG_FILE, index)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_statistics_are_saved_and_read_with_their_tasks(
+    tmp_path: Path, families: Any, recognising: Any, inputs_of: Any, lazy: bool
+) -> None:
+    family = families["BERT"]
+    model, batch = recognising(family, 3), inputs_of(family, 1, seed=3)
+    expected, before = known(model), model.infer_tasks(**batch)
+    model.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("statistics-*.safetensors"))) == 3
+    model = QTuningModel.from_pretrained(model.detach(), tmp_path, lazy=lazy)
+    assert model.statistics.bytes_in_memory == (0 if lazy else sum(x.nbytes for x in expected.values()))
+    after = model.infer_tasks(**batch)
+    assert torch.equal(after.class_probabilities, before.class_probabilities) and after.threshold == before.threshold
+    assert all(torch.equal(x, expected[name]) for name, x in known(model).items())
+    other = recognising(family, 1)  # and one of them goes to another model
+    other.load_task(tmp_path, "task-2")
+    found = other.infer_tasks(**batch)
+    assert found.tasks == ("task-0", "task-2") and found.left_out == ()
+    assert all(torch.equal(x, expected[name]) for name, x in known(other).items() if name.startswith("task-2"))
+
+
+def test_a_save_over_another_keeps_the_statistics_there_are(
+    tmp_path: Path, families: Any, recognising: Any, inputs_of: Any
+) -> None:
+    family = families["BERT"]
+    model = recognising(family, 3)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-*.safetensors")}
+    model.remove_task("task-0")
+    model.record_statistics("task-1", [inputs_of(family, 2) | {"labels": torch.arange(6) % 3}])
+    model.save_pretrained(tmp_path)
+    assert read_checkpoint(tmp_path).statistics["task-1"].features.counts.tolist() == [2, 2, 2]
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-*.safetensors")}
+    assert sorted(name.partition("-")[0] for name in after) == ["state", *["statistics"] * 2, *["task"] * 2]
+    untouched = {name.rpartition("-")[0] for name, _ in after.items() & before.items()}
+    assert untouched == {"task-001", "task-002", "statistics-002"}
+    model.adapters.remove("task-1")  # behind the model's back: statistics of no task are not saved
+    model.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("statistics-*"))) == 1
+    model = QTuningModel.from_pretrained(model.detach(), tmp_path)
+    assert list(model.statistics) == ["task-2"] and model.infer_tasks(**inputs_of(family, 1)).tasks == ("task-2",)
+
+
+def test_of_a_save_without_statistics_they_are_recorded_later(
+    base: BertModel, older: Path, tmp_path: Path, families: Any, recognising: Any, inputs_of: Any
+) -> None:
+    """As version 0.1 wrote it: its index says nothing of statistics, and names may be reserved by now."""
+    family = families["BERT"]
+    model, batch = recognising(family, 2), inputs_of(family, 0, seed=3)
+    model.save_pretrained(tmp_path / "saved")
+    index = read_json(tmp_path / "saved" / CONFIG_FILE)
+    for entry in index["tasks"]:
+        del entry["statistics"]
+    index["tasks"][1]["name"] = "random"
+    write_json(tmp_path / "saved" / CONFIG_FILE, index | {"last_learned": "random"})
+    model = QTuningModel.from_pretrained(model.detach(), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"needs statistics, which task-0, random lack; call record_statistics"):
+        model(**batch, task_names="infer")
+    for task, name in enumerate(model.tasks):
+        model.record_statistics(name, [inputs_of(family, task, 24) | {"labels": torch.arange(24) % (2 + task)}])
+        assert model.infer_tasks(**batch).left_out == (("random",) if task == 0 else ())
+    expected = model.infer_tasks(**batch).class_probabilities
+    model.save_pretrained(tmp_path / "saved")
+    model = QTuningModel.from_pretrained(model.detach(), tmp_path / "saved", lazy=True)
+    assert torch.equal(model.infer_tasks(**batch).class_probabilities, expected)
+    with pytest.raises(ValueError, match=r"'closed-form' needs statistics, which first, second, third lack"):
+        QTuningModel.from_pretrained(base, older).infer_tasks(input_ids=IDS)
+
+
+def damage(folder: Path) -> None:
+    (path,) = folder.glob("statistics-001-*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def drop(folder: Path) -> None:
+    next(folder.glob("statistics-001-*")).unlink()
+
+
+def swap(folder: Path) -> None:
+    one, other = sorted(folder.glob("statistics-00[12]-*"))
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def take_anothers(folder: Path) -> None:
+    other = read_json(folder / CONFIG_FILE)["tasks"][2]["statistics"]
+    changed(folder, "task-1", file=other["file"], sha256=other["sha256"])
+
+
+def take_an_adapter(folder: Path) -> None:
+    other = read_json(folder / CONFIG_FILE)["tasks"][1]
+    changed(folder, "task-1", file=other["file"], sha256=other["sha256"])
+
+
+@pytest.mark.parametrize("harm", [damage, drop, swap, take_anothers, take_an_adapter])
+def test_statistics_that_are_not_those_that_were_saved_are_refused_by_task(
+    tmp_path: Path, families: Any, recognising: Any, inputs_of: Any, harm: Any
+) -> None:
+    family = families["BERT"]
+    model = recognising(family, 3)
+    model.save_pretrained(tmp_path)
+    harm(tmp_path)
+    named = "the statistics of task 'task-1' cannot be read"
+    base_model = model.detach()
+    with pytest.raises(CorruptFileError, match=named):
+        QTuningModel.from_pretrained(base_model, tmp_path)
+    model = QTuningModel.from_pretrained(base_model, tmp_path, lazy=True)
+    batch = inputs_of(family, 1)
+    assert model(**batch, task_names=["task-1"] * 6).logits.isfinite().all()  # the adapter is whole
+    for call in (lambda: model.infer_tasks(**batch), lambda: model(**batch, task_names="infer")):
+        with pytest.raises(CorruptFileError, match=named):
+            call()
+    other = recognising(family, 1)
+    with pytest.raises(CorruptFileError, match=named):
+        other.load_task(tmp_path, "task-1")
+    assert other.tasks == ["task-0"] and list(other.statistics) == ["task-0"]  # no half of it
+    model.record_statistics("task-1", [batch | {"labels": torch.arange(6) % 3}])  # heals it
+    if harm is not swap:  # which harms another one too
+        assert model.infer_tasks(**batch).tasks == ("task-0", "task-1", "task-2")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"classes": 2}, {"classes": "3"}, {"feature_maps": "features"}, {"feature_maps": [1]}, {"bytes": -1}],
+)
+def test_an_index_of_statistics_that_is_wrong_is_refused(
+    tmp_path: Path, families: Any, recognising: Any, changes: dict[str, Any]
+) -> None:
+    recognising(families["BERT"], 2).save_pretrained(tmp_path)
+    changed(tmp_path, "task-1", **changes)
+    for lazy in (False, True):
+        with pytest.raises(CorruptFileError, match="the statistics of task 'task-1' are invalid"):
+            read_checkpoint(tmp_path, lazy=lazy)
+    index = read_json(tmp_path / CONFIG_FILE)
+    for wrong in (None, {"classes": 3}):
+        index["tasks"][1]["statistics"] = wrong
+        write_json(tmp_path / CONFIG_FILE, index)
+        with pytest.raises(CorruptFileError, match="is not an index of a saved model"):
+            read_checkpoint(tmp_path)

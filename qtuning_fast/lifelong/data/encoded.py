@@ -39,6 +39,13 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
         extended.columns = self.columns | {name: column}
         return extended
 
+    def subset(self, chosen: Sequence[int]) -> EncodedExamples:
+        """Some of the examples, by their places."""
+        places = torch.tensor(chosen, dtype=torch.long)
+        part = copy(self)
+        part.columns = {name: column[places] for name, column in self.columns.items()}
+        return part
+
     def batches(self, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """The inputs without labels, in order, on the device."""
         for start in range(0, len(self), batch_size):

@@ -34,6 +34,12 @@ class ImageExamples(EncodedExamples):
         pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels} | super().rows(chosen)
 
+    def subset(self, chosen: Sequence[int]) -> ImageExamples:
+        part = super().subset(chosen)
+        assert isinstance(part, ImageExamples)
+        part.files = [self.files[place] for place in chosen]
+        return part
+
 
 def open_image(file: Path) -> Image:
     """Open an image in RGB, the right way up.

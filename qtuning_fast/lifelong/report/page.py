@@ -14,13 +14,16 @@ from matplotlib.figure import Figure
 from qtuning_fast.lifelong.metrics import (
     EVALUATIONS,
     MEASURES,
+    UNNAMED_MEASURES,
     Metrics,
     evaluations_and_baselines,
     final_accuracies,
     in_words,
     measured,
+    named_summary,
+    unnamed_results,
 )
-from qtuning_fast.lifelong.report import plots
+from qtuning_fast.lifelong.report import class_incremental_plots, plots
 from qtuning_fast.lifelong.scores import WORDS
 
 
@@ -56,6 +59,35 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
             "accuracy-matrix-live-queue",
             "Read down a column to follow one task: where the numbers fall, the queue is forgetting it.",
             partial(plots.accuracy_matrix, evaluation="live_queue"),
+        ),
+    ),
+    "Without the task's name": (
+        Plot(
+            "accuracy-without-the-task",
+            "Each point is the mean over the tasks learned up to there; an answer is right when task and class are. "
+            "Lines tend to fall because there is ever more to choose from. The gap between the two blue lines is what "
+            "inferring the task costs; the diamond, where there is one, has seen the examples of all tasks at once.",
+            class_incremental_plots.unnamed_accuracy,
+        ),
+        Plot(
+            "task-confusion",
+            "Read along a row: where the test examples of one task went. The diagonal is the share whose task was "
+            "found. Colours grow with the root of a share, so that small ones show; shares below 0.005 have no number.",
+            class_incremental_plots.confusion,
+        ),
+        Plot(
+            "task-confidence",
+            "Points on the dotted line: where the model says 0.8, the task is found in 0.8 of the examples. Below it "
+            "the model is too sure, above it too modest. Whiskers are 95% intervals: a point of few examples says "
+            "little. The calibration error is the mean distance from the line, by number of examples.",
+            class_incremental_plots.reliability,
+        ),
+        Plot(
+            "no-known-task",
+            "Each task in turn is taken out of what is known. Left: the chance that one of its examples looks stranger "
+            "than one of another task; 1 tells them apart, 0.5 is a guess. Right, where there is a threshold: the "
+            "share of its examples said to be of no known task; lines: the share of the known tasks', by mistake.",
+            class_incremental_plots.no_known_task,
         ),
     ),
     "Training": (
@@ -103,6 +135,9 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
 }
 
 
+TABLES = {"Without the task's name": "class_incremental.html.j2"}  # a section's template, in front of its plots
+
+
 def write_report(metrics: Metrics, folder: Path) -> Path:
     """Write `folder/report.html`, and its plots also as `folder/plots/*.png`.
 
@@ -114,13 +149,13 @@ def write_report(metrics: Metrics, folder: Path) -> Path:
         The path of the report.
     """
     word = measured(metrics)
-    sections = {
-        in_words(heading, word): [
+    sections = {}
+    for heading, plots_of_section in PLOTS.items():
+        pictures = [
             _render_plot(plot.name, in_words(plot.caption, word), partial(plot.draw, metrics), folder)
             for plot in plots_of_section
         ]
-        for heading, plots_of_section in PLOTS.items()
-    }
+        sections[in_words(heading, word)] = {"table": TABLES.get(heading), "pictures": _say_once(pictures)}
     compared = evaluations_and_baselines(metrics)
     transfers_forward = any(result.get("forward_transfer") is not None for result in compared.values())
     return _render_page(
@@ -133,6 +168,10 @@ def write_report(metrics: Metrics, folder: Path) -> Path:
         final=final_accuracies(metrics),
         settings=list(_flatten(metrics.get("config", {}))),
         sections=sections,
+        unnamed=unnamed_results(metrics),
+        unnamed_measures=UNNAMED_MEASURES,
+        named=named_summary(metrics),
+        confusions=class_incremental_plots.largest_confusions(metrics),
     )
 
 
@@ -151,7 +190,26 @@ def write_seeds_report(runs: Sequence[Metrics], summary: Mapping[str, Any], fold
     picture = _render_plot("accuracy-by-task", caption, partial(plots.seeds_accuracy, runs), folder)
     rows = {name: summary[name] for name in EVALUATIONS} | summary["baselines"]
     word = measured(runs[0])
-    return _render_page("seeds_report.html.j2", folder, word, runs=runs, measures=MEASURES, rows=rows, picture=picture)
+    return _render_page(
+        "seeds_report.html.j2",
+        folder,
+        word,
+        runs=runs,
+        measures=MEASURES,
+        rows=rows,
+        picture=picture,
+        class_incremental=summary.get("class_incremental"),
+        unnamed_measures=UNNAMED_MEASURES,
+    )
+
+
+def _say_once(pictures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pictures of a section, where several that are missing for one reason share one sentence."""
+    said: list[dict[str, Any]] = []
+    for picture in pictures:
+        if not picture["missing"] or picture not in said:
+            said.append(picture)
+    return said
 
 
 def _render_plot(name: str, caption: str, draw: Callable[[], Figure], folder: Path) -> dict[str, Any]:

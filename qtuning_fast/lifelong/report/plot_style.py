@@ -15,15 +15,26 @@ WIDTH = 8.2  # inches; at 96 pixels an inch the width of the report's column
 INK, FAINT = "#333333", "#d9d9d9"
 
 # Okabe and Ito's colours stay apart under the common forms of colour blindness.
-PALETTE = {"task_adapter": "#0072B2", "live_queue": "#D55E00", "linear_probe": "#6b6b6b"}
+PALETTE = {
+    "task_adapter": "#0072B2",
+    "live_queue": "#D55E00",
+    "linear_probe": "#6b6b6b",
+    "adapters": "#0072B2",  # the same adapters, their task inferred
+    "closed_form": "#CC79A7",
+    "nearest_class_mean": "#6b6b6b",
+    "joint_regression": "#000000",
+}
 OTHER_COLOUR = "#009E73"  # any other baseline
 
 
-def new_figure(title: str, height: float, panels: int = 1, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
-    """A titled figure of `panels` axes, one above the other, that share x."""
+def new_figure(
+    title: str, height: float, panels: int = 1, width: float = WIDTH, *, beside: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A titled figure of `panels` axes, one above the other, that share x; or `beside` each other, sharing y."""
     figure = Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=12, color=INK, fontweight="bold")
-    panels_axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    rows, columns = (1, panels) if beside else (panels, 1)
+    panels_axes = list(figure.subplots(rows, columns, sharex=not beside, sharey=beside, squeeze=False).flat)
     for axes in panels_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9, colors=INK)

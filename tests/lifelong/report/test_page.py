@@ -12,6 +12,7 @@ from qtuning_fast.lifelong.report.page import PLOTS, write_report, write_seeds_r
 HOSTILE = ["<script>alert(1)</script>", "a & b", "$\\frac{1}$", "_hidden", '"><img src=x>', "two\nlines", "x" * 300]
 ALL_PICTURES = {picture.name for section in PLOTS.values() for picture in section}
 EVICTION_PICTURES = {"queue-spectrum", "queue-energy"}
+UNNAMED_PICTURES = {picture.name for picture in PLOTS["Without the task's name"]}
 
 
 class Page(HTMLParser):
@@ -57,7 +58,13 @@ def drawn(folder):
 @pytest.mark.parametrize(
     ("tasks", "missing"),
     [
-        (1, EVICTION_PICTURES | {"row-weights", "accuracy-over-time"} | {n for n in ALL_PICTURES if "matrix" in n}),
+        (
+            1,
+            EVICTION_PICTURES
+            | UNNAMED_PICTURES
+            | {"row-weights", "accuracy-over-time"}
+            | {n for n in ALL_PICTURES if "matrix" in n},
+        ),
         (2, EVICTION_PICTURES),
         (5, set()),
         (70, set()),
@@ -85,6 +92,53 @@ def test_headline_and_table_hold_the_numbers(make_metrics, tmp_path):
     assert "forward transfer" not in page.text
     metrics["task_adapter"]["forward_transfer"] = 0.123
     assert "0.123" in Page(write_report(metrics, tmp_path)).text
+
+
+def test_answers_without_the_name_have_their_table(make_metrics, tmp_path):
+    metrics = make_metrics(5)
+    block = metrics["class_incremental"]
+    page = Page(write_report(metrics, tmp_path))
+    measures = ("task_found", "average_accuracy", "cumulative_average_accuracy", "forgetting", "label_accuracy")
+    for name, result in {
+        "adapters": block["adapters"],
+        "closed form": block["closed_form"],
+        "nearest class mean": block["baselines"]["nearest_class_mean"],
+    }.items():
+        assert name + "".join(f"{result[measure]:.3f}" for measure in measures) in page.text
+    joint = block["baselines"]["joint_regression"]
+    assert f"joint regression{joint['task_found']:.3f}{joint['average_accuracy']:.3f}–––" in page.text
+    assert f"adapters, task named–{metrics['task_adapter']['average_accuracy']:.3f}" in page.text
+    text = " ".join(page.text.split())
+    assert "(20 of them)" in text and "The rule that infers the task here: closed-form." in text
+    assert "a share of 0.013 is said to be of no known task, where 0.010 is promised" in text
+    assert "sharedbpediasst20.135" in page.text.replace("\n", "").replace(" ", ""), (
+        "the largest confusion stands first in its table"
+    )
+
+
+def test_a_run_of_an_earlier_version_says_so_once(make_metrics, tmp_path):
+    write_report(make_metrics(2), tmp_path)
+    page = Page(write_report(make_metrics(2, class_incremental=False), tmp_path))
+    assert page.text.count("This run was not evaluated without the names of the tasks.") == 1
+    assert drawn(tmp_path) == ALL_PICTURES - UNNAMED_PICTURES - EVICTION_PICTURES
+    assert "When the task is not named" not in page.text and "task found" not in page.text
+
+
+def test_one_task_has_a_table_and_one_sentence_for_the_plots(make_metrics, tmp_path):
+    page = Page(write_report(make_metrics(1), tmp_path))
+    assert page.text.count("There was one task only") == 1
+    text = " ".join(page.text.split())
+    assert "All classes of all 1 task compete" in text and "AUROC" not in text
+    assert "0.010 is promised." in text
+
+
+def test_without_a_threshold_nothing_is_promised(make_metrics, tmp_path):
+    metrics = make_metrics(3)
+    silent = {"threshold": None, "false_alarms": None, "detected": None, "mean_detected": None}
+    metrics["class_incremental"]["unknown"].update(silent)
+    text = " ".join(Page(write_report(metrics, tmp_path)).text.split())
+    assert "no validation examples to set a threshold by" in text and "promised" not in text
+    assert f"AUROC of {metrics['class_incremental']['unknown']['mean_auroc']:.3f} on average" in text
 
 
 def test_no_gate_is_said_in_words(make_metrics, tmp_path):
@@ -127,7 +181,15 @@ def test_seeds_report_links_to_each_seed(make_metrics, tmp_path):
     assert_pictures_are_real(page, tmp_path)
     assert [link for link in page.links() if link.endswith(".html")] == ["seed-3/report.html", "seed-8/report.html"]
     spread = summary["live_queue"]["average_accuracy"]
-    assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in " ".join(page.text.split())
+    text = " ".join(page.text.split())
+    assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in text
+    unnamed = summary["class_incremental"]
+    for measures in (unnamed["closed_form"], unnamed["baselines"]["joint_regression"], unnamed["calibration"]):
+        for spread in measures.values():
+            assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in text
+    earlier = [make_metrics(4, class_incremental=False)]
+    text = Page(write_seeds_report(earlier, mean_and_spread(earlier), tmp_path)).text
+    assert "Without the task's name" not in text
 
 
 def test_other_measures_are_named(make_metrics, tmp_path):

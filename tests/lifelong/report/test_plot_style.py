@@ -11,6 +11,15 @@ def test_a_figure_has_its_panels_and_its_title():
     figure, axes = new_figure("Title", height=3, panels=2)
     assert figure.get_suptitle() == "Title" and len(axes) == len(figure.axes) == 2
     assert tuple(figure.get_size_inches()) == (WIDTH, 3)
+    assert axes[0].get_shared_x_axes().joined(*axes)
+
+
+def test_panels_beside_each_other_share_y():
+    _, [left, right] = new_figure("Title", height=3, panels=2, beside=True)
+    left.set_ylim(3, -1)
+    left.set_xlim(0, 7)
+    assert right.get_ylim() == (3, -1) and right.get_xlim() != (0, 7)
+    assert left.get_position().x1 < right.get_position().x0
 
 
 @pytest.mark.parametrize(

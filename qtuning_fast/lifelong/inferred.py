@@ -1,0 +1,122 @@
+"""Answers to examples whose task nobody names: it is inferred, and its adapter answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.evaluation import probabilities
+from qtuning_fast.method.labels import SINGLE
+from qtuning_fast.method.statistics import Recorder, TaskStatistics
+from qtuning_fast.method.task_inference import TaskChoice, TaskInference
+from qtuning_fast.method.task_rules import Evidence, TaskRule
+from qtuning_fast.model.model import QTuningModel
+from qtuning_fast.model.scoring import Answers
+
+AnswersOf = Callable[[str], Answers | None]
+"""Returns the answers of a task, one a class, if a language model gives them."""
+
+
+@dataclass(frozen=True)
+class InferredAnswer:
+    """The answer to one example.
+
+    Attributes:
+        task: the task whose adapter answers.
+        output: its probabilities of the classes or of the labels, or the numbers that it predicts, `[outputs]`.
+        probability: `p(t|x) p_t(c|x)` of the answer; `p(t|x)` if it is not one class of several.
+        runners_up: other tasks and their `p(t|x)`, the likeliest first.
+        is_known: whether the example seems to be of any known task.
+    """
+
+    task: str
+    output: Tensor
+    probability: float
+    runners_up: tuple[tuple[str, float], ...]
+    is_known: bool
+
+
+class Inferring:
+    """Infers the tasks of encoded examples, and asks the adapters.
+
+    Args:
+        model: a model with finished tasks.
+        batch_size: examples a batch.
+        answers_of: see `AnswersOf`.
+    """
+
+    def __init__(self, model: QTuningModel, batch_size: int, answers_of: AnswersOf) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._answers_of = answers_of
+
+    def infer(self, choice: TaskChoice, examples: EncodedExamples, features: Tensor) -> TaskInference:
+        """Return which task each example is of.
+
+        Args:
+            choice: the rule, fitted to tasks of the model.
+            examples: the examples.
+            features: theirs under no task, `[n, F]`.
+        """
+
+        def ask_adapters() -> Mapping[str, Tensor]:
+            return {name: self.ask(name, examples) for name in choice.order}
+
+        return choice.infer(Evidence(features, ask_adapters))
+
+    def ask(self, task: str, examples: EncodedExamples) -> Tensor:
+        """Return what the adapter of a task gives for each example: `[n, outputs]` as in `InferredAnswer.output`."""
+        self._model.set_task(task)
+        kind = self._model.problem_type(task)
+        return probabilities(self._model, examples, self._batch_size, self._answers_of(task), kind)
+
+    def ask_each(self, tasks: Sequence[str], examples: EncodedExamples) -> list[Tensor]:
+        """Return what its task's adapter gives for each example, `[outputs]` each."""
+        found: list[Tensor] = [torch.empty(0)] * len(tasks)
+        for task in dict.fromkeys(tasks):
+            places = [place for place, name in enumerate(tasks) if name == task]
+            for place, output in zip(places, self.ask(task, examples.subset(places))):
+                found[place] = output
+        return found
+
+    def answer(self, inference: TaskInference, examples: EncodedExamples, *, top_k: int = 1) -> list[InferredAnswer]:
+        """Return the answer to each example.
+
+        Args:
+            inference: which task each example is of.
+            examples: the examples.
+            top_k: ask the adapters of so many tasks, the likeliest, and take the most probable answer of all.
+        """
+        ranked = inference.top(len(inference.tasks))
+        asked = [self.ask_each([tasks[k][0] for tasks in ranked], examples) for k in range(min(top_k, len(ranked[0])))]
+        answers = []
+        for place, (tasks, known) in enumerate(zip(ranked, inference.is_known.tolist())):
+            outputs = [outputs[place] for outputs in asked]
+            weighed = [p * self._surety(name, output) for (name, p), output in zip(tasks, outputs)]
+            best = weighed.index(max(weighed))
+            others = tuple(each for each in tasks if each[0] != tasks[best][0])
+            answers.append(InferredAnswer(tasks[best][0], outputs[best], weighed[best], others, known))
+        return answers
+
+    def _surety(self, task: str, output: Tensor) -> float:
+        """The probability of an answer given its task; 1 if it is not one class of several."""
+        return float(output.max()) if self._model.problem_type(task) == SINGLE else 1.0
+
+
+def statistics_of(
+    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], classes: int, rule: TaskRule
+) -> TaskStatistics:
+    """Return the statistics of a task.
+
+    Args:
+        train, validation: features under no task, `[n, F]`, and class indices, `[n]`.
+        classes: the number of classes that the task counts as.
+        rule: a rule that may need moments of its own.
+    """
+    recorder = Recorder(classes, {rule.feature_map: rule.map} if rule.has_own_features else {})
+    recorder.add(*train)
+    return recorder.finish([validation])

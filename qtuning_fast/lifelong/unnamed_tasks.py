@@ -1,0 +1,261 @@
+"""What a run measures of examples whose task nobody names: the block `class_incremental` of `metrics.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qtuning_fast.lifelong.class_incremental import (
+    JOINT_EXAMPLES,
+    Pairs,
+    auroc,
+    confusion,
+    evaluation,
+    first_of_each_class,
+    found,
+    joint_regression,
+    label_accuracy,
+    reliability,
+)
+from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.evaluation import features
+from qtuning_fast.lifelong.inferred import AnswersOf, Inferring, statistics_of
+from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.method.labels import SINGLE
+from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, TaskChoice, TaskInference
+from qtuning_fast.method.task_rules import ClosedForm, NearestMean, TaskRule
+from qtuning_fast.model.model import QTuningModel
+
+Stage = dict[str, Any]
+
+
+class UnnamedTasks:
+    """Records statistics of a run's tasks, and evaluates without their names.
+
+    The features of the base model are computed once for each split of a task.
+
+    Args:
+        tasks: the tasks of the run.
+        encoded: returns the encoded splits of a task.
+        answers_of: see `AnswersOf`.
+        batch_size: examples a batch.
+        rule: chooses the task whose adapter answers.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        encoded: Callable[[Task], Mapping[str, EncodedExamples]],
+        answers_of: AnswersOf,
+        batch_size: int,
+        rule: TaskRule,
+    ) -> None:
+        self.rule = rule
+        self._tasks = tasks
+        self._encoded = encoded
+        self._answers_of = answers_of
+        self._batch_size = batch_size
+        self._features: dict[tuple[str, str], Tensor] = {}
+
+    def features(self, model: QTuningModel, task: Task, split: str) -> Tensor:
+        """Return the features of a split without any task, `[n, F]`."""
+        key = task.name, split
+        if key not in self._features:
+            self._features[key] = features(model, self._encoded(task)[split], self._batch_size, task=None)
+        return self._features[key]
+
+    def record(self, model: QTuningModel, number: int) -> None:
+        """Record the statistics of a finished task."""
+        task = self._tasks[number]
+        train, validation = (
+            (self.features(model, task, split), torch.from_numpy(self._classes(task, split)))
+            for split in ("train", "validation")
+        )
+        model.add_statistics(task.name, statistics_of(train, validation, _count(task), self.rule))
+
+    def lack_statistics(self, model: QTuningModel, number: int) -> list[int]:
+        """Return which of the tasks so far have no statistics, as after a run of an earlier version."""
+        needed = {self.rule.feature_map}
+        names = [task.name for task in self._tasks[: number + 1]]
+        return [
+            place
+            for place, name in enumerate(names)
+            if name not in model.statistics or not needed <= {*model.statistics.entry(name).info.feature_maps}
+        ]
+
+    # After each task
+
+    def stage(self, model: QTuningModel, number: int, previous: Stage | None) -> Stage:
+        """Evaluate on the test examples of each task so far, among all classes so far.
+
+        Args:
+            number: the number of the task learned last.
+            previous: the result after the task before; None for the first. Adapters do not change, so an example is
+                answered anew only where another task is inferred.
+        """
+        tasks = self._tasks[: number + 1]
+        names = [task.name for task in tasks]
+        truths = [_pairs(place, self._classes(task, "test")) for place, task in enumerate(tasks)]
+        choices = {
+            "adapters": model.fit_task_rule(names, self.rule),
+            "closed_form": model.fit_task_rule(names, ClosedForm()),
+            "nearest_class_mean": model.fit_task_rule(names, NearestMean()),
+        }
+        inferred = {kind: [self._infer(model, choice, task) for task in tasks] for kind, choice in choices.items()}
+        before = [np.array(pairs) for pairs in previous["answers"]] if previous is not None else []
+        answers = {
+            "adapters": [
+                self._adapter_answers(model, task, inferred["adapters"][place], before[place : place + 1])
+                for place, task in enumerate(tasks)
+            ]
+        } | {kind: [_most_probable(each) for each in inferred[kind]] for kind in ("closed_form", "nearest_class_mean")}
+        label_names = [task.label_names for task in tasks]
+        result: Stage = {
+            "rule": self.rule.name,
+            "answers": [pairs.tolist() for pairs in answers["adapters"]],
+            "label_accuracy": {kind: label_accuracy(pairs, truths, label_names) for kind, pairs in answers.items()},
+            **{kind: found(pairs, truths) for kind, pairs in answers.items()},
+        }
+        if number == len(self._tasks) - 1:
+            result["at_end"] = self._at_end(
+                model, choices["adapters"], inferred["adapters"], answers["adapters"], truths
+            )
+        return result
+
+    def _infer(self, model: QTuningModel, choice: TaskChoice, task: Task) -> TaskInference:
+        return self._inferring(model).infer(choice, self._encoded(task)["test"], self.features(model, task, "test"))
+
+    def _inferring(self, model: QTuningModel) -> Inferring:
+        return Inferring(model, self._batch_size, self._answers_of)
+
+    def _adapter_answers(
+        self, model: QTuningModel, task: Task, inference: TaskInference, before: Sequence[Pairs]
+    ) -> Pairs:
+        """Return what each test example of a task is taken for: the inferred task, and its adapter's answer."""
+        chosen = inference.task_probabilities.argmax(1).numpy()
+        pairs = np.stack([chosen, np.zeros_like(chosen)], axis=1)
+        anew = np.ones(len(pairs), dtype=bool)
+        for earlier in before:
+            anew = earlier[:, 0] != chosen
+            pairs[~anew] = earlier[~anew]
+        places = np.flatnonzero(anew)
+        names = [self._tasks[chosen[place]].name for place in places]
+        for place, output in zip(
+            places, self._inferring(model).ask_each(names, self._encoded(task)["test"].subset(places.tolist()))
+        ):
+            if self._tasks[chosen[place]].problem_type == SINGLE:
+                pairs[place, 1] = int(output.argmax())
+        return pairs
+
+    # After the last task
+
+    def _at_end(
+        self,
+        model: QTuningModel,
+        choice: TaskChoice,
+        inferred: Sequence[TaskInference],
+        answers: Sequence[Pairs],
+        truths: Sequence[Pairs],
+    ) -> dict[str, Any]:
+        probabilities = torch.cat([each.task_probabilities for each in inferred]).numpy()
+        right = probabilities.argmax(1) == np.concatenate(truths)[:, 0]
+        return {
+            "confusion": confusion(answers, len(self._tasks)),
+            "calibration": {"temperature": choice.temperature, **reliability(probabilities.max(1), right)},
+            "unknown": self._unknown(model, inferred),
+            "joint_regression": self._joint(model, truths),
+        }
+
+    def _unknown(self, model: QTuningModel, inferred: Sequence[TaskInference]) -> dict[str, Any]:
+        """Return how well examples of no known task are told apart, with each task held out in turn."""
+        names, several = [task.name for task in self._tasks], len(self._tasks) > 1
+        areas, detected = [], []
+        for task in self._tasks if several else ():
+            choice = model.fit_task_rule([name for name in names if name != task.name], ClosedForm())
+            distances = {each.name: _distances(self._infer(model, choice, each)) for each in self._tasks}
+            held_out = distances.pop(task.name)
+            areas.append(auroc(held_out, np.concatenate([*distances.values()])))
+            detected.append(float((held_out > choice.threshold(FALSE_ALARM_RATE)).mean()))
+        threshold, told = inferred[0].threshold, bool(np.isfinite(inferred[0].threshold))
+        known = torch.cat([each.is_known for each in inferred]).double()
+        return {
+            "false_alarm_rate": FALSE_ALARM_RATE,
+            "false_alarms": float(1 - known.mean()) if told else None,
+            "threshold": threshold if told else None,
+            "auroc": areas or None,
+            "mean_auroc": float(np.mean(areas)) if areas else None,
+            "detected": detected if told and detected else None,
+            "mean_detected": float(np.mean(detected)) if told and detected else None,
+        }
+
+    def _joint(self, model: QTuningModel, truths: Sequence[Pairs]) -> dict[str, Any]:
+        parts: dict[str, list[tuple[NDArray[np.float32], Pairs]]] = {"train": [], "validation": []}
+        for place, task in enumerate(self._tasks):
+            for split, chosen in parts.items():
+                classes = self._classes(task, split)
+                kept = first_of_each_class(classes, JOINT_EXAMPLES)
+                chosen.append((self.features(model, task, split).numpy()[kept], _pairs(place, classes[kept])))
+        train, validation = (
+            (np.concatenate([x for x, _ in chosen]), np.concatenate([y for _, y in chosen]))
+            for chosen in parts.values()
+        )
+        tests = [self.features(model, task, "test").numpy() for task in self._tasks]
+        shares = found(joint_regression(train, validation, tests), truths)
+        return {
+            "accuracy": shares["accuracy"],
+            "average_accuracy": float(np.mean(shares["accuracy"])),
+            "task_found": float(np.mean(shares["task_found"])),
+        }
+
+    # All of it
+
+    def summary(self, stages: Sequence[Stage]) -> dict[str, Any]:
+        """Return the block of `metrics.json`, given the stage after each task."""
+        last, at_end = stages[-1], stages[-1]["at_end"]
+        kinds = {
+            kind: evaluation([stage[kind] for stage in stages], last["label_accuracy"][kind])
+            for kind in ("adapters", "closed_form", "nearest_class_mean")
+        }
+        return {
+            "rule": last["rule"],
+            "classes": [_count(task) for task in self._tasks],
+            "adapters": kinds["adapters"],
+            "closed_form": kinds["closed_form"],
+            "baselines": {
+                "nearest_class_mean": kinds["nearest_class_mean"],
+                "joint_regression": at_end["joint_regression"],
+            },
+            "confusion": at_end["confusion"],
+            "calibration": at_end["calibration"],
+            "unknown": at_end["unknown"],
+        }
+
+    def _classes(self, task: Task, split: str) -> NDArray[np.int64]:
+        """Return the class of each example of a split; 0 if the task counts as one class."""
+        labels = self._encoded(task)[split].columns["labels"].numpy()
+        return labels.astype(np.int64) if task.problem_type == SINGLE else np.zeros(len(labels), dtype=np.int64)
+
+
+def _count(task: Task) -> int:
+    """Return the number of classes that a task counts as; as `qtuning_fast.model.known_tasks.classes_of`."""
+    return len(task.label_names) if task.problem_type == SINGLE else 1
+
+
+def _pairs(task: int, classes: NDArray[np.int64]) -> Pairs:
+    return np.stack([np.full_like(classes, task), classes], axis=1)
+
+
+def _distances(inference: TaskInference) -> NDArray[np.float64]:
+    assert inference.distances is not None
+    return inference.distances.numpy()
+
+
+def _most_probable(inference: TaskInference) -> Pairs:
+    """Return the task and the class of the most probable class of each input."""
+    pairs = np.array([(task, label) for task, size in enumerate(inference.classes) for label in range(size)])
+    return pairs[inference.class_probabilities.argmax(1).numpy()]
