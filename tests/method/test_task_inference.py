@@ -214,9 +214,8 @@ def test_the_threshold_is_a_quantile_of_the_validation_examples_distances() -> N
 def test_distances_of_validation_examples_are_those_of_inputs() -> None:
     choice = chosen("cars", "birds")
     held = torch.cat([drawn(task, 30, 2)[0] for task in ("birds", "cars")])
-    found = choice.infer(evidence(held)).distances
-    assert found is not None
-    np.testing.assert_allclose(found.sort().values, choice.distances, rtol=1e-12)
+    found = choice.infer(evidence(held))
+    np.testing.assert_allclose(found.distances.sort().values, choice.distances, rtol=1e-12)
 
 
 def test_what_is_far_from_all_means_is_of_no_known_task() -> None:
@@ -311,8 +310,7 @@ def test_where_there_are_no_errors_the_loss_is_what_so_many_right_answers_warran
 
 
 def test_the_temperature_goes_with_the_scale_of_the_scores() -> None:
-    draw = np.random.default_rng(0)
-    scores, labels = torch.tensor(draw.normal(size=(50, 3))), torch.tensor(draw.integers(3, size=50))
+    scores, labels = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(50) % 3
     scores[torch.arange(50), labels] += 1
     one = best_temperature(scores, labels)
     for scale in (1e-9, 1e9):
@@ -340,9 +338,8 @@ def test_an_excluded_class_does_not_count_and_neither_does_an_example_of_it() ->
 
 def test_the_temperature_of_a_choice_is_that_of_its_validation_examples() -> None:
     choice = chosen("cars", "birds")
-    held = [drawn(task, 30, 2) for task in ("birds", "cars")]
-    scores = choice.scores(evidence(torch.cat([each[0] for each in held]).double()))
-    labels = torch.cat([held[0][1], held[1][1] + 3])
+    (birds, of_birds), (cars, of_cars) = drawn("birds", 30, 2), drawn("cars", 30, 2)
+    scores, labels = choice.scores(evidence(torch.cat([birds, cars]).double())), torch.cat([of_birds, of_cars + 3])
     assert choice.temperature == pytest.approx(best_temperature(scores, labels), rel=1e-9)
 
 
