@@ -216,9 +216,8 @@ def test_the_threshold_is_a_quantile_of_the_validation_examples_distances() -> N
 def test_distances_of_validation_examples_are_those_of_inputs() -> None:
     choice = chosen("cars", "birds")
     held = torch.cat([drawn(task, 30, 2)[0] for task in ("birds", "cars")])
-    found = choice.infer(evidence(held)).distances
-    assert found is not None
-    np.testing.assert_allclose(found.sort().values, choice.distances, rtol=1e-12)
+    found = choice.infer(evidence(held))
+    np.testing.assert_allclose(found.distances.sort().values, choice.distances, rtol=1e-12)
 
 
 def test_what_is_far_from_all_means_is_of_no_known_task() -> None:
@@ -253,11 +252,97 @@ def test_calibration_takes_as_many_of_each_task(monkeypatch: pytest.MonkeyPatch)
     assert len(chosen(*SIZES).distances) == 40
 
 
+<<<<<<< HEAD
+=======
+# The temperature
+
+
+def log_loss(scores: np.ndarray, labels: np.ndarray, T: float) -> float:
+    return float(-log_softmax(scores / T, axis=1)[np.arange(len(labels)), labels].mean())
+
+
+def by_brute_force(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The warmest T on a grid, then by bisection, at which the loss is least or what Laplace's rule warrants."""
+    n = len(labels)
+    warranted = math.log((n + 2) / (n + 1))
+    centre = math.log(np.abs(scores - scores[np.arange(n), labels][:, None]).max() + 1e-300)
+    grid = np.linspace(centre - 12, centre + 20, 160)
+    losses = np.array([log_loss(scores, labels, math.exp(t)) for t in grid])
+    place = int(losses.argmin())
+    low, high = grid[max(0, place - 1)], grid[min(len(grid) - 1, place + 1)]
+    best = minimize_scalar(lambda t: log_loss(scores, labels, math.exp(t)), bounds=(low, high), method="bounded")
+    if best.fun >= warranted:
+        return math.exp(best.x)
+    low, high = best.x, grid[-1]  # the loss rises with T from there on
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_loss(scores, labels, math.exp(middle)) < warranted else (low, middle)
+    return math.exp(low)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(2, 60),
+    classes=st.integers(2, 6),
+    right=st.floats(0, 6),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_temperature_is_that_of_brute_force(n: int, classes: int, right: float, scale: float, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(classes, size=n)
+    scores = draw.normal(size=(n, classes))
+    scores[np.arange(n), labels] += right
+    scores *= scale
+    found = best_temperature(torch.tensor(scores), torch.tensor(labels))
+    expected = by_brute_force(scores, labels)
+    wanted = max(log_loss(scores, labels, expected), math.log((n + 2) / (n + 1)))
+    assert log_loss(scores, labels, found) == pytest.approx(wanted, abs=1e-7)
+    if expected < 50 * scale:  # warmer, the loss is flat: scores say nothing
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 2048])
+def test_where_there_are_no_errors_the_loss_is_what_so_many_right_answers_warrant(n: int) -> None:
+    scores = torch.randn(n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = scores.argmax(1)
+    scores[torch.arange(n), labels] += 1
+    T = best_temperature(scores, labels)
+    assert log_loss(scores.numpy(), labels.numpy(), T) == pytest.approx(math.log((n + 2) / (n + 1)), rel=1e-9)
+
+
+def test_the_temperature_goes_with_the_scale_of_the_scores() -> None:
+    scores, labels = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(50) % 3
+    scores[torch.arange(50), labels] += 1
+    one = best_temperature(scores, labels)
+    for scale in (1e-9, 1e9):
+        assert best_temperature(scale * scores + 7 * scale, labels) == pytest.approx(scale * one, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels"),
+    [([[3.0]], [0]), ([[1.0, 1.0], [2.0, 2.0]], [0, 1]), ([[5.0, -math.inf]], [0]), ([[-math.inf, 5.0]], [0])],
+    ids=["one class", "all alike", "all others excluded", "the right one excluded"],
+)
+def test_where_scores_tell_nothing_the_temperature_is_1(scores: list[list[float]], labels: list[int]) -> None:
+    assert best_temperature(torch.tensor(scores, dtype=torch.float64), torch.tensor(labels)) == 1
+
+
+def test_an_excluded_class_does_not_count_and_neither_does_an_example_of_it() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(40, 3, generator=draw, dtype=torch.float64), torch.arange(40) % 2
+    expected = best_temperature(scores[:, :2], labels)
+    scores[:, 2] = -torch.inf
+    assert best_temperature(scores, labels) == pytest.approx(expected, rel=1e-12)
+    more = torch.cat([scores, torch.tensor([[1.0, 2.0, -torch.inf]], dtype=torch.float64)])
+    assert best_temperature(more, torch.cat([labels, torch.tensor([2])])) == pytest.approx(expected, rel=1e-12)
+
+
+>>>>>>> tests17
 def test_the_temperature_of_a_choice_is_that_of_its_validation_examples() -> None:
     choice = chosen("cars", "birds")
-    held = [drawn(task, 30, 2) for task in ("birds", "cars")]
-    scores = choice.scores(evidence(torch.cat([each[0] for each in held]).double()))
-    labels = torch.cat([held[0][1], held[1][1] + 3])
+    (birds, of_birds), (cars, of_cars) = drawn("birds", 30, 2), drawn("cars", 30, 2)
+    scores, labels = choice.scores(evidence(torch.cat([birds, cars]).double())), torch.cat([of_birds, of_cars + 3])
     assert choice.temperature == pytest.approx(best_temperature(scores, labels), rel=1e-9)
 
 
