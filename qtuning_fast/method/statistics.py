@@ -1,9 +1,10 @@
-"""What is kept of a task's examples to tell its inputs from those of other tasks: sums, no examples.
+"""What is kept of a task's examples to tell its inputs from those of other tasks.
 
-The features are those of the base model without any task. Per class the count and the mean are kept, and per task the
-scatter around the class means, as a triangular factor: a few-shot task takes some hundred kilobytes, not F². Such sums
-add up exactly, whatever the order of tasks and however examples are split between batches and processes (streaming
-discriminant analysis: Hayes and Kanan 2020, arXiv 1909.01520).
+The features are those of the base model without any task. Of the training examples sums are kept: per class the count
+and the mean, and per task the scatter around the class means, as a triangular factor: a few-shot task takes some
+hundred kilobytes, not F². Such sums add up exactly, whatever the order of tasks and however examples are split between
+batches and processes (streaming discriminant analysis: Hayes and Kanan 2020, arXiv 1909.01520). Of the validation
+examples up to 64 feature vectors are kept as they are, for calibration.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def spread(features: Tensor, most: int) -> Tensor:
         return torch.arange(len(features))
     direction = torch.arange(features.shape[1], dtype=torch.float64).cos()
     order = (features.double() @ direction).argsort(stable=True)
-    return order[torch.linspace(0, len(features) - 1, most, dtype=torch.float64).round().long()]
+    return order[((torch.arange(most, dtype=torch.float64) + 0.5) / most * len(features)).long()]
 
 
 def _unchanged(features: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class TaskInference:
         class_probabilities: `p(c|x)`, `[B, C]`, the classes of the first task, then those of the second, and so on.
         distances: squared Mahalanobis distance to the nearest class mean, `[B]`; None without statistics.
         threshold: the distance from which on an input is of no known task; inf without validation examples.
+        false_alarm_rate: the share of inputs of known tasks that is expected beyond the threshold: the one that was
+            asked for, but no less than 1/(n + 1) with n validation examples; None for a threshold of one's own.
         left_out: tasks that cannot be chosen, because they have no statistics.
     """
 
@@ -54,6 +56,7 @@ class TaskInference:
     class_probabilities: Tensor
     distances: Tensor | None
     threshold: float
+    false_alarm_rate: float | None
     left_out: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -84,6 +87,18 @@ class TaskInference:
         """The places of the tasks, the most probable first, `[B, T]`."""
         by_name = torch.tensor(sorted(range(len(self.tasks)), key=self.tasks.__getitem__))
         return by_name[self.task_probabilities[:, by_name].argsort(dim=1, descending=True, stable=True)]
+
+    def surest(self, k: int, sureness: Tensor, compares: Tensor) -> Tensor:
+        """Return which of the k most probable tasks has the most probable answer, `[B]`.
+
+        Args:
+            k: the number of tasks.
+            sureness: the probability of each task's best answer given the task, `[B, k]`, in the order of `top`.
+            compares: whether each task's answer is one class of several, `[B, k]`. If one of an input's is not, its
+                probabilities cannot be compared, and the most probable task is taken.
+        """
+        weighed = self.task_probabilities.gather(1, self._ranked[:, :k]) * sureness
+        return torch.where(compares.all(1), weighed.argmax(1), 0)
 
     def classes_of(self, task: str) -> Tensor:
         """Return `p(c|x)` of one task's classes, `[B, its classes]`."""
@@ -182,6 +197,7 @@ class TaskChoice:
             class_probabilities=classes,
             distances=distances,
             threshold=self.threshold(false_alarm_rate) if threshold is None else _as_threshold(threshold),
+            false_alarm_rate=self.promised(false_alarm_rate) if threshold is None else None,
             left_out=self.left_out,
         )
 
@@ -203,6 +219,11 @@ class TaskChoice:
             return math.inf
         place = math.ceil((count + 1) * (1 - false_alarm_rate))  # as in conformal prediction
         return float(self.distances[min(place, count) - 1])
+
+    def promised(self, false_alarm_rate: float) -> float:
+        """Return the share that is expected beyond the threshold for a rate; n distances allow 1/(n + 1) at least."""
+        count = len(self.distances)
+        return 0.0 if count == 0 else max(false_alarm_rate, 1 / (count + 1))
 
     def _log_priors(self, priors: Mapping[str, float] | None) -> Tensor:
         """Return the log prior of each class, `[C]`, up to a constant: that of its task, shared by its classes.

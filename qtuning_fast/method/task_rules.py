@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.statistics import FEATURES, ClassMoments, Labelled, TaskStatistics, spread
 
 _FACTORS_AT_ONCE = 16  # a product of few rows spends its time on reading and writing the sum
@@ -39,11 +40,13 @@ class Candidate:
         name: its name.
         classes: the number of its classes.
         statistics: what was recorded of its examples; None if the rule needs none and there are none.
+        problem_type: what its labels mean (`qtuning_fast.method.labels`).
     """
 
     name: str
     classes: int
     statistics: TaskStatistics | None
+    problem_type: str = SINGLE
 
     @property
     def known(self) -> TaskStatistics:
@@ -115,6 +118,9 @@ class TaskRule:
     def has_own_features(self) -> bool:
         """Whether moments of `map` are recorded beside those of the features."""
         return self.feature_map != FEATURES
+
+    def check(self, task: str, problem_type: str) -> None:
+        """Raise a ValueError if the rule cannot choose a task of this problem type."""
 
     def map(self, features: Tensor) -> Tensor:
         """Return what the rule makes of features `[n, F]` in float64, for rules that need moments of something else."""
@@ -220,13 +226,23 @@ class MostConfident(TaskRule):
     """The task whose adapter is surest of its answer; for comparison.
 
     It needs no statistics, but a pass for each task. Confidences of different tasks are not comparable, so it is often
-    wrong.
+    wrong. All tasks must have answers that are one class of several.
     """
 
     name = "most-confident"
     needs_statistics = False
 
+    def check(self, task: str, problem_type: str) -> None:
+        """Raise a ValueError if the answers of a task are not one class of several."""
+        if problem_type != SINGLE:
+            raise ValueError(
+                f"rule {self.name!r} compares probabilities of classes, but task {task!r} has "
+                f"problem_type={problem_type!r}; choose another rule"
+            )
+
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
+        for each in candidates:
+            self.check(each.name, each.problem_type)
         names = [each.name for each in candidates]
 
         def scores(evidence: Evidence) -> Tensor:

@@ -192,6 +192,18 @@ class Backbone:
         generate: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
         return generate(*args, **kwargs)
 
+    def read_by_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call of `generate`, with the padding mask that it makes if it is given none."""
+        inputs = dict(kwargs)
+        if args or "inputs" in inputs:  # what generate calls the input, whatever the model calls it
+            inputs[self.model.main_input_name] = args[0] if args else inputs.pop("inputs")
+        ids, defaults = inputs.get("input_ids"), self.model.generation_config
+        pad, end = (kwargs.get(name, getattr(defaults, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, list) else [end]
+        if ids is not None and inputs.get("attention_mask") is None and pad is not None and pad not in ends:
+            inputs["attention_mask"] = (ids != pad).long()
+        return inputs
+
     def check_generates(self) -> None:
         """Raise a ValueError if the base model cannot generate."""
         if not self.model.can_generate():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,12 @@ from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.task_inference import TaskInference
 from qtuning_fast.method.task_rules import Evidence
 from qtuning_fast.model.known_tasks import INFER
-from qtuning_fast.model.output import read_inputs, repeated
+from qtuning_fast.model.output import batch_size, read_inputs
 
 if TYPE_CHECKING:
     from qtuning_fast.model.model import QTuningModel
+
+_OPTIONS = "priors, threshold, false_alarm_rate"
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,18 @@ def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> Tas
         )
     read = read_inputs(inputs)
     with model.backbone.injector.lock:
-        choice = model._tasks.known.choice()
+        fitted = model.fit_task_rule()
         features = model.features(read, task=None)
-        return choice.infer(Evidence(features, lambda: _ask_adapters(model, read)), **options)
+        return fitted.infer(Evidence(features, lambda: _ask_adapters(model, fitted.order, read)), **options)
+
+
+def check_inputs(inputs: Mapping[str, Any]) -> None:
+    """Raise a TypeError if something is no input of a model, such as a misspelt option, which would have no effect."""
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor | bool | None):
+            raise TypeError(
+                f"infer_tasks got {name}={x!r}, which is neither an input (a tensor) nor one of its options: {_OPTIONS}"
+            )
 
 
 @contextmanager
@@ -71,17 +82,7 @@ def inferred(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], to
     Raises:
         TypeError, ValueError: an argument is invalid, or no task can be inferred.
     """
-    if task_names != INFER:
-        if isinstance(task_names, str):
-            raise ValueError(f'task_names is {task_names!r}; it must hold one name for each sample, or be "{INFER}"')
-        raise ValueError(f'top_k is {top_k}, but task_names is not "{INFER}"; leave top_k out')
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k is {top_k!r}; it must be an integer, at least 1")
-    if top_k > 1 and not model.has_heads:
-        raise ValueError(
-            f"top_k is {top_k}, but task_type={model.qtuning_config.task_type!r} has no heads, whose answers could be "
-            "weighed; leave top_k out"
-        )
+    _check_options(model, task_names, inputs, top_k)
     with model._active.block():
         found = infer(model, inputs)
         names = found.task_names if top_k == 1 else _surest(model, inputs, found, top_k)
@@ -89,22 +90,36 @@ def inferred(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], to
         yield Inferred(names, torch.tensor([places[name] for name in names], device=model.device))
 
 
+def _check_options(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], top_k: int) -> None:
+    if task_names != INFER:
+        if isinstance(task_names, str):
+            raise ValueError(f'task_names is {task_names!r}; it must hold one name for each sample, or be "{INFER}"')
+        raise ValueError(f'top_k is {top_k}, but task_names is not "{INFER}"; leave top_k out')
+    for name in _OPTIONS.split(", "):
+        if name in inputs:
+            raise TypeError(f"{name} is an option of infer_tasks; call that, and give its task_names to this call")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; it must be an integer, at least 1")
+    if top_k > 1 and not model.has_heads:
+        raise ValueError(
+            f"top_k is {top_k}, but task_type={model.qtuning_config.task_type!r} has no heads, whose answers could be "
+            "weighed; leave top_k out"
+        )
+
+
 def _surest(model: QTuningModel, inputs: Mapping[str, Any], found: TaskInference, top_k: int) -> list[str]:
-    """Return, of each sample's likeliest tasks, the one whose best answer has the greatest `p(t|x) p_t(c|x)`."""
-    likeliest = found.top(top_k)
-    names = [[name for name, _ in tasks] for tasks in likeliest]
-    each = len(names[0])
+    """Return, of each sample's likeliest tasks, the one with the most probable answer."""
+    ranked, read = [[name for name, _ in tasks] for tasks in found.top(top_k)], read_inputs(inputs)
+    by_rank = list(zip(*ranked))
     with torch.no_grad():
-        output = model(**repeated(read_inputs(inputs), each), task_names=[name for tasks in names for name in tasks])
-    best = output.logits.double().softmax(-1).amax(-1).view(len(names), each).cpu()
-    # An answer that is not one class of several has no probability to compare: its task's alone counts.
-    single = torch.tensor([[model.problem_type(name) == SINGLE for name in tasks] for tasks in names])
-    of_task = torch.tensor([[p for _, p in tasks] for tasks in likeliest], dtype=best.dtype)
-    weighed = of_task * torch.where(single, best, 1.0)
-    return [tasks[place] for tasks, place in zip(names, weighed.argmax(1).tolist())]
+        asked = [model(**read, task_names=list(names)).logits for names in by_rank]
+    sureness = torch.stack([logits.double().softmax(-1).amax(-1).cpu() for logits in asked], dim=1)
+    compares = torch.tensor([[model.problem_type(name) == SINGLE for name in tasks] for tasks in ranked])
+    chosen = found.surest(len(by_rank), sureness, compares)
+    return [tasks[place] for tasks, place in zip(ranked, chosen.tolist())]
 
 
-def _ask_adapters(model: QTuningModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def _ask_adapters(model: QTuningModel, tasks: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Return by task the probabilities `[B, classes]` that its adapter gives."""
     if not model.has_heads:
         raise ValueError(
@@ -112,13 +127,7 @@ def _ask_adapters(model: QTuningModel, inputs: dict[str, Any]) -> dict[str, Tens
             "set another task_rule"
         )
     asked = {}
-    for name in model.tasks:
-        if model.problem_type(name) != SINGLE:
-            raise ValueError(
-                f"rule {model.task_rule.name!r} compares probabilities of classes, but task {name!r} has "
-                f"problem_type={model.problem_type(name)!r}; set another task_rule"
-            )
-        samples = len(next(iter(inputs.values())))
-        logits = model(**inputs, task_names=[name] * samples).logits
+    for name in tasks:
+        logits = model(**inputs, task_names=[name] * batch_size(inputs)).logits
         asked[name] = logits[:, : len(model.label_names(name))].double().softmax(-1).cpu()
     return asked

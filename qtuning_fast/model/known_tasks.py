@@ -43,15 +43,23 @@ class KnownTasks:
 
     Attributes:
         statistics: the registry of the tasks' statistics.
-        rule: the rule.
     """
 
     def __init__(self, adapters: AdapterRegistry, statistics: StatisticsRegistry, backbone: Backbone) -> None:
         self.statistics = statistics
-        self.rule: TaskRule = ClosedForm()
+        self._rule: TaskRule = ClosedForm()
         self._adapters = adapters
         self._backbone = backbone
         self._fitted: _Fitted | None = None
+
+    @property
+    def rule(self) -> TaskRule:
+        """The rule."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: TaskRule) -> None:
+        self._rule, self._fitted = rule, None  # perhaps the same object, with other settings
 
     # Statistics
 
@@ -136,7 +144,7 @@ class KnownTasks:
         Raises:
             ValueError: no task can be chosen.
         """
-        of = self.rule, self._adapters.version, self.statistics.version, self._backbone.device
+        of = self._adapters.version, self.statistics.version, self._backbone.device
         fitted = self._fitted
         if fitted is None or fitted.of != of:
             fitted = self._fitted = _Fitted(of, self.choice_among(list(self._adapters), self.rule).to(of[-1]))
@@ -148,9 +156,9 @@ class KnownTasks:
         Raises:
             ValueError: no task can be chosen.
         """
-        able = [name for name in names if not rule.needs_statistics or self._has(name, rule)]
-        chosen = set(able)
-        left_out = [name for name in names if name not in chosen]
+        left_out = self.lacking(names, rule)
+        lack = set(left_out)
+        able = [name for name in names if name not in lack]
         if not able:
             raise ValueError(
                 "no task can be inferred, because there are no finished tasks yet"
@@ -160,13 +168,16 @@ class KnownTasks:
             )
         return TaskChoice.fit(rule, [self._candidate(name) for name in able], left_out=left_out)
 
+    def lacking(self, names: Sequence[str], rule: TaskRule) -> list[str]:
+        """Return those of the tasks that a rule cannot choose, because they have not the statistics that it needs."""
+        return [name for name in names if rule.needs_statistics and not self._has(name, rule)]
+
     def _has(self, name: str, rule: TaskRule) -> bool:
         return name in self.statistics and rule.feature_map in self.statistics.entry(name).info.feature_maps
 
     def _candidate(self, name: str) -> Candidate:
-        statistics = self.statistics.get(name)
-        classes = classes_of(self._adapters.entry(name).info)
-        return Candidate(name, classes, statistics)
+        info = self._adapters.entry(name).info
+        return Candidate(name, classes_of(info), self.statistics.get(name), info.problem_type)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fitted": None}  # it may hold functions, which cannot be pickled

@@ -37,7 +37,7 @@ from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.computing import Computing
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
-from qtuning_fast.model.inferring import infer, inferred
+from qtuning_fast.model.inferring import check_inputs, infer, inferred
 from qtuning_fast.model.known_tasks import Batch
 from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import batch_size
@@ -119,7 +119,7 @@ class QTuningModel(PretrainedInterface):
     def task_rule(self) -> TaskRule:
         """The rule by which the task of an input is inferred; set it to one, or to a name in `RULES`.
 
-        It is not saved with the model.
+        Setting it fits it anew, also after a change of its settings. It is not saved with the model.
         """
         return self._tasks.known.rule
 
@@ -372,7 +372,7 @@ class QTuningModel(PretrainedInterface):
     def record_statistics(self, name: str, batches: Iterable[Batch], *, validation: Iterable[Batch] = ()) -> None:
         """Record what tells inputs of a finished task from those of other tasks, in one pass of the base model.
 
-        No example is kept: per class the count and the mean of the features, per task their scatter
+        Kept are, per class, the count and the mean of the features and, per task, their scatter
         (`qtuning_fast.method.statistics`). What was recorded before is replaced. In a distributed run every process
         gives its share of the batches; the result is the same in all.
 
@@ -410,6 +410,8 @@ class QTuningModel(PretrainedInterface):
             TypeError, ValueError: an argument is invalid, or no task can be inferred.
         """
         with self.backbone.injector.lock:
+            if tasks is None and rule is None:
+                return self._tasks.known.choice()
             names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
             for name in names:
                 self._tasks.check(name)
@@ -428,15 +430,18 @@ class QTuningModel(PretrainedInterface):
         The rule is `task_rule`. Each input is judged alone. Tasks without statistics cannot be chosen.
 
         Args:
-            priors: weights of tasks, in place of equal weights of all classes; 0, or no weight, excludes a task.
+            priors: weights of tasks, in place of equal weights of all classes; 0, or no weight, excludes a task from
+                the probabilities. Whether an input is of a known task is judged by all.
             threshold: the squared Mahalanobis distance to the nearest class mean from which on an input is of no known
                 task; None: the one that fits `false_alarm_rate`.
-            false_alarm_rate: the share of inputs of known tasks that may be taken for inputs of no known task.
+            false_alarm_rate: the share of inputs of known tasks that may be taken for inputs of no known task. n
+                validation examples in all allow 1/(n + 1) at least.
             **inputs: as in `forward`.
 
         Raises:
             TypeError, ValueError: an argument is invalid, or no task has statistics.
         """
+        check_inputs(inputs)
         options = {"priors": priors, "threshold": threshold, "false_alarm_rate": false_alarm_rate}
         return infer(self, inputs, **options)
 
@@ -470,7 +475,8 @@ class QTuningModel(PretrainedInterface):
             task_names: one finished task for each sample, which uses that task's adapter; or `"infer"`, to use that of
                 the task that `infer_tasks` finds.
             top_k: with `"infer"`, ask the adapters of so many tasks, the likeliest, and take the one whose answer has
-                the greatest probability `p(t|x) p_t(c|x)`. Only for tasks with heads.
+                the greatest probability `p(t|x) p_t(c|x)`. Only for tasks with heads. Where such a task's answer is not
+                one class of several, the likeliest task is taken.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
                 (`features`); None: they are computed here.
             num_items_in_batch: divides the sum of the labels' losses, and weights memory retention by this batch's
@@ -496,6 +502,10 @@ class QTuningModel(PretrainedInterface):
         }
         inputs = kwargs | {name: value for name, value in named.items() if value is not None}
         if top_k != 1 or isinstance(task_names, str):
+            if labels is not None and self.has_heads:
+                raise ValueError(
+                    "labels belong to a named task, so they have no loss with inferred ones; leave them out"
+                )
             with inferred(self, task_names, inputs, top_k) as found, self.using(found.names, len(found.names)):
                 output = self._compute(inputs, labels, num_items_in_batch, retention_features)
             output["task_index"] = found.index
@@ -550,9 +560,15 @@ class QTuningModel(PretrainedInterface):
 
         The active task does not change.
         """
-        with self._active.kept():
+        with self.keeping_task():
             self.set_task(task)
             return self.backbone.read(inputs, self._computing.pad_token_id)
+
+    @contextmanager
+    def keeping_task(self) -> Iterator[None]:
+        """Set the task back to what it is now after the block, within which no other thread computes."""
+        with self._active.kept():
+            yield
 
     def generate(self, *args: Any, task_names: Sequence[str] | str | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate` under the active task, or under a finished task for each sample.
@@ -561,17 +577,14 @@ class QTuningModel(PretrainedInterface):
 
         Args:
             *args, **kwargs: as the base model takes them.
-            task_names: one finished task for each sample, or `"infer"`, as in `forward`.
+            task_names: one finished task for each sample, or `"infer"`, as in `forward`; `top_k` means sampling here.
 
         Raises:
             ValueError: the base model cannot generate, or `task_names` is invalid.
         """
         self.backbone.check_generates()
         if isinstance(task_names, str):
-            read = dict(kwargs)
-            if args or "inputs" in read:  # what generate calls the input, whatever the model calls it
-                read[self.base_model.main_input_name] = args[0] if args else read.pop("inputs")
-            with inferred(self, task_names, read) as found:
+            with inferred(self, task_names, self.backbone.read_by_generate(args, kwargs)) as found:
                 return self.generate(*args, task_names=found.names, **kwargs)
         if task_names is not None:
             batch = args[0].shape[0] if args else batch_size(kwargs)

@@ -67,11 +67,5 @@ def twice(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.cat([x, x]) if _has_samples(x, batch) else x for name, x in inputs.items()}
 
 
-def repeated(inputs: dict[str, Any], times: int) -> dict[str, Any]:
-    """Repeat each sample of the inputs so many times, in a row."""
-    batch = batch_size(inputs)
-    return {name: x.repeat_interleave(times, dim=0) if _has_samples(x, batch) else x for name, x in inputs.items()}
-
-
 def _has_samples(x: Any, batch: int) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == batch

@@ -128,7 +128,9 @@ def test_the_most_probable_tasks_are_listed() -> None:
 
 @pytest.mark.parametrize("order", [("apples", "cars", "birds"), ("birds", "cars", "apples")])
 def test_of_equals_the_first_by_name_is_taken_whatever_the_order(order: tuple[str, ...]) -> None:
-    found = TaskInference(order, (1, 1, 1), torch.full((2, 3), 1 / 3), torch.full((2, 3), 1 / 3), None, math.inf, ())
+    found = TaskInference(
+        order, (1, 1, 1), torch.full((2, 3), 1 / 3), torch.full((2, 3), 1 / 3), None, math.inf, None, ()
+    )
     assert found.task_names == ["apples"] * 2
     assert [name for name, _ in found.top(3)[0]] == ["apples", "birds", "cars"]
     assert found.is_known.tolist() == [True, True]

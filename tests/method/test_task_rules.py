@@ -312,7 +312,7 @@ def test_where_not_all_validation_examples_count_those_that_do_are_spread() -> N
     found, labels = validation_of(known, most=16)
     assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     for its in found.split(5):
-        assert its.sort(dim=0).values.flatten().tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1], abs=0.04)
+        assert its.sort(dim=0).values.flatten().tolist() == pytest.approx([-0.8, -0.4, 0, 0.4, 0.8], abs=0.04)
     assert len(validation_of(known, most=2)[0]) == 3  # at least one of each
 
 

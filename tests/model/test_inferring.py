@@ -253,18 +253,82 @@ def test_what_a_model_that_writes_cannot_do(families: Any, recognising: Any, inp
 # Labels, options
 
 
-def test_labels_give_a_loss_under_the_inferred_tasks(bert: Any, mixed: Batch) -> None:
-    names = bert.infer_tasks(**mixed).task_names
-    labels = torch.tensor([0, 1, -100, 1, 0, 1])
-    expected = bert(**mixed, task_names=names, labels=labels)
-    for k in (1, 3):
-        output = bert(**mixed, task_names="infer", labels=labels, top_k=k)
-        assert output.loss.isfinite() and (k > 1 or torch.equal(output.loss, expected.loss))
-    assert torch.equal(
-        bert.infer_tasks(**mixed, labels=labels).task_probabilities, bert.infer_tasks(**mixed).task_probabilities
-    )
-    with pytest.raises(ValueError, match=r"labels holds 9 for sample 0, but task 'task-1' has 3 classes"):
-        bert(**mixed, task_names="infer", labels=torch.full((6,), 9))
+def test_labels_belong_to_a_named_task(bert: Any, mixed: Batch) -> None:
+    with pytest.raises(ValueError, match="labels belong to a named task"):
+        bert(**mixed, task_names="infer", labels=torch.tensor([0, 1, -100, 1, 0, 1]))
+    plain = bert.infer_tasks(**mixed)
+    assert torch.equal(bert.infer_tasks(**mixed, labels=torch.zeros(6)).task_probabilities, plain.task_probabilities)
+
+
+def test_tokens_have_a_loss_under_the_inferred_tasks(families: Any, recognising: Any) -> None:
+    model = recognising(families["T5"], 2)
+    batch = {name: x for name, x in families["T5"].batch().items() if not name.startswith("decoder_")}
+    names = model.infer_tasks(**batch).task_names
+    expected = model(**batch, task_names=names, labels=batch["input_ids"]).loss
+    found = model(**batch, task_names="infer", labels=batch["input_ids"])
+    assert torch.equal(found.loss, expected) and [model.tasks[i] for i in found.task_index] == names
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"prior": {"task-0": 1.0}}, r"infer_tasks got prior=.*, which is neither an input .* nor one of its options"),
+        ({"treshold": -1}, "infer_tasks got treshold=-1"),
+        ({"token_type_ids": [[0]]}, "infer_tasks got token_type_ids"),
+    ],
+)
+def test_misspelt_options_are_refused(given: dict[str, Any], named: str, bert: Any, mixed: Batch) -> None:
+    with pytest.raises(TypeError, match=named):
+        bert.infer_tasks(**mixed, **given)
+
+
+@pytest.mark.parametrize("name", ["priors", "threshold", "false_alarm_rate"])
+def test_options_of_infer_tasks_are_not_those_of_a_call(name: str, bert: Any, mixed: Batch) -> None:
+    with pytest.raises(TypeError, match=f"{name} is an option of infer_tasks; call that"):
+        bert(**mixed, task_names="infer", **{name: 0.5})
+
+
+def test_generate_without_a_mask_reads_padding_as_generate_does(families: Any, recognising: Any) -> None:
+    model = recognising(families["Llama"], 3)
+    ids = families["Llama"].batch()["input_ids"]
+    pad = int(ids.max()) + 1
+    padded = torch.cat([torch.full((len(ids), 3), pad), ids], dim=1)
+    model.base_model.generation_config.pad_token_id = pad
+    given: list[list[str]] = []
+    using = model.using
+
+    def watched(names: list[str], batch: int) -> Any:
+        given.append(list(names))
+        return using(names, batch)
+
+    model.using = watched
+    model.generate(padded, task_names="infer", max_new_tokens=1)
+    mask = (padded != pad).long()
+    assert given[-1] == model.infer_tasks(input_ids=padded, attention_mask=mask).task_names
+    read = model.backbone.read_by_generate((padded,), {})
+    assert torch.equal(read["attention_mask"], mask)
+    model.base_model.generation_config.eos_token_id = [pad]  # then transformers makes no mask either
+    assert "attention_mask" not in model.backbone.read_by_generate((padded,), {})
+
+
+def test_a_rule_is_fitted_anew_when_it_is_set(bert: Any, mixed: Batch) -> None:
+    class Favourite(TaskRule):
+        name = "favourite"
+        task = "task-0"
+
+        def fit(self, candidates: Any) -> Any:
+            row = [0.0 if each.name == self.task else -torch.inf for each in candidates for _ in range(each.classes)]
+            return lambda evidence: torch.tensor([row] * len(evidence.features), dtype=torch.float64)
+
+    bert.task_rule = rule = Favourite()
+    assert bert.infer_tasks(**mixed).task_names == ["task-0"] * 6
+    rule.task = "task-2"
+    bert.task_rule = rule
+    assert bert.infer_tasks(**mixed).task_names == ["task-2"] * 6
+    assert bert.active_task is None
+    with bert.keeping_task():
+        bert.set_task("task-1")
+    assert bert.active_task is None
 
 
 def test_options_of_inference(bert: Any, mixed: Batch) -> None:
@@ -298,7 +362,6 @@ def test_modes_in_which_a_call_may_be(mode: str, bert: Any, mixed: Batch, famili
             assert found.task_names == expected.task_names and found.task_probabilities.dtype == torch.float64
             torch.testing.assert_close(bert(**mixed, task_names="infer").logits.float(), logits, atol=0.2, rtol=0.02)
         assert bert.infer_tasks(**mixed).task_names == expected.task_names
-        assert bert(**mixed, task_names="infer", labels=torch.tensor([0, 1] * 3)).loss.isfinite()
 
 
 def test_a_model_in_bfloat16(families: Any, recognising: Any, inputs_of: Any) -> None:

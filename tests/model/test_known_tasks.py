@@ -287,7 +287,7 @@ def test_confidences_are_compared_only_where_there_are_some(families: Any, recog
     model.start_task("height", 1, problem_type=REGRESSION)
     model.finish_task()
     model.task_rule = "most-confident"
-    with pytest.raises(ValueError, match="but task 'height' has problem_type='regression'; set another task_rule"):
+    with pytest.raises(ValueError, match="but task 'height' has problem_type='regression'; choose another rule"):
         model.infer_tasks(**families["BERT"].batch())
 
 
