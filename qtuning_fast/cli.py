@@ -52,6 +52,9 @@ def _option(panel: str, text: str) -> Any:
 
 _data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Attention", "Sizes"))
 
+Rule = Annotated[
+    str | None, typer.Option("--task-rule", help=f"How a task is inferred: {', '.join(RULES)}; default as in the run.")
+]
 TopK = Annotated[int, typer.Option(min=1, help="Without --task: ask the adapters of so many tasks, the likeliest.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
@@ -218,6 +221,9 @@ def run(
     task_rule: Annotated[
         str, typer.Option(help=f"How the task of an input is inferred: {', '.join(RULES)}.")
     ] = ClosedForm.name,
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features/--no-keep-features", help="Keep validation features, for calibration.")
+    ] = True,
     **given: Any,
 ) -> None:
     """Run a stream of tasks and a linear probe on the same examples; write metrics and a report."""
@@ -229,7 +235,13 @@ def run(
         if given["queue_size"] is None:
             given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
         settings = RunSettings(
-            model, data, _METHOD.read(given), _TRAINING.read(given, seed=seed), forward_transfer, task_rule
+            model,
+            data,
+            _METHOD.read(given),
+            _TRAINING.read(given, seed=seed),
+            forward_transfer,
+            task_rule,
+            keep_features,
         )
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
@@ -256,6 +268,7 @@ def evaluate(
         str | None, typer.Option(help="Column of the labels in --data; default as in the run.")
     ] = None,
     top_k: TopK = 1,
+    rule: Rule = None,
 ) -> None:
     """Evaluate the stored adapters on the run's test splits or on your own labelled examples.
 
@@ -269,7 +282,7 @@ def evaluate(
         from qtuning_fast.lifelong.report.console import labels_table, scores_table
         from qtuning_fast.lifelong.runs import SavedRun
 
-        saved = SavedRun(folder)
+        saved = SavedRun(folder, task_rule=rule)
         columns = {
             "text_column": text_column or saved.data.text_column,
             "label_column": label_column or saved.data.label_column,
@@ -303,7 +316,9 @@ def evaluate(
             console.print(
                 "not named: nobody says which task an example is of; task and class must be right."
                 if unnamed
-                else saved.no_inference
+                else saved.no_inference,
+                markup=False,
+                highlight=False,
             )
             _name_left_out(saved)
 
@@ -314,6 +329,7 @@ def predict(
     text: Annotated[list[str], typer.Argument(help="Texts to classify, or paths of images.")],
     task: Annotated[str | None, typer.Option(help="Their task; without it, it is inferred.")] = None,
     top_k: TopK = 1,
+    rule: Rule = None,
 ) -> None:
     """Classify texts or images, under a stored task or under the one that each seems to be of."""
     with _readable_errors():
@@ -322,7 +338,7 @@ def predict(
         _silence_libraries()
         from qtuning_fast.lifelong.runs import SavedRun
 
-        saved = SavedRun(folder)
+        saved = SavedRun(folder, task_rule=rule)
         if task is not None:
             answers = [f"{task}: {saved.answer(found, task)}" for found in saved.predict(text, task)]
         else:
@@ -339,20 +355,20 @@ def _name_left_out(saved: SavedRun) -> None:
     if saved.infers and saved.left_out:
         console.print(
             f"Not considered, because they have no statistics: {', '.join(saved.left_out)}. Record them: "
-            f"qtuning-fast statistics --run {saved.folder}",
+            f"{saved.statistics_command}",
             markup=False,
             highlight=False,
         )
 
 
 @app.command()
-def statistics(folder: RunFolder) -> None:
+def statistics(folder: RunFolder, rule: Rule = None) -> None:
     """Record what inferring the task needs, for a run of an earlier version, from the run's own examples."""
     with _readable_errors():
         _silence_libraries()
         from qtuning_fast.lifelong.runs import SavedRun
 
-        recorded = SavedRun(folder).record_statistics()
+        recorded = SavedRun(folder, task_rule=rule).record_statistics()
         said = f"Recorded for {', '.join(recorded)}." if recorded else "Every task has its statistics already."
         console.print(said, markup=False, highlight=False)
 

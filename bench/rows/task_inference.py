@@ -36,7 +36,7 @@ from qtuning_fast.bench.rows.roofline import Ceilings, measured_ceilings
 from qtuning_fast.bench.timing import Call, compare, timing_of
 from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.statistics import Recorder, TaskStatistics
-from qtuning_fast.method.task_inference import CALIBRATED_ON, TaskChoice
+from qtuning_fast.method.task_inference import CALIBRATED_ON, FittedRule
 from qtuning_fast.method.task_rules import Evidence, SharedGaussian
 from qtuning_fast.model.known_tasks import KnownTasks
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
@@ -99,13 +99,13 @@ class Tasks:
             self.adapters.add(AdapterInfo(name, labels, None, None, 0, prefix_rows=0, classes=CLASSES, bytes=0))
             self.known.add(name, recorded(self.drawn.examples(number), self.drawn.examples(number)))
 
-    def fit(self) -> TaskChoice:
+    def fit(self) -> FittedRule:
         """Fit the rule anew, because the last task's statistics were recorded again."""
         name = list(self.adapters)[-1]
         self.known.add(name, self.known.statistics[name])
-        return self.known.choice()
+        return self.known.fitted()
 
-    def found(self, choice: TaskChoice) -> float:
+    def found(self, choice: FittedRule) -> float:
         """The share of new examples whose task is inferred."""
         some = range(0, len(self.adapters), -(-len(self.adapters) * EXAMPLES // CHECKED))
         features = torch.cat([self.drawn.examples(task)[0][:EXAMPLES] for task in some])
@@ -145,7 +145,7 @@ def evidence(features: Tensor) -> Evidence:
     return Evidence(features, lambda: {})
 
 
-def bytes_of(choice: TaskChoice) -> int:
+def bytes_of(choice: FittedRule) -> int:
     """The bytes of a fitted rule's matrices."""
     gaussian = choice.gaussian
     assert isinstance(gaussian, SharedGaussian)

@@ -18,11 +18,11 @@ from qtuning_fast.lifelong.metrics import evaluation_summary
 Pairs = NDArray[np.int64]
 """The place of a task and a class of it for each example, `[n, 2]`."""
 
-JOINT_EXAMPLES = 100
-"""Training examples a class, at most, of the joint regression."""
+JOINT_EXAMPLES = 100, 10_000
+"""Training examples of the joint regression: a class at most, and in all."""
 
 _BINS = 10
-_JOINT_C = (1e-3, 1e-2, 1e-1, 1.0)
+_JOINT_C = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 def found(answers: Sequence[Pairs], truths: Sequence[Pairs]) -> dict[str, list[float]]:
@@ -37,14 +37,14 @@ def found(answers: Sequence[Pairs], truths: Sequence[Pairs]) -> dict[str, list[f
     }
 
 
-def label_accuracy(answers: Sequence[Pairs], truths: Sequence[Pairs], names: Sequence[Sequence[str]]) -> float:
+def label_accuracy(answers: Sequence[Pairs], truths: Sequence[Pairs], names: Sequence[Sequence[object]]) -> float:
     """Return the share of answers with the right label name, whatever the task; the mean over tasks.
 
     Args:
-        names: the label names of each task.
+        names: the label names of each task; for a task that counts as one class, something else that tells it apart.
     """
 
-    def labels(pairs: Pairs) -> list[str]:
+    def labels(pairs: Pairs) -> list[object]:
         return [names[task][label] for task, label in pairs]
 
     return float(np.mean([np.mean([x == y for x, y in zip(labels(a), labels(t))]) for a, t in zip(answers, truths)]))
@@ -75,6 +75,12 @@ def auroc(of_no_task: NDArray[np.float64], of_a_task: NDArray[np.float64]) -> fl
 
     truth = np.r_[np.ones(len(of_no_task)), np.zeros(len(of_a_task))]
     return float(roc_auc_score(truth, np.r_[of_no_task, of_a_task]))
+
+
+def joint_examples(classes: int) -> int:
+    """Return how many examples of each class the joint regression learns from, at most."""
+    each, in_all = JOINT_EXAMPLES
+    return max(1, min(each, in_all // classes))
 
 
 def joint_regression(train: tuple[Any, Pairs], validation: tuple[Any, Pairs], tests: Sequence[Any]) -> list[Pairs]:

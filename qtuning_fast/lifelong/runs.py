@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,11 +13,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from qtuning_fast.lifelong.answers import Answering, InferredAnswer
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.evaluation import features, task_score
-from qtuning_fast.lifelong.inferred import InferredAnswer, Inferring
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
@@ -26,8 +27,8 @@ from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
-from qtuning_fast.method.task_inference import TaskChoice
-from qtuning_fast.method.task_rules import ClosedForm, rule_by_name
+from qtuning_fast.method.task_inference import FittedRule
+from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 
@@ -44,6 +45,7 @@ class RunSettings:
     training: TrainingOptions
     forward_transfer: bool = False
     task_rule: str = ClosedForm.name
+    keep_validation_features: bool = True
 
     def __post_init__(self) -> None:
         rule_by_name(self.task_rule)  # a wrong name fails before anything is loaded
@@ -85,6 +87,7 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
             folder,
             forward_transfer=settings.forward_transfer,
             task_rule=settings.task_rule,
+            keep_validation_features=settings.keep_validation_features,
             about={
                 "stream": title,
                 "base_model": _with_absolute_path(settings.model),
@@ -149,19 +152,21 @@ class SavedRun:
 
     Args:
         folder: the folder of the run; with several seeds, the first seed is opened.
+        task_rule: the rule that infers tasks, by name; None: that of the run.
 
     Raises:
         FileNotFoundError: the folder holds no run, or no task of the run is finished.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or there is no such rule.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, task_rule: str | None = None) -> None:
         self.folder = _run_folder(folder)
         settings = read_json(self.folder / RUN_FILE)
         self.options = TrainingOptions(**settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
         self._words = settings.get("label_words", {})
-        rule = settings.get("task_rule", ClosedForm.name)
+        rule = settings.get("task_rule", ClosedForm.name) if task_rule is None else task_rule
+        self._keeps_features = settings.get("keep_validation_features", True)
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
                 f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
@@ -173,8 +178,9 @@ class SavedRun:
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
-        self.model.task_rule = rule
-        self._inferring = Inferring(self.model, self.options.eval_batch_size, self._answers)
+        # A rule of one's own, from Python, is not at hand here.
+        self.model.task_rule = ClosedForm.name if task_rule is None and rule not in RULES else rule
+        self._answering = Answering(self.model, self.options.eval_batch_size, self._answers)
 
     def load_tasks(self) -> list[Task]:
         """Load the finished tasks of the run again.
@@ -194,7 +200,7 @@ class SavedRun:
         A language model chooses among the words for the classes. Regression has no probabilities, but a number for each
         input, `[inputs, 1]`.
         """
-        return self._inferring.ask(task, self._encoded(inputs))
+        return self._answering.ask(task, self._encoded(inputs))
 
     def infer(self, inputs: Sequence[str], *, top_k: int = 1) -> list[InferredAnswer]:
         """Answers to texts, or to images by path, whose task is inferred.
@@ -212,10 +218,10 @@ class SavedRun:
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         choice = self._choice()
-        inference = self._inferring.infer(choice, encoded, features(self.model, encoded, self._batch_size, task=None))
-        return self._inferring.answer(inference, encoded, top_k=top_k)
+        inference = self._answering.infer(choice, encoded, features(self.model, encoded, self._batch_size, task=None))
+        return self._answering.answer(inference, encoded, top_k=top_k)
 
-    def _choice(self) -> TaskChoice:
+    def _choice(self) -> FittedRule:
         if not self.infers:
             raise ValueError(self.no_inference)
         return self.model.fit_task_rule()
@@ -223,20 +229,28 @@ class SavedRun:
     @property
     def infers(self) -> bool:
         """Whether tasks can be inferred."""
-        return not self.model.task_rule.needs_statistics or len(self.left_out) < len(self.model.tasks)
+        return len(self.left_out) < len(self.model.tasks)
 
     @property
     def no_inference(self) -> str:
         """Why tasks cannot be inferred, and what to do."""
         return (
-            f"{self.folder} is a run of an earlier version, without the statistics by which the task of an input is "
-            f"inferred; record them with `qtuning-fast statistics --run {self.folder}`, or name the task with --task"
+            f"{self.folder} holds no statistics by which rule {self.model.task_rule.name!r} infers the task of an "
+            f"input; record them with `{self.statistics_command}`, or name the task with --task"
+        )
+
+    @property
+    def statistics_command(self) -> str:
+        """The command that records what is lacking."""
+        rule = self.model.task_rule
+        return f"qtuning-fast statistics --run {shlex.quote(str(self.folder))}" + (
+            f" --task-rule {rule.name}" if rule.has_own_features else ""
         )
 
     @property
     def left_out(self) -> list[str]:
-        """The tasks that cannot be inferred, because they have no statistics."""
-        return [name for name in self.model.tasks if name not in self.model.statistics]
+        """The tasks that cannot be inferred, because they have not the statistics that the rule needs."""
+        return self.model.lacking_statistics()
 
     def record_statistics(self) -> list[str]:
         """Record the statistics of the finished tasks that have none, from the run's own examples, and save them.
@@ -249,12 +263,20 @@ class SavedRun:
         """
         lacking = self.left_out
         tasks = self.load_tasks() if lacking else []
+        splits: dict[str, dict[str, EncodedExamples]] = {}
+
+        def encoded(task: Task) -> dict[str, EncodedExamples]:
+            if task.name not in splits:
+                splits[task.name] = {split: self.encoder.encode(getattr(task, split)) for split in SPLITS}
+            return splits[task.name]
+
         unnamed = UnnamedTasks(
             tasks,
-            lambda task: {split: self.encoder.encode(getattr(task, split)) for split in SPLITS},
+            encoded,
             self._answers,
             self._batch_size,
             self.model.task_rule,
+            keeps_features=self._keeps_features,
         )
         for number, task in enumerate(tasks):
             if task.name in lacking:
@@ -332,7 +354,9 @@ class SavedRun:
         Returns:
             `accuracy`, the share of answers with the right label name; `known`, as in `score_unnamed`.
         """
-        self._check_kind(examples, "any")
+        if not self.label_names:
+            raise ValueError("no task of this run has classes; name a task with --task")
+        self._check_kind(examples, self.model.tasks[0])
         answers, names = self._infer(self.encoder.encode(examples), top_k), self.label_names
         right = [
             self.model.problem_type(answer.task) == SINGLE

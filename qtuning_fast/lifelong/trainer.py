@@ -72,6 +72,8 @@ class LifelongTrainer:
         folder: the folder of the run; an interrupted run in it is resumed.
         forward_transfer: also train each task but the first alone, with an empty queue, for comparison.
         task_rule: the rule that infers the task of examples whose task is not named, or its name.
+        keep_validation_features: keep up to 64 feature vectors of a task's validation examples, on which inferred
+            probabilities are calibrated; without them they are not, and no input is of no known task.
         about: further entries for the `config` of `metrics.json`, such as the stream's name.
         listener: receives the events of the run.
 
@@ -91,6 +93,7 @@ class LifelongTrainer:
         *,
         forward_transfer: bool = False,
         task_rule: TaskRule | str = ClosedForm.name,
+        keep_validation_features: bool = True,
         about: dict[str, Any] | None = None,
         listener: RunListener | None = None,
     ) -> None:
@@ -113,8 +116,14 @@ class LifelongTrainer:
         self.about = dict(about or {})
         self.listener = listener or RunListener()
         self._splits: dict[str, dict[str, EncodedExamples]] = {}
+        self._keeps_features = keep_validation_features
         self._unnamed = UnnamedTasks(
-            self.tasks, self._encoded, self._answers_of, options.eval_batch_size, rule_by_name(task_rule)
+            self.tasks,
+            self._encoded,
+            self._answers_of,
+            options.eval_batch_size,
+            rule_by_name(task_rule),
+            keeps_features=keep_validation_features,
         )
 
     def run(self) -> dict[str, Any]:
@@ -173,8 +182,13 @@ class LifelongTrainer:
             "base_fingerprint": fingerprint(without_head(self.base_model)),
             "about": self.about,
         }
-        if self._unnamed.rule.name != ClosedForm.name:  # runs made before it could be chosen do not have it
-            current["task_rule"] = self._unnamed.rule.name
+        rule = self._unnamed.rule
+        if type(rule) is not ClosedForm:  # runs made before these could be chosen do not have them
+            current["task_rule"] = rule.name
+        if rule.has_own_features:
+            current["feature_map"] = rule.feature_map
+        if not self._keeps_features:
+            current["keep_validation_features"] = False
         if self.config.task_type not in HEAD_TASK_TYPES:
             current["label_words"] = {task.name: task.answers for task in self.tasks}
         path = self.folder / RUN_FILE

@@ -10,24 +10,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qtuning_fast.lifelong.answers import Answering, AnswersOf, statistics_of
 from qtuning_fast.lifelong.class_incremental import (
-    JOINT_EXAMPLES,
     Pairs,
     auroc,
     confusion,
     evaluation,
     first_of_each_class,
     found,
+    joint_examples,
     joint_regression,
     label_accuracy,
     reliability,
 )
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
-from qtuning_fast.lifelong.inferred import AnswersOf, Inferring, statistics_of
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.labels import SINGLE
-from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, TaskChoice, TaskInference
+from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
 from qtuning_fast.method.task_rules import ClosedForm, NearestMean, TaskRule
 from qtuning_fast.model.model import QTuningModel
 
@@ -45,6 +45,7 @@ class UnnamedTasks:
         answers_of: see `AnswersOf`.
         batch_size: examples a batch.
         rule: chooses the task whose adapter answers.
+        keeps_features: whether features of validation examples are kept for calibration.
     """
 
     def __init__(
@@ -54,7 +55,12 @@ class UnnamedTasks:
         answers_of: AnswersOf,
         batch_size: int,
         rule: TaskRule,
+        *,
+        keeps_features: bool = True,
     ) -> None:
+        for task in tasks:
+            rule.check(task.name, task.problem_type)
+        self._keeps_features = keeps_features
         self.rule = rule
         self._tasks = tasks
         self._encoded = encoded
@@ -76,17 +82,14 @@ class UnnamedTasks:
             (self.features(model, task, split), torch.from_numpy(self._classes(task, split)))
             for split in ("train", "validation")
         )
-        model.add_statistics(task.name, statistics_of(train, validation, _count(task), self.rule))
+        kept = validation if self._keeps_features else None
+        model.add_statistics(task.name, statistics_of(train, kept, _count(task), self.rule))
 
     def lack_statistics(self, model: QTuningModel, number: int) -> list[int]:
         """Return which of the tasks so far have no statistics, as after a run of an earlier version."""
-        needed = {self.rule.feature_map}
         names = [task.name for task in self._tasks[: number + 1]]
-        return [
-            place
-            for place, name in enumerate(names)
-            if name not in model.statistics or not needed <= {*model.statistics.entry(name).info.feature_maps}
-        ]
+        lacking = {*model.lacking_statistics(self.rule), *model.lacking_statistics(ClosedForm())}
+        return [place for place, name in enumerate(names) if name in lacking]
 
     # After each task
 
@@ -114,7 +117,7 @@ class UnnamedTasks:
                 for place, task in enumerate(tasks)
             ]
         } | {kind: [_most_probable(each) for each in inferred[kind]] for kind in ("closed_form", "nearest_class_mean")}
-        label_names = [task.label_names for task in tasks]
+        label_names = [task.label_names if task.problem_type == SINGLE else [(task.name,)] for task in tasks]
         result: Stage = {
             "rule": self.rule.name,
             "answers": [pairs.tolist() for pairs in answers["adapters"]],
@@ -127,11 +130,11 @@ class UnnamedTasks:
             )
         return result
 
-    def _infer(self, model: QTuningModel, choice: TaskChoice, task: Task) -> TaskInference:
-        return self._inferring(model).infer(choice, self._encoded(task)["test"], self.features(model, task, "test"))
+    def _infer(self, model: QTuningModel, choice: FittedRule, task: Task) -> TaskInference:
+        return self._answering(model).infer(choice, self._encoded(task)["test"], self.features(model, task, "test"))
 
-    def _inferring(self, model: QTuningModel) -> Inferring:
-        return Inferring(model, self._batch_size, self._answers_of)
+    def _answering(self, model: QTuningModel) -> Answering:
+        return Answering(model, self._batch_size, self._answers_of)
 
     def _adapter_answers(
         self, model: QTuningModel, task: Task, inference: TaskInference, before: Sequence[Pairs]
@@ -146,7 +149,7 @@ class UnnamedTasks:
         places = np.flatnonzero(anew)
         names = [self._tasks[chosen[place]].name for place in places]
         for place, output in zip(
-            places, self._inferring(model).ask_each(names, self._encoded(task)["test"].subset(places.tolist()))
+            places, self._answering(model).ask_each(names, self._encoded(task)["test"].subset(places.tolist()))
         ):
             if self._tasks[chosen[place]].problem_type == SINGLE:
                 pairs[place, 1] = int(output.argmax())
@@ -157,7 +160,7 @@ class UnnamedTasks:
     def _at_end(
         self,
         model: QTuningModel,
-        choice: TaskChoice,
+        choice: FittedRule,
         inferred: Sequence[TaskInference],
         answers: Sequence[Pairs],
         truths: Sequence[Pairs],
@@ -184,7 +187,7 @@ class UnnamedTasks:
         threshold, told = inferred[0].threshold, bool(np.isfinite(inferred[0].threshold))
         known = torch.cat([each.is_known for each in inferred]).double()
         return {
-            "false_alarm_rate": FALSE_ALARM_RATE,
+            "false_alarm_rate": inferred[0].false_alarm_rate,
             "false_alarms": float(1 - known.mean()) if told else None,
             "threshold": threshold if told else None,
             "auroc": areas or None,
@@ -198,7 +201,7 @@ class UnnamedTasks:
         for place, task in enumerate(self._tasks):
             for split, chosen in parts.items():
                 classes = self._classes(task, split)
-                kept = first_of_each_class(classes, JOINT_EXAMPLES)
+                kept = first_of_each_class(classes, joint_examples(sum(map(_count, self._tasks))))
                 chosen.append((self.features(model, task, split).numpy()[kept], _pairs(place, classes[kept])))
         train, validation = (
             (np.concatenate([x for x, _ in chosen]), np.concatenate([y for _, y in chosen]))

@@ -107,7 +107,7 @@ class TaskInference:
 
 
 @dataclass(frozen=True)
-class TaskChoice:
+class FittedRule:
     """A rule that is fitted to tasks and calibrated.
 
     Attributes:
@@ -133,7 +133,7 @@ class TaskChoice:
     device: torch.device = _CPU
 
     @classmethod
-    def fit(cls, rule: TaskRule, candidates: Sequence[Candidate], *, left_out: Sequence[str] = ()) -> TaskChoice:
+    def fit(cls, rule: TaskRule, candidates: Sequence[Candidate], *, left_out: Sequence[str] = ()) -> FittedRule:
         """Fit a rule to tasks, given in the order in which they were learned.
 
         Raises:
@@ -160,7 +160,7 @@ class TaskChoice:
         possible = tuple(_possible_classes(each) for each in ordered)
         return cls(described, possible, names, tuple(left_out), scores, gaussian, temperature, distances)
 
-    def to(self, device: torch.device) -> TaskChoice:
+    def to(self, device: torch.device) -> FittedRule:
         """Return the same with its matrices on a device, or on the CPU if they cannot be there."""
         scores_to = getattr(self.scores, "to", None)
         if scores_to is None or device.type == "mps":  # which has no float64

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qtuning_fast.method.adapter import TaskAdapter
     from qtuning_fast.method.statistics import TaskStatistics
-    from qtuning_fast.method.task_inference import TaskChoice, TaskInference
+    from qtuning_fast.method.task_inference import FittedRule, TaskInference
     from qtuning_fast.method.task_rules import (
         Candidate,
         ClosedForm,
@@ -30,6 +30,7 @@ __all__ = [
     "ClosedForm",
     "CorruptFileError",
     "Evidence",
+    "FittedRule",
     "MostConfident",
     "NearestMean",
     "QTuningModel",
@@ -37,7 +38,6 @@ __all__ = [
     "RanPAC",
     "StatisticsRegistry",
     "TaskAdapter",
-    "TaskChoice",
     "TaskInference",
     "TaskRule",
     "TaskStatistics",
@@ -59,7 +59,7 @@ _LAZY = {
     "RanPAC": "qtuning_fast.method.task_rules",
     "StatisticsRegistry": "qtuning_fast.model.registry",
     "TaskAdapter": "qtuning_fast.method.adapter",
-    "TaskChoice": "qtuning_fast.method.task_inference",
+    "FittedRule": "qtuning_fast.method.task_inference",
     "TaskInference": "qtuning_fast.method.task_inference",
     "TaskRule": "qtuning_fast.method.task_rules",
     "TaskStatistics": "qtuning_fast.method.statistics",

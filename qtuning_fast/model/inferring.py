@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ def infer(model: QTuningModel, inputs: Mapping[str, Any], **options: Any) -> Tas
     """Return which task each input is of; see `QTuningModel.infer_tasks`.
 
     Args:
-        options: those of `TaskChoice.infer`.
+        options: those of `FittedRule.infer`.
     """
     cache = cache_among(inputs)
     if cache is not None and cache.get_seq_length():
@@ -73,7 +73,7 @@ def check_inputs(inputs: Mapping[str, Any]) -> None:
 
 @contextmanager
 def inferred(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], top_k: int = 1) -> Iterator[Inferred]:
-    """Within the block, in which no task goes, yield the tasks of a call.
+    """Within the block, make each sample compute under the task that is inferred for it.
 
     Args:
         task_names: must be `"infer"`.
@@ -87,7 +87,22 @@ def inferred(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], to
         found = infer(model, inputs)
         names = found.task_names if top_k == 1 else _surest(model, inputs, found, top_k)
         places = {name: place for place, name in enumerate(model.tasks)}
-        yield Inferred(names, torch.tensor([places[name] for name in names], device=model.device))
+        with _together(model, names):
+            yield Inferred(names, torch.tensor([places[name] for name in names], device=model.device))
+
+
+@contextmanager
+def _together(model: QTuningModel, names: list[str]) -> Iterator[None]:
+    """Make each sample compute under its task within the block; an error says that the tasks were inferred."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(model.using(names, len(names)))
+        except ValueError as error:
+            raise ValueError(
+                f"the tasks were inferred, and one batch cannot hold them: {error}. Call infer_tasks, and then the "
+                "model for some of the samples at a time, with their task_names"
+            ) from None
+        yield
 
 
 def _check_options(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], top_k: int) -> None:
@@ -110,9 +125,11 @@ def _check_options(model: QTuningModel, task_names: Any, inputs: Mapping[str, An
 def _surest(model: QTuningModel, inputs: Mapping[str, Any], found: TaskInference, top_k: int) -> list[str]:
     """Return, of each sample's likeliest tasks, the one with the most probable answer."""
     ranked, read = [[name for name, _ in tasks] for tasks in found.top(top_k)], read_inputs(inputs)
-    by_rank = list(zip(*ranked))
-    with torch.no_grad():
-        asked = [model(**read, task_names=list(names)).logits for names in by_rank]
+    by_rank = [list(names) for names in zip(*ranked)]
+    asked = []
+    for names in by_rank:
+        with torch.no_grad(), _together(model, names):
+            asked.append(model(**read, task_names=names).logits)
     sureness = torch.stack([logits.double().softmax(-1).amax(-1).cpu() for logits in asked], dim=1)
     compares = torch.tensor([[model.problem_type(name) == SINGLE for name in tasks] for tasks in ranked])
     chosen = found.surest(len(by_rank), sureness, compares)

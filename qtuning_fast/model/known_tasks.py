@@ -12,7 +12,7 @@ from torch import Tensor
 from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.labels import IGNORED, SINGLE
 from qtuning_fast.method.statistics import Labelled, Recorder, TaskStatistics
-from qtuning_fast.method.task_inference import TaskChoice
+from qtuning_fast.method.task_inference import FittedRule
 from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.distributed import gathered
@@ -28,10 +28,10 @@ Batch = Mapping[str, Any]
 
 @dataclass
 class _Fitted:
-    """A choice among all tasks, and what it was made of."""
+    """The rule, fitted to all tasks, and what it was fitted to."""
 
     of: tuple[Any, ...]
-    choice: TaskChoice
+    rule: FittedRule
 
 
 class KnownTasks:
@@ -136,9 +136,9 @@ class KnownTasks:
         counts = labels != IGNORED
         return found[counts], labels[counts]
 
-    # The choice
+    # The rule
 
-    def choice(self) -> TaskChoice:
+    def fitted(self) -> FittedRule:
         """Return the rule, fitted to all tasks on the model's device; it is kept until a task comes or goes.
 
         Raises:
@@ -147,10 +147,10 @@ class KnownTasks:
         of = self._adapters.version, self.statistics.version, self._backbone.device
         fitted = self._fitted
         if fitted is None or fitted.of != of:
-            fitted = self._fitted = _Fitted(of, self.choice_among(list(self._adapters), self.rule).to(of[-1]))
-        return fitted.choice
+            fitted = self._fitted = _Fitted(of, self.fit(list(self._adapters), self.rule).to(of[-1]))
+        return fitted.rule
 
-    def choice_among(self, names: Sequence[str], rule: TaskRule) -> TaskChoice:
+    def fit(self, names: Sequence[str], rule: TaskRule) -> FittedRule:
         """Return a rule, fitted to some of the tasks, in the order of the names.
 
         Raises:
@@ -166,7 +166,7 @@ class KnownTasks:
                 else f"no task can be inferred: rule {rule.name!r} needs statistics, which {', '.join(left_out)} "
                 f"{'lack' if len(left_out) > 1 else 'lacks'}; call record_statistics for each with some of its examples"
             )
-        return TaskChoice.fit(rule, [self._candidate(name) for name in able], left_out=left_out)
+        return FittedRule.fit(rule, [self._candidate(name) for name in able], left_out=left_out)
 
     def lacking(self, names: Sequence[str], rule: TaskRule) -> list[str]:
         """Return those of the tasks that a rule cannot choose, because they have not the statistics that it needs."""

@@ -20,7 +20,7 @@ from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.method.statistics import TaskStatistics
-from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, TaskChoice, TaskInference
+from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
 from qtuning_fast.method.task_rules import TaskRule, rule_by_name
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
@@ -399,7 +399,7 @@ class QTuningModel(PretrainedInterface):
             self._tasks.check(name)
             self._tasks.known.add(name, statistics)
 
-    def fit_task_rule(self, tasks: Sequence[str] | None = None, rule: TaskRule | str | None = None) -> TaskChoice:
+    def fit_task_rule(self, tasks: Sequence[str] | None = None, rule: TaskRule | str | None = None) -> FittedRule:
         """Return a rule that is fitted to some of the tasks, as if there were no others, and calibrated.
 
         Args:
@@ -411,11 +411,19 @@ class QTuningModel(PretrainedInterface):
         """
         with self.backbone.injector.lock:
             if tasks is None and rule is None:
-                return self._tasks.known.choice()
+                return self._tasks.known.fitted()
             names = self.tasks if tasks is None else list(dict.fromkeys(tasks))
             for name in names:
                 self._tasks.check(name)
-            return self._tasks.known.choice_among(names, self.task_rule if rule is None else rule_by_name(rule))
+            return self._tasks.known.fit(names, self.task_rule if rule is None else rule_by_name(rule))
+
+    def lacking_statistics(self, rule: TaskRule | str | None = None) -> list[str]:
+        """Return the finished tasks that a rule cannot choose, because they have not the statistics that it needs.
+
+        Args:
+            rule: a rule; None: `task_rule`.
+        """
+        return self._tasks.known.lacking(self.tasks, self.task_rule if rule is None else rule_by_name(rule))
 
     def infer_tasks(
         self,
@@ -506,7 +514,7 @@ class QTuningModel(PretrainedInterface):
                 raise ValueError(
                     "labels belong to a named task, so they have no loss with inferred ones; leave them out"
                 )
-            with inferred(self, task_names, inputs, top_k) as found, self.using(found.names, len(found.names)):
+            with inferred(self, task_names, inputs, top_k) as found:
                 output = self._compute(inputs, labels, num_items_in_batch, retention_features)
             output["task_index"] = found.index
             return output
@@ -584,8 +592,9 @@ class QTuningModel(PretrainedInterface):
         """
         self.backbone.check_generates()
         if isinstance(task_names, str):
-            with inferred(self, task_names, self.backbone.read_by_generate(args, kwargs)) as found:
-                return self.generate(*args, task_names=found.names, **kwargs)
+            read = self.backbone.read_by_generate(args, kwargs)
+            with torch.no_grad(), inferred(self, task_names, read), self.evaluating():
+                return self.backbone.generate(*args, **kwargs)
         if task_names is not None:
             batch = args[0].shape[0] if args else batch_size(kwargs)
             with torch.no_grad(), self.using(task_names, batch), self.evaluating():

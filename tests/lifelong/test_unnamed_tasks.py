@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,9 @@ from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoding import ExampleEncoder
 from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.lifelong.tasks import SPLITS, Examples, Task
+from qtuning_fast.method.labels import MULTI
+from qtuning_fast.method.task_rules import RanPAC, TaskRule
 from qtuning_fast.model.checked_files import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)
@@ -122,19 +125,75 @@ def test_a_run_of_an_earlier_version_gets_its_statistics_when_it_goes_on(
     assert all("statistics" in entry for entry in read_json(folder / "adapter" / "adapter_config.json")["tasks"])
 
 
-@pytest.mark.parametrize("rule", ["nearest-mean", "ranpac", "most-confident"])
+class LastByName(TaskRule):
+    """Always the task that is last by name, and its first class."""
+
+    name = "last-by-name"
+
+    def fit(self, candidates: Any) -> Any:
+        classes = sum(each.classes for each in candidates)
+        chosen = torch.full((classes,), -torch.inf, dtype=torch.float64)
+        chosen[classes - candidates[-1].classes] = 0
+        return lambda evidence: chosen.expand(len(evidence.features), -1)
+
+
 def test_another_rule_chooses_and_the_closed_form_stays_beside_it(
-    rule: str, run: Path, tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+    run: Path, tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
 ) -> None:
-    block = lifelong(tiny_model_folder, tasks, tmp_path / "run", task_rule=rule).run()["class_incremental"]
     usual = read_json(run / "metrics.json")["class_incremental"]
-    assert block["rule"] == rule
+    block = lifelong(tiny_model_folder, tasks, tmp_path / "run", task_rule=LastByName()).run()["class_incremental"]
+    assert block["rule"] == "last-by-name"
+    assert block["confusion"] == [[0, 0, 1]] * 3, "colours, animals, warm"
+    assert block["adapters"]["task_found_matrix"] == [[1, None, None], [1, 0, None], [0, 0, 1]]
     assert block["closed_form"] == usual["closed_form"] and block["baselines"] == usual["baselines"]
-    if rule == "nearest-mean":
-        shares = block["baselines"]["nearest_class_mean"]["task_found_matrix"]
-        assert block["adapters"]["task_found_matrix"][0] == shares[0]
-    with pytest.raises(ValueError, match="task_rule: was"):
+    with pytest.raises(ValueError, match="task_rule: was 'last-by-name', now None"):
         lifelong(tiny_model_folder, tasks, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize("rule", ["ranpac", "most-confident"])
+def test_rules_that_need_more_than_class_means(
+    rule: str, tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    block = lifelong(tiny_model_folder, tasks[:2], folder, task_rule=rule).run()["class_incremental"]
+    assert block["rule"] == rule and 0 < block["adapters"]["task_found"] <= 1
+    entries = read_json(folder / "adapter" / "adapter_config.json")["tasks"]
+    maps = ["features", "relu-2000-0"] if rule == "ranpac" else ["features"]
+    assert [entry["statistics"]["feature_maps"] for entry in entries] == [maps] * 2
+    if rule == "ranpac":
+        with pytest.raises(ValueError, match="feature_map: was 'relu-2000-0', now 'relu-7-0'"):
+            lifelong(tiny_model_folder, tasks[:2], folder, task_rule=RanPAC(size=7)).run()
+
+
+def test_without_kept_features_nothing_is_calibrated_or_unknown(
+    tiny_model_folder: Path, tasks: list[Task], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    trainer = lifelong(tiny_model_folder, tasks[:2], folder, keep_validation_features=False)
+    block = trainer.run()["class_incremental"]
+    assert block["calibration"]["temperature"] == 1
+    unknown = block["unknown"]
+    assert unknown["threshold"] is unknown["false_alarms"] is unknown["mean_detected"] is None
+    assert len(unknown["auroc"]) == 2
+    model = QTuningModel.from_pretrained(load_base_model(str(tiny_model_folder))[0], folder / "adapter")
+    assert all(len(each.validation_features) == 0 for each in model.statistics.values())
+
+
+def test_tasks_without_classes_count_as_one_class(tmp_path: Path, tiny_model_folder: Path, tasks: list[Task]) -> None:
+    splits = {split: getattr(tasks[0], split) for split in SPLITS}
+    several = dataclasses.replace(
+        tasks[0],
+        name="several",
+        problem_type=MULTI,
+        **{split: Examples(part.inputs, [(1 - y, y) for y in part.labels]) for split, part in splits.items()},
+    )
+    block = lifelong(tiny_model_folder, [several, tasks[1]], tmp_path / "run").run()["class_incremental"]
+    assert block["classes"] == [1, 3]
+    found, right = block["adapters"]["task_found_matrix"][-1], block["adapters"]["accuracy_matrix"][-1]
+    assert right[0] == found[0] == block["confusion"][0][0]
+    with pytest.raises(ValueError, match="rule 'most-confident' compares probabilities of classes, but task 'several'"):
+        lifelong(tiny_model_folder, [several, tasks[1]], tmp_path / "other", task_rule="most-confident")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_wrong_rule_and_a_reserved_name_fail_before_any_work(
@@ -142,8 +201,6 @@ def test_a_wrong_rule_and_a_reserved_name_fail_before_any_work(
 ) -> None:
     with pytest.raises(ValueError, match="rule is 'nearest'; it must be one of closed-form"):
         lifelong(tiny_model_folder, tasks, tmp_path / "run", task_rule="nearest")
-    import dataclasses
-
     with pytest.raises(ValueError, match="name is 'infer', which is no task name"):
         lifelong(tiny_model_folder, [dataclasses.replace(tasks[0], name="infer")], tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qtuning_fast.method import task_inference
 from qtuning_fast.method.statistics import Recorder
-from qtuning_fast.method.task_inference import TaskChoice, TaskInference
+from qtuning_fast.method.task_inference import FittedRule, TaskInference
 from qtuning_fast.method.task_rules import Candidate, ClosedForm, Evidence, LinearScores, RanPAC, TaskRule, rule_by_name
 from qtuning_fast.method.temperature import best_temperature
 
@@ -51,9 +51,9 @@ def candidate(
     return Candidate(task, recorder.classes, recorder.finish([drawn(task, validation, 2)] if validation else []))
 
 
-def chosen(*tasks: str, rule: TaskRule | None = None, **changes: Any) -> TaskChoice:
+def chosen(*tasks: str, rule: TaskRule | None = None, **changes: Any) -> FittedRule:
     rule = rule or ClosedForm()
-    return TaskChoice.fit(rule, [candidate(task, rule, **changes) for task in tasks])
+    return FittedRule.fit(rule, [candidate(task, rule, **changes) for task in tasks])
 
 
 INPUTS = torch.cat([drawn(task, 5, 3)[0] for task in SIZES]).double()
@@ -143,7 +143,7 @@ def test_one_task_of_one_class_is_certain() -> None:
 
 def test_classes_without_an_example_are_impossible() -> None:
     """Fewer examples than classes: only the first two classes of four have been seen."""
-    choice = TaskChoice.fit(ClosedForm(), [candidate("dogs", n=2), candidate("cars")])
+    choice = FittedRule.fit(ClosedForm(), [candidate("dogs", n=2), candidate("cars")])
     found = choice.infer(evidence(INPUTS))
     assert not found.classes_of("dogs")[:, 2:].any() and (found.task_probabilities.sum(1) - 1).abs().max() < 1e-12
 
@@ -175,7 +175,7 @@ def test_priors_act_by_bayes_rule_after_the_temperature() -> None:
 def test_a_prior_is_shared_by_the_classes_that_have_an_example() -> None:
     """Two of four classes were seen; where the scores say nothing, the task has the whole of its prior."""
     flat = Fixed(lambda n: torch.tensor([[0.0, 0, 0, 0, -torch.inf, -torch.inf]], dtype=torch.float64).expand(n, 6))
-    choice = TaskChoice.fit(flat, [candidate("dogs", n=2), candidate("cars")])
+    choice = FittedRule.fit(flat, [candidate("dogs", n=2), candidate("cars")])
     found = choice.infer(evidence(INPUTS[:1]), priors={"dogs": 3, "cars": 1})
     assert found.task_probabilities[0].tolist() == [pytest.approx(0.75), pytest.approx(0.25)]
 
@@ -268,7 +268,7 @@ def test_a_choice_does_not_keep_the_statistics_in_memory() -> None:
     known = [candidate("cars"), candidate("birds")]
     kept = [weakref.ref(each.statistics) for each in known]
     for rule in (ClosedForm(), rule_by_name("nearest-mean"), rule_by_name("most-confident")):
-        choice = TaskChoice.fit(rule, known)
+        choice = FittedRule.fit(rule, known)
         assert [each.name for each in choice.candidates] == ["birds", "cars"]
         held = known
         known = [Candidate(each.name, each.classes, each.statistics) for each in held]
@@ -296,9 +296,9 @@ def test_scores_of_a_rule_are_checked() -> None:
         (lambda n: torch.full((n, 5), -torch.inf), "exclude every class"),
     ):
         with pytest.raises(ValueError, match=named):
-            TaskChoice.fit(Fixed(scores), known).infer(evidence(INPUTS))
+            FittedRule.fit(Fixed(scores), known).infer(evidence(INPUTS))
         with pytest.raises(ValueError, match=r"the rule's scores"):  # on validation examples already
-            TaskChoice.fit(Fixed(scores), [candidate("cars"), candidate("birds")])
+            FittedRule.fit(Fixed(scores), [candidate("cars"), candidate("birds")])
 
 
 def test_priors_and_a_rule_that_together_exclude_everything_are_refused() -> None:
@@ -307,7 +307,7 @@ def test_priors_and_a_rule_that_together_exclude_everything_are_refused() -> Non
         found[2:, 3:] = -torch.inf  # of later inputs, the rule excludes the second task by name
         return found
 
-    choice = TaskChoice.fit(Fixed(scores), [candidate("cars"), candidate("birds")])
+    choice = FittedRule.fit(Fixed(scores), [candidate("cars"), candidate("birds")])
     assert choice.infer(evidence(INPUTS), priors={"birds": 1}).task_names == ["birds"] * len(INPUTS)
     with pytest.raises(ValueError, match="priors excludes every task that the rule finds possible for input 2"):
         choice.infer(evidence(INPUTS), priors={"cars": 1})
@@ -322,12 +322,12 @@ def test_inputs_that_are_not_finite_are_named() -> None:
 
 def test_without_a_task_there_is_nothing_to_choose() -> None:
     with pytest.raises(ValueError, match="no task to choose"):
-        TaskChoice.fit(ClosedForm(), [])
+        FittedRule.fit(ClosedForm(), [])
 
 
 def test_a_rule_that_needs_no_statistics_has_no_distances() -> None:
     rule = rule_by_name("most-confident")
-    choice = TaskChoice.fit(rule, [Candidate("a", 2, None), Candidate("b", 2, None)], left_out=["c"])
+    choice = FittedRule.fit(rule, [Candidate("a", 2, None), Candidate("b", 2, None)], left_out=["c"])
     asked = {"a": torch.tensor([[0.9, 0.1]]), "b": torch.tensor([[0.4, 0.6]])}
     found = choice.infer(Evidence(torch.zeros(1, 3), lambda: asked))
     assert found.task_names == ["a"] and found.distances is None and found.is_known.all() and found.left_out == ("c",)

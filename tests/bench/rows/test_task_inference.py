@@ -27,7 +27,7 @@ def tasks():
 def test_each_fit_is_a_new_one_of_all_tasks(tasks):
     tasks.learn(3)
     first = tasks.fit()
-    assert tasks.known.choice() is first and tasks.fit() is not first
+    assert tasks.known.fitted() is first and tasks.fit() is not first
     tasks.learn(5)
     assert tasks.fit().order == tuple(f"task-{number}" for number in range(5))
 

@@ -7,9 +7,9 @@ import torch
 from transformers import BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast.lifelong.answers import Answering, statistics_of
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
-from qtuning_fast.lifelong.inferred import Inferring, statistics_of
 from qtuning_fast.method.labels import MULTI
 from qtuning_fast.method.task_inference import TaskInference
 from qtuning_fast.method.task_rules import ClosedForm, RanPAC
@@ -39,8 +39,8 @@ def model(tiny_bert: BertModel) -> QTuningModel:
 
 
 @pytest.fixture
-def inferring(model: QTuningModel) -> Inferring:
-    return Inferring(model, 4, lambda task: None)
+def inferring(model: QTuningModel) -> Answering:
+    return Answering(model, 4, lambda task: None)
 
 
 def mixed() -> EncodedExamples:
@@ -48,11 +48,11 @@ def mixed() -> EncodedExamples:
     return EncodedExamples({name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns})
 
 
-def inferred(model: QTuningModel, inferring: Inferring, given: EncodedExamples) -> TaskInference:
+def inferred(model: QTuningModel, inferring: Answering, given: EncodedExamples) -> TaskInference:
     return inferring.infer(model.fit_task_rule(), given, features(model, given, 4, task=None))
 
 
-def test_each_example_is_answered_by_its_task(model: QTuningModel, inferring: Inferring) -> None:
+def test_each_example_is_answered_by_its_task(model: QTuningModel, inferring: Answering) -> None:
     given = mixed()
     inference = inferred(model, inferring, given)
     assert inference.task_names == ["first"] * 3 + ["third"] * 3 + ["second"] * 3
@@ -69,7 +69,7 @@ def test_each_example_is_answered_by_its_task(model: QTuningModel, inferring: In
         assert [each for _, each in answer.runners_up] == sorted((each for _, each in answer.runners_up), reverse=True)
 
 
-def test_several_likely_tasks_are_weighed(model: QTuningModel, inferring: Inferring) -> None:
+def test_several_likely_tasks_are_weighed(model: QTuningModel, inferring: Answering) -> None:
     given = mixed()
     inference = inferred(model, inferring, given)
     by_task = {name: inferring.ask(name, given) for name in model.tasks}
@@ -79,7 +79,7 @@ def test_several_likely_tasks_are_weighed(model: QTuningModel, inferring: Inferr
         assert answer.probability == pytest.approx(max(weighed.values()), rel=1e-4)
 
 
-def test_a_task_without_one_class_counts_by_its_own_probability(model: QTuningModel, inferring: Inferring) -> None:
+def test_a_task_without_one_class_counts_by_its_own_probability(model: QTuningModel, inferring: Answering) -> None:
     model.start_task("labels", 3, problem_type=MULTI)
     model.finish_task()
     train, validation = (
@@ -91,9 +91,18 @@ def test_a_task_without_one_class_counts_by_its_own_probability(model: QTuningMo
     for place, answer in enumerate(inferring.answer(inference, given)):
         assert answer.task == "labels" and answer.output.shape == (3,)
         assert answer.probability == pytest.approx(inference.top(1)[place][0][1])
+    for answer in inferring.answer(inference, given, top_k=4):  # there is nothing to weigh it with
+        assert answer.task == "labels"
 
 
-def test_a_subset_is_asked_as_the_whole_is(model: QTuningModel, inferring: Inferring) -> None:
+def test_the_active_task_stays(model: QTuningModel, inferring: Answering) -> None:
+    model.set_task("second")
+    given = mixed()
+    inferring.answer(inferred(model, inferring, given), given, top_k=2)
+    assert model.active_task == "second"
+
+
+def test_a_subset_is_asked_as_the_whole_is(model: QTuningModel, inferring: Answering) -> None:
     given = mixed()
     outputs = inferring.ask_each(["third", "first"], given.subset([4, 0]))
     torch.testing.assert_close(outputs[0], inferring.ask("third", given)[4])

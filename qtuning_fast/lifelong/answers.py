@@ -12,7 +12,7 @@ from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import probabilities
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.statistics import Recorder, TaskStatistics
-from qtuning_fast.method.task_inference import TaskChoice, TaskInference
+from qtuning_fast.method.task_inference import FittedRule, TaskInference
 from qtuning_fast.method.task_rules import Evidence, TaskRule
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers
@@ -40,7 +40,7 @@ class InferredAnswer:
     is_known: bool
 
 
-class Inferring:
+class Answering:
     """Infers the tasks of encoded examples, and asks the adapters.
 
     Args:
@@ -54,7 +54,7 @@ class Inferring:
         self._batch_size = batch_size
         self._answers_of = answers_of
 
-    def infer(self, choice: TaskChoice, examples: EncodedExamples, features: Tensor) -> TaskInference:
+    def infer(self, choice: FittedRule, examples: EncodedExamples, features: Tensor) -> TaskInference:
         """Return which task each example is of.
 
         Args:
@@ -70,9 +70,10 @@ class Inferring:
 
     def ask(self, task: str, examples: EncodedExamples) -> Tensor:
         """Return what the adapter of a task gives for each example: `[n, outputs]` as in `InferredAnswer.output`."""
-        self._model.set_task(task)
-        kind = self._model.problem_type(task)
-        return probabilities(self._model, examples, self._batch_size, self._answers_of(task), kind)
+        with self._model.keeping_task():
+            self._model.set_task(task)
+            kind = self._model.problem_type(task)
+            return probabilities(self._model, examples, self._batch_size, self._answers_of(task), kind)
 
     def ask_each(self, tasks: Sequence[str], examples: EncodedExamples) -> list[Tensor]:
         """Return what its task's adapter gives for each example, `[outputs]` each."""
@@ -89,34 +90,35 @@ class Inferring:
         Args:
             inference: which task each example is of.
             examples: the examples.
-            top_k: ask the adapters of so many tasks, the likeliest, and take the most probable answer of all.
+            top_k: as in `QTuningModel.forward`, and for language models too.
         """
         ranked = inference.top(len(inference.tasks))
         asked = [self.ask_each([tasks[k][0] for tasks in ranked], examples) for k in range(min(top_k, len(ranked[0])))]
+        single = [[self._is_single(name) for name, _ in tasks[: len(asked)]] for tasks in ranked]
+        sureness = [[float(outputs[place].max()) for outputs in asked] for place in range(len(ranked))]
+        best = inference.surest(len(asked), torch.tensor(sureness, dtype=torch.float64), torch.tensor(single)).tolist()
         answers = []
-        for place, (tasks, known) in enumerate(zip(ranked, inference.is_known.tolist())):
-            outputs = [outputs[place] for outputs in asked]
-            weighed = [p * self._surety(name, output) for (name, p), output in zip(tasks, outputs)]
-            best = weighed.index(max(weighed))
-            others = tuple(each for each in tasks if each[0] != tasks[best][0])
-            answers.append(InferredAnswer(tasks[best][0], outputs[best], weighed[best], others, known))
+        for place, (tasks, k, known) in enumerate(zip(ranked, best, inference.is_known.tolist())):
+            task, p = tasks[k]
+            answer_given_task = sureness[place][k] if single[place][k] else 1.0
+            others = tuple(each for each in tasks if each[0] != task)
+            answers.append(InferredAnswer(task, asked[k][place], p * answer_given_task, others, known))
         return answers
 
-    def _surety(self, task: str, output: Tensor) -> float:
-        """The probability of an answer given its task; 1 if it is not one class of several."""
-        return float(output.max()) if self._model.problem_type(task) == SINGLE else 1.0
+    def _is_single(self, task: str) -> bool:
+        return self._model.problem_type(task) == SINGLE
 
 
 def statistics_of(
-    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], classes: int, rule: TaskRule
+    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor] | None, classes: int, rule: TaskRule
 ) -> TaskStatistics:
     """Return the statistics of a task.
 
     Args:
-        train, validation: features under no task, `[n, F]`, and class indices, `[n]`.
+        train, validation: features under no task, `[n, F]`, and class indices, `[n]`; no validation, no calibration.
         classes: the number of classes that the task counts as.
         rule: a rule that may need moments of its own.
     """
     recorder = Recorder(classes, {rule.feature_map: rule.map} if rule.has_own_features else {})
     recorder.add(*train)
-    return recorder.finish([validation])
+    return recorder.finish([] if validation is None else [validation])
