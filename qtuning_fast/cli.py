@@ -275,6 +275,7 @@ def evaluate(
     Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
     """
     with _readable_errors():
+        _check_inferring(task, top_k, rule)
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
         _silence_libraries()
@@ -314,7 +315,8 @@ def evaluate(
         console.print(scores_table(rows))
         if task is None:
             console.print(
-                "not named: nobody says which task an example is of; task and class must be right."
+                "not named: nobody says which task an example is of; task and class must be right.\n"
+                "known: the share that is not said to be of no known task."
                 if unnamed
                 else saved.no_inference,
                 markup=False,
@@ -333,6 +335,7 @@ def predict(
 ) -> None:
     """Classify texts or images, under a stored task or under the one that each seems to be of."""
     with _readable_errors():
+        _check_inferring(task, top_k, rule)
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
         _silence_libraries()
@@ -348,6 +351,12 @@ def predict(
             console.print(f"  {answer}", markup=False, highlight=False)
         if task is None:
             _name_left_out(saved)
+
+
+def _check_inferring(task: str | None, top_k: int, rule: str | None) -> None:
+    """Raise a ValueError if options that infer a task stand beside its name."""
+    if task is not None and (top_k != 1 or rule is not None):
+        raise ValueError("--top-k and --task-rule infer a task, but --task names it; leave --task out, or them")
 
 
 def _name_left_out(saved: SavedRun) -> None:

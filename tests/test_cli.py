@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from qtuning_fast.cli import app
+from qtuning_fast.model.checked_files import read_json, write_json
 
 FAST = "--steps 6 --batch-size 4 --max-length 10 --eval-every 2 --prompt-length 2 --shared-length 2 --queue-size 2"
 DRAW = "--shots 4 --validation-shots 3 --test-size 12"
@@ -100,9 +102,55 @@ def test_eval_on_data_of_ones_own(finished: Path, tmp_path: Path) -> None:
 
 def test_predict_under_a_task_and_without_one(finished: Path) -> None:
     code, output = call("predict", f"--run={finished}", "--task=colours", "the red one", "the green one")
-    assert code == 0 and output.count("colours:") == 2 and "guess" not in output
-    code, output = call("predict", f"--run={finished}", "the red one")
-    assert code == 0 and all(f"{name}:" in output for name in ("colours", "animals", "warm")) and "guess" in output
+    assert code == 0 and output.count("colours:") == 2
+    answer = r"(colours|animals|warm): \w+ \(\d+%\); task \d+%, both \d+% \(other tasks: \w+ \d+%, \w+ \d+%\)"
+    for more in ([], ["--top-k=2"], ["--task-rule=most-confident"]):
+        code, output = call("predict", f"--run={finished}", *more, "the red one")
+        assert code == 0 and len(re.findall(answer, output)) == 1, output
+
+
+def test_eval_without_a_task_infers_it(finished: Path, tmp_path: Path) -> None:
+    block = results(finished)["class_incremental"]
+    code, output = call("eval", f"--run={finished}")
+    assert code == 0, output
+    for kind in ("accuracy_matrix", "task_found_matrix"):
+        assert all(f"{share:.3f}" in output for share in block["adapters"][kind][-1])
+    data = tmp_path / "mine.csv"
+    data.write_text("text,label\nthe red one,red\nthe cat was here,cat\n")
+    code, output = call("eval", f"--run={finished}", f"--data={data}")
+    assert code == 0 and "right label" in output and re.search(r"│ 2 │ (0.000|0.500|1.000) │", output), output
+    data.write_text("text,label\nthe red one,purple\n")
+    code, output = call("eval", f"--run={finished}", f"--data={data}")
+    assert code == 2 and "purple" in output
+    code, output = call("eval", f"--run={finished}", "--task=colours", "--top-k=2")
+    assert code == 2 and "--top-k" in output and "--task names it" in output
+
+
+def test_a_run_of_an_earlier_version_gets_its_statistics(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "an [old] run")
+    index = read_json(folder / "adapter" / "adapter_config.json")
+    kept = index["tasks"][0].pop("statistics")
+    removed = [entry.pop("statistics") for entry in index["tasks"][1:]]
+    write_json(folder / "adapter" / "adapter_config.json", index)
+    code, output = call("predict", f"--run={folder}", "the red one")
+    command = f"qtuning-fast statistics --run '{folder}'"
+    assert code == 2 and command in output, output
+    assert call("predict", f"--run={folder}", "--task=colours", "the red one")[0] == 0
+    code, output = call("eval", f"--run={folder}")
+    assert code == 0 and command in output and "not named" not in output.split("└")[0]
+    index["tasks"][0]["statistics"] = kept
+    write_json(folder / "adapter" / "adapter_config.json", index)
+    code, output = call("predict", f"--run={folder}", "the red one")
+    assert code == 0 and "colours:" in output and f"no statistics: animals, warm. Record them: {command}" in output
+    code, output = call("statistics", f"--run={folder}")
+    assert code == 0 and output == "Recorded for animals, warm."
+    entries = read_json(folder / "adapter" / "adapter_config.json")["tasks"]
+    assert [entry["statistics"] for entry in entries] == [kept, *removed], "to the bit"
+    code, output = call("statistics", f"--run={folder}")
+    assert code == 0 and "already" in output
+    assert (
+        call("predict", f"--run={folder}", "the red one")[1] == call("predict", f"--run={finished}", "the red one")[1]
+    )
 
 
 def test_labels_of_every_kind(command: Command, tmp_path: Path) -> None:
@@ -117,7 +165,7 @@ def test_labels_of_every_kind(command: Command, tmp_path: Path) -> None:
     more = [f"--task={topics}", f"--task={stars}", "--problem-type=topics=multi_label_classification"]
     code, output = call(*command(out, *more, "--problem-type=stars=regression", "--shots=16", tasks=1))
     assert code == 0, output
-    assert "average score" in output and "accuracy" not in output
+    assert "average score" in output and "average accuracy" not in output.split("not named")[0]
     final = results(out)["task_adapter"]["accuracy_matrix"][-1]
     code, output = call("eval", f"--run={out}")
     assert code == 0 and all(word in output for word in ("accuracy", "micro-F1", "correlation"))
@@ -125,8 +173,14 @@ def test_labels_of_every_kind(command: Command, tmp_path: Path) -> None:
     code, output = call("eval", f"--run={out}", "--task=stars", f"--data={stars}")
     assert code == 0 and "correlation" in output and str(len(texts)) in output, output
     code, output = call("predict", f"--run={out}", "the red cat was here")
-    assert code == 0 and re.search(r"topics: (none of cat, red|(cat|red) \(\d+%\))", output), output
-    assert re.search(r"stars: label -?[\d.]+ ", output)
+    kinds = r"(topics: (none of cat, red|(cat|red) \(\d+%\).*)|stars: label -?[\d.]+|colours: \w+ \(\d+%\))"
+    assert code == 0 and re.search(kinds + r"; task \d+%", output), output
+    code, output = call("predict", f"--run={out}", "--task=stars", "the red cat was here")
+    assert code == 0 and re.search(r"stars: label -?[\d.]+", output)
+    sure = [more[0], more[2], "--task-rule=most-confident"]
+    code, output = call(*command(tmp_path / "sure", *sure, tasks=1))
+    assert code == 2 and "compares probabilities of classes, but task 'topics'" in output
+    assert not (tmp_path / "sure").exists()
     code, output = call(*command(tmp_path / "other", more[1], "--problem-type=regresion", tasks=0))
     assert code == 2 and "regresion" in output and not (tmp_path / "other").exists()
 
@@ -318,7 +372,12 @@ def _words(text: str) -> list[str]:
         (["eval"], "--run"),
         (["eval", "--run={tmp}/nothing"], "nothing"),
         (["eval", "--run={run}", "--task=nothing"], "nothing"),
-        (["eval", "--run={run}", "--data=x.csv"], "--task"),
+        (["eval", "--run={run}", "--data=x.csv"], "x.csv"),
+        (["eval", "--run={run}", "--task-rule=nearest"], "nearest"),
+        (["predict", "--run={run}", "--top-k=0", "a text"], "--top-k"),
+        (["predict", "--run={run}", "--task-rule=ranpac", "a text"], "--task-rule ranpac"),
+        (["run", "--out={tmp}/x", "--stream=offline-5", "--task-rule=best"], "best"),
+        (["statistics", "--run={tmp}/nothing"], "nothing"),
         (["eval", "--run={run}", "--task=colours", "--data=nowhere.csv"], "nowhere"),
         (["predict", "--run={run}"], "text"),
         (["predict", "--run={run}", " "], "text"),
@@ -336,8 +395,6 @@ def test_commands_that_cannot_be_done(arguments: list[str], named: str, finished
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_run_is_refused(damage: str, command: Command, finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     draw = random.Random(damage)
     for trial, path in enumerate(sorted((finished / "adapter").glob("[!.]*"))):
         folder = tmp_path / f"{trial}"

@@ -28,6 +28,7 @@ class InferredAnswer:
     Attributes:
         task: the task whose adapter answers.
         output: its probabilities of the classes or of the labels, or the numbers that it predicts, `[outputs]`.
+        task_probability: its `p(t|x)`.
         probability: `p(t|x) p_t(c|x)` of the answer; `p(t|x)` if it is not one class of several.
         runners_up: other tasks and their `p(t|x)`, the likeliest first.
         is_known: whether the example seems to be of any known task.
@@ -35,6 +36,7 @@ class InferredAnswer:
 
     task: str
     output: Tensor
+    task_probability: float
     probability: float
     runners_up: tuple[tuple[str, float], ...]
     is_known: bool
@@ -102,7 +104,7 @@ class Answering:
             task, p = tasks[k]
             answer_given_task = sureness[place][k] if single[place][k] else 1.0
             others = tuple(each for each in tasks if each[0] != task)
-            answers.append(InferredAnswer(task, asked[k][place], p * answer_given_task, others, known))
+            answers.append(InferredAnswer(task, asked[k][place], p, p * answer_given_task, others, known))
         return answers
 
     def _is_single(self, task: str) -> bool:

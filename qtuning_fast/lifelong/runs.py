@@ -28,7 +28,7 @@ from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 from qtuning_fast.method.task_inference import FittedRule
-from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
+from qtuning_fast.method.task_rules import ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 
@@ -165,7 +165,6 @@ class SavedRun:
         self.options = TrainingOptions(**settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
         self._words = settings.get("label_words", {})
-        rule = settings.get("task_rule", ClosedForm.name) if task_rule is None else task_rule
         self._keeps_features = settings.get("keep_validation_features", True)
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
@@ -178,8 +177,8 @@ class SavedRun:
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
-        # A rule of one's own, from Python, is not at hand here.
-        self.model.task_rule = ClosedForm.name if task_rule is None and rule not in RULES else rule
+        if task_rule is not None:
+            self.model.task_rule = task_rule
         self._answering = Answering(self.model, self.options.eval_batch_size, self._answers)
 
     def load_tasks(self) -> list[Task]:
@@ -191,7 +190,10 @@ class SavedRun:
         tasks = self.data.load()[: len(self.model.tasks)]
         for task in tasks:
             if data_digest(task) != self._digests.get(task.name):
-                raise ValueError(f"the data of task {task.name!r} has changed since the run; give data with --data")
+                raise ValueError(
+                    f"the data of task {task.name!r} has changed since the run, so its examples are not at hand; eval "
+                    "takes others with --data"
+                )
         return tasks
 
     def predict(self, inputs: Sequence[str], task: str) -> Tensor:
@@ -298,10 +300,11 @@ class SavedRun:
     def in_words(self, found: InferredAnswer) -> str:
         """An answer whose task was inferred, in words."""
         others = ", ".join(f"{name} {p:.0%}" for name, p in found.runners_up[:3])
-        answer = f"{found.task}: {self.answer(found.output, found.task)}"
-        if not found.is_known:
-            return f"no known task; the nearest is {answer}"
-        return f"{answer}; {found.probability:.0%} with the task" + (f" (next: {others})" if others else "")
+        words = f"{found.task}: {self.answer(found.output, found.task)}; task {found.task_probability:.0%}"
+        if self.model.problem_type(found.task) == SINGLE:
+            words += f", both {found.probability:.0%}"
+        words += f" (other tasks: {others})" if others else ""
+        return words if found.is_known else f"no known task; the nearest is {words}"
 
     def metric(self, task: str) -> str:
         """The name of the measure of a task (`qtuning_fast.lifelong.scores`)."""
@@ -340,8 +343,14 @@ class SavedRun:
 
     @property
     def label_names(self) -> list[str]:
-        """The names of the classes of all tasks, each once."""
+        """The names of the classes of all tasks, each once.
+
+        Raises:
+            ValueError: no task has classes.
+        """
         single = [name for name in self.model.tasks if self.model.problem_type(name) == SINGLE]
+        if not single:
+            raise ValueError("no task of this run has classes to compare by name; name a task with --task")
         return list(dict.fromkeys(label for name in single for label in self.model.label_names(name)))
 
     def score_by_label(self, examples: Examples, *, top_k: int = 1) -> dict[str, float]:
@@ -354,8 +363,6 @@ class SavedRun:
         Returns:
             `accuracy`, the share of answers with the right label name; `known`, as in `score_unnamed`.
         """
-        if not self.label_names:
-            raise ValueError("no task of this run has classes; name a task with --task")
         self._check_kind(examples, self.model.tasks[0])
         answers, names = self._infer(self.encoder.encode(examples), top_k), self.label_names
         right = [

@@ -48,7 +48,7 @@ from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import REGRESSION
-from qtuning_fast.method.task_rules import ClosedForm, TaskRule, rule_by_name
+from qtuning_fast.method.task_rules import RULES, ClosedForm, TaskRule, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.fingerprint import fingerprint
@@ -210,6 +210,8 @@ class LifelongTrainer:
         else:
             set_seed(self.options.seed)
             model = QTuningModel(self.base_model, self.config)
+        if self._unnamed.rule.name in RULES:  # others cannot be saved
+            model.task_rule = self._unnamed.rule
         try:
             yield model
         finally:

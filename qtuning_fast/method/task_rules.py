@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,8 @@ class TaskRule:
     Attributes:
         name: what users call it.
         feature_map: the name under which moments of `map` are recorded; by default those of the features themselves.
-        needs_statistics: whether a task without statistics cannot be chosen.
+        needs_statistics: whether a task without statistics cannot be chosen. Such a rule is calibrated on features
+            alone, without asking adapters.
     """
 
     name: str
@@ -118,6 +120,11 @@ class TaskRule:
     def has_own_features(self) -> bool:
         """Whether moments of `map` are recorded beside those of the features."""
         return self.feature_map != FEATURES
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the class takes to make the rule again, for JSON."""
+        return {}
 
     def check(self, task: str, problem_type: str) -> None:
         """Raise a ValueError if the rule cannot choose a task of this problem type."""
@@ -189,6 +196,11 @@ class RanPAC(TaskRule):
         self.size, self.seed = size, seed
         self.feature_map = f"relu-{size}-{seed}"
         self._maps: dict[int, RandomFeatures] = {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Size and seed."""
+        return {"size": self.size, "seed": self.seed}
 
     def map(self, features: Tensor) -> Tensor:
         """Return `relu(φ W)`, `[n, M]`, with W drawn from N(0, 1)."""
@@ -269,7 +281,7 @@ def rule_by_name(rule: TaskRule | str) -> TaskRule:
     if not isinstance(rule, str):
         raise TypeError(f"rule is a {type(rule).__name__}; it must be a TaskRule or one of {', '.join(RULES)}")
     if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}, or a TaskRule")
+        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
     return RULES[rule]()
 
 

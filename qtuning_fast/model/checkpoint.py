@@ -7,6 +7,7 @@ of the previous checkpoint stay. So a folder holds one complete checkpoint, or r
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import GATE_PER
 from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
+from qtuning_fast.method.task_rules import RULES, ClosedForm, TaskRule
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import (
     TEMPORARY,
@@ -67,6 +69,7 @@ class Checkpoint:
         queue: the state of the queue.
         last_learned: the task learned last, whose prompt the training prefix holds; None if there is none.
         statistics: those of the tasks that have some.
+        task_rule: the rule that infers tasks.
     """
 
     config: QTuningConfig
@@ -77,6 +80,7 @@ class Checkpoint:
     queue: dict[str, Tensor]
     last_learned: str | None = None
     statistics: StatisticsRegistry = field(default_factory=StatisticsRegistry)
+    task_rule: TaskRule = field(default_factory=ClosedForm)
 
     def check_base_model(self, backbone: Backbone, folder: Path) -> None:
         """Raise a ValueError if the checkpoint in this folder was made for another base model."""
@@ -124,6 +128,8 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
             "last_learned": saved.last_learned,
             "state": state,
         }
+        if type(saved.task_rule) is not ClosedForm:
+            content["task_rule"] = {"name": saved.task_rule.name, "settings": saved.task_rule.settings}
         write_json(folder / CONFIG_FILE, content)
         for entry, file in zip(entries, files):
             saved.adapters.lies_in(entry, file)
@@ -200,9 +206,26 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
         if last is not None and last not in adapters:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {last!r}, the task learned last, is not among its tasks")
         learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
-        return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last, statistics)
+        return Checkpoint(
+            config, base["fingerprint"], base["class"], adapters, learning, queue, last, statistics, _rule(content)
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
+
+
+def _rule(content: dict[str, Any]) -> TaskRule:
+    """Return the rule that the index names, or the default one; warn if it is a user's own, which is not at hand."""
+    if "task_rule" not in content:
+        return ClosedForm()
+    name, settings = content["task_rule"]["name"], content["task_rule"]["settings"]
+    if name in RULES:
+        return RULES[name](**settings)
+    warnings.warn(
+        f"the model was saved with the task rule {name!r}, which is not among those of this library; set task_rule to "
+        f"it, or tasks are inferred by {ClosedForm.name!r}",
+        stacklevel=5,
+    )
+    return ClosedForm()
 
 
 def _joined(learning: dict[str, Tensor], queue: dict[str, Tensor]) -> dict[str, Tensor]:

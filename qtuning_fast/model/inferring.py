@@ -30,10 +30,12 @@ class Inferred:
     Attributes:
         names: each sample's task.
         index: the place of each among the model's tasks, `[B]` int64.
+        is_known: whether each sample seems to be of any known task, `[B]` bool.
     """
 
     names: list[str]
     index: Tensor
+    is_known: Tensor
 
 
 @torch.compiler.disable  # locks and numbers read off tensors would break its graph into dozens, each to be compiled
@@ -88,7 +90,8 @@ def inferred(model: QTuningModel, task_names: Any, inputs: Mapping[str, Any], to
         names = found.task_names if top_k == 1 else _surest(model, inputs, found, top_k)
         places = {name: place for place, name in enumerate(model.tasks)}
         with _together(model, names):
-            yield Inferred(names, torch.tensor([places[name] for name in names], device=model.device))
+            index = torch.tensor([places[name] for name in names], device=model.device)
+            yield Inferred(names, index, found.is_known.to(model.device))
 
 
 @contextmanager

@@ -119,7 +119,8 @@ class QTuningModel(PretrainedInterface):
     def task_rule(self) -> TaskRule:
         """The rule by which the task of an input is inferred; set it to one, or to a name in `RULES`.
 
-        Setting it fits it anew, also after a change of its settings. It is not saved with the model.
+        Setting it fits it anew, also after a change of its settings. A rule in `RULES` is saved with the model; for
+        another, loading warns.
         """
         return self._tasks.known.rule
 
@@ -493,7 +494,8 @@ class QTuningModel(PretrainedInterface):
 
         Returns:
             `QTuningOutput` for classification, otherwise the base model's output. If memory retention applies, its
-            `retention_loss` is set and included in `loss`. With inferred tasks its `task_index` is set.
+            `retention_loss` is set and included in `loss`. With inferred tasks its `task_index` and
+            `is_known` are set.
 
         Raises:
             TypeError, ValueError: attention weights are requested, or `task_names` or `labels` are invalid.
@@ -516,7 +518,7 @@ class QTuningModel(PretrainedInterface):
                 )
             with inferred(self, task_names, inputs, top_k) as found:
                 output = self._compute(inputs, labels, num_items_in_batch, retention_features)
-            output["task_index"] = found.index
+            output["task_index"], output["is_known"] = found.index, found.is_known
             return output
         if task_names is not None:
             with self.using(task_names, batch_size(inputs)):
@@ -725,6 +727,7 @@ class QTuningModel(PretrainedInterface):
             queue=self.training_prefix.queue.state_dict(),
             last_learned=self.learning.last_learned,
             statistics=self.statistics,
+            task_rule=self.task_rule,
         )
         write_checkpoint(Path(folder), checkpoint)
 
@@ -746,6 +749,7 @@ class QTuningModel(PretrainedInterface):
         try:
             saved.check_base_model(model.backbone, Path(folder))
             model._tasks = Tasks(model.backbone, model.layer_indices, saved.config, saved.adapters, saved.statistics)
+            model.task_rule = saved.task_rule
             model.training_prefix.queue.load_state_dict(saved.queue)
             model.learning.restore(saved.learning, model.device, saved.last_learned)
         except (KeyError, RuntimeError) as error:

@@ -22,6 +22,7 @@ class QTuningOutput(ModelOutput):
         retention_loss: `L_MR`; None if memory retention does not apply.
         hidden_states: those of the input, `[B, N, hidden]`, of the embeddings and of each layer, if they are requested.
         task_index: with `task_names="infer"` the place of each sample's task among the model's tasks, `[B]` int64.
+        is_known: the same: whether each sample seems to be of any known task, `[B]` bool. It is answered all the same.
     """
 
     loss: Tensor | None = None
@@ -29,6 +30,7 @@ class QTuningOutput(ModelOutput):
     retention_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     task_index: Tensor | None = None
+    is_known: Tensor | None = None
 
 
 _NOT_READ = ("labels", "label_ids", "decoder_", "cache_position", "num_items_in_batch", "logits_to_keep")

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.method.labels import MULTI, SINGLE
+from qtuning_fast.method.task_rules import RanPAC, TaskRule
 from qtuning_fast.model.checked_files import CorruptFileError, read_json, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE, FORMAT_VERSION, READABLE_VERSIONS, read_checkpoint
 
@@ -396,3 +397,26 @@ def test_an_index_of_statistics_that_is_wrong_is_refused(
         write_json(tmp_path / CONFIG_FILE, index)
         with pytest.raises(CorruptFileError, match="is not an index of a saved model"):
             read_checkpoint(tmp_path)
+
+
+# The rule that infers tasks
+
+
+def test_a_rule_of_the_library_is_saved_and_another_is_missed(families: Any, recognising: Any, tmp_path: Path) -> None:
+    model = recognising(families["BERT"], 2)
+    model.save_pretrained(tmp_path)
+    assert "task_rule" not in read_json(tmp_path / CONFIG_FILE), "as in earlier versions"
+    model.task_rule = RanPAC(size=9, seed=3)
+    model.save_pretrained(tmp_path)
+    read = QTuningModel.from_pretrained(families["BERT"].base_model(), tmp_path)
+    assert isinstance(read.task_rule, RanPAC) and read.task_rule.settings == {"size": 9, "seed": 3}
+    assert read.lacking_statistics() == ["task-0", "task-1"] and read.lacking_statistics("closed-form") == []
+
+    class Mine(TaskRule):
+        name = "mine"
+
+    model.task_rule = Mine()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="saved with the task rule 'mine', which is not among those of this library"):
+        read = QTuningModel.from_pretrained(families["BERT"].base_model(), tmp_path)
+    assert read.task_rule.name == "closed-form"

@@ -48,10 +48,10 @@ def scores_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     words = [WORDS[row["measure"]] for row in rows]
     several, unnamed = len(set(words)) > 1, all("task_found" in row for row in rows)
     table = Table("task", "examples", *(["measure", "score"] if several else words[:1]))
-    for heading in ("task found", "not named") if unnamed else ():
+    for heading in ("task found", "not named", "known") if unnamed else ():
         table.add_column(heading)
     for word, row in zip(words, rows):
-        numbers = [row["score"], *((row["task_found"], row["accuracy"]) if unnamed else ())]
+        numbers = [row["score"], *((row["task_found"], row["accuracy"], row["known"]) if unnamed else ())]
         table.add_row(Text(row["task"]), str(row["examples"]), *([word] if several else []), *map(_number, numbers))
     return table
 

@@ -51,7 +51,7 @@ def test_a_run_without_baselines_or_live_queue(make_metrics):
 
 
 def test_measures_other_than_accuracy_have_their_names(make_metrics):
-    metrics = make_metrics(2)
+    metrics = make_metrics(2, class_incremental=False)
     for task in metrics["per_task"]:
         task["metric"] = "micro_f1"
     text = printed(metrics)

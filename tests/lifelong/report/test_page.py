@@ -193,7 +193,7 @@ def test_seeds_report_links_to_each_seed(make_metrics, tmp_path):
 
 
 def test_other_measures_are_named(make_metrics, tmp_path):
-    metrics = make_metrics(3)
+    metrics = make_metrics(3, class_incremental=False)
     for task, metric in zip(metrics["per_task"], ("accuracy", "micro_f1", "pearson")):
         task["metric"] = metric
     metrics["baselines"]["linear_probe"]["accuracy"][2] = -0.5  # a correlation
