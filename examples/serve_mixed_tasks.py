@@ -29,13 +29,18 @@ from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 TEXT = "it was a very old house, and the new family had never seen the garden behind it"
 
 
-def examples(text: dict[str, Tensor], number: int, rows: int, classes: int = 1) -> dict[str, Tensor]:
-    """Texts of a task: some of their tokens are the task's, one is the class's own."""
+def examples(text: dict[str, Tensor], words: int, number: int, rows: int, classes: int = 1) -> dict[str, Tensor]:
+    """Texts of a task: some of their tokens are the task's, one is the class's own.
+
+    Args:
+        text: one text, tokenised.
+        words: size of the vocabulary.
+    """
     chance = torch.Generator().manual_seed(1000 * number + rows)
     labels = torch.arange(rows) % classes
     ids = text["input_ids"][:1].repeat(rows, 1)
     tokens, device = ids.shape[1], ids.device
-    own = 2000 + 37 * number  # any words of the vocabulary
+    own = words // 2 + 37 * number % (words // 2 - 6)  # any tokens will do
     for row in range(rows):
         places = 1 + torch.randperm(tokens - 2, generator=chance)[:6]
         ids[row, places.to(device)] = own
@@ -45,12 +50,12 @@ def examples(text: dict[str, Tensor], number: int, rows: int, classes: int = 1) 
 
 def write_adapters(base: Any, folder: str, tasks: int, text: dict[str, Tensor]) -> None:
     """Save a model with so many tasks, none of them trained, which knows their texts."""
-    model = QTuningModel(base, QTuningConfig(queue_size=3))
+    model, words = QTuningModel(base, QTuningConfig(queue_size=3)), base.config.vocab_size
     for number in range(tasks):
         name, classes = f"task-{number:02d}", 2 + number % 4
         model.start_task(name, num_labels=classes)
         model.finish_task()
-        train, validation = (examples(text, number, rows, classes) for rows in (4 * classes, 2 * classes))
+        train, validation = (examples(text, words, number, rows, classes) for rows in (4 * classes, 2 * classes))
         model.record_statistics(name, [train], validation=[validation])
     model.save_pretrained(folder)
     model.detach()
@@ -99,7 +104,8 @@ def serve(model: QTuningModel, folder: str, batch: dict[str, Tensor], times: int
     found = None
     if len(model.statistics):  # nobody names the tasks of these rows
         places = [row % len(model.tasks) for row in range(rows)]
-        parts = [examples(batch, place, 1) for place in places]
+        words = model.base_model.config.vocab_size
+        parts = [examples(batch, words, place, 1) for place in places]
         unnamed = {
             key: torch.cat([part[key] for part in parts]).to(model.device) for key in ("input_ids", "attention_mask")
         }

@@ -189,6 +189,7 @@ def test_serve_mixed_tasks(bert: Any, tmp_path: Path) -> None:
     sizes = ["--tasks=6", "--rows=5", "--steps=2"]
     result = module.main([f"--model={folder}", *sizes, f"--out={tmp_path / 'adapters'}"])
     assert result["in_memory"] == 0 and result["error"] < 1e-5 and result["as_before"]
+    assert result["found"] > 0.5, "nobody names the task of these rows"
     assert result["bounded"]["device"] <= result["bounded"]["room"] >= result["bounded"]["host"]
     too_many, unknown = result["refused"]
     assert "5 tasks" in too_many and "'task-00' is not among the finished tasks" in unknown
