@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from importlib import import_module
@@ -122,3 +123,33 @@ def test_the_reference_names_all_that_is_public() -> None:
     short = {name.rpartition(".")[2] for name in named}
     missing = {name for name in public if name.rpartition(".")[2] not in short | {"__version__", "NAME"}}
     assert not missing
+
+
+def test_the_figures_of_the_demo_are_those_of_its_run() -> None:
+    metrics = json.loads((ROOT / "bench/results/offline-5/metrics.json").read_text())
+    unnamed = metrics["class_incremental"]
+    rows = {
+        "each task with its stored adapter": metrics["task_adapter"]["accuracy_matrix"][-1],
+        "linear probe, tuned, on the same examples": metrics["baselines"]["linear_probe"]["accuracy"],
+        "all tasks under the live queue": metrics["live_queue"]["accuracy_matrix"][-1],
+        "task not named: inferred, then its adapter": unnamed["adapters"]["accuracy_matrix"][-1],
+    }
+    page, text = (DOCS / "demo.md").read_text(), " ".join((DOCS / "demo.md").read_text().split())
+    for name, accuracies in rows.items():
+        shown = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        wanted = [*accuracies, sum(accuracies) / len(accuracies)]
+        assert re.findall(r"\d\.\d{3}", shown) == [f"{value:.3f}" for value in wanted]
+    marks = unnamed["baselines"]
+    for said in (
+        f"right for {unnamed['adapters']['task_found']:.1%} of them",
+        f"answers {unnamed['closed_form']['average_accuracy']:.3f} right by itself",
+        f"nearest class means find the task of {marks['nearest_class_mean']['task_found']:.1%}",
+        f"finds it for {marks['joint_regression']['task_found']:.1%} and answers "
+        f"{marks['joint_regression']['average_accuracy']:.3f} right",
+        f"off by {unnamed['calibration']['error']:.3f} on average",
+        f"an AUROC of {unnamed['unknown']['mean_auroc']:.3f}",
+        f"gives {unnamed['unknown']['false_alarms']:.1%} here and notices {unnamed['unknown']['mean_detected']:.1%}",
+    ):
+        assert said in text, said
+    for where in ("README.md", "docs/index.md", "docs/recipes/task-inference.md"):
+        assert f"{unnamed['adapters']['average_accuracy']:.3f}" in (ROOT / where).read_text()
