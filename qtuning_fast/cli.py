@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -20,15 +18,15 @@ try:
 except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
+from qtuning_fast.cli_options import Options, with_options
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.streams import STREAMS
 from qtuning_fast.method.config import QTuningConfig
-from qtuning_fast.method.settings import Setting, settings_of
 from qtuning_fast.method.task_rules import RULES, ClosedForm
 from qtuning_fast.version import __version__
 
 if TYPE_CHECKING:
-    from qtuning_fast.lifelong.runs import SavedRun
+    from qtuning_fast.lifelong.saved_run import SavedRun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,83 +122,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-_INDICES, _REPEATED = tuple[int, ...] | None, tuple[str, ...]  # types of settings that options spell differently
-
-
-@dataclass(frozen=True)
-class _Options:
-    """A dataclass of settings as options of a command.
-
-    Args:
-        settings: the dataclass.
-        panel: the heading of its options in `--help`.
-        left_out: settings without an option.
-        defaults: for a setting whose default the command computes, its text in `--help`; the option defaults to None.
-    """
-
-    settings: type
-    panel: str
-    left_out: tuple[str, ...] = ()
-    defaults: Mapping[str, str] = field(default_factory=dict)
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Yield the options as function parameters, which typer reads."""
-        for each in self._options():
-            name, kind, default, text = each.name, each.kind, each.default, each.help
-            flags: tuple[str, ...] = ()
-            if name in self.defaults:
-                kind, default, text = kind | None, None, f"{text.rstrip('.')}; {self.defaults[name]}."
-            elif None in each.choices:
-                kind, default = str, default or "none"
-            elif kind == _INDICES:
-                kind = str | None
-            elif kind == _REPEATED:
-                kind, default, flags = list[str] | None, None, (f"--{name.removesuffix('s').replace('_', '-')}",)
-            option = typer.Option(*flags, help=text, rich_help_panel=self.panel)
-            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-
-    def read(self, given: Mapping[str, Any], **more: Any) -> Any:
-        """Build the settings from the values on the command line; raise what the dataclass raises."""
-        return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()}, **more)
-
-    def _options(self) -> list[Setting]:
-        return [each for each in settings_of(self.settings) if each.name not in self.left_out]
-
-
-def _read(option: Setting, given: Any) -> Any:
-    """Convert the value of an option to that of its setting."""
-    if None in option.choices:
-        return None if given == "none" else given
-    if option.kind == _REPEATED:
-        return tuple(given or ())
-    if option.kind == _INDICES and given is not None:
-        try:
-            return tuple(int(index) for index in given.split(","))
-        except ValueError:
-            raise ValueError(f"{option.name} is {given!r}; it must be indices such as 0,1,2") from None
-    return given
-
-
-def _with_options(*groups: _Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add options for these settings to a command, which receives them as `**given`."""
-
-    def extended(command: Any) -> Any:
-        own = signature(command, eval_str=True).parameters.values()
-        named = [each for each in own if each.kind is not Parameter.VAR_KEYWORD]
-        added = [parameter for group in groups for parameter in group.parameters()]
-        command.__signature__ = Signature([each.replace(kind=Parameter.KEYWORD_ONLY) for each in named] + added)
-        return command
-
-    return extended
-
-
 _QUEUE_SIZE = QTuningConfig().queue_size
 _QUEUE_SIZES = {name: stream.queue_size for name, stream in STREAMS.items() if stream.queue_size != _QUEUE_SIZE}
 _QUEUE_DEFAULT = ", ".join([f"default {_QUEUE_SIZE}", *(f"for {name} {size}" for name, size in _QUEUE_SIZES.items())])
 
-_DATA = _Options(DataOptions, "Data", left_out=("seed",))
-_METHOD = _Options(QTuningConfig, "Method", defaults={"queue_size": _QUEUE_DEFAULT})
-_TRAINING = _Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
+_DATA = Options(DataOptions, "Data", left_out=("seed",))
+_METHOD = Options(QTuningConfig, "Method", defaults={"queue_size": _QUEUE_DEFAULT})
+_TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
 
 
 @app.callback()
@@ -211,7 +139,7 @@ def options(
 
 
 @app.command()
-@_with_options(_DATA, _METHOD, _TRAINING)
+@with_options(_DATA, _METHOD, _TRAINING)
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there resumes.")],
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
@@ -281,7 +209,7 @@ def evaluate(
         _silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
         from qtuning_fast.lifelong.report.console import labels_table, scores_table
-        from qtuning_fast.lifelong.runs import SavedRun
+        from qtuning_fast.lifelong.saved_run import SavedRun
 
         saved = SavedRun(folder, task_rule=rule)
         columns = {
@@ -339,7 +267,7 @@ def predict(
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
         _silence_libraries()
-        from qtuning_fast.lifelong.runs import SavedRun
+        from qtuning_fast.lifelong.saved_run import SavedRun
 
         saved = SavedRun(folder, task_rule=rule)
         if task is not None:
@@ -375,7 +303,7 @@ def statistics(folder: RunFolder, rule: Rule = None) -> None:
     """Record what inferring the task needs, for a run of an earlier version, from the run's own examples."""
     with _readable_errors():
         _silence_libraries()
-        from qtuning_fast.lifelong.runs import SavedRun
+        from qtuning_fast.lifelong.saved_run import SavedRun
 
         recorded = SavedRun(folder, task_rule=rule).record_statistics()
         said = f"Recorded for {', '.join(recorded)}." if recorded else "Every task has its statistics already."

@@ -19,7 +19,7 @@ DRAWING = {
 }  # themselves imported only where a report is written
 # Parameters are renamed, so what a model can do is found by running it. Who reads signatures all the same, and why:
 READING_SIGNATURES = {
-    "cli.py": "its own commands', to put the options of the settings behind theirs",
+    "cli_options.py": "its own commands', to put the options of the settings behind theirs",
     "attention/api.py": "its own function's, to bind arguments",
     "attention/composed/vendors/packages.py": "an interface of flash-attn 4, which needs its GPU",
     "integrations/transformers/layers.py": "a model's, to say what it reads and to run it on that; the run decides",

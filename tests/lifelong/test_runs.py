@@ -11,10 +11,8 @@ import pytest
 from qtuning_fast import QTuningConfig
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
-from qtuning_fast.lifelong.runs import RunSettings, SavedRun, rewrite_report, run_seeds, run_stream
-from qtuning_fast.lifelong.tasks import Examples
-from qtuning_fast.lifelong.trainer import LifelongTrainer
-from qtuning_fast.model.checked_files import read_json
+from qtuning_fast.lifelong.runs import RunSettings, rewrite_report, run_seeds, run_stream
+from qtuning_fast.lifelong.saved_run import SavedRun
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=2)
 TRAINING = TrainingOptions(steps=2, batch_size=4, max_length=10, eval_every=2)
@@ -45,34 +43,9 @@ def test_another_seed_draws_and_trains_anew(settings: RunSettings) -> None:
     assert other.with_seed(0) == settings
 
 
-def test_a_saved_run_has_its_settings_and_gives_its_accuracies_again(settings: RunSettings, folder: Path) -> None:
-    saved = SavedRun(folder)
-    assert saved.options == TRAINING and saved.data == settings.data
-    final = read_json(folder / "metrics.json")["task_adapter"]["accuracy_matrix"][-1]
-    assert [saved.score(task.test, task.name) for task in saved.load_tasks()] == final
-    chances = saved.predict(["the red one", "a green one", "the red one"], "colours")
-    assert chances.shape == (3, 2) and chances[0].tolist() == pytest.approx(chances[2].tolist())
-
-
-def test_a_saved_run_refuses_images_for_texts(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="task 'colours' reads texts, but these examples are images"):
-        SavedRun(folder).score(Examples([tmp_path / "a.png"], [0]), "colours")
-
-
 def test_folders_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        SavedRun(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
         rewrite_report(tmp_path)
-
-
-def test_a_run_from_python_is_opened_by_its_adapters(settings: RunSettings, tmp_path: Path) -> None:
-    from qtuning_fast.lifelong.base_models import load_base_model
-
-    tasks = settings.data.load()[:1]
-    LifelongTrainer(*load_base_model(settings.model), METHOD, tasks, TRAINING, tmp_path / "run").run()
-    with pytest.raises(ValueError, match=r"QTuningModel\.from_pretrained"):
-        SavedRun(tmp_path / "run")
 
 
 def test_seeds_are_folders_of_their_own_and_reported_together(settings: RunSettings, tmp_path: Path) -> None:
