@@ -23,6 +23,7 @@ class Notes(RunListener):
 
     def task_ends(self, number: int, task: Task, probe: dict[str, Any], evaluation: dict[str, Any]) -> None:
         assert 0 <= probe["accuracy"] <= 1 and len(evaluation["live_queue"]) == number + 1
+        assert len(evaluation["class_incremental"]["accuracy"]) == number + 1
         self.told.append(f"end {number} {task.name}")
 
 
@@ -39,7 +40,7 @@ def test_a_listener_hears_every_task_and_stage_once(
         LifelongTrainer(*model, config, tasks, options, tmp_path / "run", listener=notes).run()
         return notes.told
 
-    stages = ["probe", "training", "evaluation"]
+    stages = ["probe", "training", "evaluation", "class_incremental"]
     assert run() == ["begin 0 colours", *stages, "end 0 colours", "begin 1 warm", *stages, "end 1 warm"]
     assert run() == ["begin 0 colours", "end 0 colours", "begin 1 warm", "end 1 warm"]  # nothing is left to do
 
