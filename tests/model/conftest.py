@@ -135,10 +135,12 @@ def assert_as_by_itself() -> Callable[..., None]:
 
 
 def _inputs_of(family: Any, task: int, size: int = 6, seed: int = 0) -> Batch:
-    """Inputs that their tokens, or their brightness, tell from those of other tasks."""
+    """Inputs that their tokens, or where they are bright, tell from those of other tasks."""
     batch: Batch = family.batch(seed=10 * seed + task, size=size)
     if family.kind == "image":
-        return {"pixel_values": 0.5 * batch["pixel_values"] + task}
+        pixels = 0.3 * batch["pixel_values"]
+        pixels.chunk(3, dim=(-2, -1, 1)[task])[task].add_(2.0)  # below, on the left, or in one colour
+        return {"pixel_values": pixels}
     ids = batch["input_ids"]
     return batch | {"input_ids": torch.where(batch["attention_mask"] != 0, 5 + 11 * task + ids % 11, ids)}
 
