@@ -141,14 +141,14 @@ def test_the_figures_of_the_demo_are_those_of_its_run() -> None:
         assert re.findall(r"\d\.\d{3}", shown) == [f"{value:.3f}" for value in wanted]
     marks = unnamed["baselines"]
     for said in (
-        f"right for {unnamed['adapters']['task_found']:.1%} of them",
-        f"answers {unnamed['closed_form']['average_accuracy']:.3f} right by itself",
-        f"nearest class means find the task of {marks['nearest_class_mean']['task_found']:.1%}",
-        f"finds it for {marks['joint_regression']['task_found']:.1%} and answers "
-        f"{marks['joint_regression']['average_accuracy']:.3f} right",
-        f"off by {unnamed['calibration']['error']:.3f} on average",
+        f"the task is right for {unnamed['adapters']['task_found']:.1%} of them",
+        f"its own answers reach {unnamed['closed_form']['average_accuracy']:.3f}",
+        f"Nearest class means find the task of {marks['nearest_class_mean']['task_found']:.1%}",
+        f"finds it for {marks['joint_regression']['task_found']:.1%}; its answers reach "
+        f"{marks['joint_regression']['average_accuracy']:.3f}",
+        f"differs by {unnamed['calibration']['error']:.3f} on average",
         f"an AUROC of {unnamed['unknown']['mean_auroc']:.3f}",
-        f"gives {unnamed['unknown']['false_alarms']:.1%} here and notices {unnamed['unknown']['mean_detected']:.1%}",
+        f"gives {unnamed['unknown']['false_alarms']:.1%} here, and notices {unnamed['unknown']['mean_detected']:.1%}",
     ):
         assert said in text, said
     for where in ("README.md", "docs/index.md", "docs/recipes/task-inference.md"):

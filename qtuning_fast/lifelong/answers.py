@@ -56,19 +56,19 @@ class Answering:
         self._batch_size = batch_size
         self._answers_of = answers_of
 
-    def infer(self, choice: FittedRule, examples: EncodedExamples, features: Tensor) -> TaskInference:
+    def infer(self, fitted: FittedRule, examples: EncodedExamples, features: Tensor) -> TaskInference:
         """Return which task each example is of.
 
         Args:
-            choice: the rule, fitted to tasks of the model.
+            fitted: the rule, fitted to tasks of the model.
             examples: the examples.
             features: theirs under no task, `[n, F]`.
         """
 
         def ask_adapters() -> Mapping[str, Tensor]:
-            return {name: self.ask(name, examples) for name in choice.order}
+            return {name: self.ask(name, examples) for name in fitted.order}
 
-        return choice.infer(Evidence(features, ask_adapters))
+        return fitted.infer(Evidence(features, ask_adapters))
 
     def ask(self, task: str, examples: EncodedExamples) -> Tensor:
         """Return what the adapter of a task gives for each example: `[n, outputs]` as in `InferredAnswer.output`."""
@@ -121,6 +121,6 @@ def statistics_of(
         classes: the number of classes that the task counts as.
         rule: a rule that may need moments of its own.
     """
-    recorder = Recorder(classes, {rule.feature_map: rule.map} if rule.has_own_features else {})
+    recorder = Recorder(classes, rule.maps)
     recorder.add(*train)
     return recorder.finish([] if validation is None else [validation])

@@ -1,7 +1,7 @@
 """How well examples are answered whose task nobody names, among all classes learned so far.
 
 An answer is right if both its task and its class are. A task whose answers are not one class of several counts as one
-class: an answer is right if the task is. `class_incremental` in `metrics.json` holds what `summary` returns.
+class: an answer is right if the task is. `UnnamedTasks` puts these measures together for `metrics.json`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -56,17 +57,13 @@ class ProgressBars(RunListener):
         live, unnamed = evaluation["live_queue"], evaluation["class_incremental"]["accuracy"]
         self.progress.console.print(
             f"{number + 1:>2}. {task.name[:12]:<12} adapter {evaluation['task_adapter']:.3f}, "
-            f"probe {probe[task.metric]:.3f}; so far live {_mean(live)}, not named {_mean(unnamed)}",
+            f"probe {probe[task.metric]:.3f}; so far live {fmean(live):.3f}, not named {fmean(unnamed):.3f}",
             markup=False,
             highlight=False,
         )
 
     def step_callback(self, steps: int) -> TrainerCallback:
         return _StepBar(self.progress, self._steps, steps)
-
-
-def _mean(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.3f}"
 
 
 class _StepBar(TrainerCallback):

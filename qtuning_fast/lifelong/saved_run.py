@@ -98,11 +98,11 @@ class SavedRun:
     def _infer(self, encoded: EncodedExamples, top_k: int) -> list[InferredAnswer]:
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
-        choice = self._choice()
-        inference = self._answering.infer(choice, encoded, features(self.model, encoded, self._batch_size, task=None))
+        fitted = self._fitted()
+        inference = self._answering.infer(fitted, encoded, features(self.model, encoded, self._batch_size, task=None))
         return self._answering.answer(inference, encoded, top_k=top_k)
 
-    def _choice(self) -> FittedRule:
+    def _fitted(self) -> FittedRule:
         if not self.infers:
             raise ValueError(self.no_inference)
         return self.model.fit_task_rule()
@@ -196,9 +196,10 @@ class SavedRun:
             ValueError: the examples are images but the run reads texts, or the other way round.
         """
         self._check_kind(examples, task)
-        self.model.set_task(task)
         encoded, problem_type = self.encoder.encode(examples), self.model.problem_type(task)
-        return task_score(self.model, encoded, self._batch_size, self._answers(task), problem_type)
+        with self.model.keeping_task():
+            self.model.set_task(task)
+            return task_score(self.model, encoded, self._batch_size, self._answers(task), problem_type)
 
     def score_unnamed(self, examples: Examples, task: str, *, top_k: int = 1) -> dict[str, float]:
         """How well examples of a task are answered if nobody names it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from qtuning_fast.lifelong.class_incremental import (
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
 from qtuning_fast.lifelong.tasks import Task
-from qtuning_fast.method.labels import SINGLE
+from qtuning_fast.method.labels import SINGLE, class_count
 from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
 from qtuning_fast.method.task_rules import ClosedForm, NearestMean, TaskRule
 from qtuning_fast.model.model import QTuningModel
@@ -104,17 +105,17 @@ class UnnamedTasks:
         tasks = self._tasks[: number + 1]
         names = [task.name for task in tasks]
         truths = [_pairs(place, self._classes(task, "test")) for place, task in enumerate(tasks)]
-        choices = {
+        rules = {
             "adapters": model.fit_task_rule(names, self.rule),
             "closed_form": model.fit_task_rule(names, ClosedForm()),
             "nearest_class_mean": model.fit_task_rule(names, NearestMean()),
         }
-        inferred = {kind: [self._infer(model, choice, task) for task in tasks] for kind, choice in choices.items()}
-        before = [np.array(pairs) for pairs in previous["answers"]] if previous is not None else []
+        inferred = {kind: [self._infer(model, fitted, task) for task in tasks] for kind, fitted in rules.items()}
+        before = [*map(np.array, previous["answers"])] if previous is not None else []
         answers = {
             "adapters": [
-                self._adapter_answers(model, task, inferred["adapters"][place], before[place : place + 1])
-                for place, task in enumerate(tasks)
+                self._adapter_answers(model, task, each, earlier)
+                for task, each, earlier in zip_longest(tasks, inferred["adapters"], before)
             ]
         } | {kind: [_most_probable(each) for each in inferred[kind]] for kind in ("closed_form", "nearest_class_mean")}
         label_names = [task.label_names if task.problem_type == SINGLE else [(task.name,)] for task in tasks]
@@ -125,34 +126,34 @@ class UnnamedTasks:
             **{kind: found(pairs, truths) for kind, pairs in answers.items()},
         }
         if number == len(self._tasks) - 1:
-            result["at_end"] = self._at_end(
-                model, choices["adapters"], inferred["adapters"], answers["adapters"], truths
-            )
+            result["at_end"] = self._at_end(model, rules["adapters"], inferred["adapters"], answers["adapters"], truths)
         return result
 
-    def _infer(self, model: QTuningModel, choice: FittedRule, task: Task) -> TaskInference:
-        return self._answering(model).infer(choice, self._encoded(task)["test"], self.features(model, task, "test"))
+    def _infer(self, model: QTuningModel, fitted: FittedRule, task: Task) -> TaskInference:
+        return self._answering(model).infer(fitted, self._encoded(task)["test"], self.features(model, task, "test"))
 
     def _answering(self, model: QTuningModel) -> Answering:
         return Answering(model, self._batch_size, self._answers_of)
 
     def _adapter_answers(
-        self, model: QTuningModel, task: Task, inference: TaskInference, before: Sequence[Pairs]
+        self, model: QTuningModel, task: Task, inference: TaskInference, earlier: Pairs | None
     ) -> Pairs:
-        """Return what each test example of a task is taken for: the inferred task, and its adapter's answer."""
-        chosen = inference.task_probabilities.argmax(1).numpy()
+        """Return what each test example of a task is taken for: the inferred task, and its adapter's answer.
+
+        Args:
+            earlier: the same after the task before; None for the task learned last.
+        """
+        chosen = inference.places.numpy()
         pairs = np.stack([chosen, np.zeros_like(chosen)], axis=1)
-        anew = np.ones(len(pairs), dtype=bool)
-        for earlier in before:
-            anew = earlier[:, 0] != chosen
+        anew = np.full(len(pairs), True) if earlier is None else earlier[:, 0] != chosen
+        if earlier is not None:
             pairs[~anew] = earlier[~anew]
-        places = np.flatnonzero(anew)
-        names = [self._tasks[chosen[place]].name for place in places]
-        for place, output in zip(
-            places, self._answering(model).ask_each(names, self._encoded(task)["test"].subset(places.tolist()))
-        ):
-            if self._tasks[chosen[place]].problem_type == SINGLE:
-                pairs[place, 1] = int(output.argmax())
+        examples = np.flatnonzero(anew)
+        names = [self._tasks[chosen[each]].name for each in examples]
+        outputs = self._answering(model).ask_each(names, self._encoded(task)["test"].subset(examples.tolist()))
+        for each, output in zip(examples, outputs):
+            if self._tasks[chosen[each]].problem_type == SINGLE:
+                pairs[each, 1] = int(output.argmax())
         return pairs
 
     # After the last task
@@ -160,16 +161,16 @@ class UnnamedTasks:
     def _at_end(
         self,
         model: QTuningModel,
-        choice: FittedRule,
+        fitted: FittedRule,
         inferred: Sequence[TaskInference],
         answers: Sequence[Pairs],
         truths: Sequence[Pairs],
     ) -> dict[str, Any]:
         probabilities = torch.cat([each.task_probabilities for each in inferred]).numpy()
-        right = probabilities.argmax(1) == np.concatenate(truths)[:, 0]
+        right = torch.cat([each.places for each in inferred]).numpy() == np.concatenate(truths)[:, 0]
         return {
             "confusion": confusion(answers, len(self._tasks)),
-            "calibration": {"temperature": choice.temperature, **reliability(probabilities.max(1), right)},
+            "calibration": {"temperature": fitted.temperature, **reliability(probabilities.max(1), right)},
             "unknown": self._unknown(model, inferred),
             "joint_regression": self._joint(model, truths),
         }
@@ -179,11 +180,11 @@ class UnnamedTasks:
         names, several = [task.name for task in self._tasks], len(self._tasks) > 1
         areas, detected = [], []
         for task in self._tasks if several else ():
-            choice = model.fit_task_rule([name for name in names if name != task.name], ClosedForm())
-            distances = {each.name: _distances(self._infer(model, choice, each)) for each in self._tasks}
+            fitted = model.fit_task_rule([name for name in names if name != task.name], ClosedForm())
+            distances = {each.name: _distances(self._infer(model, fitted, each)) for each in self._tasks}
             held_out = distances.pop(task.name)
             areas.append(auroc(held_out, np.concatenate([*distances.values()])))
-            detected.append(float((held_out > choice.threshold(FALSE_ALARM_RATE)).mean()))
+            detected.append(float((held_out > fitted.threshold(FALSE_ALARM_RATE)).mean()))
         threshold, told = inferred[0].threshold, bool(np.isfinite(inferred[0].threshold))
         known = torch.cat([each.is_known for each in inferred]).double()
         return {
@@ -245,8 +246,8 @@ class UnnamedTasks:
 
 
 def _count(task: Task) -> int:
-    """Return the number of classes that a task counts as; as `qtuning_fast.model.known_tasks.classes_of`."""
-    return len(task.label_names) if task.problem_type == SINGLE else 1
+    """Return the number of classes that a task of a run counts as; see `class_count`."""
+    return class_count(task.problem_type, task.label_names)
 
 
 def _pairs(task: int, classes: NDArray[np.int64]) -> Pairs:

@@ -35,6 +35,11 @@ def check_problem_type(problem_type: object) -> None:
         raise ValueError(f"problem_type is {problem_type!r}; it must be one of {', '.join(map(repr, PROBLEM_TYPES))}")
 
 
+def class_count(problem_type: str, label_names: Sequence[str]) -> int:
+    """Return the number of classes that inputs of a task are told apart by: 1 if an answer is not one of several."""
+    return len(label_names) if problem_type == SINGLE and label_names else 1
+
+
 def check_labels(labels: Tensor, problem_type: str, tasks: Sequence[str], outputs: Sequence[int], batch: int) -> None:
     """Check the labels of a batch.
 

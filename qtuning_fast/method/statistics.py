@@ -9,7 +9,7 @@ examples up to 64 feature vectors are kept as they are, for calibration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ Labelled = tuple[Tensor, Tensor]
 """Features `[n, F]` and class indices `[n]`."""
 
 KEPT_FOR_CALIBRATION = 64
+_FACTORS_AT_ONCE = 16  # a product of few rows spends its time on reading and writing the sum
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,36 @@ def spread(features: Tensor, most: int) -> Tensor:
     direction = torch.arange(features.shape[1], dtype=torch.float64).cos()
     order = (features.double() @ direction).argsort(stable=True)
     return order[((torch.arange(most, dtype=torch.float64) + 0.5) / most * len(features)).long()]
+
+
+def summed_scatter(moments: Sequence[ClassMoments]) -> Tensor:
+    """Return the sum of the scatters, `[F, F]`."""
+    total = moments[0].factor.new_zeros(moments[0].factor.shape[1], moments[0].factor.shape[1])
+    for first in range(0, len(moments), _FACTORS_AT_ONCE):
+        rows = torch.cat([each.factor for each in moments[first : first + _FACTORS_AT_ONCE]])
+        total.addmm_(rows.mT, rows)
+    return total
+
+
+def validation_of(statistics: Sequence[TaskStatistics], most: int | None = None) -> Labelled:
+    """Return features `[v, F]` of the tasks' validation examples, and their classes among those of all tasks.
+
+    Examples of a class that the moments have not seen are left out.
+
+    Args:
+        statistics: those of the tasks.
+        most: keep so many at most, as many of each task as of the others, but at least one; they are spread evenly.
+    """
+    each_at_most = None if most is None else max(1, most // max(1, len(statistics)))
+    features, labels, before = [], [], 0
+    for each in statistics:
+        usable = each.features.seen[each.validation_labels]
+        its_features, its_labels = each.validation_features[usable], each.validation_labels[usable] + before
+        kept = spread(its_features, len(its_features) if each_at_most is None else each_at_most)
+        features.append(its_features[kept])
+        labels.append(its_labels[kept])
+        before += each.classes
+    return torch.cat(features), torch.cat(labels)
 
 
 def _unchanged(features: Tensor) -> Tensor:

@@ -17,14 +17,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from qtuning_fast.method.task_rules import (
-    Candidate,
-    Evidence,
-    Scores,
-    SharedGaussian,
-    TaskRule,
-    validation_of,
-)
+from qtuning_fast.method.statistics import validation_of
+from qtuning_fast.method.task_rules import Candidate, Evidence, Scores, SharedGaussian, TaskRule
 from qtuning_fast.method.temperature import best_temperature
 
 _CPU = torch.device("cpu")
@@ -63,9 +57,14 @@ class TaskInference:
         return len(self.task_probabilities)
 
     @property
+    def places(self) -> Tensor:
+        """The place among `tasks` of each input's most probable task, `[B]` int64; of equals the first by name."""
+        return self._ranked[:, 0]
+
+    @property
     def task_names(self) -> list[str]:
         """The most probable task of each input; of equals the first by name, whichever was learned first."""
-        return [self.tasks[index] for index in self._ranked[:, 0].tolist()]
+        return [self.tasks[place] for place in self.places.tolist()]
 
     @property
     def is_known(self) -> Tensor:

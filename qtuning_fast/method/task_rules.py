@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.method.labels import SINGLE
-from qtuning_fast.method.statistics import FEATURES, ClassMoments, Labelled, TaskStatistics, spread
+from qtuning_fast.method.statistics import FEATURES, FeatureMap, TaskStatistics, summed_scatter, validation_of
 
-_FACTORS_AT_ONCE = 16  # a product of few rows spends its time on reading and writing the sum
 _FLOAT32_NOISE = torch.finfo(torch.float32).eps ** 2
 
 
@@ -122,6 +121,11 @@ class TaskRule:
         return self.feature_map != FEATURES
 
     @property
+    def maps(self) -> dict[str, FeatureMap]:
+        """The feature map whose moments are recorded too, by its name; none for a rule without features of its own."""
+        return {self.feature_map: self.map} if self.has_own_features else {}
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the class takes to make the rule again, for JSON."""
         return {}
@@ -151,6 +155,7 @@ class ClosedForm(TaskRule):
     name = "closed-form"
 
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
+        """Return `μ_cᵀ Σ⁻¹ φ − ½ μ_cᵀ Σ⁻¹ μ_c` as a function of φ."""
         return SharedGaussian.of([each.known for each in candidates])
 
 
@@ -163,6 +168,7 @@ class NearestMean(TaskRule):
     name = "nearest-mean"
 
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
+        """Return `(μ_cᵀ φ − ½ μ_cᵀ μ_c) / σ²` as a function of φ, σ² the mean variance of a feature within classes."""
         statistics = [each.known for each in candidates]
         means, seen = _means(statistics), _seen(statistics)
         freedom = max(1, int(_counts(statistics).sum() - seen.sum()))
@@ -213,6 +219,10 @@ class RanPAC(TaskRule):
         return self._maps[width]
 
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
+        """Return `s_cᵀ (G + λI)⁻¹ h` as a function of h = relu(φ W): s_c sums h over class c, G sums `h hᵀ` over all.
+
+        λ is a power of ten times the mean eigenvalue of G; without validation examples a hundredth of it.
+        """
         statistics = [each.known for each in candidates]
         moments = [each.moments[self.feature_map] for each in statistics]
         means = torch.cat([each.means for each in moments])  # [C, M]
@@ -253,6 +263,11 @@ class MostConfident(TaskRule):
             )
 
     def fit(self, candidates: Sequence[Candidate]) -> Scores:
+        """Return `log p_t(c|x)` of each task's most probable class; −inf for its others.
+
+        Raises:
+            ValueError: the answers of a task are not one class of several.
+        """
         for each in candidates:
             self.check(each.name, each.problem_type)
         names = [each.name for each in candidates]
@@ -265,7 +280,7 @@ class MostConfident(TaskRule):
         return scores
 
 
-RULES: dict[str, Callable[[], TaskRule]] = {
+RULES: dict[str, Callable[..., TaskRule]] = {
     rule.name: rule for rule in (ClosedForm, NearestMean, RanPAC, MostConfident)
 }
 
@@ -331,15 +346,6 @@ class SharedGaussian:
         return (white.square().sum(1) - 2 * scores.amax(1)).clamp(min=0)
 
 
-def summed_scatter(moments: Sequence[ClassMoments]) -> Tensor:
-    """Return the sum of the scatters, `[F, F]`."""
-    total = moments[0].factor.new_zeros(moments[0].factor.shape[1], moments[0].factor.shape[1])
-    for first in range(0, len(moments), _FACTORS_AT_ONCE):
-        rows = torch.cat([each.factor for each in moments[first : first + _FACTORS_AT_ONCE]])
-        total.addmm_(rows.mT, rows)
-    return total
-
-
 def oas(scatter: Tensor, freedom: int, *, noise: float = 0.0) -> tuple[Tensor, float]:
     """Shrink a covariance by the oracle approximating estimator (Chen, Wiesel, Eldar and Hero 2010, arXiv 0907.4698).
 
@@ -362,27 +368,6 @@ def oas(scatter: Tensor, freedom: int, *, noise: float = 0.0) -> tuple[Tensor, f
     denominator = (freedom + 1 - 2 / size) * (squares - trace**2 / size)
     shrinkage = 1.0 if denominator <= 0 else min(1.0, numerator / denominator)
     return (1 - shrinkage) * covariance + shrinkage * trace / size * identity, shrinkage
-
-
-def validation_of(statistics: Sequence[TaskStatistics], most: int | None = None) -> Labelled:
-    """Return features `[v, F]` of the tasks' validation examples, and their classes among those of all tasks.
-
-    Examples of a class that the moments have not seen are left out.
-
-    Args:
-        statistics: those of the tasks.
-        most: keep so many at most, as many of each task as of the others, but at least one; they are spread evenly.
-    """
-    each_at_most = None if most is None else max(1, most // max(1, len(statistics)))
-    features, labels, before = [], [], 0
-    for each in statistics:
-        usable = each.features.seen[each.validation_labels]
-        its_features, its_labels = each.validation_features[usable], each.validation_labels[usable] + before
-        kept = spread(its_features, len(its_features) if each_at_most is None else each_at_most)
-        features.append(its_features[kept])
-        labels.append(its_labels[kept])
-        before += each.classes
-    return torch.cat(features), torch.cat(labels)
 
 
 def _means(statistics: Sequence[TaskStatistics]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.method.adapter import AdapterInfo
-from qtuning_fast.method.labels import IGNORED, SINGLE
+from qtuning_fast.method.labels import IGNORED, class_count
 from qtuning_fast.method.statistics import Labelled, Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import FittedRule
 from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
@@ -102,8 +102,7 @@ class KnownTasks:
         """
         task = self._adapters.entry(name)
         info = task.info
-        maps = {self.rule.feature_map: self.rule.map} if self.rule.has_own_features else {}
-        recorder, held_out = Recorder(classes_of(info), maps), list[Labelled]()
+        recorder, held_out = Recorder(classes_of(info), self.rule.maps), list[Labelled]()
         error: Exception | None = None
         try:
             for batch in batches:
@@ -115,7 +114,7 @@ class KnownTasks:
         for *_, theirs in processes:
             if theirs is not None:
                 raise theirs
-        together = Recorder(classes_of(info), maps)
+        together = Recorder(classes_of(info))
         for their_recorder, _, _ in processes:
             together.absorb(their_recorder)
         statistics = together.finish([part for _, parts, _ in processes for part in parts])
@@ -184,8 +183,8 @@ class KnownTasks:
 
 
 def classes_of(info: AdapterInfo) -> int:
-    """Return the number of classes that a task counts as; one if its answers are not one class of several."""
-    return len(info.label_names) if info.problem_type == SINGLE and info.label_names else 1
+    """Return the number of classes that a finished task counts as; see `class_count`."""
+    return class_count(info.problem_type, info.label_names)
 
 
 def class_indices(labels: Any, info: AdapterInfo, batch: int) -> Tensor:

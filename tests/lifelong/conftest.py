@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from qtuning_fast import QTuningConfig
+from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import evaluation_summary
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.runs import RunSettings, run_stream
 
 NAMES = ["trec", "agnews", "sst2", "clinc-banking", "dbpedia", "yelp-review-full", "emotion"]
 LAYERS, HEADS, ROWS, CAPACITY, SHARED = 6, 4, 10, 4, 10
@@ -259,3 +264,26 @@ def toy_images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.astype(np.uint8)).save(file)
     return {name: folder / name for name in classes}
+
+
+@pytest.fixture(scope="session")
+def settings(toy_files: dict[str, Path], tiny_model_folder: Path) -> RunSettings:
+    """Those of a run of two toy tasks, two steps each."""
+    data = DataOptions(
+        tasks=tuple(f"{name}={toy_files[name]}" for name in ("colours", "warm")),
+        shots=4,
+        validation_shots=3,
+        test_size=8,
+    )
+    method = QTuningConfig(prompt_length=2, shared_length=2, queue_size=2)
+    return RunSettings(
+        str(tiny_model_folder), data, method, TrainingOptions(steps=2, batch_size=4, max_length=10, eval_every=2)
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_run(settings: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run_stream(settings, folder, lambda tasks, title: nullcontext(RunListener()))
+    return folder

@@ -8,33 +8,14 @@ from typing import Any
 
 import pytest
 
-from qtuning_fast import QTuningConfig
 from qtuning_fast.lifelong.listener import RunListener
-from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.options import DataOptions
 from qtuning_fast.lifelong.runs import RunSettings, rewrite_report, run_seeds, run_stream
 from qtuning_fast.lifelong.saved_run import SavedRun
-
-METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=2)
-TRAINING = TrainingOptions(steps=2, batch_size=4, max_length=10, eval_every=2)
 
 
 def listening(tasks: Any, title: str) -> Any:
     return nullcontext(RunListener())
-
-
-@pytest.fixture(scope="module")
-def settings(toy_files: dict[str, Path], tiny_model_folder: Path) -> RunSettings:
-    tasks = tuple(f"{name}={toy_files[name]}" for name in ("colours", "warm"))
-    data = DataOptions(tasks=tasks, shots=4, validation_shots=3, test_size=8)
-    return RunSettings(str(tiny_model_folder), data, METHOD, TRAINING)
-
-
-@pytest.fixture(scope="module")
-def folder(settings: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    metrics = run_stream(settings, folder, listening)
-    assert metrics["tasks"] == ["colours", "warm"] and (folder / "report.html").is_file()
-    return folder
 
 
 def test_another_seed_draws_and_trains_anew(settings: RunSettings) -> None:
@@ -60,9 +41,9 @@ def test_seeds_are_folders_of_their_own_and_reported_together(settings: RunSetti
     assert SavedRun(tmp_path / "runs").data.seed == 4  # the first seed
 
 
-def test_several_seeds_do_not_go_into_the_folder_of_one(settings: RunSettings, folder: Path) -> None:
+def test_several_seeds_do_not_go_into_the_folder_of_one(settings: RunSettings, finished_run: Path) -> None:
     with pytest.raises(ValueError, match="one seed"):
-        run_seeds(settings, 2, folder, listening)
+        run_seeds(settings, 2, finished_run, listening)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(

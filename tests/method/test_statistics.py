@@ -23,6 +23,7 @@ from qtuning_fast.method.statistics import (
     Recorder,
     TaskStatistics,
     spread,
+    validation_of,
 )
 
 
@@ -272,3 +273,31 @@ def test_without_an_example_there_are_no_statistics() -> None:
         with pytest.raises(ValueError, match="no examples to record statistics of"):
             recorder.finish()
         recorder.add(torch.zeros(0, 3), torch.zeros(0).long())
+
+
+# Examples to calibrate on
+
+
+def test_validation_examples_of_tasks_are_numbered_among_all_classes() -> None:
+    first = Recorder(3)
+    first.add(*examples(20, 2, 3))
+    unseen = Recorder(3)  # of class 2
+    unseen.add(*examples(20, 2, 2))
+    held = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    given = torch.eye(3)[:, :2], torch.tensor([2, 1, 0])
+    found, classes = validation_of([first.finish([held]), unseen.finish([given])])
+    assert classes.tolist() == [0, 1, 2, 0, 1, 2, 3 + 1, 3 + 0]  # the class without an example is left out
+    assert torch.equal(found[6:], torch.eye(3)[1:, :2])
+
+
+def test_where_not_all_validation_examples_count_those_that_do_are_spread() -> None:
+    """64 of each task are kept, in the order of a projection; the first of them would all lie on one side."""
+    x = torch.linspace(-1, 1, 201)[:, None]
+    recorder = Recorder(1)
+    recorder.add(x[:2], torch.zeros(2).long())
+    known = [recorder.finish([(x, torch.zeros(201).long())])] * 3
+    found, labels = validation_of(known, most=16)
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    for its in found.split(5):
+        assert its.sort(dim=0).values.flatten().tolist() == pytest.approx([-0.8, -0.4, 0, 0.4, 0.8], abs=0.04)
+    assert len(validation_of(known, most=2)[0]) == 3  # at least one of each

@@ -29,7 +29,6 @@ from qtuning_fast.method.task_rules import (
     TaskRule,
     oas,
     rule_by_name,
-    validation_of,
 )
 
 Examples = tuple[Tensor, Tensor]
@@ -294,26 +293,6 @@ def test_rules_have_names() -> None:
             rule_by_name(wrong)  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError):
         TaskRule().fit([])
-
-
-def test_validation_examples_of_tasks_are_numbered_among_all_classes() -> None:
-    first = recorded(examples(9, 2, 3), 3, validation=[examples(6, 2, 3, 5)])
-    features, labels = examples(9, 2, 2, 1)
-    unseen = recorded((features, labels), 3, validation=[(torch.eye(3)[:, :2], torch.tensor([2, 1, 0]))])
-    found, classes = validation_of([first, unseen])
-    assert classes.tolist() == [0, 1, 2, 0, 1, 2, 3 + 1, 3 + 0]  # the class without an example is left out
-    assert torch.equal(found[6:], torch.eye(3)[1:, :2])
-
-
-def test_where_not_all_validation_examples_count_those_that_do_are_spread() -> None:
-    """64 of each task are kept, in the order of a projection; the first of them would all lie on one side."""
-    x = torch.linspace(-1, 1, 201)[:, None]
-    known = [recorded((x[:2], torch.zeros(2).long()), 1, validation=[(x, torch.zeros(201).long())]) for _ in range(3)]
-    found, labels = validation_of(known, most=16)
-    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    for its in found.split(5):
-        assert its.sort(dim=0).values.flatten().tolist() == pytest.approx([-0.8, -0.4, 0, 0.4, 0.8], abs=0.04)
-    assert len(validation_of(known, most=2)[0]) == 3  # at least one of each
 
 
 def test_scores_move_to_a_device_with_all_they_hold() -> None:

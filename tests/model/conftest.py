@@ -133,6 +133,14 @@ def assert_as_by_itself() -> Callable[..., None]:
 
 # Tasks whose inputs are recognised
 
+_KINDS = ("BERT", "DINOv2", "T5", "Llama", "GPT-2")  # the last with heads, a decoder that classifies
+
+
+@pytest.fixture(params=_KINDS)
+def kind(request: pytest.FixtureRequest, families: Any) -> Any:
+    """A family of each kind: text encoder, image model, encoder-decoder, decoder, decoder with heads."""
+    return families[request.param]
+
 
 def _inputs_of(family: Any, task: int, size: int = 6, seed: int = 0) -> Batch:
     """Inputs that their tokens, or where they are bright, tell from those of other tasks."""
@@ -148,7 +156,8 @@ def _inputs_of(family: Any, task: int, size: int = 6, seed: int = 0) -> Batch:
 def _recognising(family: Any, tasks: int = 3, **changes: Any) -> QTuningModel:
     torch.manual_seed(1)
     small = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "reparameterization": None}
-    small |= {"retention_weight": 0.0, "task_type": family.task_type}
+    task_type = "sequence-classification" if family.name == "GPT-2" else family.task_type
+    small |= {"retention_weight": 0.0, "task_type": task_type}
     model = QTuningModel(family.base_model(), QTuningConfig(**(small | changes)))
     for number in range(tasks):
         model.start_task(f"task-{number}", 2 + number if model.has_heads else None)

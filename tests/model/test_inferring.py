@@ -17,25 +17,13 @@ from qtuning_fast.method.task_inference import TaskInference
 from qtuning_fast.method.task_rules import TaskRule
 
 Batch = dict[str, Tensor]
-FAMILIES = {
-    "BERT": {},
-    "DINOv2": {},
-    "T5": {},
-    "Llama": {},
-    "GPT-2": {"task_type": "sequence-classification"},  # a decoder that classifies
-}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SHORT = {"max_new_tokens": 3, "do_sample": False}
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, families: Any) -> Any:
-    return families[request.param]
-
-
 @pytest.fixture
-def model(family: Any, recognising: Any) -> Any:
-    return recognising(family, 3, **FAMILIES[family.name])
+def model(kind: Any, recognising: Any) -> Any:
+    return recognising(kind, 3)
 
 
 @pytest.fixture
@@ -79,8 +67,8 @@ def assert_same_choice(found: TaskInference, expected: TaskInference, index: Any
 # A sample's task is its own
 
 
-def test_tasks_are_found_and_computed_as_if_they_had_been_named(model: Any, family: Any, inputs_of: Any) -> None:
-    batch = joined([inputs_of(family, task, 8, seed=3) for task in (2, 0, 1)])
+def test_tasks_are_found_and_computed_as_if_they_had_been_named(model: Any, kind: Any, inputs_of: Any) -> None:
+    batch = joined([inputs_of(kind, task, 8, seed=3) for task in (2, 0, 1)])
     right = ["task-2"] * 8 + ["task-0"] * 8 + ["task-1"] * 8
     found = model.infer_tasks(**batch)
     assert sum(a == b for a, b in zip(found.task_names, right)) >= 16 and len(set(found.task_names)) == 3
@@ -92,8 +80,8 @@ def test_tasks_are_found_and_computed_as_if_they_had_been_named(model: Any, fami
     assert named.get("task_index") is None
 
 
-def test_what_stands_around_a_sample_changes_nothing(model: Any, family: Any, inputs_of: Any) -> None:
-    batch = joined([inputs_of(family, task, 4, seed=3) for task in (2, 0, 1)])
+def test_what_stands_around_a_sample_changes_nothing(model: Any, kind: Any, inputs_of: Any) -> None:
+    batch = joined([inputs_of(kind, task, 4, seed=3) for task in (2, 0, 1)])
     expected = model.infer_tasks(**batch)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     for index in (order, order[:5], *([row] for row in range(12))):
@@ -110,7 +98,7 @@ def test_padding_changes_nothing(
     name: str, left: int, right: int, families: Any, recognising: Any, inputs_of: Any
 ) -> None:
     family = families[name]
-    model = recognising(family, 3, **FAMILIES.get(name, {}))
+    model = recognising(family, 3)
     batch = joined([inputs_of(family, task, 4, seed=3) for task in (2, 0, 1)])
     expected = model.infer_tasks(**batch)
     assert_same_choice(model.infer_tasks(**padded(batch, left, right)), expected)
