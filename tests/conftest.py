@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,6 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if platform.machine() in ("x86_64", "AMD64"):
-    # Products in Triton's interpreter are NumPy's. Its BLAS's kernels for AVX2 round q kᵀ and (k qᵀ)ᵀ differently, so
-    # backward kernels would not find the scores that the log-sum-exp was made of; these kernels round both alike.
-    os.environ.setdefault("OPENBLAS_CORETYPE", "Sandybridge")
 
 import pytest
 import torch
@@ -29,6 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from qtuning_fast import prefix_attention
 from qtuning_fast.integrations.transformers.caches import CACHE
+from qtuning_fast.kernels.target import INTERPRETED
 
 torch.set_num_threads(1)  # one a worker: two workers share two cores
 transformers.logging.set_verbosity_error()
@@ -39,6 +35,29 @@ Arguments = dict[str, Any]
 COLOURS = ["red", "green", "blue", "yellow"]
 ANIMALS = ["cat", "dog", "horse", "bird"]
 WORDS = ["the", "a", "is", "was", "seen", "here", "there", "old", "new", "very"]
+
+
+def _round_products_once() -> None:
+    """Products in Triton's interpreter: sums in float64, rounded to what the kernel asks for.
+
+    NumPy's float32 sums depend on the processor, on the kernels of its BLAS, and on the order of the factors. Without
+    FMA they lose more than PyTorch's; with it q kᵀ and (k qᵀ)ᵀ can differ, and backward kernels would not find the
+    scores that the log-sum-exp was made of.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        sums = multiply(self, a, b, TensorHandle(d.data.astype("float64"), tl.float64), *options)
+        return TensorHandle(sums.data.astype(d.data.dtype), d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+if INTERPRETED:
+    _round_products_once()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -118,9 +137,6 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         lines = ["text,label", *(f"{text},{label}" for text, label in toy_rows(words, 48))]
         files[name].write_text("\n".join(lines))
     return files
-
-
-# tests are tiny and run side by side: threads would only wait for each other
 
 
 def _make_call(
