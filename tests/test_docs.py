@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from qtuning_fast import __version__
+from qtuning_fast.lifelong.metrics import mean_and_spread
+from qtuning_fast.model.checked_files import read_json
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -153,3 +155,42 @@ def test_the_figures_of_the_demo_are_those_of_its_run() -> None:
         assert said in text, said
     for where in ("README.md", "docs/index.md", "docs/recipes/task-inference.md"):
         assert f"{unnamed['adapters']['average_accuracy']:.3f}" in (ROOT / where).read_text()
+
+
+def test_the_figures_of_fifteen_tasks_are_those_of_their_runs() -> None:
+    runs = [read_json(path) for path in sorted((ROOT / "bench/results/offline-15").glob("seed-*/metrics.json"))]
+    assert len(runs) == 5
+    summary = read_json(ROOT / "bench/results/offline-15/summary.json")
+    assert summary == mean_and_spread(runs)
+    unnamed, named = summary["class_incremental"], summary["task_adapter"]["average_accuracy"]
+    marks, stranger = unnamed["baselines"], unnamed["unknown"]
+    rows = {
+        "each task with its stored adapter": [named],
+        "linear probe, tuned, on the same examples": [summary["baselines"]["linear_probe"]["average_accuracy"]],
+        "all tasks under the live queue": [summary["live_queue"]["average_accuracy"]],
+        "task not named: inferred, then its adapter": _found(unnamed["adapters"]),
+        "the classifier that infers it, alone": _found(unnamed["closed_form"]),
+        "nearest class mean": _found(marks["nearest_class_mean"]),
+        "logistic regression on all tasks' examples at once": _found(marks["joint_regression"]),
+    }
+    page = (DOCS / "demo.md").read_text()
+    fifteen = page[page.index("## Fifteen tasks") :]
+    for name, spreads in rows.items():
+        shown = next(line for line in fifteen.splitlines() if line.startswith(f"| {name} |"))
+        wanted = [f"{spread['mean']:.3f} ± {spread['std']:.3f}" for spread in spreads]
+        assert re.findall(r"\d\.\d{3} ± \d\.\d{3}", shown) == wanted
+    text = " ".join(fifteen.split())
+    page = (DOCS / "recipes/task-inference.md").read_text()
+    assert f"accuracy is {unnamed['adapters']['average_accuracy']['mean']:.3f} among 52 classes" in page
+    for said in (
+        f"of {unnamed['adapters']['task_found']['mean']:.1%} of the texts",
+        f"an AUROC of {stranger['mean_auroc']['mean']:.3f} ± {stranger['mean_auroc']['std']:.3f}",
+        f"gives {stranger['false_alarms']['mean']:.1%} ({min(stranger['false_alarms']['values']):.1%} to "
+        f"{max(stranger['false_alarms']['values']):.1%}) here, and notices {stranger['mean_detected']['mean']:.1%}",
+        f"differs by {unnamed['calibration']['error']['mean']:.3f} ± {unnamed['calibration']['error']['std']:.3f}",
+    ):
+        assert said in text, said
+
+
+def _found(result: dict[str, Any]) -> list[dict[str, float]]:
+    return [result["task_found"], result["average_accuracy"]]
