@@ -19,6 +19,7 @@ except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
 from qtuning_fast.cli_options import Options, with_options
+from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.streams import STREAMS
 from qtuning_fast.method.config import QTuningConfig
@@ -48,7 +49,7 @@ def _option(panel: str, text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=panel)
 
 
-_data, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Attention", "Sizes"))
+_data, _method, _which, _sizes = (partial(_option, panel) for panel in ("Data", "Method", "Attention", "Sizes"))
 
 Rule = Annotated[
     str | None, typer.Option("--task-rule", help=f"How a task is inferred: {', '.join(RULES)}; default as in the run.")
@@ -141,7 +142,11 @@ def options(
 @app.command()
 @with_options(_DATA, _METHOD, _TRAINING)
 def run(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there resumes.")],
+    method: Annotated[
+        str, _method(f"{', '.join(METHODS)}: a name for the settings below; those that are given as well go first.")
+    ] = Q_TUNING,
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
     seed: Annotated[int, typer.Option(help="Random seed, also for the draw of examples.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the report gives mean and spread.")] = 1,
@@ -159,18 +164,15 @@ def run(
         _silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
+        sources = {name: context.get_parameter_source(name) for name in given}
+        typed = frozenset(name for name, source in sources.items() if source is None or source.name != "DEFAULT")
         data = _DATA.read(given, seed=seed)
         if given["queue_size"] is None:
             given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
-        settings = RunSettings(
-            model,
-            data,
-            _METHOD.read(given),
-            _TRAINING.read(given, seed=seed),
-            forward_transfer,
-            task_rule,
-            keep_features,
+        config, training = method_by_name(method).applied(
+            _METHOD.read(given), _TRAINING.read(given, seed=seed), given=typed
         )
+        settings = RunSettings(model, data, config, training, forward_transfer, task_rule, keep_features, method)
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
 

@@ -293,6 +293,15 @@ def test_killed_at_random_a_run_goes_on_soak(command: Command, finished: Path, t
     killed_and_resumed(command, tmp_path / "run", finished, random.Random(trial))
 
 
+def test_a_method_by_name_is_its_settings_and_what_is_given_goes_first(command: Command, tmp_path: Path) -> None:
+    code, output = call(*command(tmp_path / "run", "--method=progressive-prompts", "--gate=tanh"))
+    assert code == 0, output
+    method = json.loads((tmp_path / "run" / "run.json").read_text())["method"]
+    wanted = {"eviction": None, "reweighting": None, "gate": "tanh", "shared_length": 2}  # the latter two are given
+    assert {name: method[name] for name in wanted} == wanted
+    assert "own data, progressive-prompts" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qtuning_fast.lifelong.trainer import LifelongTrainer
 
@@ -308,9 +317,11 @@ def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkey
 
 BAD_NUMBERS = ["abc", "1.5.2", "", "nan", "-3"]
 WRONG: dict[str, list[str]] = {
-    "--prompt-length": [*BAD_NUMBERS, "0"],
+    "--method": ["lora", "", "Q-TUNING"],
+    "--prompt-length": BAD_NUMBERS,
     "--queue-size": [*BAD_NUMBERS, "0", "90"],
     "--shared-length": BAD_NUMBERS,
+    "--reweighting": ["full", ""],
     "--rank": [*BAD_NUMBERS, "0"],
     "--task-type": ["translation", "", "text-to-text", "causal-lm", "image-classification"],  # the model is a BERT
     "--gate": ["swish", "", "TANH"],
@@ -319,12 +330,14 @@ WRONG: dict[str, list[str]] = {
     "--layers": ["a", "0,,1", "-1", "0,0", "", "3"],
     "--reparameterization": ["lstm", ""],
     "--eviction": ["lru", ""],
+    "--start-from": ["first", ""],
     "--retention-weight": ["abc", "-0.5", "nan", "inf", ""],
     "--steps": [*BAD_NUMBERS, "0"],
     "--batch-size": [*BAD_NUMBERS, "0"],
     "--max-length": [*BAD_NUMBERS, "0", "2", "65"],
     "--prompt-rate": ["abc", "-1", "nan", "inf"],
     "--head-rate": ["abc", "-1", "nan", "inf"],
+    "--head-start": ["ones", ""],
     "--gate-rate": ["abc", "-1", "nan", "inf"],
     "--eval-every": [*BAD_NUMBERS, "0"],
     "--patience": BAD_NUMBERS,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
-from qtuning_fast.method.settings import check_settings, documented, setting
+from qtuning_fast.method.settings import check_settings, documented, from_file, setting, to_file
+
+HEAD_STARTS = ("random", "probe")
 
 _STREAM_SHOTS = 16
 
@@ -31,13 +33,18 @@ class DataOptions:
     validation_shots: int = setting(16, "Validation examples a class.")
     test_size: int = setting(200, "Test examples a task at most.")
     seed: int = setting(0, "Random seed of the draw.")
-    text_column: str = setting("text", "Column of the texts in your own data.", "All tasks have the same.")
-    label_column: str = setting("label", "Column of the labels in your own data.", "All tasks have the same.")
+    text_column: str = setting(
+        "text", "Column of the texts in your own data.", "All tasks have the same.", absent="text"
+    )
+    label_column: str = setting(
+        "label", "Column of the labels in your own data.", "All tasks have the same.", absent="label"
+    )
     problem_types: tuple[str, ...] = setting(
         (),
         f"Type of your own labels, or name=type for one task: {', '.join(PROBLEM_TYPES[:-1])} or {PROBLEM_TYPES[-1]}. "
         "Repeat.",
         f"The default is {SINGLE}.",
+        absent=(),
     )
 
     def load(self) -> list[Task]:
@@ -53,7 +60,7 @@ class DataOptions:
             "test_size": self.test_size,
             "seed": self.seed,
         }
-        columns: dict[str, Any] = {"text_column": self.text_column, "label_column": self.label_column}
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
         if self.stream is None:
             kinds = self._problem_types()
             return [
@@ -63,7 +70,7 @@ class DataOptions:
         if self.problem_types:
             raise ValueError(f"problem_types is {list(self.problem_types)}, but a stream has its own; leave it out")
         for name, column in columns.items():
-            if column != _USUAL[name]:
+            if column != getattr(_NOTHING, name):
                 raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave {name} out")
         return load_stream(self.stream, shots=_STREAM_SHOTS if self.shots is None else self.shots, **sizes)
 
@@ -83,12 +90,17 @@ class DataOptions:
         return {name: found.get(name, SINGLE) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, without what is as usual: runs made before it could be chosen do not have it."""
-        return {name: value for name, value in asdict(self).items() if value != _USUAL.get(name, ...)}
+        """The fields as plain JSON values, for `from_dict`."""
+        return to_file(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataOptions:
+        """The options of `to_dict`, also of an earlier version."""
+        return from_file(cls, values)
 
 
-_CHOSEN_LATER = ("text_column", "label_column", "problem_types")
-_USUAL = {each.name: each.default for each in fields(DataOptions) if each.name in _CHOSEN_LATER}
+_COLUMNS = ("text_column", "label_column")
+_NOTHING = DataOptions()
 
 
 @documented
@@ -103,7 +115,9 @@ class TrainingOptions:
         TypeError, ValueError: an option has a wrong value; the message names the option.
     """
 
-    steps: int = setting(100, "Steps a task at most.")
+    steps: int = setting(
+        100, "Steps a task at most; 0: none.", "Without steps a task keeps the start of its head.", least=0
+    )
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
     max_length: int = setting(64, "Tokens a text is cut or padded to.", "All steps then cost the same.")
@@ -111,6 +125,13 @@ class TrainingOptions:
         3e-3, "Learning rate of prompts and reweighting.", "It applies to the shared prompt too."
     )
     head_rate: float = setting(1e-2, "Learning rate of heads.")
+    head_start: str = setting(
+        "random",
+        "{choices}.",
+        "A head starts at random, or as the tuned linear probe on the features of the frozen model.",
+        choices=HEAD_STARTS,
+        absent="random",
+    )
     gate_rate: float = setting(1e-3, "Learning rate of the gate.", "It applies to alpha and tau.")
     network_rate: float = setting(
         1e-3, "Learning rate of the reparametrisation.", "It applies to the discriminator too."
@@ -123,7 +144,14 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not self.steps and self.head_start == "random":
+            raise ValueError("steps is 0, so a head would stay random; train it, or set head_start='probe'")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+        """The fields as plain JSON values, for `from_dict`."""
+        return to_file(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingOptions:
+        """The options of `to_dict`, also of an earlier version."""
+        return from_file(cls, values)

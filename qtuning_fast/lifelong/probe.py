@@ -1,9 +1,9 @@
-"""The baseline: a linear probe on the features of the frozen model."""
+"""The linear probe on the features of the frozen model: the baseline, and the head of the method `probe`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,62 +13,98 @@ from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 
 C_VALUES = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
 
-Predict = Callable[[np.ndarray], np.ndarray]
-"""Maps features `[n, F]` to outputs `[n, outputs]`."""
+_NEVER = -1e4  # the logit of a class that no training example has
 
 
-def linear_probe(train: Any, validation: Any, test: Any, problem_type: str = SINGLE) -> dict[str, float]:
-    """Fit a linear model on features; the validation split chooses its regularisation.
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear map of features, as a head has it.
+
+    Attributes:
+        weight: `[outputs, F]`.
+        bias: `[outputs]`.
+        C: inverse strength of the regularisation.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    C: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Map features `[n, F]` to outputs `[n, outputs]`: logits of classes or of labels, or numbers."""
+        return features @ self.weight.T + self.bias
+
+
+def tuned_probe(train: Any, validation: Any, problem_type: str = SINGLE, outputs: int | None = None) -> LinearProbe:
+    """Fit a linear model on features; the validation split chooses its regularisation, of equals the strongest.
 
     It is a logistic regression, one a label if an example may have several, or a ridge regression for numbers.
 
     Args:
-        train, validation, test: pairs of features `[n, F]` and labels, as `score` takes them.
+        train, validation: pairs of features `[n, F]` and labels, as `score` takes them.
         problem_type: what the labels mean.
-
-    Returns:
-        The measure of the problem type on the test split, by its name, and `C`, the inverse strength of the chosen
-        regularisation.
+        outputs: the number of classes; None: as many as the training labels name. Labels and numbers count themselves.
     """
     from sklearn.exceptions import ConvergenceWarning
 
     fit = {SINGLE: _classes, MULTI: _label_by_label, REGRESSION: _numbers}[problem_type]
-    best: tuple[Predict, float] | None = None
-    best_score = -np.inf
+    features, labels = train
+    best, best_score = None, -np.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for strength in C_VALUES:
-            predict = fit(strength, *train)
-            found = score(problem_type, predict(validation[0]), validation[1])
+            probe = LinearProbe(*fit(strength, features, labels, outputs), strength)
+            found = score(problem_type, probe(validation[0]), validation[1])
             if found > best_score:
-                best, best_score = (predict, strength), found
+                best, best_score = probe, found
     assert best is not None
-    predict, strength = best
-    return {METRICS[problem_type]: score(problem_type, predict(test[0]), test[1]), "C": strength}
+    return best
 
 
-def _classes(strength: float, features: np.ndarray, labels: np.ndarray) -> Predict:
+def linear_probe(
+    train: Any, validation: Any, test: Any, problem_type: str = SINGLE, outputs: int | None = None
+) -> dict[str, float]:
+    """Return the measure of `tuned_probe` on the test split, by its name, and the chosen `C`."""
+    probe = tuned_probe(train, validation, problem_type, outputs)
+    return {METRICS[problem_type]: score(problem_type, probe(test[0]), test[1]), "C": probe.C}
+
+
+Fitted = tuple[np.ndarray, np.ndarray]
+
+
+def _classes(strength: float, features: np.ndarray, labels: np.ndarray, outputs: int | None) -> Fitted:
     from sklearn.linear_model import LogisticRegression
 
-    probe = LogisticRegression(C=strength, max_iter=300).fit(features, labels)
-    index = np.eye(int(max(probe.classes_)) + 1)
-    return lambda x: index[probe.predict(x)]
+    count = 1 + int(labels.max()) if outputs is None else outputs
+    weight, bias = np.zeros((count, features.shape[1])), np.full(count, _NEVER)
+    present = np.unique(labels)
+    if len(present) == 1:
+        bias[present] = 0
+        return weight, bias
+    fitted = LogisticRegression(C=strength, max_iter=300).fit(features, labels)
+    if len(present) == 2:  # one row then stands for both classes
+        weight[present] = np.concatenate([-fitted.coef_, fitted.coef_]) / 2
+        bias[present] = np.concatenate([-fitted.intercept_, fitted.intercept_]) / 2
+    else:
+        weight[present], bias[present] = fitted.coef_, fitted.intercept_
+    return weight, bias
 
 
-def _label_by_label(strength: float, features: np.ndarray, labels: np.ndarray) -> Predict:
+def _label_by_label(strength: float, features: np.ndarray, labels: np.ndarray, _: int | None) -> Fitted:
     from sklearn.linear_model import LogisticRegression
 
-    def decide(column: np.ndarray) -> Predict:
+    weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.zeros(labels.shape[1])
+    for place, column in enumerate(labels.T):
         if (column == column[0]).all():  # the training split has nothing to tell it from
-            return lambda x: np.full(len(x), 2.0 * column[0] - 1)
-        return LogisticRegression(C=strength, max_iter=300).fit(features, column).decision_function
+            bias[place] = 2.0 * column[0] - 1
+        else:
+            fitted = LogisticRegression(C=strength, max_iter=300).fit(features, column)
+            weight[place], bias[place] = fitted.coef_[0], fitted.intercept_[0]
+    return weight, bias
 
-    deciding = [decide(column) for column in labels.T]
-    return lambda x: np.stack([each(x) for each in deciding], axis=1)
 
-
-def _numbers(strength: float, features: np.ndarray, labels: np.ndarray) -> Predict:
+def _numbers(strength: float, features: np.ndarray, labels: np.ndarray, _: int | None) -> Fitted:
     from sklearn.linear_model import Ridge
 
-    ridge = Ridge(alpha=1 / strength).fit(features, labels)
-    return lambda x: ridge.predict(x)[:, None]
+    fitted = Ridge(alpha=1 / strength).fit(features, labels)
+    return np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)

@@ -11,6 +11,7 @@ from typing import Any
 
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.listener import RunListener
+from qtuning_fast.lifelong.methods import Q_TUNING
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.saved_run import files_by_seed
@@ -34,6 +35,7 @@ class RunSettings:
     forward_transfer: bool = False
     task_rule: str = ClosedForm.name
     keep_validation_features: bool = True
+    method_name: str = Q_TUNING  # for the report: the settings are those of `method` and `training`
 
     def __post_init__(self) -> None:
         rule_by_name(self.task_rule)  # a wrong name fails before anything is loaded
@@ -80,6 +82,7 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
                 "stream": title,
                 "base_model": _with_absolute_path(settings.model),
                 "data": _recorded(settings.data),
+                **({} if settings.method_name == Q_TUNING else {"method_name": settings.method_name}),
             },
             listener=listener,
         ).run()
@@ -144,8 +147,7 @@ def _check_writable(folder: Path) -> None:
 
 def _recorded(data: DataOptions) -> dict[str, Any]:
     """The options as JSON has them, with absolute paths."""
-    plain = {name: list(x) if isinstance(x, tuple) else x for name, x in data.to_dict().items()}
-    return plain | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
+    return data.to_dict() | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
 
 
 def _with_absolute_path(spec: str) -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class SavedRun:
     def __init__(self, folder: Path, *, task_rule: str | None = None) -> None:
         self.folder = _run_folder(folder)
         settings = read_json(self.folder / RUN_FILE)
-        self.options = TrainingOptions(**settings["training"])
+        self.options = TrainingOptions.from_dict(settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
         self._words = settings.get("label_words", {})
         self._keeps_features = settings.get("keep_validation_features", True)
@@ -49,9 +49,7 @@ class SavedRun:
             raise ValueError(
                 f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
             )
-        data: dict[str, Any] = self._about["data"]
-        lists: dict[str, Any] = {name: tuple(x) for name, x in data.items() if isinstance(x, list)}
-        self.data = DataOptions(**data | lists)
+        self.data = DataOptions.from_dict(self._about["data"])
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
@@ -41,7 +42,7 @@ from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.preflight import preflight
-from qtuning_fast.lifelong.probe import linear_probe
+from qtuning_fast.lifelong.probe import linear_probe, tuned_probe
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
@@ -105,8 +106,10 @@ class LifelongTrainer:
             for split in SPLITS:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
+        _check_start(config, options)
         self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
-        self.encoder.check(base_model, tasks, prompt_tokens=config.longest_prompt if config.placement == "input" else 0)
+        rows = config.most_rows(len(tasks)) if config.placement == "input" else 0
+        self.encoder.check(base_model, tasks, prompt_tokens=rows)
         self.base_model = base_model
         self.config = config
         self.tasks = list(tasks)
@@ -231,6 +234,27 @@ class LifelongTrainer:
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
         model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
+        if self.options.head_start == "probe":
+            self._start_head(model, task)
+        steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else _NO_STEPS
+        adapter = model.finish_task()
+        return {
+            "name": task.name,
+            "label_names": list(task.label_names),
+            "problem_type": task.problem_type,
+            "metric": task.metric,
+            "num_train": len(task.train),
+            "num_validation": len(task.validation),
+            "num_test": len(task.test),
+            "seconds": time.perf_counter() - began,  # without the time before an interruption
+            "prefix_rows": adapter.prefix_rows,
+            **steps,
+            **_method_state(model),
+        }
+
+    def _take_steps(self, model: QTuningModel, number: int, previous: str | None, checkpoints: Path) -> dict[str, Any]:
+        """Train the task that is started, and return what the record says of its steps."""
+        task = self.tasks[number]
         split, answers = self._encoded(task), self._answers(task)
         train = split["train"] if answers is None else self.encoder.encode_with_answers(task.train, answers)
         if model.retains_memory:
@@ -245,26 +269,24 @@ class LifelongTrainer:
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
-        adapter = model.finish_task()
         history = trainer.state.log_history
         return {
-            "name": task.name,
-            "label_names": list(task.label_names),
-            "problem_type": task.problem_type,
-            "metric": task.metric,
-            "num_train": len(task.train),
-            "num_validation": len(task.validation),
-            "num_test": len(task.test),
-            "seconds": time.perf_counter() - began,  # without the time before an interruption
             "steps": trainer.state.global_step,
             "step_seconds": trainer.clock.median,
             "best_step": trainer.state.best_global_step,
-            "prefix_rows": adapter.prefix_rows,
             "loss_curve": _curve(history, "loss"),
             "retention_curve": _curve(history, "retention_loss"),
             "validation_curve": _curve(history, f"eval_{task.metric}"),
-            **_method_state(model),
         }
+
+    @torch.no_grad()
+    def _start_head(self, model: QTuningModel, task: Task) -> None:
+        """Start the head of the task in training as the tuned linear probe."""
+        train, validation, _ = self._features_and_labels(model, task)
+        probe = tuned_probe(train, validation, task.problem_type, len(task.label_names))
+        assert model.head is not None
+        model.head.weight.copy_(torch.from_numpy(probe.weight))
+        model.head.bias.copy_(torch.from_numpy(probe.bias))
 
     def _evaluate(self, model: QTuningModel, number: int) -> dict[str, Any]:
         """Evaluate each task so far under the live prefix, and this task under its adapter."""
@@ -308,13 +330,17 @@ class LifelongTrainer:
         return {task.metric: found}
 
     def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
-        train, validation, test = (
-            (self._unnamed.features(model, task, split).numpy(), self._encoded(task)[split].columns["labels"].numpy())
-            for split in SPLITS
-        )
-        return linear_probe(train, validation, test, task.problem_type)
+        train, validation, test = self._features_and_labels(model, task)
+        return linear_probe(train, validation, test, task.problem_type, len(task.label_names))
 
     # Pieces
+
+    def _features_and_labels(self, model: QTuningModel, task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return features of the frozen model and labels of the three splits."""
+        return [
+            (self._unnamed.features(model, task, split).numpy(), self._encoded(task)[split].columns["labels"].numpy())
+            for split in SPLITS
+        ]
 
     def _score(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)
@@ -372,6 +398,24 @@ class LifelongTrainer:
             "device": device_name(self.base_model.device),
             "seed": self.options.seed,
         }
+
+
+_NO_STEPS: dict[str, Any] = {
+    "steps": 0,
+    "step_seconds": None,
+    "best_step": None,
+    "loss_curve": [],
+    "retention_curve": [],
+    "validation_curve": [],
+}
+
+
+def _check_start(config: QTuningConfig, options: TrainingOptions) -> None:
+    """Refuse settings under which what a task starts from would be wrong or missing."""
+    if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
+        raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; set it to 'random'")
+    if not options.steps and config.prompt_length + config.shared_length:
+        raise ValueError("steps is 0, so prompts would stay random; train them, or set both their lengths to 0")
 
 
 def _task_seed(seed: int, number: int) -> int:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from qtuning_fast.attention.common import GATES
 from qtuning_fast.method.gate import GATE_PER
 from qtuning_fast.method.queue import EVICTIONS
-from qtuning_fast.method.settings import check_integer, check_settings, documented, setting
+from qtuning_fast.method.settings import check_integer, check_settings, documented, from_file, setting, to_file
 
 GATE_TRAINING = ("every-task", "first-task")
 PLACEMENTS = ("prefix", "input")
 REPARAMETERIZATIONS = ("mlp", None)
+REWEIGHTINGS = ("low-rank", None)
+STARTS = ("random", "last")
 STACKS = ("encoder", "decoder", "both")
 HEAD_TASK_TYPES = ("sequence-classification", "image-classification")  # a head for each task
 TASK_TYPES = (*HEAD_TASK_TYPES, "text-to-text", "causal-lm")
@@ -31,14 +33,23 @@ class QTuningConfig:
         TypeError, ValueError: a setting has a wrong value; the message names the setting.
     """
 
-    prompt_length: int = setting(10, "Rows of a task's prompt.", "Q-tuning calls it `l`.")
+    prompt_length: int = setting(10, "Rows of a task's prompt; 0: heads alone.", "Q-tuning calls it `l`.", least=0)
     queue_size: int = setting(
-        5, "Capacity in prompts.", "A prefix never has more than `shared_length + queue_size * prompt_length` rows."
+        5,
+        "Capacity in prompts.",
+        "A prefix never has more than `shared_length + queue_size * prompt_length` rows, unless `eviction` is `none`.",
     )
     shared_length: int = setting(
         10, "Rows of the shared prompt.", "All tasks share this prompt `P*`; 0 leaves it out.", least=0
     )
-    rank: int = setting(1, "Rank of the reweighting.", "It is the `R` of `W = U V`, which reweights older rows.")
+    reweighting: str | None = setting(
+        "low-rank",
+        "{choices}.",
+        "`low-rank` learns a weight for each feature of older rows, `W = U V`; with `none` they stay as they are.",
+        choices=REWEIGHTINGS,
+        absent="low-rank",
+    )
+    rank: int = setting(1, "Rank of the reweighting.", "It is the `R` of `W = U V`.")
     gate: str | None = setting(
         "tanh", "{choices}.", "NoRGa's activation; `none` is plain prefix tuning.", choices=(*GATES, None)
     )
@@ -73,8 +84,19 @@ class QTuningConfig:
         "While a prompt trains, `mlp` computes it by one residual two-layer MLP that all layers share.",
         choices=REPARAMETERIZATIONS,
     )
-    eviction: str = setting(
-        "pca", "{choices}.", "A full queue makes room in this way; `pca` is DQ-PCA.", choices=EVICTIONS
+    eviction: str | None = setting(
+        "pca",
+        "{choices}.",
+        "A full queue makes room in this way; `pca` is DQ-PCA. With `none` the queue is never full: it keeps every "
+        "prompt, and each task costs more than the last.",
+        choices=EVICTIONS,
+    )
+    start_from: str = setting(
+        "random",
+        "{choices}.",
+        "A new prompt starts from random rows, or from the previous task's prompt.",
+        choices=STARTS,
+        absent="random",
     )
     retention_weight: float = setting(
         0.1,
@@ -92,6 +114,8 @@ class QTuningConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         object.__setattr__(self, "retention_weight", float(self.retention_weight))
+        if self.prompt_length == 0 and self.task_type not in HEAD_TASK_TYPES:
+            raise ValueError(f"prompt_length is 0, but task_type={self.task_type!r} has no heads to train; raise it")
         if self.placement == "input":
             for name, only in (("layers", None), ("stack", "encoder")):
                 if getattr(self, name) != only:
@@ -102,24 +126,30 @@ class QTuningConfig:
         if self.layers is not None:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
 
+    def most_rows(self, tasks: int) -> int:
+        """The most rows that a prefix of the first tasks has; from `queue_size` tasks on they are constant."""
+        prompts = tasks if self.eviction is None else min(tasks, self.queue_size)
+        return self.shared_length + prompts * self.prompt_length
+
     @property
     def longest_prompt(self) -> int:
-        """The most rows that a task's prefix ever has."""
-        return self.shared_length + self.queue_size * self.prompt_length
+        """The most rows that a task's prefix ever has.
+
+        Raises:
+            ValueError: with `eviction=None` there is no such number; see `most_rows`.
+        """
+        if self.eviction is None:
+            raise ValueError("eviction is None, so prefixes grow with every task; ask for most_rows(tasks)")
+        return self.most_rows(self.queue_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        values = asdict(self)
-        values["layers"] = None if self.layers is None else list(self.layers)
-        return values
+        """The fields as plain JSON values, for `from_dict`."""
+        return to_file(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QTuningConfig:
-        """The config of `to_dict`; a field this version does not know is a `ValueError`."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown fields in the config: {', '.join(unknown)}")
-        return cls(**values)
+        """The config of `to_dict`, also of an earlier version; a field this version does not know is a `ValueError`."""
+        return from_file(cls, values)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)

@@ -36,8 +36,8 @@ class LayerShape:
         """Split rows `[n, F]` into keys `[Hkv, n, D]` and values `[Hkv, n, Dv]`."""
         sizes = (self.num_kv_heads * self.key_size, self.num_kv_heads * self.value_size)
         key, value = rows.split(sizes, dim=1)
-        heads = (len(rows), self.num_kv_heads, -1)
-        return key.reshape(heads).transpose(0, 1), value.reshape(heads).transpose(0, 1)
+        heads = (self.num_kv_heads, -1)
+        return key.unflatten(1, heads).transpose(0, 1), value.unflatten(1, heads).transpose(0, 1)
 
 
 class PromptRows(nn.Module):
@@ -45,30 +45,44 @@ class PromptRows(nn.Module):
 
     Rows are feature vectors `[n, F]`, as in the queue.
 
+    Args:
+        features: F.
+        shared_length: S.
+        rank: of `W`; None without a reweighting: old rows keep the scale at which they start.
+
     Attributes:
         shared: `[S, F]`, the shared prompt `P*` of all tasks.
         prompt: `[l, F]`, the prompt of the task in training; empty before the first task.
         old: `[n, F]`, the queue's rows, frozen.
+        row_scale: `[n]`, the weight at which each old row starts.
     """
 
     old: Tensor
+    row_scale: Tensor
 
-    def __init__(self, features: int, *, shared_length: int, rank: int) -> None:
+    def __init__(self, features: int, *, shared_length: int, rank: int | None) -> None:
         super().__init__()
         self.rank = rank
         self.shared = nn.Parameter(self.new_rows(shared_length))
         self.prompt = nn.Parameter(self.new_rows(0))
-        self.register_buffer("old", torch.zeros(0, features), persistent=False)  # the queue saves its rows
+        # The queue saves its rows and their scale.
+        self.register_buffer("old", torch.zeros(0, features), persistent=False)
+        self.register_buffer("row_scale", torch.zeros(0), persistent=False)
 
     def new_rows(self, n: int) -> Tensor:
         """Return `n` initial rows `[n, F]` of a prompt."""
         raise NotImplementedError
 
-    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
-        """Start a new prompt in front of the queue's rows, whose reweighting starts at `row_scale` (`[n]`)."""
+    def begin(self, prompt: Tensor, old: Tensor, row_scale: Tensor) -> None:
+        """Start with these rows of a new prompt, `[l, F]`, in front of the queue's, whose weights start at `row_scale`.
+
+        Args:
+            prompt, old: `[l, F]` and `[n, F]`.
+            row_scale: `[n]`.
+        """
         device = self.shared.device
-        self.prompt = nn.Parameter(self.new_rows(prompt_length).to(device))
-        self.old = old.to(device)
+        self.prompt = nn.Parameter(prompt.to(device))
+        self.old, self.row_scale = old.to(device), row_scale.to(device)
 
     def no_rows(self) -> tuple[Tensor, Tensor]:
         """Return the rows and the scale of an empty queue."""
@@ -76,7 +90,7 @@ class PromptRows(nn.Module):
 
     def row_weights(self) -> Tensor:
         """Return `W` of the old rows as `[n, F]`."""
-        raise NotImplementedError
+        return self.row_scale[:, None].expand_as(self.old)
 
 
 class LayerPrefix(PromptRows):
@@ -89,7 +103,7 @@ class LayerPrefix(PromptRows):
     reweight_key: Reweighting | None
     reweight_value: Reweighting | None
 
-    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int) -> None:
+    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int | None) -> None:
         self.shape = shape
         super().__init__(shape.row_features, shared_length=shared_length, rank=rank)
         self.register_module("reweight_key", None)
@@ -102,18 +116,18 @@ class LayerPrefix(PromptRows):
         values = VALUE_STD * torch.randn(n, shape.num_kv_heads * shape.value_size)
         return torch.cat([keys, values], dim=1)
 
-    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
-        super().begin(prompt_length, old, row_scale)
+    def begin(self, prompt: Tensor, old: Tensor, row_scale: Tensor) -> None:
+        super().begin(prompt, old, row_scale)
         shape = self.shape
         self.reweight_key = self.reweight_value = None
-        if len(old):
+        if len(old) and self.rank is not None:
             heads, device = shape.num_kv_heads, self.shared.device
             self.reweight_key = Reweighting(row_scale, heads, shape.key_size, self.rank).to(device)
             self.reweight_value = Reweighting(row_scale, heads, shape.value_size, self.rank).to(device)
 
     def row_weights(self) -> Tensor:
         if self.reweight_key is None or self.reweight_value is None:
-            return torch.ones_like(self.old)
+            return super().row_weights()
         return self.shape.to_rows(self.reweight_key(), self.reweight_value())
 
     def arguments(self, prompt: Tensor) -> PrefixArguments:
@@ -122,7 +136,9 @@ class LayerPrefix(PromptRows):
         Args:
             prompt: `[l, F]`, the new prompt, reparametrised or not.
         """
-        key, value = self.shape.from_rows(torch.cat([self.shared, prompt, self.old]))
+        reweights = self.reweight_key is not None and self.reweight_value is not None
+        old = self.old if reweights else self.row_weights() * self.old
+        key, value = self.shape.from_rows(torch.cat([self.shared, prompt, old]))
         n_shared = len(self.shared) + len(prompt)
         arguments: PrefixArguments = {"prefix_key": key, "prefix_value": value, "n_shared": n_shared}
         if self.reweight_key is not None and self.reweight_value is not None:
@@ -148,7 +164,7 @@ class InputPrompt(PromptRows):
 
     reweight: Reweighting | None
 
-    def __init__(self, vocabulary: nn.Embedding | None, features: int, *, shared_length: int, rank: int) -> None:
+    def __init__(self, vocabulary: nn.Embedding | None, features: int, *, shared_length: int, rank: int | None) -> None:
         self._vocabulary = () if vocabulary is None else (vocabulary,)  # a tuple, so that it is not a submodule
         self._features = features
         super().__init__(features, shared_length=shared_length, rank=rank)
@@ -165,14 +181,14 @@ class InputPrompt(PromptRows):
         placed = picked if words.weight.is_meta else picked.to(words.weight.device)
         return words(placed).to("cpu", torch.float32)
 
-    def begin(self, prompt_length: int, old: Tensor, row_scale: Tensor) -> None:
-        super().begin(prompt_length, old, row_scale)
+    def begin(self, prompt: Tensor, old: Tensor, row_scale: Tensor) -> None:
+        super().begin(prompt, old, row_scale)
         self.reweight = None
-        if len(old):
+        if len(old) and self.rank is not None:
             self.reweight = Reweighting(row_scale, 1, self._features, self.rank).to(self.shared.device)
 
     def row_weights(self) -> Tensor:
-        return torch.ones_like(self.old) if self.reweight is None else self.reweight().squeeze(0)
+        return super().row_weights() if self.reweight is None else self.reweight().squeeze(0)
 
     def embeddings(self, prompt: Tensor) -> Tensor:
         """Return the reweighted rows `[P, E]`.

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EVICTIONS = ("pca", "fifo", "random")
+from qtuning_fast.method.settings import check_integer
+
+EVICTIONS = ("pca", "fifo", "random", None)
 
 _LEVEL = 1e-8  # a vector's sum, or a difference of magnitudes of its entries, below this counts as 0
 
@@ -97,7 +99,8 @@ class PromptQueue:
     Args:
         capacity: number of prompts `C`, counting the one in training; 1 keeps no old rows.
         prompt_length: number of rows `l` of one prompt.
-        eviction: `"pca"`, `"fifo"` (keeps the newest rows) or `"random"`.
+        eviction: `"pca"`, `"fifo"` (keeps the newest rows) or `"random"`; None keeps every prompt, whatever the
+            capacity (Progressive Prompts, arXiv 2301.12314).
 
     Attributes:
         rows: one `[n, F]` float32 tensor a layer; empty before the first prompt.
@@ -109,12 +112,9 @@ class PromptQueue:
         TypeError, ValueError: an argument is invalid; the message names it.
     """
 
-    def __init__(self, capacity: int, prompt_length: int, *, eviction: str = "pca") -> None:
-        for name, value in (("capacity", capacity), ("prompt_length", prompt_length)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; it must be an integer")
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+    def __init__(self, capacity: int, prompt_length: int, *, eviction: str | None = "pca") -> None:
+        check_integer("capacity", capacity, 1)
+        check_integer("prompt_length", prompt_length, 0)
         if eviction not in EVICTIONS:
             raise ValueError(f"eviction is {eviction!r}; it must be one of {', '.join(map(repr, EVICTIONS))}")
         self.capacity = capacity
@@ -147,7 +147,7 @@ class PromptQueue:
             Measurements of the eviction, or None if nothing was evicted.
         """
         old = self.rows or [rows.new_zeros(0, rows.shape[1]) for rows in prompt]
-        if len(prompt[0]) + len(old[0]) <= self.max_rows:
+        if self.eviction is None or len(prompt[0]) + len(old[0]) <= self.max_rows:
             self.rows = [torch.cat([new, held]) for new, held in zip(prompt, old)]
             self.row_scale = [rows.new_ones(len(rows)) for rows in self.rows]
             return None

@@ -5,13 +5,15 @@ The checks, the options of the command line, the docstring and the table in docs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any, TypeVar, get_type_hints
 
 Default = TypeVar("Default")
 Settings = TypeVar("Settings")
+
+REQUIRED: Any = object()  # of a setting that every file has
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Setting:
         more: further sentences, for readers of Python and of the docs.
         least: the least value of an integer.
         choices: all values that it can have; empty where it has no such list.
+        absent: what a file without the setting means, since it was written before the setting was there.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Setting:
     more: str
     least: int
     choices: tuple[str | None, ...]
+    absent: Any
 
     def check(self, value: object) -> None:
         """Refuse a value of the wrong type or out of range.
@@ -54,11 +58,17 @@ class Setting:
 
 
 def setting(
-    default: Default, help: str, more: str = "", *, least: int = 1, choices: Sequence[str | None] = ()
+    default: Default,
+    help: str,
+    more: str = "",
+    *,
+    least: int = 1,
+    choices: Sequence[str | None] = (),
+    absent: Any = REQUIRED,
 ) -> Default:
     """Declare a field of a dataclass of settings; see `Setting`. `{choices}` in `help` becomes their list."""
     metadata = {"help": help.format(choices=_listed(choices)), "more": more, "least": least, "choices": tuple(choices)}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"absent": absent})
 
 
 def settings_of(dataclass_type: type) -> Iterator[Setting]:
@@ -72,6 +82,34 @@ def check_settings(settings: Any) -> None:
     """Check every setting of a dataclass's instance; raises what `Setting.check` raises."""
     for each in settings_of(type(settings)):
         each.check(getattr(settings, each.name))
+
+
+def to_file(settings: Any) -> dict[str, Any]:
+    """The settings as plain JSON values, without those that a file may lack and that have the value this means.
+
+    A file with no new choice in it is thus the one that earlier versions wrote, and they can read it.
+    """
+    values = {each: getattr(settings, each.name) for each in settings_of(type(settings))}
+    return {
+        each.name: list(value) if isinstance(value, tuple) else value
+        for each, value in values.items()
+        if each.absent is REQUIRED or value != each.absent
+    }
+
+
+def from_file(dataclass_type: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings that `to_file` wrote, here or in an earlier version.
+
+    Raises:
+        TypeError, ValueError: a setting is unknown or wrong; the message names it.
+    """
+    known = {each.name: each for each in settings_of(dataclass_type)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"unknown fields in the {dataclass_type.__name__}: {', '.join(unknown)}")
+    absent = {name: each.absent for name, each in known.items() if each.absent is not REQUIRED}
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return dataclass_type(**absent | lists)
 
 
 def check_integer(name: str, value: object, least: int) -> None:

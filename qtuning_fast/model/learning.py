@@ -78,7 +78,7 @@ class Learning(nn.Module):
         Args:
             retains: whether memory retention applies once the queue has evicted rows.
         """
-        self.prefix.begin_task()
+        self.prefix.begin_task(first=self.last_learned is None)
         if retains and self.prefix.queue.evictions > 0 and self.discriminator is None:
             self.discriminator = Discriminator(self._hidden_size)
         if self.discriminator is not None:

@@ -54,7 +54,8 @@ class TrainingPrefix(nn.Module):
         in_input = config.placement == "input"
         _check_rows(config, {embedding_size} if in_input else {shape.row_features for shape in shapes})
         self.config = config
-        lengths = {"shared_length": config.shared_length, "rank": config.rank}
+        rank = None if config.reweighting is None else config.rank
+        lengths: dict[str, Any] = {"shared_length": config.shared_length, "rank": rank}
         self._rows = nn.ModuleList(
             [InputPrompt(vocabulary, embedding_size, **lengths)]
             if in_input
@@ -83,27 +84,31 @@ class TrainingPrefix(nn.Module):
         """The number of rows of the newest prompt; 0 before the first task."""
         return len(self.rows[0].prompt)
 
-    def begin_task(self) -> None:
-        """Push the finished prompt into the queue and start a new one; everything except old rows is trainable."""
-        first = not self.prompt_length
+    def begin_task(self, *, first: bool) -> None:
+        """Push the finished prompt into the queue and start a new one; everything except old rows is trainable.
+
+        Args:
+            first: whether no task was learned before, so that there is no finished prompt.
+        """
+        prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
         if not first:
-            prompts = [rows.prompt.detach().cpu() for rows in self.rows]  # the queue stays on the CPU
             weights = [rows.row_weights().detach().cpu() for rows in self.rows]
             seed = torch.randint(2**31, ())
             synchronize([seed])
             self.last_eviction = self.queue.push(prompts, weights, seed=int(seed))
-        self.begin_prompts(self.config.prompt_length)
+        last = prompts if self.config.start_from == "last" and not first else None
+        self.begin_prompts(self.config.prompt_length, last)
         self._rows.requires_grad_(True)
         self._gates.requires_grad_(first or self.config.gate_training == "every-task")
         if self.config.reparameterization == "mlp":
             row = self.rows[0].shared
             self.reparameterization = ResidualReparameterization(row.shape[1]).to(row.device)
 
-    def begin_prompts(self, prompt_length: int) -> None:
-        """Start new prompts in front of the current queue."""
+    def begin_prompts(self, prompt_length: int, prompts: Sequence[Tensor] | None = None) -> None:
+        """Start new prompts in front of the current queue: these, `[l, F]` each, or random ones of this length."""
         for index, rows in enumerate(self.rows):
             held = (self.queue.rows[index], self.queue.row_scale[index]) if self.queue.rows else rows.no_rows()
-            rows.begin(prompt_length, *held)
+            rows.begin(rows.new_rows(prompt_length) if prompts is None else prompts[index], *held)
 
     @torch.no_grad()
     def finish_task(

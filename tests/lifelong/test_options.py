@@ -53,7 +53,7 @@ def test_usual_columns_are_not_recorded() -> None:
     assert "text_column" not in DataOptions(tasks=("a.csv",)).to_dict()
     recorded = DataOptions(tasks=("a.csv",), label_column="class").to_dict()
     assert recorded["label_column"] == "class" and "text_column" not in recorded
-    assert DataOptions(**recorded) == DataOptions(tasks=("a.csv",), label_column="class")
+    assert DataOptions.from_dict(recorded) == DataOptions(tasks=("a.csv",), label_column="class")
 
 
 def test_tasks_have_their_problem_types(toy_files: dict[str, Path], tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_tasks_have_their_problem_types(toy_files: dict[str, Path], tmp_path: Pa
     options = DataOptions(tasks=specs, **sizes, problem_types=("stars=regression",))
     assert [task.problem_type for task in options.load()] == ["single_label_classification", "regression"]
     assert [task.problem_type for task in DataOptions(tasks=specs[1:], **sizes, problem_types=("regression",)).load()]
-    assert options.to_dict()["problem_types"] == ("stars=regression",)
+    assert options.to_dict()["problem_types"] == ["stars=regression"]
     assert "problem_types" not in DataOptions(tasks=specs).to_dict()
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
-from qtuning_fast.lifelong.probe import C_VALUES, linear_probe
+from qtuning_fast.lifelong.probe import C_VALUES, linear_probe, tuned_probe
 from qtuning_fast.method.labels import MULTI, REGRESSION
 
 
@@ -19,6 +20,27 @@ def draw(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
 def test_it_learns_what_is_linear():
     probe = linear_probe(draw(0, 40, 0.1), draw(1, 20, 0.1), draw(2, 50, 0.1))
     assert probe["accuracy"] == 1 and probe["C"] in C_VALUES
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_it_is_a_map_whose_probabilities_are_the_regressions(classes):
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(size=(60, 5)), np.arange(60) % classes
+    features[np.arange(60), labels] += 2
+    probe = tuned_probe((features[:40], labels[:40]), (features[40:], labels[40:]))
+    fitted = LogisticRegression(C=probe.C, max_iter=300).fit(features[:40], labels[:40])
+    np.testing.assert_allclose(softmax(probe(features[40:]), axis=1), fitted.predict_proba(features[40:]), atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [[1, 3], [2]])
+def test_classes_without_an_example_are_never_the_answer(given):
+    features, _ = draw(0, 40, 0.1)
+    labels = np.resize(given, 40)
+    features[:, 0] = labels
+    probe = tuned_probe((features, labels), (features, labels), outputs=4)
+    assert probe(features).shape == (40, 4) and (probe(features).argmax(1) == labels).all()
 
 
 def test_labels_without_a_pattern_are_not_learned():

@@ -14,12 +14,14 @@ def test_goes_to_json_and_back() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [
-        ("prompt_length", 0, ValueError),
+        ("prompt_length", -1, ValueError),
         ("prompt_length", 1.5, TypeError),
         ("prompt_length", True, TypeError),
         ("queue_size", 0, ValueError),
         ("shared_length", -1, ValueError),
         ("rank", "1", TypeError),
+        ("reweighting", "full", ValueError),
+        ("start_from", "first", ValueError),
         ("gate", "swish", ValueError),
         ("gate_per", "model", ValueError),
         ("gate_training", "never", ValueError),
@@ -42,6 +44,24 @@ def test_goes_to_json_and_back() -> None:
 def test_refuses(field: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=field):
         QTuningConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_file_of_an_earlier_version_means_what_it_meant_then() -> None:
+    written = QTuningConfig().to_dict()
+    assert not {"reweighting", "start_from"} & written.keys()  # so that earlier versions read it
+    assert QTuningConfig.from_dict(written) == QTuningConfig()
+    config = QTuningConfig(reweighting=None, start_from="last")
+    assert config.to_dict() | {"reweighting": None, "start_from": "last"} == config.to_dict()
+    assert QTuningConfig.from_dict(config.to_dict()) == config
+
+
+def test_rows_grow_until_the_queue_is_full_or_without_end() -> None:
+    config = QTuningConfig(prompt_length=4, shared_length=3, queue_size=2)
+    assert [config.most_rows(tasks) for tasks in (1, 2, 3)] == [7, 11, 11] and config.longest_prompt == 11
+    config = QTuningConfig(prompt_length=4, shared_length=3, queue_size=2, eviction=None)
+    assert [config.most_rows(tasks) for tasks in (1, 2, 3)] == [7, 11, 15]
+    with pytest.raises(ValueError, match="eviction is None"):
+        _ = config.longest_prompt
 
 
 def test_refuses_unknown_fields() -> None:

@@ -17,13 +17,13 @@ def test_rows_go_to_heads_and_back() -> None:
     assert torch.equal(SHAPE.to_rows(key, value), rows)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, None])
 @pytest.mark.parametrize("per_head", [True, False])
-def test_folded_prefix_is_the_live_one(rank: int, per_head: bool) -> None:
+def test_folded_prefix_is_the_live_one(rank: int | None, per_head: bool) -> None:
     torch.manual_seed(0)
     prefix = LayerPrefix(SHAPE, shared_length=2, rank=rank)
     gate = Gate("tanh", SHAPE.num_heads if per_head else None)
-    prefix.begin(3, torch.randn(4, SHAPE.row_features), torch.rand(4))
+    prefix.begin(prefix.new_rows(3), torch.randn(4, SHAPE.row_features), torch.rand(4))
     for parameter in (*prefix.parameters(), *gate.parameters()):
         torch.nn.init.normal_(parameter)
     query, key, value = torch.randn(2, 4, 6, 3), torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 5)
@@ -38,19 +38,32 @@ def test_old_rows_are_frozen_and_new_ones_start_as_the_method_says() -> None:
     torch.manual_seed(0)
     wide = LayerShape(num_heads=8, num_kv_heads=8, key_size=64, value_size=64)
     prefix = LayerPrefix(wide, shared_length=10, rank=1)
-    prefix.begin(10, torch.randn(4, wide.row_features), torch.ones(4))
+    prefix.begin(prefix.new_rows(10), torch.randn(4, wide.row_features), torch.ones(4))
     key, value = wide.from_rows(prefix.prompt)
     assert key.std().item() == pytest.approx(0.5, rel=0.05) and value.std().item() == pytest.approx(0.02, rel=0.05)
     assert not prefix.old.requires_grad and prefix.prompt.requires_grad
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_embeddings_start_as_words_and_old_ones_are_reweighted(rank: int) -> None:
+def test_without_reweighting_old_rows_keep_their_scale() -> None:
+    torch.manual_seed(0)
+    old, scale = torch.randn(4, SHAPE.row_features), torch.rand(4)
+    layer = LayerPrefix(SHAPE, shared_length=0, rank=None)
+    layer.begin(layer.new_rows(3), old, scale)
+    assert [name for name, _ in layer.named_parameters()] == ["shared", "prompt"]
+    arguments = layer.arguments(layer.prompt)
+    assert "reweight_key" not in arguments
+    rows = SHAPE.to_rows(arguments["prefix_key"], arguments["prefix_value"])
+    torch.testing.assert_close(rows, torch.cat([layer.prompt, scale[:, None] * old]))
+    torch.testing.assert_close(layer.row_weights() * old, scale[:, None] * old)
+
+
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_embeddings_start_as_words_and_old_ones_are_reweighted(rank: int | None) -> None:
     torch.manual_seed(0)
     words = torch.nn.Embedding(30, 8)
     prompt = InputPrompt(words, 8, shared_length=2, rank=rank)
     old, scale = torch.randn(4, 8), torch.rand(4)
-    prompt.begin(3, old, scale)
+    prompt.begin(prompt.new_rows(3), old, scale)
     new = torch.cat([prompt.shared, prompt.prompt])
     assert all((words.weight == row).all(1).any() for row in new)
     torch.testing.assert_close(prompt.embeddings(prompt.prompt), torch.cat([new, scale[:, None] * old]))

@@ -149,6 +149,14 @@ def test_capacity_one_keeps_nothing() -> None:
     assert len(queue) == 0
 
 
+def test_without_eviction_everything_stays() -> None:
+    queue = PromptQueue(2, 3, eviction=None)
+    for seed in range(1, 5):
+        assert queue.push(prompts(seed), weights_like(queue, 0.5)) is None
+    assert torch.equal(queue.rows[0], torch.cat([prompts(seed)[0] for seed in (4, 3, 2, 1)]))
+    assert torch.equal(queue.row_scale[0], torch.ones(12)) and queue.evictions == 0
+
+
 def test_a_cut_never_exceeds_its_bound_over_many_tasks() -> None:
     queue = PromptQueue(4, 3)
     sizes = []
@@ -164,7 +172,7 @@ def test_a_cut_never_exceeds_its_bound_over_many_tasks() -> None:
     [
         ((0, 3), ValueError, "capacity"),
         ((1.0, 3), TypeError, "capacity"),
-        ((2, 0), ValueError, "prompt_length"),
+        ((2, -1), ValueError, "prompt_length"),
         ((2, True), TypeError, "prompt_length"),
     ],
 )

@@ -74,10 +74,10 @@ def after_tasks(count: int, **changes: Any) -> TrainingPrefix:
     torch.manual_seed(0)
     prefix = training_prefix(**changes)
     for number in range(count):
-        prefix.begin_task()
+        prefix.begin_task(first=not prefix.prompt_length)
         randomize(prefix)
         prefix.finish_task(f"task-{number}", ("a", "b"), None)
-    prefix.begin_task()
+    prefix.begin_task(first=not prefix.prompt_length)
     randomize(prefix)
     return prefix
 
@@ -106,8 +106,28 @@ def test_the_start_of_a_task_says_what_it_evicted(eviction: str) -> None:
     assert prefix.queue.evictions == 1 and len(prefix.queue) == 6
     assert prefix.last_eviction is not None and prefix.last_eviction.policy == eviction
     prefix.finish_task("task-3", (), None)
-    prefix.begin_task()
+    prefix.begin_task(first=not prefix.prompt_length)
     assert prefix.queue.evictions == 2
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+def test_a_prompt_may_start_as_the_last_one_ended(placement: str) -> None:
+    prefix = after_tasks(1, placement=placement, start_from="last")
+    ended = [prompt.detach().clone() for prompt in prefix._prompts()]  # through the reparametrisation
+    prefix.finish_task("task", (), None)
+    prefix.begin_task(first=False)
+    assert all(torch.equal(start, end) for start, end in zip(prefix._prompts(), ended))
+    assert all(rows.prompt.requires_grad and rows.prompt is not rows.old for rows in prefix.rows)
+
+
+@pytest.mark.parametrize("placement", ["prefix", "input"])
+def test_without_prompts_a_gate_still_trains_with_the_first_task_alone(placement: str) -> None:
+    prefix = training_prefix(placement=placement, prompt_length=0, gate_training="first-task")
+    for first in (True, False):
+        prefix.begin_task(first=first)
+        assert all(gate.alpha.requires_grad == first for gate in prefix.gates)
+        prefix.finish_task(f"task {first}", (), None)
+    assert len(prefix.queue) == 0 and prefix.queue.evictions == 0
 
 
 @pytest.mark.parametrize("placement", ["prefix", "input"])
@@ -137,7 +157,7 @@ def test_what_is_kept_of_a_task_stays_while_the_next_one_trains() -> None:
     adapter = prefix.finish_task("task", (), nn.Linear(4, 2))
     assert prefix.reparameterization is None and not any(p.requires_grad for p in prefix.parameters())
     kept = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
-    prefix.begin_task()
+    prefix.begin_task(first=not prefix.prompt_length)
     randomize(prefix)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in adapter.tensors().items())
 

@@ -1,0 +1,130 @@
+"""Each method by name is what its paper says, seen in the prefixes of a stream of toy tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
+from qtuning_fast.lifelong.base_models import load_base_model
+from qtuning_fast.lifelong.data.loading import load_task
+from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
+from qtuning_fast.lifelong.options import TrainingOptions
+
+CONFIG = QTuningConfig(prompt_length=2, shared_length=3, queue_size=3)
+TRAINING = TrainingOptions(steps=4, batch_size=4, max_length=10, eval_every=4, prompt_rate=0.03, head_rate=0.03)
+NEW = 2  # rows of a prompt
+
+
+@pytest.fixture(scope="module")
+def run(toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The metrics of a run of four tasks by a method, and its model."""
+    found: dict[str, tuple[dict[str, Any], QTuningModel]] = {}
+
+    def run(name: str) -> tuple[dict[str, Any], QTuningModel]:
+        if name not in found:
+            config, training = method_by_name(name).applied(CONFIG, TRAINING)
+            sizes = {"shots": 6, "validation_shots": 3, "test_size": 12}
+            tasks = [load_task(f"{name}={path}", **sizes) for name, path in toy_files.items()]
+            folder = tmp_path_factory.mktemp(name) / "run"
+            base, tokenizer = load_base_model(str(tiny_model_folder))
+            metrics = LifelongTrainer(base, tokenizer, config, tasks, training, folder).run()
+            found[name] = metrics, QTuningModel.from_pretrained(base, folder / "adapter")
+        return found[name]
+
+    return run
+
+
+def rows(model: QTuningModel, layer: int = 1) -> list[Tensor]:
+    """The keys and values of each task in a layer, `[P, F]`."""
+    adapters = [model.adapters[name] for name in model.tasks]
+    return [torch.cat([a.keys[layer], a.values[layer]], 2).transpose(0, 1).flatten(1) for a in adapters]
+
+
+def test_q_tuning_is_the_defaults() -> None:
+    config, training = QTuningConfig(), TrainingOptions()
+    assert METHODS[Q_TUNING].applied(config, training) == (config, training)
+
+
+def test_progressive_prompts_keep_every_prompt_as_it_was_trained(run: Any) -> None:
+    metrics, model = run("progressive-prompts")
+    assert [task["prefix_rows"] for task in metrics["per_task"]] == [NEW, 2 * NEW, 3 * NEW, 4 * NEW]
+    prefixes = rows(model)
+    for before, after in pairwise(prefixes):
+        assert torch.equal(after[NEW:], before)  # frozen and unweighted, behind the new prompt
+    assert model.adapters["pets"].gate is None and model.training_prefix.queue.evictions == 0
+    assert not any(task["retention_curve"] for task in metrics["per_task"])
+
+
+@pytest.mark.parametrize("name", ["prompt-per-task", "one-prompt"])
+def test_a_single_prompt_is_all_that_a_task_computes_with(run: Any, name: str) -> None:
+    metrics, model = run(name)
+    assert [task["prefix_rows"] for task in metrics["per_task"]] == [NEW] * 4
+    assert model.adapters["pets"].gate is None and len(model.training_prefix.queue) == 0
+    assert not any(task["retention_curve"] for task in metrics["per_task"])
+
+
+def test_of_prompts_and_of_one_prompt_only_the_latter_starts_where_the_last_task_ended(run: Any) -> None:
+    for name, carried in (("prompt-per-task", False), ("one-prompt", True)):
+        _, model = run(name)
+        last = rows(model)[-1]
+        model.start_task("next", 2)
+        start = model.training_prefix.rows[1].prompt
+        assert torch.equal(start, last) == carried
+
+
+def test_the_probe_answers_as_the_baseline_does_and_has_no_prompts(run: Any) -> None:
+    metrics, model = run("probe")
+    assert [task["prefix_rows"] for task in metrics["per_task"]] == [0] * 4
+    assert [task["steps"] for task in metrics["per_task"]] == [0] * 4
+    probe = metrics["baselines"]["linear_probe"]["accuracy"]
+    for evaluation in ("task_adapter", "live_queue"):
+        assert metrics[evaluation]["accuracy_matrix"][-1] == probe
+    with model.keeping_task(), torch.no_grad():
+        inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+        plain = model.features(inputs, task=None)
+        torch.testing.assert_close(model.features(inputs, task="pets"), plain)
+
+
+def test_what_is_given_goes_before_the_method() -> None:
+    config, _ = METHODS["prompt-per-task"].applied(QTuningConfig(gate="gelu"), TRAINING, given=frozenset({"gate"}))
+    assert config.gate == "gelu" and config.queue_size == 1
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="method is 'lora'; it must be one of 'q-tuning', 'progressive-prompts'"):
+        method_by_name("lora")
+
+
+def test_settings_that_would_leave_something_random_are_refused(
+    toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="steps is 0, so a head would stay random"):
+        TrainingOptions(steps=0)
+    base, tokenizer = load_base_model(str(tiny_model_folder))
+    tasks = [load_task(f"colours={toy_files['colours']}", shots=4, validation_shots=3, test_size=8)]
+    with pytest.raises(ValueError, match="steps is 0, so prompts would stay random"):
+        LifelongTrainer(base, tokenizer, CONFIG, tasks, TrainingOptions(steps=0, head_start="probe"), tmp_path / "run")
+    with pytest.raises(ValueError, match="prompt_length is 0, but task_type='causal-lm' has no heads"):
+        QTuningConfig(prompt_length=0, task_type="causal-lm")
+
+
+def test_a_head_may_start_as_the_probe_beside_prompts(
+    run: Any, toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    _, probe = run("probe")
+    base, tokenizer = load_base_model(str(tiny_model_folder))
+    tasks = [load_task(f"colours={toy_files['colours']}", shots=6, validation_shots=3, test_size=12)]
+    training = replace(TRAINING, head_start="probe", head_rate=0.0)
+    LifelongTrainer(base, tokenizer, CONFIG, tasks, training, tmp_path / "run").run()
+    head, wanted = (
+        model.adapters["colours"].head_weight
+        for model in (QTuningModel.from_pretrained(base, tmp_path / "run" / "adapter"), probe)
+    )
+    assert head is not None and wanted is not None and torch.equal(head, wanted) and head.any()
