@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import linear_probe, tuned_probe
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
+from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps_record
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
@@ -236,7 +237,7 @@ class LifelongTrainer:
         model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
         if self.options.head_start == "probe":
             self._start_head(model, task)
-        steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else _NO_STEPS
+        steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else NO_STEPS
         adapter = model.finish_task()
         return {
             "name": task.name,
@@ -249,7 +250,7 @@ class LifelongTrainer:
             "seconds": time.perf_counter() - began,  # without the time before an interruption
             "prefix_rows": adapter.prefix_rows,
             **steps,
-            **_method_state(model),
+            **method_record(model),
         }
 
     def _take_steps(self, model: QTuningModel, number: int, previous: str | None, checkpoints: Path) -> dict[str, Any]:
@@ -269,15 +270,7 @@ class LifelongTrainer:
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
-        history = trainer.state.log_history
-        return {
-            "steps": trainer.state.global_step,
-            "step_seconds": trainer.clock.median,
-            "best_step": trainer.state.best_global_step,
-            "loss_curve": _curve(history, "loss"),
-            "retention_curve": _curve(history, "retention_loss"),
-            "validation_curve": _curve(history, f"eval_{task.metric}"),
-        }
+        return steps_record(trainer, task.metric)
 
     @torch.no_grad()
     def _start_head(self, model: QTuningModel, task: Task) -> None:
@@ -400,16 +393,6 @@ class LifelongTrainer:
         }
 
 
-_NO_STEPS: dict[str, Any] = {
-    "steps": 0,
-    "step_seconds": None,
-    "best_step": None,
-    "loss_curve": [],
-    "retention_curve": [],
-    "validation_curve": [],
-}
-
-
 def _check_start(config: QTuningConfig, options: TrainingOptions) -> None:
     """Refuse settings under which what a task starts from would be wrong or missing."""
     if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
@@ -431,25 +414,3 @@ def _difference(recorded: Any, current: Any) -> str:
 
 def _padded_row(row: list[float], length: int) -> list[float | None]:
     return [*row, *[None] * (length - len(row))]
-
-
-def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
-    return [[entry["step"], entry[name]] for entry in history if name in entry]
-
-
-def _method_state(model: QTuningModel) -> dict[str, Any]:
-    """What the report shows of the queue, the reweighting and the gate after a task."""
-    eviction = model.training_prefix.last_eviction
-    gates = model.training_prefix.gates
-    return {
-        "energy_kept": None if eviction is None else float(np.mean(eviction.energy_kept)),
-        "effective_rank": None if eviction is None else float(np.mean(eviction.effective_rank)),
-        "eviction": None if eviction is None else asdict(eviction),
-        "gate": {
-            "alpha": [gate.alpha.reshape(-1).tolist() for gate in gates],
-            "tau": [gate.tau.reshape(-1).tolist() for gate in gates],
-        }
-        if gates
-        else None,
-        "row_weights": [rows.row_weights().detach().abs().mean(1).tolist() for rows in model.training_prefix.rows],
-    }

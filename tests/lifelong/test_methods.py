@@ -44,7 +44,8 @@ def run(toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path_factory: p
 def rows(model: QTuningModel, layer: int = 1) -> list[Tensor]:
     """The keys and values of each task in a layer, `[P, F]`."""
     adapters = [model.adapters[name] for name in model.tasks]
-    return [torch.cat([a.keys[layer], a.values[layer]], 2).transpose(0, 1).flatten(1) for a in adapters]
+    to_rows = model.training_prefix.rows[layer].shape.to_rows
+    return [to_rows(adapter.keys[layer], adapter.values[layer]) for adapter in adapters]
 
 
 def test_q_tuning_is_the_defaults() -> None:
