@@ -145,7 +145,8 @@ def run(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there resumes.")],
     method: Annotated[
-        str, _method(f"{', '.join(METHODS)}: a name for the settings below; those that are given as well go first.")
+        str,
+        _method(f"{', '.join(METHODS)}: names for settings below. Those that you give take precedence."),
     ] = Q_TUNING,
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
     seed: Annotated[int, typer.Option(help="Random seed, also for the draw of examples.")] = 0,
@@ -164,14 +165,12 @@ def run(
         _silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
-        sources = {name: context.get_parameter_source(name) for name in given}
-        typed = frozenset(name for name, source in sources.items() if source is None or source.name != "DEFAULT")
         data = _DATA.read(given, seed=seed)
         if given["queue_size"] is None:
             given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
-        config, training = method_by_name(method).applied(
-            _METHOD.read(given), _TRAINING.read(given, seed=seed), given=typed
-        )
+        named = method_by_name(method).without(_typed(context))
+        config = _METHOD.read(given, **named.config)
+        training = _TRAINING.read(given, seed=seed, **named.training)
         settings = RunSettings(model, data, config, training, forward_transfer, task_rule, keep_features, method)
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
@@ -184,6 +183,12 @@ def run(
         else:
             console.print(seeds_tables(run_seeds(settings, seeds, out, progress_bars)))
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def _typed(context: typer.Context) -> set[str]:
+    """The parameters that are on the command line, whether or not with their default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 @app.command(name="eval")

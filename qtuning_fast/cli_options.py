@@ -47,8 +47,13 @@ class Options:
             yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
     def read(self, given: Mapping[str, Any], **more: Any) -> Any:
-        """Build the settings from the values on the command line; raise what the dataclass raises."""
-        return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()}, **more)
+        """Build the settings from the values on the command line; raise what the dataclass raises.
+
+        Args:
+            given: the values by name.
+            more: settings that have no option, or another value than on the command line.
+        """
+        return self.settings(**{each.name: _read(each, given[each.name]) for each in self._options()} | more)
 
     def _options(self) -> list[Setting]:
         return [each for each in settings_of(self.settings) if each.name not in self.left_out]

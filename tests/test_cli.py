@@ -299,7 +299,11 @@ def test_a_method_by_name_is_its_settings_and_what_is_given_goes_first(command: 
     method = json.loads((tmp_path / "run" / "run.json").read_text())["method"]
     wanted = {"eviction": None, "reweighting": None, "gate": "tanh", "shared_length": 2}  # the latter two are given
     assert {name: method[name] for name in wanted} == wanted
-    assert "own data, progressive-prompts" in (tmp_path / "run" / "report.html").read_text()
+    title = "own data, progressive-prompts, shared_length=2, gate=tanh</title>"
+    assert title in (tmp_path / "run" / "report.html").read_text()
+    given = ("--steps=0", "--prompt-length=0", "--shared-length=0", "--queue-size=1")
+    code, output = call(*command(tmp_path / "probe", "--method=probe", *given))
+    assert code == 0, output
 
 
 def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

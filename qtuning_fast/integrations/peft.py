@@ -187,6 +187,8 @@ def _check_takes_prefix(base_model: PreTrainedModel) -> None:
 def _check_exact_prefix(adapter: TaskAdapter, base_model: PreTrainedModel) -> None:
     _check_takes_prefix(base_model)
     P, layers = adapter.prefix_rows, base_model.config.get_text_config().num_hidden_layers
+    if not P:
+        raise ValueError(f"adapter {adapter.name!r} has no rows, which a peft adapter must have")
     if adapter.position_shift != P:
         raise ValueError(
             f"adapter {adapter.name!r} has position_shift={adapter.position_shift}, but peft shifts positions by the "

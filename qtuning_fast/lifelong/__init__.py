@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from qtuning_fast.lifelong.data.loading import load_examples, load_task
     from qtuning_fast.lifelong.data.tables import DataWarning
     from qtuning_fast.lifelong.listener import RunListener
+    from qtuning_fast.lifelong.methods import Method, method_by_name
     from qtuning_fast.lifelong.metrics import evaluation_summary
     from qtuning_fast.lifelong.options import TrainingOptions
     from qtuning_fast.lifelong.streams import load_stream
@@ -18,6 +19,7 @@ __all__ = [
     "DataWarning",
     "Examples",
     "LifelongTrainer",
+    "Method",
     "RunListener",
     "Task",
     "TrainingOptions",
@@ -27,6 +29,7 @@ __all__ = [
     "load_examples",
     "load_stream",
     "load_task",
+    "method_by_name",
 ]
 
 # Imported on first use: reading data should not wait for transformers.
@@ -34,6 +37,7 @@ _MODULES = {
     "DataWarning": "data.tables",
     "Examples": "tasks",
     "LifelongTrainer": "trainer",
+    "Method": "methods",
     "RunListener": "listener",
     "Task": "tasks",
     "TrainingOptions": "options",
@@ -43,6 +47,7 @@ _MODULES = {
     "load_examples": "data.loading",
     "load_stream": "streams",
     "load_task": "data.loading",
+    "method_by_name": "methods",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,26 +12,49 @@ from qtuning_fast.method.config import QTuningConfig
 
 @dataclass(frozen=True)
 class Method:
-    """A method as what it sets.
+    """A method as the settings that make it.
 
     Attributes:
         about: what it does, in one line.
-        config, training: the fields of `QTuningConfig` and of `TrainingOptions` that it sets; others keep their
-            defaults.
+        config, training: the fields of `QTuningConfig` and of `TrainingOptions` that it sets.
     """
 
     about: str
     config: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def applied(
-        self, config: QTuningConfig, training: TrainingOptions, *, given: frozenset[str] = frozenset()
+    def settings(
+        self, config: Mapping[str, Any] | None = None, training: Mapping[str, Any] | None = None
     ) -> tuple[QTuningConfig, TrainingOptions]:
-        """Return the settings with those of the method, except for the fields that are `given`."""
-        return replace(config, **_without(self.config, given)), replace(training, **_without(self.training, given))
+        """Return all settings: those given here take precedence over the method's, and those over the defaults.
+
+        Raises:
+            TypeError, ValueError: a setting is unknown or wrong.
+        """
+        return QTuningConfig(**{**self.config, **(config or {})}), TrainingOptions(
+            **{**self.training, **(training or {})}
+        )
+
+    def without(self, names: Set[str]) -> Method:
+        """Return the method without what it says of some settings."""
+        config, training = (
+            {name: value for name, value in part.items() if name not in names} for part in (self.config, self.training)
+        )
+        return replace(self, config=config, training=training)
+
+    def changed(self, config: QTuningConfig, training: TrainingOptions) -> dict[str, Any]:
+        """Return what these settings have in place of the method's own, by name."""
+        parts: list[tuple[Any, Mapping[str, Any]]] = [(config, self.config), (training, self.training)]
+        return {
+            name: getattr(settings, name)
+            for settings, own in parts
+            for name, value in own.items()
+            if getattr(settings, name) != value
+        }
 
 
-_ONE_PROMPT_AT_A_TIME = {
+# Nothing but what the task itself has learned.
+_OWN_ALONE = {
     "queue_size": 1,
     "shared_length": 0,
     "reweighting": None,
@@ -49,15 +72,15 @@ METHODS = {
     ),
     "prompt-per-task": Method(
         "prompt tuning (arXiv 2104.08691; arXiv 2101.00190 in each layer): a prompt of its own for each task",
-        _ONE_PROMPT_AT_A_TIME,
+        _OWN_ALONE,
     ),
     "one-prompt": Method(
         "sequential prompt tuning: one prompt, which each task trains further",
-        _ONE_PROMPT_AT_A_TIME | {"start_from": "last"},
+        _OWN_ALONE | {"start_from": "last"},
     ),
     "probe": Method(
         "no prompts: the tuned linear probe of each task",
-        _ONE_PROMPT_AT_A_TIME | {"prompt_length": 0, "reparameterization": None},
+        _OWN_ALONE | {"prompt_length": 0, "reparameterization": None},
         {"steps": 0, "head_start": "probe"},
     ),
 }
@@ -72,7 +95,3 @@ def method_by_name(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; it must be one of {', '.join(map(repr, METHODS))}")
     return METHODS[name]
-
-
-def _without(settings: Mapping[str, Any], given: frozenset[str]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in given}

@@ -70,7 +70,7 @@ class DataOptions:
         if self.problem_types:
             raise ValueError(f"problem_types is {list(self.problem_types)}, but a stream has its own; leave it out")
         for name, column in columns.items():
-            if column != getattr(_NOTHING, name):
+            if column != getattr(_DEFAULTS, name):
                 raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave {name} out")
         return load_stream(self.stream, shots=_STREAM_SHOTS if self.shots is None else self.shots, **sizes)
 
@@ -100,7 +100,7 @@ class DataOptions:
 
 
 _COLUMNS = ("text_column", "label_column")
-_NOTHING = DataOptions()
+_DEFAULTS = DataOptions()
 
 
 @documented

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qtuning_fast.lifelong.scores import METRICS, score
+from qtuning_fast.lifelong.scores import score
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 
 C_VALUES = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
@@ -36,14 +36,15 @@ class LinearProbe:
 
 
 def tuned_probe(train: Any, validation: Any, problem_type: str = SINGLE, outputs: int | None = None) -> LinearProbe:
-    """Fit a linear model on features; the validation split chooses its regularisation, of equals the strongest.
+    """Fit a linear model on features, with the regularisation that does best on the validation split.
 
-    It is a logistic regression, one a label if an example may have several, or a ridge regression for numbers.
+    It is a logistic regression, one a label if an example may have several, or a ridge regression for numbers. If
+    several regularisations do equally well, the strongest is taken.
 
     Args:
         train, validation: pairs of features `[n, F]` and labels, as `score` takes them.
         problem_type: what the labels mean.
-        outputs: the number of classes; None: as many as the training labels name. Labels and numbers count themselves.
+        outputs: for one class an example, the number of classes; None: as many as the training labels name.
     """
     from sklearn.exceptions import ConvergenceWarning
 
@@ -61,15 +62,8 @@ def tuned_probe(train: Any, validation: Any, problem_type: str = SINGLE, outputs
     return best
 
 
-def linear_probe(
-    train: Any, validation: Any, test: Any, problem_type: str = SINGLE, outputs: int | None = None
-) -> dict[str, float]:
-    """Return the measure of `tuned_probe` on the test split, by its name, and the chosen `C`."""
-    probe = tuned_probe(train, validation, problem_type, outputs)
-    return {METRICS[problem_type]: score(problem_type, probe(test[0]), test[1]), "C": probe.C}
-
-
 Fitted = tuple[np.ndarray, np.ndarray]
+"""Weight `[outputs, F]` and bias `[outputs]` of a linear map."""
 
 
 def _classes(strength: float, features: np.ndarray, labels: np.ndarray, outputs: int | None) -> Fitted:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.listener import RunListener
-from qtuning_fast.lifelong.methods import Q_TUNING
+from qtuning_fast.lifelong.methods import Q_TUNING, method_by_name
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.saved_run import files_by_seed
@@ -35,10 +35,17 @@ class RunSettings:
     forward_transfer: bool = False
     task_rule: str = ClosedForm.name
     keep_validation_features: bool = True
-    method_name: str = Q_TUNING  # for the report: the settings are those of `method` and `training`
+    method_name: str = Q_TUNING  # what `method` and `training` were made from
 
     def __post_init__(self) -> None:
         rule_by_name(self.task_rule)  # a wrong name fails before anything is loaded
+        method_by_name(self.method_name)
+
+    @property
+    def method_in_words(self) -> str:
+        """The method's name, with what was changed about it."""
+        changed = method_by_name(self.method_name).changed(self.method, self.training)
+        return ", ".join([self.method_name, *(f"{name}={value}" for name, value in changed.items())])
 
     def with_seed(self, seed: int) -> RunSettings:
         """The same run with another seed, which also draws other examples."""
@@ -82,7 +89,7 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
                 "stream": title,
                 "base_model": _with_absolute_path(settings.model),
                 "data": _recorded(settings.data),
-                **({} if settings.method_name == Q_TUNING else {"method_name": settings.method_name}),
+                **({} if settings.method_name == Q_TUNING else {"method_name": settings.method_in_words}),
             },
             listener=listener,
         ).run()

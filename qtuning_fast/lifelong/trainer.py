@@ -42,7 +42,8 @@ from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.preflight import preflight
-from qtuning_fast.lifelong.probe import linear_probe, tuned_probe
+from qtuning_fast.lifelong.probe import LinearProbe, tuned_probe
+from qtuning_fast.lifelong.scores import score
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps_record
@@ -231,12 +232,16 @@ class LifelongTrainer:
     def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
         """Start, train and finish one task; returns the content of `training.json`."""
         task = self.tasks[number]
+        head = self._tuned_probe(model, task) if self.options.head_start == "probe" else None
         began = time.perf_counter()
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
         model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
-        if self.options.head_start == "probe":
-            self._start_head(model, task)
+        if head is not None:
+            assert model.head is not None
+            with torch.no_grad():
+                model.head.weight.copy_(torch.from_numpy(head.weight))
+                model.head.bias.copy_(torch.from_numpy(head.bias))
         steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else NO_STEPS
         adapter = model.finish_task()
         return {
@@ -271,15 +276,6 @@ class LifelongTrainer:
         )
         trainer.train_or_resume()
         return steps_record(trainer, task.metric)
-
-    @torch.no_grad()
-    def _start_head(self, model: QTuningModel, task: Task) -> None:
-        """Start the head of the task in training as the tuned linear probe."""
-        train, validation, _ = self._features_and_labels(model, task)
-        probe = tuned_probe(train, validation, task.problem_type, len(task.label_names))
-        assert model.head is not None
-        model.head.weight.copy_(torch.from_numpy(probe.weight))
-        model.head.bias.copy_(torch.from_numpy(probe.bias))
 
     def _evaluate(self, model: QTuningModel, number: int) -> dict[str, Any]:
         """Evaluate each task so far under the live prefix, and this task under its adapter."""
@@ -319,21 +315,23 @@ class LifelongTrainer:
             self._train_task(model, number, folder)
             task = self.tasks[number]
             found = self._score(model, task)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # without steps there is none
         return {task.metric: found}
 
     def _probe(self, model: QTuningModel, task: Task) -> dict[str, Any]:
-        train, validation, test = self._features_and_labels(model, task)
-        return linear_probe(train, validation, test, task.problem_type, len(task.label_names))
+        probe, (features, labels) = self._tuned_probe(model, task), self._features_and_labels(model, task, "test")
+        return {task.metric: score(task.problem_type, probe(features), labels), "C": probe.C}
+
+    def _tuned_probe(self, model: QTuningModel, task: Task) -> LinearProbe:
+        train, validation = (self._features_and_labels(model, task, split) for split in ("train", "validation"))
+        return tuned_probe(train, validation, task.problem_type, len(task.label_names))
 
     # Pieces
 
-    def _features_and_labels(self, model: QTuningModel, task: Task) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return features of the frozen model and labels of the three splits."""
-        return [
-            (self._unnamed.features(model, task, split).numpy(), self._encoded(task)[split].columns["labels"].numpy())
-            for split in SPLITS
-        ]
+    def _features_and_labels(self, model: QTuningModel, task: Task, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return features of the frozen model, and labels."""
+        labels = self._encoded(task)[split].columns["labels"]
+        return self._unnamed.features(model, task, split).numpy(), labels.numpy()
 
     def _score(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)

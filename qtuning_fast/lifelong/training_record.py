@@ -51,5 +51,7 @@ def method_record(model: QTuningModel) -> dict[str, Any]:
         }
         if gates
         else None,
-        "row_weights": [rows.row_weights().detach().abs().mean(1).tolist() for rows in model.training_prefix.rows],
+        "row_weights": None
+        if model.qtuning_config.reweighting is None
+        else [rows.row_weights().detach().abs().mean(1).tolist() for rows in model.training_prefix.rows],
     }

@@ -45,7 +45,8 @@ class QTuningConfig:
     reweighting: str | None = setting(
         "low-rank",
         "{choices}.",
-        "`low-rank` learns a weight for each feature of older rows, `W = U V`; with `none` they stay as they are.",
+        "`low-rank` learns a weight for each feature of older rows, `W = U V`. With `none` they keep the scale at "
+        "which the queue holds them, 1 before any eviction.",
         choices=REWEIGHTINGS,
         absent="low-rank",
     )
@@ -101,7 +102,8 @@ class QTuningConfig:
     retention_weight: float = setting(
         0.1,
         "Weight of memory retention; 0: off.",
-        "Q-tuning calls it `η`. It is also off with `stack='decoder'`, since its features come from the encoder.",
+        "Q-tuning calls it `η`. It keeps what the shared prompt knows, from the first eviction on. Without a shared "
+        "prompt or evictions it is off, and with `stack='decoder'`, since its features come from the encoder.",
     )
     task_type: str = setting(
         "sequence-classification",
@@ -127,7 +129,7 @@ class QTuningConfig:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
 
     def most_rows(self, tasks: int) -> int:
-        """The most rows that a prefix of the first tasks has; from `queue_size` tasks on they are constant."""
+        """The most rows that a prefix has after so many tasks; once the queue is full, it has no more."""
         prompts = tasks if self.eviction is None else min(tasks, self.queue_size)
         return self.shared_length + prompts * self.prompt_length
 

@@ -74,11 +74,12 @@ class PromptRows(nn.Module):
         raise NotImplementedError
 
     def begin(self, prompt: Tensor, old: Tensor, row_scale: Tensor) -> None:
-        """Start with these rows of a new prompt, `[l, F]`, in front of the queue's, whose weights start at `row_scale`.
+        """Start a new task.
 
         Args:
-            prompt, old: `[l, F]` and `[n, F]`.
-            row_scale: `[n]`.
+            prompt: `[l, F]`, where the new prompt starts.
+            old: `[n, F]`, the queue's rows.
+            row_scale: `[n]`, the weight of each old row at the start.
         """
         device = self.shared.device
         self.prompt = nn.Parameter(prompt.to(device))
@@ -136,15 +137,15 @@ class LayerPrefix(PromptRows):
         Args:
             prompt: `[l, F]`, the new prompt, reparametrised or not.
         """
-        reweights = self.reweight_key is not None and self.reweight_value is not None
-        old = self.old if reweights else self.row_weights() * self.old
-        key, value = self.shape.from_rows(torch.cat([self.shared, prompt, old]))
-        n_shared = len(self.shared) + len(prompt)
-        arguments: PrefixArguments = {"prefix_key": key, "prefix_value": value, "n_shared": n_shared}
+        n_shared, old = len(self.shared) + len(prompt), self.old
+        arguments: PrefixArguments = {"n_shared": n_shared}
         if self.reweight_key is not None and self.reweight_value is not None:
             arguments["reweight_key"] = self.reweight_key.behind(n_shared)
             arguments["reweight_value"] = self.reweight_value.behind(n_shared)
-        return arguments
+        elif len(old):
+            old = self.row_weights() * old
+        key, value = self.shape.from_rows(torch.cat([self.shared, prompt, old]))
+        return arguments | {"prefix_key": key, "prefix_value": value}
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class PromptQueue:
     """The queue `Q_old` of one model: for each layer the rows of finished prompts, newest first.
 
     It holds at most `(capacity - 1) * prompt_length` rows a layer, so that a prefix, with the prompt in training, never
-    exceeds `capacity` prompts plus the shared one.
+    exceeds `capacity` prompts plus the shared one. Without eviction it holds every prompt.
 
     Args:
         capacity: number of prompts `C`, counting the one in training; 1 keeps no old rows.
@@ -126,6 +126,7 @@ class PromptQueue:
 
     @property
     def max_rows(self) -> int:
+        """The most rows that an eviction leaves."""
         return (self.capacity - 1) * self.prompt_length
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 Default = TypeVar("Default")
 Settings = TypeVar("Settings")
 
-REQUIRED: Any = object()  # of a setting that every file has
+ALWAYS_WRITTEN: Any = object()  # as `absent` of a setting: a file without it means the default
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Setting:
         more: further sentences, for readers of Python and of the docs.
         least: the least value of an integer.
         choices: all values that it can have; empty where it has no such list.
-        absent: what a file without the setting means, since it was written before the setting was there.
+        absent: what a file without the setting means, since it was written before the setting was there. A file does
+            not have a setting with this value, so that earlier versions can read it.
     """
 
     name: str
@@ -64,7 +65,7 @@ def setting(
     *,
     least: int = 1,
     choices: Sequence[str | None] = (),
-    absent: Any = REQUIRED,
+    absent: Any = ALWAYS_WRITTEN,
 ) -> Default:
     """Declare a field of a dataclass of settings; see `Setting`. `{choices}` in `help` becomes their list."""
     metadata = {"help": help.format(choices=_listed(choices)), "more": more, "least": least, "choices": tuple(choices)}
@@ -85,29 +86,28 @@ def check_settings(settings: Any) -> None:
 
 
 def to_file(settings: Any) -> dict[str, Any]:
-    """The settings as plain JSON values, without those that a file may lack and that have the value this means.
-
-    A file with no new choice in it is thus the one that earlier versions wrote, and they can read it.
-    """
+    """Return the settings as plain JSON values, without those whose value is what their absence means."""
     values = {each: getattr(settings, each.name) for each in settings_of(type(settings))}
     return {
         each.name: list(value) if isinstance(value, tuple) else value
         for each, value in values.items()
-        if each.absent is REQUIRED or value != each.absent
+        if each.absent is ALWAYS_WRITTEN or value != each.absent
     }
 
 
 def from_file(dataclass_type: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """The settings that `to_file` wrote, here or in an earlier version.
+    """Return the settings that `to_file` wrote, here or in an earlier version.
 
     Raises:
         TypeError, ValueError: a setting is unknown or wrong; the message names it.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"the {dataclass_type.__name__} in a file is a {type(values).__name__}; it must be a dict")
     known = {each.name: each for each in settings_of(dataclass_type)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"unknown fields in the {dataclass_type.__name__}: {', '.join(unknown)}")
-    absent = {name: each.absent for name, each in known.items() if each.absent is not REQUIRED}
+    absent = {name: each.absent for name, each in known.items() if each.absent is not ALWAYS_WRITTEN}
     lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return dataclass_type(**absent | lists)
 

@@ -78,7 +78,8 @@ class Learning(nn.Module):
         Args:
             retains: whether memory retention applies once the queue has evicted rows.
         """
-        self.prefix.begin_task(first=self.last_learned is None)
+        first = self.last_learned is None and not self.prefix.prompt_length  # the task learned last may be removed
+        self.prefix.begin_task(first=first)
         if retains and self.prefix.queue.evictions > 0 and self.discriminator is None:
             self.discriminator = Discriminator(self._hidden_size)
         if self.discriminator is not None:

@@ -185,8 +185,9 @@ class QTuningModel(PretrainedInterface):
     @property
     def _may_retain(self) -> bool:
         config, layers = self.qtuning_config, self.backbone.injector.layers
-        reads = any(layers[index].stack == layers[0].stack for index in self.layer_indices)
-        return config.retention_weight > 0 and config.shared_length > 0 and reads  # features are those of the input
+        reads = any(layers[index].stack == layers[0].stack for index in self.layer_indices)  # features are the input's
+        evicts = config.eviction is not None and config.prompt_length > 0
+        return config.retention_weight > 0 and config.shared_length > 0 and evicts and reads
 
     @property
     def device(self) -> torch.device:

@@ -339,6 +339,7 @@ def an_adapter(**changes: Any) -> TaskAdapter:
     ("changes", "message"),
     [
         ({"gate": "tanh", "alphas": (torch.ones(()),) * 2, "taus": (torch.ones(()),) * 2}, "'a' has the gate 'tanh'"),
+        ({"keys": (torch.zeros(4, 0, 8),) * 2, "values": (torch.zeros(4, 0, 8),) * 2}, "'a' has no rows"),
         ({"position_shift": 0}, "position_shift=0, but peft shifts positions by the 3 rows"),
         ({"keys": (torch.zeros(4, P, 8),), "values": (torch.zeros(4, P, 8),)}, "in 1 layers; peft needs one in all 2"),
         ({"values": (torch.zeros(4, P, 6),) * 2}, r"shapes \[\(4, 3, 6\), \(4, 3, 8\)\]"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,37 @@ from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.tasks import Examples, Task
+from qtuning_fast.method.labels import MULTI, REGRESSION
 
-CONFIG = QTuningConfig(prompt_length=2, shared_length=3, queue_size=3)
-TRAINING = TrainingOptions(steps=4, batch_size=4, max_length=10, eval_every=4, prompt_rate=0.03, head_rate=0.03)
 NEW = 2  # rows of a prompt
+CONFIG = {"prompt_length": NEW, "shared_length": 3, "queue_size": 3}
+TRAINING = {"steps": 4, "batch_size": 4, "max_length": 10, "eval_every": 4, "prompt_rate": 0.03, "head_rate": 0.03}
+SIZES: dict[str, Any] = {"shots": 6, "validation_shots": 3, "test_size": 12}
+
+COLOURS, ANIMALS = ["red", "green", "blue", "yellow"], ["cat", "dog", "horse", "bird"]
 
 
 @pytest.fixture(scope="module")
 def run(toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The metrics of a run of four tasks by a method, and its model."""
-    found: dict[str, tuple[dict[str, Any], QTuningModel]] = {}
+    found: dict[str, tuple[dict[str, Any], Path]] = {}
 
     def run(name: str) -> tuple[dict[str, Any], QTuningModel]:
+        base, tokenizer = load_base_model(str(tiny_model_folder))
         if name not in found:
-            config, training = method_by_name(name).applied(CONFIG, TRAINING)
-            sizes = {"shots": 6, "validation_shots": 3, "test_size": 12}
-            tasks = [load_task(f"{name}={path}", **sizes) for name, path in toy_files.items()]
+            method = method_by_name(name)
+            own = method.config.keys() | method.training.keys()
+            given = [{key: x for key, x in part.items() if key not in own} for part in (CONFIG, TRAINING)]
+            tasks = [load_task(f"{task}={path}", **SIZES) for task, path in toy_files.items()]
+            config, training = method.settings(*given)
             folder = tmp_path_factory.mktemp(name) / "run"
-            base, tokenizer = load_base_model(str(tiny_model_folder))
-            metrics = LifelongTrainer(base, tokenizer, config, tasks, training, folder).run()
-            found[name] = metrics, QTuningModel.from_pretrained(base, folder / "adapter")
-        return found[name]
+            trainer = LifelongTrainer(
+                base, tokenizer, config, tasks, training, folder, forward_transfer=name == "probe"
+            )
+            found[name] = trainer.run(), folder / "adapter"
+        metrics, saved = found[name]
+        return metrics, QTuningModel.from_pretrained(base, saved)
 
     return run
 
@@ -49,8 +58,7 @@ def rows(model: QTuningModel, layer: int = 1) -> list[Tensor]:
 
 
 def test_q_tuning_is_the_defaults() -> None:
-    config, training = QTuningConfig(), TrainingOptions()
-    assert METHODS[Q_TUNING].applied(config, training) == (config, training)
+    assert METHODS[Q_TUNING].settings() == (QTuningConfig(), TrainingOptions())
 
 
 def test_progressive_prompts_keep_every_prompt_as_it_was_trained(run: Any) -> None:
@@ -87,15 +95,20 @@ def test_the_probe_answers_as_the_baseline_does_and_has_no_prompts(run: Any) -> 
     probe = metrics["baselines"]["linear_probe"]["accuracy"]
     for evaluation in ("task_adapter", "live_queue"):
         assert metrics[evaluation]["accuracy_matrix"][-1] == probe
+        assert metrics[evaluation]["forward_transfer"] == 0
     with model.keeping_task(), torch.no_grad():
         inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
         plain = model.features(inputs, task=None)
         torch.testing.assert_close(model.features(inputs, task="pets"), plain)
 
 
-def test_what_is_given_goes_before_the_method() -> None:
-    config, _ = METHODS["prompt-per-task"].applied(QTuningConfig(gate="gelu"), TRAINING, given=frozenset({"gate"}))
-    assert config.gate == "gelu" and config.queue_size == 1
+def test_what_is_given_takes_precedence_over_the_method_and_is_named() -> None:
+    method = METHODS["prompt-per-task"]
+    config, training = method.settings({"gate": "gelu", "rank": 2}, {"steps": 7})
+    assert (config.gate, config.rank, config.queue_size, training.steps) == ("gelu", 2, 1, 7)
+    assert method.changed(config, training) == {"gate": "gelu"}  # the others are not the method's
+    assert method.without({"gate"}).config == {name: x for name, x in method.config.items() if name != "gate"}
+    assert not method.changed(*method.settings())
 
 
 def test_an_unknown_method_is_refused() -> None:
@@ -110,8 +123,12 @@ def test_settings_that_would_leave_something_random_are_refused(
         TrainingOptions(steps=0)
     base, tokenizer = load_base_model(str(tiny_model_folder))
     tasks = [load_task(f"colours={toy_files['colours']}", shots=4, validation_shots=3, test_size=8)]
+    nothing = TrainingOptions(steps=0, head_start="probe")
     with pytest.raises(ValueError, match="steps is 0, so prompts would stay random"):
-        LifelongTrainer(base, tokenizer, CONFIG, tasks, TrainingOptions(steps=0, head_start="probe"), tmp_path / "run")
+        LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, nothing, tmp_path / "run")
+    config = QTuningConfig(task_type="text-to-text")
+    with pytest.raises(ValueError, match="head_start is 'probe', but task_type='text-to-text' has no heads"):
+        LifelongTrainer(base, tokenizer, config, tasks, TrainingOptions(head_start="probe"), tmp_path / "run")
     with pytest.raises(ValueError, match="prompt_length is 0, but task_type='causal-lm' has no heads"):
         QTuningConfig(prompt_length=0, task_type="causal-lm")
 
@@ -121,11 +138,29 @@ def test_a_head_may_start_as_the_probe_beside_prompts(
 ) -> None:
     _, probe = run("probe")
     base, tokenizer = load_base_model(str(tiny_model_folder))
-    tasks = [load_task(f"colours={toy_files['colours']}", shots=6, validation_shots=3, test_size=12)]
-    training = replace(TRAINING, head_start="probe", head_rate=0.0)
-    LifelongTrainer(base, tokenizer, CONFIG, tasks, training, tmp_path / "run").run()
+    tasks = [load_task(f"colours={toy_files['colours']}", **SIZES)]
+    training = TrainingOptions(**TRAINING | {"head_start": "probe", "head_rate": 0.0})
+    LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, training, tmp_path / "run").run()
     head, wanted = (
         model.adapters["colours"].head_weight
         for model in (QTuningModel.from_pretrained(base, tmp_path / "run" / "adapter"), probe)
     )
     assert head is not None and wanted is not None and torch.equal(head, wanted) and head.any()
+
+
+@pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
+def test_the_probe_of_labels_and_of_numbers_is_the_baseline_too(
+    problem_type: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    texts = [
+        f"the {colour} {animal} {word}" for colour in COLOURS for animal in ANIMALS for word in ("is", "was", "old")
+    ]
+    multi = problem_type == MULTI
+    labels = [(int("red" in text), int("cat" in text)) if multi else float(len(text)) for text in texts]
+    parts = [Examples(texts[k::3], labels[k::3]) for k in range(3)]
+    task = Task("task", ["red", "cat"] if multi else ["length"], *parts, source="toy", problem_type=problem_type)
+    base, tokenizer = load_base_model(str(tiny_model_folder))
+    config, training = METHODS["probe"].settings(training={"max_length": 10})
+    metrics = LifelongTrainer(base, tokenizer, config, [task], training, tmp_path / "run").run()
+    found = metrics["task_adapter"]["accuracy_matrix"][0][0]
+    assert found == pytest.approx(metrics["baselines"]["linear_probe"]["accuracy"][0], abs=1e-6)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from qtuning_fast.lifelong.probe import C_VALUES, linear_probe, tuned_probe
-from qtuning_fast.method.labels import MULTI, REGRESSION
+from qtuning_fast.lifelong.probe import C_VALUES, tuned_probe
+from qtuning_fast.lifelong.scores import score
+from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 
 
 def draw(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -18,8 +19,9 @@ def draw(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_it_learns_what_is_linear():
-    probe = linear_probe(draw(0, 40, 0.1), draw(1, 20, 0.1), draw(2, 50, 0.1))
-    assert probe["accuracy"] == 1 and probe["C"] in C_VALUES
+    probe = tuned_probe(draw(0, 40, 0.1), draw(1, 20, 0.1))
+    features, labels = draw(2, 50, 0.1)
+    assert score(SINGLE, probe(features), labels) == 1 and probe.C in C_VALUES
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -46,15 +48,14 @@ def test_classes_without_an_example_are_never_the_answer(given):
 def test_labels_without_a_pattern_are_not_learned():
     features, labels = draw(0, 200, 1.0)
     unrelated = np.random.default_rng(3).normal(size=features.shape)
-    probe = linear_probe(
-        (unrelated[:100], labels[:100]), (unrelated[:50], labels[:50]), (unrelated[100:], labels[100:])
-    )
-    assert probe["accuracy"] == pytest.approx(0.5, abs=0.17)  # 3.4 standard deviations of 100 coins
+    probe = tuned_probe((unrelated[:100], labels[:100]), (unrelated[:50], labels[:50]))
+    found = score(SINGLE, probe(unrelated[100:]), labels[100:])
+    assert found == pytest.approx(0.5, abs=0.17)  # 3.4 standard deviations of 100 coins
 
 
 def test_of_equals_the_strongest_regularisation_is_taken():
     split = draw(0, 40, 0.0)
-    assert linear_probe(split, split, split)["C"] == C_VALUES[0]
+    assert tuned_probe(split, split).C == C_VALUES[0]
 
 
 def test_labels_are_told_apart_one_by_one():
@@ -63,13 +64,13 @@ def test_labels_are_told_apart_one_by_one():
     always = np.ones(60, dtype=int)
     labels = np.stack([first, second[::-1], always, 0 * always], axis=1)
     parts = [(features[part], labels[part]) for part in (slice(20), slice(20, 40), slice(40, 60))]
-    probe = linear_probe(*parts, MULTI)
-    assert probe["micro_f1"] == 1 and set(probe) == {"micro_f1", "C"}
+    train, validation, (features, labels) = parts
+    assert score(MULTI, tuned_probe(train, validation, MULTI)(features), labels) == 1
 
 
 def test_numbers_are_regressed():
     features, _ = draw(0, 90, 0.1)
     numbers = 3 * features[:, 0] + 10
     parts = [(features[part], numbers[part]) for part in (slice(30), slice(30, 60), slice(60, 90))]
-    probe = linear_probe(*parts, REGRESSION)
-    assert probe["pearson"] > 0.99 and set(probe) == {"pearson", "C"}
+    train, validation, (features, numbers) = parts
+    assert score(REGRESSION, tuned_probe(train, validation, REGRESSION)(features), numbers) > 0.99

@@ -36,6 +36,6 @@ def test_the_parts_of_the_method_are_recorded_as_far_as_there_are_any(tiny_bert:
     record = method_record(model)
     assert record["eviction"]["policy"] == "pca" and 0 < record["energy_kept"] <= 1
     assert len(record["gate"]["alpha"]) == 3 and [len(layer) for layer in record["row_weights"]] == [2, 2, 2]
-    bare = QTuningModel(model.detach(), QTuningConfig(prompt_length=2, queue_size=1, gate=None))
+    bare = QTuningModel(model.detach(), QTuningConfig(prompt_length=2, queue_size=1, gate=None, reweighting=None))
     record = method_record(bare)
-    assert record["eviction"] is record["gate"] is record["energy_kept"] is None
+    assert record["eviction"] is record["gate"] is record["energy_kept"] is record["row_weights"] is None

@@ -183,6 +183,34 @@ def test_without_heads_the_base_models_own_is_used() -> None:
     assert part.head is None and part.finish().head_weight is None
 
 
+def test_learning_goes_on_after_the_last_task_was_removed(tiny_bert: BertModel, batch: Batch, learn: Any) -> None:
+    config = QTuningConfig(
+        prompt_length=2, shared_length=0, retention_weight=0, gate_training="first-task", start_from="last"
+    )
+    model = QTuningModel(tiny_bert, config)
+    learn(model, batch, 2)
+    model.set_task(None)
+    model.remove_task("task-1")
+    ended = model.training_prefix.rows[0].prompt.detach().clone()
+    model.start_task("next", 2)
+    rows = model.training_prefix.rows[0]
+    assert len(rows.old) == 4 and torch.equal(rows.old[:2], ended) and torch.equal(rows.prompt, ended)
+    assert not any(gate.alpha.requires_grad for gate in model.training_prefix.gates)
+
+
+@pytest.mark.parametrize("without", [{"eviction": None}, {"prompt_length": 0}, {"shared_length": 0}])
+def test_without_evictions_or_shared_prompt_nothing_is_retained(
+    without: dict[str, Any], tiny_bert: BertModel, batch: Batch, learn: Any
+) -> None:
+    model = QTuningModel(
+        tiny_bert, QTuningConfig(**{"prompt_length": 2, "shared_length": 2, "queue_size": 1} | without)
+    )
+    learn(model, batch, 3)
+    assert not model.retains_memory and model.discriminator is None
+    model.set_task(None)
+    model.remove_task("task-2")  # no later task needs it
+
+
 def test_the_discriminator_comes_with_the_first_eviction_and_stays() -> None:
     part = learning()
     start(part, "first")

@@ -99,8 +99,9 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
         ),
         Plot(
             "cost",
-            "Rows grow until the queue is full. The first eviction switches memory retention on, which runs every "
-            "batch twice. From there on both lines should be flat: a later task costs no more than an earlier one.",
+            "Rows grow until the queue is full, or with every task if it never evicts. The first eviction switches "
+            "memory retention on, which runs every batch twice. From there on both lines should be flat: a later task "
+            "costs no more than an earlier one.",
             plots.cost,
         ),
     ),

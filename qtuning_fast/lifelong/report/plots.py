@@ -263,7 +263,7 @@ def row_weights(metrics: Metrics) -> Figure:
     per_task = metrics["per_task"]
     weights = pad_rows([_over_layers(task.get("row_weights") or []) for task in per_task])
     if not weights.size:
-        raise NoDataError("Reweighting of old rows: no task had old rows before it.")
+        raise NoDataError("Reweighting of old rows: there is none, or no task had old rows before it.")
     height = min(2 + 0.4 * len(weights), 6.5)
     figure, [axes] = new_figure("How each task reweights the old rows of the queue", height)
     reach = float(np.clip(np.nanmax(np.abs(np.log2(weights.clip(min=1e-9)))), 0.2, 4))  # in doublings
