@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from qtuning_fast import prefix_attention
@@ -155,10 +155,16 @@ drawn = partial(
 )
 
 
+# Its log-sum-exp is of few scores, so that what a product loses stays.
+FEW_SCORES = {"N": 2, "M": 64, "P": 64, "B": 1, "G": 2, "Hkv": 2, "D": 32, "Dv": 24, "n_shared": 9, "gate": "softplus"}
+FEW_SCORES |= {"gate_shape": "head", "mask": "full bool", "is_causal": True, "seed": 7}
+
+
 @thorough
 @every_way
-@drawn(max_examples=20)
+@drawn(max_examples=12)
 @given(options=call_options())
+@example(options=FEW_SCORES)
 def test_any_call(assert_accurate, backend, dtype, options):
     assert_accurate(backend, dtype=dtype, **options)
 
