@@ -301,9 +301,13 @@ def test_a_method_by_name_is_its_settings_and_what_is_given_goes_first(command: 
     assert {name: method[name] for name in wanted} == wanted
     title = "own data, progressive-prompts, shared_length=2, gate=tanh</title>"
     assert title in (tmp_path / "run" / "report.html").read_text()
-    given = ("--steps=0", "--prompt-length=0", "--shared-length=0", "--queue-size=1")
-    code, output = call(*command(tmp_path / "probe", "--method=probe", *given))
+    code, output = call(*command(tmp_path / "probe", "--method=probe"))
+    assert code == 2 and "prompts would stay random" in output  # the command gives lengths of prompts
+    given = ("--prompt-length=0", "--shared-length=0", "--queue-size=1")
+    code, output = call(*command(tmp_path / "probe", "--method=probe", *given))  # and a number of steps
     assert code == 0, output
+    metrics = results(tmp_path / "probe")
+    assert metrics["task_adapter"]["accuracy_matrix"][-1] == metrics["baselines"]["linear_probe"]["accuracy"]
 
 
 def test_an_interrupt_says_how_to_go_on(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

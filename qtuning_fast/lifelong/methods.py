@@ -9,6 +9,9 @@ from typing import Any
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.method.config import QTuningConfig
 
+# Settings that say "at most": a method that takes fewer does so whatever is given, so that peers can share a command.
+_AT_MOST = frozenset({"steps"})
+
 
 @dataclass(frozen=True)
 class Method:
@@ -28,17 +31,20 @@ class Method:
     ) -> tuple[QTuningConfig, TrainingOptions]:
         """Return all settings: those given here take precedence over the method's, and those over the defaults.
 
+        The number of steps is the most that a method may take: the probe takes none.
+
         Raises:
             TypeError, ValueError: a setting is unknown or wrong.
         """
-        return QTuningConfig(**{**self.config, **(config or {})}), TrainingOptions(
-            **{**self.training, **(training or {})}
-        )
+        config, training = dict(config or {}), dict(training or {})
+        left = self.without(config.keys() | training.keys())
+        return QTuningConfig(**{**config, **left.config}), TrainingOptions(**{**training, **left.training})
 
     def without(self, names: Set[str]) -> Method:
-        """Return the method without what it says of some settings."""
+        """Return the method without what it says of some settings, but for the number of steps."""
         config, training = (
-            {name: value for name, value in part.items() if name not in names} for part in (self.config, self.training)
+            {name: value for name, value in part.items() if name not in names - _AT_MOST}
+            for part in (self.config, self.training)
         )
         return replace(self, config=config, training=training)
 

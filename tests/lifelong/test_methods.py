@@ -111,6 +111,12 @@ def test_what_is_given_takes_precedence_over_the_method_and_is_named() -> None:
     assert not method.changed(*method.settings())
 
 
+def test_the_probe_takes_no_steps_however_many_it_may_take() -> None:
+    method = METHODS["probe"]
+    config, training = method.settings(training={"steps": 60, "batch_size": 4})
+    assert (training.steps, training.batch_size) == (0, 4) and not method.changed(config, training)
+
+
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="method is 'lora'; it must be one of 'q-tuning', 'progressive-prompts'"):
         method_by_name("lora")
