@@ -146,7 +146,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run there resumes.")],
     method: Annotated[
         str,
-        _method(f"{', '.join(METHODS)}: names for settings below. Those that you give take precedence."),
+        _method(f"{', '.join(METHODS)}: each sets options below. Those that you give take precedence."),
     ] = Q_TUNING,
     model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
     seed: Annotated[int, typer.Option(help="Random seed, also for the draw of examples.")] = 0,

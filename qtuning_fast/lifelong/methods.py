@@ -18,11 +18,9 @@ class Method:
     """A method as the settings that make it.
 
     Attributes:
-        about: what it does, in one line.
         config, training: the fields of `QTuningConfig` and of `TrainingOptions` that it sets.
     """
 
-    about: str
     config: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,24 +69,18 @@ _OWN_ALONE = {
 Q_TUNING = "q-tuning"
 
 METHODS = {
-    Q_TUNING: Method("Q-tuning (arXiv 2404.14607) with NoRGa's gate (arXiv 2405.14124): the defaults"),
+    # The defaults: Q-tuning (arXiv 2404.14607) with NoRGa's gate (arXiv 2405.14124).
+    Q_TUNING: Method(),
+    # Progressive Prompts (arXiv 2301.12314): every earlier prompt stays, frozen.
     "progressive-prompts": Method(
-        "Progressive Prompts (arXiv 2301.12314): every earlier prompt stays in front of the input, frozen",
-        {"eviction": None, "shared_length": 0, "reweighting": None, "gate": None, "retention_weight": 0.0},
+        {"eviction": None, "shared_length": 0, "reweighting": None, "gate": None, "retention_weight": 0.0}
     ),
-    "prompt-per-task": Method(
-        "prompt tuning (arXiv 2104.08691; arXiv 2101.00190 in each layer): a prompt of its own for each task",
-        _OWN_ALONE,
-    ),
-    "one-prompt": Method(
-        "sequential prompt tuning: one prompt, which each task trains further",
-        _OWN_ALONE | {"start_from": "last"},
-    ),
-    "probe": Method(
-        "no prompts: the tuned linear probe of each task",
-        _OWN_ALONE | {"prompt_length": 0, "reparameterization": None},
-        {"steps": 0, "head_start": "probe"},
-    ),
+    # Prompt tuning (arXiv 2104.08691), or in each layer prefix tuning (arXiv 2101.00190): each task has its own prompt.
+    "prompt-per-task": Method(_OWN_ALONE),
+    # Sequential prompt tuning: one prompt, which each task trains further.
+    "one-prompt": Method(_OWN_ALONE | {"start_from": "last"}),
+    # No prompts: the tuned linear probe of each task.
+    "probe": Method(_OWN_ALONE | {"prompt_length": 0, "reparameterization": None}, {"steps": 0, "head_start": "probe"}),
 }
 
 

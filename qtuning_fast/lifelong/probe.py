@@ -35,7 +35,7 @@ class LinearProbe:
         return features @ self.weight.T + self.bias
 
 
-def tuned_probe(train: Any, validation: Any, problem_type: str = SINGLE, outputs: int | None = None) -> LinearProbe:
+def tuned_probe(train: Any, validation: Any, problem_type: str, outputs: int) -> LinearProbe:
     """Fit a linear model on features, with the regularisation that does best on the validation split.
 
     It is a logistic regression, one a label if an example may have several, or a ridge regression for numbers. If
@@ -44,7 +44,7 @@ def tuned_probe(train: Any, validation: Any, problem_type: str = SINGLE, outputs
     Args:
         train, validation: pairs of features `[n, F]` and labels, as `score` takes them.
         problem_type: what the labels mean.
-        outputs: for one class an example, the number of classes; None: as many as the training labels name.
+        outputs: the number of classes, of labels, or of numbers.
     """
     from sklearn.exceptions import ConvergenceWarning
 
@@ -66,11 +66,10 @@ Fitted = tuple[np.ndarray, np.ndarray]
 """Weight `[outputs, F]` and bias `[outputs]` of a linear map."""
 
 
-def _classes(strength: float, features: np.ndarray, labels: np.ndarray, outputs: int | None) -> Fitted:
+def _classes(strength: float, features: np.ndarray, labels: np.ndarray, outputs: int) -> Fitted:
     from sklearn.linear_model import LogisticRegression
 
-    count = 1 + int(labels.max()) if outputs is None else outputs
-    weight, bias = np.zeros((count, features.shape[1])), np.full(count, _NEVER)
+    weight, bias = np.zeros((outputs, features.shape[1])), np.full(outputs, _NEVER)
     present = np.unique(labels)
     if len(present) == 1:
         bias[present] = 0
@@ -84,10 +83,10 @@ def _classes(strength: float, features: np.ndarray, labels: np.ndarray, outputs:
     return weight, bias
 
 
-def _label_by_label(strength: float, features: np.ndarray, labels: np.ndarray, _: int | None) -> Fitted:
+def _label_by_label(strength: float, features: np.ndarray, labels: np.ndarray, outputs: int) -> Fitted:
     from sklearn.linear_model import LogisticRegression
 
-    weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.zeros(labels.shape[1])
+    weight, bias = np.zeros((outputs, features.shape[1])), np.zeros(outputs)
     for place, column in enumerate(labels.T):
         if (column == column[0]).all():  # the training split has nothing to tell it from
             bias[place] = 2.0 * column[0] - 1
@@ -97,8 +96,8 @@ def _label_by_label(strength: float, features: np.ndarray, labels: np.ndarray, _
     return weight, bias
 
 
-def _numbers(strength: float, features: np.ndarray, labels: np.ndarray, _: int | None) -> Fitted:
+def _numbers(strength: float, features: np.ndarray, labels: np.ndarray, outputs: int) -> Fitted:
     from sklearn.linear_model import Ridge
 
-    fitted = Ridge(alpha=1 / strength).fit(features, labels)
-    return np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+    fitted = Ridge(alpha=1 / strength).fit(features, labels.reshape(-1, outputs))
+    return np.reshape(fitted.coef_, (outputs, -1)), np.reshape(fitted.intercept_, outputs)

@@ -82,7 +82,7 @@ class PromptRows(nn.Module):
             row_scale: `[n]`, the weight of each old row at the start.
         """
         device = self.shared.device
-        self.prompt = nn.Parameter(prompt.to(device))
+        self.prompt = nn.Parameter(prompt.to(device, copy=True))  # it may be the prompt of the last task
         self.old, self.row_scale = old.to(device), row_scale.to(device)
 
     def no_rows(self) -> tuple[Tensor, Tensor]:
