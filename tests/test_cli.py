@@ -25,7 +25,7 @@ from qtuning_fast.model.checked_files import read_json, write_json
 
 FAST = "--steps 6 --batch-size 4 --max-length 10 --eval-every 2 --prompt-length 2 --shared-length 2 --queue-size 2"
 DRAW = "--shots 4 --validation-shots 3 --test-size 12"
-TIMES = {"seconds", "step_seconds"}
+TIMES = {"seconds", "start_seconds", "step_seconds"}
 
 Command = Callable[..., list[str]]
 

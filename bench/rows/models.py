@@ -176,8 +176,9 @@ class Training:
             self.optimizer.step()
 
     def gradients(self, way: Way) -> tuple[Tensor, ...]:
-        """The loss, and the gradient of each parameter of the prompts."""
-        prompts = self.module.parameter_groups()["prompt"]
+        """The loss, and the gradient of each parameter of the prompts and of the reweighting."""
+        groups = self.module.parameter_groups()
+        prompts = groups["prompt"] + groups["reweighting"]
         with way.computing():
             loss = self.module(**self.batch).loss
             return loss.detach(), *torch.autograd.grad(loss, prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.data.encoded import EncodedExamples, in_order
 from qtuning_fast.lifelong.scores import score
 from qtuning_fast.method.labels import MULTI, SINGLE
 from qtuning_fast.model.model import QTuningModel
@@ -19,12 +19,13 @@ def outputs(model: QTuningModel, examples: EncodedExamples, batch_size: int, ans
     Args:
         answers: the answers of a language model, one per class.
     """
+    examples, places = examples.by_length()
     with model.evaluating():
         found = (
             model(**batch).logits if answers is None else answer_scores(model, batch, answers)
             for batch in examples.batches(batch_size, model.device)
         )
-        return torch.cat([each.float().cpu() for each in found])
+        return in_order(torch.cat([each.float().cpu() for each in found]), places)
 
 
 def probabilities(
@@ -57,5 +58,6 @@ def task_score(
 
 def features(model: QTuningModel, examples: EncodedExamples, batch_size: int, *, task: str | None) -> Tensor:
     """Pooled features `[examples, hidden]` on the CPU, under a finished task; None means the base model alone."""
+    examples, places = examples.by_length()
     batches = examples.batches(batch_size, model.device)
-    return torch.cat([model.features(batch, task=task).cpu() for batch in batches])
+    return in_order(torch.cat([model.features(batch, task=task).cpu() for batch in batches]), places)

@@ -57,6 +57,9 @@ class Method:
         }
 
 
+# The papers' own starts.
+_FROM_RANDOM = {"start_from": "random", "head_start": "random"}
+
 # Nothing but what the task itself has learned.
 _OWN_ALONE = {
     "queue_size": 1,
@@ -73,14 +76,18 @@ METHODS = {
     Q_TUNING: Method(),
     # Progressive Prompts (arXiv 2301.12314): every earlier prompt stays, frozen.
     "progressive-prompts": Method(
-        {"eviction": None, "shared_length": 0, "reweighting": None, "gate": None, "retention_weight": 0.0}
+        {"eviction": None, "shared_length": 0, "reweighting": None, "gate": None, "retention_weight": 0.0},
+        _FROM_RANDOM,
     ),
     # Prompt tuning (arXiv 2104.08691), or in each layer prefix tuning (arXiv 2101.00190): each task has its own prompt.
-    "prompt-per-task": Method(_OWN_ALONE),
+    "prompt-per-task": Method(_OWN_ALONE, _FROM_RANDOM),
     # Sequential prompt tuning: one prompt, which each task trains further.
-    "one-prompt": Method(_OWN_ALONE | {"start_from": "last"}),
+    "one-prompt": Method(_OWN_ALONE, _FROM_RANDOM | {"start_from": "previous"}),
     # No prompts: the tuned linear probe of each task.
-    "probe": Method(_OWN_ALONE | {"prompt_length": 0, "reparameterization": None}, {"steps": 0, "head_start": "probe"}),
+    "probe": Method(
+        _OWN_ALONE | {"prompt_length": 0, "reparameterization": None},
+        {"steps": 0, "start_from": "random", "head_start": "probe"},
+    ),
 }
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
 from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
 from qtuning_fast.method.settings import check_settings, documented, from_file, setting, to_file
 
-HEAD_STARTS = ("random", "probe")
+HEAD_STARTS = ("closed-form", "random", "probe")
 
 _STREAM_SHOTS = 16
 
@@ -121,14 +122,33 @@ class TrainingOptions:
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
     max_length: int = setting(64, "Tokens a text is cut or padded to.", "All steps then cost the same.")
-    prompt_rate: float = setting(
-        3e-3, "Learning rate of prompts and reweighting.", "It applies to the shared prompt too."
+    prompt_rate: float = setting(3e-3, "Learning rate of prompts.", "It applies to the shared prompt too.")
+    reweighting_rate: float | None = setting(
+        None, "Learning rate of the reweighting; default that of prompts.", absent=None
     )
-    head_rate: float = setting(1e-2, "Learning rate of heads.")
+    reweighting_pull: float = setting(
+        0.0,
+        "Weight of the pull on the reweighting; 0: off.",
+        "It is towards the weights at which the rows of the queue start, 1 before any eviction.",
+        absent=0.0,
+    )
+    head_rate: float | None = setting(
+        None, "Learning rate of heads; default 1e-2 from random, else 1e-3.", "What starts well must not be destroyed."
+    )
+    start_from: str = setting(
+        "validation",
+        "random, previous, validation, or a finished task.",
+        "Where a prompt starts: from random rows, from the previous task's prompt, from that of the task with this "
+        "name once it is finished, or from whichever of random rows, the queue's mean and the prompts of the three "
+        "tasks most like the new one has the least loss on its examples, before any step.",
+        absent="random",
+    )
     head_start: str = setting(
-        "random",
+        "closed-form",
         "{choices}.",
-        "A head starts at random, or as the tuned linear probe on the features of the frozen model.",
+        "A head starts as the Gaussian classifier of the features under the prompt's start, mixed with the head of the "
+        "task that the prompt is from if that has the same classes and less loss; at random; or as the tuned linear "
+        "probe on the features of the frozen model.",
         choices=HEAD_STARTS,
         absent="random",
     )
@@ -145,7 +165,25 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.steps and self.head_start == "random":
-            raise ValueError("steps is 0, so a head would stay random; train it, or set head_start='probe'")
+            raise ValueError(
+                "steps is 0, so a head would stay random; train it, or set head_start='probe' or 'closed-form'"
+            )
+        if self.start_from == VALIDATION and self.head_start != "closed-form":
+            raise ValueError(
+                f"start_from is {VALIDATION!r}, which judges starts by heads in closed form, but head_start is "
+                f"{self.head_start!r}; set it to 'closed-form', or start_from to {RANDOM!r} or {PREVIOUS!r}"
+            )
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each kind of parameters (`QTuningModel.parameter_groups`)."""
+        heads = 1e-2 if self.head_start == "random" else 1e-3
+        return {
+            "prompt": self.prompt_rate,
+            "reweighting": self.prompt_rate if self.reweighting_rate is None else self.reweighting_rate,
+            "gate": self.gate_rate,
+            "head": heads if self.head_rate is None else self.head_rate,
+            "network": self.network_rate,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, for `from_dict`."""

@@ -21,17 +21,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.data import default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from qtuning_fast.lifelong.data.encoded import EncodedExamples
+from qtuning_fast.lifelong.data.encoded import EncodedExamples, without_padding
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS, score
+from qtuning_fast.method.labels import label_loss
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_json, write_json
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers, answer_scores
 
 _MANIFEST = "manifest.json"
+_KEPT_BY = "kept_by"  # the score; of states with equal ones, which few examples often give, the least loss
 
 
 class TaskTrainer(Trainer):
@@ -43,6 +46,7 @@ class TaskTrainer(Trainer):
         folder: the folder of the checkpoints.
         train, validation: the examples.
         answers: the answers of a language model, one per class. It is right if the correct answer is the most probable.
+        keeps_start: keep the state in which the task starts, unless a later one is better on the validation split.
         callbacks: further callbacks.
     """
 
@@ -55,20 +59,25 @@ class TaskTrainer(Trainer):
         train: EncodedExamples,
         validation: EncodedExamples,
         answers: Answers | None = None,
+        keeps_start: bool = False,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.qtuning = model
         self.options = options
         self.folder = folder
         self.answers = answers
+        self.keeps_start = keeps_start
+        self.start_score: float | None = None
+        self.best_step: int | None = None
         self.clock = StepTimer()
         self._retention_losses: list[Tensor] = []
         stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
         super().__init__(
             model=model,
-            args=_training_arguments(options, folder, model.device, METRICS[model.learning.problem_type]),
+            args=_training_arguments(options, folder, model.device),
             train_dataset=train,
-            eval_dataset=validation,
+            eval_dataset=validation.by_length()[0],
+            data_collator=_collated,
             compute_metrics=partial(_score, model.learning.problem_type),
             callbacks=[self.clock, WriteManifest(), *stopping, *(callbacks or [])],
         )
@@ -77,12 +86,7 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for each kind of parameter."""
         if self.optimizer is None:
-            rates = {
-                "prompt": self.options.prompt_rate,
-                "head": self.options.head_rate,
-                "gate": self.options.gate_rate,
-                "network": self.options.network_rate,
-            }
+            rates = self.options.rates()
             groups = [{"params": group, "lr": rates[kind]} for kind, group in self.qtuning.parameter_groups().items()]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
@@ -94,7 +98,10 @@ class TaskTrainer(Trainer):
         retention = outputs.get("retention_loss")
         if retention is not None:
             self._retention_losses.append(retention.detach())
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = outputs.loss
+        if self.options.reweighting_pull and self.qtuning.training:
+            loss = loss + self.options.reweighting_pull * self.qtuning.training_prefix.reweighting_loss()
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.answers is None:
@@ -135,6 +142,22 @@ class TaskTrainer(Trainer):
 
     def train_or_resume(self) -> None:
         """Train the task, or resume from its newest complete checkpoint; the model ends in the best state."""
+        if not self.keeps_start:
+            self._train_or_resume()
+            self.best_step = self.state.best_global_step
+            return
+        start = {name: value.clone() for name, value in self.qtuning.trainable_state_dict().items()}
+        metrics = self.predict(self.eval_dataset, metric_key_prefix="start").metrics  # type: ignore[arg-type]
+        assert metrics is not None
+        self.start_score = metrics[f"start_{METRICS[self.qtuning.learning.problem_type]}"]
+        self._train_or_resume()
+        assert self.state.best_metric is not None
+        kept = metrics[f"start_{_KEPT_BY}"] >= self.state.best_metric
+        if kept:
+            self.qtuning.load_trainable_state_dict(start)
+        self.best_step = 0 if kept else self.state.best_global_step
+
+    def _train_or_resume(self) -> None:
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is not None:
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -202,11 +225,18 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def _collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return without_padding(default_data_collator(examples))
+
+
 def _score(problem_type: str, prediction: Any) -> dict[str, float]:
-    return {METRICS[problem_type]: score(problem_type, prediction.predictions, prediction.label_ids)}
+    outputs, labels = prediction.predictions, prediction.label_ids
+    found = score(problem_type, outputs, labels)
+    loss = float(label_loss(torch.as_tensor(outputs), torch.as_tensor(labels), problem_type))
+    return {METRICS[problem_type]: found, _KEPT_BY: found - 1e-6 * min(loss, 1e3)}
 
 
-def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device, metric: str) -> TrainingArguments:
+def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
     every = options.eval_every
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -226,7 +256,7 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         logging_steps=max(size for size in range(1, 6) if every % size == 0),
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=metric,
+        metric_for_best_model=_KEPT_BY,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
         seed=options.seed,

@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from qtuning_fast.integrations.transformers import without_head
+from qtuning_fast.lifelong.class_incremental import first_of_each_class
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.environment import device_name, versions
@@ -48,9 +49,10 @@ from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps_record
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
-from qtuning_fast.method.adapter import check_not_reserved
+from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION, check_not_reserved
+from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
-from qtuning_fast.method.labels import REGRESSION
+from qtuning_fast.method.labels import REGRESSION, SINGLE
 from qtuning_fast.method.task_rules import RULES, ClosedForm, TaskRule, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
@@ -58,6 +60,9 @@ from qtuning_fast.model.fingerprint import fingerprint
 from qtuning_fast.model.model import QTuningModel
 
 RUN_FILE = "run.json"
+
+START_EXAMPLES = 256
+"""The most examples of each split by which the start of a task is chosen."""
 
 
 class LifelongTrainer:
@@ -108,7 +113,7 @@ class LifelongTrainer:
             for split in SPLITS:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
-        _check_start(config, options)
+        _check_start(config, options, names)
         self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
         rows = config.most_rows(len(tasks)) if config.placement == "input" else 0
         self.encoder.check(base_model, tasks, prompt_tokens=rows)
@@ -236,12 +241,9 @@ class LifelongTrainer:
         began = time.perf_counter()
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
-        model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
+        start = self._start(model, task)
         if head is not None:
-            assert model.head is not None
-            with torch.no_grad():
-                model.head.weight.copy_(torch.from_numpy(head.weight))
-                model.head.bias.copy_(torch.from_numpy(head.bias))
+            model.learning.set_head(LinearHead(torch.from_numpy(head.weight), torch.from_numpy(head.bias)))
         steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else NO_STEPS
         adapter = model.finish_task()
         return {
@@ -254,9 +256,38 @@ class LifelongTrainer:
             "num_test": len(task.test),
             "seconds": time.perf_counter() - began,  # without the time before an interruption
             "prefix_rows": adapter.prefix_rows,
+            **start,
             **steps,
             **method_record(model),
         }
+
+    def _start(self, model: QTuningModel, task: Task) -> dict[str, Any]:
+        """Start a task; returns what the record says of where it starts."""
+        options = self.options
+        chooses = options.start_from == VALIDATION or (options.head_start == "closed-form" and model.has_heads)
+        named = options.start_from in (RANDOM, PREVIOUS, VALIDATION) or options.start_from in model.tasks
+        began = time.perf_counter()
+        start = model.start_task(
+            task.name,
+            label_names=task.label_names,
+            problem_type=task.problem_type,
+            start_from=options.start_from if named else RANDOM,
+            examples=self._start_batches(task, "train") if chooses else None,
+            validation=self._start_batches(task, "validation") if chooses and model.has_heads else (),
+        )
+        return {"start": start.to_dict(), "start_seconds": time.perf_counter() - began}
+
+    def _start_batches(self, task: Task, split: str) -> list[dict[str, Tensor]]:
+        """Return batches of at most `START_EXAMPLES` examples of a split, with their labels."""
+        answers = self._answers(task)
+        examples = self._encoded(task)[split]
+        if answers is not None:
+            examples = self.encoder.encode_with_answers(getattr(task, split), answers)
+        labels = examples.columns["labels"]
+        places = np.arange(len(examples))
+        if task.problem_type == SINGLE and answers is None:
+            places = first_of_each_class(labels.numpy(), max(1, START_EXAMPLES // len(task.label_names)))
+        return list(examples.subset(places[:START_EXAMPLES].tolist()).labelled_batches(self.options.eval_batch_size))
 
     def _take_steps(self, model: QTuningModel, number: int, previous: str | None, checkpoints: Path) -> dict[str, Any]:
         """Train the task that is started, and return what the record says of its steps."""
@@ -272,6 +303,7 @@ class LifelongTrainer:
             train=train,
             validation=split["validation"],
             answers=answers,
+            keeps_start=self.options.head_start != "random",
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
@@ -391,8 +423,13 @@ class LifelongTrainer:
         }
 
 
-def _check_start(config: QTuningConfig, options: TrainingOptions) -> None:
+def _check_start(config: QTuningConfig, options: TrainingOptions, names: Sequence[str]) -> None:
     """Refuse settings under which what a task starts from would be wrong or missing."""
+    if options.start_from not in (RANDOM, PREVIOUS, VALIDATION, *names):
+        raise ValueError(
+            f"start_from is {options.start_from!r}; it must be {RANDOM!r}, {PREVIOUS!r}, {VALIDATION!r} or one of the "
+            f"tasks: {', '.join(names)}"
+        )
     if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
         raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; set it to 'random'")
     if not options.steps and config.prompt_length + config.shared_length:

@@ -14,7 +14,10 @@ from qtuning_fast.method.gate import NO_GATE, gate_arguments
 from qtuning_fast.method.labels import REGRESSION, SINGLE, check_problem_type
 from qtuning_fast.method.prefix import Prefix
 
-RESERVED_NAMES = ("infer", "validation", "random")
+RANDOM, PREVIOUS, VALIDATION = "random", "previous", "validation"
+"""What a task starts from, where it is not a finished task: random rows, the task before, or what suits it best."""
+
+RESERVED_NAMES = ("infer", VALIDATION, RANDOM, PREVIOUS)
 NO_HEAD = "task {!r} has no head, only a prompt: it yields features, but no logits"
 
 

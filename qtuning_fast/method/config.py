@@ -16,7 +16,6 @@ GATE_TRAINING = ("every-task", "first-task")
 PLACEMENTS = ("prefix", "input")
 REPARAMETERIZATIONS = ("mlp", None)
 REWEIGHTINGS = ("low-rank", None)
-STARTS = ("random", "last")
 STACKS = ("encoder", "decoder", "both")
 HEAD_TASK_TYPES = ("sequence-classification", "image-classification")  # a head for each task
 TASK_TYPES = (*HEAD_TASK_TYPES, "text-to-text", "causal-lm")
@@ -91,13 +90,6 @@ class QTuningConfig:
         "A full queue makes room in this way; `pca` is DQ-PCA. With `none` the queue is never full: it keeps every "
         "prompt, and each task costs more than the last.",
         choices=EVICTIONS,
-    )
-    start_from: str = setting(
-        "random",
-        "{choices}.",
-        "A new prompt starts from random rows, or from the previous task's prompt.",
-        choices=STARTS,
-        absent="random",
     )
     retention_weight: float = setting(
         0.1,

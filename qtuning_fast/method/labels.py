@@ -85,16 +85,28 @@ def label_loss(logits: Tensor, labels: Tensor, problem_type: str, num_items: Ten
         num_items: what to divide the sum of losses by, as transformers.Trainer counts it over the batches of a step;
             None: the number of labels that count.
     """
-    logits, labels = logits.float(), labels.to(logits.device)
+    logits = logits.float()
+    losses, counts = _losses(logits, labels.to(logits.device), problem_type)
+    return losses.sum() / (counts.sum().clamp(min=1) if num_items is None else _divisor(num_items, logits.device))
+
+
+def example_losses(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Return the loss of each example, `[B]`: the mean over its labels; 0 where all are left out."""
+    losses, counts = _losses(logits, labels.to(logits.device), problem_type)
+    losses, counts = losses.reshape(len(losses), -1), counts.reshape(len(losses), -1)
+    return losses.sum(1) / counts.sum(1).clamp(min=1)
+
+
+def _losses(logits: Tensor, labels: Tensor, problem_type: str) -> tuple[Tensor, Tensor]:
+    """Return the loss of each label, `[B]` or `[B, outputs]`, 0 where it does not count, and whether it counts."""
     counts = counted(logits, labels, problem_type)
     if problem_type == SINGLE:
         losses = F.cross_entropy(logits, labels.reshape(-1).long(), reduction="none", ignore_index=IGNORED)
-    else:
-        logits = logits.masked_fill(~counts, 0.0)
-        targets = labels.reshape(logits.shape).to(logits.dtype).masked_fill(~counts, 0.0)
-        loss = F.binary_cross_entropy_with_logits if problem_type == MULTI else F.mse_loss
-        losses = loss(logits, targets, reduction="none").masked_fill(~counts, 0.0)
-    return losses.sum() / (counts.sum().clamp(min=1) if num_items is None else _divisor(num_items, logits.device))
+        return losses, counts
+    logits = logits.masked_fill(~counts, 0.0)
+    targets = labels.reshape(logits.shape).to(logits.dtype).masked_fill(~counts, 0.0)
+    loss = F.binary_cross_entropy_with_logits if problem_type == MULTI else F.mse_loss
+    return loss(logits, targets, reduction="none").masked_fill(~counts, 0.0), counts
 
 
 def counted(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:

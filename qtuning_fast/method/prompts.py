@@ -82,12 +82,17 @@ class PromptRows(nn.Module):
             row_scale: `[n]`, the weight of each old row at the start.
         """
         device = self.shared.device
-        self.prompt = nn.Parameter(prompt.to(device, copy=True))  # it may be the prompt of the last task
+        self.prompt = nn.Parameter(prompt.to(device))
         self.old, self.row_scale = old.to(device), row_scale.to(device)
 
     def no_rows(self) -> tuple[Tensor, Tensor]:
         """Return the rows and the scale of an empty queue."""
         return self.old.new_zeros(0, self.old.shape[1]), self.old.new_zeros(0)
+
+    @property
+    def reweightings(self) -> list[Reweighting]:
+        """The parts of `W`; empty where old rows are not reweighted."""
+        return [module for module in self.children() if isinstance(module, Reweighting)]
 
     def row_weights(self) -> Tensor:
         """Return `W` of the old rows as `[n, F]`."""

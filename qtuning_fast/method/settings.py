@@ -51,7 +51,7 @@ class Setting:
             raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(map(repr, self.choices))}")
         if self.kind is int:
             check_integer(self.name, value, self.least)
-        if self.kind is float:
+        if self.kind is float or (self.kind == float | None and value is not None):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{self.name} is {value!r}; it must be a number")
             if not 0 <= value < float("inf"):

@@ -363,11 +363,21 @@ def oas(scatter: Tensor, freedom: int, *, noise: float = 0.0) -> tuple[Tensor, f
     if freedom <= 0 or trace / size <= noise:
         return identity, 1.0
     covariance = scatter / freedom
-    squares = float(covariance.square().sum())
+    shrinkage = oas_shrinkage(size, freedom, trace, float(covariance.square().sum()))
+    return (1 - shrinkage) * covariance + shrinkage * trace / size * identity, shrinkage
+
+
+def oas_shrinkage(size: int, freedom: int, trace: float, squares: float) -> float:
+    """Return ρ of the oracle approximating estimator; see `oas`.
+
+    Args:
+        size: number of features.
+        freedom: m.
+        trace, squares: the trace of `Ŝ = S/m`, and the sum of its squared entries, `tr(Ŝ²)`.
+    """
     numerator = (1 - 2 / size) * squares + trace**2
     denominator = (freedom + 1 - 2 / size) * (squares - trace**2 / size)
-    shrinkage = 1.0 if denominator <= 0 else min(1.0, numerator / denominator)
-    return (1 - shrinkage) * covariance + shrinkage * trace / size * identity, shrinkage
+    return 1.0 if denominator <= 0 else min(1.0, numerator / denominator)
 
 
 def _means(statistics: Sequence[TaskStatistics]) -> Tensor:

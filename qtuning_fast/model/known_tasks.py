@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.labels import IGNORED, class_count
-from qtuning_fast.method.statistics import Labelled, Recorder, TaskStatistics
+from qtuning_fast.method.statistics import ClassMoments, Labelled, Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import FittedRule
 from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
 from qtuning_fast.model.backbone import Backbone
@@ -134,6 +135,33 @@ class KnownTasks:
         labels = class_indices(batch.get("labels"), info, len(found))
         counts = labels != IGNORED
         return found[counts], labels[counts]
+
+    def nearest(
+        self, moments: ClassMoments, label_names: Sequence[str], *, among: Sequence[str], limit: int
+    ) -> list[str]:
+        """Return the finished tasks that are most like a new one, the likest first.
+
+        Tasks with the same classes come first, then those whose class means are nearest to the new ones; tasks without
+        statistics come last, the newest first.
+
+        Args:
+            moments: those of the new task's features.
+            label_names: its classes.
+            among: the tasks that may be returned, the oldest first.
+            limit: how many are returned at most.
+        """
+        means, classes = moments.means[moments.seen], set(label_names)
+
+        def unlikeness(place: int, name: str) -> tuple[bool, float, int]:
+            differs = not classes or set(self._adapters.entry(name).info.label_names) != classes
+            distance = math.inf
+            if name in self.statistics:
+                theirs = self.statistics[name].features
+                distance = float(torch.cdist(means, theirs.means[theirs.seen]).amin(1).mean())
+            return differs, distance, -place
+
+        places = {name: place for place, name in enumerate(among)}
+        return sorted(places, key=lambda name: unlikeness(places[name], name))[:limit]
 
     # The rule
 

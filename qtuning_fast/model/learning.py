@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.retention import Discriminator, retention_loss
 from qtuning_fast.model.stale_optimizers import watch
@@ -105,6 +106,13 @@ class Learning(nn.Module):
             self.discriminator.requires_grad_(False)
         return adapter
 
+    @torch.no_grad()
+    def set_head(self, head: LinearHead) -> None:
+        """Set the head in training to these values."""
+        assert self.head is not None
+        self.head.weight.copy_(head.weight)
+        self.head.bias.copy_(head.bias)
+
     def check_optimizer(self, held: set[int]) -> None:
         """Raise a RuntimeError if parameters of the task in training are not among those with these ids."""
         if self.task is not None and any(id(each) not in held for each in self.parameters() if each.requires_grad):
@@ -128,6 +136,7 @@ class Learning(nn.Module):
         """See `QTuningModel.parameter_groups`."""
         groups: dict[str, Sequence[nn.Module | None]] = {
             "gate": self.prefix.gates,
+            "reweighting": self.prefix.reweightings,
             "head": [self.head],
             "network": [self.prefix.reparameterization, self.discriminator],
         }

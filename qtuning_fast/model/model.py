@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qtuning_fast.method.adapter import TaskAdapter, check_not_reserved, checked_labels
+from qtuning_fast.method.adapter import RANDOM, TaskAdapter, check_not_reserved, checked_labels
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
@@ -43,6 +43,7 @@ from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import batch_size
 from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
+from qtuning_fast.model.starting import ChosenStart, StartExamples, check_start, choose_start
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
@@ -231,8 +232,14 @@ class QTuningModel(PretrainedInterface):
         *,
         label_names: Sequence[str] | None = None,
         problem_type: str = SINGLE,
-    ) -> None:
+        start_from: str = RANDOM,
+        examples: Iterable[Batch] | None = None,
+        validation: Iterable[Batch] = (),
+    ) -> ChosenStart:
         """Make room in the queue and start a new prompt and head; the model then computes under the new task.
+
+        With examples, the head starts in closed form, the Gaussian classifier of their features, instead of at random.
+        They are run through the model a few times, not more often however many tasks there are.
 
         Args:
             name: name of the new task.
@@ -241,9 +248,20 @@ class QTuningModel(PretrainedInterface):
             label_names: one name a class, or an output.
             problem_type: what labels of the task's head mean, in the words of transformers:
                 `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
+            start_from: where the prompt starts: `"random"`, `"previous"` (the prompt of the task learned last, if there
+                is one), a finished task, or `"validation"`: whichever of random rows, the mean of the queue and the
+                prompts of the three tasks most like the new one has the least loss on the examples, cross-validated.
+                A finished task with the same classes gives its head, too: mixed with the closed form, if that has the
+                least loss.
+            examples: batches of training examples by name, with `labels`; in a distributed run those of the process.
+            validation: further batches, which starts are judged by, but not made from.
+
+        Returns:
+            Where the task starts, and what else was considered.
 
         Raises:
-            TypeError, ValueError: the name is taken, or the labels or the problem type are invalid.
+            TypeError, ValueError: the name is taken, the labels or the problem type are invalid, there is nothing to
+                start from, or a batch does not fit the task.
             RuntimeError: another task is in training, or layers of the base model pass no gradient.
         """
         self._check_attached()
@@ -257,14 +275,20 @@ class QTuningModel(PretrainedInterface):
             self.learning.check_idle()
             if name in self.adapters:
                 raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
+            check_start(self._tasks, self.training_prefix, start_from, has_examples=examples is not None)
             with self._active.kept():
                 try:
                     self.backbone.check_gradient(self.layer_indices)
                 finally:
                     self.train(self.training)
+            given = None
+            if examples is not None:
+                given = StartExamples(self, name, labels, problem_type, examples, validation)
+            previous = self.training_prefix.prompts()
             self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
             synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
             self.set_task(name)
+            return choose_start(self, self._tasks, start_from, given, previous)
 
     def finish_task(self) -> TaskAdapter:
         """Fold the trained prompt, store the task's adapter and free what only training needed.
@@ -649,9 +673,10 @@ class QTuningModel(PretrainedInterface):
                 self.train(training)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of the task in training by kind: `prompt`, `gate`, `head` and `network`.
+        """Return the parameters of the task in training by kind.
 
-        `prompt` holds the prompts and the reweighting, `network` the reparametrisation and the discriminator.
+        The kinds are `prompt` (the new and the shared one), `reweighting`, `gate`, `head` and `network` (the
+        reparametrisation and the discriminator).
         """
         return self.learning.parameter_groups()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtuning_fast.attention.arguments import PrefixArguments
-from qtuning_fast.method.adapter import TaskAdapter
+from qtuning_fast.method.adapter import AdapterInfo, TaskAdapter
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import NO_GATE, Gate
 from qtuning_fast.method.labels import SINGLE
@@ -17,6 +17,7 @@ from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.prompts import InputPrompt, LayerPrefix, LayerShape, PromptRows
 from qtuning_fast.method.queue import Eviction, PromptQueue
 from qtuning_fast.method.reparameterization import ResidualReparameterization
+from qtuning_fast.method.reweighting import Reweighting
 from qtuning_fast.model.distributed import synchronize
 
 
@@ -80,6 +81,18 @@ class TrainingPrefix(nn.Module):
         return cast("list[Gate]", list(self._gates))
 
     @property
+    def reweightings(self) -> list[Reweighting]:
+        """The parts of `W` of all layers."""
+        return [reweighting for rows in self.rows for reweighting in rows.reweightings]
+
+    def reweighting_loss(self) -> Tensor:
+        """Return the mean squared distance of `W` from where it starts; 0 where nothing is reweighted."""
+        far = [
+            (rows.row_weights() - rows.row_scale[:, None]).square().mean() for rows in self.rows if rows.reweightings
+        ]
+        return torch.stack(far).mean() if far else self.rows[0].shared.new_zeros(())
+
+    @property
     def prompt_length(self) -> int:
         """The number of rows of the newest prompt; 0 before the first task."""
         return len(self.rows[0].prompt)
@@ -96,19 +109,63 @@ class TrainingPrefix(nn.Module):
             seed = torch.randint(2**31, ())
             synchronize([seed])
             self.last_eviction = self.queue.push(prompts, weights, seed=int(seed))
-        last = prompts if self.config.start_from == "last" and not first else None
-        self.begin_prompts(self.config.prompt_length, last)
+        self.begin_prompts(self.config.prompt_length)
         self._rows.requires_grad_(True)
         self._gates.requires_grad_(first or self.config.gate_training == "every-task")
         if self.config.reparameterization == "mlp":
             row = self.rows[0].shared
             self.reparameterization = ResidualReparameterization(row.shape[1]).to(row.device)
 
-    def begin_prompts(self, prompt_length: int, prompts: Sequence[Tensor] | None = None) -> None:
-        """Start new prompts in front of the current queue: these, `[l, F]` each, or random ones of this length."""
+    def begin_prompts(self, prompt_length: int) -> None:
+        """Start new random prompts of this length in front of the current queue."""
         for index, rows in enumerate(self.rows):
             held = (self.queue.rows[index], self.queue.row_scale[index]) if self.queue.rows else rows.no_rows()
-            rows.begin(rows.new_rows(prompt_length) if prompts is None else prompts[index], *held)
+            rows.begin(rows.new_rows(prompt_length), *held)
+
+    # Where new prompts start; each of these is `[l, F]` a layer.
+
+    def prompts(self) -> list[Tensor]:
+        """Return a copy of the new prompts."""
+        return [rows.prompt.detach().clone() for rows in self.rows]
+
+    @torch.no_grad()
+    def start_prompts(self, prompts: Sequence[Tensor]) -> None:
+        """Set the new prompts to these values."""
+        for rows, values in zip(self.rows, prompts):
+            rows.prompt.copy_(values)
+
+    def queue_mean(self) -> list[Tensor] | None:
+        """Return the mean of the prompts in the queue; None if it holds none."""
+        length = self.config.prompt_length
+        if not length or not len(self.queue):
+            return None
+        return [rows.unflatten(0, (-1, length)).mean(0) for rows in self.queue.rows]
+
+    def has_own_prompts(self, info: AdapterInfo) -> bool:
+        """Return whether a finished task's prefix has enough rows to hold a prompt of its own."""
+        length = self.config.prompt_length
+        return 0 < length <= info.prefix_rows - self.config.shared_length
+
+    def own_prompts(self, adapter: TaskAdapter) -> list[Tensor]:
+        """Return the rows of a finished task's prefix that the task itself trained.
+
+        Raises:
+            ValueError: the prefix has too few rows to hold them.
+        """
+        first = self.config.shared_length
+        last = first + self.config.prompt_length
+        if not self.has_own_prompts(adapter.info):
+            raise ValueError(
+                f"task {adapter.name!r} has {adapter.prefix_rows} prefix rows, which do not hold a prompt of "
+                f"{self.config.prompt_length} behind {first} shared rows; start from another"
+            )
+        if adapter.embeddings is not None:
+            return [adapter.embeddings[first:last]]
+        return [
+            rows.shape.to_rows(key[:, first:last], value[:, first:last])
+            for rows, key, value in zip(self.rows, adapter.keys, adapter.values)
+            if isinstance(rows, LayerPrefix)
+        ]
 
     @torch.no_grad()
     def finish_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,11 @@ def test_a_single_prompt_is_all_that_a_task_computes_with(run: Any, name: str) -
 
 def test_of_prompts_and_of_one_prompt_only_the_latter_starts_where_the_last_task_ended(run: Any) -> None:
     for name, carried in (("prompt-per-task", False), ("one-prompt", True)):
-        _, model = run(name)
+        metrics, model = run(name)
+        starts = [task["start"]["chosen"]["rows"] for task in metrics["per_task"]]
+        assert starts == ["random", *(model.tasks[:3] if carried else ["random"] * 3)]
         last = rows(model)[-1]
-        model.start_task("next", 2)
+        model.start_task("next", 2, start_from=method_by_name(name).settings()[1].start_from)
         start = model.training_prefix.rows[1].prompt
         assert torch.equal(start, last) == carried
 
@@ -126,15 +129,20 @@ def test_settings_that_would_leave_something_random_are_refused(
     toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="steps is 0, so a head would stay random"):
-        TrainingOptions(steps=0)
+        TrainingOptions(steps=0, start_from="random", head_start="random")
     base, tokenizer = load_base_model(str(tiny_model_folder))
     tasks = [load_task(f"colours={toy_files['colours']}", shots=4, validation_shots=3, test_size=8)]
-    nothing = TrainingOptions(steps=0, head_start="probe")
+    with pytest.raises(ValueError, match="start_from is 'validation', which judges starts by heads in closed form"):
+        TrainingOptions(head_start="random")
+    nothing = TrainingOptions(steps=0, head_start="probe", start_from="random")
     with pytest.raises(ValueError, match="steps is 0, so prompts would stay random"):
         LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, nothing, tmp_path / "run")
     config = QTuningConfig(task_type="text-to-text")
     with pytest.raises(ValueError, match="head_start is 'probe', but task_type='text-to-text' has no heads"):
-        LifelongTrainer(base, tokenizer, config, tasks, TrainingOptions(head_start="probe"), tmp_path / "run")
+        LifelongTrainer(base, tokenizer, config, tasks, replace(nothing, steps=1), tmp_path / "run")
+    unknown = TrainingOptions(start_from="films")
+    with pytest.raises(ValueError, match=r"start_from is 'films'; it must be .*or one of the tasks: colours"):
+        LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, unknown, tmp_path / "run")
     with pytest.raises(ValueError, match="prompt_length is 0, but task_type='causal-lm' has no heads"):
         QTuningConfig(prompt_length=0, task_type="causal-lm")
 
@@ -145,7 +153,7 @@ def test_a_head_may_start_as_the_probe_beside_prompts(
     _, probe = run("probe")
     base, tokenizer = load_base_model(str(tiny_model_folder))
     tasks = [load_task(f"colours={toy_files['colours']}", **SIZES)]
-    training = TrainingOptions(**TRAINING | {"head_start": "probe", "head_rate": 0.0})
+    training = TrainingOptions(**TRAINING | {"head_start": "probe", "start_from": "random", "head_rate": 0.0})
     LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, training, tmp_path / "run").run()
     head, wanted = (
         model.adapters["colours"].head_weight

@@ -12,7 +12,7 @@ from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [
-        ("steps", 0, ValueError),
+        ("steps", -1, ValueError),
         ("steps", 1.5, TypeError),
         ("prompt_rate", -1, ValueError),
         ("prompt_rate", float("nan"), ValueError),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.task_trainer import StepTimer, TaskTrainer, latest_checkpoint
+from qtuning_fast.method.closed_form import closed_form_head
 
 OPTIONS = TrainingOptions(steps=4, batch_size=4, eval_every=2, prompt_rate=0.03, head_rate=0.02, gate_rate=0.01)
 
@@ -39,8 +41,52 @@ def test_each_kind_of_parameter_has_its_rate(
     optimizer = trainer(model, tmp_path, batch).create_optimizer()
     rates = [group["lr"] for group in optimizer.param_groups]
     kinds = list(model.parameter_groups())
-    assert dict(zip(kinds, rates)) == {"prompt": 0.03, "head": 0.02, "gate": 0.01, "network": 0.001}
+    assert dict(zip(kinds, rates)) == {
+        "prompt": 0.03,
+        "reweighting": 0.03,
+        "gate": 0.01,
+        "head": 0.02,
+        "network": 0.001,
+    }
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
+
+
+def test_heads_that_start_well_have_a_lower_rate_and_the_reweighting_may_have_its_own() -> None:
+    assert TrainingOptions().rates()["head"] == 1e-3
+    random = TrainingOptions(start_from="random", head_start="random", prompt_rate=0.5, reweighting_rate=0.25)
+    assert random.rates() == {"prompt": 0.5, "reweighting": 0.25, "gate": 1e-3, "head": 1e-2, "network": 1e-3}
+    assert TrainingOptions(head_rate=0.0).rates()["head"] == 0
+
+
+def test_the_reweighting_is_pulled_to_where_it_started(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    model.finish_task()
+    model.start_task("next", 2)
+    far = []
+    for pull in (0.0, 1e4):
+        options = replace(OPTIONS, steps=8, eval_every=8, reweighting_rate=0.1, reweighting_pull=pull)
+        start = {name: value.clone() for name, value in model.trainable_state_dict().items()}
+        trainer(model, tmp_path / str(pull), batch, options).train()
+        far.append(model.training_prefix.reweighting_loss().item())
+        model.load_trainable_state_dict(start)
+    assert far[1] < 0.25 * far[0]
+
+
+@pytest.mark.parametrize("rate", [0.0, 3.0])
+def test_a_start_that_no_later_state_is_better_than_is_kept(
+    model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path, rate: float
+) -> None:
+    task = trainer(model, tmp_path, batch, replace(OPTIONS, prompt_rate=rate, head_rate=rate, gate_rate=0.0))
+    task.keeps_start = True
+    examples, labels = model.features(batch, task=model.learning.task), torch.tensor([0, 1, 0, 1])
+    model.learning.set_head(closed_form_head(examples, labels, 2).scaled(50))  # right of all, and sure of it
+    before = {name: value.clone() for name, value in model.trainable_state_dict().items()}
+    task.train_or_resume()
+    assert task.start_score == 1.0
+    if task.best_step == 0:
+        assert all(torch.equal(value, before[name]) for name, value in model.trainable_state_dict().items())
+    assert task.best_step == 0 or rate == 0.0 or task.state.best_metric > 1 - 1e-6
 
 
 def test_training_leaves_the_best_state_and_checkpoints_without_the_base_model(

@@ -68,18 +68,19 @@ def results(folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "metrics.json").read_text())
     del metrics["checksum"]
     for task in metrics["per_task"]:
-        del task["seconds"], task["step_seconds"]
+        del task["seconds"], task["start_seconds"], task["step_seconds"]
     return metrics
 
 
 @pytest.mark.parametrize("task_type", TYPES)
 def test_it_learns(task_type: str, runs: Folders) -> None:
     metrics = results(runs[task_type])
-    assert min(metrics["task_adapter"]["accuracy_matrix"][-1]) > 0.7, metrics["task_adapter"]
+    assert min(metrics["task_adapter"]["accuracy_matrix"][-1]) > 0.65, metrics["task_adapter"]
+    assert metrics["task_adapter"]["average_accuracy"] > 0.8
     for task in metrics["per_task"]:
         curve = [loss for _, loss in task["loss_curve"]]
-        assert curve[-1] < 0.8 * curve[0]
-        assert [step for step, _ in task["validation_curve"]] == [15, 30, 45]
+        assert curve[-1] < max(0.8 * curve[0], 0.2)  # a head in closed form may start that well
+        assert [step for step, _ in task["validation_curve"]] == [0, 15, 30, 45]
     assert [bool(task["retention_curve"]) for task in metrics["per_task"]] == [False, True]
     assert min(metrics["baselines"]["linear_probe"]["accuracy"]) > 0.6
     assert metrics["config"]["method"]["task_type"] == task_type

@@ -26,7 +26,7 @@ from qtuning_fast.model.checked_files import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)
 TRAINING = TrainingOptions(steps=6, batch_size=4, max_length=10, eval_every=2, prompt_rate=0.03, head_rate=0.03)
-TIMES = {"seconds", "step_seconds"}
+TIMES = {"seconds", "start_seconds", "step_seconds"}
 
 
 class CutOff(BaseException):

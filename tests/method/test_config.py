@@ -26,7 +26,6 @@ def test_goes_to_json_and_back() -> None:
         ("shared_length", -1, ValueError),
         ("rank", "1", TypeError),
         ("reweighting", "full", ValueError),
-        ("start_from", "first", ValueError),
         ("gate", "swish", ValueError),
         ("gate_per", "model", ValueError),
         ("gate_training", "never", ValueError),
@@ -55,8 +54,8 @@ def test_a_file_of_an_earlier_version_means_what_it_meant_then() -> None:
     written = QTuningConfig().to_dict()
     assert written.keys() == IN_0_1_0  # so that version reads it
     assert QTuningConfig.from_dict(written) == QTuningConfig()
-    config = QTuningConfig(reweighting=None, start_from="last")
-    assert config.to_dict().items() >= {"reweighting": None, "start_from": "last"}.items()
+    config = QTuningConfig(reweighting=None, eviction=None)
+    assert config.to_dict().items() >= {"reweighting": None, "eviction": None}.items()
     assert QTuningConfig.from_dict(config.to_dict()) == config
 
 

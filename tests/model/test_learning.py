@@ -104,11 +104,12 @@ def test_trainable_parameters_are_in_one_group_each(tiny_bert: BertModel, batch:
     learn(model, batch, 3)
     model.start_task("last", 2)
     groups = model.parameter_groups()
-    assert all(groups.values()) and set(groups) == {"prompt", "gate", "head", "network"}
+    assert all(groups.values()) and set(groups) == {"prompt", "reweighting", "gate", "head", "network"}
     grouped = [id(parameter) for group in groups.values() for parameter in group]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all("gate" in names[id(parameter)] for parameter in groups["gate"]) and len(groups["gate"]) == 6
+    assert all("reweight" in names[id(parameter)] for parameter in groups["reweighting"])
 
 
 def test_two_tasks_at_once_are_refused(tiny_bert: BertModel) -> None:
@@ -184,15 +185,13 @@ def test_without_heads_the_base_models_own_is_used() -> None:
 
 
 def test_learning_goes_on_after_the_last_task_was_removed(tiny_bert: BertModel, batch: Batch, learn: Any) -> None:
-    config = QTuningConfig(
-        prompt_length=2, shared_length=0, retention_weight=0, gate_training="first-task", start_from="last"
-    )
+    config = QTuningConfig(prompt_length=2, shared_length=0, retention_weight=0, gate_training="first-task")
     model = QTuningModel(tiny_bert, config)
     learn(model, batch, 2)
     model.set_task(None)
     model.remove_task("task-1")
     ended = model.training_prefix.rows[0].prompt.detach().clone()
-    model.start_task("next", 2)
+    model.start_task("next", 2, start_from="previous")
     rows = model.training_prefix.rows[0]
     assert len(rows.old) == 4 and torch.equal(rows.old[:2], ended) and torch.equal(rows.prompt, ended)
     assert not any(gate.alpha.requires_grad for gate in model.training_prefix.gates)

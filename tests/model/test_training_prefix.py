@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,17 +112,55 @@ def test_the_start_of_a_task_says_what_it_evicted(eviction: str) -> None:
 
 
 @pytest.mark.parametrize("placement", ["prefix", "input"])
-def test_a_prompt_may_start_as_the_last_one_ended(placement: str) -> None:
-    prefix = after_tasks(1, placement=placement, start_from="last")
-    ended = [prompt.detach().clone() for prompt in prefix._prompts()]  # through the reparametrisation
-    prefix.finish_task("task", (), None)
+def test_a_prompt_may_start_as_a_finished_tasks_own_rows(placement: str) -> None:
+    prefix = after_tasks(2, placement=placement)  # behind shared rows and before older ones
+    trained = [prompt.detach().clone() for prompt in prefix._prompts()]  # through the reparametrisation
+    adapter = prefix.finish_task("task", (), None)
     prefix.begin_task(first=False)
-    assert all(torch.equal(start, end) for start, end in zip(prefix._prompts(), ended))
-    last = [rows.prompt for rows in prefix.rows]
-    prefix.finish_task("next", (), None)
+    prefix.start_prompts(prefix.own_prompts(adapter))
+    assert all(torch.equal(start, end) for start, end in zip(prefix.prompts(), trained))
+    assert all(rows.prompt.requires_grad for rows in prefix.rows)
+    old = [rows.old.clone() for rows in prefix.rows]
+    with torch.no_grad():
+        prefix.rows[0].prompt.zero_()  # nothing else changes with it
+    assert all(torch.equal(rows.old, before) for rows, before in zip(prefix.rows, old))
+    assert adapter.prefix_rows and all(tensor.any() for tensor in prefix.own_prompts(adapter))
+
+
+def test_a_prefix_too_short_to_hold_a_prompt_of_its_own_is_refused() -> None:
+    adapter = after_tasks(1).finish_task("task", (), None)
+    assert adapter.embeddings is None
+    short = replace(adapter, keys=tuple(key[:, :2] for key in adapter.keys), values=adapter.values)
+    prefix = after_tasks(1)
+    assert prefix.has_own_prompts(adapter.info) and not prefix.has_own_prompts(short.info)
+    with pytest.raises(ValueError, match="task 'task' has 2 prefix rows"):
+        prefix.own_prompts(short)
+
+
+def test_the_mean_of_the_queue_is_that_of_its_prompts() -> None:
+    assert after_tasks(0).queue_mean() is None
+    prefix = after_tasks(2)
+    found = prefix.queue_mean()
+    assert found is not None
+    for mean, rows in zip(found, prefix.queue.rows):
+        torch.testing.assert_close(mean, (rows[:3] + rows[3:]) / 2)
+
+
+def test_the_pull_on_the_reweighting_is_its_mean_squared_distance_from_where_it_starts() -> None:
+    assert after_tasks(0).reweighting_loss().item() == 0
+    assert after_tasks(3, reweighting=None).reweighting_loss().item() == 0
+    prefix = after_tasks(3)
+    prefix.finish_task("task-3", (), None)
     prefix.begin_task(first=False)
-    for rows, before in zip(prefix.rows, last):
-        assert rows.prompt.requires_grad and rows.prompt.data_ptr() != before.data_ptr()  # nothing else changes with it
+    assert prefix.reweighting_loss().item() == pytest.approx(0, abs=1e-12)
+    with torch.no_grad():
+        for reweighting in prefix.reweightings:
+            reweighting.V.add_(0.1)
+    weights = [(rows.row_weights() - rows.row_scale[:, None]).square().mean() for rows in prefix.rows]
+    loss = prefix.reweighting_loss()
+    torch.testing.assert_close(loss, sum(weights) / len(weights))
+    loss.backward()
+    assert all(each.U.grad is not None and each.U.grad.any() for each in prefix.reweightings)
 
 
 @pytest.mark.parametrize("placement", ["prefix", "input"])

@@ -46,11 +46,45 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
         part.columns = {name: column[places] for name, column in self.columns.items()}
         return part
 
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of each example, `[examples]`; images all have the same."""
+        mask = self.columns.get("attention_mask")
+        return torch.zeros(len(self), dtype=torch.long) if mask is None else mask.sum(1)
+
+    def by_length(self) -> tuple[EncodedExamples, Tensor]:
+        """The examples from the shortest to the longest, and their places, with which `in_order` undoes it."""
+        places = self.lengths.argsort(stable=True)
+        return self.subset(places.tolist()), places
+
     def batches(self, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-        """The inputs without labels, in order, on the device."""
+        """The inputs without labels, in order, on the device; no batch is longer than its longest text."""
         for start in range(0, len(self), batch_size):
-            rows = self.rows(slice(start, start + batch_size))
+            rows = without_padding(self.rows(slice(start, start + batch_size)))
             yield {name: column.to(device) for name, column in rows.items() if name != "labels"}
+
+    def labelled_batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """The inputs with their labels, in order."""
+        for start in range(0, len(self), batch_size):
+            yield without_padding(self.rows(slice(start, start + batch_size)))
+
+
+_PADDED = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def without_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut off the columns behind the longest text of a batch, if its texts have no labels of the same shape."""
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is None or (labels is not None and labels.shape == mask.shape):
+        return batch
+    used = mask.any(0).nonzero()
+    longest = int(used[-1]) + 1 if len(used) else mask.shape[1]
+    return {name: column[:, :longest] if name in _PADDED else column for name, column in batch.items()}
+
+
+def in_order(rows: Tensor, places: Tensor) -> Tensor:
+    """Put what was computed of `by_length` back in the order of the examples."""
+    return torch.empty_like(rows).index_copy_(0, places, rows)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:
