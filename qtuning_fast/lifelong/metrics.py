@@ -191,3 +191,18 @@ def _spreads(results: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> d
 
 def _spread(values: list[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+
+
+def start_in_words(start: Mapping[str, Any]) -> str:
+    """Say where a task started, from the `start` of its entry in `per_task`."""
+    chosen, tried = start["chosen"], len(start["considered"])
+    rows = {"random": "random rows", "queue mean": "the mean of the queue"}
+    said = rows.get(chosen["rows"], f"the prompt of {chosen['rows']}")
+    if chosen["head"] is not None:
+        heads = {"random": "a random head", "probe": "the probe as its head"}
+        said += f" with {heads.get(chosen['head'], 'a head in closed form')}"
+    if chosen["mixed_with"]:
+        said += f", mixed with that of {' and '.join(chosen['mixed_with'])}"
+    if tried > 1 and chosen["loss"] is not None:
+        said += f" (loss {chosen['loss']:.3f}; {tried} were tried)"
+    return said

@@ -243,6 +243,8 @@ class LifelongTrainer:
         previous = model.tasks[-1] if model.tasks else None
         start = self._start(model, task)
         if head is not None:
+            for each in (start["start"]["chosen"], *start["start"]["considered"]):
+                each["head"] = "probe"
             model.learning.set_head(LinearHead(torch.from_numpy(head.weight), torch.from_numpy(head.bias)))
         steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else NO_STEPS
         adapter = model.finish_task()

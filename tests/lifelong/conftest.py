@@ -139,6 +139,8 @@ def make_task(name: str, i: int, rng: np.random.Generator, gate: bool, capacity:
         "num_validation": 64,
         "num_test": 500,
         "seconds": 12.5 + rng.random(),
+        "start": make_start(i, rng),
+        "start_seconds": 1.5,
         "steps": steps,
         "step_seconds": 0.05 + 0.01 * min(i, capacity) / capacity + 0.002 * rng.random(),
         "prefix_rows": SHARED + ROWS + old,
@@ -165,6 +167,17 @@ def make_task(name: str, i: int, rng: np.random.Generator, gate: bool, capacity:
         else None,
         "row_weights": rng.lognormal(0, 0.3, (LAYERS, old)).tolist(),
     }
+
+
+def make_start(i: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The first task has no choice, the others from four starts."""
+    rows = ["random", "queue mean", "task before", "task before"][: 4 if i else 1]
+    considered: list[dict[str, Any]] = [
+        {"rows": each, "head": "closed form", "mixed_with": [], "loss": 0.4 + 0.3 * rng.random()} for each in rows
+    ]
+    if i:
+        considered[3]["mixed_with"] = ["task before"]
+    return {"chosen": dict(considered[i % len(considered)]), "considered": considered}
 
 
 def _below(matrix: np.ndarray) -> list[list[float | None]]:

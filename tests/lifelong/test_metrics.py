@@ -11,6 +11,7 @@ from qtuning_fast.lifelong.metrics import (
     mean_and_spread,
     measured,
     named_summary,
+    start_in_words,
     unnamed_results,
 )
 
@@ -179,3 +180,14 @@ def test_the_word_names_what_is_measured(make_metrics):
     assert measured(metrics) == "micro-F1" and in_words("average_accuracy", "micro-F1") == "average micro-F1"
     metrics["per_task"][0]["metric"] = "pearson"
     assert measured(metrics) == "score" and in_words("Accuracy by task", "score") == "Score by task"
+
+
+def test_a_start_is_said_in_words():
+    chosen = {"rows": "films", "head": "closed form", "mixed_with": ["films", "books"], "loss": 0.4}
+    plain = {"rows": "random", "head": "random", "mixed_with": [], "loss": None}
+    assert start_in_words({"chosen": chosen, "considered": [plain, chosen]}) == (
+        "the prompt of films with a head in closed form, mixed with that of films and books (loss 0.400; 2 were tried)"
+    )
+    assert start_in_words({"chosen": plain, "considered": [plain]}) == "random rows with a random head"
+    mean = plain | {"rows": "queue mean", "head": None}
+    assert start_in_words({"chosen": mean, "considered": [mean]}) == "the mean of the queue"

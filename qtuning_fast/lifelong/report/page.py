@@ -21,6 +21,7 @@ from qtuning_fast.lifelong.metrics import (
     in_words,
     measured,
     named_summary,
+    start_in_words,
     unnamed_results,
 )
 from qtuning_fast.lifelong.report import class_incremental_plots, plots
@@ -91,6 +92,13 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
         ),
     ),
     "Training": (
+        Plot(
+            "starts",
+            "Before a task trains, each start is judged on the task's own examples, with a head that was not made from "
+            "them. The filled one was chosen: random rows, unless another's loss is less by more than one standard "
+            "error.",
+            plots.starts,
+        ),
         Plot(
             "training-curves",
             "The loss should fall within each task and the validation accuracy rise; a dot marks the step whose "
@@ -246,6 +254,7 @@ def _render_page(template: str, folder: Path, word: str, **content: Any) -> Path
     )
     environment.filters["number"] = lambda value, digits=3: "–" if value is None else f"{value:.{digits}f}"
     environment.filters["words"] = lambda name: in_words(name, word)
+    environment.filters["start"] = start_in_words
     environment.filters["measure"] = WORDS.__getitem__
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "report.html"

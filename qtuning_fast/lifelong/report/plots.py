@@ -129,6 +129,34 @@ def _accuracy_bars(title: str, names: Sequence[str], series: Mapping[str, np.nda
     return figure
 
 
+def starts(metrics: Metrics) -> Figure:
+    """The loss of each start that was considered, task by task, before any step; the chosen one is filled."""
+    tasks = [(task["name"], task["start"]) for task in metrics["per_task"] if task.get("start")]
+    judged = [(name, start) for name, start in tasks if len(start["considered"]) > 1]
+    if not judged:
+        raise NoDataError("Where tasks started: no task of this run had a choice.")
+    figure, [axes] = new_figure("Where tasks started", height=1.4 + 0.32 * len(judged))
+    kinds = {"random rows": "o", "the queue's mean": "s", "the prompt of a task": "^"}
+    names = {"random": "random rows", "queue mean": "the queue's mean"}
+    for row, (_, start) in enumerate(judged):
+        for each in start["considered"]:
+            if each["loss"] is None:
+                continue
+            marker = kinds[names.get(each["rows"], "the prompt of a task")]
+            color = PALETTE["task_adapter" if each["mixed_with"] else "live_queue"]
+            face, size = (color, 9) if each == start["chosen"] else ("none", 6)
+            axes.plot(each["loss"], row, marker, color=color, markerfacecolor=face, markersize=size)
+    for kind, marker in kinds.items():
+        axes.plot([], [], marker, color=INK, markerfacecolor="none", label=kind)
+    axes.plot([], [], "o", color=PALETTE["live_queue"], label="head in closed form, or none")
+    axes.plot([], [], "o", color=PALETTE["task_adapter"], label="mixed with heads of tasks")
+    axes.set_yticks(range(len(judged)), [label(name) for name, _ in judged])
+    axes.set_ylim(len(judged) - 0.5, -0.5)
+    axes.set_xlabel("loss on the task's examples before any step")
+    legend(axes)
+    return figure
+
+
 def training_curves(metrics: Metrics) -> Figure:
     """Training loss, validation accuracy and retention loss along the steps of the whole stream.
 

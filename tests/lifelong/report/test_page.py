@@ -62,7 +62,7 @@ def drawn(folder):
             1,
             EVICTION_PICTURES
             | UNNAMED_PICTURES
-            | {"row-weights", "accuracy-over-time"}
+            | {"row-weights", "accuracy-over-time", "starts"}
             | {n for n in ALL_PICTURES if "matrix" in n},
         ),
         (2, EVICTION_PICTURES),

@@ -70,3 +70,17 @@ def test_the_gate_is_drawn_from_its_parameters(make_metrics):
 def test_a_picture_without_data_says_why(draw, reason, make_metrics):
     with pytest.raises(plots.NoDataError, match=reason):
         draw(make_metrics(1, gate=False))
+
+
+def test_starts_are_drawn_for_tasks_that_had_a_choice(make_metrics):
+    metrics = make_metrics(5)
+    axes = plots.starts(metrics).axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [task["name"] for task in metrics["per_task"][1:]]
+    points = [line for line in axes.lines if len(line.get_xdata())]
+    assert len(points) == 4 * 4 and sum(line.get_markerfacecolor() != "none" for line in points) == 4
+    chosen = {task["start"]["chosen"]["loss"] for task in metrics["per_task"][1:]}
+    assert {float(line.get_xdata()[0]) for line in points if line.get_markerfacecolor() != "none"} == chosen
+    for task in metrics["per_task"]:
+        task["start"]["considered"] = task["start"]["considered"][:1]
+    with pytest.raises(plots.NoDataError, match="no task of this run had a choice"):
+        plots.starts(metrics)
