@@ -49,7 +49,7 @@ from qtuning_fast.bench.memory import resident_bytes
 from qtuning_fast.bench.results import Results
 from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.timing import Call, host_milliseconds
-from qtuning_fast.method.adapter import AdapterInfo
+from qtuning_fast.method.adapter import RANDOM, VALIDATION, AdapterInfo
 
 TASKS, STEPS = 200, 8
 DRY_TASKS, DRY_STEPS = 7, 3
@@ -63,6 +63,7 @@ EARLY = slice(5, 5 + WINDOW)  # tasks 6 to 15
 LIMITS = {  # what the last ten tasks may take, of what the early ones took
     "step_ms": 1.05,
     "step_over_anchor": 1.05,  # the same, whatever the machine does
+    "with_start_ms": 1.05,  # a step, and its share of choosing where the task starts
     "resident_bytes": 1.02,
     "device_bytes": 1.02,
     "device_peak_bytes": 1.02,
@@ -97,6 +98,7 @@ class Method:
     about: str
     config: Callable[[int], QTuningConfig]  # of the number of tasks
     saves: bool  # each finished task; otherwise the newest adapter is all that is kept
+    start_from: str  # of each task, as `start_task` takes it
 
 
 def accumulating(tasks: int) -> QTuningConfig:
@@ -105,8 +107,10 @@ def accumulating(tasks: int) -> QTuningConfig:
 
 
 METHODS = {
-    "queue": Method("a queue of five prompts, shared prompt, gate, retention", lambda tasks: QTuningConfig(), True),
-    "accumulate": Method("every prompt stays, as in Progressive Prompts", accumulating, False),
+    "queue": Method(
+        "a queue of five prompts, shared prompt, gate, retention", lambda tasks: QTuningConfig(), True, VALIDATION
+    ),
+    "accumulate": Method("every prompt stays, as in Progressive Prompts", accumulating, False, RANDOM),
 }
 
 
@@ -119,6 +123,7 @@ class TaskFigures:
     step_ms: float
     anchor_ms: float
     step_over_anchor: float
+    with_start_ms: float
     between_seconds: float
     adapter_bytes: int
     adapters_in_memory_bytes: int  # after the save, of all tasks
@@ -157,8 +162,9 @@ class Stream:
         batches = self._start(examples)
         started = now()
         figures = self._train(batches)
+        figures["with_start_ms"] = figures["step_ms"] + 1e3 * (started - began) / self.steps
         trained = now()
-        info = self._finish()
+        info = self._finish(batches)
         return TaskFigures(
             task=self.number,
             prefix_rows=info.prefix_rows,
@@ -179,7 +185,13 @@ class Stream:
     def _start(self, examples: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The task's batches, with the features that retention compares with, where retention is due."""
         model = self.model
-        model.start_task(f"task-{self.number}", num_labels=2)
+        chooses = self.method.start_from == VALIDATION
+        model.start_task(
+            f"task-{self.number}",
+            num_labels=2,
+            start_from=self.method.start_from,
+            examples=[examples] if chooses else None,
+        )
         if model.retains_memory:
             inputs = {name: examples[name] for name in ("input_ids", "attention_mask")}
             with self._autocast():
@@ -216,11 +228,12 @@ class Stream:
 
         return step
 
-    def _finish(self) -> AdapterInfo:
+    def _finish(self, batches: Sequence[dict[str, Tensor]]) -> AdapterInfo:
         """Finishes the task; returns what is known of its adapter."""
         model = self.model
         adapter = model.finish_task()
         if self.method.saves:
+            model.record_statistics(adapter.name, batches)  # by which the next task finds the tasks like it
             model.save_pretrained(self.folder)
         else:
             for earlier in model.tasks[:-1]:
@@ -294,6 +307,7 @@ COLUMNS = {  # a heading, and the unit in which a figure stands below it
     "step_ms": ("step ms", 1),
     "anchor_ms": ("anchor ms", 1),
     "step_over_anchor": ("step/anchor", 1),
+    "with_start_ms": ("with start", 1),
     "between_seconds": ("between s", 1),
     "adapter_bytes": ("adapter KiB", 1 << 10),
     "resident_bytes": ("host MiB", 1 << 20),
@@ -320,7 +334,7 @@ def table(name: str, per_task: Sequence[TaskFigures]) -> str:
 
 
 def _line(first: str, cells: Sequence[str]) -> str:
-    return f"  {first:<9}" + "".join(f"{cell:>12}" for cell in cells)
+    return f"  {first:<8}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:

@@ -121,13 +121,13 @@ class TrainingOptions:
     )
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
-    max_length: int = setting(64, "Tokens a text is cut or padded to.", "All steps then cost the same.")
+    max_length: int = setting(64, "Tokens a text is cut to.", "A batch is padded to its longest text.")
     prompt_rate: float = setting(3e-3, "Learning rate of prompts.", "It applies to the shared prompt too.")
     reweighting_rate: float | None = setting(
-        None, "Learning rate of the reweighting; default that of prompts.", absent=None
+        3e-2, "Learning rate of the reweighting.", "None: that of prompts.", absent=None
     )
     reweighting_pull: float = setting(
-        0.0,
+        0.1,
         "Weight of the pull on the reweighting; 0: off.",
         "It is towards the weights at which the rows of the queue start, 1 before any eviction.",
         absent=0.0,
@@ -152,7 +152,7 @@ class TrainingOptions:
         choices=HEAD_STARTS,
         absent="random",
     )
-    gate_rate: float = setting(1e-3, "Learning rate of the gate.", "It applies to alpha and tau.")
+    gate_rate: float = setting(3e-2, "Learning rate of the gate.", "It applies to alpha and tau.")
     network_rate: float = setting(
         1e-3, "Learning rate of the reparametrisation.", "It applies to the discriminator too."
     )

@@ -52,6 +52,7 @@ class KnownTasks:
         self._adapters = adapters
         self._backbone = backbone
         self._fitted: _Fitted | None = None
+        self._means: dict[str, Tensor] = {}  # of the classes of tasks, so that statistics on disk are read once
 
     @property
     def rule(self) -> TaskRule:
@@ -71,6 +72,7 @@ class KnownTasks:
             TypeError, ValueError: they do not fit the task or the model.
         """
         self.check(self._adapters.entry(name).info, statistics)
+        self._means.pop(name, None)
         self.statistics.add(StatisticsInfo.of(name, statistics), value=statistics)
 
     def check(self, info: AdapterInfo, statistics: TaskStatistics) -> None:
@@ -86,6 +88,7 @@ class KnownTasks:
 
     def remove(self, name: str) -> None:
         """Remove the statistics of a task, if it has some."""
+        self._means.pop(name, None)
         if name in self.statistics:
             self.statistics.remove(name)
 
@@ -156,12 +159,18 @@ class KnownTasks:
             differs = not classes or set(self._adapters.entry(name).info.label_names) != classes
             distance = math.inf
             if name in self.statistics:
-                theirs = self.statistics[name].features
-                distance = float(torch.cdist(means, theirs.means[theirs.seen]).amin(1).mean())
+                distance = float(torch.cdist(means, self._means_of(name)).amin(1).mean())
             return differs, distance, -place
 
         places = {name: place for place, name in enumerate(among)}
         return sorted(places, key=lambda name: unlikeness(places[name], name))[:limit]
+
+    def _means_of(self, name: str) -> Tensor:
+        """Return the class means of a task that has statistics, `[C, F]`."""
+        if name not in self._means:
+            moments = self.statistics[name].features
+            self._means[name] = moments.means[moments.seen]
+        return self._means[name]
 
     # The rule
 

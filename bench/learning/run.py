@@ -1,0 +1,169 @@
+"""Run the study that bench/learning.md declares, part after part; what is done already is left out.
+
+    python -m qtuning_fast.bench.learning.run --jobs 2                     # everything that is left
+    python -m qtuning_fast.bench.learning.run --parts related-16 --minutes 60
+
+Each run is a file `<out>/<stream>/<shots>/<arm>/<draw>.json`. Runs are processes of one thread each. One that was cut
+off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qtuning_fast.bench.learning.arms import ARMS, LINEAR, PARTS, STUDY_STREAMS, Run, runs_of, smaller
+from qtuning_fast.bench.learning.linear import accuracies
+from qtuning_fast.lifelong.base_models import MINILM, load_base_model
+from qtuning_fast.lifelong.data.encoding import ExampleEncoder
+from qtuning_fast.lifelong.environment import versions
+from qtuning_fast.lifelong.evaluation import features
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.tasks import SPLITS
+from qtuning_fast.lifelong.trainer import LifelongTrainer
+from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.model.model import QTuningModel
+
+OUT = Path("bench/results/learning")
+WORK = Path("runs/learning")
+REHEARSAL = {"steps": 2, "eval_every": 1}
+
+
+class WithRandomQueue(LifelongTrainer):
+    """The control: what enters the queue is replaced by random rows with the mean and the spread of each feature."""
+
+    @contextmanager
+    def _attached(self, *, alone: bool = False) -> Iterator[QTuningModel]:
+        with super()._attached(alone=alone) as model:
+            queue = model.training_prefix.queue
+            push = queue.push
+
+            def pushed(*args: Any, **kwargs: Any) -> Any:
+                found = push(*args, **kwargs)
+                queue.rows = [rows.mean(0) + rows.std(0, correction=0) * torch.randn_like(rows) for rows in queue.rows]
+                return found
+
+            queue.push = pushed  # type: ignore[method-assign]
+            yield model
+
+
+def result_file(out: Path, run: Run) -> Path:
+    return out / run.stream / str(run.shots) / run.arm.replace(" ", "-").replace(",", "") / f"{run.draw}.json"
+
+
+def one_run(run: Run, out: Path, rehearsal: bool) -> str:
+    """Do a run and write its file."""
+    torch.set_num_threads(1)
+    stream = STUDY_STREAMS[run.stream]
+    if rehearsal:
+        stream = smaller(stream, 2)
+    tasks = stream.load(run.shots, run.draw)
+    base, tokenizer = load_base_model(MINILM)
+    began = time.perf_counter()
+    if run.arm == LINEAR:
+        found: dict[str, Any] = {"accuracy": _linear(base, tokenizer, tasks)}
+    else:
+        arm = ARMS[run.arm]
+        config, training = arm.settings(stream, run.draw)
+        if rehearsal:
+            training = TrainingOptions(**(training.__dict__ | REHEARSAL))
+        work = WORK / ("rehearsal" if rehearsal else "runs") / run.name.replace(" ", "-").replace(",", "")
+        trainer = WithRandomQueue if arm.random_queue else LifelongTrainer
+        metrics = trainer(base, tokenizer, config, tasks, training, work).run()
+        found = _of_interest(metrics)
+        shutil.rmtree(work)
+    path = result_file(out, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"stream": run.stream, "shots": run.shots, "arm": run.arm, "draw": run.draw, "seconds": None}
+    about |= {"tasks": [task.name for task in tasks], "versions": versions()}
+    about["seconds"] = round(time.perf_counter() - began, 1)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(about | found, indent=1) + "\n")
+    partial.rename(path)
+    return run.name
+
+
+def _linear(base: Any, tokenizer: Any, tasks: Any) -> dict[str, list[float | None]]:
+    config = QTuningConfig()
+    encoder = ExampleEncoder(tokenizer, config.task_type, TrainingOptions().max_length)
+    model = QTuningModel(base, config)
+    described = []
+    for task in tasks:
+        encoded = {split: encoder.encode(getattr(task, split)) for split in SPLITS}
+        splits = {
+            split: (features(model, each, 64, task=None), each.columns["labels"]) for split, each in encoded.items()
+        }
+        described.append((tuple(task.label_names), splits))
+    model.detach()
+    return accuracies(described)
+
+
+def _of_interest(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the study needs of a run's metrics."""
+    live = metrics["live_queue"]
+    unnamed = metrics["class_incremental"]["adapters"]
+    return {
+        "accuracy": {
+            "task_adapter": metrics["task_adapter"]["accuracy_matrix"][-1],
+            "live_queue": live["accuracy_matrix"][-1],
+        },
+        "forgetting": live["forgetting"],
+        "class_incremental": unnamed["average_accuracy"],
+        "per_task": [
+            {name: task[name] for name in ("start", "start_seconds", "seconds", "best_step", "validation_curve")}
+            for task in metrics["per_task"]
+        ],
+        "config": metrics["config"],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is left of the study; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all, in this order")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="the results")
+    parser.add_argument("--dry-run", action="store_true", help="two steps of two tasks, draw 0 only")
+    options = parser.parse_args(arguments)
+    runs = [run for run in runs_of(options.parts) if not options.dry_run or run.draw == 0]
+    left = [run for run in runs if not result_file(options.out, run).exists()]
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are done", flush=True)
+    ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    failed = 0
+    with (
+        ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(left), disable=None) as bar,
+    ):
+        running: dict[Future[str], Run] = {}
+        waiting = iter(left)
+        while True:
+            while len(running) < options.jobs and time.monotonic() < ends and (run := next(waiting, None)):
+                running[pool.submit(one_run, run, options.out, options.dry_run)] = run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                if (error := future.exception()) is not None:
+                    failed += 1
+                    print(f"{run.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                bar.update()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
