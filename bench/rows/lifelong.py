@@ -305,7 +305,6 @@ def entry(method: Method, config: QTuningConfig, per_task: Sequence[TaskFigures]
 COLUMNS = {  # a heading, and the unit in which a figure stands below it
     "prefix_rows": ("rows", 1),
     "step_ms": ("step ms", 1),
-    "anchor_ms": ("anchor ms", 1),
     "step_over_anchor": ("step/anchor", 1),
     "with_start_ms": ("with start", 1),
     "between_seconds": ("between s", 1),
@@ -334,7 +333,7 @@ def table(name: str, per_task: Sequence[TaskFigures]) -> str:
 
 
 def _line(first: str, cells: Sequence[str]) -> str:
-    return f"  {first:<8}" + "".join(f"{cell:>11}" for cell in cells)
+    return f"  {first:<9}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def windows(per_task: Sequence[TaskFigures]) -> list[Sequence[TaskFigures]]:

@@ -7,7 +7,7 @@ labels have one such classifier each, numbers a linear regression with such a co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class LinearHead:
 
     Attributes:
         weight: `[outputs, F]` float64.
-        bias: `[outputs]` float64; `NEVER` for a class that no example has.
+        bias: `[outputs]` float64; `NEVER`, or nearly so, for a class that no example has.
     """
 
     weight: Tensor
@@ -39,27 +39,40 @@ class LinearHead:
         """Map features `[n, F]` to outputs `[n, outputs]` in float64."""
         return features.double() @ self.weight.mT + self.bias
 
+    @property
+    def seen(self) -> Tensor:
+        """Whether an example has each class, `[outputs]`."""
+        return self.bias > NEVER / 2  # training moves it a little
+
     def scaled(self, factor: float) -> LinearHead:
         """Return the head with its outputs scaled, but for `NEVER`."""
-        return LinearHead(self.weight * factor, torch.where(self.bias == NEVER, NEVER, self.bias * factor))
+        return LinearHead(self.weight * factor, torch.where(self.seen, self.bias * factor, NEVER))
 
     def mixed(self, others: Sequence[LinearHead]) -> LinearHead:
-        """Return the sum of this head and of the mean of others for the same classes, both of the same norm."""
-        ours, theirs = self._of_unit_norm(), _sum(other._of_unit_norm() for other in others)._of_unit_norm()
-        return _sum([ours, theirs])
+        """Return the sum of this head and of the mean of others for the same classes, both of the same norm.
+
+        What another head says of classes of which it has seen no example does not count.
+        """
+        theirs = _sum([other._of_unit_norm() for other in others])._of_unit_norm()
+        both = _sum([self._of_unit_norm(), theirs])
+        return LinearHead(both.weight, both.bias.masked_fill(~self.seen, NEVER))
 
     def _of_unit_norm(self) -> LinearHead:
-        """Return a head with the same differences between classes, up to a factor, and weights of norm 1."""
-        seen = (self.bias != NEVER)[:, None]
-        weight = (self.weight - self.weight[seen[:, 0]].mean(0)) * seen
-        bias = torch.where(seen[:, 0], self.bias - self.bias[seen[:, 0]].mean(), NEVER)
-        return LinearHead(weight, bias).scaled(1 / max(float(weight.norm()), 1e-12))
+        """Return a head with the same differences between the classes seen, up to a factor, and weights of norm 1.
+
+        Its outputs for other classes are 0, the mean of those seen.
+        """
+        seen = self.seen
+        weight = (self.weight - self.weight[seen].mean(0)).masked_fill(~seen[:, None], 0.0)
+        bias = (self.bias - self.bias[seen].mean()).masked_fill(~seen, 0.0)
+        norm = max(float(weight.norm()), 1e-12)
+        return LinearHead(weight / norm, bias / norm)
 
 
-def _sum(heads: Iterable[LinearHead]) -> LinearHead:
-    weights, biases = zip(*((head.weight, head.bias) for head in heads))
-    never = torch.stack([bias == NEVER for bias in biases]).any(0)
-    return LinearHead(torch.stack(weights).sum(0), torch.stack(biases).sum(0).masked_fill(never, NEVER))
+def _sum(heads: Sequence[LinearHead]) -> LinearHead:
+    return LinearHead(
+        torch.stack([head.weight for head in heads]).sum(0), torch.stack([head.bias for head in heads]).sum(0)
+    )
 
 
 def closed_form_head(features: Tensor, labels: Tensor, outputs: int, problem_type: str = SINGLE) -> LinearHead:

@@ -153,8 +153,20 @@ def test_a_class_that_no_example_has_is_never_answered() -> None:
     examples = draw(20, 4, 2)
     head = closed_form_head(examples.features, examples.labels, 3)
     other = head_of([1.0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [9, 9, 9, 9, 99])
-    for each in (head, head.scaled(1e-3), head.mixed([other]), other.mixed([head])):
+    for each in (head, head.scaled(1e-3), head.mixed([other])):
         assert (each(torch.randn(50, 4)).argmax(1) < 2).all() and float(each.bias[2]) == NEVER
+
+
+def test_what_another_head_says_of_a_class_that_it_never_saw_does_not_count() -> None:
+    examples = draw(30, 4, 3)
+    head = made(examples)
+    never = closed_form_head(examples.features[examples.labels < 2], examples.labels[examples.labels < 2], 3)
+    trained = LinearHead(never.weight, never.bias + torch.tensor([0.1, 0.1, 0.4]))
+    for other in (never, trained):
+        mixed = head.mixed([other])
+        assert float(mixed.bias[2]) > -10 and (mixed(examples.features).argmax(1) == 2).any()
+    nobody = LinearHead(torch.zeros(3, 4).double(), torch.full((3,), NEVER).double())
+    assert same_answers(head.mixed([nobody]), head)
 
 
 def outputs_of(head: LinearHead) -> Tensor:
