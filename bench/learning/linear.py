@@ -1,6 +1,7 @@
 """Linear classifiers of the frozen model's features: what prompts have to be better than.
 
-`probe` is the tuned logistic regression, `closed_form` the Gaussian classifier. `donor` is the probe of the earlier
+`probe` is the tuned logistic regression, `closed_form` the Gaussian classifier, `closed_form_of_all` the same from the
+training and the validation examples together. `donor` is the probe of the earlier
 task that is best on the new one's training and validation examples, as it is. `transferred` is a logistic regression
 that is pulled towards the mean of the earlier tasks' probes instead of towards zero; the strength of the pull and the
 scale of that mean are tuned on the validation examples.
@@ -22,6 +23,8 @@ from qtuning_fast.method.labels import SINGLE
 Split = tuple[Tensor, Tensor]
 """Features `[n, F]` and class indices `[n]`."""
 
+CLASSIFIERS = ("probe", "closed_form", "closed_form_of_all", "donor", "transferred")
+
 PULLS = [10.0**power for power in np.arange(-3, 3.1, 0.5)]
 SCALES = (1.0, 3.0, 10.0, 30.0)
 
@@ -33,13 +36,14 @@ def accuracies(tasks: Sequence[tuple[tuple[str, ...], Mapping[str, Split]]]) -> 
         tasks: the class names of each task, and its splits, in order.
     """
     probes: list[tuple[tuple[str, ...], LinearHead]] = []
-    found: dict[str, list[float | None]] = {"probe": [], "closed_form": [], "donor": [], "transferred": []}
+    found: dict[str, list[float | None]] = {kind: [] for kind in CLASSIFIERS}
     for names, splits in tasks:
         probe = _tuned(splits, len(names))
         earlier = [head for theirs, head in probes if theirs == names]
+        seen = [torch.cat(part) for part in zip(splits["train"], splits["validation"])]
         heads = {"probe": probe, "closed_form": closed_form_head(*splits["train"], len(names))}
+        heads["closed_form_of_all"] = closed_form_head(seen[0], seen[1], len(names))
         if earlier:
-            seen = [torch.cat(part) for part in zip(splits["train"], splits["validation"])]
             heads["donor"] = max(earlier, key=lambda head: accuracy(head, (seen[0], seen[1])))
             heads["transferred"] = transferred(earlier, splits)
         for kind, values in found.items():

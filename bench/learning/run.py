@@ -43,21 +43,33 @@ REHEARSAL = {"steps": 2, "eval_every": 1}
 
 
 class WithRandomQueue(LifelongTrainer):
-    """The control: what enters the queue is replaced by random rows with the mean and the spread of each feature."""
+    """The control: the queue's rows are random, with the mean and the spread that each feature has in the real ones.
+
+    The real rows are what enters and is cut, so that all else is as in the run without the control; what a task then
+    computes with is drawn anew.
+    """
 
     @contextmanager
     def _attached(self, *, alone: bool = False) -> Iterator[QTuningModel]:
         with super()._attached(alone=alone) as model:
-            queue = model.training_prefix.queue
-            push = queue.push
+            prefix = model.training_prefix
+            begin, draws = prefix.begin_prompts, torch.Generator().manual_seed(self.options.seed)
 
-            def pushed(*args: Any, **kwargs: Any) -> Any:
-                found = push(*args, **kwargs)
-                queue.rows = [rows.mean(0) + rows.std(0, correction=0) * torch.randn_like(rows) for rows in queue.rows]
-                return found
+            def begin_with_random_rows(prompt_length: int) -> None:
+                queue = prefix.queue
+                rows, scales = queue.rows, queue.row_scale
+                queue.rows = [randomized(real * scale[:, None], draws) for real, scale in zip(rows, scales)]
+                queue.row_scale = [torch.ones_like(scale) for scale in scales]
+                begin(prompt_length)
+                queue.rows, queue.row_scale = rows, scales
 
-            queue.push = pushed  # type: ignore[method-assign]
+            prefix.begin_prompts = begin_with_random_rows  # type: ignore[method-assign]
             yield model
+
+
+def randomized(rows: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+    """Return random rows `[n, F]` with the mean and the standard deviation of each feature."""
+    return rows.mean(0) + rows.std(0, correction=0) * torch.randn(rows.shape, generator=draws)
 
 
 def result_file(out: Path, run: Run) -> Path:
@@ -139,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="the results")
     parser.add_argument("--dry-run", action="store_true", help="two steps of two tasks, draw 0 only")
     options = parser.parse_args(arguments)
+    if options.dry_run and options.out == OUT:
+        options.out = WORK / "rehearsed"  # the study's own runs are never those of a rehearsal
     runs = [run for run in runs_of(options.parts) if not options.dry_run or run.draw == 0]
     left = [run for run in runs if not result_file(options.out, run).exists()]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are done", flush=True)

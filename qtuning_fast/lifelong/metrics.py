@@ -196,8 +196,12 @@ def _spread(values: list[float]) -> dict[str, Any]:
 def start_in_words(start: Mapping[str, Any]) -> str:
     """Say where a task started, from the `start` of its entry in `per_task`."""
     chosen, tried = start["chosen"], len(start["considered"])
-    rows = {"random": "random rows", "queue mean": "the mean of the queue"}
-    said = rows.get(chosen["rows"], f"the prompt of {chosen['rows']}")
+    rows = {
+        "random": "random rows",
+        "queue mean": "the mean of the queue",
+        "prompt": f"the prompt of {chosen['donor']}",
+    }
+    said = rows[chosen["rows"]]
     if chosen["head"] is not None:
         heads = {"random": "a random head", "probe": "the probe as its head"}
         said += f" with {heads.get(chosen['head'], 'a head in closed form')}"

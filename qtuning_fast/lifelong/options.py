@@ -135,20 +135,20 @@ class TrainingOptions:
     head_rate: float | None = setting(
         None, "Learning rate of heads; default 1e-2 from random, else 1e-3.", "What starts well must not be destroyed."
     )
-    start_from: str = setting(
-        "validation",
-        "random, previous, validation, or a finished task.",
-        "Where a prompt starts: from random rows, from the previous task's prompt, from that of the task with this "
-        "name once it is finished, or from whichever of random rows, the queue's mean and the prompts of the three "
-        "tasks most like the new one has the least loss on its examples, before any step.",
+    start_from: str | None = setting(
+        None,
+        "random, previous, validation, or a task; default validation if heads start in closed form, else random.",
+        "A prompt starts from random rows; from the previous task's prompt; from that of the task with this name, once "
+        "it is finished; or, by `validation`, from random rows unless the queue's mean or the prompt of one of the "
+        "three tasks most like the new one has clearly less loss on its examples, before any step.",
         absent="random",
     )
     head_start: str = setting(
         "closed-form",
         "{choices}.",
-        "A head starts as the Gaussian classifier of the features under the prompt's start, mixed with the head of the "
-        "task that the prompt is from if that has the same classes and less loss; at random; or as the tuned linear "
-        "probe on the features of the frozen model.",
+        "A head starts as the Gaussian classifier of the features under the prompt's start, mixed with heads of tasks "
+        "with the same classes where that has clearly less loss; at random; or as the tuned linear probe on the "
+        "features of the frozen model.",
         choices=HEAD_STARTS,
         absent="random",
     )
@@ -173,6 +173,13 @@ class TrainingOptions:
                 f"start_from is {VALIDATION!r}, which judges starts by heads in closed form, but head_start is "
                 f"{self.head_start!r}; set it to 'closed-form', or start_from to {RANDOM!r} or {PREVIOUS!r}"
             )
+
+    @property
+    def starts_from(self) -> str:
+        """Where prompts start: `start_from`, or its default."""
+        if self.start_from is not None:
+            return self.start_from
+        return VALIDATION if self.head_start == "closed-form" else RANDOM
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each kind of parameters (`QTuningModel.parameter_groups`)."""

@@ -35,6 +35,7 @@ from qtuning_fast.model.scoring import Answers, answer_scores
 
 _MANIFEST = "manifest.json"
 _KEPT_BY = "kept_by"  # the score; of states with equal ones, which few examples often give, the least loss
+_TIE = 1e-6  # what the loss may change in it at most
 
 
 class TaskTrainer(Trainer):
@@ -46,7 +47,6 @@ class TaskTrainer(Trainer):
         folder: the folder of the checkpoints.
         train, validation: the examples.
         answers: the answers of a language model, one per class. It is right if the correct answer is the most probable.
-        keeps_start: keep the state in which the task starts, unless a later one is better on the validation split.
         callbacks: further callbacks.
     """
 
@@ -59,19 +59,17 @@ class TaskTrainer(Trainer):
         train: EncodedExamples,
         validation: EncodedExamples,
         answers: Answers | None = None,
-        keeps_start: bool = False,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.qtuning = model
         self.options = options
         self.folder = folder
         self.answers = answers
-        self.keeps_start = keeps_start
         self.start_score: float | None = None
         self.best_step: int | None = None
         self.clock = StepTimer()
         self._retention_losses: list[Tensor] = []
-        stopping = [EarlyStoppingCallback(options.patience)] if options.patience else []
+        stopping = [EarlyStoppingCallback(options.patience, _TIE)] if options.patience else []
         super().__init__(
             model=model,
             args=_training_arguments(options, folder, model.device),
@@ -141,11 +139,10 @@ class TaskTrainer(Trainer):
         self.qtuning.load_trainable_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
 
     def train_or_resume(self) -> None:
-        """Train the task, or resume from its newest complete checkpoint; the model ends in the best state."""
-        if not self.keeps_start:
-            self._train_or_resume()
-            self.best_step = self.state.best_global_step
-            return
+        """Train the task, or resume from its newest complete checkpoint.
+
+        The model ends in the state that is best on the validation split, that in which the task starts included.
+        """
         start = {name: value.clone() for name, value in self.qtuning.trainable_state_dict().items()}
         metrics = self.predict(self.eval_dataset, metric_key_prefix="start").metrics  # type: ignore[arg-type]
         assert metrics is not None
@@ -233,7 +230,7 @@ def _score(problem_type: str, prediction: Any) -> dict[str, float]:
     outputs, labels = prediction.predictions, prediction.label_ids
     found = score(problem_type, outputs, labels)
     loss = float(label_loss(torch.as_tensor(outputs), torch.as_tensor(labels), problem_type))
-    return {METRICS[problem_type]: found, _KEPT_BY: found - 1e-6 * min(loss, 1e3)}
+    return {METRICS[problem_type]: found, _KEPT_BY: found - _TIE * loss / (1 + loss)}
 
 
 def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:

@@ -61,8 +61,8 @@ from qtuning_fast.model.model import QTuningModel
 
 RUN_FILE = "run.json"
 
-START_EXAMPLES = 256
-"""The most examples of each split by which the start of a task is chosen."""
+START_EXAMPLES, START_EXAMPLES_A_CLASS = 256, 8
+"""The most examples of each split by which the start of a task is chosen; of many classes so many each."""
 
 
 class LifelongTrainer:
@@ -266,30 +266,33 @@ class LifelongTrainer:
     def _start(self, model: QTuningModel, task: Task) -> dict[str, Any]:
         """Start a task; returns what the record says of where it starts."""
         options = self.options
-        chooses = options.start_from == VALIDATION or (options.head_start == "closed-form" and model.has_heads)
-        named = options.start_from in (RANDOM, PREVIOUS, VALIDATION) or options.start_from in model.tasks
+        start_from = options.starts_from
+        if start_from not in (RANDOM, PREVIOUS, VALIDATION, *model.tasks):
+            start_from = RANDOM  # the task of this name is yet to come
+        chooses = start_from == VALIDATION or (options.head_start == "closed-form" and model.has_heads)
         began = time.perf_counter()
         start = model.start_task(
             task.name,
             label_names=task.label_names,
             problem_type=task.problem_type,
-            start_from=options.start_from if named else RANDOM,
+            start_from=start_from,
             examples=self._start_batches(task, "train") if chooses else None,
-            validation=self._start_batches(task, "validation") if chooses and model.has_heads else (),
+            validation=self._start_batches(task, "validation") if chooses and model.has_heads else None,
         )
         return {"start": start.to_dict(), "start_seconds": time.perf_counter() - began}
 
     def _start_batches(self, task: Task, split: str) -> list[dict[str, Tensor]]:
-        """Return batches of at most `START_EXAMPLES` examples of a split, with their labels."""
+        """Return batches of some examples of a split, with their labels; all classes have a share."""
         answers = self._answers(task)
         examples = self._encoded(task)[split]
         if answers is not None:
             examples = self.encoder.encode_with_answers(getattr(task, split), answers)
         labels = examples.columns["labels"]
-        places = np.arange(len(examples))
+        places = np.arange(min(START_EXAMPLES, len(examples)))
         if task.problem_type == SINGLE and answers is None:
-            places = first_of_each_class(labels.numpy(), max(1, START_EXAMPLES // len(task.label_names)))
-        return list(examples.subset(places[:START_EXAMPLES].tolist()).labelled_batches(self.options.eval_batch_size))
+            each = max(START_EXAMPLES_A_CLASS, START_EXAMPLES // len(task.label_names))
+            places = first_of_each_class(labels.numpy(), each)
+        return list(examples.subset(places.tolist()).labelled_batches(self.options.eval_batch_size))
 
     def _take_steps(self, model: QTuningModel, number: int, previous: str | None, checkpoints: Path) -> dict[str, Any]:
         """Train the task that is started, and return what the record says of its steps."""
@@ -305,7 +308,6 @@ class LifelongTrainer:
             train=train,
             validation=split["validation"],
             answers=answers,
-            keeps_start=self.options.head_start != "random",
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
@@ -427,7 +429,7 @@ class LifelongTrainer:
 
 def _check_start(config: QTuningConfig, options: TrainingOptions, names: Sequence[str]) -> None:
     """Refuse settings under which what a task starts from would be wrong or missing."""
-    if options.start_from not in (RANDOM, PREVIOUS, VALIDATION, *names):
+    if options.starts_from not in (RANDOM, PREVIOUS, VALIDATION, *names):
         raise ValueError(
             f"start_from is {options.start_from!r}; it must be {RANDOM!r}, {PREVIOUS!r}, {VALIDATION!r} or one of the "
             f"tasks: {', '.join(names)}"

@@ -23,14 +23,13 @@ NO_STEPS: dict[str, Any] = {
 def steps_record(trainer: TaskTrainer, metric: str) -> dict[str, Any]:
     """The steps of a task that has been trained; `metric` names what its validation measures."""
     history = trainer.state.log_history
-    start = [] if trainer.start_score is None else [[0, trainer.start_score]]
     return {
         "steps": trainer.state.global_step,
         "step_seconds": trainer.clock.median,
         "best_step": trainer.best_step,
         "loss_curve": _curve(history, "loss"),
         "retention_curve": _curve(history, "retention_loss"),
-        "validation_curve": start + _curve(history, f"eval_{metric}"),
+        "validation_curve": [[0, trainer.start_score], *_curve(history, f"eval_{metric}")],
     }
 
 

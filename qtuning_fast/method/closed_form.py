@@ -17,9 +17,6 @@ from qtuning_fast.method.labels import IGNORED, MULTI, REGRESSION, SINGLE, count
 from qtuning_fast.method.task_rules import oas_shrinkage
 from qtuning_fast.method.temperature import best_temperature
 
-NEVER = -1e4
-"""The output for a class that no example has."""
-
 _FOLDS = 5
 
 
@@ -29,7 +26,7 @@ class LinearHead:
 
     Attributes:
         weight: `[outputs, F]` float64.
-        bias: `[outputs]` float64; `NEVER`, or nearly so, for a class that no example has.
+        bias: `[outputs]` float64.
     """
 
     weight: Tensor
@@ -39,40 +36,26 @@ class LinearHead:
         """Map features `[n, F]` to outputs `[n, outputs]` in float64."""
         return features.double() @ self.weight.mT + self.bias
 
-    @property
-    def seen(self) -> Tensor:
-        """Whether an example has each class, `[outputs]`."""
-        return self.bias > NEVER / 2  # training moves it a little
-
     def scaled(self, factor: float) -> LinearHead:
-        """Return the head with its outputs scaled, but for `NEVER`."""
-        return LinearHead(self.weight * factor, torch.where(self.seen, self.bias * factor, NEVER))
+        """Return the head with its outputs scaled."""
+        return LinearHead(self.weight * factor, self.bias * factor)
 
     def mixed(self, others: Sequence[LinearHead]) -> LinearHead:
-        """Return the sum of this head and of the mean of others for the same classes, both of the same norm.
+        """Return the sum of this head and of what others for the same classes agree on, both of norm 1.
 
-        What another head says of classes of which it has seen no example does not count.
+        What the others agree on is the sum of the others, each of norm 1.
         """
-        theirs = _sum([other._of_unit_norm() for other in others])._of_unit_norm()
-        both = _sum([self._of_unit_norm(), theirs])
-        return LinearHead(both.weight, both.bias.masked_fill(~self.seen, NEVER))
+        return _sum([self._of_unit_norm(), _sum([other._of_unit_norm() for other in others])._of_unit_norm()])
 
     def _of_unit_norm(self) -> LinearHead:
-        """Return a head with the same differences between the classes seen, up to a factor, and weights of norm 1.
-
-        Its outputs for other classes are 0, the mean of those seen.
-        """
-        seen = self.seen
-        weight = (self.weight - self.weight[seen].mean(0)).masked_fill(~seen[:, None], 0.0)
-        bias = (self.bias - self.bias[seen].mean()).masked_fill(~seen, 0.0)
-        norm = max(float(weight.norm()), 1e-12)
-        return LinearHead(weight / norm, bias / norm)
+        """Return a head with the same differences between classes, up to a factor, and weights of norm 1."""
+        weight, bias = self.weight - self.weight.mean(0), self.bias - self.bias.mean()
+        return LinearHead(weight, bias).scaled(1 / max(float(weight.norm()), 1e-12))
 
 
 def _sum(heads: Sequence[LinearHead]) -> LinearHead:
-    return LinearHead(
-        torch.stack([head.weight for head in heads]).sum(0), torch.stack([head.bias for head in heads]).sum(0)
-    )
+    weights, biases = zip(*((head.weight, head.bias) for head in heads))
+    return LinearHead(torch.stack(weights).sum(0), torch.stack(biases).sum(0))
 
 
 def closed_form_head(features: Tensor, labels: Tensor, outputs: int, problem_type: str = SINGLE) -> LinearHead:
@@ -96,12 +79,24 @@ def closed_form_head(features: Tensor, labels: Tensor, outputs: int, problem_typ
 
 
 def _classes(x: Tensor, y: Tensor, classes: int) -> LinearHead:
-    """`μ_cᵀ Σ⁻¹ φ − ½ μ_cᵀ Σ⁻¹ μ_c`, Σ the shrunk covariance within classes."""
+    """`μ_cᵀ Σ⁻¹ φ − ½ μ_cᵀ Σ⁻¹ μ_c` without what all classes share, Σ the shrunk covariance within classes.
+
+    A class that no example has gets the least output that another class has for any of the examples: it is never
+    answered for them, and training can raise it.
+    """
     counts = torch.bincount(y, minlength=classes)
+    seen = counts > 0
+    if not seen.any():
+        return LinearHead(x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     means = x.new_zeros(classes, x.shape[1]).index_add_(0, y, x) / counts.clamp(min=1)[:, None]
-    weight = _solve(x - means[y], len(y) - int((counts > 0).sum()), means)
-    bias = -0.5 * (means * weight).sum(1)
-    return LinearHead(weight, bias.masked_fill(counts == 0, NEVER))
+    middle = means[seen].mean(0)  # features may be far from zero, compared with what tells classes apart
+    away = means[seen] - middle
+    weight, bias = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
+    weight[seen] = _solve(x - means[y], len(y) - int(seen.sum()), away)
+    bias[seen] = -0.5 * (away * weight[seen]).sum(1) - weight[seen] @ middle
+    bias[seen] -= bias[seen].mean()
+    bias[~seen] = (x @ weight[seen].mT + bias[seen]).min()
+    return LinearHead(weight, bias)
 
 
 def _yes_or_no(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +119,7 @@ def _numbers(x: Tensor, y: Tensor) -> LinearHead:
 def _solve(rows: Tensor, freedom: int, right: Tensor) -> Tensor:
     """Return `right Σ⁻¹`, `Σ = (1−ρ) S/m + ρ tr(S/m)/F I` with `S = rowsᵀ rows`; Σ is the identity where S is zero.
 
-    Only the rows' products with each other are needed (Woodbury), and few-shot tasks have fewer rows than features.
+    Where there are fewer rows than features only the rows' products with each other are needed (Woodbury).
 
     Args:
         rows: `[n, F]`, centred.
@@ -132,13 +127,16 @@ def _solve(rows: Tensor, freedom: int, right: Tensor) -> Tensor:
         right: `[k, F]`.
     """
     n, size = rows.shape
-    gram = rows @ rows.mT
+    few = n < size
+    gram = rows @ rows.mT if few else rows.mT @ rows
     trace = float(gram.trace()) / max(freedom, 1)
     if freedom <= 0 or trace <= 0:
         return right
     shrinkage = oas_shrinkage(size, freedom, trace, float(gram.square().sum()) / freedom**2)
     ridge, scale = shrinkage * trace / size, (1 - shrinkage) / freedom
-    inner = ridge * torch.eye(n, dtype=torch.float64) + scale * gram
+    inner = ridge * torch.eye(len(gram), dtype=torch.float64) + scale * gram
+    if not few:
+        return torch.linalg.solve(inner, right.mT).mT
     return (right - scale * torch.linalg.solve(inner, rows @ right.mT).mT @ rows) / ridge
 
 
@@ -184,24 +182,28 @@ def judged_head(
         0 if nothing is left to judge by.
     """
     head = make(examples)
-    judged = [] if validation is None else [(head(validation.features), validation.labels)]
+    made_and_judged = [] if validation is None else [(head, examples, validation)]
     place = _places(examples, problem_type)
     for fold in place.unique().tolist() if int(place.max()) else ():
-        out = place == fold
-        rest, held_out = examples.rows(~out), examples.rows(out)
-        judged.append((make(rest)(held_out.features), held_out.labels))
-    if not judged:
+        rest = examples.rows(place != fold)
+        made_and_judged.append((make(rest), rest, examples.rows(place == fold)))
+    judged = [(made, _fair(seen, some, problem_type)) for made, seen, some in made_and_judged]
+    if not sum(len(some) for _, some in judged):
         return head, torch.zeros(0, dtype=torch.float64)
-    outputs, labels = (torch.cat(part) for part in zip(*judged))
-    if problem_type == SINGLE:  # no head can be judged by a class that it was not shown
-        labels = labels.reshape(-1).long()
-        shown = (labels != IGNORED) & (outputs.gather(1, labels.clamp(min=0)[:, None])[:, 0] > NEVER / 2)
-        outputs, labels = outputs[shown], labels[shown]
-    if not len(outputs):
-        return head, outputs.new_zeros(0)
+    outputs = torch.cat([made(some.features) for made, some in judged])
+    labels = torch.cat([some.labels for _, some in judged])
     temperature = _temperature(outputs, labels, problem_type)
     scaled = head if problem_type == REGRESSION else head.scaled(1 / temperature)
     return scaled, example_losses(outputs / temperature, labels, problem_type)
+
+
+def _fair(seen: Examples, some: Examples, problem_type: str) -> Examples:
+    """Return the examples by which a head made from those seen may be judged: those of classes that it was shown."""
+    if problem_type != SINGLE:
+        return some
+    labels = some.labels.reshape(-1).long()
+    fair = (labels != IGNORED) & torch.isin(labels, seen.labels.reshape(-1).long())
+    return Examples(some.features[fair], labels[fair])
 
 
 def _places(examples: Examples, problem_type: str) -> Tensor:

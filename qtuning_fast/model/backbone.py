@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,12 +168,12 @@ class Backbone:
         inputs = ({"use_cache": False} if self.injector.checkpoints else {}) | inputs
         if labels is None:
             return self.compute(inputs, None)
-        labels = self._checked(labels, inputs)
+        labels = self.checked_labels(labels, inputs)
         output = self.compute(inputs, labels)
         output["loss"] = token_loss(output.loss, self.counted(labels), num_items)
         return output
 
-    def _checked(self, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def checked_labels(self, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the token labels as int64, in a decoder without those that padding in front would predict."""
         tokens, mask = inputs.get("inputs_embeds", inputs.get("input_ids")), inputs.get("attention_mask")
         shape = (None, None) if tokens is None or self.model.config.is_encoder_decoder else tokens.shape[:2]

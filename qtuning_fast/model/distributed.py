@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,21 @@ def gathered(value: Value) -> list[Value]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gathered_from(compute: Callable[[], Value]) -> list[Value]:
+    """Return what a function returns in all processes; where it raises in one of them, raise its error in all."""
+    value: Value | None = None
+    error: Exception | None = None
+    try:
+        value = compute()
+    except Exception as found:  # the other processes must not wait for this one
+        error = found
+    processes = gathered((value, error))
+    for _, theirs in processes:
+        if theirs is not None:
+            raise theirs
+    return [cast(Value, each) for each, _ in processes]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class KnownTasks:
         self._adapters = adapters
         self._backbone = backbone
         self._fitted: _Fitted | None = None
-        self._means: dict[str, Tensor] = {}  # of the classes of tasks, so that statistics on disk are read once
+        self._means: dict[
+            str, Tensor
+        ] = {}  # of the classes of tasks, some kilobytes a task, so that statistics on disk are read once
 
     @property
     def rule(self) -> TaskRule:

@@ -43,7 +43,7 @@ from qtuning_fast.model.learning import Learning
 from qtuning_fast.model.output import batch_size
 from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
-from qtuning_fast.model.starting import ChosenStart, StartExamples, check_start, choose_start
+from qtuning_fast.model.starting import ChosenStart, Donors, StartExamples, check_start, choose_start
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
@@ -234,12 +234,13 @@ class QTuningModel(PretrainedInterface):
         problem_type: str = SINGLE,
         start_from: str = RANDOM,
         examples: Iterable[Batch] | None = None,
-        validation: Iterable[Batch] = (),
+        validation: Iterable[Batch] | None = None,
     ) -> ChosenStart:
         """Make room in the queue and start a new prompt and head; the model then computes under the new task.
 
         With examples, the head starts in closed form, the Gaussian classifier of their features, instead of at random.
-        They are run through the model a few times, not more often however many tasks there are.
+        They are run through the model a few times, not more often however many tasks there are; a hundred or two are
+        enough. If that fails, out of memory for instance, the task has started at random.
 
         Args:
             name: name of the new task.
@@ -249,12 +250,13 @@ class QTuningModel(PretrainedInterface):
             problem_type: what labels of the task's head mean, in the words of transformers:
                 `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
             start_from: where the prompt starts: `"random"`, `"previous"` (the prompt of the task learned last, if there
-                is one), a finished task, or `"validation"`: whichever of random rows, the mean of the queue and the
-                prompts of the three tasks most like the new one has the least loss on the examples, cross-validated.
-                A finished task with the same classes gives its head, too: mixed with the closed form, if that has the
-                least loss.
-            examples: batches of training examples by name, with `labels`; in a distributed run those of the process.
-            validation: further batches, which starts are judged by, but not made from.
+                is one), a finished task, or `"validation"`: random rows, unless the mean of the queue or the prompt of
+                one of the three tasks most like the new one has a loss on the examples that is less by more than one
+                standard error. Finished tasks with the same classes give their heads, too, mixed with the closed form,
+                where that has as clear a gain.
+            examples: batches of training examples by name, with `labels`; in a distributed run those of the process. A
+                class without an example starts below all others.
+            validation: further batches, by which starts are judged, but not made.
 
         Returns:
             Where the task starts, and what else was considered.
@@ -275,6 +277,8 @@ class QTuningModel(PretrainedInterface):
             self.learning.check_idle()
             if name in self.adapters:
                 raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
+            if validation is not None and examples is None:
+                raise ValueError("validation judges starts that are made from examples; give examples, too")
             check_start(self._tasks, self.training_prefix, start_from, has_examples=examples is not None)
             with self._active.kept():
                 try:
@@ -283,12 +287,18 @@ class QTuningModel(PretrainedInterface):
                     self.train(self.training)
             given = None
             if examples is not None:
-                given = StartExamples(self, name, labels, problem_type, examples, validation)
-            previous = self.training_prefix.prompts()
+                given = StartExamples(self, name, labels, problem_type, examples, validation or ())
+            donors = Donors.of(self, self._tasks, start_from, labels, problem_type, given)
             self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
             synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
             self.set_task(name)
-            return choose_start(self, self._tasks, start_from, given, previous)
+            random = self.training_prefix.prompts()
+            try:
+                return choose_start(self, start_from, donors, given)
+            except Exception:
+                self.training_prefix.start_prompts(random)
+                self.set_task(name)
+                raise
 
     def finish_task(self) -> TaskAdapter:
         """Fold the trained prompt, store the task's adapter and free what only training needed.

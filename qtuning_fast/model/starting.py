@@ -2,13 +2,15 @@
 
 What one task can give another is its prompt and its head. Whether that helps is not to be told from names, so a start
 is chosen by its loss on the new task's own examples, before any step of training: a head in closed form is made from
-the features under each candidate's rows, and judged on examples that it was not made from.
+the features under each candidate's rows, and judged on examples that it was not made from. Few examples say little, so
+the first candidate, random rows, is left only for one whose loss is less by more than the standard error of the
+difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
 from qtuning_fast.method.closed_form import Examples, LinearHead, closed_form_head, judged_head
 from qtuning_fast.method.labels import IGNORED, SINGLE, check_labels, class_count
 from qtuning_fast.method.statistics import ClassMoments
-from qtuning_fast.model.distributed import gathered
+from qtuning_fast.model.distributed import gathered_from, synchronize
 from qtuning_fast.model.known_tasks import Batch
 from qtuning_fast.model.output import batch_size, read_inputs
 from qtuning_fast.model.tasks import Tasks
@@ -28,10 +30,13 @@ from qtuning_fast.model.training_prefix import TrainingPrefix
 if TYPE_CHECKING:
     from qtuning_fast.model.model import QTuningModel
 
-QUEUE_MEAN, CLOSED_FORM = "queue mean", "closed form"
+QUEUE_MEAN, PROMPT, CLOSED_FORM = "queue mean", "prompt", "closed form"
 
 NEAREST = 3
 """How many finished tasks are tried at most."""
+
+Rows = list[Tensor]
+"""A new prompt, `[l, F]` a layer."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Start:
     """Where a task starts.
 
     Attributes:
-        rows: `"random"`, `"queue mean"`, or the finished task whose own rows these are.
+        rows: `"random"`, `"queue mean"`, or `"prompt"`: that of a finished task.
+        donor: this task; None for other rows, or if it has been removed.
         head: `"random"` or `"closed form"`; None for a language model, which has no heads.
         mixed_with: the finished tasks with the same classes whose heads are mixed into the closed form.
         loss: the mean loss on the new task's examples, each by a head that was not made from it; None if there were no
@@ -47,6 +53,7 @@ class Start:
     """
 
     rows: str
+    donor: str | None
     head: str | None
     mixed_with: tuple[str, ...] = ()
     loss: float | None = None
@@ -87,68 +94,101 @@ class StartExamples:
         batches: Iterable[Batch],
         validation: Iterable[Batch],
     ) -> None:
-        self._model, self._name, self._problem_type = model, name, problem_type
-        self._label_names, self._outputs = tuple(label_names), len(label_names)
-        self._batches, self._validation = ([self._checked(each) for each in part] for part in (batches, validation))
+        self._model, self._name = model, name
+        self._label_names, self._problem_type = tuple(label_names), problem_type
+        self._parts: list[list[Batch]] = [[], []]
+
+        def checked() -> None:
+            self._parts = [[self._checked(batch) for batch in part] for part in (batches, validation)]
+
+        gathered_from(checked)
         self.base, _ = self.read(None)
-        if not len(self.base):
+        if not self._counting(self.base).any():
             raise ValueError(f"examples holds no example to start task {name!r} by; give some, or leave it out")
 
-    def _checked(self, batch: Batch) -> dict[str, Any]:
-        """Return a batch on the model's device."""
+    def _checked(self, batch: Batch) -> Batch:
+        """Return a batch with labels that have been checked."""
         if not isinstance(batch, Mapping):
             raise TypeError(f"a batch is a {type(batch).__name__}; it must map names of inputs, and labels, to tensors")
         if "labels" not in batch:
             raise ValueError(f"a batch of examples has no labels; task {self._name!r} needs them to choose a start")
+        labels = batch["labels"]
+        labels = labels.cpu() if isinstance(labels, Tensor) else labels
         if self._model.has_heads:
-            check_labels(
-                batch["labels"], self._problem_type, (self._name,), (self._outputs,), batch_size(read_inputs(batch))
-            )
+            outputs = len(self._label_names)
+            check_labels(labels, self._problem_type, (self._name,), (outputs,), batch_size(read_inputs(batch)))
+        else:
+            labels = self._model.backbone.checked_labels(labels, {key: _on_cpu(x) for key, x in batch.items()})
+        return {**batch, "labels": labels}
+
+    def _placed(self, batch: Batch) -> dict[str, Any]:
         device = self._model.device
         return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
     def read(self, task: str | None) -> tuple[Examples, Examples | None]:
-        """Return the features and labels of all processes' examples, and of the validation examples, under a task."""
-        mine = [self._features(part, task) for part in (self._batches, self._validation)]
+        """Return the features and labels of all processes' examples, and of the validation examples, under a task.
+
+        Raises:
+            ValueError: features are not finite.
+        """
+        processes = gathered_from(lambda: [self._features(part, task) for part in self._parts])
         examples, validation = (
-            Examples(torch.cat([features for features, _ in part]), torch.cat([labels for _, labels in part]))
-            for part in zip(*gathered(mine))
+            Examples(*(torch.cat([each[kind] for each in part]) for kind in range(2))) for part in zip(*processes)
         )
         return examples, validation if len(validation) else None
 
-    def _features(self, batches: Sequence[dict[str, Any]], task: str | None) -> tuple[Tensor, Tensor]:
-        found = [self._model.features(read_inputs(batch), task=task).cpu() for batch in batches]
-        labels = [_labels_of(batch, self._problem_type, self._model.has_heads) for batch in batches]
-        none = torch.zeros(0, self._model.hidden_size), torch.zeros(0, dtype=torch.long)
-        return (torch.cat(found), torch.cat(labels)) if found else none
+    def _features(self, batches: Sequence[Batch], task: str | None) -> tuple[Tensor, Tensor]:
+        found = [self._model.features(read_inputs(self._placed(batch)), task=task).cpu() for batch in batches]
+        if not found:
+            return torch.zeros(0, self._model.hidden_size), self._labels_of(None)
+        features = torch.cat(found)
+        if not features.isfinite().all():
+            sample = int((~features.isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"the features of example {sample} of task {self._name!r} are not finite; check its input")
+        return features, torch.cat([self._labels_of(batch) for batch in batches])
+
+    def _labels_of(self, batch: Batch | None) -> Tensor:
+        """Return the labels of a batch, or of none, with one row a sample; zeros without heads."""
+        if not self._model.has_heads:
+            return torch.zeros(0 if batch is None else batch_size(batch), dtype=torch.long)
+        if self._problem_type == SINGLE:
+            return torch.zeros(0, dtype=torch.long) if batch is None else batch["labels"].reshape(-1).long()
+        outputs = len(self._label_names)
+        return torch.zeros(0, outputs) if batch is None else batch["labels"].reshape(-1, outputs).float()
+
+    def _counting(self, examples: Examples) -> Tensor:
+        """Return whether each example counts, `[n]`."""
+        if self._model.has_heads and self._problem_type == SINGLE:
+            return examples.labels != IGNORED
+        return torch.ones(len(examples), dtype=torch.bool)
 
     def moments(self) -> ClassMoments:
         """Return the moments of the base model's features."""
+        counts = self._counting(self.base)
         classes = class_count(self._problem_type, self._label_names) if self._model.has_heads else 1
-        labels = self.base.labels if classes > 1 else torch.zeros(len(self.base), dtype=torch.long)
-        counts = labels != IGNORED
-        return ClassMoments.of(self.base.features[counts], labels[counts], classes)
+        labels = self.base.labels[counts] if classes > 1 else torch.zeros(int(counts.sum()), dtype=torch.long)
+        return ClassMoments.of(self.base.features[counts], labels, classes)
 
     @torch.no_grad()
     def losses(self) -> Tensor:
         """Return a language model's mean loss of each example's tokens under the task that has started, `[n]`."""
-        mine = [torch.zeros(0, dtype=torch.float64)]
         with self._model.evaluating():
-            for batch in (*self._batches, *self._validation):
-                logits, labels = self._model(**batch).logits.double(), batch["labels"]
-                if self._model.base_model.config.is_encoder_decoder is not True:  # a token predicts the next one
-                    logits, labels = logits[:, :-1], labels[:, 1:]
-                each = F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
-                mine.append((each.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)).cpu())
-        return torch.cat([losses for part in gathered(mine) for losses in part])
+            processes = gathered_from(lambda: [self._token_losses(batch) for part in self._parts for batch in part])
+        return torch.cat([losses for mine in processes for losses in mine])
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        placed = self._placed(batch)
+        logits, labels = self._model(**placed).logits, placed["labels"]
+        if not self._model.base_model.config.is_encoder_decoder:  # a token predicts the next one
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        counts = labels != IGNORED
+        losses = torch.zeros(labels.shape, dtype=torch.float64)
+        losses[counts.cpu()] = F.cross_entropy(logits[counts].float(), labels[counts], reduction="none").double().cpu()
+        return losses.sum(1) / counts.sum(1).clamp(min=1).cpu()
 
 
-def _labels_of(batch: Mapping[str, Any], problem_type: str, has_heads: bool) -> Tensor:
-    """Return the labels of a batch, with one row a sample; of a language model, which has no classes, zeros."""
-    labels: Tensor = batch["labels"].cpu()
-    if not has_heads:
-        return torch.zeros(batch_size(batch), dtype=torch.long)
-    return labels.reshape(-1).long() if problem_type == SINGLE else labels
+def _on_cpu(x: Any) -> Any:
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def check_start(tasks: Tasks, prefix: TrainingPrefix, start_from: object, *, has_examples: bool) -> None:
@@ -169,130 +209,42 @@ def check_start(tasks: Tasks, prefix: TrainingPrefix, start_from: object, *, has
         prefix.own_prompts(tasks.adapters[start_from])
 
 
-def choose_start(
-    model: QTuningModel,
-    tasks: Tasks,
-    start_from: str,
-    examples: StartExamples | None,
-    previous: Sequence[Tensor],
-) -> ChosenStart:
-    """Give the task that has just started, with random rows and a random head, the start that suits it best.
-
-    Args:
-        model: the model, whose task in training is set.
-        tasks: its finished tasks.
-        start_from: see `QTuningModel.start_task`.
-        examples: of the new task; without them the rows are those of `start_from`, and a head starts at random.
-        previous: the prompt of the task learned last, `[l, F]` a layer, which may be removed; empty before the first.
-    """
-    prefix, learning = model.training_prefix, model.learning
-    assert learning.task is not None
-    sources = _sources(model, tasks, start_from, examples, previous)
-    donors = [source for source in sources if source in tasks.adapters]
-    tried: list[_Tried] = []
-    for source, rows in sources.items():
-        prefix.start_prompts(rows)
-        if examples is None:
-            tried.append(_Tried(Start(source, "random" if model.has_heads else None), rows))
-        elif model.has_heads:
-            tried += _with_heads(model, tasks, source, donors, rows, examples)
-        else:
-            model.set_task(learning.task)
-            tried.append(_Tried.of(source, None, (), rows, examples.losses()))
-    best = _best(tried)
-    prefix.start_prompts(best.rows)
-    if best.head is not None:
-        learning.set_head(best.head)
-    model.set_task(learning.task)
-    return ChosenStart(best.start, tuple(each.start for each in tried))
-
-
 @dataclass(frozen=True)
-class _Tried:
-    """A start with its rows, its head, and the loss of each example; there are none without examples."""
+class Donors:
+    """What finished tasks give a task that is about to start, read from disk where it lies there.
 
-    start: Start
-    rows: list[Tensor]
-    head: LinearHead | None = None
-    losses: Tensor | None = None
+    Attributes:
+        prompts: the rows that each trained, by task; of the task learned last they are there even if it was removed.
+        heads: the heads of those with the same classes, in the order of the new ones.
+    """
+
+    prompts: dict[str | None, Rows] = field(default_factory=dict)
+    heads: dict[str, LinearHead] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
-        source: str,
-        kind: str | None,
-        mixed_with: tuple[str, ...],
-        rows: list[Tensor],
-        losses: Tensor,
-        head: LinearHead | None = None,
-    ) -> _Tried:
-        mean = float(losses.mean()) if len(losses) else None
-        return cls(Start(source, kind, mixed_with, mean), rows, head, losses)
-
-
-def _best(tried: Sequence[_Tried]) -> _Tried:
-    """Return the start with the least loss of those that are surely better than the first; otherwise the first."""
-    first = best = tried[0]
-    for each in tried[1:]:
-        if first.losses is None or each.losses is None or best.losses is None or len(first.losses) < 2:
-            continue
-        gain = first.losses - each.losses
-        surely = gain.mean() > gain.std() / len(gain) ** 0.5
-        if surely and each.losses.mean() < best.losses.mean():
-            best = each
-    return best
-
-
-def _sources(
-    model: QTuningModel, tasks: Tasks, start_from: str, examples: StartExamples | None, previous: Sequence[Tensor]
-) -> dict[str, list[Tensor]]:
-    """Return the rows that the new prompt may start from, `[l, F]` a layer, by name."""
-    prefix, learning = model.training_prefix, model.learning
-    random = {RANDOM: prefix.prompts()}
-    if start_from == RANDOM or (start_from == PREVIOUS and not len(previous[0])):
-        return random
-    if start_from == PREVIOUS:
-        return {learning.last_learned or PREVIOUS: list(previous)}
-    if start_from != VALIDATION:
-        return {start_from: prefix.own_prompts(tasks.adapters[start_from])}
-    assert examples is not None
-    mean = prefix.queue_mean()
-    able = [each.info.name for each in tasks.adapters.entries() if prefix.has_own_prompts(each.info)]
-    nearest = tasks.known.nearest(examples.moments(), learning.label_names, among=able, limit=NEAREST)
-    own = {name: prefix.own_prompts(tasks.adapters[name]) for name in nearest}
-    return random | ({} if mean is None else {QUEUE_MEAN: mean}) | own
-
-
-def _with_heads(
-    model: QTuningModel,
-    tasks: Tasks,
-    source: str,
-    donors: Sequence[str],
-    rows: list[Tensor],
-    examples: StartExamples,
-) -> Iterator[_Tried]:
-    """Yield the rows that are set with the heads that suit them.
-
-    These are the closed form, and its mixture with the head of the task that the rows are from or, if they are of no
-    task, with those of all `donors`.
-    """
-    learning = model.learning
-    outputs, problem_type = len(learning.label_names), learning.problem_type
-    seen, validation = examples.read(learning.task)
-    heads = {name: _head_of(tasks, name, learning.label_names) for name in ([source] if source in donors else donors)}
-    theirs = {name: head for name, head in heads.items() if head is not None and problem_type == SINGLE}
-
-    def closed_form(some: Examples) -> LinearHead:
-        return closed_form_head(some.features, some.labels, outputs, problem_type)
-
-    def mixed(some: Examples) -> LinearHead:
-        return closed_form(some).mixed(list(theirs.values()))
-
-    head, losses = judged_head(closed_form, seen, validation, problem_type)
-    yield _Tried.of(source, CLOSED_FORM, (), rows, losses, head)
-    if theirs:
-        head, losses = judged_head(mixed, seen, validation, problem_type)
-        yield _Tried.of(source, CLOSED_FORM, tuple(theirs), rows, losses, head)
+        model: QTuningModel,
+        tasks: Tasks,
+        start_from: str,
+        label_names: Sequence[str],
+        problem_type: str,
+        examples: StartExamples | None,
+    ) -> Donors:
+        """Return those of the tasks that a start allows."""
+        prefix, names = model.training_prefix, list[str]()
+        last, previous = model.learning.last_learned, prefix.prompts()
+        if start_from == VALIDATION and examples is not None:
+            able = [each.info.name for each in tasks.adapters.entries() if prefix.has_own_prompts(each.info)]
+            names = tasks.known.nearest(examples.moments(), label_names, among=able, limit=NEAREST)
+        elif start_from not in (RANDOM, PREVIOUS):
+            names = [start_from]
+        prompts: dict[str | None, Rows] = {name: prefix.own_prompts(tasks.adapters[name]) for name in names}
+        if start_from == PREVIOUS and len(previous[0]):
+            prompts[last] = previous
+            names = [] if last is None or last not in tasks.adapters else [last]
+        heads = {name: _head_of(tasks, name, label_names) for name in names} if problem_type == SINGLE else {}
+        return cls(prompts, {name: head for name, head in heads.items() if head is not None})
 
 
 def _head_of(tasks: Tasks, name: str, label_names: Sequence[str]) -> LinearHead | None:
@@ -301,5 +253,96 @@ def _head_of(tasks: Tasks, name: str, label_names: Sequence[str]) -> LinearHead 
     same = sorted(adapter.label_names) == sorted(label_names) and adapter.problem_type == SINGLE
     if not same or adapter.head_weight is None or adapter.head_bias is None:
         return None
-    order = [adapter.label_names.index(name) for name in label_names]
+    order = [adapter.label_names.index(label) for label in label_names]
     return LinearHead(adapter.head_weight[order].double(), adapter.head_bias[order].double())
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A start with its rows, its head, and the loss of each example; there are none without examples."""
+
+    start: Start
+    rows: Rows
+    head: LinearHead | None
+    losses: Tensor
+
+
+def choose_start(model: QTuningModel, start_from: str, donors: Donors, examples: StartExamples | None) -> ChosenStart:
+    """Give the task that has just started, with random rows and a random head, the start that suits it best.
+
+    Args:
+        model: the model, whose task in training is set.
+        start_from: see `QTuningModel.start_task`.
+        donors: what finished tasks give it.
+        examples: of the new task; without them the rows are those of `start_from`, and a head starts at random.
+    """
+    prefix, learning = model.training_prefix, model.learning
+    sources = _sources(prefix, start_from, donors)
+    tried: list[_Tried] = []
+    for kind, donor, rows in sources:
+        prefix.start_prompts(rows)
+        model.set_task(learning.task)
+        if examples is not None and model.has_heads:
+            tried += _with_heads(model, kind, donor, rows, donors, examples)
+            continue
+        losses = torch.zeros(0) if examples is None or len(sources) == 1 else examples.losses()
+        head = "random" if model.has_heads else None
+        tried.append(_Tried(Start(kind, donor, head, loss=_mean(losses)), rows, None, losses))
+    best = _best(tried)
+    prefix.start_prompts(best.rows)
+    if best.head is not None:
+        learning.set_head(best.head)
+    synchronize([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model.set_task(learning.task)
+    return ChosenStart(best.start, tuple(each.start for each in tried))
+
+
+def _sources(prefix: TrainingPrefix, start_from: str, donors: Donors) -> list[tuple[str, str | None, Rows]]:
+    """Return the rows that the new prompt may start from: their kind, their task, and themselves."""
+    random: list[tuple[str, str | None, Rows]] = [(RANDOM, None, prefix.prompts())]
+    given = [(PROMPT, name, rows) for name, rows in donors.prompts.items()]
+    if start_from != VALIDATION:
+        return given or random
+    mean = prefix.queue_mean()
+    return [*random, *([] if mean is None else [(QUEUE_MEAN, None, mean)]), *given]
+
+
+def _with_heads(
+    model: QTuningModel, kind: str, donor: str | None, rows: Rows, donors: Donors, examples: StartExamples
+) -> list[_Tried]:
+    """Return the rows that are set with the heads that suit them.
+
+    These are the closed form, and its mixture with the head of the task that the rows are from or, if they are of no
+    task, with those of all donors.
+    """
+    outputs, problem_type = len(model.learning.label_names), model.learning.problem_type
+    seen, validation = examples.read(model.learning.task)
+    theirs = {name: head for name, head in donors.heads.items() if donor in (None, name)}
+
+    def closed_form(some: Examples) -> LinearHead:
+        return closed_form_head(some.features, some.labels, outputs, problem_type)
+
+    def mixed(some: Examples) -> LinearHead:
+        return closed_form(some).mixed(list(theirs.values()))
+
+    tried = []
+    for make, mixed_with in ((closed_form, ()), *([(mixed, tuple(theirs))] if theirs else [])):
+        head, losses = judged_head(make, seen, validation, problem_type)
+        tried.append(_Tried(Start(kind, donor, CLOSED_FORM, mixed_with, _mean(losses)), rows, head, losses))
+    return tried
+
+
+def _mean(losses: Tensor) -> float | None:
+    return float(losses.mean()) if len(losses) else None
+
+
+def _best(tried: Sequence[_Tried]) -> _Tried:
+    """Return the start with the least loss of those that are surely better than the first; otherwise the first."""
+    best, first = tried[0], tried[0].losses
+    for each in tried[1:]:
+        if len(first) < 2:
+            break
+        gain = first - each.losses
+        if gain.mean() > gain.std() / len(gain) ** 0.5 and each.losses.mean() < best.losses.mean():
+            best = each
+    return best

@@ -135,11 +135,12 @@ class TrainingPrefix(nn.Module):
             rows.prompt.copy_(values)
 
     def queue_mean(self) -> list[Tensor] | None:
-        """Return the mean of the prompts in the queue; None if it holds none."""
+        """Return the mean of the queue's rows, prompt by prompt, as they are weighted; None if it holds none."""
         length = self.config.prompt_length
         if not length or not len(self.queue):
             return None
-        return [rows.unflatten(0, (-1, length)).mean(0) for rows in self.queue.rows]
+        weighted = (scale[:, None] * rows for rows, scale in zip(self.queue.rows, self.queue.row_scale))
+        return [rows.unflatten(0, (-1, length)).mean(0) for rows in weighted]
 
     def has_own_prompts(self, info: AdapterInfo) -> bool:
         """Return whether a finished task's prefix has enough rows to hold a prompt of its own."""
@@ -147,7 +148,7 @@ class TrainingPrefix(nn.Module):
         return 0 < length <= info.prefix_rows - self.config.shared_length
 
     def own_prompts(self, adapter: TaskAdapter) -> list[Tensor]:
-        """Return the rows of a finished task's prefix that the task itself trained.
+        """Return the rows of a finished task's prefix that the task itself trained, if its lengths were this model's.
 
         Raises:
             ValueError: the prefix has too few rows to hold them.

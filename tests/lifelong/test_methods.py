@@ -15,7 +15,7 @@ from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
-from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.options import HEAD_STARTS, TrainingOptions
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.method.labels import MULTI, REGRESSION
 
@@ -83,8 +83,8 @@ def test_a_single_prompt_is_all_that_a_task_computes_with(run: Any, name: str) -
 def test_of_prompts_and_of_one_prompt_only_the_latter_starts_where_the_last_task_ended(run: Any) -> None:
     for name, carried in (("prompt-per-task", False), ("one-prompt", True)):
         metrics, model = run(name)
-        starts = [task["start"]["chosen"]["rows"] for task in metrics["per_task"]]
-        assert starts == ["random", *(model.tasks[:3] if carried else ["random"] * 3)]
+        starts = [task["start"]["chosen"]["donor"] for task in metrics["per_task"]]
+        assert starts == [None, *(model.tasks[:3] if carried else [None] * 3)]
         last = rows(model)[-1]
         model.start_task("next", 2, start_from=method_by_name(name).settings()[1].start_from)
         start = model.training_prefix.rows[1].prompt
@@ -133,7 +133,8 @@ def test_settings_that_would_leave_something_random_are_refused(
     base, tokenizer = load_base_model(str(tiny_model_folder))
     tasks = [load_task(f"colours={toy_files['colours']}", shots=4, validation_shots=3, test_size=8)]
     with pytest.raises(ValueError, match="start_from is 'validation', which judges starts by heads in closed form"):
-        TrainingOptions(head_start="random")
+        TrainingOptions(start_from="validation", head_start="random")
+    assert [TrainingOptions(head_start=each).starts_from for each in HEAD_STARTS] == ["validation", "random", "random"]
     nothing = TrainingOptions(steps=0, head_start="probe", start_from="random")
     with pytest.raises(ValueError, match="steps is 0, so prompts would stay random"):
         LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, nothing, tmp_path / "run")

@@ -54,7 +54,7 @@ def test_each_kind_of_parameter_has_its_rate(
 def test_heads_that_start_well_have_a_lower_rate_and_the_reweighting_may_have_its_own() -> None:
     assert TrainingOptions().rates()["head"] == 1e-3
     random = TrainingOptions(start_from="random", head_start="random", prompt_rate=0.5, reweighting_rate=0.25)
-    assert random.rates() == {"prompt": 0.5, "reweighting": 0.25, "gate": 1e-3, "head": 1e-2, "network": 1e-3}
+    assert random.rates() == {"prompt": 0.5, "reweighting": 0.25, "gate": 3e-2, "head": 1e-2, "network": 1e-3}
     assert TrainingOptions(head_rate=0.0).rates()["head"] == 0
 
 
@@ -78,7 +78,6 @@ def test_a_start_that_no_later_state_is_better_than_is_kept(
     model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path, rate: float
 ) -> None:
     task = trainer(model, tmp_path, batch, replace(OPTIONS, prompt_rate=rate, head_rate=rate, gate_rate=0.0))
-    task.keeps_start = True
     examples, labels = model.features(batch, task=model.learning.task), torch.tensor([0, 1, 0, 1])
     model.learning.set_head(closed_form_head(examples, labels, 2).scaled(50))  # right of all, and sure of it
     before = {name: value.clone() for name, value in model.trainable_state_dict().items()}

@@ -17,17 +17,15 @@ def test_curves_are_what_was_logged_at_which_step() -> None:
     ]
     state = TrainerState(global_step=4, best_global_step=2, log_history=history)
     clock = SimpleNamespace(median=0.25)
-    trainer: Any = SimpleNamespace(state=state, clock=clock, start_score=None, best_step=2)
+    trainer: Any = SimpleNamespace(state=state, clock=clock, start_score=0.25, best_step=2)
     assert steps_record(trainer, "accuracy") == {
         "steps": 4,
         "step_seconds": 0.25,
         "best_step": 2,
         "loss_curve": [[2, 0.7], [4, 0.6]],
         "retention_curve": [[4, -0.1]],
-        "validation_curve": [[2, 0.5]],
+        "validation_curve": [[0, 0.25], [2, 0.5]],
     }
-    trainer.start_score = 0.25
-    assert steps_record(trainer, "accuracy")["validation_curve"] == [[0, 0.25], [2, 0.5]]
     assert NO_STEPS.keys() == steps_record(trainer, "accuracy").keys()
 
 

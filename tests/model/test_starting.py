@@ -12,7 +12,7 @@ from transformers import BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.method.closed_form import closed_form_head
-from qtuning_fast.model.starting import NEAREST, QUEUE_MEAN
+from qtuning_fast.model.starting import NEAREST, ChosenStart
 
 Batch = dict[str, Tensor]
 SMALL: dict[str, Any] = {"prompt_length": 2, "queue_size": 3, "shared_length": 1, "retention_weight": 0}
@@ -45,6 +45,10 @@ def _three(seed: int) -> Batch:
     return texts(12, seed) | {"labels": torch.arange(12) % 3}
 
 
+def sources(found: ChosenStart) -> list[tuple[str, str | None]]:
+    return list(dict.fromkeys((each.rows, each.donor) for each in found.considered))
+
+
 def state(model: QTuningModel) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.learning.state_dict().items()}
 
@@ -69,7 +73,7 @@ def test_a_named_task_or_the_previous_one_gives_the_rows_that_it_trained(tiny_be
         finish(model, f"task-{number}", number)
     for start_from, donor in (("task-1", "task-1"), ("previous", "task-3")):
         found = model.start_task("next", 2, start_from=start_from)
-        assert (found.chosen.rows, found.chosen.head) == (donor, "random")
+        assert (found.chosen.rows, found.chosen.donor, found.chosen.head) == ("prompt", donor, "random")
         wanted = model.training_prefix.own_prompts(model.adapters[donor])
         assert all(torch.equal(a, b) for a, b in zip(model.training_prefix.prompts(), wanted))
         model.finish_task()
@@ -109,9 +113,9 @@ def test_the_start_is_the_one_with_the_least_loss_and_is_what_the_task_computes_
     found = model.start_task("next", label_names=["yes", "no"], start_from="validation", examples=[examples])
     losses = [each.loss for each in found.considered if each.loss is not None]
     assert found.chosen.loss in (losses[0], min(losses))
-    assert len(losses) == len({(each.rows, each.mixed_with) for each in found.considered}) == 10
-    rows = list(dict.fromkeys(each.rows for each in found.considered))
-    assert rows[:2] == ["random", QUEUE_MEAN] and len(rows) == 2 + NEAREST
+    assert len(losses) == len({(each.rows, each.donor, each.mixed_with) for each in found.considered}) == 10
+    rows = sources(found)
+    assert rows[:2] == [("random", None), ("queue mean", None)] and len(rows) == 2 + NEAREST
     again = model.features({k: v for k, v in examples.items() if k != "labels"}, task="next")
     if not found.chosen.mixed_with:
         wanted = closed_form_head(again, examples["labels"], 2).weight
@@ -164,8 +168,7 @@ def test_tasks_with_the_same_classes_come_first_then_the_nearest(tiny_bert: Bert
     moved = far.features.means + 50
     model.add_statistics("far", type(far).from_tensors(far.tensors() | {"features.means": moved}))
     found = model.start_task("next", label_names=["no", "yes"], start_from="validation", examples=[texts(12, 3)])
-    rows = list(dict.fromkeys(each.rows for each in found.considered))
-    assert rows == ["random", QUEUE_MEAN, "near", "far", "other"]
+    assert [donor for _, donor in sources(found)] == [None, None, "near", "far", "other"]
     assert all("other" not in each.mixed_with for each in found.considered)
 
 
@@ -179,6 +182,8 @@ def test_what_cannot_be_started_from_is_refused_before_anything_changes(tiny_ber
         ({"start_from": "films"}, "start_from is 'films'; it must be .*one of the finished tasks: first"),
         ({"start_from": "validation"}, "start_from is 'validation', which chooses by examples"),
         ({"examples": []}, "examples holds no example"),
+        ({"examples": [good | {"labels": torch.full((4,), -100)}]}, "examples holds no example"),
+        ({"validation": [good]}, "give examples, too"),
         ({"examples": [nothing]}, "a batch of examples has no labels"),
         ({"examples": [good | {"labels": good["labels"] + 5}]}, "labels holds 5"),
         ({"examples": [good | {"labels": good["labels"][:2]}]}, "labels has shape"),
@@ -212,3 +217,31 @@ def test_a_donor_without_a_prompt_of_its_own_is_refused_by_name_and_passed_over_
         model.start_task("next", 2, start_from="short")
     found = model.start_task("next", 2, start_from="validation", examples=[texts(8)])
     assert {each.rows for each in found.considered} == {"random"}
+
+
+def test_features_that_are_not_finite_are_refused(tiny_bert: BertModel) -> None:
+    model = model_of(tiny_bert)
+    examples = texts(6)
+    with torch.no_grad():
+        tiny_bert.embeddings.word_embeddings.weight[int(examples["input_ids"][3, 0])] = torch.nan
+    with pytest.raises(ValueError, match=r"the features of example \d+ of task 'first' are not finite"):
+        model.start_task("first", 2, examples=[examples])
+    assert model.learning.task is None
+
+
+def test_where_choosing_fails_the_task_has_started_at_random(
+    tiny_bert: BertModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(tiny_bert)
+    finish(model, "first")
+    monkeypatch.setattr(model.training_prefix, "queue_mean", lambda: 1 / 0)
+    torch.manual_seed(3)
+    with pytest.raises(ZeroDivisionError):
+        model.start_task("next", 2, start_from="validation", examples=[texts(6)])
+    assert model.learning.task == model.active_task == "next"
+    rows = model.training_prefix.prompts()
+    other = model_of(model.detach())
+    finish(other, "first")
+    torch.manual_seed(3)
+    other.start_task("next", 2)
+    assert all(torch.equal(a, b) for a, b in zip(rows, other.training_prefix.prompts()))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qtuning_fast.method.labels import IGNORED
+
 FALLBACK_PAD_TOKEN = 0  # for tokenizers without a padding token, such as those of many decoders; the mask hides it
 
 
@@ -73,13 +75,21 @@ _PADDED = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def without_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut off the columns behind the longest text of a batch, if its texts have no labels of the same shape."""
+    """Cut off the columns behind the longest text of a batch, and those of its labels that leave out every token."""
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if mask is None or (labels is not None and labels.shape == mask.shape):
+    if mask is None:
         return batch
-    used = mask.any(0).nonzero()
-    longest = int(used[-1]) + 1 if len(used) else mask.shape[1]
-    return {name: column[:, :longest] if name in _PADDED else column for name, column in batch.items()}
+    cut = _without_columns_behind(mask != 0)
+    lengths = dict.fromkeys(_PADDED, cut)
+    if labels is not None and labels.shape == mask.shape:  # of a decoder, which has a label for each token
+        lengths = dict.fromkeys((*_PADDED, "labels"), max(cut, _without_columns_behind(labels != IGNORED)))
+    return {name: column[:, : lengths[name]] if name in lengths else column for name, column in batch.items()}
+
+
+def _without_columns_behind(used: Tensor) -> int:
+    """Return the number of columns up to the last one with an entry that is used; all, if none is."""
+    columns = used.any(0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else used.shape[1]
 
 
 def in_order(rows: Tensor, places: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ PLOTS: dict[str, tuple[Plot, ...]] = {
         Plot(
             "starts",
             "Before a task trains, each start is judged on the task's own examples, with a head that was not made from "
-            "them. The filled one was chosen: random rows, unless another's loss is less by more than one standard "
-            "error.",
+            "them. The filled one was chosen: the first that was tried, mostly random rows, unless another's loss is "
+            "less by more than one standard error.",
             plots.starts,
         ),
         Plot(

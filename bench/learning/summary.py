@@ -1,0 +1,107 @@
+"""Figures of the study from its files: means, paired differences with intervals, steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from qtuning_fast.bench.learning.arms import LINEAR
+
+Record = dict[str, Any]
+"""The content of a run's file."""
+
+CONFIDENCE = 0.95
+BASE = "from-random"  # what others are compared with
+SHARE = 0.95  # of the base's final accuracy on a task, to which steps are counted
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over draws, with the interval of Student's t; the interval is None of a single draw."""
+
+    mean: float
+    half_width: float | None
+    draws: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        from scipy.stats import t
+
+        if len(values) < 2:
+            return cls(fmean(values), None, len(values))
+        quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        return cls(fmean(values), quantile * stdev(values) / len(values) ** 0.5, len(values))
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+class Results:
+    """All runs of one stream with one number of shots.
+
+    Args:
+        records: the content of the runs' files.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._runs: dict[str, dict[int, Record]] = {}
+        for record in records:
+            self._runs.setdefault(record["arm"], {})[record["draw"]] = record
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms of which there are runs, without the linear classifiers."""
+        return [arm for arm in self._runs if arm != LINEAR]
+
+    def values(self, arm: str, measure: Callable[[Record], float]) -> dict[int, float]:
+        """Return a measure of each draw of an arm."""
+        return {draw: measure(record) for draw, record in sorted(self._runs.get(arm, {}).items())}
+
+    def scores(self, name: str, evaluation: str = "task_adapter") -> dict[int, float]:
+        """Return the mean accuracy of each draw over the tasks after the first, of an arm or a linear classifier.
+
+        A classifier that needs an earlier task with the same classes has none where a task lacks one.
+        """
+        if name in self._runs:
+            return self.values(name, lambda record: fmean(record["accuracy"][evaluation][1:]))
+        found = {draw: record["accuracy"][name][1:] for draw, record in sorted(self._runs.get(LINEAR, {}).items())}
+        return {draw: fmean(values) for draw, values in found.items() if None not in values}
+
+    def steps(self, arm: str) -> dict[int, float]:
+        """Return the mean number of steps, over the tasks after the first, to `SHARE` of what `BASE` ends with.
+
+        A task that never reaches it counts all its steps.
+        """
+        base = self._runs.get(BASE, {})
+        return {
+            draw: fmean(map(steps_needed, record["per_task"][1:], base[draw]["per_task"][1:]))
+            for draw, record in sorted(self._runs.get(arm, {}).items())
+            if draw in base
+        }
+
+
+def steps_needed(task: Record, base: Record) -> int:
+    """Return the first step at which a task's validation score is `SHARE` of the one that `base` kept."""
+    wanted = SHARE * dict(map(tuple, base["validation_curve"]))[base["best_step"]]
+    curve = task["validation_curve"]
+    return next((step for step, score in curve if score >= wanted), curve[-1][0])
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate | None:
+    """Return the mean of the differences, paired by draw; None if they share none."""
+    shared = sorted(ours.keys() & theirs.keys())
+    return Estimate.of([ours[draw] - theirs[draw] for draw in shared]) if shared else None
+
+
+def read(folder: Path) -> dict[tuple[str, int], Results]:
+    """Read the results by stream and number of shots."""
+    records: dict[tuple[str, int], list[Record]] = {}
+    for file in sorted(folder.glob("*/*/*/*.json")):
+        record = json.loads(file.read_text())
+        records.setdefault((record["stream"], record["shots"]), []).append(record)
+    return {key: Results(found) for key, found in sorted(records.items())}

@@ -1,0 +1,40 @@
+"""The page of the study says what its files say, and what is missing."""
+
+from pathlib import Path
+from typing import Any
+
+from qtuning_fast.bench.learning.arms import Run
+from qtuning_fast.bench.learning.report import main
+from qtuning_fast.bench.learning.run import OUT, result_file
+
+
+def entry(arm: str, draw: int, value: float) -> dict[str, Any]:
+    chosen = {"rows": "random", "donor": None, "head": "closed form", "mixed_with": [], "loss": 0.5}
+    start = {"chosen": chosen, "considered": [chosen]}
+    task = {"best_step": 10, "validation_curve": [[10, 0.5]], "start": start}
+    accuracy = {"task_adapter": [0.9, value], "live_queue": [0.9, value - 0.1]}
+    about = {"stream": "related", "shots": 16, "arm": arm, "draw": draw, "accuracy": accuracy}
+    return about | {"per_task": [task, task]}
+
+
+def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_done(tmp_path: Path) -> None:
+    import json
+
+    for draw in range(3):
+        for arm, value in (("start", 0.8 + 0.01 * draw), ("from-random", 0.7)):
+            file = result_file(tmp_path / "results", Run("related", 16, arm, draw))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(entry(arm, draw, value)))
+    page, images = tmp_path / "learning.md", tmp_path / "images"
+    assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--images", str(images)]) == 0
+    text = page.read_text()
+    assert "6 are done; what is not done is missing below" in text
+    assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
+    assert "Of 3 tasks that had a choice, 3 started from random rows." in text
+    assert [path.name for path in images.iterdir()] == ["learning-related-16.png"]
+
+
+def test_the_published_page_is_that_of_the_published_files(tmp_path: Path) -> None:
+    assert main(["--page", str(tmp_path / "page.md"), "--images", str(tmp_path / "images")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert OUT.is_dir() and text == Path("docs/learning.md").read_text()
