@@ -69,8 +69,9 @@ class Results:
         """
         if name in self._runs:
             return self.values(name, lambda record: fmean(record["accuracy"][evaluation][1:]))
-        found = {draw: record["accuracy"][name][1:] for draw, record in sorted(self._runs.get(LINEAR, {}).items())}
-        return {draw: fmean(values) for draw, values in found.items() if None not in values}
+        linear = sorted(self._runs.get(LINEAR, {}).items())
+        found = {draw: record["accuracy"].get(name, [None])[1:] for draw, record in linear}
+        return {draw: fmean(values) for draw, values in found.items() if values and None not in values}
 
     def steps(self, arm: str) -> dict[int, float]:
         """Return the mean number of steps, over the tasks after the first, to `SHARE` of what `BASE` ends with.
