@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.figure import Figure
 
@@ -110,19 +111,18 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     declared = {(run.stream, run.shots, run.arm, run.draw) for part in PARTS.values() for run in part()}
     done = sum(len(each.scores(arm)) for each in found.values() for arm in each.arms)
     planned = sum(arm != LINEAR for _, _, arm, _ in declared)
-    lines = [
-        "# What learning gains from earlier tasks",
-        "",
-        "The questions, the arms and what counts as a yes were [declared](../bench/learning.md) before the first run. "
-        f"Of {planned} runs that train, {done} are done"
-        + ("." if done >= planned else "; what is not done is missing below, not left out because of its outcome."),
-        "",
+    missing = "" if done >= planned else "; what is not done is missing below, not left out because of its outcome"
+    paragraphs = (
+        "The questions, the arms and what counts as a yes were declared before the first run, in `bench/learning.md`. "
+        f"Of {planned} runs that train, {done} are done{missing}.",
         "Accuracy is the mean over the tasks of a stream after the first, on test examples. Differences are in points, "
         "paired by draw, with 95% intervals; bold: the interval excludes 0. Draws share a fixed pool of texts, so "
         "intervals are about draws from it, not about other texts. Steps are those to 95% of the validation accuracy "
         "that `from-random` ends with.",
-        "",
-    ]
+    )
+    lines = ["# What learning gains from earlier tasks", ""]
+    for paragraph in paragraphs:
+        lines += [fill(paragraph, 120), ""]
     for (stream, shots), results in found.items():
         title = TITLES.get(stream, stream)
         name = f"learning-{stream}-{shots}.png"
@@ -133,7 +133,7 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
             image = []
         lines += [f"## {title}, {shots} shots", "", *table(results), "", *image]
         if "start" in results.arms:
-            lines += [starts(results), ""]
+            lines += [fill(starts(results), 120), ""]
     lines += [
         "```bash",
         "python -m qtuning_fast.bench.learning.run --jobs 2  # what is left",

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertModel
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.method.closed_form import closed_form_head
+from qtuning_fast.method.labels import MULTI, REGRESSION
 from qtuning_fast.model.starting import NEAREST, ChosenStart
 
 Batch = dict[str, Tensor]
@@ -245,3 +246,63 @@ def test_where_choosing_fails_the_task_has_started_at_random(
     torch.manual_seed(3)
     other.start_task("next", 2)
     assert all(torch.equal(a, b) for a, b in zip(rows, other.training_prefix.prompts()))
+
+
+def writer(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+        return T5ForConditionalGeneration(T5Config(vocab_size=40, decoder_start_token_id=0, **sizes))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32])
+def test_a_language_models_starts_are_judged_by_the_loss_of_each_example(kind: str, dtype: torch.dtype) -> None:
+    task_type = "text-to-text" if kind == "t5" else "causal-lm"
+    model = QTuningModel(writer(kind).eval(), QTuningConfig(**SMALL, task_type=task_type))
+    model.start_task("first")
+    model.finish_task()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (5, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # in front, as decoders are padded
+    labels = torch.randint(1, 40, (5, 4), generator=generator) if kind == "t5" else ids.masked_fill(mask == 0, -100)
+    labels[1, 2:] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels.to(dtype)}
+    found = model.start_task("next", start_from="validation", examples=[batch])
+    assert [(each.rows, each.donor, each.head) for each in found.considered] == [
+        ("random", None, None),
+        ("queue mean", None, None),
+        ("prompt", "first", None),
+    ]
+    with torch.no_grad():
+        each = [float(model(**{name: x[row : row + 1] for name, x in batch.items()}).loss) for row in range(5)]
+    assert found.chosen.loss == pytest.approx(sum(each) / 5, rel=1e-4)
+    bad = batch | {"labels": labels + 100}
+    model.finish_task()
+    with pytest.raises(ValueError, match="this model has 40 tokens"):
+        model.start_task("third", start_from="validation", examples=[bad])
+    assert model.learning.task is None
+    model.start_task("third", start_from="random", examples=[batch])  # nothing to choose among
+
+
+@pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
+def test_several_labels_and_numbers_start_in_closed_form_too(tiny_bert: BertModel, problem_type: str) -> None:
+    model = model_of(tiny_bert)
+    examples = texts(24)
+    of_class = examples["labels"].float()
+    labels = torch.stack([of_class, 1 - of_class], 1) if problem_type == MULTI else of_class[:, None]
+    batch = examples | {"labels": labels}
+    for name in ("first", "second"):
+        names = ["a", "b"] if problem_type == MULTI else ["number"]
+        found = model.start_task(
+            name, label_names=names, problem_type=problem_type, start_from="validation", examples=[batch]
+        )
+        assert found.chosen.head == "closed form" and not any(each.mixed_with for each in found.considered)
+        with torch.no_grad():
+            started = float(model(**batch).loss)
+        assert started < (0.693 if problem_type == MULTI else 0.25)  # as good as no features
+        model.finish_task()
+        model.record_statistics(name, [batch])

@@ -27,7 +27,7 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
             file.write_text(json.dumps(entry(arm, draw, value)))
     page, images = tmp_path / "learning.md", tmp_path / "images"
     assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--images", str(images)]) == 0
-    text = page.read_text()
+    text = " ".join(page.read_text().split())
     assert "6 are done; what is not done is missing below" in text
     assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
     assert "Of 3 tasks that had a choice, 3 started from random rows." in text
