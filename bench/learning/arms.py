@@ -119,6 +119,9 @@ PLACES = {
 }
 
 
+FIRST = 5  # draws of every part, before any part has more
+
+
 @dataclass(frozen=True)
 class Run:
     """One arm on one draw of one stream."""
@@ -157,13 +160,9 @@ PARTS = {
 
 
 def runs_of(parts: Mapping[str, Any] | list[str]) -> Iterator[Run]:
-    """The runs of some parts, each once, part after part."""
-    seen = set()
-    for part in parts:
-        for run in PARTS[part]():
-            if run.name not in seen:
-                seen.add(run.name)
-                yield run
+    """The runs of some parts, each once: part after part with `FIRST` draws, then part after part with the others."""
+    runs = {run.name: run for part in parts for run in PARTS[part]()}
+    yield from sorted(runs.values(), key=lambda run: run.draw >= FIRST)
 
 
 def smaller(stream: Stream, tasks: int) -> Stream:

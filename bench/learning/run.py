@@ -1,4 +1,4 @@
-"""Run the study that bench/learning.md declares, part after part; what is done already is left out.
+"""Run the study that bench/learning.md declares; what is done already is left out.
 
     python -m qtuning_fast.bench.learning.run --jobs 2                     # everything that is left
     python -m qtuning_fast.bench.learning.run --parts related-16 --minutes 60

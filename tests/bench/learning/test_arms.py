@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from qtuning_fast import QTuningConfig
-from qtuning_fast.bench.learning.arms import ARMS, LINEAR, PARTS, STUDY_STREAMS, TRAINING, WITHOUT, runs_of, smaller
+from qtuning_fast.bench.learning.arms import (
+    ARMS,
+    FIRST,
+    LINEAR,
+    PARTS,
+    STUDY_STREAMS,
+    TRAINING,
+    WITHOUT,
+    runs_of,
+    smaller,
+)
 from qtuning_fast.lifelong.options import TrainingOptions
 
 RELATED = STUDY_STREAMS["related"]
@@ -52,6 +62,10 @@ def test_runs_come_once_each_and_draw_by_draw() -> None:
     first = [run for run in runs if (run.stream, run.shots) == ("related", 16)][:12]
     assert [run.draw for run in first] == [0] * 6 + [1] * 6 and first[0].arm == first[6].arm == LINEAR
     assert all(run.arm == LINEAR or run.arm in ARMS for run in runs)
+    first = [run for run in runs if run.draw < FIRST]
+    assert runs[: len(first)] == first and {run.stream for run in first} == set(
+        STUDY_STREAMS
+    )  # five draws of all first
 
 
 def test_a_rehearsal_has_the_first_tasks() -> None:
