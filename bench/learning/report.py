@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -17,6 +18,7 @@ from qtuning_fast.bench.learning.arms import LINEAR, PARTS
 from qtuning_fast.bench.learning.linear import CLASSIFIERS
 from qtuning_fast.bench.learning.run import OUT
 from qtuning_fast.bench.learning.summary import BASE, Estimate, Results, difference, read
+from qtuning_fast.lifelong.metrics import START_ROWS
 from qtuning_fast.lifelong.report.plot_style import INK, PALETTE, new_figure
 
 PAGE = Path("docs/learning.md")
@@ -89,27 +91,16 @@ def picture(results: Results, title: str) -> Figure:
 
 def starts(results: Results) -> str:
     """How often tasks after the first started from what, under the defaults."""
-    counts: dict[str, int] = {}
-
-    def count(record: dict) -> float:
-        for task in record["per_task"][1:]:
-            chosen = task["start"]["chosen"]
-            kinds = {"random": "random rows", "queue mean": "the queue's mean", "prompt": "a finished task's prompt"}
-            kind = kinds[chosen["rows"]]
-            kind += ", heads mixed" if chosen["mixed_with"] else ""
-            counts[kind] = counts.get(kind, 0) + 1
-        return 0.0
-
-    results.values("start", count)
-    total = sum(counts.values())
-    shares = sorted(counts.items(), key=lambda item: -item[1])
-    return f"Of {total} tasks that had a choice, " + ", ".join(f"{n} started from {kind}" for kind, n in shares) + "."
+    chosen = [task["start"]["chosen"] for record in results.records("start") for task in record["per_task"][1:]]
+    counts = Counter(START_ROWS[each["rows"]] + ", heads mixed" * bool(each["mixed_with"]) for each in chosen)
+    shares = "; ".join(f"{count} from {kind}" for kind, count in counts.most_common())
+    return f"Where the {len(chosen)} tasks after the first started: {shares}."
 
 
 def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     """The page, whose pictures are written into a folder."""
     declared = {(run.stream, run.shots, run.arm, run.draw) for part in PARTS.values() for run in part()}
-    done = sum(len(each.scores(arm)) for each in found.values() for arm in each.arms)
+    done = sum(len(each.records(arm)) for each in found.values() for arm in each.arms)
     planned = sum(arm != LINEAR for _, _, arm, _ in declared)
     missing = "" if done >= planned else "; what is not done is missing below, not left out because of its outcome"
     paragraphs = (

@@ -3,14 +3,13 @@
     python -m qtuning_fast.bench.learning.run --jobs 2                     # everything that is left
     python -m qtuning_fast.bench.learning.run --parts related-16 --minutes 60
 
-Each run is a file `<out>/<stream>/<shots>/<arm>/<draw>.json`. Runs are processes of one thread each. One that was cut
-off goes on where it stopped.
+Each run is a file `<out>/<stream>/<shots>/<arm>/<draw>.json`. Runs have one thread each. One that was cut off goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.tasks import SPLITS
 from qtuning_fast.lifelong.trainer import LifelongTrainer
 from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.model.checked_files import write_json
 from qtuning_fast.model.model import QTuningModel
 
 OUT = Path("bench/results/learning")
@@ -73,7 +74,7 @@ def randomized(rows: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
 
 
 def result_file(out: Path, run: Run) -> Path:
-    return out / run.stream / str(run.shots) / run.arm.replace(" ", "-").replace(",", "") / f"{run.draw}.json"
+    return out / f"{run.name}.json"
 
 
 def one_run(run: Run, out: Path, rehearsal: bool) -> str:
@@ -82,7 +83,7 @@ def one_run(run: Run, out: Path, rehearsal: bool) -> str:
     stream = STUDY_STREAMS[run.stream]
     if rehearsal:
         stream = smaller(stream, 2)
-    tasks = stream.load(run.shots, run.draw)
+    tasks = stream.load(shots=run.shots, seed=run.draw)
     base, tokenizer = load_base_model(MINILM)
     began = time.perf_counter()
     if run.arm == LINEAR:
@@ -91,20 +92,19 @@ def one_run(run: Run, out: Path, rehearsal: bool) -> str:
         arm = ARMS[run.arm]
         config, training = arm.settings(stream, run.draw)
         if rehearsal:
-            training = TrainingOptions(**(training.__dict__ | REHEARSAL))
-        work = WORK / ("rehearsal" if rehearsal else "runs") / run.name.replace(" ", "-").replace(",", "")
+            training = replace(training, **REHEARSAL)
+        work = WORK / ("rehearsal" if rehearsal else "runs") / run.name
         trainer = WithRandomQueue if arm.random_queue else LifelongTrainer
+        if arm.random_queue:  # what it has drawn is in no file, so it starts again
+            shutil.rmtree(work, ignore_errors=True)
         metrics = trainer(base, tokenizer, config, tasks, training, work).run()
         found = _of_interest(metrics)
         shutil.rmtree(work)
     path = result_file(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"stream": run.stream, "shots": run.shots, "arm": run.arm, "draw": run.draw, "seconds": None}
+    about = asdict(run) | {"seconds": round(time.perf_counter() - began, 1)}
     about |= {"tasks": [task.name for task in tasks], "versions": versions()}
-    about["seconds"] = round(time.perf_counter() - began, 1)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(about | found, indent=1) + "\n")
-    partial.rename(path)
+    write_json(path, about | found)
     return run.name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -53,14 +53,14 @@ class Results:
         for record in records:
             self._runs.setdefault(record["arm"], {})[record["draw"]] = record
 
+    def records(self, arm: str) -> list[Record]:
+        """Return the content of an arm's files, by draw."""
+        return [record for _, record in sorted(self._runs.get(arm, {}).items())]
+
     @property
     def arms(self) -> list[str]:
         """The arms of which there are runs, without the linear classifiers."""
         return [arm for arm in self._runs if arm != LINEAR]
-
-    def values(self, arm: str, measure: Callable[[Record], float]) -> dict[int, float]:
-        """Return a measure of each draw of an arm."""
-        return {draw: measure(record) for draw, record in sorted(self._runs.get(arm, {}).items())}
 
     def scores(self, name: str, evaluation: str = "task_adapter") -> dict[int, float]:
         """Return the mean accuracy of each draw over the tasks after the first, of an arm or a linear classifier.
@@ -68,9 +68,8 @@ class Results:
         A classifier that needs an earlier task with the same classes has none where a task lacks one.
         """
         if name in self._runs:
-            return self.values(name, lambda record: fmean(record["accuracy"][evaluation][1:]))
-        linear = sorted(self._runs.get(LINEAR, {}).items())
-        found = {draw: record["accuracy"].get(name, [None])[1:] for draw, record in linear}
+            return {each["draw"]: fmean(each["accuracy"][evaluation][1:]) for each in self.records(name)}
+        found = {each["draw"]: each["accuracy"].get(name, [None])[1:] for each in self.records(LINEAR)}
         return {draw: fmean(values) for draw, values in found.items() if values and None not in values}
 
     def steps(self, arm: str) -> dict[int, float]:
@@ -80,9 +79,9 @@ class Results:
         """
         base = self._runs.get(BASE, {})
         return {
-            draw: fmean(map(steps_needed, record["per_task"][1:], base[draw]["per_task"][1:]))
-            for draw, record in sorted(self._runs.get(arm, {}).items())
-            if draw in base
+            each["draw"]: fmean(map(steps_needed, each["per_task"][1:], base[each["draw"]]["per_task"][1:]))
+            for each in self.records(arm)
+            if each["draw"] in base
         }
 
 

@@ -193,18 +193,17 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
 
 
+START_ROWS = {"random": "random rows", "queue-mean": "the queue's mean", "prompt": "the prompt of a task"}
+"""What the rows of a start are called."""
+
+
 def start_in_words(start: Mapping[str, Any]) -> str:
     """Say where a task started, from the `start` of its entry in `per_task`."""
     chosen, tried = start["chosen"], len(start["considered"])
-    rows = {
-        "random": "random rows",
-        "queue mean": "the mean of the queue",
-        "prompt": f"the prompt of {chosen['donor']}",
-    }
-    said = rows[chosen["rows"]]
+    said = START_ROWS[chosen["rows"]] if chosen["donor"] is None else f"the prompt of {chosen['donor']}"
     if chosen["head"] is not None:
-        heads = {"random": "a random head", "probe": "the probe as its head"}
-        said += f" with {heads.get(chosen['head'], 'a head in closed form')}"
+        heads = {"random": "a random head", "probe": "the probe as its head", "closed-form": "a head in closed form"}
+        said += f" with {heads[chosen['head']]}"
     if chosen["mixed_with"]:
         said += f", mixed with that of {' and '.join(chosen['mixed_with'])}"
     if tried > 1 and chosen["loss"] is not None:

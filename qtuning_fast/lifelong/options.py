@@ -129,7 +129,7 @@ class TrainingOptions:
     reweighting_pull: float = setting(
         0.1,
         "Weight of the pull on the reweighting; 0: off.",
-        "It is towards the weights at which the rows of the queue start, 1 before any eviction.",
+        "It pulls to the weights at which the queue's rows start: 1 before any eviction.",
         absent=0.0,
     )
     head_rate: float | None = setting(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from qtuning_fast.lifelong.scores import score
+from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 
 C_VALUES = tuple(float(strength) for strength in np.logspace(-4, 3, 15))
@@ -18,21 +20,19 @@ _NEVER = -1e4  # the logit of a class that no training example has
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear map of features, as a head has it.
+    """A tuned linear model of features.
 
     Attributes:
-        weight: `[outputs, F]`.
-        bias: `[outputs]`.
+        head: the linear map.
         C: inverse strength of the regularisation.
     """
 
-    weight: np.ndarray
-    bias: np.ndarray
+    head: LinearHead
     C: float
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Map features `[n, F]` to outputs `[n, outputs]`: logits of classes or of labels, or numbers."""
-        return features @ self.weight.T + self.bias
+        return self.head(torch.from_numpy(features)).numpy()
 
 
 def tuned_probe(train: Any, validation: Any, problem_type: str, outputs: int) -> LinearProbe:
@@ -54,7 +54,8 @@ def tuned_probe(train: Any, validation: Any, problem_type: str, outputs: int) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for strength in C_VALUES:
-            probe = LinearProbe(*fit(strength, features, labels, outputs), strength)
+            weight, bias = (torch.from_numpy(part).double() for part in fit(strength, features, labels, outputs))
+            probe = LinearProbe(LinearHead(weight, bias), strength)
             found = score(problem_type, probe(validation[0]), validation[1])
             if found > best_score:
                 best, best_score = probe, found

@@ -61,6 +61,13 @@ class Stream:
     sources: tuple[TaskSource, ...]
     queue_size: int = 5
 
+    def load(self, *, shots: int = 16, validation_shots: int = 16, test_size: int = 200, seed: int = 0) -> list[Task]:
+        """Draw the tasks in order (`few_shot_split`); raises what `load_stream` raises of its texts."""
+        return [
+            source.load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
+            for source in self.sources
+        ]
+
 
 def _newsgroups(group: str) -> TaskSource:
     return TaskSource(
@@ -151,7 +158,4 @@ def load_stream(
     """
     if name not in STREAMS:
         raise ValueError(f"there is no stream {name!r}; the streams are {', '.join(STREAMS)}")
-    return [
-        source.load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
-        for source in STREAMS[name].sources
-    ]
+    return STREAMS[name].load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)

@@ -28,13 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from qtuning_fast.integrations.transformers import without_head
-from qtuning_fast.lifelong.class_incremental import first_of_each_class
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.environment import device_name, versions
@@ -45,14 +43,14 @@ from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import LinearProbe, tuned_probe
 from qtuning_fast.lifelong.scores import score
+from qtuning_fast.lifelong.task_start import check_start, start_task
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps_record
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
-from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION, check_not_reserved
-from qtuning_fast.method.closed_form import LinearHead
+from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
-from qtuning_fast.method.labels import REGRESSION, SINGLE
+from qtuning_fast.method.labels import REGRESSION
 from qtuning_fast.method.task_rules import RULES, ClosedForm, TaskRule, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
@@ -60,9 +58,6 @@ from qtuning_fast.model.fingerprint import fingerprint
 from qtuning_fast.model.model import QTuningModel
 
 RUN_FILE = "run.json"
-
-START_EXAMPLES, START_EXAMPLES_A_CLASS = 256, 8
-"""The most examples of each split by which the start of a task is chosen; of many classes so many each."""
 
 
 class LifelongTrainer:
@@ -113,7 +108,7 @@ class LifelongTrainer:
             for split in SPLITS:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
-        _check_start(config, options, names)
+        check_start(config, options, names)
         self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
         rows = config.most_rows(len(tasks)) if config.placement == "input" else 0
         self.encoder.check(base_model, tasks, prompt_tokens=rows)
@@ -237,16 +232,13 @@ class LifelongTrainer:
     def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
         """Start, train and finish one task; returns the content of `training.json`."""
         task = self.tasks[number]
-        head = self._tuned_probe(model, task) if self.options.head_start == "probe" else None
+        probe = self._tuned_probe(model, task) if self.options.head_start == "probe" else None
         began = time.perf_counter()
         set_seed(_task_seed(self.options.seed, number))
         previous = model.tasks[-1] if model.tasks else None
-        start = self._start(model, task)
-        if head is not None:
-            for each in (start["start"]["chosen"], *start["start"]["considered"]):
-                each["head"] = "probe"
-            model.learning.set_head(LinearHead(torch.from_numpy(head.weight), torch.from_numpy(head.bias)))
-        steps = self._take_steps(model, number, previous, checkpoints) if self.options.steps else NO_STEPS
+        train, validation = self._to_train_on(task), self._encoded(task)["validation"]
+        start = start_task(model, task, self.options, train, validation, probe)
+        steps = self._take_steps(model, number, train, previous, checkpoints) if self.options.steps else NO_STEPS
         adapter = model.finish_task()
         return {
             "name": task.name,
@@ -263,42 +255,11 @@ class LifelongTrainer:
             **method_record(model),
         }
 
-    def _start(self, model: QTuningModel, task: Task) -> dict[str, Any]:
-        """Start a task; returns what the record says of where it starts."""
-        options = self.options
-        start_from = options.starts_from
-        if start_from not in (RANDOM, PREVIOUS, VALIDATION, *model.tasks):
-            start_from = RANDOM  # the task of this name is yet to come
-        chooses = start_from == VALIDATION or (options.head_start == "closed-form" and model.has_heads)
-        began = time.perf_counter()
-        start = model.start_task(
-            task.name,
-            label_names=task.label_names,
-            problem_type=task.problem_type,
-            start_from=start_from,
-            examples=self._start_batches(task, "train") if chooses else None,
-            validation=self._start_batches(task, "validation") if chooses and model.has_heads else None,
-        )
-        return {"start": start.to_dict(), "start_seconds": time.perf_counter() - began}
-
-    def _start_batches(self, task: Task, split: str) -> list[dict[str, Tensor]]:
-        """Return batches of some examples of a split, with their labels; all classes have a share."""
-        answers = self._answers(task)
-        examples = self._encoded(task)[split]
-        if answers is not None:
-            examples = self.encoder.encode_with_answers(getattr(task, split), answers)
-        labels = examples.columns["labels"]
-        places = np.arange(min(START_EXAMPLES, len(examples)))
-        if task.problem_type == SINGLE and answers is None:
-            each = max(START_EXAMPLES_A_CLASS, START_EXAMPLES // len(task.label_names))
-            places = first_of_each_class(labels.numpy(), each)
-        return list(examples.subset(places.tolist()).labelled_batches(self.options.eval_batch_size))
-
-    def _take_steps(self, model: QTuningModel, number: int, previous: str | None, checkpoints: Path) -> dict[str, Any]:
+    def _take_steps(
+        self, model: QTuningModel, number: int, train: EncodedExamples, previous: str | None, checkpoints: Path
+    ) -> dict[str, Any]:
         """Train the task that is started, and return what the record says of its steps."""
         task = self.tasks[number]
-        split, answers = self._encoded(task), self._answers(task)
-        train = split["train"] if answers is None else self.encoder.encode_with_answers(task.train, answers)
         if model.retains_memory:
             train = train.with_column("retention_features", self._features(model, train, previous))
         trainer = TaskTrainer(
@@ -306,8 +267,8 @@ class LifelongTrainer:
             replace(self.options, seed=_task_seed(self.options.seed, number)),
             checkpoints,
             train=train,
-            validation=split["validation"],
-            answers=answers,
+            validation=self._encoded(task)["validation"],
+            answers=self._answers(task),
             callbacks=[self.listener.step_callback(self.options.steps)],
         )
         trainer.train_or_resume()
@@ -380,6 +341,13 @@ class LifelongTrainer:
     def _answers(self, task: Task) -> Answers | None:
         return self.encoder.encode_answers(task.answers, task=task.name)
 
+    def _to_train_on(self, task: Task) -> EncodedExamples:
+        """Return the training split; of a language model with its answers as labels."""
+        answers = self._answers(task)
+        return (
+            self._encoded(task)["train"] if answers is None else self.encoder.encode_with_answers(task.train, answers)
+        )
+
     def _answers_of(self, name: str) -> Answers | None:
         return next(self._answers(task) for task in self.tasks if task.name == name)
 
@@ -425,19 +393,6 @@ class LifelongTrainer:
             "device": device_name(self.base_model.device),
             "seed": self.options.seed,
         }
-
-
-def _check_start(config: QTuningConfig, options: TrainingOptions, names: Sequence[str]) -> None:
-    """Refuse settings under which what a task starts from would be wrong or missing."""
-    if options.starts_from not in (RANDOM, PREVIOUS, VALIDATION, *names):
-        raise ValueError(
-            f"start_from is {options.start_from!r}; it must be {RANDOM!r}, {PREVIOUS!r}, {VALIDATION!r} or one of the "
-            f"tasks: {', '.join(names)}"
-        )
-    if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
-        raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; set it to 'random'")
-    if not options.steps and config.prompt_length + config.shared_length:
-        raise ValueError("steps is 0, so prompts would stay random; train them, or set both their lengths to 0")
 
 
 def _task_seed(seed: int, number: int) -> int:

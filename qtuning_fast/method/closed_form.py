@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.method.labels import IGNORED, MULTI, REGRESSION, SINGLE, counted, example_losses
+from qtuning_fast.method.statistics import ClassMoments
 from qtuning_fast.method.task_rules import oas_shrinkage
 from qtuning_fast.method.temperature import best_temperature
 
@@ -45,15 +46,16 @@ class LinearHead:
 
         What the others agree on is the sum of the others, each of norm 1.
         """
-        return _sum([self._of_unit_norm(), _sum([other._of_unit_norm() for other in others])._of_unit_norm()])
+        return summed([self.of_unit_norm(), summed([other.of_unit_norm() for other in others]).of_unit_norm()])
 
-    def _of_unit_norm(self) -> LinearHead:
+    def of_unit_norm(self) -> LinearHead:
         """Return a head with the same differences between classes, up to a factor, and weights of norm 1."""
         weight, bias = self.weight - self.weight.mean(0), self.bias - self.bias.mean()
         return LinearHead(weight, bias).scaled(1 / max(float(weight.norm()), 1e-12))
 
 
-def _sum(heads: Sequence[LinearHead]) -> LinearHead:
+def summed(heads: Sequence[LinearHead]) -> LinearHead:
+    """Return the head whose outputs are the sums of the heads' outputs."""
     weights, biases = zip(*((head.weight, head.bias) for head in heads))
     return LinearHead(torch.stack(weights).sum(0), torch.stack(biases).sum(0))
 
@@ -84,15 +86,13 @@ def _classes(x: Tensor, y: Tensor, classes: int) -> LinearHead:
     A class that no example has gets the least output that another class has for any of the examples: it is never
     answered for them, and training can raise it.
     """
-    counts = torch.bincount(y, minlength=classes)
-    seen = counts > 0
+    moments = ClassMoments.of(x, y, classes)
+    seen, weight, bias = moments.seen, x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
     if not seen.any():
-        return LinearHead(x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
-    means = x.new_zeros(classes, x.shape[1]).index_add_(0, y, x) / counts.clamp(min=1)[:, None]
-    middle = means[seen].mean(0)  # features may be far from zero, compared with what tells classes apart
-    away = means[seen] - middle
-    weight, bias = x.new_zeros(classes, x.shape[1]), x.new_zeros(classes)
-    weight[seen] = _solve(x - means[y], len(y) - int(seen.sum()), away)
+        return LinearHead(weight, bias)
+    middle = moments.means[seen].mean(0)  # features may be far from zero, compared with what tells classes apart
+    away = moments.means[seen] - middle
+    weight[seen] = _solve(moments.factor, len(y) - int(seen.sum()), away)
     bias[seen] = -0.5 * (away * weight[seen]).sum(1) - weight[seen] @ middle
     bias[seen] -= bias[seen].mean()
     bias[~seen] = (x @ weight[seen].mT + bias[seen]).min()
@@ -111,24 +111,24 @@ def _yes_or_no(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _numbers(x: Tensor, y: Tensor) -> LinearHead:
     """`ȳ + cov(y, φ) Σ⁻¹ (φ − φ̄)`, Σ the shrunk covariance of the features."""
-    middle, target, freedom = x.mean(0), y.mean(0), max(1, len(x) - 1)
-    weight = _solve(x - middle, len(x) - 1, (y - target).mT @ (x - middle) / freedom)
+    moments, target, freedom = ClassMoments.of(x, torch.zeros(len(x), dtype=torch.long), 1), y.mean(0), len(x) - 1
+    middle = moments.means[0]
+    weight = _solve(moments.factor, freedom, (y - target).mT @ (x - middle) / max(1, freedom))
     return LinearHead(weight, target - weight @ middle)
 
 
-def _solve(rows: Tensor, freedom: int, right: Tensor) -> Tensor:
-    """Return `right Σ⁻¹`, `Σ = (1−ρ) S/m + ρ tr(S/m)/F I` with `S = rowsᵀ rows`; Σ is the identity where S is zero.
+def _solve(factor: Tensor, freedom: int, right: Tensor) -> Tensor:
+    """Return `right Σ⁻¹`, `Σ = (1−ρ) S/m + ρ tr(S/m)/F I` with `S = factorᵀ factor`; the identity where S is zero.
 
-    Where there are fewer rows than features only the rows' products with each other are needed (Woodbury).
+    Where the factor has fewer rows than features only their products with each other are needed (Woodbury).
 
     Args:
-        rows: `[n, F]`, centred.
+        factor: `[r, F]`.
         freedom: m.
         right: `[k, F]`.
     """
-    n, size = rows.shape
-    few = n < size
-    gram = rows @ rows.mT if few else rows.mT @ rows
+    few, size = len(factor) < factor.shape[1], factor.shape[1]
+    gram = factor @ factor.mT if few else factor.mT @ factor
     trace = float(gram.trace()) / max(freedom, 1)
     if freedom <= 0 or trace <= 0:
         return right
@@ -137,11 +137,11 @@ def _solve(rows: Tensor, freedom: int, right: Tensor) -> Tensor:
     inner = ridge * torch.eye(len(gram), dtype=torch.float64) + scale * gram
     if not few:
         return torch.linalg.solve(inner, right.mT).mT
-    return (right - scale * torch.linalg.solve(inner, rows @ right.mT).mT @ rows) / ridge
+    return (right - scale * torch.linalg.solve(inner, factor @ right.mT).mT @ factor) / ridge
 
 
 @dataclass(frozen=True)
-class Examples:
+class LabelledFeatures:
     """Features of a task's examples, and labels as `qtuning_fast.method.labels` has them.
 
     Attributes:
@@ -155,16 +155,16 @@ class Examples:
     def __len__(self) -> int:
         return len(self.features)
 
-    def rows(self, chosen: Tensor) -> Examples:
+    def rows(self, chosen: Tensor) -> LabelledFeatures:
         """Return some of the examples."""
-        return Examples(self.features[chosen], self.labels[chosen])
+        return LabelledFeatures(self.features[chosen], self.labels[chosen])
 
 
-HeadMaker = Callable[[Examples], LinearHead]
+HeadMaker = Callable[[LabelledFeatures], LinearHead]
 
 
 def judged_head(
-    make: HeadMaker, examples: Examples, validation: Examples | None, problem_type: str = SINGLE
+    make: HeadMaker, examples: LabelledFeatures, validation: LabelledFeatures | None, problem_type: str = SINGLE
 ) -> tuple[LinearHead, Tensor]:
     """Return a head made from examples, and its losses on examples that it was not made from.
 
@@ -197,16 +197,16 @@ def judged_head(
     return scaled, example_losses(outputs / temperature, labels, problem_type)
 
 
-def _fair(seen: Examples, some: Examples, problem_type: str) -> Examples:
+def _fair(seen: LabelledFeatures, some: LabelledFeatures, problem_type: str) -> LabelledFeatures:
     """Return the examples by which a head made from those seen may be judged: those of classes that it was shown."""
     if problem_type != SINGLE:
         return some
     labels = some.labels.reshape(-1).long()
     fair = (labels != IGNORED) & torch.isin(labels, seen.labels.reshape(-1).long())
-    return Examples(some.features[fair], labels[fair])
+    return LabelledFeatures(some.features[fair], labels[fair])
 
 
-def _places(examples: Examples, problem_type: str) -> Tensor:
+def _places(examples: LabelledFeatures, problem_type: str) -> Tensor:
     """Return the fold of each example, `[n]`; the examples of a class are dealt to the folds in turn."""
     turn = torch.arange(len(examples))
     if problem_type == SINGLE:

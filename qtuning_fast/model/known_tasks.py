@@ -16,7 +16,7 @@ from qtuning_fast.method.statistics import ClassMoments, Labelled, Recorder, Tas
 from qtuning_fast.method.task_inference import FittedRule
 from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
 from qtuning_fast.model.backbone import Backbone
-from qtuning_fast.model.distributed import gathered
+from qtuning_fast.model.distributed import gathered_from
 from qtuning_fast.model.output import read_inputs
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsInfo, StatisticsRegistry
 
@@ -108,22 +108,18 @@ class KnownTasks:
         """
         task = self._adapters.entry(name)
         info = task.info
-        recorder, held_out = Recorder(classes_of(info), self.rule.maps), list[Labelled]()
-        error: Exception | None = None
-        try:
+
+        def mine() -> tuple[Recorder, list[Labelled]]:
+            recorder = Recorder(classes_of(info), self.rule.maps)
             for batch in batches:
                 recorder.add(*self._labelled(batch, info, features))
-            held_out += [self._labelled(batch, info, features) for batch in validation]
-        except Exception as found:  # the other processes must not wait for this one
-            error = found
-        processes = gathered((recorder, held_out, error))
-        for *_, theirs in processes:
-            if theirs is not None:
-                raise theirs
+            return recorder, [self._labelled(batch, info, features) for batch in validation]
+
+        processes = gathered_from(mine)
         together = Recorder(classes_of(info))
-        for their_recorder, _, _ in processes:
+        for their_recorder, _ in processes:
             together.absorb(their_recorder)
-        statistics = together.finish([part for _, parts, _ in processes for part in parts])
+        statistics = together.finish([part for _, parts in processes for part in parts])
         with self._backbone.injector.lock:
             if name not in self._adapters or self._adapters.entry(name) is not task:
                 raise ValueError(f"task {name!r} was removed while its statistics were recorded; record them again")

@@ -279,7 +279,7 @@ class QTuningModel(PretrainedInterface):
                 raise ValueError(f"name is {name!r}, but a finished task has that name; choose another")
             if validation is not None and examples is None:
                 raise ValueError("validation judges starts that are made from examples; give examples, too")
-            check_start(self._tasks, self.training_prefix, start_from, has_examples=examples is not None)
+            check_start(self._tasks, start_from, has_examples=examples is not None)
             with self._active.kept():
                 try:
                     self.backbone.check_gradient(self.layer_indices)
@@ -292,13 +292,7 @@ class QTuningModel(PretrainedInterface):
             self.learning.start(name, labels, self.device, retains=self._may_retain, problem_type=problem_type)
             synchronize([parameter for parameter in self.parameters() if parameter.requires_grad])
             self.set_task(name)
-            random = self.training_prefix.prompts()
-            try:
-                return choose_start(self, start_from, donors, given)
-            except Exception:
-                self.training_prefix.start_prompts(random)
-                self.set_task(name)
-                raise
+            return choose_start(self, start_from, donors, given)
 
     def finish_task(self) -> TaskAdapter:
         """Fold the trained prompt, store the task's adapter and free what only training needed.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
-from qtuning_fast.method.closed_form import Examples, LinearHead, closed_form_head, judged_head
+from qtuning_fast.method.closed_form import LabelledFeatures, LinearHead, closed_form_head, judged_head
 from qtuning_fast.method.labels import IGNORED, SINGLE, check_labels, class_count
 from qtuning_fast.method.statistics import ClassMoments
 from qtuning_fast.model.distributed import gathered_from, synchronize
@@ -30,7 +30,7 @@ from qtuning_fast.model.training_prefix import TrainingPrefix
 if TYPE_CHECKING:
     from qtuning_fast.model.model import QTuningModel
 
-QUEUE_MEAN, PROMPT, CLOSED_FORM = "queue mean", "prompt", "closed form"
+QUEUE_MEAN, PROMPT, CLOSED_FORM = "queue-mean", "prompt", "closed-form"
 
 NEAREST = 3
 """How many finished tasks are tried at most."""
@@ -44,9 +44,9 @@ class Start:
     """Where a task starts.
 
     Attributes:
-        rows: `"random"`, `"queue mean"`, or `"prompt"`: that of a finished task.
+        rows: `"random"`, `"queue-mean"`, or `"prompt"`: that of a finished task.
         donor: this task; None for other rows, or if it has been removed.
-        head: `"random"` or `"closed form"`; None for a language model, which has no heads.
+        head: `"random"` or `"closed-form"`; None for a language model, which has no heads.
         mixed_with: the finished tasks with the same classes whose heads are mixed into the closed form.
         loss: the mean loss on the new task's examples, each by a head that was not made from it; None if there were no
             examples to judge by.
@@ -72,7 +72,7 @@ class ChosenStart:
 
 
 class StartExamples:
-    """Examples of a task that is about to start, and the features that the base model has of them.
+    """LabelledFeatures of a task that is about to start, and the features that the base model has of them.
 
     They are checked and read before the task starts: what does not fit is refused before anything has changed.
 
@@ -125,7 +125,7 @@ class StartExamples:
         device = self._model.device
         return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()}
 
-    def read(self, task: str | None) -> tuple[Examples, Examples | None]:
+    def read(self, task: str | None) -> tuple[LabelledFeatures, LabelledFeatures | None]:
         """Return the features and labels of all processes' examples, and of the validation examples, under a task.
 
         Raises:
@@ -133,7 +133,8 @@ class StartExamples:
         """
         processes = gathered_from(lambda: [self._features(part, task) for part in self._parts])
         examples, validation = (
-            Examples(*(torch.cat([each[kind] for each in part]) for kind in range(2))) for part in zip(*processes)
+            LabelledFeatures(*(torch.cat([each[kind] for each in part]) for kind in range(2)))
+            for part in zip(*processes)
         )
         return examples, validation if len(validation) else None
 
@@ -156,7 +157,7 @@ class StartExamples:
         outputs = len(self._label_names)
         return torch.zeros(0, outputs) if batch is None else batch["labels"].reshape(-1, outputs).float()
 
-    def _counting(self, examples: Examples) -> Tensor:
+    def _counting(self, examples: LabelledFeatures) -> Tensor:
         """Return whether each example counts, `[n]`."""
         if self._model.has_heads and self._problem_type == SINGLE:
             return examples.labels != IGNORED
@@ -191,7 +192,7 @@ def _on_cpu(x: Any) -> Any:
     return x.cpu() if isinstance(x, Tensor) else x
 
 
-def check_start(tasks: Tasks, prefix: TrainingPrefix, start_from: object, *, has_examples: bool) -> None:
+def check_start(tasks: Tasks, start_from: object, *, has_examples: bool) -> None:
     """Raise a TypeError or ValueError if no task can start from there."""
     if not isinstance(start_from, str):
         raise TypeError(f"start_from is a {type(start_from).__name__}; it must be a string")
@@ -200,13 +201,11 @@ def check_start(tasks: Tasks, prefix: TrainingPrefix, start_from: object, *, has
             f"start_from is {VALIDATION!r}, which chooses by examples of the new task; give examples, or start from "
             f"{RANDOM!r}, {PREVIOUS!r} or a finished task"
         )
-    if start_from not in (RANDOM, PREVIOUS, VALIDATION):
-        if start_from not in tasks.adapters:
-            raise ValueError(
-                f"start_from is {start_from!r}; it must be {RANDOM!r}, {PREVIOUS!r}, {VALIDATION!r} or one of the "
-                f"finished tasks: {', '.join(tasks.adapters) or 'none yet'}"
-            )
-        prefix.own_prompts(tasks.adapters[start_from])
+    if start_from not in (RANDOM, PREVIOUS, VALIDATION) and start_from not in tasks.adapters:
+        raise ValueError(
+            f"start_from is {start_from!r}; it must be {RANDOM!r}, {PREVIOUS!r}, {VALIDATION!r} or one of the "
+            f"finished tasks: {', '.join(tasks.adapters) or 'none yet'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,11 @@ class Donors:
         problem_type: str,
         examples: StartExamples | None,
     ) -> Donors:
-        """Return those of the tasks that a start allows."""
+        """Return those of the tasks that a start allows.
+
+        Raises:
+            ValueError: the task to start from has no prompt of its own.
+        """
         prefix, names = model.training_prefix, list[str]()
         last, previous = model.learning.last_learned, prefix.prompts()
         if start_from == VALIDATION and examples is not None:
@@ -275,26 +278,45 @@ def choose_start(model: QTuningModel, start_from: str, donors: Donors, examples:
         start_from: see `QTuningModel.start_task`.
         donors: what finished tasks give it.
         examples: of the new task; without them the rows are those of `start_from`, and a head starts at random.
+
+    Whatever an error comes from, the task has then started with the rows and the head that it had.
     """
     prefix, learning = model.training_prefix, model.learning
-    sources = _sources(prefix, start_from, donors)
+    random = prefix.prompts()
+    try:
+        tried = _tried(model, _sources(prefix, start_from, donors), donors, examples)
+        best = _best(tried)
+        prefix.start_prompts(best.rows)
+        if best.head is not None:
+            learning.set_head(best.head)
+    except Exception:
+        prefix.start_prompts(random)
+        raise
+    finally:
+        model.set_task(learning.task)
+    synchronize([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model.set_task(learning.task)
+    return ChosenStart(best.start, tuple(each.start for each in tried))
+
+
+def _tried(
+    model: QTuningModel,
+    sources: Sequence[tuple[str, str | None, Rows]],
+    donors: Donors,
+    examples: StartExamples | None,
+) -> list[_Tried]:
+    """Return each start with its losses, one after another on the model."""
     tried: list[_Tried] = []
     for kind, donor, rows in sources:
-        prefix.start_prompts(rows)
-        model.set_task(learning.task)
+        model.training_prefix.start_prompts(rows)
+        model.set_task(model.learning.task)
         if examples is not None and model.has_heads:
             tried += _with_heads(model, kind, donor, rows, donors, examples)
             continue
         losses = torch.zeros(0) if examples is None or len(sources) == 1 else examples.losses()
         head = "random" if model.has_heads else None
         tried.append(_Tried(Start(kind, donor, head, loss=_mean(losses)), rows, None, losses))
-    best = _best(tried)
-    prefix.start_prompts(best.rows)
-    if best.head is not None:
-        learning.set_head(best.head)
-    synchronize([parameter for parameter in model.parameters() if parameter.requires_grad])
-    model.set_task(learning.task)
-    return ChosenStart(best.start, tuple(each.start for each in tried))
+    return tried
 
 
 def _sources(prefix: TrainingPrefix, start_from: str, donors: Donors) -> list[tuple[str, str | None, Rows]]:
@@ -319,10 +341,10 @@ def _with_heads(
     seen, validation = examples.read(model.learning.task)
     theirs = {name: head for name, head in donors.heads.items() if donor in (None, name)}
 
-    def closed_form(some: Examples) -> LinearHead:
+    def closed_form(some: LabelledFeatures) -> LinearHead:
         return closed_form_head(some.features, some.labels, outputs, problem_type)
 
-    def mixed(some: Examples) -> LinearHead:
+    def mixed(some: LabelledFeatures) -> LinearHead:
         return closed_form(some).mixed(list(theirs.values()))
 
     tried = []

@@ -171,9 +171,9 @@ def make_task(name: str, i: int, rng: np.random.Generator, gate: bool, capacity:
 
 def make_start(i: int, rng: np.random.Generator) -> dict[str, Any]:
     """The first task has no choice, the others from four starts."""
-    rows = [("random", None), ("queue mean", None), ("prompt", "task before"), ("prompt", "task before")]
+    rows = [("random", None), ("queue-mean", None), ("prompt", "task before"), ("prompt", "task before")]
     considered: list[dict[str, Any]] = [
-        {"rows": kind, "donor": donor, "head": "closed form", "mixed_with": [], "loss": 0.4 + 0.3 * rng.random()}
+        {"rows": kind, "donor": donor, "head": "closed-form", "mixed_with": [], "loss": 0.4 + 0.3 * rng.random()}
         for kind, donor in rows[: 4 if i else 1]
     ]
     if i:

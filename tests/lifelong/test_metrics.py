@@ -183,11 +183,11 @@ def test_the_word_names_what_is_measured(make_metrics):
 
 
 def test_a_start_is_said_in_words():
-    chosen = {"rows": "prompt", "donor": "films", "head": "closed form", "mixed_with": ["films", "books"], "loss": 0.4}
+    chosen = {"rows": "prompt", "donor": "films", "head": "closed-form", "mixed_with": ["films", "books"], "loss": 0.4}
     plain = {"rows": "random", "donor": None, "head": "random", "mixed_with": [], "loss": None}
     assert start_in_words({"chosen": chosen, "considered": [plain, chosen]}) == (
         "the prompt of films with a head in closed form, mixed with that of films and books (loss 0.400; 2 were tried)"
     )
     assert start_in_words({"chosen": plain, "considered": [plain]}) == "random rows with a random head"
-    mean = plain | {"rows": "queue mean", "head": None}
-    assert start_in_words({"chosen": mean, "considered": [mean]}) == "the mean of the queue"
+    mean = plain | {"rows": "queue-mean", "head": None}
+    assert start_in_words({"chosen": mean, "considered": [mean]}) == "the queue's mean"

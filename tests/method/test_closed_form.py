@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from sklearn.covariance import OAS
 from torch import Tensor
 
-from qtuning_fast.method.closed_form import Examples, LinearHead, closed_form_head, judged_head
+from qtuning_fast.method.closed_form import LabelledFeatures, LinearHead, closed_form_head, judged_head
 from qtuning_fast.method.labels import IGNORED, MULTI, REGRESSION, SINGLE
 from qtuning_fast.method.statistics import FEATURES, ClassMoments, TaskStatistics
 from qtuning_fast.method.task_rules import SharedGaussian
 
 
-def draw(n: int, size: int, classes: int, seed: int = 0) -> Examples:
+def draw(n: int, size: int, classes: int, seed: int = 0) -> LabelledFeatures:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     means = torch.randn(classes, size, generator=generator)
-    return Examples(means[labels] + torch.randn(n, size, generator=generator), labels)
+    return LabelledFeatures(means[labels] + torch.randn(n, size, generator=generator), labels)
 
 
-def made(some: Examples) -> LinearHead:
+def made(some: LabelledFeatures) -> LinearHead:
     return closed_form_head(some.features, some.labels, 3)
 
 
-def typed(outputs: int, problem_type: str, some: Examples) -> LinearHead:
+def typed(outputs: int, problem_type: str, some: LabelledFeatures) -> LinearHead:
     return closed_form_head(some.features, some.labels, outputs, problem_type)
 
 
@@ -51,7 +51,7 @@ def test_classes_have_the_classifier_by_which_tasks_are_inferred(n: int, size: i
 @pytest.mark.parametrize("offset", [0.0, 3.0, 100.0])
 def test_how_far_features_are_from_zero_does_not_matter(offset: float) -> None:
     near, far = draw(30, 384, 3), draw(30, 384, 3)
-    far = Examples(far.features.double() + offset, far.labels)
+    far = LabelledFeatures(far.features.double() + offset, far.labels)
     test = draw(300, 384, 3)
     answers = [made(some)(test.features.double() + shift).argmax(1) for some, shift in ((near, 0.0), (far, offset))]
     assert torch.equal(*answers)
@@ -101,7 +101,7 @@ def test_an_example_that_is_left_out_does_not_count() -> None:
 
 def test_a_head_is_judged_by_examples_that_it_was_not_made_from() -> None:
     generator = torch.Generator().manual_seed(1)
-    noise = Examples(torch.randn(30, 200, generator=generator), torch.arange(30) % 3)
+    noise = LabelledFeatures(torch.randn(30, 200, generator=generator), torch.arange(30) % 3)
     head = made(noise)
     assert (head(noise.features).argmax(1) == noise.labels).all()  # it knows its own examples by heart
     losses = judged_head(made, noise, None)[1]
@@ -131,11 +131,11 @@ def test_one_example_a_class_leaves_nothing_to_judge_by(n: int) -> None:
 
 def test_labels_and_numbers_are_judged_too() -> None:
     examples = draw(40, 5, 2)
-    numbers = Examples(examples.features, examples.features[:, :1] * 2)
+    numbers = LabelledFeatures(examples.features, examples.features[:, :1] * 2)
     losses = judged_head(partial(typed, 1, REGRESSION), numbers, None, REGRESSION)[1]
     assert losses.mean() < 0.5 * float(numbers.labels.var())
     labels = torch.stack([examples.labels, 1 - examples.labels], 1).double()
-    both = Examples(examples.features, labels)
+    both = LabelledFeatures(examples.features, labels)
     assert judged_head(partial(typed, 2, MULTI), both, None, MULTI)[1].mean() < math.log(2)
 
 
@@ -175,7 +175,7 @@ def test_all_heads_are_judged_by_the_same_examples() -> None:
     labels = examples.labels.clone()
     labels[labels == 2] = 0
     labels[0] = 2  # one example of a class, which no other fold shows
-    some, other = Examples(examples.features, labels), head_of(*torch.randn(3, 9).tolist())
+    some, other = LabelledFeatures(examples.features, labels), head_of(*torch.randn(3, 9).tolist())
     plain = judged_head(made, some, draw(12, 8, 3))[1]
     mixed = judged_head(lambda rest: made(rest).mixed([other]), some, draw(12, 8, 3))[1]
     assert len(plain) == len(mixed) == 39 + 12

@@ -95,7 +95,7 @@ def test_with_examples_a_head_starts_in_closed_form(tiny_bert: BertModel) -> Non
     model = model_of(tiny_bert)
     examples, held_out = texts(16), texts(16, 1)
     found = model.start_task("first", 2, examples=[examples], validation=[held_out])
-    assert (found.chosen.rows, found.chosen.head, found.chosen.mixed_with) == ("random", "closed form", ())
+    assert (found.chosen.rows, found.chosen.head, found.chosen.mixed_with) == ("random", "closed-form", ())
     inputs = {name: x for name, x in examples.items() if name != "labels"}
     wanted = closed_form_head(model.features(inputs, task="first"), examples["labels"], 2)
     assert model.head is not None
@@ -116,7 +116,7 @@ def test_the_start_is_the_one_with_the_least_loss_and_is_what_the_task_computes_
     assert found.chosen.loss in (losses[0], min(losses))
     assert len(losses) == len({(each.rows, each.donor, each.mixed_with) for each in found.considered}) == 10
     rows = sources(found)
-    assert rows[:2] == [("random", None), ("queue mean", None)] and len(rows) == 2 + NEAREST
+    assert rows[:2] == [("random", None), ("queue-mean", None)] and len(rows) == 2 + NEAREST
     again = model.features({k: v for k, v in examples.items() if k != "labels"}, task="next")
     if not found.chosen.mixed_with:
         wanted = closed_form_head(again, examples["labels"], 2).weight
@@ -274,7 +274,7 @@ def test_a_language_models_starts_are_judged_by_the_loss_of_each_example(kind: s
     found = model.start_task("next", start_from="validation", examples=[batch])
     assert [(each.rows, each.donor, each.head) for each in found.considered] == [
         ("random", None, None),
-        ("queue mean", None, None),
+        ("queue-mean", None, None),
         ("prompt", "first", None),
     ]
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_several_labels_and_numbers_start_in_closed_form_too(tiny_bert: BertMode
         found = model.start_task(
             name, label_names=names, problem_type=problem_type, start_from="validation", examples=[batch]
         )
-        assert found.chosen.head == "closed form" and not any(each.mixed_with for each in found.considered)
+        assert found.chosen.head == "closed-form" and not any(each.mixed_with for each in found.considered)
         with torch.no_grad():
             started = float(model(**batch).loss)
         assert started < (0.693 if problem_type == MULTI else 0.25)  # as good as no features

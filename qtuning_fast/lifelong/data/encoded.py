@@ -48,25 +48,19 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
         part.columns = {name: column[places] for name, column in self.columns.items()}
         return part
 
-    @property
-    def lengths(self) -> Tensor:
-        """The number of tokens of each example, `[examples]`; images all have the same."""
-        mask = self.columns.get("attention_mask")
-        return torch.zeros(len(self), dtype=torch.long) if mask is None else mask.sum(1)
-
     def by_length(self) -> tuple[EncodedExamples, Tensor]:
-        """The examples from the shortest to the longest, and their places, with which `in_order` undoes it."""
-        places = self.lengths.argsort(stable=True)
+        """The examples from the shortest to the longest text, and their places `[examples]`; see `in_order`."""
+        mask = self.columns.get("attention_mask")
+        places = torch.arange(len(self)) if mask is None else mask.sum(1).argsort(stable=True)
         return self.subset(places.tolist()), places
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """The inputs without labels, in order, on the device; no batch is longer than its longest text."""
-        for start in range(0, len(self), batch_size):
-            rows = without_padding(self.rows(slice(start, start + batch_size)))
+        for rows in self.labelled_batches(batch_size):
             yield {name: column.to(device) for name, column in rows.items() if name != "labels"}
 
     def labelled_batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The inputs with their labels, in order."""
+        """The inputs with their labels, in order; no batch is longer than its longest text."""
         for start in range(0, len(self), batch_size):
             yield without_padding(self.rows(slice(start, start + batch_size)))
 
@@ -93,7 +87,7 @@ def _without_columns_behind(used: Tensor) -> int:
 
 
 def in_order(rows: Tensor, places: Tensor) -> Tensor:
-    """Put what was computed of `by_length` back in the order of the examples."""
+    """Put rows `[examples, ...]` that were computed of `by_length` back in the order of the examples."""
     return torch.empty_like(rows).index_copy_(0, places, rows)
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from qtuning_fast.lifelong.metrics import EVALUATIONS, Metrics, final_accuracies, in_words, measured
+from qtuning_fast.lifelong.metrics import EVALUATIONS, START_ROWS, Metrics, final_accuracies, in_words, measured
 from qtuning_fast.lifelong.report.plot_style import (
     FAINT,
     INK,
@@ -136,18 +136,16 @@ def starts(metrics: Metrics) -> Figure:
     if not judged:
         raise NoDataError("Where tasks started: no task of this run had a choice.")
     figure, [axes] = new_figure("Where tasks started", height=1.4 + 0.32 * len(judged))
-    kinds = {"random": "o", "queue mean": "s", "prompt": "^"}
-    names = {"random": "random rows", "queue mean": "the queue's mean", "prompt": "the prompt of a task"}
+    markers = dict(zip(START_ROWS, "os^"))
     for row, (_, start) in enumerate(judged):
         for each in start["considered"]:
             if each["loss"] is None:
                 continue
-            marker = kinds[each["rows"]]
             color = PALETTE["task_adapter" if each["mixed_with"] else "live_queue"]
             face, size = (color, 9) if each == start["chosen"] else ("none", 6)
-            axes.plot(each["loss"], row, marker, color=color, markerfacecolor=face, markersize=size)
-    for kind, marker in kinds.items():
-        axes.plot([], [], marker, color=INK, markerfacecolor="none", label=names[kind])
+            axes.plot(each["loss"], row, markers[each["rows"]], color=color, markerfacecolor=face, markersize=size)
+    for kind, marker in markers.items():
+        axes.plot([], [], marker, color=INK, markerfacecolor="none", label=START_ROWS[kind])
     axes.plot([], [], "o", color=PALETTE["live_queue"], label="head in closed form, or none")
     axes.plot([], [], "o", color=PALETTE["task_adapter"], label="mixed with heads of tasks")
     axes.set_yticks(range(len(judged)), [label(name) for name, _ in judged])

@@ -9,7 +9,7 @@ from qtuning_fast.bench.learning.run import OUT, result_file
 
 
 def entry(arm: str, draw: int, value: float) -> dict[str, Any]:
-    chosen = {"rows": "random", "donor": None, "head": "closed form", "mixed_with": [], "loss": 0.5}
+    chosen = {"rows": "random", "donor": None, "head": "closed-form", "mixed_with": [], "loss": 0.5}
     start = {"chosen": chosen, "considered": [chosen]}
     task = {"best_step": 10, "validation_curve": [[10, 0.5]], "start": start}
     accuracy = {"task_adapter": [0.9, value], "live_queue": [0.9, value - 0.1]}
@@ -30,7 +30,7 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
     text = " ".join(page.read_text().split())
     assert "6 are done; what is not done is missing below" in text
     assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
-    assert "Of 3 tasks that had a choice, 3 started from random rows." in text
+    assert "Where the 3 tasks after the first started: 3 from random rows." in text
     assert [path.name for path in images.iterdir()] == ["learning-related-16.png"]
 
 

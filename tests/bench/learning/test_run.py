@@ -26,8 +26,8 @@ class ToyStream:
     def __init__(self, files: dict[str, Path]) -> None:
         self._files = files
 
-    def load(self, shots: int, draw: int) -> list[Any]:
-        sizes: dict[str, Any] = {"shots": shots, "validation_shots": 4, "test_size": 8, "seed": draw}
+    def load(self, *, shots: int, seed: int) -> list[Any]:
+        sizes: dict[str, Any] = {"shots": shots, "validation_shots": 4, "test_size": 8, "seed": seed}
         return [load_task(f"{name}={path}", **sizes) for name, path in list(self._files.items())[:3]]
 
 
@@ -75,7 +75,9 @@ def test_with_random_rows_in_the_queue_all_else_is_as_without(toy: Path, tmp_pat
     for arm, trainer in (("from-random", LifelongTrainer), ("random rows in the queue", study.WithRandomQueue)):
         config, training = ARMS[arm].settings(stream, 0)
         base, tokenizer = study.load_base_model("tiny")
-        with trainer(base, tokenizer, config, stream.load(4, 0), training, tmp_path / arm)._attached() as model:
+        with trainer(
+            base, tokenizer, config, stream.load(shots=4, seed=0), training, tmp_path / arm
+        )._attached() as model:
             for name in ("first", "second"):
                 torch.manual_seed(1)
                 model.start_task(name, 2)
