@@ -8,47 +8,60 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 
 from matplotlib.figure import Figure
 
-from qtuning_fast.bench.learning.arms import LINEAR, PARTS
+from qtuning_fast.bench.learning.answers import answers
+from qtuning_fast.bench.learning.arms import CORE, LINEAR, PARTS, PEERS, PLACES
 from qtuning_fast.bench.learning.linear import CLASSIFIERS
 from qtuning_fast.bench.learning.run import OUT
-from qtuning_fast.bench.learning.summary import BASE, Estimate, Results, difference, read
+from qtuning_fast.bench.learning.summary import BASE, Estimate, Results, difference, points, read
 from qtuning_fast.lifelong.metrics import START_ROWS
 from qtuning_fast.lifelong.report.plot_style import INK, PALETTE, new_figure
 
 PAGE = Path("docs/learning.md")
 IMAGES = Path("docs/images")
 
+CONTROL = "random rows in the queue"
+INGREDIENTS = {
+    "no queue": "queue of several prompts",
+    CONTROL: "what is in the queue",
+    "no reweighting": "reweighting W",
+    "no gate": "gate",
+    "no shared prompt": "shared prompt, with retention",
+    "no retention": "memory retention",
+    "fifo": "PCA, not first in first out",
+    "random eviction": "PCA, not a random prompt",
+    "no queue, no shared prompt": "queue and shared prompt",
+    "no reweighting, no gate": "reweighting and gate",
+}
+WORTH = (
+    "The defaults less the defaults without the ingredient, in points: the ingredient helps if this is above 0, of "
+    "forgetting below 0. With twenty such differences one interval in twenty excludes 0 by chance."
+)
+
 TITLES = {"related": "Related tasks", "halves": "Halves of one task", "unrelated": "Unrelated tasks"}
-
-
-def points(estimate: Estimate | None, *, mark: bool = True) -> str:
-    """A difference in points with its interval; bold if that excludes 0."""
-    if estimate is None:
-        return "–"
-    if estimate.half_width is None:
-        return f"{100 * estimate.mean:+.1f}"
-    text = f"{100 * estimate.mean:+.1f} ± {100 * estimate.half_width:.1f}"
-    return f"**{text}**" if mark and estimate.excludes_zero else text
 
 
 def accuracy(values: dict[int, float]) -> str:
     return f"{Estimate.of(list(values.values())).mean:.3f}" if values else "–"
 
 
+def rows_of(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, its columns by name."""
+    columns = head.split("|")
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
 def table(results: Results) -> list[str]:
     """Each arm's accuracy, its differences to random starts and to the tuned probe, its steps and its live queue."""
-    lines = [
-        "| arm | draws | adapters | against `from-random` | against the probe | steps to 95% | live queue |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     base, probe = results.scores(BASE), results.scores("probe")
-    for arm in results.arms:
+    for arm in of_methods(results):
         ours, steps = results.scores(arm), results.steps(arm)
         cells = [f"`{arm}`", str(len(ours)), accuracy(ours)]
         cells += ["" if arm == BASE else points(difference(ours, base)), points(difference(ours, probe))]
@@ -56,7 +69,7 @@ def table(results: Results) -> list[str]:
             f"{Estimate.of(list(steps.values())).mean:.0f}" if steps else "–",
             accuracy(results.scores(arm, "live_queue")),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     for name in CLASSIFIERS:
         ours = results.scores(name)
         if ours:
@@ -67,14 +80,44 @@ def table(results: Results) -> list[str]:
                 "",
                 "",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            rows.append(cells)
+    return rows_of("arm|draws|adapters|against `from-random`|against the probe|steps to 95%|live queue", rows)
+
+
+def of_methods(results: Results) -> list[str]:
+    """The arms that are whole methods, in the order of their declaration."""
+    return [arm for arm in (*CORE, *PEERS) if arm in results.arms and arm != CONTROL]
+
+
+def ingredients(results: Results) -> list[str]:
+    """What each ingredient is worth: the defaults less the defaults without it."""
+    rows = []
+    for arm, worth in INGREDIENTS.items():
+        if arm in results.arms:
+            measures = (results.scores, partial(results.scores, evaluation="live_queue"), results.forgetting)
+            found = [difference(of("start"), of(arm)) for of in measures]
+            draws = found[0].draws if found[0] else 0
+            rows.append([worth, f"`{arm}`", str(draws), *map(points, found)])
+    return rows_of("ingredient|arm without it|draws|adapters|live queue|forgetting of the live queue", rows)
+
+
+def places(results: Results) -> list[str]:
+    """Prompts elsewhere, or more of them, less the defaults."""
+    rows = []
+    for arm in PLACES:
+        ours = results.scores(arm)
+        if ours:
+            theirs, live = results.scores("start"), results.scores(arm, "live_queue")
+            cells = [accuracy(ours), points(difference(ours, theirs))]
+            cells.append(points(difference(live, results.scores("start", "live_queue"))))
+            rows.append([f"`{arm}`", str(len(ours)), *cells])
+    return rows_of("arm|draws|adapters|against `start`|live queue, against `start`", rows)
 
 
 def picture(results: Results, title: str) -> Figure:
     """The differences to random starts in points, with their intervals."""
     base = results.scores(BASE)
-    names = [*(arm for arm in results.arms if arm != BASE), *CLASSIFIERS]
+    names = [*(arm for arm in of_methods(results) if arm != BASE), *CLASSIFIERS]
     found = {name: difference(results.scores(name), base) for name in names}
     drawn = {name: each for name, each in found.items() if each is not None}
     figure, [axes] = new_figure(title, height=1.2 + 0.28 * len(drawn))
@@ -114,6 +157,8 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     lines = ["# What learning gains from earlier tasks", ""]
     for paragraph in paragraphs:
         lines += [fill(paragraph, 120), ""]
+    asked = [each.cells for each in answers(found)]
+    lines += ["## Answers", "", *rows_of("question|what counts as a yes|found|answer", asked), ""]
     for (stream, shots), results in found.items():
         title = TITLES.get(stream, stream)
         name = f"learning-{stream}-{shots}.png"
@@ -125,6 +170,10 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
         lines += [f"## {title}, {shots} shots", "", *table(results), "", *image]
         if "start" in results.arms:
             lines += [fill(starts(results), 120), ""]
+        if {*INGREDIENTS} & {*results.arms}:
+            lines += ["### What each ingredient is worth", "", fill(WORTH, 120), "", *ingredients(results), ""]
+        if {*PLACES} & {*results.arms}:
+            lines += ["### Where prompts are, and how many", "", *places(results), ""]
     lines += [
         "```bash",
         "python -m qtuning_fast.bench.learning.run --jobs 2  # what is left",

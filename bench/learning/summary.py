@@ -62,6 +62,10 @@ class Results:
         """The arms of which there are runs, without the linear classifiers."""
         return [arm for arm in self._runs if arm != LINEAR]
 
+    def forgetting(self, arm: str) -> dict[int, float]:
+        """Return the forgetting of the live queue of each draw of an arm."""
+        return {each["draw"]: each["forgetting"] for each in self.records(arm)}
+
     def scores(self, name: str, evaluation: str = "task_adapter") -> dict[int, float]:
         """Return the mean accuracy of each draw over the tasks after the first, of an arm or a linear classifier.
 
@@ -96,6 +100,16 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate | N
     """Return the mean of the differences, paired by draw; None if they share none."""
     shared = sorted(ours.keys() & theirs.keys())
     return Estimate.of([ours[draw] - theirs[draw] for draw in shared]) if shared else None
+
+
+def points(estimate: Estimate | None, *, mark: bool = True) -> str:
+    """A difference in points with its interval; bold if that excludes 0."""
+    if estimate is None:
+        return "–"
+    if estimate.half_width is None:
+        return f"{100 * estimate.mean:+.1f}"
+    text = f"{100 * estimate.mean:+.1f} ± {100 * estimate.half_width:.1f}"
+    return f"**{text}**" if mark and estimate.excludes_zero else text
 
 
 def read(folder: Path) -> dict[tuple[str, int], Results]:

@@ -72,7 +72,7 @@ class ChosenStart:
 
 
 class StartExamples:
-    """LabelledFeatures of a task that is about to start, and the features that the base model has of them.
+    """Examples of a task that is about to start, and the features that the base model has of them.
 
     They are checked and read before the task starts: what does not fit is refused before anything has changed.
 

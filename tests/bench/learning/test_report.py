@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from qtuning_fast.bench.learning.arms import Run
-from qtuning_fast.bench.learning.report import main
+from qtuning_fast.bench.learning.arms import WITHOUT, Run
+from qtuning_fast.bench.learning.report import CONTROL, INGREDIENTS, main
 from qtuning_fast.bench.learning.run import OUT, result_file
 
 
@@ -13,7 +13,7 @@ def entry(arm: str, draw: int, value: float) -> dict[str, Any]:
     start = {"chosen": chosen, "considered": [chosen]}
     task = {"best_step": 10, "validation_curve": [[10, 0.5]], "start": start}
     accuracy = {"task_adapter": [0.9, value], "live_queue": [0.9, value - 0.1]}
-    about = {"stream": "related", "shots": 16, "arm": arm, "draw": draw, "accuracy": accuracy}
+    about = {"stream": "related", "shots": 16, "arm": arm, "draw": draw, "accuracy": accuracy, "forgetting": value / 10}
     return about | {"per_task": [task, task]}
 
 
@@ -21,17 +21,24 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
     import json
 
     for draw in range(3):
-        for arm, value in (("start", 0.8 + 0.01 * draw), ("from-random", 0.7)):
+        for arm, value in (("start", 0.8 + 0.01 * draw), ("from-random", 0.7), ("no gate", 0.79), ("input", 0.7)):
             file = result_file(tmp_path / "results", Run("related", 16, arm, draw))
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(entry(arm, draw, value)))
     page, images = tmp_path / "learning.md", tmp_path / "images"
     assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--images", str(images)]) == 0
     text = " ".join(page.read_text().split())
-    assert "6 are done; what is not done is missing below" in text
+    assert "12 are done; what is not done is missing below" in text
     assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
+    assert "| **+11.0 ± 2.5** against `from-random`; " not in text  # prompts alone are missing
+    assert "| gate | `no gate` | 3 | +2.0 ± 2.5 | +2.0 ± 2.5 | +0.2 ± 0.2 |" in text
+    assert "| `input` | 3 | 0.700 | **-11.0 ± 2.5** | **-11.0 ± 2.5** |" in text
     assert "Where the 3 tasks after the first started: 3 from random rows." in text
     assert [path.name for path in images.iterdir()] == ["learning-related-16.png"]
+
+
+def test_each_arm_that_lacks_an_ingredient_is_in_the_table_of_ingredients() -> None:
+    assert {*WITHOUT, CONTROL} == {*INGREDIENTS}
 
 
 def test_the_published_page_is_that_of_the_published_files(tmp_path: Path) -> None:
