@@ -7,11 +7,10 @@
 `queue` is this library as it comes: a queue of five prompts, the shared prompt, the gate, memory retention. Each task
 is saved as soon as it is finished, and its adapter then lies on disk only.
 
-`accumulate` keeps every prompt, as Progressive Prompts do (Razdaibiedina et al., ICLR 2023, arXiv 2301.12314): the same
-model and code with a queue that never fills, so that the prefix of task k is k prompts long, without shared prompt,
-gate and retention. What differs from theirs: prompts are keys and values in each layer and not embeddings, which would
-take more (every layer would compute them); and older prompts are reweighted, at rank one. Nothing of it is saved, and
-earlier adapters are dropped, since the newest one holds their prompts.
+`accumulate` keeps every prompt: the method `progressive-prompts` (Razdaibiedina et al., ICLR 2023, arXiv 2301.12314),
+whose prefix is k prompts long in task k. What differs from theirs: prompts are keys and values in each layer and not
+embeddings, which would take more (every layer would compute them). Nothing of it is saved, and earlier adapters are
+dropped, since the newest one holds their prompts.
 
 The base model is a BERT with random weights; tokens and labels are random. For each task:
 
@@ -32,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from qtuning_fast.bench.memory import resident_bytes
 from qtuning_fast.bench.results import Results
 from qtuning_fast.bench.rows.command import Command
 from qtuning_fast.bench.timing import Call, host_milliseconds
+from qtuning_fast.lifelong.methods import method_by_name
 from qtuning_fast.method.adapter import RANDOM, VALIDATION, AdapterInfo
 
 TASKS, STEPS = 200, 8
@@ -96,21 +96,19 @@ DRY = Setting(hidden=32, layers=2, heads=2, samples=2, tokens=8, vocabulary=100)
 @dataclass(frozen=True)
 class Method:
     about: str
-    config: Callable[[int], QTuningConfig]  # of the number of tasks
+    config: QTuningConfig
     saves: bool  # each finished task; otherwise the newest adapter is all that is kept
     start_from: str  # of each task, as `start_task` takes it
 
 
-def accumulating(tasks: int) -> QTuningConfig:
-    """A queue with room for every task's prompt, and nothing else."""
-    return QTuningConfig(queue_size=tasks, eviction="fifo", shared_length=0, retention_weight=0, gate=None)
-
-
 METHODS = {
-    "queue": Method(
-        "a queue of five prompts, shared prompt, gate, retention", lambda tasks: QTuningConfig(), True, VALIDATION
+    "queue": Method("a queue of five prompts, shared prompt, gate, retention", QTuningConfig(), True, VALIDATION),
+    "accumulate": Method(
+        "every prompt stays, as in Progressive Prompts",
+        method_by_name("progressive-prompts").settings()[0],
+        False,
+        RANDOM,
     ),
-    "accumulate": Method("every prompt stays, as in Progressive Prompts", accumulating, False, RANDOM),
 }
 
 
@@ -137,18 +135,17 @@ class Stream:
 
     Args:
         method: one of METHODS.
-        tasks: how many there will be.
         setting: the model and its batches.
         steps: of each task.
         device: "cpu" or "cuda"; on the latter the model computes in bfloat16, by autocast.
         folder: where finished tasks are saved.
     """
 
-    def __init__(self, method: Method, tasks: int, setting: Setting, steps: int, device: str, folder: Path) -> None:
+    def __init__(self, method: Method, setting: Setting, steps: int, device: str, folder: Path) -> None:
         torch.manual_seed(0)
         self.method, self.setting, self.steps, self.folder = method, setting, steps, folder
         self.on_gpu = device == "cuda"
-        self.model = QTuningModel(setting.model().to(device), method.config(tasks)).train()
+        self.model = QTuningModel(setting.model().to(device), method.config).train()
         self.model.set_memory_limits(host_bytes=1)  # what lies on disk is dropped
         self.number = 0
 
@@ -351,7 +348,7 @@ def run(
     """Runs one method. It returns the results too, because another process has a copy of them."""
     method, per_task, began = METHODS[name], [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        stream = Stream(method, tasks, setting, steps, device, Path(folder))
+        stream = Stream(method, setting, steps, device, Path(folder))
         for number in tqdm(range(1, tasks + 1), desc=name, unit="task", disable=None):
             per_task.append(stream.next_task())
             if number % WRITTEN_EVERY == 0 or number == tasks:

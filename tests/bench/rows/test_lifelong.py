@@ -72,7 +72,7 @@ def test_the_queue_is_bounded_and_what_accumulates_grows_by_a_prompt(dry_run: tu
 
 
 def test_finished_adapters_lie_on_disk_only(tmp_path: Path) -> None:
-    stream = Stream(METHODS["queue"], 3, DRY, 3, "cpu", tmp_path)
+    stream = Stream(METHODS["queue"], DRY, 3, "cpu", tmp_path)
     assert [stream.next_task().adapters_in_memory_bytes for _ in range(3)] == [0, 0, 0]
     assert all(entry.value is None for entry in stream.model.adapters.entries())
     saved = read_checkpoint(tmp_path).adapters
@@ -81,9 +81,10 @@ def test_finished_adapters_lie_on_disk_only(tmp_path: Path) -> None:
 
 
 def test_what_accumulates_keeps_its_newest_adapter(tmp_path: Path) -> None:
-    stream = Stream(METHODS["accumulate"], 3, DRY, 3, "cpu", tmp_path)
+    stream = Stream(METHODS["accumulate"], DRY, 3, "cpu", tmp_path)
     held = [stream.next_task() for _ in range(3)]
     assert [each.adapters_in_memory_bytes for each in held] == [each.adapter_bytes for each in held]
+    assert [each.prefix_rows for each in held] == [10, 20, 30]
     assert stream.model.tasks == ["task-3"] and not list(tmp_path.iterdir())
 
 
@@ -104,7 +105,7 @@ def test_retention_is_in_the_step_and_its_features_are_not(tmp_path: Path, monke
 
     monkeypatch.setattr(QTuningModel, "features", noted_features)
     monkeypatch.setattr(QTuningModel, "forward", noted_forward)
-    stream = Stream(METHODS["queue"], 7, DRY, 3, "cpu", tmp_path)
+    stream = Stream(METHODS["queue"], DRY, 3, "cpu", tmp_path)
     for _ in range(7):
         stream.next_task()
     assert held_against == ["task-5", "task-6"]
@@ -122,7 +123,7 @@ def test_what_is_learned_is_the_task_and_the_anchor_has_no_prompt(
         return forward(model, *arguments, **inputs)
 
     monkeypatch.setattr(QTuningModel, "forward", noted)
-    stream = Stream(METHODS["queue"], 1, DRY, 3, "cpu", tmp_path)
+    stream = Stream(METHODS["queue"], DRY, 3, "cpu", tmp_path)
     before = stream.model.training_prefix.rows[0].shared.clone()
     stream.next_task()
     assert tasks == ["task-1", None] * 3
