@@ -48,7 +48,7 @@ def _related(shots: int) -> tuple[Question, ...]:
 QUESTIONS = (
     *_related(4),
     *_related(16),
-    Question("Unrelated tasks, 16 shots: does it harm?", "unrelated", 16, "0.5 points below at most", (BASE,), -0.5),
+    Question("Unrelated tasks, 16 shots: is it harmless?", "unrelated", 16, "0.5 points below at most", (BASE,), -0.5),
     Question("Fifteen tasks, 16 shots: do prompts pay?", "offline-15", 16, "2 points", ("probe",), 2),
 )
 
@@ -78,6 +78,7 @@ class Answer:
         """The row of a table."""
         answer = ("yes" if self.yes else "no") if self.draws else "open"
         if self.draws < self.declared:
+            answer += " so far" * bool(self.draws)
             return self.words, self.wanted, self.found, f"{answer}, {self.draws} of {self.declared} draws"
         return self.words, self.wanted, self.found, f"**{answer}**"
 

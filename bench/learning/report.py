@@ -41,10 +41,24 @@ INGREDIENTS = {
 }
 WORTH = (
     "The defaults less the defaults without the ingredient, in points: the ingredient helps if this is above 0, of "
-    "forgetting below 0. With twenty such differences one interval in twenty excludes 0 by chance."
+    "forgetting below 0. If none of them were worth anything, one interval in twenty would still exclude 0."
 )
 
-TITLES = {"related": "Related tasks", "halves": "Halves of one task", "unrelated": "Unrelated tasks"}
+STREAM_WORDS = {
+    "related": ("Related tasks", "Reviews of films, reviews of products, tweets, editorials, tweets to airlines."),
+    "halves": ("Halves of one task", "Two tasks with the same four newsgroups and different texts."),
+    "unrelated": ("Unrelated tasks", "Kinds of questions, spam, readers of books."),
+    "offline-15": ("Fifteen tasks", "The [packaged stream](data.md) of that name, of related and unrelated tasks."),
+}
+LEGEND = """\
+- `start`: the defaults. Prompts and heads [start from what suits the task](method.md#where-a-task-starts).
+- `from-random`: the defaults, but both start at random. `closed-form-head`: prompts at random, heads in closed form.
+- `prompt-per-task`, `progressive-prompts`, `one-prompt`: [peers](recipes/lifelong.md#peers-and-ablations).
+- *linear*: no prompts, classifiers of the frozen model's features. *Probe*: a tuned logistic regression. *Closed form*:
+  the Gaussian classifier; *of all*: from training and validation examples. *Donor*: the best earlier probe, as it is.
+  *Transferred*: a regression pulled towards earlier probes, tuned.
+- *adapters*: each task under its own. *Live queue*: all heads under the prefix that is live after the last task.
+- *steps to 95%* of the validation accuracy that `from-random` ends with."""
 
 
 def accuracy(values: dict[int, float]) -> str:
@@ -148,26 +162,25 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     missing = "" if done >= planned else "; what is not done is missing below, not left out because of its outcome"
     paragraphs = (
         "The questions, the arms and what counts as a yes were declared before the first run, in `bench/learning.md`. "
-        f"Of {planned} runs that train, {done} are done{missing}.",
+        f"Of {planned} runs that train prompts, {done} are done{missing}.",
         "Accuracy is the mean over the tasks of a stream after the first, on test examples. Differences are in points, "
         "paired by draw, with 95% intervals; bold: the interval excludes 0. Draws share a fixed pool of texts, so "
-        "intervals are about draws from it, not about other texts. Steps are those to 95% of the validation accuracy "
-        "that `from-random` ends with.",
+        "intervals are about draws from it, not about other texts.",
     )
     lines = ["# What learning gains from earlier tasks", ""]
     for paragraph in paragraphs:
         lines += [fill(paragraph, 120), ""]
     asked = [each.cells for each in answers(found)]
-    lines += ["## Answers", "", *rows_of("question|what counts as a yes|found|answer", asked), ""]
+    lines += ["## Answers", "", *rows_of("question|what counts as a yes|found|answer", asked), "", LEGEND, ""]
     for (stream, shots), results in found.items():
-        title = TITLES.get(stream, stream)
+        title, words = STREAM_WORDS[stream]
         name = f"learning-{stream}-{shots}.png"
         if len(results.arms) > 1 and results.scores(BASE):
             picture(results, f"{title}, {shots} shots").savefig(images / name)
             image = [f"![Differences to a random start]({images.name}/{name})", ""]
         else:
             image = []
-        lines += [f"## {title}, {shots} shots", "", *table(results), "", *image]
+        lines += [f"## {title}, {shots} shots", "", words, "", *table(results), "", *image]
         if "start" in results.arms:
             lines += [fill(starts(results), 120), ""]
         if {*INGREDIENTS} & {*results.arms}:

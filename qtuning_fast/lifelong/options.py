@@ -107,7 +107,7 @@ _DEFAULTS = DataOptions()
 @documented
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The budget and the learning rates of one task; every task of a run has the same.
+    """The budget of one task, its learning rates, and where it starts; every task of a run has the same.
 
     The optimiser is AdamW without weight decay. Gradients are clipped at norm 1. A tenth of the steps warm up, then
     the rates decay along a cosine.
@@ -117,7 +117,10 @@ class TrainingOptions:
     """
 
     steps: int = setting(
-        100, "Steps a task at most; 0: none.", "Without steps a task keeps the start of its head.", least=0
+        100,
+        "Steps a task at most; 0: none.",
+        "Heads then stay as they start, and there are no prompts.",
+        least=0,
     )
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
@@ -138,17 +141,17 @@ class TrainingOptions:
     start_from: str | None = setting(
         None,
         "random, previous, validation, or a task; default validation if heads start in closed form, else random.",
-        "A prompt starts from random rows; from the previous task's prompt; from that of the task with this name, once "
-        "it is finished; or, by `validation`, from random rows unless the queue's mean or the prompt of one of the "
-        "three tasks most like the new one has clearly less loss on its examples, before any step.",
+        "Where a prompt starts. `random`: random rows. `previous`: the previous task's prompt. A task's name: its "
+        "prompt; tasks before it start at random. `validation`: random rows, unless the queue's mean or the prompt of "
+        "one of the three likest tasks has less loss before any step, by more than one standard error.",
         absent="random",
     )
     head_start: str = setting(
         "closed-form",
         "{choices}.",
-        "A head starts as the Gaussian classifier of the features under the prompt's start, mixed with heads of tasks "
-        "with the same classes where that has clearly less loss; at random; or as the tuned linear probe on the "
-        "features of the frozen model.",
+        "Where a head starts. `closed-form`: the Gaussian classifier of the features under the prompt's start; unless "
+        "prompts start at random, mixed with heads of tasks with the same class names if that has less loss, by more "
+        "than one standard error. `probe`: the tuned linear probe of the frozen model.",
         choices=HEAD_STARTS,
         absent="random",
     )

@@ -36,9 +36,9 @@ def check_start(config: QTuningConfig, options: TrainingOptions, names: Sequence
             f"tasks: {', '.join(names)}"
         )
     if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
-        raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; set it to 'random'")
+        raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; leave it out")
     if not options.steps and config.prompt_length + config.shared_length:
-        raise ValueError("steps is 0, so prompts would stay random; train them, or set both their lengths to 0")
+        raise ValueError("steps is 0, so prompts would not be trained; train them, or set both their lengths to 0")
 
 
 def start_task(

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from qtuning_fast.model.output import QTuningOutput
     from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
     from qtuning_fast.model.scoring import answer_scores
+    from qtuning_fast.model.starting import ChosenStart, Start
 
 __all__ = [
     "AdapterRegistry",
     "AdapterSlots",
     "Candidate",
+    "ChosenStart",
     "ClosedForm",
     "CorruptFileError",
     "Evidence",
@@ -36,6 +38,7 @@ __all__ = [
     "QTuningModel",
     "QTuningOutput",
     "RanPAC",
+    "Start",
     "StatisticsRegistry",
     "TaskAdapter",
     "TaskInference",
@@ -49,6 +52,7 @@ _LAZY = {
     "AdapterRegistry": "qtuning_fast.model.registry",
     "AdapterSlots": "qtuning_fast.model.device_slots",
     "Candidate": "qtuning_fast.method.task_rules",
+    "ChosenStart": "qtuning_fast.model.starting",
     "ClosedForm": "qtuning_fast.method.task_rules",
     "CorruptFileError": "qtuning_fast.model.checked_files",
     "Evidence": "qtuning_fast.method.task_rules",
@@ -57,6 +61,7 @@ _LAZY = {
     "QTuningModel": "qtuning_fast.model.model",
     "QTuningOutput": "qtuning_fast.model.output",
     "RanPAC": "qtuning_fast.method.task_rules",
+    "Start": "qtuning_fast.model.starting",
     "StatisticsRegistry": "qtuning_fast.model.registry",
     "TaskAdapter": "qtuning_fast.method.adapter",
     "FittedRule": "qtuning_fast.method.task_inference",

@@ -239,8 +239,9 @@ class QTuningModel(PretrainedInterface):
         """Make room in the queue and start a new prompt and head; the model then computes under the new task.
 
         With examples, the head starts in closed form, the Gaussian classifier of their features, instead of at random.
-        They are run through the model a few times, not more often however many tasks there are; a hundred or two are
-        enough. If that fails, out of memory for instance, the task has started at random.
+        The examples pass through the model six times at most, however many tasks there are; 256 are enough. An error
+        in the first pass leaves the model as it was. After an error in a later one, out of memory for instance, the
+        task has started, at random.
 
         Args:
             name: name of the new task.
@@ -252,8 +253,8 @@ class QTuningModel(PretrainedInterface):
             start_from: where the prompt starts: `"random"`, `"previous"` (the prompt of the task learned last, if there
                 is one), a finished task, or `"validation"`: random rows, unless the mean of the queue or the prompt of
                 one of the three tasks most like the new one has a loss on the examples that is less by more than one
-                standard error. Finished tasks with the same classes give their heads, too, mixed with the closed form,
-                where that has as clear a gain.
+                standard error. Finished tasks with the same class names give their heads, too, mixed with the closed
+                form, where that has as clear a gain; not with `"random"`.
             examples: batches of training examples by name, with `labels`; in a distributed run those of the process. A
                 class without an example starts below all others.
             validation: further batches, by which starts are judged, but not made.

@@ -46,7 +46,7 @@ class Start:
     Attributes:
         rows: `"random"`, `"queue-mean"`, or `"prompt"`: that of a finished task.
         donor: this task; None for other rows, or if it has been removed.
-        head: `"random"` or `"closed-form"`; None for a language model, which has no heads.
+        head: `"random"`, `"closed-form"`, or in a run `"probe"`; None for a language model, which has no heads.
         mixed_with: the finished tasks with the same classes whose heads are mixed into the closed form.
         loss: the mean loss on the new task's examples, each by a head that was not made from it; None if there were no
             examples to judge by.

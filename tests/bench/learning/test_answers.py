@@ -49,7 +49,7 @@ def test_a_question_is_open_until_all_that_it_compares_is_there() -> None:
     some = {("related", 16): Results([*records("start", [0.8] * 4), *records("from-random", [0.7] * 3)])}
     by_words = {each.words: each for each in answers(some)}
     assert by_words["Related tasks, 16 shots: does the start help?"].cells[-1] == "open, 0 of 10 draws"
-    assert by_words["Unrelated tasks, 16 shots: does it harm?"].cells[2:] == ("–", "open, 0 of 10 draws")
+    assert by_words["Unrelated tasks, 16 shots: is it harmless?"].cells[2:] == ("–", "open, 0 of 10 draws")
     assert by_words["Fifteen tasks, 16 shots: do prompts pay?"].declared == 5
 
 
@@ -58,4 +58,4 @@ def test_steps_are_to_be_halved(first: int, yes: bool) -> None:
     found = {("related", 16): Results([*records("start", [0.8] * 3, first), *records("from-random", [0.7] * 3)])}
     answer = next(each for each in answers(found) if "steps" in each.words)
     assert (answer.yes, answer.found) == (yes, f"{first} against 40")
-    assert answer.cells[-1] == f"{'yes' if yes else 'no'}, 3 of 10 draws"
+    assert answer.cells[-1] == f"{'yes' if yes else 'no'} so far, 3 of 10 draws"
