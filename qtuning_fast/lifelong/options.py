@@ -157,7 +157,10 @@ class TrainingOptions:
     )
     gate_rate: float = setting(3e-2, "Learning rate of the gate.", "It applies to alpha and tau.")
     network_rate: float = setting(
-        1e-3, "Learning rate of the reparametrisation.", "It applies to the discriminator too."
+        3e-4,
+        "Learning rate of the reparametrisation.",
+        "It applies to the discriminator too. At 1e-3 a prompt moves so far that other tasks' heads no longer fit the "
+        "live queue.",
     )
     eval_every: int = setting(20, "Steps between looks at the validation split.", "Each look also writes a checkpoint.")
     patience: int = setting(

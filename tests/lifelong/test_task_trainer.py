@@ -46,7 +46,7 @@ def test_each_kind_of_parameter_has_its_rate(
         "reweighting": 0.03,
         "gate": 0.01,
         "head": 0.02,
-        "network": 0.001,
+        "network": 3e-4,
     }
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
 
@@ -54,7 +54,7 @@ def test_each_kind_of_parameter_has_its_rate(
 def test_heads_that_start_well_have_a_lower_rate_and_the_reweighting_may_have_its_own() -> None:
     assert TrainingOptions().rates()["head"] == 1e-3
     random = TrainingOptions(start_from="random", head_start="random", prompt_rate=0.5, reweighting_rate=0.25)
-    assert random.rates() == {"prompt": 0.5, "reweighting": 0.25, "gate": 3e-2, "head": 1e-2, "network": 1e-3}
+    assert random.rates() == {"prompt": 0.5, "reweighting": 0.25, "gate": 3e-2, "head": 1e-2, "network": 3e-4}
     assert TrainingOptions(head_rate=0.0).rates()["head"] == 0
 
 
