@@ -136,7 +136,7 @@ def test_settings_that_would_leave_something_random_are_refused(
         TrainingOptions(start_from="validation", head_start="random")
     assert [TrainingOptions(head_start=each).starts_from for each in HEAD_STARTS] == ["validation", "random", "random"]
     nothing = TrainingOptions(steps=0, head_start="probe", start_from="random")
-    with pytest.raises(ValueError, match="steps is 0, so prompts would stay random"):
+    with pytest.raises(ValueError, match="steps is 0, so prompts would not be trained"):
         LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, nothing, tmp_path / "run")
     config = QTuningConfig(task_type="text-to-text")
     with pytest.raises(ValueError, match="head_start is 'probe', but task_type='text-to-text' has no heads"):
