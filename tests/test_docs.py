@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qtuning_fast import __version__
+from qtuning_fast.bench.learning.summary import Estimate, points
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.model.checked_files import read_json
 
@@ -155,6 +156,21 @@ def test_the_figures_of_the_demo_are_those_of_its_run() -> None:
         assert said in text, said
     for where in ("README.md", "docs/index.md", "docs/recipes/task-inference.md"):
         assert f"{unnamed['adapters']['average_accuracy']:.3f}" in (ROOT / where).read_text()
+
+
+def test_the_figures_of_five_draws_are_those_of_their_summaries() -> None:
+    folder = ROOT / "bench/results/offline-5"
+    ours, theirs = read_json(folder / "summary.json"), read_json(folder / "at-random/summary.json")
+    lines = (DOCS / "demo.md").read_text().splitlines()
+    for name, of in {
+        "stored adapters": lambda summary: summary["task_adapter"]["average_accuracy"],
+        "live queue": lambda summary: summary["live_queue"]["average_accuracy"],
+        "task not named": lambda summary: summary["class_incremental"]["adapters"]["average_accuracy"],
+    }.items():
+        pair = of(ours), of(theirs)
+        gain = Estimate.of([mine - other for mine, other in zip(*(each["values"] for each in pair))])
+        cells = [f"{each['mean']:.3f} ± {each['std']:.3f}" for each in pair]
+        assert f"| {name} | {' | '.join(cells)} | {points(gain)} |" in lines
 
 
 def test_the_figures_of_fifteen_tasks_are_those_of_their_runs() -> None:
