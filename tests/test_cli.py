@@ -302,7 +302,7 @@ def test_a_method_by_name_is_its_settings_and_what_is_given_goes_first(command: 
     title = "own data, progressive-prompts, shared_length=2, gate=tanh</title>"
     assert title in (tmp_path / "run" / "report.html").read_text()
     code, output = call(*command(tmp_path / "probe", "--method=probe"))
-    assert code == 2 and "prompts would stay random" in output  # the command gives lengths of prompts
+    assert code == 2 and "prompts would not be trained" in output  # the command gives lengths of prompts
     given = ("--prompt-length=0", "--shared-length=0", "--queue-size=1")
     code, output = call(*command(tmp_path / "probe", "--method=probe", *given))  # and a number of steps
     assert code == 0, output
