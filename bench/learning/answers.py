@@ -85,8 +85,7 @@ class Answer:
 
 def answers(found: Found) -> list[Answer]:
     """Return the answer to each question, as far as the results go."""
-    given = [_answer(question, found) for question in QUESTIONS]
-    return [*given[:4], _steps(found), *given[4:]]
+    return [*(_answer(question, found) for question in QUESTIONS), _steps(found)]
 
 
 def _answer(question: Question, found: Found) -> Answer:

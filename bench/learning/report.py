@@ -65,7 +65,7 @@ def accuracy(values: dict[int, float]) -> str:
     return f"{Estimate.of(list(values.values())).mean:.3f}" if values else "–"
 
 
-def rows_of(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: str, rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a table in Markdown, its columns by name."""
     columns = head.split("|")
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
@@ -95,7 +95,7 @@ def table(results: Results) -> list[str]:
                 "",
             ]
             rows.append(cells)
-    return rows_of("arm|draws|adapters|against `from-random`|against the probe|steps to 95%|live queue", rows)
+    return markdown_table("arm|draws|adapters|against `from-random`|against the probe|steps to 95%|live queue", rows)
 
 
 def of_methods(results: Results) -> list[str]:
@@ -112,7 +112,7 @@ def ingredients(results: Results) -> list[str]:
             found = [difference(of("start"), of(arm)) for of in measures]
             draws = found[0].draws if found[0] else 0
             rows.append([worth, f"`{arm}`", str(draws), *map(points, found)])
-    return rows_of("ingredient|arm without it|draws|adapters|live queue|forgetting of the live queue", rows)
+    return markdown_table("ingredient|arm without it|draws|adapters|live queue|forgetting of the live queue", rows)
 
 
 def places(results: Results) -> list[str]:
@@ -125,7 +125,7 @@ def places(results: Results) -> list[str]:
             cells = [accuracy(ours), points(difference(ours, theirs))]
             cells.append(points(difference(live, results.scores("start", "live_queue"))))
             rows.append([f"`{arm}`", str(len(ours)), *cells])
-    return rows_of("arm|draws|adapters|against `start`|live queue, against `start`", rows)
+    return markdown_table("arm|draws|adapters|against `start`|live queue, against `start`", rows)
 
 
 def picture(results: Results, title: str) -> Figure:
@@ -171,7 +171,7 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     for paragraph in paragraphs:
         lines += [fill(paragraph, 120), ""]
     asked = [each.cells for each in answers(found)]
-    lines += ["## Answers", "", *rows_of("question|what counts as a yes|found|answer", asked), "", LEGEND, ""]
+    lines += ["## Answers", "", *markdown_table("question|what counts as a yes|found|answer", asked), "", LEGEND, ""]
     for (stream, shots), results in found.items():
         title, words = STREAM_WORDS[stream]
         name = f"learning-{stream}-{shots}.png"
