@@ -70,6 +70,7 @@ class TaskTrainer(Trainer):
         self.clock = StepTimer()
         self._retention_losses: list[Tensor] = []
         stopping = [EarlyStoppingCallback(options.patience, _TIE)] if options.patience else []
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=_training_arguments(options, folder, model.device),
@@ -80,6 +81,8 @@ class TaskTrainer(Trainer):
             callbacks=[self.clock, WriteManifest(), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # a Trainer changes it for good, and with it all that comes after
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for each kind of parameter."""
@@ -92,7 +95,7 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(**inputs)
+        outputs = model(**inputs, **({} if self.qtuning.has_heads else {"use_cache": False}))
         retention = outputs.get("retention_loss")
         if retention is not None:
             self._retention_losses.append(retention.detach())

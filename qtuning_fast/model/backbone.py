@@ -120,7 +120,7 @@ class Backbone:
                 "feature vector and one label, so give one sequence a row"
             )
         encoder, injector, mask = self.encoder, self.injector, inputs.get("attention_mask")
-        output = encoder(**inputs, **({"use_cache": False} if injector.is_causal else {}))
+        output = encoder(**{**inputs, **({"use_cache": False} if injector.is_causal else {})})
         last, states = injector.states_of_input(output.last_hidden_state, mask), output.get("hidden_states")
         if injector.reads_images and last.shape[0] != inputs["pixel_values"].shape[0]:
             raise NotImplementedError(f"{type(encoder).__name__} packs the images of a batch into one sequence")

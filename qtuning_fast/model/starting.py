@@ -179,7 +179,7 @@ class StartExamples:
 
     def _token_losses(self, batch: Batch) -> Tensor:
         placed = self._placed(batch)
-        logits, labels = self._model(**placed).logits, placed["labels"]
+        logits, labels = self._model(**placed, use_cache=False).logits, placed["labels"]
         if not self._model.base_model.config.is_encoder_decoder:  # a token predicts the next one
             logits, labels = logits[:, :-1], labels[:, 1:]
         counts = labels != IGNORED

@@ -102,6 +102,16 @@ def test_training_leaves_the_best_state_and_checkpoints_without_the_base_model(
     assert len(task.clock.seconds) == 4 and task.clock.median is not None and task.clock.median > 0
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_training_leaves_the_base_models_config_as_it_was(
+    use_cache: bool, model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    model.config.use_cache = use_cache
+    before = model.config.to_dict()
+    trainer(model, tmp_path, batch).train_or_resume()
+    assert model.config.to_dict() == before
+
+
 def test_a_task_that_is_over_is_not_trained_again(
     model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

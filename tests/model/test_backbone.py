@@ -112,6 +112,13 @@ def test_features_are_those_of_the_token_that_has_read_everything(families: Any)
         assert expected.shape == (3, backbone.hidden_size)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_features_need_no_cache(use_cache: bool, families: Any) -> None:
+    backbone, inputs = Backbone(families["Llama"].base_model(), "prefix"), families["Llama"].batch()
+    with torch.no_grad():
+        assert torch.equal(backbone.encode(inputs | {"use_cache": use_cache}), backbone.encode(inputs))
+
+
 def test_what_only_a_decoder_takes_is_no_part_of_what_is_read(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, inputs = Backbone(families["T5"].base_model(), "prefix"), families["T5"].batch()
     given: list[str] = []
