@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from qtuning_fast.bench.learning.arms import ARMS, LINEAR, PARTS, STUDY_STREAMS, Run, runs_of, smaller
 from qtuning_fast.bench.learning.linear import accuracies
+from qtuning_fast.bench.learning.products import use_onednn
 from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 from qtuning_fast.lifelong.data.encoding import ExampleEncoder
 from qtuning_fast.lifelong.environment import versions
@@ -85,6 +86,7 @@ def one_run(run: Run, out: Path, rehearsal: bool) -> str:
         stream = smaller(stream, 2)
     tasks = stream.load(shots=run.shots, seed=run.draw)
     base, tokenizer = load_base_model(MINILM)
+    products = "oneDNN" if use_onednn(base) else "PyTorch's choice"
     began = time.perf_counter()
     if run.arm == LINEAR:
         found: dict[str, Any] = {"accuracy": _linear(base, tokenizer, tasks)}
@@ -103,7 +105,7 @@ def one_run(run: Run, out: Path, rehearsal: bool) -> str:
     path = result_file(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = asdict(run) | {"seconds": round(time.perf_counter() - began, 1)}
-    about |= {"tasks": [task.name for task in tasks], "versions": versions()}
+    about |= {"tasks": [task.name for task in tasks], "versions": versions(), "products": products}
     write_json(path, about | found)
     return run.name
 
