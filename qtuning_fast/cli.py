@@ -21,6 +21,7 @@ except ImportError as error:  # the operator alone does not need these packages
 from qtuning_fast.cli_options import Options, with_options
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.stream import DINOV2, MINILM
 from qtuning_fast.lifelong.streams import STREAMS
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.task_rules import RULES, ClosedForm
@@ -123,12 +124,22 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-_QUEUE_SIZE = QTuningConfig().queue_size
-_QUEUE_SIZES = {name: stream.queue_size for name, stream in STREAMS.items() if stream.queue_size != _QUEUE_SIZE}
-_QUEUE_DEFAULT = ", ".join([f"default {_QUEUE_SIZE}", *(f"for {name} {size}" for name, size in _QUEUE_SIZES.items())])
+_OWN_DATA = {
+    "queue_size": QTuningConfig().queue_size,
+    "task_type": QTuningConfig().task_type,
+    "validation_shots": DataOptions().validation_shots,
+}
 
-_DATA = Options(DataOptions, "Data", left_out=("seed",))
-_METHOD = Options(QTuningConfig, "Method", defaults={"queue_size": _QUEUE_DEFAULT})
+
+def _default(name: str) -> str:
+    """The default of an option that a stream may set, in words."""
+    of_streams = {stream: getattr(each, name) for stream, each in STREAMS.items()}
+    others = [f"for {stream} {value}" for stream, value in of_streams.items() if value != _OWN_DATA[name]]
+    return ", ".join([f"default {_OWN_DATA[name]}", *others])
+
+
+_DATA = Options(DataOptions, "Data", left_out=("seed",), defaults={"validation_shots": _default("validation_shots")})
+_METHOD = Options(QTuningConfig, "Method", defaults={name: _default(name) for name in ("queue_size", "task_type")})
 _TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
 
 
@@ -148,7 +159,9 @@ def run(
         str,
         _method(f"{', '.join(METHODS)}: each sets options below. Those that you give take precedence."),
     ] = Q_TUNING,
-    model: Annotated[str, _data("Base model: a folder or a hub name.")] = "all-MiniLM-L6-v2",
+    model: Annotated[
+        str | None, _data(f"Base model: a folder or a hub name; default {MINILM}, for images {DINOV2}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed, also for the draw of examples.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the report gives mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Also learn each task alone.")] = False,
@@ -165,12 +178,14 @@ def run(
         _silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
+        for name, value in _OWN_DATA.items():
+            if given[name] is None:
+                given[name] = getattr(STREAMS.get(given["stream"]), name, value)
         data = _DATA.read(given, seed=seed)
-        if given["queue_size"] is None:
-            given["queue_size"] = STREAMS[data.stream].queue_size if data.stream in STREAMS else _QUEUE_SIZE
         named = method_by_name(method).without(_typed(context))
         config = _METHOD.read(given, **named.config)
         training = _TRAINING.read(given, seed=seed, **named.training)
+        model = model or (DINOV2 if config.task_type == "image-classification" else MINILM)
         settings = RunSettings(model, data, config, training, forward_transfer, task_rule, keep_features, method)
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables

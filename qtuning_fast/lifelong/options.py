@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
+from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
@@ -14,23 +15,19 @@ from qtuning_fast.method.settings import check_settings, documented, from_file, 
 
 HEAD_STARTS = ("closed-form", "random", "probe")
 
-_STREAM_SHOTS = 16
-
 
 @documented
 @dataclass(frozen=True)
 class DataOptions:
     """Where the tasks of a run come from: a stream, or the user's own data."""
 
-    stream: str | None = setting(
-        None, f"A stream of tasks: {' or '.join(STREAMS)}.", "Give a stream or tasks, not both."
-    )
+    stream: str | None = setting(None, f"A stream of tasks: {', '.join(STREAMS)}.", "Give a stream or tasks, not both.")
     tasks: tuple[str, ...] = setting(
         (),
         "Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat.",
         "See `load_task`.",
     )
-    shots: int | None = setting(None, f"Training examples a class; default {_STREAM_SHOTS}, of your own data all.")
+    shots: int | None = setting(None, f"Training examples a class; default {Stream.shots}, of your own data all.")
     validation_shots: int = setting(16, "Validation examples a class.")
     test_size: int = setting(200, "Test examples a task at most.")
     seed: int = setting(0, "Random seed of the draw.")
@@ -73,7 +70,7 @@ class DataOptions:
         for name, column in columns.items():
             if column != getattr(_DEFAULTS, name):
                 raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave {name} out")
-        return load_stream(self.stream, shots=_STREAM_SHOTS if self.shots is None else self.shots, **sizes)
+        return load_stream(self.stream, shots=self.shots, **sizes)
 
     def _problem_types(self) -> dict[str, str]:
         """The problem type of each task by name."""

@@ -7,7 +7,7 @@ and whatever the other tasks.
 
 import json
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,31 @@ from qtuning_fast.lifelong.scores import METRICS
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE, check_problem_type
 from qtuning_fast.model.checked_files import file_digest
 
-Input = str | Path
-"""A text, or the path of an image file."""
+
+@dataclass(frozen=True, order=True)
+class PackedImage:
+    """An image that has no file of its own.
+
+    Attributes:
+        collection: what it is part of.
+        place: its number there.
+        read: returns the image file's bytes, given the place.
+    """
+
+    collection: str
+    place: int
+    read: Callable[[int], bytes] = field(compare=False, repr=False)
+
+    def content(self) -> bytes:
+        """Return the bytes of an image file."""
+        return self.read(self.place)
+
+    def __str__(self) -> str:
+        return f"image {self.place} of {self.collection}"
+
+
+Input = str | Path | PackedImage
+"""A text, or an image: the path of its file, or where it is packed."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -115,7 +138,7 @@ def data_digest(task: Task) -> str:
     kind = _kind(task.train.inputs)
     splits = [
         {
-            kind: [_content_key(each) if isinstance(each, Path) else each for each in split.inputs],
+            kind: [each if isinstance(each, str) else _content_key(each) for each in split.inputs],
             "labels": list(split.labels),
         }
         for split in (task.train, task.validation, task.test)
@@ -124,11 +147,13 @@ def data_digest(task: Task) -> str:
 
 
 def _kind(inputs: Sequence[Input]) -> str:
-    return "images" if inputs and isinstance(inputs[0], Path) else "texts"
+    return "images" if inputs and not isinstance(inputs[0], str) else "texts"
 
 
 def _content_key(each: Input) -> str:
-    """Equal for examples that count as one: the text with white space normalised, or a digest of the file."""
+    """Equal for examples that count as one: the text with white space normalised, or a digest of the image's file."""
+    if isinstance(each, PackedImage):
+        return sha256(each.content()).hexdigest()
     return file_digest(each) if isinstance(each, Path) else " ".join(each.split())
 
 

@@ -90,7 +90,7 @@ class ExampleEncoder:
     def encode(self, examples: Examples) -> EncodedExamples:
         """The inputs of the model with the class indices as `labels`, for evaluation and for features."""
         if self.reads_images:
-            return ImageExamples(examples.inputs, self.processor, examples.labels)  # type: ignore[arg-type]
+            return ImageExamples(examples.inputs, self.processor, examples.labels)
         if self.task_type in HEAD_TASK_TYPES:
             return tokenize_texts(examples.inputs, self.processor, self.max_length, examples.labels)
         tokens = self._tokenize(examples)

@@ -68,7 +68,7 @@ def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:
     labels: list[str] = []
     ignored = [child for child in visible_entries(folder) if not child.is_dir()]
     for child in _folders(folder):
-        found = [file for file in visible_entries(child) if _is_image(file)]
+        found = images_in(child)
         if not found:
             raise ValueError(f"{child} holds no images; the endings that can be read are {', '.join(ENDINGS)}")
         images += [file.absolute() for file in found]
@@ -78,6 +78,11 @@ def images_by_class(folder: Path) -> tuple[list[Path], list[str]]:
     return images, labels
 
 
+def images_in(folder: Path) -> list[Path]:
+    """Return the images of a folder, without those of folders in it."""
+    return [file for file in visible_entries(folder) if _is_image(file)]
+
+
 def check_images(images: Sequence[Input]) -> None:
     """Open each image, so that damaged ones are found before training.
 
@@ -85,7 +90,7 @@ def check_images(images: Sequence[Input]) -> None:
         ImportError, ValueError: as `open_image`.
     """
     for image in images:
-        open_image(Path(image))
+        open_image(image)
 
 
 def _folders(folder: Path) -> list[Path]:

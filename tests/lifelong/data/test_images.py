@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from qtuning_fast.lifelong.data.images import ImageExamples, open_image
+from qtuning_fast.lifelong.tasks import PackedImage
 
 
 def draw(folder: Path, count: int) -> None:
@@ -41,6 +42,29 @@ def test_images_of_every_mode_become_rgb(tmp_path, mode):
     file = tmp_path / "image.png"
     Image.new(mode, (4, 3)).save(file)
     assert open_image(file).mode == "RGB" and open_image(file).size == (4, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / "image.png"
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    if mode == "P":
+        image = image.convert("RGB").quantize(2)
+        image.save(file, transparency=image.getpixel((0, 0)))
+    else:
+        image.convert(mode).save(file)
+    left, right = (open_image(file).getpixel((x, 0)) for x in range(2))
+    assert left == (255, 255, 255) and right != left
+
+
+def test_an_image_of_a_collection_is_opened_by_its_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    Image.new("RGB", (4, 3), "red").save(file)
+    packed = [PackedImage("mine", place, lambda place: file.read_bytes() * (1 - place)) for place in range(2)]
+    assert open_image(packed[0]).size == (4, 3)
+    with pytest.raises(ValueError, match="image 1 of mine cannot be read as an image"):
+        open_image(packed[1])
 
 
 def test_more_than_eight_bits_are_refused(tmp_path):

@@ -1,0 +1,72 @@
+"""What a stream is: tasks in the order of learning, and how each of them is drawn from what a source reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qtuning_fast.lifelong.tasks import Labelled, Task, few_shot_split
+
+MINILM, DINOV2 = "all-MiniLM-L6-v2", "facebook/dinov2-small"
+"""The base models of texts and of images where the user names none."""
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """How a task is made: what to read, and which classes to draw. Without `read_test`, the test split is cut."""
+
+    name: str
+    source: str
+    classes: tuple[str, ...]
+    read: Callable[[], Labelled]
+    read_test: Callable[[], Labelled] | None = None
+
+    def load(self, *, shots: int, validation_shots: int, test_size: int, seed: int) -> Task:
+        """Read the examples and draw the task; raises what `load_stream` raises."""
+        inputs, labels = self.read()
+        return few_shot_split(
+            inputs,
+            labels,
+            name=self.name,
+            shots=shots,
+            validation_shots=validation_shots,
+            test_size=test_size,
+            seed=seed,
+            label_names=self.classes,
+            test=self.read_test() if self.read_test else None,
+            source=self.source,
+        )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order of learning, and the settings that suit them.
+
+    Attributes:
+        description: what they are.
+        sources: how each task is made.
+        queue_size: of the queue of prompts.
+        shots, validation_shots: examples a class, where the user gives no number.
+        task_type: see `QTuningConfig`.
+    """
+
+    description: str
+    sources: tuple[TaskSource, ...]
+    queue_size: int = 5
+    shots: int = 16
+    validation_shots: int = 16
+    task_type: str = "sequence-classification"
+
+    def load(
+        self, *, shots: int | None = None, validation_shots: int | None = None, test_size: int = 200, seed: int = 0
+    ) -> list[Task]:
+        """Draw the tasks in order (`few_shot_split`); raises what `load_stream` raises of its examples."""
+        return [
+            source.load(
+                shots=self.shots if shots is None else shots,
+                validation_shots=self.validation_shots if validation_shots is None else validation_shots,
+                test_size=test_size,
+                seed=seed,
+            )
+            for source in self.sources
+        ]
