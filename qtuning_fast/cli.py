@@ -166,8 +166,9 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the report gives mean and spread.")] = 1,
     forward_transfer: Annotated[bool, typer.Option("--forward-transfer", help="Also learn each task alone.")] = False,
     task_rule: Annotated[
-        str, typer.Option(help=f"How the task of an input is inferred: {', '.join(RULES)}.")
-    ] = ClosedForm.name,
+        str | None,
+        typer.Option(help=f"How the task of an input is inferred: {', '.join(RULES)}; default {ClosedForm.name}."),
+    ] = None,
     keep_features: Annotated[
         bool, typer.Option("--keep-features/--no-keep-features", help="Keep validation features, for calibration.")
     ] = True,
@@ -186,7 +187,8 @@ def run(
         config = _METHOD.read(given, **named.config)
         training = _TRAINING.read(given, seed=seed, **named.training)
         model = model or (DINOV2 if config.task_type == "image-classification" else MINILM)
-        settings = RunSettings(model, data, config, training, forward_transfer, task_rule, keep_features, method)
+        rule = task_rule or named.rule or ClosedForm.name
+        settings = RunSettings(model, data, config, training, forward_transfer, rule, keep_features, method)
         from qtuning_fast.lifelong.progress import ProgressBars
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
 

@@ -19,10 +19,14 @@ class Method:
 
     Attributes:
         config, training: the fields of `QTuningConfig` and of `TrainingOptions` that it sets.
+        rule: how it infers the task of an input, if it says so.
+        answers: which of a run's answers without a task's name are the method's (`unnamed_results`).
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    rule: str | None = None
+    answers: str = "adapters"
 
     def settings(
         self, config: Mapping[str, Any] | None = None, training: Mapping[str, Any] | None = None
@@ -69,6 +73,24 @@ _OWN_ALONE = {
     "retention_weight": 0.0,
 }
 
+_PROBE = Method(
+    _OWN_ALONE | {"prompt_length": 0, "reparameterization": None},
+    {"steps": 0, "start_from": "random", "head_start": "probe"},
+)
+
+_HIDE = _OWN_ALONE | {"reparameterization": None, "layers": (0, 1, 2, 3, 4), "prompt_init": "uniform"}
+
+# Rates are those for batches of 128: 0.03 · 128 / 256, and a tenth for heads.
+_HIDE_TRAINING = {
+    "start_from": "previous",
+    "head_start": "random",
+    "prompt_rate": 0.015,
+    "head_rate": 0.0015,
+    "batch_size": 128,
+    "contrast": 0.1,
+    "joint_head": "covariance",
+}
+
 Q_TUNING = "q-tuning"
 
 METHODS = {
@@ -84,10 +106,20 @@ METHODS = {
     # Sequential prompt tuning: one prompt, which each task trains further.
     "one-prompt": Method(_OWN_ALONE, _FROM_RANDOM | {"start_from": "previous"}),
     # No prompts: the tuned linear probe of each task.
-    "probe": Method(
-        _OWN_ALONE | {"prompt_length": 0, "reparameterization": None},
-        {"steps": 0, "start_from": "random", "head_start": "probe"},
+    "probe": _PROBE,
+    # HiDe-Prompt (arXiv 2310.07234): a prompt per task in the first five layers, and one head over all classes.
+    "hide": Method(_HIDE, _HIDE_TRAINING, answers="joint_head"),
+    # NoRGa (arXiv 2405.14124): the same with a gate, trained with the first task, then frozen.
+    "norga": Method(
+        _HIDE | {"gate": "tanh", "gate_training": "first-task"},
+        _HIDE_TRAINING | {"gate_rate": None},
+        answers="joint_head",
     ),
+    # Nearest class mean (SimpleCIL, arXiv 2303.07338), and random features with ridge regression (arXiv 2307.02251).
+    "simple-cil": replace(_PROBE, rule="nearest-mean", answers="nearest_class_mean"),
+    "ranpac": replace(_PROBE, rule="ranpac", answers="ranpac"),
+    # An upper mark: a logistic regression on examples of all tasks at once.
+    "probe-joint": replace(_PROBE, answers="joint_regression"),
 }
 
 

@@ -119,7 +119,12 @@ def unnamed_results(metrics: Metrics) -> dict[str, dict[str, Any]]:
     block = metrics.get("class_incremental")
     if block is None:
         return {}
-    return {name: block[name] for name in ("adapters", "closed_form")} | block.get("baselines", {})
+    return unnamed_evaluations(block) | block.get("baselines", {})
+
+
+def unnamed_evaluations(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What a block `class_incremental` says of each way to answer, without its baselines."""
+    return {name: each for name, each in block.items() if isinstance(each, Mapping) and "average_accuracy" in each}
 
 
 def named_summary(metrics: Metrics) -> dict[str, float]:
@@ -173,7 +178,7 @@ def _unnamed_spreads(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     baselines = blocks[0].get("baselines", {})
     unknown = ("false_alarm_rate", "false_alarms", "mean_auroc", "mean_detected")
     return {
-        **{name: _spreads([b[name] for b in blocks], UNNAMED_MEASURES) for name in ("adapters", "closed_form")},
+        **{name: _spreads([b[name] for b in blocks], UNNAMED_MEASURES) for name in unnamed_evaluations(blocks[0])},
         "baselines": {name: _spreads([b["baselines"][name] for b in blocks], UNNAMED_MEASURES) for name in baselines},
         "calibration": _spreads([b["calibration"] for b in blocks], ["error"]),
         "unknown": _spreads([b["unknown"] for b in blocks], unknown),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qtuning_fast.lifelong.class_gaussians import KINDS
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
 from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
@@ -119,6 +120,12 @@ class TrainingOptions:
         "Heads then stay as they start, and there are no prompts.",
         least=0,
     )
+    epochs: int | None = setting(
+        None,
+        "Passes over a task's examples, in place of --steps.",
+        "The last batch of a pass may be smaller.",
+        absent=None,
+    )
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
     max_length: int = setting(64, "Tokens a text is cut to.", "A batch is padded to its longest text.")
@@ -152,13 +159,33 @@ class TrainingOptions:
         choices=HEAD_STARTS,
         absent="random",
     )
-    gate_rate: float = setting(3e-2, "Learning rate of the gate.", "It applies to alpha and tau.")
+    gate_rate: float | None = setting(
+        3e-2, "Learning rate of the gate.", "It applies to alpha and tau. None: that of prompts."
+    )
     network_rate: float = setting(
         3e-4,
         "Learning rate of the reparametrisation.",
         "It applies to the discriminator too. At 1e-3 a prompt moves so far that other tasks' heads no longer fit the "
         "live queue.",
     )
+    contrast: float = setting(
+        0.0,
+        "Weight of the contrastive regulariser; 0: off.",
+        "It keeps features under a new prompt away from the class means of earlier tasks (HiDe-Prompt, arXiv "
+        "2310.07234).",
+        absent=0.0,
+    )
+    joint_head: str | None = setting(
+        None,
+        "{choices}.",
+        "Task-adaptive prediction (HiDe-Prompt): one head over the classes of all tasks, re-balanced after each on "
+        "pseudo-features. A class is a Gaussian with its covariance, one with variances alone, or ten with variances "
+        "around centroids. It answers where no task is named; each task's own head stays as it is.",
+        choices=(*KINDS, None),
+        absent=None,
+    )
+    joint_epochs: int = setting(30, "Passes over pseudo-features after each task.", "Each draws them anew.", absent=30)
+    joint_rate: float = setting(5e-3, "Learning rate of the head over all classes.", absent=5e-3)
     eval_every: int = setting(20, "Steps between looks at the validation split.", "Each look also writes a checkpoint.")
     patience: int = setting(
         0, "Looks without a gain before a task stops; 0: never.", "The state of the best look is kept.", least=0
@@ -184,13 +211,19 @@ class TrainingOptions:
             return self.start_from
         return VALIDATION if self.head_start == "closed-form" else RANDOM
 
+    def for_examples(self, count: int) -> TrainingOptions:
+        """Return the options of a task with so many examples: epochs as steps, where steps may be taken."""
+        if self.epochs is None or not self.steps:
+            return self
+        return replace(self, steps=self.epochs * -(-count // self.batch_size), epochs=None)
+
     def rates(self) -> dict[str, float]:
         """The learning rate of each kind of parameters (`QTuningModel.parameter_groups`)."""
         heads = 1e-2 if self.head_start == "random" else 1e-3
         return {
             "prompt": self.prompt_rate,
             "reweighting": self.prompt_rate if self.reweighting_rate is None else self.reweighting_rate,
-            "gate": self.gate_rate,
+            "gate": self.prompt_rate if self.gate_rate is None else self.gate_rate,
             "head": heads if self.head_rate is None else self.head_rate,
             "network": self.network_rate,
         }

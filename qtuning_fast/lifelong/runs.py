@@ -89,7 +89,7 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
                 "stream": title,
                 "base_model": _with_absolute_path(settings.model),
                 "data": _recorded(settings.data),
-                **({} if settings.method_name == Q_TUNING else {"method_name": settings.method_in_words}),
+                **({} if settings.method_name == Q_TUNING else _about_the_method(settings)),
             },
             listener=listener,
         ).run()
@@ -143,6 +143,12 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
     every = [metrics for metrics, _ in runs]
     summary = mean_and_spread(every)
     return write_seeds_report(every, summary, folder), summary, True
+
+
+def _about_the_method(settings: RunSettings) -> dict[str, str]:
+    answers = method_by_name(settings.method_name).answers
+    more = {} if answers == "adapters" else {"answered_by": answers}
+    return {"method_name": settings.method_in_words, **more}
 
 
 def _check_writable(folder: Path) -> None:

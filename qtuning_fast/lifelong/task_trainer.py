@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,6 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from qtuning_fast.lifelong.data.encoded import EncodedExamples, without_padding
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS, score
+from qtuning_fast.method.contrast import contrastive_loss
 from qtuning_fast.method.labels import label_loss
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_json, write_json
 from qtuning_fast.model.model import QTuningModel
@@ -47,6 +50,7 @@ class TaskTrainer(Trainer):
         folder: the folder of the checkpoints.
         train, validation: the examples.
         answers: the answers of a language model, one per class. It is right if the correct answer is the most probable.
+        earlier_means: for the contrastive regulariser, the class means of earlier tasks, `[K, F]`.
         callbacks: further callbacks.
     """
 
@@ -59,12 +63,14 @@ class TaskTrainer(Trainer):
         train: EncodedExamples,
         validation: EncodedExamples,
         answers: Answers | None = None,
+        earlier_means: Tensor | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.qtuning = model
         self.options = options
         self.folder = folder
         self.answers = answers
+        self._earlier_means = earlier_means
         self.start_score: float | None = None
         self.best_step: int | None = None
         self.clock = StepTimer()
@@ -95,14 +101,33 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        outputs = model(**inputs, **({} if self.qtuning.has_heads else {"use_cache": False}))
+        with self._features_of_the_batch() as features:
+            outputs = model(**inputs, **({} if self.qtuning.has_heads else {"use_cache": False}))
         retention = outputs.get("retention_loss")
         if retention is not None:
             self._retention_losses.append(retention.detach())
         loss = outputs.loss
         if self.options.reweighting_pull and self.qtuning.training:
             loss = loss + self.options.reweighting_pull * self.qtuning.training_prefix.reweighting_loss()
+        if self._earlier_means is not None and self.qtuning.training:
+            [x] = features
+            means = self._earlier_means if len(self._earlier_means) else x.new_zeros(0, x.shape[1])
+            loss = loss + self.options.contrast * contrastive_loss(x, means)
         return (loss, outputs) if return_outputs else loss
+
+    @contextmanager
+    def _features_of_the_batch(self) -> Iterator[list[Tensor]]:
+        """Collect what the head in training reads within the block, for the contrastive regulariser."""
+        features: list[Tensor] = []
+        head = self.qtuning.learning.head
+        if self._earlier_means is None or head is None:
+            yield features
+            return
+        hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        try:
+            yield features
+        finally:
+            hook.remove()
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.answers is None:

@@ -8,6 +8,7 @@ Each stage of a run writes a file, and is skipped if the file is there:
     <folder>/tasks/NN-name/training.json    curves, steps, seconds
     <folder>/adapter/                       the model after the last finished task
     <folder>/tasks/NN-name/evaluation.json  each task so far under the live queue, and this one under its adapter
+    <folder>/tasks/NN-name/gaussians.safetensors    of its classes, and joint_head.safetensors, if asked for
     <folder>/tasks/NN-name/class_incremental.json   each task so far without its name, by inference
     <folder>/tasks/NN-name/alone.json       the task learned alone, if asked for
     <folder>/metrics.json                   all results, at the end of the stream
@@ -37,6 +38,7 @@ from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.environment import device_name, versions
 from qtuning_fast.lifelong.evaluation import features, task_score
+from qtuning_fast.lifelong.joint_head import JointHead, check_joint_head
 from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
@@ -109,6 +111,7 @@ class LifelongTrainer:
                 if not len(getattr(task, split)):
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
         check_start(config, options, names)
+        check_joint_head(config, options, tasks)
         self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
         rows = config.most_rows(len(tasks)) if config.placement == "input" else 0
         self.encoder.check(base_model, tasks, prompt_tokens=rows)
@@ -130,6 +133,7 @@ class LifelongTrainer:
             rule_by_name(task_rule),
             keeps_features=keep_validation_features,
         )
+        self._joint = JointHead(self.tasks, self._encoded, options, self._task_folder, self._task_seed)
 
     def run(self) -> dict[str, Any]:
         """Train and evaluate what is not done yet; returns the metrics, which are also in `metrics.json`."""
@@ -234,7 +238,7 @@ class LifelongTrainer:
         task = self.tasks[number]
         probe = self._tuned_probe(model, task) if self.options.head_start == "probe" else None
         began = time.perf_counter()
-        set_seed(_task_seed(self.options.seed, number))
+        set_seed(self._task_seed(number))
         previous = model.tasks[-1] if model.tasks else None
         train, validation = self._to_train_on(task), self._encoded(task)["validation"]
         start = start_task(model, task, self.options, train, validation, probe)
@@ -259,17 +263,18 @@ class LifelongTrainer:
         self, model: QTuningModel, number: int, train: EncodedExamples, previous: str | None, checkpoints: Path
     ) -> dict[str, Any]:
         """Train the task that is started, and return what the record says of its steps."""
-        task = self.tasks[number]
+        task, options = self.tasks[number], self.options.for_examples(len(train))
         if model.retains_memory:
             train = train.with_column("retention_features", self._features(model, train, previous))
         trainer = TaskTrainer(
             model,
-            replace(self.options, seed=_task_seed(self.options.seed, number)),
+            replace(options, seed=self._task_seed(number)),
             checkpoints,
             train=train,
             validation=self._encoded(task)["validation"],
             answers=self._answers(task),
-            callbacks=[self.listener.step_callback(self.options.steps)],
+            earlier_means=self._joint.class_means(number) if self.options.contrast else None,
+            callbacks=[self.listener.step_callback(options.steps)],
         )
         trainer.train_or_resume()
         return steps_record(trainer, task.metric)
@@ -292,7 +297,10 @@ class LifelongTrainer:
             self._unnamed.record(model, each)
         if lacking:
             model.save_pretrained(self.folder / "adapter")
-        return self._unnamed.stage(model, number, self._read_stage(number - 1, "class_incremental") if number else None)
+        if self.options.joint_head or self.options.contrast:
+            self._joint.learn(model, number)
+        previous = self._read_stage(number - 1, "class_incremental") if number else None
+        return self._unnamed.stage(model, number, previous, self._joint if self.options.joint_head else None)
 
     def _results(self, number: int) -> dict[str, Any]:
         """What a listener is told of the evaluation after a task."""
@@ -359,6 +367,9 @@ class LifelongTrainer:
     def _task_folder(self, number: int) -> Path:
         return self.folder / "tasks" / f"{number:02d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.tasks[number].name)}"
 
+    def _task_seed(self, number: int) -> int:
+        return int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0] % 2**31)
+
     def _run_stage(self, number: int, stage: str, compute: Callable[[], dict[str, Any]]) -> None:
         path = self._task_folder(number) / f"{stage}.json"
         if not path.exists():
@@ -393,10 +404,6 @@ class LifelongTrainer:
             "device": device_name(self.base_model.device),
             "seed": self.options.seed,
         }
-
-
-def _task_seed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
 
 
 def _difference(recorded: Any, current: Any) -> str:

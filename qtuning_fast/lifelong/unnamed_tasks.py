@@ -26,6 +26,7 @@ from qtuning_fast.lifelong.class_incremental import (
 )
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
+from qtuning_fast.lifelong.joint_head import JointHead
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.labels import SINGLE, class_count
 from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
@@ -69,6 +70,12 @@ class UnnamedTasks:
         self._batch_size = batch_size
         self._features: dict[tuple[str, str], Tensor] = {}
 
+    @property
+    def _own_answers(self) -> str | None:
+        """What the answers of the rule itself are called, where they are not among the others."""
+        told = isinstance(self.rule, ClosedForm | NearestMean) or not self.rule.needs_statistics
+        return None if told else self.rule.name.replace("-", "_")
+
     def features(self, model: QTuningModel, task: Task, split: str) -> Tensor:
         """Return the features of a split without any task, `[n, F]`."""
         key = task.name, split
@@ -94,13 +101,16 @@ class UnnamedTasks:
 
     # After each task
 
-    def stage(self, model: QTuningModel, number: int, previous: Stage | None) -> Stage:
+    def stage(
+        self, model: QTuningModel, number: int, previous: Stage | None, joint_head: JointHead | None = None
+    ) -> Stage:
         """Evaluate on the test examples of each task so far, among all classes so far.
 
         Args:
             number: the number of the task learned last.
             previous: the result after the task before; None for the first. Adapters do not change, so an example is
                 answered anew only where another task is inferred.
+            joint_head: the head over all classes, if there is one.
         """
         tasks = self._tasks[: number + 1]
         names = [task.name for task in tasks]
@@ -118,6 +128,10 @@ class UnnamedTasks:
                 for task, each, earlier in zip_longest(tasks, inferred["adapters"], before)
             ]
         } | {kind: [_most_probable(each) for each in inferred[kind]] for kind in ("closed_form", "nearest_class_mean")}
+        if self._own_answers is not None:
+            answers[self._own_answers] = [_most_probable(each) for each in inferred["adapters"]]
+        if joint_head is not None:
+            answers["joint_head"] = joint_head.answers(model, number, [each.places for each in inferred["adapters"]])
         label_names = [task.label_names if task.problem_type == SINGLE else [(task.name,)] for task in tasks]
         result: Stage = {
             "rule": self.rule.name,
@@ -222,13 +236,14 @@ class UnnamedTasks:
         """Return the block of `metrics.json`, given the stage after each task."""
         last, at_end = stages[-1], stages[-1]["at_end"]
         kinds = {
-            kind: evaluation([stage[kind] for stage in stages], last["label_accuracy"][kind])
-            for kind in ("adapters", "closed_form", "nearest_class_mean")
+            kind: evaluation([stage[kind] for stage in stages], share) for kind, share in last["label_accuracy"].items()
         }
+        more = [kind for kind in kinds if kind not in ("adapters", "closed_form", "nearest_class_mean")]
         return {
             "rule": last["rule"],
             "classes": [_count(task) for task in self._tasks],
             "adapters": kinds["adapters"],
+            **{kind: kinds[kind] for kind in more},
             "closed_form": kinds["closed_form"],
             "baselines": {
                 "nearest_class_mean": kinds["nearest_class_mean"],

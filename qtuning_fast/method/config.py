@@ -13,6 +13,7 @@ from qtuning_fast.method.queue import EVICTIONS
 from qtuning_fast.method.settings import check_integer, check_settings, documented, from_file, setting, to_file
 
 GATE_TRAINING = ("every-task", "first-task")
+PROMPT_INITS = ("default", "uniform")
 PLACEMENTS = ("prefix", "input")
 REPARAMETERIZATIONS = ("mlp", None)
 REWEIGHTINGS = ("low-rank", None)
@@ -33,6 +34,14 @@ class QTuningConfig:
     """
 
     prompt_length: int = setting(10, "Rows of a task's prompt; 0: heads alone.", "Q-tuning calls it `l`.", least=0)
+    prompt_init: str = setting(
+        "default",
+        "{choices}.",
+        "What random rows are. `default`: keys from N(0, 0.5²) and values from N(0, 0.02²); in front of the input, "
+        "embeddings of random words, or N(0, 0.02²) where there are none. `uniform`: U(−1, 1), as in NoRGa.",
+        choices=PROMPT_INITS,
+        absent="default",
+    )
     queue_size: int = setting(
         5,
         "Capacity in prompts.",

@@ -49,6 +49,7 @@ class PromptRows(nn.Module):
         features: F.
         shared_length: S.
         rank: of `W`; None without a reweighting: old rows keep the scale at which they start.
+        uniform: whether new rows are drawn from U(−1, 1).
 
     Attributes:
         shared: `[S, F]`, the shared prompt `P*` of all tasks.
@@ -60,9 +61,11 @@ class PromptRows(nn.Module):
     old: Tensor
     row_scale: Tensor
 
-    def __init__(self, features: int, *, shared_length: int, rank: int | None) -> None:
+    def __init__(self, features: int, *, shared_length: int, rank: int | None, uniform: bool = False) -> None:
         super().__init__()
         self.rank = rank
+        self.uniform = uniform
+        self._features = features
         self.shared = nn.Parameter(self.new_rows(shared_length))
         self.prompt = nn.Parameter(self.new_rows(0))
         # The queue saves its rows and their scale.
@@ -71,6 +74,9 @@ class PromptRows(nn.Module):
 
     def new_rows(self, n: int) -> Tensor:
         """Return `n` initial rows `[n, F]` of a prompt."""
+        return torch.empty(n, self._features).uniform_(-1, 1) if self.uniform else self._default_rows(n)
+
+    def _default_rows(self, n: int) -> Tensor:
         raise NotImplementedError
 
     def begin(self, prompt: Tensor, old: Tensor, row_scale: Tensor) -> None:
@@ -109,13 +115,13 @@ class LayerPrefix(PromptRows):
     reweight_key: Reweighting | None
     reweight_value: Reweighting | None
 
-    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int | None) -> None:
+    def __init__(self, shape: LayerShape, *, shared_length: int, rank: int | None, uniform: bool = False) -> None:
         self.shape = shape
-        super().__init__(shape.row_features, shared_length=shared_length, rank=rank)
+        super().__init__(shape.row_features, shared_length=shared_length, rank=rank, uniform=uniform)
         self.register_module("reweight_key", None)
         self.register_module("reweight_value", None)
 
-    def new_rows(self, n: int) -> Tensor:
+    def _default_rows(self, n: int) -> Tensor:
         """Draw `n` rows: keys from N(0, 0.5²), values from N(0, 0.02²)."""
         shape = self.shape
         keys = KEY_STD * torch.randn(n, shape.num_kv_heads * shape.key_size)
@@ -170,14 +176,21 @@ class InputPrompt(PromptRows):
 
     reweight: Reweighting | None
 
-    def __init__(self, vocabulary: nn.Embedding | None, features: int, *, shared_length: int, rank: int | None) -> None:
+    def __init__(
+        self,
+        vocabulary: nn.Embedding | None,
+        features: int,
+        *,
+        shared_length: int,
+        rank: int | None,
+        uniform: bool = False,
+    ) -> None:
         self._vocabulary = () if vocabulary is None else (vocabulary,)  # a tuple, so that it is not a submodule
-        self._features = features
-        super().__init__(features, shared_length=shared_length, rank=rank)
+        super().__init__(features, shared_length=shared_length, rank=rank, uniform=uniform)
         self.register_module("reweight", None)
 
     @torch.no_grad()
-    def new_rows(self, n: int) -> Tensor:
+    def _default_rows(self, n: int) -> Tensor:
         """Return `n` embeddings of random words."""
         if not self._vocabulary:
             return VALUE_STD * torch.randn(n, self._features)

@@ -49,7 +49,7 @@ class Setting:
         """
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(map(repr, self.choices))}")
-        if self.kind is int:
+        if self.kind is int or (self.kind == int | None and value is not None):
             check_integer(self.name, value, self.least)
         if self.kind is float or (self.kind == float | None and value is not None):
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -56,11 +56,15 @@ class TrainingPrefix(nn.Module):
         _check_rows(config, {embedding_size} if in_input else {shape.row_features for shape in shapes})
         self.config = config
         rank = None if config.reweighting is None else config.rank
-        lengths: dict[str, Any] = {"shared_length": config.shared_length, "rank": rank}
+        settings: dict[str, Any] = {
+            "shared_length": config.shared_length,
+            "rank": rank,
+            "uniform": config.prompt_init == "uniform",
+        }
         self._rows = nn.ModuleList(
-            [InputPrompt(vocabulary, embedding_size, **lengths)]
+            [InputPrompt(vocabulary, embedding_size, **settings)]
             if in_input
-            else [LayerPrefix(shape, **lengths) for shape in shapes]
+            else [LayerPrefix(shape, **settings) for shape in shapes]
         )
         heads = [shape.num_heads if config.gate_per == "head" else None for shape in shapes]
         self._gates = nn.ModuleList() if config.gate is None else nn.ModuleList(Gate(config.gate, n) for n in heads)

@@ -15,6 +15,7 @@ from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
+from qtuning_fast.lifelong.metrics import unnamed_results
 from qtuning_fast.lifelong.options import HEAD_STARTS, TrainingOptions
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.method.labels import MULTI, REGRESSION
@@ -32,20 +33,30 @@ def run(toy_files: dict[str, Path], tiny_model_folder: Path, tmp_path_factory: p
     """The metrics of a run of four tasks by a method, and its model."""
     found: dict[str, tuple[dict[str, Any], Path]] = {}
 
-    def run(name: str) -> tuple[dict[str, Any], QTuningModel]:
+    def run(
+        name: str, config: Any = None, training: Any = None, rule: str | None = None
+    ) -> tuple[dict[str, Any], QTuningModel]:
         base, tokenizer = load_base_model(str(tiny_model_folder))
-        if name not in found:
+        key = f"{name} {config} {training}"
+        if key not in found:
             method = method_by_name(name)
             own = method.config.keys() | method.training.keys()
             given = [{key: x for key, x in part.items() if key not in own} for part in (CONFIG, TRAINING)]
             tasks = [load_task(f"{task}={path}", **SIZES) for task, path in toy_files.items()]
-            config, training = method.settings(*given)
+            settings = method.settings(given[0] | (config or {}), given[1] | (training or {}))
             folder = tmp_path_factory.mktemp(name) / "run"
             trainer = LifelongTrainer(
-                base, tokenizer, config, tasks, training, folder, forward_transfer=name == "probe"
+                base,
+                tokenizer,
+                settings[0],
+                tasks,
+                settings[1],
+                folder,
+                forward_transfer=name == "probe",
+                task_rule=rule or "closed-form",
             )
-            found[name] = trainer.run(), folder / "adapter"
-        metrics, saved = found[name]
+            found[key] = trainer.run(), folder / "adapter"
+        metrics, saved = found[key]
         return metrics, QTuningModel.from_pretrained(base, saved)
 
     return run
@@ -60,6 +71,59 @@ def rows(model: QTuningModel, layer: int = 1) -> list[Tensor]:
 
 def test_q_tuning_is_the_defaults() -> None:
     assert METHODS[Q_TUNING].settings() == (QTuningConfig(), TrainingOptions())
+
+
+def published(run: Any, name: str) -> tuple[dict[str, Any], QTuningModel]:
+    """A run of HiDe-Prompt or NoRGa on a model with two layers."""
+    more = {"batch_size": 4, "joint_epochs": 2, "steps": 12, "prompt_rate": 0.1, "head_rate": 0.03}
+    return run(name, {"layers": (0,), "prompt_length": NEW}, more)
+
+
+def test_hide_has_a_prompt_per_task_that_starts_from_the_last_one_and_one_head(run: Any) -> None:
+    metrics, model = published(run, "hide")
+    settings = metrics["config"]
+    assert settings["method"]["prompt_init"] == "uniform" and settings["training"]["start_from"] == "previous"
+    assert [task["prefix_rows"] for task in metrics["per_task"]] == [NEW] * 4
+    assert [task["start"]["chosen"]["rows"] for task in metrics["per_task"]] == ["random", *["prompt"] * 3]
+    assert all(adapter.gate is None for adapter in model.adapters.values()) and model.training_prefix.gates == []
+    first, second, *_ = rows(model, layer=0)
+    assert first.abs().mean() > 0.3  # U(−1, 1): 0.5 on average
+    assert (second - first).abs().mean() < 0.5 * first.abs().mean()
+    assert "joint_head" in metrics["class_incremental"]
+
+
+def test_norga_is_hide_with_a_gate_that_the_first_task_trains(run: Any) -> None:
+    _, model = published(run, "norga")
+    first, *others = model.adapters.values()
+    assert first.gate == "tanh" and float(first.alphas[0]) != 1
+    for other in others:
+        assert torch.equal(first.alphas[0], other.alphas[0]) and torch.equal(first.taus[0], other.taus[0])
+    hide, norga = METHODS["hide"], METHODS["norga"]
+    assert norga.config.items() - hide.config.items() == {("gate", "tanh"), ("gate_training", "first-task")}
+    assert norga.training.items() - hide.training.items() == {("gate_rate", None)}
+    assert TrainingOptions(gate_rate=None, prompt_rate=0.5).rates()["gate"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["simple-cil", "ranpac", "probe-joint"])
+def test_what_needs_no_prompts(run: Any, name: str) -> None:
+    metrics, _ = run(name, rule=METHODS[name].rule)
+    answers = unnamed_results(metrics)[METHODS[name].answers]
+    assert 0 < answers["average_accuracy"] <= 1
+    assert all(task["steps"] == 0 and task["prefix_rows"] == 0 for task in metrics["per_task"])
+    if METHODS[name].rule is not None:
+        assert metrics["class_incremental"]["rule"] == METHODS[name].rule
+
+
+def test_epochs_are_steps(run: Any) -> None:
+    options = TrainingOptions(epochs=3, batch_size=8)
+    assert [options.for_examples(count).steps for count in (8, 9, 1)] == [3, 6, 3]
+    assert TrainingOptions(steps=7).for_examples(100).steps == 7
+    metrics, _ = run("prompt-per-task", training={"epochs": 2, "eval_every": 2})
+    assert [task["steps"] for task in metrics["per_task"]] == [
+        2 * -(-task["num_train"] // 4) for task in metrics["per_task"]
+    ]
+    with pytest.raises(ValueError, match="epochs is 0; it must be at least 1"):
+        TrainingOptions(epochs=0)
 
 
 def test_progressive_prompts_keep_every_prompt_as_it_was_trained(run: Any) -> None:

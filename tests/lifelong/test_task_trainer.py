@@ -17,6 +17,7 @@ from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.task_trainer import StepTimer, TaskTrainer, latest_checkpoint
 from qtuning_fast.method.closed_form import closed_form_head
+from qtuning_fast.method.contrast import contrastive_loss
 
 OPTIONS = TrainingOptions(steps=4, batch_size=4, eval_every=2, prompt_rate=0.03, head_rate=0.02, gate_rate=0.01)
 
@@ -71,6 +72,27 @@ def test_the_reweighting_is_pulled_to_where_it_started(
         far.append(model.training_prefix.reweighting_loss().item())
         model.load_trainable_state_dict(start)
     assert far[1] < 0.25 * far[0]
+
+
+@pytest.mark.parametrize("earlier", [0, 3])
+def test_features_are_pushed_away_from_earlier_classes(
+    earlier: int, model: QTuningModel, batch: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    examples = EncodedExamples(batch | {"labels": torch.tensor([0, 1, 0, 1])})
+    means = torch.randn(earlier, model.hidden_size)
+    task = TaskTrainer(
+        model, replace(OPTIONS, contrast=0.5), tmp_path, train=examples, validation=examples, earlier_means=means
+    )
+    inputs = batch | {"labels": torch.tensor([0, 1, 0, 1])}
+    model.train()
+    loss = task.compute_loss(model, inputs) - OPTIONS.reweighting_pull * model.training_prefix.reweighting_loss()
+    x = model.encode(batch)
+    expected = model(**inputs).loss + 0.5 * contrastive_loss(x, means if earlier else x.new_zeros(0, x.shape[1]))
+    torch.testing.assert_close(loss, expected)
+    model.eval()
+    torch.testing.assert_close(task.compute_loss(model, inputs), model(**inputs).loss)
+    task.train_or_resume()
+    assert not model.learning.head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("rate", [0.0, 3.0])

@@ -1,5 +1,7 @@
 """The rows of a prefix: of a layer, and in front of the input."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,6 +44,16 @@ def test_old_rows_are_frozen_and_new_ones_start_as_the_method_says() -> None:
     key, value = wide.from_rows(prefix.prompt)
     assert key.std().item() == pytest.approx(0.5, rel=0.05) and value.std().item() == pytest.approx(0.02, rel=0.05)
     assert not prefix.old.requires_grad and prefix.prompt.requires_grad
+
+
+@pytest.mark.parametrize("in_input", [True, False])
+def test_rows_may_be_uniform(in_input: bool) -> None:
+    torch.manual_seed(0)
+    more: dict[str, Any] = {"shared_length": 2, "rank": None, "uniform": True}
+    prompt = InputPrompt(torch.nn.Embedding(9, 400), 400, **more) if in_input else LayerPrefix(SHAPE, **more)
+    for drawn in (prompt.new_rows(500), prompt.shared if in_input else prompt.new_rows(500)):
+        assert -1 <= drawn.min() < -0.9 and 0.9 < drawn.max() <= 1 and abs(drawn.mean()) < 0.1
+        assert drawn.std().item() == pytest.approx(3**-0.5, rel=0.1)
 
 
 def test_without_reweighting_old_rows_keep_their_scale() -> None:

@@ -43,7 +43,7 @@ def unnamed_accuracy(metrics: Metrics) -> Figure:
             "label": "adapters, task inferred" if name == "adapters" else name.replace("_", " "),
         }
         if "accuracy_matrix" in result:
-            kind = "-" if name in ("adapters", "closed_form") else "--"
+            kind = "--" if name in metrics["class_incremental"]["baselines"] else "-"
             axes.plot(_mean_of_rows(result), linestyle=kind, marker="o", markersize=4, **style)
         else:  # known after the last task only; the mark may stand on the frame
             last = [len(names) - 1], [result["average_accuracy"]]

@@ -17,6 +17,7 @@ from qtuning_fast.lifelong.metrics import (
     in_words,
     measured,
     named_summary,
+    unnamed_evaluations,
     unnamed_results,
 )
 from qtuning_fast.lifelong.scores import WORDS
@@ -88,8 +89,10 @@ def unnamed_table(metrics: Metrics) -> Table:
     """How good the answers are without the task's name, those with it in the last row; below it unknown tasks."""
     block = metrics["class_incremental"]
     table = _table_of_measures("Accuracy when the task is not named", UNNAMED_MEASURES, number="0.000")
+    mine = metrics["config"].get("answered_by")
     for name, result in unnamed_results(metrics).items():
-        table.add_row(name.replace("_", " "), *(_number(result.get(measure)) for measure in UNNAMED_MEASURES))
+        found = [_number(result.get(measure)) for measure in UNNAMED_MEASURES]
+        table.add_row(name.replace("_", " "), *found, style="bold" if name == mine else None)
     named = named_summary(metrics)
     if named:
         table.add_section()
@@ -104,7 +107,7 @@ def unnamed_seeds_table(summary: Mapping[str, Any]) -> Table:
     block = summary["class_incremental"]
     measures = [measure for measure in UNNAMED_MEASURES if measure != "label_accuracy"]  # 80 columns have no room
     table = _table_of_measures("The same when the task is not named", measures, number="0.000 ± 0.000")
-    for name, spreads in ({name: block[name] for name in ("adapters", "closed_form")} | block["baselines"]).items():
+    for name, spreads in (unnamed_evaluations(block) | block["baselines"]).items():
         table.add_row(name.replace("_", " "), *(_spread(spreads.get(measure)) for measure in measures))
     numbers = {name: _spread(spread) for name, spread in block["unknown"].items() if spread}
     numbers["false_alarm_rate"] = _number(block["unknown"]["false_alarm_rate"]["mean"])  # promised, hence all alike

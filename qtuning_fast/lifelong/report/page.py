@@ -208,6 +208,7 @@ def write_seeds_report(runs: Sequence[Metrics], summary: Mapping[str, Any], fold
         rows=rows,
         picture=picture,
         class_incremental=summary.get("class_incremental"),
+        unnamed=unnamed_results(summary),
         unnamed_measures=UNNAMED_MEASURES,
     )
 

@@ -20,6 +20,7 @@ PALETTE = {
     "live_queue": "#D55E00",
     "linear_probe": "#6b6b6b",
     "adapters": "#0072B2",  # the same adapters, their task inferred
+    "joint_head": "#E69F00",
     "closed_form": "#CC79A7",
     "nearest_class_mean": "#6b6b6b",
     "joint_regression": "#000000",

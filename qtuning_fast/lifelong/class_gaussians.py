@@ -67,6 +67,18 @@ class ClassGaussians:
             torch.tensor([label for _, _, _, label in found]),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[ClassGaussians], first_classes: Sequence[int]) -> ClassGaussians:
+        """Return those of several tasks together, given the number that the first class of each then has."""
+        rows = max(part.factors.shape[1] for part in parts)
+        factors = [_with_rows(factor, rows) for part in parts for factor in part.factors]
+        return cls(
+            torch.cat([part.means for part in parts]),
+            torch.stack(factors),
+            torch.cat([part.variances for part in parts]),
+            torch.cat([part.classes + first for part, first in zip(parts, first_classes)]),
+        )
+
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw so many pseudo-features of each Gaussian: `[G · count, F]` float64, and their classes `[G · count]`."""
         groups, rows, width = self.factors.shape

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from qtuning_fast.method.class_gaussians import ClassGaussians
+from qtuning_fast.lifelong.class_gaussians import ClassGaussians
+from qtuning_fast.lifelong.task_adaptive import Rebalancing, rebalanced
 from qtuning_fast.method.closed_form import LinearHead
-from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
 
 
 def some(classes: int = 3, features: int = 4) -> tuple[LinearHead, ClassGaussians]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtuning_fast.method.class_gaussians import CENTROIDS, KINDS, RIDGE, ClassGaussians
+from qtuning_fast.lifelong.class_gaussians import CENTROIDS, KINDS, RIDGE, ClassGaussians
 
 
 def examples(count: int, *, seed: int = 0, features: int = 5) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,15 @@ def test_a_single_example_and_saving() -> None:
     assert (drawn - 1).abs().max() < 6 * RIDGE**0.5 and set(classes.tolist()) == {4}
     again = ClassGaussians.from_tensors(one.tensors())
     assert all(torch.equal(x, again.tensors()[name]) for name, x in one.tensors().items())
+
+
+def test_tasks_are_joined() -> None:
+    few, many = (ClassGaussians.of(*examples(count)) for count in (4, 40))
+    both = ClassGaussians.joined([few, many], [0, 3])
+    assert both.classes.tolist() == [0, 2, 3, 5]
+    for place, (part, mine) in enumerate([(few, 0), (few, 1), (many, 0), (many, 1)]):
+        np.testing.assert_allclose(covariance(both, place), covariance(part, mine), rtol=0, atol=1e-12)
+        assert torch.equal(both.means[place], part.means[mine])
 
 
 def test_what_is_refused() -> None:
