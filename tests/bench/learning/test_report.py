@@ -8,6 +8,9 @@ from qtuning_fast.bench.learning.report import CONTROL, INGREDIENTS, main
 from qtuning_fast.bench.learning.run import OUT, result_file
 
 
+FAST = ("from-random, faster network", 0.75)
+
+
 def entry(arm: str, draw: int, value: float) -> dict[str, Any]:
     chosen = {"rows": "random", "donor": None, "head": "closed-form", "mixed_with": [], "loss": 0.5}
     start = {"chosen": chosen, "considered": [chosen]}
@@ -21,19 +24,20 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
     import json
 
     for draw in range(3):
-        for arm, value in (("start", 0.8 + 0.01 * draw), ("from-random", 0.7), ("no gate", 0.79), ("input", 0.7)):
+        for arm, value in (("start", 0.8 + 0.01 * draw), ("from-random", 0.7), ("no gate", 0.79), ("input", 0.7), FAST):
             file = result_file(tmp_path / "results", Run("related", 16, arm, draw))
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(entry(arm, draw, value)))
     page, images = tmp_path / "learning.md", tmp_path / "images"
     assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--images", str(images)]) == 0
     text = " ".join(page.read_text().split())
-    assert "12 are done; what is not done is missing below" in text
+    assert "15 are done; what is not done is missing below" in text
     assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
     assert "| **+11.0 ± 2.5** against `from-random`; " not in text  # prompts alone are missing
     assert "| gate | `no gate` | 3 | +2.0 ± 2.5 | +2.0 ± 2.5 | +0.2 ± 0.2 |" in text
     assert "| `input` | 3 | 0.700 | **-11.0 ± 2.5** | **-11.0 ± 2.5** |" in text
     assert "Where the 3 tasks after the first started: 3 from random rows." in text
+    assert "`start`, in points: **+6.0 ± 2.5** against `from-random, faster network`." in text
     assert [path.name for path in images.iterdir()] == ["learning-related-16.png"]
 
 
