@@ -7,7 +7,6 @@ from qtuning_fast.bench.learning.arms import WITHOUT, Run
 from qtuning_fast.bench.learning.report import CONTROL, INGREDIENTS, main
 from qtuning_fast.bench.learning.run import OUT, result_file
 
-
 FAST = ("from-random, faster network", 0.75)
 
 
