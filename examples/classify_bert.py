@@ -22,7 +22,7 @@ from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, Trai
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.lifelong import Task, few_shot_split
 from qtuning_fast.lifelong.base_models import MINILM, load_base_model
-from qtuning_fast.lifelong.streams import STREAMS
+from qtuning_fast.lifelong.text_streams import TEXT_STREAMS
 
 TOY = {
     "mood": {"good": ["a joy to", "warm and fun to"], "bad": ["a bore to", "dull and long to"]},
@@ -35,7 +35,7 @@ def load_tasks(toy: bool) -> list[Task]:
     """Questions by the kind of their answer, then film reviews by their mood; or toy texts."""
     if not toy:
         sizes = {"shots": 100, "validation_shots": 0, "test_size": 200, "seed": 0}
-        return [source.load(**sizes) for source in STREAMS["offline-5"].sources[:2]]
+        return [source.load(**sizes) for source in TEXT_STREAMS["offline-5"].sources[:2]]
     tasks = []
     for name, classes in TOY.items():
         rows = [(f"{start} {end}", label) for label in classes for start in classes[label] for end in ENDS]

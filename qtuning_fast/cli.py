@@ -19,6 +19,7 @@ except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
 from qtuning_fast.cli_options import Options, with_options
+from qtuning_fast.lifelong.image_benchmarks import EVERY
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.stream import DINOV2, MINILM
@@ -128,17 +129,26 @@ _OWN_DATA = {
     "queue_size": QTuningConfig().queue_size,
     "task_type": QTuningConfig().task_type,
     "validation_shots": DataOptions().validation_shots,
+    "test_size": DataOptions().test_size,
 }
 
 
 def _default(name: str) -> str:
     """The default of an option that a stream may set, in words."""
-    of_streams = {stream: getattr(each, name) for stream, each in STREAMS.items()}
-    others = [f"for {stream} {value}" for stream, value in of_streams.items() if value != _OWN_DATA[name]]
-    return ", ".join([f"default {_OWN_DATA[name]}", *others])
+    streams: dict[Any, list[str]] = {}
+    for stream, each in STREAMS.items():
+        streams.setdefault(getattr(each, name), []).append(stream)
+    others = {value: names for value, names in streams.items() if value != _OWN_DATA[name]}
+    words = [f"for {', '.join(names)} {'all' if value == EVERY else value}" for value, names in others.items()]
+    return "; ".join([f"default {_OWN_DATA[name]}", *words])
 
 
-_DATA = Options(DataOptions, "Data", left_out=("seed",), defaults={"validation_shots": _default("validation_shots")})
+_DATA = Options(
+    DataOptions,
+    "Data",
+    left_out=("seed",),
+    defaults={name: _default(name) for name in ("validation_shots", "test_size")},
+)
 _METHOD = Options(QTuningConfig, "Method", defaults={name: _default(name) for name in ("queue_size", "task_type")})
 _TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
 

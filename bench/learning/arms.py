@@ -8,9 +8,8 @@ from typing import Any
 from qtuning_fast.lifelong.methods import method_by_name
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.stream import Stream, TaskSource
-from qtuning_fast.lifelong.streams import STREAMS
 from qtuning_fast.lifelong.tasks import Labelled
-from qtuning_fast.lifelong.text_streams import SENTIMENTS
+from qtuning_fast.lifelong.text_streams import SENTIMENTS, TEXT_STREAMS
 from qtuning_fast.method.config import QTuningConfig
 
 TRAINING = {"steps": 60, "eval_every": 10}
@@ -21,7 +20,7 @@ LINEAR = "linear"
 
 def _named(*names: str) -> tuple[TaskSource, ...]:
     """Tasks of the packaged streams."""
-    sources = {source.name: source for stream in STREAMS.values() for source in stream.sources}
+    sources = {source.name: source for stream in TEXT_STREAMS.values() for source in stream.sources}
     return tuple(sources[name] for name in names)
 
 
@@ -51,7 +50,7 @@ STUDY_STREAMS = {
     "related": Stream("positive or negative", (*_named("movies", "amazon", "tweets", "nyt"), _POLAR_AIRLINES), 3),
     "halves": Stream("halves of one task", _halves(*_named("20ng-rec")), 2),
     "unrelated": Stream("questions, spam, readers", _named("trec", "sms", "books"), 2),
-    "offline-15": STREAMS["offline-15"],
+    "offline-15": TEXT_STREAMS["offline-15"],
 }
 
 

@@ -23,12 +23,21 @@ class DataOptions:
     """Where the tasks of a run come from: a stream, or the user's own data."""
 
     stream: str | None = setting(None, f"A stream of tasks: {', '.join(STREAMS)}.", "Give a stream or tasks, not both.")
+    stream_data: str | None = setting(
+        None,
+        "A folder with a copy of the stream's data; default the hub.",
+        "Of the image benchmarks: the files of the hub's dataset, what `save_to_disk` wrote, or a folder of images for "
+        "each class. Of five-datasets a folder with a folder for each.",
+        absent=None,
+    )
     tasks: tuple[str, ...] = setting(
         (),
         "Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat.",
         "See `load_task`.",
     )
-    shots: int | None = setting(None, f"Training examples a class; default {Stream.shots}, of your own data all.")
+    shots: int | None = setting(
+        None, f"Training examples a class; default {Stream.shots}, of your own data and of image benchmarks all."
+    )
     validation_shots: int = setting(16, "Validation examples a class.")
     test_size: int = setting(200, "Test examples a task at most.")
     seed: int = setting(0, "Random seed of the draw.")
@@ -61,6 +70,8 @@ class DataOptions:
         }
         columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
         if self.stream is None:
+            if self.stream_data is not None:
+                raise ValueError(f"stream_data is {self.stream_data!r}, but there is no stream; leave it out")
             kinds = self._problem_types()
             return [
                 load_task(spec, shots=self.shots, **sizes, **columns, problem_type=kinds[parse_spec(spec)[0]])
@@ -71,7 +82,7 @@ class DataOptions:
         for name, column in columns.items():
             if column != getattr(_DEFAULTS, name):
                 raise ValueError(f"{name} is {column!r}, but a stream has no columns; leave {name} out")
-        return load_stream(self.stream, shots=self.shots, **sizes)
+        return load_stream(self.stream, shots=self.shots, data=self.stream_data, **sizes)
 
     def _problem_types(self) -> dict[str, str]:
         """The problem type of each task by name."""

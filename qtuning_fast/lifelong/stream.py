@@ -46,7 +46,8 @@ class Stream:
         description: what they are.
         sources: how each task is made.
         queue_size: of the queue of prompts.
-        shots, validation_shots: examples a class, where the user gives no number.
+        shots, validation_shots, test_size: examples a class, and test examples a task at most, where the user gives no
+            other number.
         task_type: see `QTuningConfig`.
     """
 
@@ -55,17 +56,26 @@ class Stream:
     queue_size: int = 5
     shots: int = 16
     validation_shots: int = 16
+    test_size: int = 200
     task_type: str = "sequence-classification"
 
     def load(
-        self, *, shots: int | None = None, validation_shots: int | None = None, test_size: int = 200, seed: int = 0
+        self,
+        *,
+        shots: int | None = None,
+        validation_shots: int | None = None,
+        test_size: int | None = None,
+        seed: int = 0,
+        data: str | None = None,
     ) -> list[Task]:
         """Draw the tasks in order (`few_shot_split`); raises what `load_stream` raises of its examples."""
+        if data is not None:
+            raise ValueError(f"stream_data is {data!r}, but this stream has data of its own; leave it out")
         return [
             source.load(
                 shots=self.shots if shots is None else shots,
                 validation_shots=self.validation_shots if validation_shots is None else validation_shots,
-                test_size=test_size,
+                test_size=self.test_size if test_size is None else test_size,
                 seed=seed,
             )
             for source in self.sources

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from qtuning_fast.lifelong.image_benchmarks import IMAGE_BENCHMARKS, ImageBenchmark
 from qtuning_fast.lifelong.image_streams import IMAGE_STREAMS
 from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.lifelong.text_streams import TEXT_STREAMS
 
-STREAMS: dict[str, Stream] = TEXT_STREAMS | IMAGE_STREAMS
+STREAMS: dict[str, Stream | ImageBenchmark] = {**TEXT_STREAMS, **IMAGE_STREAMS, **IMAGE_BENCHMARKS}
 
 
 def load_stream(
@@ -15,22 +16,26 @@ def load_stream(
     *,
     shots: int | None = None,
     validation_shots: int | None = None,
-    test_size: int = 200,
+    test_size: int | None = None,
     seed: int = 0,
+    data: str | None = None,
 ) -> list[Task]:
     """Load the tasks of a stream in order; `few_shot_split` draws them.
 
     Args:
         name: one of `STREAMS`.
-        shots, validation_shots: examples a class; None takes the stream's own number, of texts 16.
-        test_size: test examples a task, at most.
-        seed: of the draw.
+        shots, validation_shots: examples a class; None takes the stream's own numbers, of texts 16.
+        test_size: test examples a task, at most; None takes the stream's own number, of texts 200.
+        seed: of the draw, and of a benchmark's order of classes.
+        data: a folder with a copy of a benchmark's data (`qtuning_fast.lifelong.image_benchmarks`); None: the hub.
 
     Raises:
-        ValueError: no stream has this name, or a class has too few examples for this many shots.
-        ImportError: a package that holds the examples is not installed.
-        FileNotFoundError: the installed version of a package lacks them.
+        ValueError: no stream has this name, a class has too few examples for this many shots, or the stream has data of
+            its own.
+        ImportError: a package that holds the examples, or that reads them, is not installed.
+        ConnectionError: the hub does not answer.
+        FileNotFoundError: the installed version of a package, or the folder, lacks the examples.
     """
     if name not in STREAMS:
         raise ValueError(f"there is no stream {name!r}; the streams are {', '.join(STREAMS)}")
-    return STREAMS[name].load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed)
+    return STREAMS[name].load(shots=shots, validation_shots=validation_shots, test_size=test_size, seed=seed, data=data)

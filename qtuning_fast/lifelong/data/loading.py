@@ -8,11 +8,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
+from qtuning_fast.lifelong.data.hub import load_hub
 from qtuning_fast.lifelong.data.image_folders import check_images, images_by_class, is_image_folder, read_image_folder
-from qtuning_fast.lifelong.data.splits import names_by_split, split_files, warn_about_ignored
+from qtuning_fast.lifelong.data.splits import split_files
 from qtuning_fast.lifelong.data.tables import DataWarning, Table, is_readable, read_table, shortened, stem_and_ending
 from qtuning_fast.lifelong.data.text_columns import (
     check_known_labels,
@@ -28,8 +27,6 @@ from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE, check_problem_
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-HUB_TIMEOUT = 10.0  # seconds
 
 
 def load_task(
@@ -229,27 +226,7 @@ def _read_files(path: str) -> dict[str, Table]:
 
 
 def _read_hub(path: str) -> dict[str, Table]:
-    try:
-        import datasets  # an optional dependency, and slow to import
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is not a local path, and a data set on the hub needs the package datasets: pip install datasets"
-        ) from error
-
-    name, _, config = path.partition(":")
-    if not datasets.config.HF_HUB_OFFLINE:  # offline, only the cache is used
-        _check_reachable(datasets.config.HF_ENDPOINT, wanted=path)
-    try:
-        loaded = dict(datasets.load_dataset(name, config or None))
-    except ConnectionError as error:
-        raise ConnectionError(f"{path} is not a local path, and cannot be fetched from the hub: {error}") from error
-    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a local path, and cannot be loaded from the hub: {error}") from error
-    found = names_by_split(path, loaded)
-    if found:  # otherwise an error names the splits that exist
-        warn_about_ignored(path, [split for split in loaded if split not in found.values()])
-        loaded = {split: loaded[theirs] for split, theirs in found.items()}
-    return {split: _hub_table(data, f"{split} of {path}") for split, data in loaded.items()}
+    return {split: _hub_table(data, f"{split} of {path}") for split, data in load_hub(path).items()}
 
 
 def _hub_table(data: "Dataset", where: str) -> Table:
@@ -261,16 +238,3 @@ def _hub_table(data: "Dataset", where: str) -> Table:
         if isinstance(item := getattr(each, "feature", each), ClassLabel)
     }
     return Table(where, len(data), list(data.features), lambda name: data[name][:], classes)
-
-
-def _check_reachable(endpoint: str, wanted: str) -> None:
-    """Fail at once without a network: `load_dataset` would retry for half a minute."""
-    try:
-        urlopen(Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT).close()
-    except HTTPError:
-        pass  # any answer will do
-    except OSError as error:
-        raise ConnectionError(
-            f"{wanted} is not a local path, and the hub at {endpoint} cannot be reached: {error}. "
-            "Set HF_HUB_OFFLINE=1 to use a data set from the cache."
-        ) from error
