@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qtuning_fast.lifelong.class_gaussians import KINDS
+from qtuning_fast.lifelong.data.augmentation import AUGMENTATIONS
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
 from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
@@ -140,6 +141,14 @@ class TrainingOptions:
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
     max_length: int = setting(64, "Tokens a text is cut to.", "A batch is padded to its longest text.")
+    augment: str | None = setting(
+        None,
+        "Changes of training images: {choices}.",
+        "`crops`: random parts of at least a twentieth, half of them mirrored. `crops-brightness`: of at least a "
+        "twelfth, and of random brightness, as HiDe-Prompt learns CIFAR-100.",
+        choices=(*AUGMENTATIONS, None),
+        absent=None,
+    )
     prompt_rate: float = setting(3e-3, "Learning rate of prompts.", "It applies to the shared prompt too.")
     reweighting_rate: float | None = setting(
         3e-2, "Learning rate of the reweighting.", "None: that of prompts.", absent=None

@@ -28,6 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from qtuning_fast.lifelong.data.encoded import EncodedExamples, without_padding
+from qtuning_fast.lifelong.data.images import ImageExamples
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS, score
 from qtuning_fast.method.contrast import contrastive_loss
@@ -84,7 +85,7 @@ class TaskTrainer(Trainer):
             eval_dataset=validation.by_length()[0],
             data_collator=_collated,
             compute_metrics=partial(_score, model.learning.problem_type),
-            callbacks=[self.clock, WriteManifest(), *stopping, *(callbacks or [])],
+            callbacks=[self.clock, WriteManifest(), BeginEpoch(train), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
         if use_cache is not None:
@@ -200,6 +201,17 @@ class TaskTrainer(Trainer):
         stopping = callbacks.get(EarlyStoppingCallback.__name__)
         stopped = stopping and stopping["attributes"]["early_stopping_patience_counter"] >= self.options.patience
         return bool(stopped) or state.global_step >= self.options.steps
+
+
+class BeginEpoch(TrainerCallback):
+    """Tells images that change at random which epoch it is, also after an interruption."""
+
+    def __init__(self, train: EncodedExamples) -> None:
+        self._images = train if isinstance(train, ImageExamples) else None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._images is not None:
+            self._images.begin_epoch(state.global_step // len(kwargs["train_dataloader"]))
 
 
 class WriteManifest(TrainerCallback):

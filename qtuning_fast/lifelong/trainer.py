@@ -34,8 +34,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from qtuning_fast.integrations.transformers import without_head
+from qtuning_fast.lifelong.data.augmentation import AUGMENTATIONS
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
+from qtuning_fast.lifelong.data.images import ImageExamples
 from qtuning_fast.lifelong.environment import device_name, versions
 from qtuning_fast.lifelong.evaluation import features, task_score
 from qtuning_fast.lifelong.joint_head import JointHead, check_joint_head
@@ -115,6 +117,8 @@ class LifelongTrainer:
         self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
         rows = config.most_rows(len(tasks)) if config.placement == "input" else 0
         self.encoder.check(base_model, tasks, prompt_tokens=rows)
+        if options.augment is not None:
+            self.encoder.check_augmentation()
         self.base_model = base_model
         self.config = config
         self.tasks = list(tasks)
@@ -266,6 +270,8 @@ class LifelongTrainer:
         task, options = self.tasks[number], self.options.for_examples(len(train))
         if model.retains_memory:
             train = train.with_column("retention_features", self._features(model, train, previous))
+        if options.augment is not None and isinstance(train, ImageExamples):
+            train = train.augmented(AUGMENTATIONS[options.augment], self._task_seed(number))
         trainer = TaskTrainer(
             model,
             replace(options, seed=self._task_seed(number)),

@@ -49,6 +49,7 @@ def commands(folders_of_models: Folders, toy_texts: Folders, toy_images: Folders
             *FAST.split(),
             *DRAW.split(),
             f"--prompt-rate={0.01 if task_type.startswith('image') else 0.3}",
+            *(["--augment=crops-brightness"] if task_type.startswith("image") else []),
         ]
         for task_type in TYPES
     }

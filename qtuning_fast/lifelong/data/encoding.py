@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from qtuning_fast.integrations.transformers.positions import first_position
+from qtuning_fast.lifelong.data.augmentation import size_of_pixels
 from qtuning_fast.lifelong.data.encoded import FALLBACK_PAD_TOKEN, EncodedExamples, pad_rows, tokenize_texts
 from qtuning_fast.lifelong.data.images import ImageExamples
 from qtuning_fast.lifelong.tasks import Examples, Task
@@ -86,6 +87,12 @@ class ExampleEncoder:
                 + (f" and the {after} of an answer" if after else "")
                 + f", including {added} special tokens"
             )
+
+    def check_augmentation(self) -> None:
+        """Raise a ValueError if training inputs cannot be cropped at random."""
+        if not self.reads_images:
+            raise ValueError(f"augment changes images, but task_type={self.task_type!r} reads texts; leave it out")
+        size_of_pixels(self.processor)
 
     def encode(self, examples: Examples) -> EncodedExamples:
         """The inputs of the model with the class indices as `labels`, for evaluation and for features."""

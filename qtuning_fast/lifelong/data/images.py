@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qtuning_fast.lifelong.data.augmentation import Augmentation, size_of_pixels
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.tasks import Input, PackedImage
 
@@ -30,11 +33,31 @@ class ImageExamples(EncodedExamples):
         super().__init__({"labels": torch.tensor(labels)})
         self.files = list(files)
         self.image_processor = image_processor
+        self._augmentation: Augmentation | None = None
+        self._seed = self._epoch = 0
 
     def rows(self, chosen: slice) -> dict[str, Tensor]:
-        images = [open_image(file) for file in self.files[chosen]]
-        pixels = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        images, given = [open_image(file) for file in self.files[chosen]], dict[str, Any]()
+        if self._augmentation is not None:
+            size, places = size_of_pixels(self.image_processor), range(*chosen.indices(len(self)))
+            images = [self._augmentation(image, size, self._draws(place)) for image, place in zip(images, places)]
+            given = {"do_resize": False, "do_center_crop": False}
+        pixels = self.image_processor(images=images, return_tensors="pt", **given)["pixel_values"]
         return {"pixel_values": pixels} | super().rows(chosen)
+
+    def augmented(self, augmentation: Augmentation, seed: int) -> ImageExamples:
+        """Return the same images, changed at random in another way in each epoch."""
+        size_of_pixels(self.image_processor)
+        changed = copy(self)
+        changed._augmentation, changed._seed = augmentation, seed
+        return changed
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Change the images as in this epoch."""
+        self._epoch = epoch  # no set_epoch: accelerate would call that, and count from 0 after an interruption
+
+    def _draws(self, place: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self._epoch, place])
 
     def subset(self, chosen: Sequence[int]) -> ImageExamples:
         part = super().subset(chosen)
