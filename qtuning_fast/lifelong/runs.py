@@ -66,9 +66,8 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
     Returns:
         The metrics.
     """
-    from qtuning_fast.lifelong.report.page import (
-        write_report,
-    )  # imports matplotlib
+    from qtuning_fast.lifelong.report.page import write_report  # imports matplotlib
+    from qtuning_fast.lifelong.report.samples import write_samples
 
     _check_writable(folder)
     tasks = settings.data.load()  # before the model, so that errors in the data come at once
@@ -93,6 +92,7 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
             },
             listener=listener,
         ).run()
+    write_samples(tasks, folder)
     write_report(metrics, folder)
     return metrics
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from PIL import Image
 
 from qtuning_fast.lifelong.metrics import (
     EVALUATIONS,
@@ -25,6 +26,7 @@ from qtuning_fast.lifelong.metrics import (
     unnamed_results,
 )
 from qtuning_fast.lifelong.report import class_incremental_plots, plots
+from qtuning_fast.lifelong.report.samples import FILE as SAMPLES
 from qtuning_fast.lifelong.scores import WORDS
 
 
@@ -181,6 +183,7 @@ def write_report(metrics: Metrics, folder: Path) -> Path:
         unnamed_measures=UNNAMED_MEASURES,
         named=named_summary(metrics),
         confusions=class_incremental_plots.largest_confusions(metrics),
+        samples=_samples(folder),
     )
 
 
@@ -242,6 +245,24 @@ def _render_plot(name: str, caption: str, draw: Callable[[], Figure], folder: Pa
         "height": round(height),
         "title": figure.get_suptitle(),
         "caption": caption,
+    }
+
+
+def _samples(folder: Path) -> dict[str, Any] | None:
+    """The picture of training images for the template; None for a run without."""
+    file = folder / SAMPLES
+    if not file.is_file():
+        return None
+    with Image.open(file) as picture:
+        width, height = picture.size
+    scale = 96 / picture.info.get("dpi", (144, 144))[0]
+    return {
+        "missing": None,
+        "data": base64.b64encode(file.read_bytes()).decode("ascii"),
+        "width": round(width * scale),
+        "height": round(height * scale),
+        "title": "Training images of each task",
+        "caption": "Some images that each class is learned from.",
     }
 
 
