@@ -10,23 +10,21 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from qtuning_fast.bench.learning.arms import ARMS, LINEAR, PARTS, STUDY_STREAMS, Run, runs_of, smaller
 from qtuning_fast.bench.learning.linear import accuracies
+from qtuning_fast.bench.learning.pool import run_each
 from qtuning_fast.bench.learning.products import use_onednn
 from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 from qtuning_fast.lifelong.data.encoding import ExampleEncoder
@@ -158,26 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [run for run in runs_of(options.parts) if not options.dry_run or run.draw == 0]
     left = [run for run in runs if not result_file(options.out, run).exists()]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are done", flush=True)
-    ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
-    failed = 0
-    with (
-        ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(left), disable=None) as bar,
-    ):
-        running: dict[Future[str], Run] = {}
-        waiting = iter(left)
-        while True:
-            while len(running) < options.jobs and time.monotonic() < ends and (run := next(waiting, None)):
-                running[pool.submit(one_run, run, options.out, options.dry_run)] = run
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                if (error := future.exception()) is not None:
-                    failed += 1
-                    print(f"{run.name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                bar.update()
+    do = partial(one_run, out=options.out, rehearsal=options.dry_run)
+    failed = run_each(left, do, options.jobs, options.minutes)
     return 1 if failed else 0
 
 

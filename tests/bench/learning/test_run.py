@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -91,29 +90,10 @@ def test_with_random_rows_in_the_queue_all_else_is_as_without(toy: Path, tmp_pat
     assert not torch.equal(drawn, old) and (weights == 1).all()
 
 
-class InThisProcess:
-    """In place of a pool of processes."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def submit(self, function: Any, *arguments: Any) -> Future[str]:
-        future: Future[str] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
+@pytest.mark.usefixtures("in_this_process")
 def test_what_is_done_is_left_out_and_an_error_stops_no_other_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
     did: list[Run] = []
 
     def one_run(run: Run, out: Path, rehearsal: bool) -> str:
