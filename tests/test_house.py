@@ -16,6 +16,7 @@ DRAWING = {
     "class_incremental_plots.py",
     "plot_style.py",
     "page.py",
+    "samples.py",
 }  # themselves imported only where a report is written
 # Parameters are renamed, so what a model can do is found by running it. Who reads signatures all the same, and why:
 READING_SIGNATURES = {
@@ -179,14 +180,16 @@ def test_reports_are_loaded_only_where_one_is_written() -> None:
     assert result.stdout.strip() == "False", result.stderr
 
 
-def test_the_demo_is_a_command_that_exists() -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_demos_are_commands_that_exist(place: int) -> None:
     from typer.testing import CliRunner
 
     from qtuning_fast.cli import app
 
-    recipe = (ROOT / "Makefile").read_text()
-    [line] = [line for line in recipe.splitlines() if "qtuning-fast run" in line]
-    arguments = line.split("qtuning-fast ")[1].split()
+    recipe = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    lines = [line for line in recipe.splitlines() if "qtuning-fast run" in line]
+    assert len(lines) == 2
+    arguments = lines[place].split("qtuning-fast ")[1].split()
     arguments[arguments.index("--out") + 1] = "/dev/null"  # the one thing that is wrong with it
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "out is '/dev/null'" in result.output
