@@ -35,9 +35,10 @@ from qtuning_fast.bench.rows.command import Command, measure_each
 from qtuning_fast.bench.rows.roofline import Ceilings, measured_ceilings
 from qtuning_fast.bench.timing import Call, compare, timing_of
 from qtuning_fast.method.adapter import AdapterInfo
+from qtuning_fast.method.shared_gaussian import SharedGaussian
 from qtuning_fast.method.statistics import Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import CALIBRATED_ON, FittedRule
-from qtuning_fast.method.task_rules import Evidence, SharedGaussian
+from qtuning_fast.method.task_rule import Evidence
 from qtuning_fast.model.known_tasks import KnownTasks
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
 

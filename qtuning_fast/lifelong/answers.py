@@ -13,7 +13,7 @@ from qtuning_fast.lifelong.evaluation import probabilities
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.statistics import Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import FittedRule, TaskInference
-from qtuning_fast.method.task_rules import Evidence, TaskRule
+from qtuning_fast.method.task_rule import Evidence, TaskRule
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers
 

@@ -1,32 +1,35 @@
 """The head over all classes of a run, which answers where no task is named: task-adaptive prediction (TAP).
 
 After each task Gaussians are fitted to the features of its classes under its own adapter, and the head over all classes
-so far trains on pseudo-features drawn from them (`qtuning_fast.lifelong.task_adaptive`). An input is read under the
+so far trains on pseudo-features drawn from them (`qtuning_fast.method.task_adaptive`). An input is read under the
 adapter of its inferred task; the head then chooses among the classes of all tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qtuning_fast.lifelong.class_gaussians import ClassGaussians
 from qtuning_fast.lifelong.class_incremental import Pairs
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
 from qtuning_fast.lifelong.options import TrainingOptions
-from qtuning_fast.lifelong.task_adaptive import Rebalancing, rebalanced
 from qtuning_fast.lifelong.tasks import Task
+from qtuning_fast.method.class_gaussians import ClassGaussians
 from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
+from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
 from qtuning_fast.model.model import QTuningModel
 
+CENTROIDS = 10
 _GAUSSIANS, _HEAD = "gaussians.safetensors", "joint_head.safetensors"
 
 
@@ -78,7 +81,8 @@ class JointHead:
             train = self._encoded(task)["train"]
             x = features(model, train, options.eval_batch_size, task=task.name)
             kind = options.joint_head or "variance"
-            _save(path, ClassGaussians.of(x, train.columns["labels"], kind, seed=seed).tensors())
+            clustered = partial(nearest_centroids, seed=seed) if kind == "centroids" else None
+            _save(path, ClassGaussians.of(x, train.columns["labels"], kind, clustered=clustered).tensors())
         path = self._folder_of(number) / _HEAD
         if options.joint_head is None or path.exists():
             return
@@ -137,6 +141,14 @@ class JointHead:
 
     def _head(self, number: int) -> LinearHead:
         return LinearHead(**load_file(self._folder_of(number) / _HEAD))
+
+
+def nearest_centroids(x: Tensor, seed: int) -> Tensor:
+    """Return the number of the centroid of k-means that each example is nearest to; there are ten at most."""
+    from sklearn.cluster import KMeans
+
+    count = min(CENTROIDS, len(np.unique(x.numpy(), axis=0)))
+    return torch.from_numpy(KMeans(count, n_init=1, random_state=seed).fit(x.numpy()).labels_)
 
 
 def _size(task: Task) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qtuning_fast.lifelong.class_gaussians import KINDS
 from qtuning_fast.lifelong.data.augmentation import AUGMENTATIONS
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
 from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
+from qtuning_fast.method.class_gaussians import KINDS
 from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
 from qtuning_fast.method.settings import check_settings, documented, from_file, setting, to_file
 

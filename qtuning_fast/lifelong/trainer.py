@@ -55,7 +55,8 @@ from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import REGRESSION
-from qtuning_fast.method.task_rules import RULES, ClosedForm, TaskRule, rule_by_name
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.fingerprint import fingerprint

@@ -30,7 +30,8 @@ from qtuning_fast.lifelong.joint_head import JointHead
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.labels import SINGLE, class_count
 from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
-from qtuning_fast.method.task_rules import ClosedForm, NearestMean, TaskRule
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import ClosedForm, NearestMean
 from qtuning_fast.model.model import QTuningModel
 
 Stage = dict[str, Any]

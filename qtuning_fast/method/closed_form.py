@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.method.labels import IGNORED, MULTI, REGRESSION, SINGLE, counted, example_losses
+from qtuning_fast.method.shared_gaussian import oas_shrinkage
 from qtuning_fast.method.statistics import ClassMoments
-from qtuning_fast.method.task_rules import oas_shrinkage
 from qtuning_fast.method.temperature import best_temperature
 
 _FOLDS = 5

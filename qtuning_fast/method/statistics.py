@@ -250,6 +250,16 @@ def spread(features: Tensor, most: int) -> Tensor:
     return order[((torch.arange(most, dtype=torch.float64) + 0.5) / most * len(features)).long()]
 
 
+def all_means(statistics: Sequence[TaskStatistics]) -> Tensor:
+    """Return the means of the features of all tasks' classes, `[C, F]`."""
+    return torch.cat([each.features.means for each in statistics])
+
+
+def all_counts(statistics: Sequence[TaskStatistics]) -> Tensor:
+    """Return the number of examples of all tasks' classes, `[C]`."""
+    return torch.cat([each.features.counts for each in statistics])
+
+
 def summed_scatter(moments: Sequence[ClassMoments]) -> Tensor:
     """Return the sum of the scatters, `[F, F]`."""
     total = moments[0].factor.new_zeros(moments[0].factor.shape[1], moments[0].factor.shape[1])

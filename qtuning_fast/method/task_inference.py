@@ -17,8 +17,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from qtuning_fast.method.shared_gaussian import SharedGaussian
 from qtuning_fast.method.statistics import validation_of
-from qtuning_fast.method.task_rules import Candidate, Evidence, Scores, SharedGaussian, TaskRule
+from qtuning_fast.method.task_rule import Candidate, Evidence, Scores, TaskRule
 from qtuning_fast.method.temperature import best_temperature
 
 _CPU = torch.device("cpu")

@@ -7,15 +7,8 @@ if TYPE_CHECKING:
     from qtuning_fast.method.adapter import TaskAdapter
     from qtuning_fast.method.statistics import TaskStatistics
     from qtuning_fast.method.task_inference import FittedRule, TaskInference
-    from qtuning_fast.method.task_rules import (
-        Candidate,
-        ClosedForm,
-        Evidence,
-        MostConfident,
-        NearestMean,
-        RanPAC,
-        TaskRule,
-    )
+    from qtuning_fast.method.task_rule import Candidate, Evidence, TaskRule
+    from qtuning_fast.method.task_rules import ClosedForm, MostConfident, NearestMean, RanPAC
     from qtuning_fast.model.checked_files import CorruptFileError
     from qtuning_fast.model.device_slots import AdapterSlots
     from qtuning_fast.model.model import QTuningModel
@@ -51,11 +44,11 @@ __all__ = [
 _LAZY = {
     "AdapterRegistry": "qtuning_fast.model.registry",
     "AdapterSlots": "qtuning_fast.model.device_slots",
-    "Candidate": "qtuning_fast.method.task_rules",
+    "Candidate": "qtuning_fast.method.task_rule",
     "ChosenStart": "qtuning_fast.model.starting",
     "ClosedForm": "qtuning_fast.method.task_rules",
     "CorruptFileError": "qtuning_fast.model.checked_files",
-    "Evidence": "qtuning_fast.method.task_rules",
+    "Evidence": "qtuning_fast.method.task_rule",
     "MostConfident": "qtuning_fast.method.task_rules",
     "NearestMean": "qtuning_fast.method.task_rules",
     "QTuningModel": "qtuning_fast.model.model",
@@ -66,7 +59,7 @@ _LAZY = {
     "TaskAdapter": "qtuning_fast.method.adapter",
     "FittedRule": "qtuning_fast.method.task_inference",
     "TaskInference": "qtuning_fast.method.task_inference",
-    "TaskRule": "qtuning_fast.method.task_rules",
+    "TaskRule": "qtuning_fast.method.task_rule",
     "TaskStatistics": "qtuning_fast.method.statistics",
     "answer_scores": "qtuning_fast.model.scoring",
 }

@@ -22,7 +22,8 @@ from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.gate import GATE_PER
 from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
-from qtuning_fast.method.task_rules import RULES, ClosedForm, TaskRule
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import RULES, ClosedForm
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import (
     TEMPORARY,

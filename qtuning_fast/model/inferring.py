@@ -13,7 +13,7 @@ from torch import Tensor
 from qtuning_fast.integrations.transformers.caches import cache_among
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.task_inference import TaskInference
-from qtuning_fast.method.task_rules import Evidence
+from qtuning_fast.method.task_rule import Evidence
 from qtuning_fast.model.known_tasks import INFER
 from qtuning_fast.model.output import batch_size, read_inputs
 

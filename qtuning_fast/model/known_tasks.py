@@ -14,7 +14,8 @@ from qtuning_fast.method.adapter import AdapterInfo
 from qtuning_fast.method.labels import IGNORED, class_count
 from qtuning_fast.method.statistics import ClassMoments, Labelled, Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import FittedRule
-from qtuning_fast.method.task_rules import Candidate, ClosedForm, TaskRule
+from qtuning_fast.method.task_rule import Candidate, TaskRule
+from qtuning_fast.method.task_rules import ClosedForm
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.distributed import gathered_from
 from qtuning_fast.model.output import read_inputs

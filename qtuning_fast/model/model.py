@@ -21,7 +21,8 @@ from qtuning_fast.method.prefix import Prefix
 from qtuning_fast.method.retention import Discriminator
 from qtuning_fast.method.statistics import TaskStatistics
 from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
-from qtuning_fast.method.task_rules import TaskRule, rule_by_name
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import rule_by_name
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import CorruptFileError

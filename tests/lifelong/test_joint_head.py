@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
 from qtuning_fast.lifelong import joint_head
 from qtuning_fast.lifelong.base_models import load_base_model
-from qtuning_fast.lifelong.class_gaussians import ClassGaussians
 from qtuning_fast.lifelong.data.encoding import ExampleEncoder
 from qtuning_fast.lifelong.data.loading import load_task
-from qtuning_fast.lifelong.joint_head import check_joint_head
+from qtuning_fast.lifelong.joint_head import check_joint_head, nearest_centroids
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.report.console import run_tables
 from qtuning_fast.lifelong.report.page import write_report
-from qtuning_fast.lifelong.task_adaptive import Rebalancing, rebalanced
 from qtuning_fast.lifelong.tasks import Examples, Task
+from qtuning_fast.method.class_gaussians import ClassGaussians
 from qtuning_fast.method.closed_form import LinearHead
-from qtuning_fast.method.task_rules import Evidence
+from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
+from qtuning_fast.method.task_rule import Evidence
 from qtuning_fast.model.checked_files import read_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=0, queue_size=1, retention_weight=0.0)
@@ -78,7 +78,7 @@ def test_it_is_the_definition(run: Path, tiny_model_folder: Path, tasks: list[Ta
         train = encoder.encode(task.train)
         [batch] = train.batches(len(train), model.device)
         x = model.features(batch, task=task.name)
-        expected = ClassGaussians.of(x, train.columns["labels"], seed=seeds[number])
+        expected = ClassGaussians.of(x, train.columns["labels"])
         saved = load_file(part(run, number, "gaussians.safetensors"))
         assert torch.allclose(saved["means"], expected.means, atol=1e-5)
         adapter = model.adapters[task.name]
@@ -129,6 +129,17 @@ def test_it_is_shown(run: Path, tmp_path: Path) -> None:
     console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
     console.print(run_tables(metrics))
     assert "joint head" in console.export_text()
+
+
+def test_centroids_are_those_of_k_means() -> None:
+    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    x = torch.cat([(middles[:, None] + torch.tensor([[0.1, 0.0], [-0.1, 0.0]])).flatten(0, 1)] * 4)
+    found = nearest_centroids(x, seed=0)
+    assert len(found.unique()) == 6  # as many as there are different examples
+    assert all(len(x[found == each].unique(dim=0)) == 1 for each in found.unique())
+    many = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    assert len(nearest_centroids(many, 1).unique()) == 10
+    assert torch.equal(nearest_centroids(many, 1), nearest_centroids(many, 1))
 
 
 @pytest.mark.parametrize("setting", [{"joint_head": "variance"}, {"contrast": 0.1}])

@@ -18,7 +18,8 @@ from qtuning_fast.lifelong.data.loading import load_task
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.tasks import SPLITS, Examples, Task
 from qtuning_fast.method.labels import MULTI
-from qtuning_fast.method.task_rules import RanPAC, TaskRule
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import RanPAC
 from qtuning_fast.model.checked_files import read_json, write_json
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=2, queue_size=3)

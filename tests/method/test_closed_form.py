@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qtuning_fast.method.closed_form import LabelledFeatures, LinearHead, closed_form_head, judged_head
 from qtuning_fast.method.labels import IGNORED, MULTI, REGRESSION, SINGLE
+from qtuning_fast.method.shared_gaussian import SharedGaussian
 from qtuning_fast.method.statistics import FEATURES, ClassMoments, TaskStatistics
-from qtuning_fast.method.task_rules import SharedGaussian
 
 
 def draw(n: int, size: int, classes: int, seed: int = 0) -> LabelledFeatures:

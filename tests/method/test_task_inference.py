@@ -20,7 +20,8 @@ from torch import Tensor
 from qtuning_fast.method import task_inference
 from qtuning_fast.method.statistics import Recorder
 from qtuning_fast.method.task_inference import FittedRule, TaskInference
-from qtuning_fast.method.task_rules import Candidate, ClosedForm, Evidence, LinearScores, RanPAC, TaskRule, rule_by_name
+from qtuning_fast.method.task_rule import Candidate, Evidence, LinearScores, TaskRule
+from qtuning_fast.method.task_rules import ClosedForm, RanPAC, rule_by_name
 from qtuning_fast.method.temperature import best_temperature
 
 SIZES = {"birds": 3, "cars": 2, "apples": 1, "dogs": 4}
@@ -74,7 +75,7 @@ class Fixed(TaskRule):
 # Probabilities
 
 
-@pytest.mark.parametrize("name", ["closed-form", "nearest-mean", "ranpac"])
+@pytest.mark.parametrize("name", ["closed-form", "nearest-mean", "ranpac", "trained-head"])
 def test_probabilities_are_the_softmax_of_scores_at_the_temperature(name: str) -> None:
     rule = RanPAC(size=30) if name == "ranpac" else rule_by_name(name)
     choice = chosen(*SIZES, rule=rule)
@@ -92,7 +93,7 @@ def test_probabilities_are_the_softmax_of_scores_at_the_temperature(name: str) -
     assert torch.equal(found.classes_of("cars"), found.class_probabilities[:, 3:5])
 
 
-@pytest.mark.parametrize("name", ["closed-form", "nearest-mean", "ranpac"])
+@pytest.mark.parametrize("name", ["closed-form", "nearest-mean", "ranpac", "trained-head"])
 @settings(max_examples=8, deadline=None)
 @given(order=st.permutations(list(SIZES)))
 def test_any_order_of_tasks_gives_the_same_bit_for_bit(name: str, order: list[str]) -> None:

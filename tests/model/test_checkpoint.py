@@ -16,7 +16,8 @@ from transformers import BertConfig, BertModel
 
 from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.method.labels import MULTI, SINGLE
-from qtuning_fast.method.task_rules import RanPAC, TaskRule
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import RanPAC
 from qtuning_fast.model.checked_files import CorruptFileError, read_json, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE, FORMAT_VERSION, READABLE_VERSIONS, read_checkpoint
 

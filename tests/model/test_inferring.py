@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from qtuning_fast.method.labels import MULTI
 from qtuning_fast.method.task_inference import TaskInference
-from qtuning_fast.method.task_rules import TaskRule
+from qtuning_fast.method.task_rule import TaskRule
 
 Batch = dict[str, Tensor]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

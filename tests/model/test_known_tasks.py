@@ -22,7 +22,8 @@ from transformers import BatchEncoding
 from qtuning_fast import QTuningModel
 from qtuning_fast.method.labels import MULTI, REGRESSION
 from qtuning_fast.method.statistics import Recorder, TaskStatistics
-from qtuning_fast.method.task_rules import RanPAC, TaskRule
+from qtuning_fast.method.task_rule import TaskRule
+from qtuning_fast.method.task_rules import RanPAC
 
 Batch = dict[str, Tensor]
 

@@ -7,16 +7,17 @@ variances, around the centroids of its examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+Clustering = Callable[[Tensor], Tensor]
+"""Maps examples `[n, F]` to the numbers of their clusters, `[n]`."""
+
 KINDS = ("covariance", "variance", "centroids")
 
-CENTROIDS = 10
 RIDGE = 1e-4
 """What is added to every variance."""
 
@@ -38,26 +39,31 @@ class ClassGaussians:
     classes: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, labels: Tensor, kind: str = "covariance", *, seed: int = 0) -> ClassGaussians:
+    def of(
+        cls, features: Tensor, labels: Tensor, kind: str = "covariance", *, clustered: Clustering | None = None
+    ) -> ClassGaussians:
         """Fit them to features `[n, F]` with class indices `[n]`.
 
         Args:
             features, labels: the examples.
             kind: one of `KINDS`. A covariance and a variance are those of a sample, over n − 1.
-            seed: of the centroids.
+            clustered: for centroids, what divides the examples of a class.
 
         Raises:
-            ValueError: the kind is unknown, there is no example, or a feature is not finite.
+            ValueError: the kind is unknown or lacks its clustering, there is no example, or a feature is not finite.
         """
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+        if kind == "centroids" and clustered is None:
+            raise ValueError("kind is 'centroids', so clustered must divide the examples of a class")
         if not len(features):
             raise ValueError("there is no example to fit a Gaussian to")
         if not features.isfinite().all():
             raise ValueError("a feature is not finite; the base model's precision may be too low for these inputs")
-        fit = {"covariance": _with_covariance, "variance": _with_variance, "centroids": _with_centroids}[kind]
         found = [
-            (*each, int(label)) for label in labels.unique() for each in fit(features[labels == label].double(), seed)
+            (*each, int(label))
+            for label in labels.unique()
+            for each in _gaussians(features[labels == label].double(), kind, clustered)
         ]
         rows = max(len(factor) for _, factor, _, _ in found)
         return cls(
@@ -115,25 +121,17 @@ _Gaussian = tuple[Tensor, Tensor, Tensor]
 """Mean `[F]`, factor `[r, F]`, variances `[F]`."""
 
 
-def _with_covariance(x: Tensor, seed: int) -> Sequence[_Gaussian]:
-    mean = x.mean(0)
-    factor = torch.linalg.qr((x - mean) / max(1, len(x) - 1) ** 0.5, mode="r").R
-    return [(mean, factor, torch.zeros_like(mean))]
-
-
-def _with_variance(x: Tensor, seed: int) -> Sequence[_Gaussian]:
-    mean = x.mean(0)
-    return [(mean, x.new_zeros(0, x.shape[1]), (x - mean).square().sum(0) / max(1, len(x) - 1))]
-
-
-def _with_centroids(x: Tensor, seed: int) -> Sequence[_Gaussian]:
-    """The centroids of k-means, with the variances of their examples, over the number of them."""
-    from sklearn.cluster import KMeans
-
-    count = min(CENTROIDS, len(np.unique(x.numpy(), axis=0)))
-    cluster = torch.from_numpy(KMeans(count, n_init=1, random_state=seed).fit(x.numpy()).labels_)
-    parts = [x[cluster == each] for each in range(count)]
-    return [(part.mean(0), x.new_zeros(0, x.shape[1]), part.var(0, correction=0)) for part in parts]
+def _gaussians(x: Tensor, kind: str, clustered: Clustering | None) -> Sequence[_Gaussian]:
+    """Return those of one class, given its examples `[n, F]`."""
+    mean, none = x.mean(0), x.new_zeros(0, x.shape[1])
+    if kind == "covariance":
+        factor = torch.linalg.qr((x - mean) / max(1, len(x) - 1) ** 0.5, mode="r").R
+        return [(mean, factor, torch.zeros_like(mean))]
+    if clustered is None:
+        return [(mean, none, (x - mean).square().sum(0) / max(1, len(x) - 1))]
+    cluster = clustered(x)
+    parts = [x[cluster == each] for each in cluster.unique()]
+    return [(part.mean(0), none, part.var(0, correction=0)) for part in parts]
 
 
 def _with_rows(factor: Tensor, rows: int) -> Tensor:

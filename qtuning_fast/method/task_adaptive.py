@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtuning_fast.lifelong.class_gaussians import ClassGaussians
+from qtuning_fast.method.class_gaussians import ClassGaussians
 from qtuning_fast.method.closed_form import LinearHead
 
 

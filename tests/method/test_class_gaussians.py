@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtuning_fast.lifelong.class_gaussians import CENTROIDS, KINDS, RIDGE, ClassGaussians
+from qtuning_fast.method.class_gaussians import KINDS, RIDGE, ClassGaussians
 
 
 def examples(count: int, *, seed: int = 0, features: int = 5) -> tuple[Tensor, Tensor]:
@@ -37,26 +37,29 @@ def test_covariance_and_variance_are_numpys(count: int) -> None:
     assert whole.factors.shape == (2, min(count // 2, 5), 5) and diagonal.factors.shape == (2, 0, 5)
 
 
+def halves(x: Tensor) -> Tensor:
+    """Two clusters, by the first feature."""
+    return (x[:, 0] > x[:, 0].median()).long()
+
+
 def test_centroids_are_means_of_their_examples() -> None:
-    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    x = (middles[:, None] + torch.tensor([[0.1, 0.0], [-0.1, 0.0]])).flatten(0, 1)
-    x = torch.cat([x] * 4)
-    gaussians = ClassGaussians.of(x, torch.zeros(len(x), dtype=torch.long), "centroids")
-    assert len(gaussians.means) == 6  # as many as there are different examples
-    found = {tuple(np.round(mean, 6)) for mean in gaussians.means.tolist()}
-    assert found == {tuple(np.round(each, 6)) for each in x.tolist()}
-    many, labels = examples(300)
-    gaussians = ClassGaussians.of(many, labels, "centroids")
-    assert torch.bincount(gaussians.classes).tolist() == [CENTROIDS, 0, CENTROIDS]
-    assert torch.allclose(gaussians.class_means()[0], gaussians.means[gaussians.classes == 0].mean(0))
-    again = ClassGaussians.of(many, labels, "centroids")
-    assert all(torch.equal(x, again.tensors()[name]) for name, x in gaussians.tensors().items())
+    x, labels = examples(60)
+    gaussians = ClassGaussians.of(x, labels, "centroids", clustered=halves)
+    assert gaussians.classes.tolist() == [0, 0, 2, 2] and gaussians.factors.shape == (4, 0, 5)
+    for place, label in enumerate((0, 2)):
+        mine = x[labels == label].double()
+        for half in range(2):
+            part = mine[halves(mine) == half].numpy()
+            np.testing.assert_allclose(gaussians.means[2 * place + half], part.mean(0), rtol=0, atol=1e-8)
+            np.testing.assert_allclose(gaussians.variances[2 * place + half], part.var(0), rtol=0, atol=1e-8)
+        mean = gaussians.means[2 * place : 2 * place + 2].mean(0)
+        assert torch.allclose(gaussians.class_means()[place], mean)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_have_the_moments(kind: str) -> None:
     x, labels = examples(60)
-    gaussians = ClassGaussians.of(x, labels, kind)
+    gaussians = ClassGaussians.of(x, labels, kind, clustered=halves if kind == "centroids" else None)
     drawn, classes = gaussians.sample(20_000, torch.Generator().manual_seed(1))
     assert drawn.shape == (len(gaussians.means) * 20_000, 5) and drawn.dtype == torch.float64
     for place in range(len(gaussians.means)):
@@ -89,6 +92,8 @@ def test_what_is_refused() -> None:
     x, labels = examples(6)
     with pytest.raises(ValueError, match=r"kind is 'full'; it must be one of covariance, variance, centroids"):
         ClassGaussians.of(x, labels, "full")
+    with pytest.raises(ValueError, match="clustered must divide"):
+        ClassGaussians.of(x, labels, "centroids")
     with pytest.raises(ValueError, match="no example"):
         ClassGaussians.of(x[:0], labels[:0])
     with pytest.raises(ValueError, match="not finite"):
