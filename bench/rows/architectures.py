@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, T5Config
+from transformers import BertConfig, LlamaConfig, PretrainedConfig, PreTrainedModel, T5Config, ViTConfig
 
 from qtuning_fast import QTuningConfig
 
@@ -21,13 +21,13 @@ class Family:
 
     auto: str  # transformers' class
     task_type: str
-    peft_task_type: str
+    peft_task_type: str  # empty: peft has none
     lowest_attention: str  # the module within the model below its head
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and what one step of training reads."""
+    """A model, and what one step of training reads; of images, a token is a patch or the class token."""
 
     name: str
     of: str  # what it stands for
@@ -52,6 +52,8 @@ BERT = Family(
 )
 T5 = Family("AutoModelForSeq2SeqLM", "text-to-text", "SEQ_2_SEQ_LM", "encoder.block.0.layer.0.SelfAttention")
 LLAMA = Family("AutoModelForCausalLM", "causal-lm", "CAUSAL_LM", "layers.0.self_attn")
+
+VIT = Family("AutoModelForImageClassification", "image-classification", "", "layers.0.attention")
 
 
 def bert(hidden: int, layers: int, heads: int, vocabulary: int = 30522) -> BertConfig:
@@ -93,20 +95,36 @@ def llama(hidden: int, layers: int, heads: tuple[int, int], intermediate: int, v
     )
 
 
+def vit(hidden: int, layers: int, heads: int, image: int, patch: int) -> ViTConfig:
+    return ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        image_size=image,
+        patch_size=patch,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
 ON_GPU = (
     Model("bert-base", "BERT-base", BERT, partial(bert, 768, 12, 12), batch=32, tokens=128),
     Model("t5-base", "T5-base", T5, partial(t5, 768, 12, 12), batch=16, tokens=512, answer=128),
     Model("llama-1b", "Llama-3.2-1B", LLAMA, partial(llama, 2048, 16, (32, 8), 8192, 128256), batch=4, tokens=1024),
+    Model("vit-b16", "ViT-B/16", VIT, partial(vit, 768, 12, 12, 224, 16), batch=64, tokens=197),
 )
 ON_CPU = (
     Model("bert-cpu", "BERT, of MiniLM's size", BERT, partial(bert, 384, 6, 12), batch=16, tokens=128),
     Model("t5-cpu", "T5, smaller than T5-small", T5, partial(t5, 256, 4, 4), batch=8, tokens=256, answer=32),
     Model("llama-cpu", "Llama, small", LLAMA, partial(llama, 384, 4, (12, 4), 1024, 8192), batch=2, tokens=512),
+    Model("vit-cpu", "ViT, of DINOv2-small's size", VIT, partial(vit, 384, 12, 6, 112, 14), batch=16, tokens=65),
 )
 TINY = (
     Model("bert-tiny", "BERT, to try", BERT, partial(bert, 32, 2, 2, 64), batch=2, tokens=12),
     Model("t5-tiny", "T5, to try", T5, partial(t5, 32, 2, 2, 64), batch=2, tokens=12, answer=4),
     Model("llama-tiny", "Llama, to try", LLAMA, partial(llama, 64, 2, (4, 2), 48, 64), batch=2, tokens=12),
+    Model("vit-tiny", "ViT, to try", VIT, partial(vit, 32, 2, 2, 32, 8), batch=2, tokens=17),
 )
 MODELS = {model.name: model for model in (*ON_GPU, *ON_CPU, *TINY)}
 
@@ -126,8 +144,13 @@ def random_batch(model: Model, device: str) -> dict[str, Tensor]:
     def words(length: int) -> Tensor:
         return torch.randint(FIRST_WORD, model.config().vocab_size, (model.batch, length), generator=generator)
 
-    batch = {"input_ids": words(model.tokens)}
-    if model.family is BERT:
+    if model.family is VIT:
+        size = model.config().image_size
+        pixels = torch.randn(model.batch, 3, size, size, generator=generator)
+        batch = {"pixel_values": pixels.to(DTYPE[device])}
+    else:
+        batch = {"input_ids": words(model.tokens)}
+    if model.family in (BERT, VIT):
         batch["labels"] = torch.arange(model.batch) % 2
     else:
         batch["labels"] = words(model.answer) if model.answer else batch["input_ids"]

@@ -46,6 +46,7 @@ from qtuning_fast.bench.rows.architectures import (
     ON_GPU,
     T5,
     TINY,
+    VIT,
     Family,
     Model,
     base_model,
@@ -137,7 +138,7 @@ class Way:
 
     prepare: Callable[[Model, str], nn.Module]
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext  # what computes attention, wherever it is called
-    families: tuple[Family, ...] = (BERT, T5, LLAMA)
+    families: tuple[Family, ...] = (BERT, T5, LLAMA, VIT)
 
 
 without_gate = partial(with_queue, gate=None)
@@ -152,7 +153,7 @@ WAYS = {
     "flex": Way(with_queue, partial(by_peer, "flex")),
     "qtuning_fast-no-gate": Way(without_gate, automatic),
     "qtuning_fast-decoder": Way(in_decoder, automatic, families=(T5,)),
-    "peft": Way(with_peft),
+    "peft": Way(with_peft, families=(BERT, T5, LLAMA)),
     "frozen-base": Way(frozen_base),
 }
 WAYS_ON_CPU = tuple(name for name in WAYS if name not in ("fused", "composed"))  # auto takes the one, not the other
@@ -298,7 +299,7 @@ def sizes(model: Model) -> dict[str, int]:
         parameters = getattr(transformers, model.family.auto).from_config(config).num_parameters()
     found = {"batch": model.batch, "tokens": model.tokens, "answer": model.answer, "prefix_rows": model.rows}
     found |= {"hidden": config.hidden_size, "layers": config.num_hidden_layers, "heads": config.num_attention_heads}
-    return found | {"vocabulary": config.vocab_size, "parameters": parameters}
+    return found | {"vocabulary": getattr(config, "vocab_size", 0), "parameters": parameters}
 
 
 # Telling

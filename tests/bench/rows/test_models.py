@@ -15,6 +15,7 @@ from qtuning_fast.bench.rows.models import (
     MODELS,
     OURS,
     TINY,
+    VIT,
     WAYS,
     WAYS_ON_CPU,
     Training,
@@ -57,7 +58,8 @@ def test_a_dry_run_ends_in_a_file_and_tables(tmp_path, monkeypatch, capsys):
         rows = entry["rows"]
         assert list(rows) == [way for way in WAYS_ON_CPU if model.family in WAYS[way].families]
         assert rows["flex"]["error"] == "NotImplementedError: no backward pass on a CPU" and not rows["flex"]["timing"]
-        assert rows["eager"]["difference"] < 1e-4 and rows["peft"]["difference"] is None
+        assert rows["eager"]["difference"] < 1e-4
+        assert model.family is VIT or rows["peft"]["difference"] is None  # peft has no prefix for images
         for way in rows.keys() - {"flex", "peft"}:
             row = rows[way]
             assert not row["error"] and row["timing"]["rounds"] == models.DRY_ROUNDS and row["peak_bytes"] == 3 << 20
@@ -123,7 +125,7 @@ def test_without_peft_its_row_says_so(monkeypatch):
     assert "peft" in rows["peft"]["error"] and rows["peft"]["timing"] is None and rows[OURS]["timing"]
 
 
-@pytest.mark.parametrize("name", [model.name for model in TINY])
+@pytest.mark.parametrize("name", [model.name for model in TINY if model.family is not VIT])
 def test_a_prefix_of_peft_trains_in_each_family_or_its_row_says_what_it_needs(name):
     pytest.importorskip("peft")
     row = measure(name, ["peft"], "cpu", 1)["rows"]["peft"]
