@@ -57,6 +57,10 @@ Rule = Annotated[
     str | None, typer.Option("--task-rule", help=f"How a task is inferred: {', '.join(RULES)}; default as in the run.")
 ]
 TopK = Annotated[int, typer.Option(min=1, help="Without --task: ask the adapters of so many tasks, the likeliest.")]
+AnswersBy = Annotated[
+    str | None,
+    typer.Option(help="What answers without --task: adapters, joint-head or rule; default that of the run's method."),
+]
 RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
@@ -231,13 +235,14 @@ def evaluate(
     ] = None,
     top_k: TopK = 1,
     rule: Rule = None,
+    answers_by: AnswersBy = None,
 ) -> None:
     """Evaluate the stored adapters on the run's test splits or on your own labelled examples.
 
     Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
     """
     with _readable_errors():
-        _check_inferring(task, top_k, rule)
+        _check_inferring(task, top_k, rule, answers_by)
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
         _silence_libraries()
@@ -245,7 +250,7 @@ def evaluate(
         from qtuning_fast.lifelong.report.console import labels_table, scores_table
         from qtuning_fast.lifelong.saved_run import SavedRun
 
-        saved = SavedRun(folder, task_rule=rule)
+        saved = SavedRun(folder, task_rule=rule, answers_by=answers_by)
         columns = {
             "text_column": text_column or saved.data.text_column,
             "label_column": label_column or saved.data.label_column,
@@ -294,16 +299,17 @@ def predict(
     task: Annotated[str | None, typer.Option(help="Their task; without it, it is inferred.")] = None,
     top_k: TopK = 1,
     rule: Rule = None,
+    answers_by: AnswersBy = None,
 ) -> None:
     """Classify texts or images, under a stored task or under the one that each seems to be of."""
     with _readable_errors():
-        _check_inferring(task, top_k, rule)
+        _check_inferring(task, top_k, rule, answers_by)
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
         _silence_libraries()
         from qtuning_fast.lifelong.saved_run import SavedRun
 
-        saved = SavedRun(folder, task_rule=rule)
+        saved = SavedRun(folder, task_rule=rule, answers_by=answers_by)
         if task is not None:
             answers = [f"{task}: {saved.answer(found, task)}" for found in saved.predict(text, task)]
         else:
@@ -315,10 +321,13 @@ def predict(
             _name_left_out(saved)
 
 
-def _check_inferring(task: str | None, top_k: int, rule: str | None) -> None:
+def _check_inferring(task: str | None, top_k: int, rule: str | None, answers_by: str | None) -> None:
     """Raise a ValueError if options that infer a task stand beside its name."""
-    if task is not None and (top_k != 1 or rule is not None):
-        raise ValueError("--top-k and --task-rule infer a task, but --task names it; leave --task out, or them")
+    if task is not None and (top_k != 1 or rule is not None or answers_by is not None):
+        raise ValueError(
+            "--top-k, --task-rule and --answers-by are for a task that is inferred, but --task names it; leave --task "
+            "out, or them"
+        )
 
 
 def _name_left_out(saved: SavedRun) -> None:

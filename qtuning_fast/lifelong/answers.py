@@ -1,9 +1,10 @@
-"""Answers to examples whose task nobody names: it is inferred, and its adapter answers."""
+"""Answers to examples whose task nobody names: it is inferred and its adapter answers, or a class of all is chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -109,6 +110,35 @@ class Answering:
 
     def _is_single(self, task: str) -> bool:
         return self._model.problem_type(task) == SINGLE
+
+
+def answers_of_classes(probabilities: Tensor, inference: TaskInference) -> list[InferredAnswer]:
+    """Return the answer to each example, given a probability for each class of all tasks.
+
+    Args:
+        probabilities: `[n, C]`, the classes of the first task, then those of the second, and so on.
+        inference: which task each example is of; it says what the tasks are, and what is known.
+    """
+    by_task = torch.stack([each.sum(1) for each in probabilities.split(inference.classes, dim=1)], dim=1)
+    first = [0, *accumulate(inference.classes)]
+    task_of = torch.repeat_interleave(torch.arange(len(inference.tasks)), torch.tensor(inference.classes))
+    answers = []
+    for p, tasks, known in zip(probabilities, by_task, inference.is_known.tolist()):
+        best = int(p.argmax())
+        place = int(task_of[best])
+        within = p[first[place] : first[place + 1]]
+        others = tuple((inference.tasks[n], float(tasks[n])) for n in tasks.argsort(descending=True).tolist())
+        answers.append(
+            InferredAnswer(
+                inference.tasks[place],
+                within / within.sum(),
+                float(tasks[place]),
+                float(p[best]),
+                tuple(each for each in others if each[0] != inference.tasks[place]),
+                known,
+            )
+        )
+    return answers
 
 
 def statistics_of(

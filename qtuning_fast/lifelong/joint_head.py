@@ -47,6 +47,29 @@ def check_joint_head(config: QTuningConfig, options: TrainingOptions, tasks: Seq
                 )
 
 
+def instructed_features(
+    model: QTuningModel, examples: EncodedExamples, tasks: Sequence[str], batch_size: int
+) -> Tensor:
+    """Return the features of each example under the adapter of its task, `[n, F]`."""
+    x = torch.zeros(len(examples), model.hidden_size)
+    for task in dict.fromkeys(tasks):
+        chosen = [place for place, name in enumerate(tasks) if name == task]
+        x[chosen] = features(model, examples.subset(chosen), batch_size, task=task)
+    return x
+
+
+def saved_joint_head(run: Path, tasks: int) -> LinearHead:
+    """Return the head over all classes of a run after so many tasks.
+
+    Raises:
+        ValueError: the run has none.
+    """
+    found = sorted(run.glob(f"tasks/{tasks - 1:02d}-*/{_HEAD}"))
+    if not found:
+        raise ValueError(f"{run} has no head over all classes after {tasks} tasks; it is made with --joint-head")
+    return LinearHead(**load_file(found[0]))
+
+
 class JointHead:
     """The Gaussians and the head of a run, in files of its tasks.
 

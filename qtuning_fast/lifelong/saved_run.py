@@ -10,20 +10,28 @@ from typing import cast
 
 from torch import Tensor
 
-from qtuning_fast.lifelong.answers import Answering, InferredAnswer
+from qtuning_fast.lifelong.answers import Answering, InferredAnswer, answers_of_classes
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.evaluation import features, task_score
+from qtuning_fast.lifelong.joint_head import instructed_features, saved_joint_head
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS
 from qtuning_fast.lifelong.tasks import SPLITS, Examples, Task, data_digest
 from qtuning_fast.lifelong.trainer import RUN_FILE
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
+from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 from qtuning_fast.method.task_inference import FittedRule
 from qtuning_fast.model.checked_files import read_json
 from qtuning_fast.model.model import QTuningModel
+
+ADAPTERS, JOINT_HEAD, RULE = ANSWERS_BY = ("adapters", "joint-head", "rule")
+"""What can answer if no task is named."""
+
+# What answers for a method, by the name of its answers in the metrics. The joint regression is no part of a run.
+_ANSWERS_BY = {"joint_head": JOINT_HEAD, "nearest_class_mean": RULE, "ranpac": RULE}
 
 
 class SavedRun:
@@ -32,13 +40,15 @@ class SavedRun:
     Args:
         folder: the folder of the run; with several seeds, the first seed is opened.
         task_rule: the rule that infers tasks, by name; None: that of the run.
+        answers_by: what answers if no task is named: `"adapters"`, `"joint-head"` (one head over all classes, if the
+            run has one), or `"rule"`, the most probable class of the rule itself; None: that of the run's method.
 
     Raises:
         FileNotFoundError: the folder holds no run, or no task of the run is finished.
         ValueError: a file is damaged, or there is no such rule.
     """
 
-    def __init__(self, folder: Path, *, task_rule: str | None = None) -> None:
+    def __init__(self, folder: Path, *, task_rule: str | None = None, answers_by: str | None = None) -> None:
         self.folder = _run_folder(folder)
         settings = read_json(self.folder / RUN_FILE)
         self.options = TrainingOptions.from_dict(settings["training"])
@@ -56,6 +66,9 @@ class SavedRun:
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
         if task_rule is not None:
             self.model.task_rule = task_rule
+        self.answers_by = answers_by or _ANSWERS_BY.get(self._about.get("answered_by"), ADAPTERS)
+        if self.answers_by not in ANSWERS_BY:
+            raise ValueError(f"answers_by is {answers_by!r}; it must be one of {', '.join(ANSWERS_BY)}")
         self._answering = Answering(self.model, self.options.eval_batch_size, self._answers)
 
     def load_tasks(self) -> list[Task]:
@@ -98,7 +111,23 @@ class SavedRun:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
         fitted = self._fitted()
         inference = self._answering.infer(fitted, encoded, features(self.model, encoded, self._batch_size, task=None))
-        return self._answering.answer(inference, encoded, top_k=top_k)
+        if self.answers_by == ADAPTERS:
+            return self._answering.answer(inference, encoded, top_k=top_k)
+        if top_k != 1:
+            raise ValueError(f"top_k is {top_k}, but {self.answers_by} answers, not several adapters; leave it out")
+        if self.answers_by == RULE:
+            return answers_of_classes(inference.class_probabilities, inference)
+        head = self._joint_head()
+        x = instructed_features(self.model, encoded, inference.task_names, self._batch_size)
+        return answers_of_classes(head(x).softmax(1), inference)
+
+    def _joint_head(self) -> LinearHead:
+        if self.left_out:
+            raise ValueError(
+                f"{self.folder}: the head over all classes needs every task to be inferred, but "
+                f"{', '.join(self.left_out)} cannot be; record them with `{self.statistics_command}`"
+            )
+        return saved_joint_head(self.folder, len(self.model.tasks))
 
     def _fitted(self) -> FittedRule:
         if not self.infers:
@@ -251,7 +280,7 @@ class SavedRun:
         return {"accuracy": fmean(right), "known": fmean(answer.is_known for answer in answers)}
 
     def _check_kind(self, examples: Examples, task: str) -> None:
-        if isinstance(examples.inputs[0], Path) != self.encoder.reads_images:
+        if isinstance(examples.inputs[0], str) == self.encoder.reads_images:
             kinds = ("images", "texts") if self.encoder.reads_images else ("texts", "images")
             raise ValueError(f"task {task!r} reads {kinds[0]}, but these examples are {kinds[1]}")
 

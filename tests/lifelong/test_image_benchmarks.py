@@ -21,6 +21,7 @@ from qtuning_fast.lifelong import image_benchmarks
 from qtuning_fast.lifelong.data.images import open_image
 from qtuning_fast.lifelong.image_benchmarks import IMAGE_BENCHMARKS, ImageBenchmark
 from qtuning_fast.lifelong.options import DataOptions
+from qtuning_fast.lifelong.saved_run import SavedRun
 from qtuning_fast.lifelong.streams import load_stream
 from qtuning_fast.lifelong.tasks import data_digest
 
@@ -185,6 +186,13 @@ def test_norga_on_split_cifar100_ends_the_same_after_kill_9(folders_of_models: d
         assert metrics[0][name] == metrics[1][name]
     joint = metrics[0]["class_incremental"]["joint_head"]
     assert len(joint["accuracy_matrix"]) == 10 and metrics[0]["config"]["answered_by"] == "joint_head"
+    saved = SavedRun(killed)
+    assert saved.answers_by == "joint-head"
+    found = [saved.score_unnamed(each.test, each.name)["accuracy"] for each in saved.load_tasks()]
+    assert found == pytest.approx(joint["accuracy_matrix"][-1])
+    own = SavedRun(killed, answers_by="adapters")
+    adapters = metrics[0]["class_incremental"]["adapters"]["accuracy_matrix"][-1]
+    assert [own.score_unnamed(each.test, each.name)["accuracy"] for each in own.load_tasks()] == pytest.approx(adapters)
     table = outputs[0].partition("task is not named")[2]
     for word in ("(FA)", "(CA)", "forgetting", "joint head", f"{joint['average_accuracy']:.3f}"):
         assert word in table, outputs[0]

@@ -73,6 +73,22 @@ def test_another_rule_may_be_tried_on_a_finished_run(finished_run: Path) -> None
         saved.infer(["the red one"], top_k=0)
 
 
+def test_the_rule_itself_may_answer(finished_run: Path) -> None:
+    saved, block = SavedRun(finished_run, answers_by="rule"), read_json(finished_run / "metrics.json")
+    found = [saved.score_unnamed(task.test, task.name)["accuracy"] for task in saved.load_tasks()]
+    assert found == block["class_incremental"]["closed_form"]["accuracy_matrix"][-1]
+    answer = saved.infer(["the red one"])[0]
+    assert float(answer.output.sum()) == pytest.approx(1) and answer.probability <= answer.task_probability
+    assert answer.task_probability + sum(p for _, p in answer.runners_up) == pytest.approx(1)
+    assert answer.probability == pytest.approx(answer.task_probability * float(answer.output.max()))
+    with pytest.raises(ValueError, match="top_k is 2, but rule answers"):
+        saved.infer(["the red one"], top_k=2)
+    with pytest.raises(ValueError, match="no head over all classes after 2 tasks; it is made with --joint-head"):
+        SavedRun(finished_run, answers_by="joint-head").infer(["the red one"])
+    with pytest.raises(ValueError, match="answers_by is 'all'; it must be one of adapters, joint-head, rule"):
+        SavedRun(finished_run, answers_by="all")
+
+
 def test_an_answer_in_words_has_its_probabilities(finished_run: Path) -> None:
     saved = SavedRun(finished_run)
     found = saved.infer(["the red one"])[0]
