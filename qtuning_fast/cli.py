@@ -200,7 +200,8 @@ def run(
         named = method_by_name(method).without(_typed(context))
         config = _METHOD.read(given, **named.config)
         training = _TRAINING.read(given, seed=seed, **named.training)
-        model = model or (DINOV2 if config.task_type == "image-classification" else MINILM)
+        if model is None:
+            model = DINOV2 if config.task_type == "image-classification" else MINILM
         rule = task_rule or named.rule or ClosedForm.name
         settings = RunSettings(model, data, config, training, forward_transfer, rule, keep_features, method)
         from qtuning_fast.lifelong.progress import ProgressBars
