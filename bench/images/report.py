@@ -80,6 +80,9 @@ def read(folder: Path) -> Found:
     for file in sorted(folder.glob("*/*.json")):
         record = json.loads(file.read_text())
         found.setdefault(record["arm"], {})[record["seed"]] = record
+    models = {(record["model"], record["pixels"]) for runs in found.values() for record in runs.values()}
+    if len(models) > 1:
+        raise ValueError(f"the runs in {folder} are of {len(models)} models or sizes of images; keep one")
     return found
 
 

@@ -27,6 +27,7 @@ from qtuning_fast.lifelong.metrics import unnamed_results
 from qtuning_fast.lifelong.streams import load_stream
 from qtuning_fast.lifelong.trainer import LifelongTrainer
 from qtuning_fast.model.checked_files import write_json
+from qtuning_fast.model.fingerprint import fingerprint
 
 OUT = Path("bench/results/images")
 WORK = Path("runs/images")
@@ -51,11 +52,13 @@ def one_run(run: Run, model: str, out: Path, rehearsal: bool) -> None:
     metrics = LifelongTrainer(
         base, processor, config, tasks[:2] if rehearsal else tasks, training, work, task_rule=arm.rule
     ).run()
-    shutil.rmtree(work)
     path = result_file(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = asdict(run) | {"seconds": round(time.perf_counter() - began, 1), "versions": versions()}
-    write_json(path, about | {"products": products} | of_interest(metrics))
+    size = getattr(processor, "crop_size", None) or processor.size
+    about |= {"products": products, "model": fingerprint(base), "pixels": size["height"]}
+    write_json(path, about | of_interest(metrics))
+    shutil.rmtree(work)
 
 
 def of_interest(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -24,14 +26,25 @@ def run_each(left: Sequence[Thing], do: Callable[[Thing], object], jobs: int, mi
         jobs: processes at once.
         minutes: begin nothing after so many.
     """
-    ends = time.monotonic() + 60 * minutes if minutes else float("inf")
+    ends = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
-    failed = 0
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, tqdm(total=len(left), disable=None) as bar:
+    failed, waiting = 0, deque(left)
+    with tqdm(total=len(left), disable=None) as bar:
+        while waiting and time.monotonic() < ends:
+            failed += _until_one_is_killed(waiting, do, jobs, ends, bar)
+    return failed
+
+
+def _until_one_is_killed(
+    waiting: deque[Thing], do: Callable[[Thing], object], jobs: int, ends: float, bar: tqdm[Any]
+) -> int:
+    """Do what is waiting, until all is done or a process is killed, which ends them all; return how many failed."""
+    failed, killed = 0, False
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running: dict[Future[object], Thing] = {}
-        waiting = iter(left)
         while True:
-            while len(running) < jobs and time.monotonic() < ends and (thing := next(waiting, None)) is not None:
+            while not killed and waiting and len(running) < jobs and time.monotonic() < ends:
+                thing = waiting.popleft()
                 running[pool.submit(do, thing)] = thing
             if not running:
                 return failed
@@ -39,6 +52,7 @@ def run_each(left: Sequence[Thing], do: Callable[[Thing], object], jobs: int, mi
                 thing = running.pop(future)
                 if (error := future.exception()) is not None:
                     failed += 1
+                    killed = killed or isinstance(error, BrokenProcessPool)
                     name = getattr(thing, "name", thing)
                     print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 bar.update()

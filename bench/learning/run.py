@@ -99,12 +99,13 @@ def one_run(run: Run, out: Path, rehearsal: bool) -> str:
             shutil.rmtree(work, ignore_errors=True)
         metrics = trainer(base, tokenizer, config, tasks, training, work).run()
         found = _of_interest(metrics)
-        shutil.rmtree(work)
     path = result_file(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = asdict(run) | {"seconds": round(time.perf_counter() - began, 1)}
     about |= {"tasks": [task.name for task in tasks], "versions": versions(), "products": products}
     write_json(path, about | found)
+    if run.arm != LINEAR:
+        shutil.rmtree(work)
     return run.name
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qtuning_fast.lifelong.class_incremental import Pairs
@@ -27,10 +26,14 @@ from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
+from qtuning_fast.model.checked_files import read_json, read_tensors, write_json, write_tensors
 from qtuning_fast.model.model import QTuningModel
 
 CENTROIDS = 10
-_GAUSSIANS, _HEAD = "gaussians.safetensors", "joint_head.safetensors"
+FILE = "joint_head.json"
+"""Names the files of a task's Gaussians and of the head after it, in the folder of the task."""
+
+_GAUSSIANS, _HEAD, _FEATURES = "gaussians", "head", "instructed_features"
 
 
 def check_joint_head(config: QTuningConfig, options: TrainingOptions, tasks: Sequence[Task]) -> None:
@@ -64,10 +67,13 @@ def saved_joint_head(run: Path, tasks: int) -> LinearHead:
     Raises:
         ValueError: the run has none.
     """
-    found = sorted(run.glob(f"tasks/{tasks - 1:02d}-*/{_HEAD}"))
-    if not found:
-        raise ValueError(f"{run} has no head over all classes after {tasks} tasks; it is made with --joint-head")
-    return LinearHead(**load_file(found[0]))
+    files = sorted(run.glob(f"tasks/{tasks - 1:02d}-*/{FILE}"))
+    if not files or _HEAD not in read_json(files[0]):
+        raise ValueError(
+            f"{run} has no head over all classes after {tasks} tasks, which a run has with --joint-head; ask the "
+            "adapters (--answers-by adapters)"
+        )
+    return _head_in(files[0].parent)
 
 
 class JointHead:
@@ -94,30 +100,38 @@ class JointHead:
         self._options = options
         self._folder_of, self._seed_of = folder_of, seed_of
         self._first = [0, *accumulate(len(task.label_names) for task in tasks)]
-        self._read: dict[str, tuple[Tensor, Tensor]] = {}
 
     def learn(self, model: QTuningModel, number: int) -> None:
         """Fit Gaussians to a finished task's classes and, if there is to be one, re-balance the head; once."""
-        options, task, seed = self._options, self._tasks[number], self._seed_of(number)
-        path = self._folder_of(number) / _GAUSSIANS
-        if not path.exists():
-            train = self._encoded(task)["train"]
-            x = features(model, train, options.eval_batch_size, task=task.name)
-            kind = options.joint_head or "variance"
-            clustered = partial(nearest_centroids, seed=seed) if kind == "centroids" else None
-            _save(path, ClassGaussians.of(x, train.columns["labels"], kind, clustered=clustered).tensors())
-        path = self._folder_of(number) / _HEAD
-        if options.joint_head is None or path.exists():
+        options, task, seed, folder = self._options, self._tasks[number], self._seed_of(number), self._folder_of(number)
+        if (folder / FILE).exists():
             return
+        train = self._encoded(task)["train"]
+        x = features(model, train, options.eval_batch_size, task=task.name)
+        kind = options.joint_head or "variance"
+        clustered = partial(nearest_centroids, seed=seed) if kind == "centroids" else None
+        gaussians = ClassGaussians.of(x, train.columns["labels"], kind, clustered=clustered)
+        files = {_GAUSSIANS: write_tensors(folder, _GAUSSIANS, gaussians.tensors())}
+        if options.joint_head is not None:
+            head = self._rebalanced(model, number, gaussians)
+            files[_HEAD] = write_tensors(folder, _HEAD, {"weight": head.weight, "bias": head.bias})
+        write_json(folder / FILE, files)
+
+    def _rebalanced(self, model: QTuningModel, number: int, gaussians: ClassGaussians) -> LinearHead:
+        """Return the head after a task, given the Gaussians of its classes."""
+        options, task, seed = self._options, self._tasks[number], self._seed_of(number)
         adapter = model.adapters[task.name]
         assert adapter.head_weight is not None and adapter.head_bias is not None
         head = LinearHead(adapter.head_weight.double(), adapter.head_bias.double())
         if number:
-            before = self._head(number - 1)
+            before = _head_in(self._folder_of(number - 1))
             head = LinearHead(torch.cat([before.weight, head.weight]), torch.cat([before.bias, head.bias]))
             how = Rebalancing(options.joint_epochs, options.joint_rate, 5 * options.batch_size)
-            head = rebalanced(head, self._gaussians(number + 1), how, seed=seed)
-        _save(path, {"weight": head.weight, "bias": head.bias})
+            earlier = self._gaussians(number)
+            head = rebalanced(
+                head, ClassGaussians.joined([earlier, gaussians], [0, self._first[number]]), how, seed=seed
+            )
+        return head
 
     def class_means(self, number: int) -> Tensor:
         """Return the means of the classes of the tasks before one, `[K, F]`."""
@@ -131,39 +145,41 @@ class JointHead:
             number: of the task learned last.
             places: the place of each example's inferred task, `[n]` a task.
         """
-        head = self._head(number)
+        head = _head_in(self._folder_of(number))
         table = torch.tensor(
             [(place, label) for place, task in enumerate(self._tasks[: number + 1]) for label in range(_size(task))]
         )
         return [
-            table[head(self._instructed(model, task, inferred)).argmax(1)].numpy()
-            for task, inferred in zip(self._tasks[: number + 1], places)
+            table[head(self._instructed(model, place, inferred)).argmax(1)].numpy()
+            for place, inferred in enumerate(places)
         ]
 
-    def _instructed(self, model: QTuningModel, task: Task, places: Tensor) -> Tensor:
+    def _instructed(self, model: QTuningModel, number: int, places: Tensor) -> Tensor:
         """Return the features of a task's test examples, each under its inferred task's adapter.
 
-        Adapters do not change, so an example is read anew only where another task is inferred than before.
+        Adapters do not change, so an example is read anew only where another task is inferred than before. What was
+        read is in a file: sums may depend on what shares a batch, and a resumed run shall end in the same bits.
         """
-        test = self._encoded(task)["test"]
-        before, x = self._read.get(
-            task.name, (torch.full_like(places, -1), torch.zeros(len(places), model.hidden_size))
-        )
-        x = x.clone()
-        for place in places[places != before].unique().tolist():
-            chosen = ((places == place) & (before != place)).nonzero()[:, 0]
-            name = self._tasks[place].name
-            x[chosen] = features(model, test.subset(chosen.tolist()), self._options.eval_batch_size, task=name)
-        self._read[task.name] = places, x
+        task, file = self._tasks[number], self._folder_of(number) / f"{_FEATURES}.json"
+        before, x = torch.full_like(places, -1), torch.zeros(len(places), model.hidden_size)
+        if file.exists():
+            kept = read_tensors(file.parent, read_json(file))
+            before, x = kept["places"], kept["features"]
+        anew = (places != before).nonzero()[:, 0].tolist()
+        names = [self._tasks[int(places[each])].name for each in anew]
+        test = self._encoded(task)["test"].subset(anew)
+        x[anew] = instructed_features(model, test, names, self._options.eval_batch_size)
+        entry = write_tensors(file.parent, _FEATURES, {"places": places, "features": x})
+        write_json(file, entry)
+        for old in file.parent.glob(f"{_FEATURES}-*.safetensors"):
+            if old.name != entry["file"]:
+                old.unlink()
         return x
 
     def _gaussians(self, tasks: int) -> ClassGaussians:
         """Return those of the first tasks, by the numbers that their classes have among all."""
-        parts = [ClassGaussians.from_tensors(load_file(self._folder_of(n) / _GAUSSIANS)) for n in range(tasks)]
+        parts = [ClassGaussians.from_tensors(_tensors_in(self._folder_of(n), _GAUSSIANS)) for n in range(tasks)]
         return ClassGaussians.joined(parts, self._first[:tasks])
-
-    def _head(self, number: int) -> LinearHead:
-        return LinearHead(**load_file(self._folder_of(number) / _HEAD))
 
 
 def nearest_centroids(x: Tensor, seed: int) -> Tensor:
@@ -178,9 +194,10 @@ def _size(task: Task) -> int:
     return len(task.label_names)
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, partial)
-    partial.replace(path)
+def _head_in(folder: Path) -> LinearHead:
+    return LinearHead(**_tensors_in(folder, _HEAD))
+
+
+def _tensors_in(folder: Path, name: str) -> dict[str, Tensor]:
+    entry: dict[str, str] = read_json(folder / FILE)[name]
+    return read_tensors(folder, entry)

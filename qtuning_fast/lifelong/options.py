@@ -7,6 +7,7 @@ from typing import Any
 
 from qtuning_fast.lifelong.data.augmentation import AUGMENTATIONS
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
+from qtuning_fast.lifelong.image_benchmarks import EVERY
 from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.tasks import Task
@@ -18,19 +19,26 @@ from qtuning_fast.method.settings import check_settings, documented, from_file, 
 HEAD_STARTS = ("closed-form", "random", "probe")
 
 
+_OWN_DATA = {"validation_shots": Stream.validation_shots, "test_size": Stream.test_size}
+"""What is drawn of the user's own data, and of most streams."""
+
+
+def _of_streams(name: str) -> str:
+    """The default of a setting that a stream may have its own of, in words."""
+    streams: dict[int, list[str]] = {}
+    for stream, each in STREAMS.items():
+        streams.setdefault(getattr(each, name), []).append(stream)
+    others = {value: names for value, names in streams.items() if value != _OWN_DATA[name]}
+    words = [f"of {', '.join(names)} {'all' if value == EVERY else value}" for value, names in others.items()]
+    return ", ".join([f"default {_OWN_DATA[name]}", *words])
+
+
 @documented
 @dataclass(frozen=True)
 class DataOptions:
     """Where the tasks of a run come from: a stream, or the user's own data."""
 
     stream: str | None = setting(None, f"A stream of tasks: {', '.join(STREAMS)}.", "Give a stream or tasks, not both.")
-    stream_data: str | None = setting(
-        None,
-        "A folder with a copy of the stream's data; default the hub.",
-        "Of the image benchmarks: the files of the hub's dataset, what `save_to_disk` wrote, or a folder of images for "
-        "each class. Of five-datasets a folder with a folder for each.",
-        absent=None,
-    )
     tasks: tuple[str, ...] = setting(
         (),
         "Your own task, name=path or path: CSV, TSV, JSONL, Parquet, a folder, images, a hub dataset. Repeat.",
@@ -39,8 +47,10 @@ class DataOptions:
     shots: int | None = setting(
         None, f"Training examples a class; default {Stream.shots}, of your own data and of image benchmarks all."
     )
-    validation_shots: int = setting(16, "Validation examples a class.")
-    test_size: int = setting(200, "Test examples a task at most.")
+    validation_shots: int | None = setting(
+        None, f"Validation examples a class; {_of_streams('validation_shots')}.", "Once made, options say the number."
+    )
+    test_size: int | None = setting(None, f"Test examples a task at most; {_of_streams('test_size')}.")
     seed: int = setting(0, "Random seed of the draw.")
     text_column: str = setting(
         "text", "Column of the texts in your own data.", "All tasks have the same.", absent="text"
@@ -55,6 +65,19 @@ class DataOptions:
         f"The default is {SINGLE}.",
         absent=(),
     )
+    stream_data: str | None = setting(
+        None,
+        "A folder with a copy of the stream's data; default the hub.",
+        "Of the image benchmarks: the files of the hub's dataset, what `save_to_disk` wrote, or a folder of images for "
+        "each class. Of five-datasets a folder with a folder for each.",
+        absent=None,
+    )
+
+    def __post_init__(self) -> None:
+        stream = None if self.stream is None else STREAMS.get(self.stream)
+        for name, own in _OWN_DATA.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own if stream is None else getattr(stream, name))
 
     def load(self) -> list[Task]:
         """The tasks in order.
@@ -144,8 +167,8 @@ class TrainingOptions:
     augment: str | None = setting(
         None,
         "Changes of training images: {choices}.",
-        "`crops`: random parts of at least a twentieth, half of them mirrored. `crops-brightness`: of at least a "
-        "twelfth, and of random brightness, as HiDe-Prompt learns CIFAR-100.",
+        "`crops`: random parts of at least 5% of the area, half of them mirrored. `crops-brightness`: of at least 8%, "
+        "and of random brightness, as HiDe-Prompt learns CIFAR-100.",
         choices=(*AUGMENTATIONS, None),
         absent=None,
     )
@@ -218,6 +241,11 @@ class TrainingOptions:
             raise ValueError(
                 "steps is 0, so a head would stay random; train it, or set head_start='probe' or 'closed-form'"
             )
+        for name in ("contrast", "augment"):
+            if not self.steps and getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but steps is 0, so nothing is trained; leave it out"
+                )
         if self.start_from == VALIDATION and self.head_start != "closed-form":
             raise ValueError(
                 f"start_from is {VALIDATION!r}, which judges starts by heads in closed form, but head_start is "

@@ -146,8 +146,11 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
 
 
 def _about_the_method(settings: RunSettings) -> dict[str, str]:
-    answers = method_by_name(settings.method_name).answers
-    more = {} if answers == "adapters" else {"answered_by": answers}
+    method = method_by_name(settings.method_name)
+    as_it_says = method.rule in (None, settings.task_rule) and "joint_head" not in (
+        method.answers if settings.training.joint_head is None else ""
+    )
+    more = {"answered_by": method.answers} if method.answers != "adapters" and as_it_says else {}
     return {"method_name": settings.method_in_words, **more}
 
 
@@ -160,7 +163,8 @@ def _check_writable(folder: Path) -> None:
 
 def _recorded(data: DataOptions) -> dict[str, Any]:
     """The options as JSON has them, with absolute paths."""
-    return data.to_dict() | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]}
+    copy = {} if data.stream_data is None else {"stream_data": str(Path(data.stream_data).expanduser().absolute())}
+    return data.to_dict() | {"tasks": [_with_absolute_path(spec) for spec in data.tasks]} | copy
 
 
 def _with_absolute_path(spec: str) -> str:

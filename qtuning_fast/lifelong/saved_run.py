@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -116,10 +117,18 @@ class SavedRun:
         if top_k != 1:
             raise ValueError(f"top_k is {top_k}, but {self.answers_by} answers, not several adapters; leave it out")
         if self.answers_by == RULE:
-            return answers_of_classes(inference.class_probabilities, inference)
+            return self._with_outputs(answers_of_classes(inference.class_probabilities, inference), encoded)
         head = self._joint_head()
         x = instructed_features(self.model, encoded, inference.task_names, self._batch_size)
         return answers_of_classes(head(x).softmax(1), inference)
+
+    def _with_outputs(self, answers: list[InferredAnswer], encoded: EncodedExamples) -> list[InferredAnswer]:
+        """Return the answers, with an adapter's output where a task is no choice among classes, as for a rule it is."""
+        places = [n for n, answer in enumerate(answers) if self.model.problem_type(answer.task) != SINGLE]
+        outputs = self._answering.ask_each([answers[n].task for n in places], encoded.subset(places))
+        for place, output in zip(places, outputs):
+            answers[place] = replace(answers[place], output=output)
+        return answers
 
     def _joint_head(self) -> LinearHead:
         if self.left_out:

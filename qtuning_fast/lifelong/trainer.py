@@ -8,7 +8,7 @@ Each stage of a run writes a file, and is skipped if the file is there:
     <folder>/tasks/NN-name/training.json    curves, steps, seconds
     <folder>/adapter/                       the model after the last finished task
     <folder>/tasks/NN-name/evaluation.json  each task so far under the live queue, and this one under its adapter
-    <folder>/tasks/NN-name/gaussians.safetensors    of its classes, and joint_head.safetensors, if asked for
+    <folder>/tasks/NN-name/joint_head.json  names the files of the head over all classes, if asked for
     <folder>/tasks/NN-name/class_incremental.json   each task so far without its name, by inference
     <folder>/tasks/NN-name/alone.json       the task learned alone, if asked for
     <folder>/metrics.json                   all results, at the end of the stream
@@ -201,6 +201,8 @@ class LifelongTrainer:
             current["task_rule"] = rule.name
         if rule.has_own_features:
             current["feature_map"] = rule.feature_map
+        elif rule.settings:
+            current["task_rule_settings"] = rule.settings
         if not self._keeps_features:
             current["keep_validation_features"] = False
         if self.config.task_type not in HEAD_TASK_TYPES:
@@ -269,10 +271,10 @@ class LifelongTrainer:
     ) -> dict[str, Any]:
         """Train the task that is started, and return what the record says of its steps."""
         task, options = self.tasks[number], self.options.for_examples(len(train))
-        if model.retains_memory:
-            train = train.with_column("retention_features", self._features(model, train, previous))
         if options.augment is not None and isinstance(train, ImageExamples):
             train = train.augmented(AUGMENTATIONS[options.augment], self._task_seed(number))
+        elif model.retains_memory:  # of images that change, a step computes them
+            train = train.with_column("retention_features", self._features(model, train, previous))
         trainer = TaskTrainer(
             model,
             replace(options, seed=self._task_seed(number)),
@@ -280,7 +282,7 @@ class LifelongTrainer:
             train=train,
             validation=self._encoded(task)["validation"],
             answers=self._answers(task),
-            earlier_means=self._joint.class_means(number) if self.options.contrast else None,
+            earlier_means=self._joint.class_means(len(model.tasks)) if options.contrast else None,  # none learned alone
             callbacks=[self.listener.step_callback(options.steps)],
         )
         trainer.train_or_resume()

@@ -8,9 +8,11 @@ variances, around the centroids of its examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Clustering = Callable[[Tensor], Tensor]
@@ -24,19 +26,23 @@ RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class ClassGaussians:
-    """G Gaussians, each of one class, in float64.
+    """G Gaussians, each of one class, in float64. Several may share a factor of their covariance, of which there are K.
 
     Attributes:
         means: `[G, F]`.
-        factors: `[G, r, F]`: the covariance of each is `factorᵀ factor + RIDGE · I`.
-        variances: `[G, F]`, added to its diagonal; zero where the factors say all.
+        variances: `[G, F]`, added to the diagonal; zero where the factors say all.
+        factors: `[K, r, F]`: the covariance of each is `factorᵀ factor + diag(variances) + RIDGE · I`.
+        factor_of: the number of each one's factor, `[G]` int64.
         classes: the class of each, `[G]` int64.
+        shares: the share of its class's examples that each stands for, `[G]`.
     """
 
     means: Tensor
-    factors: Tensor
     variances: Tensor
+    factors: Tensor
+    factor_of: Tensor
     classes: Tensor
+    shares: Tensor
 
     @classmethod
     def of(
@@ -60,49 +66,64 @@ class ClassGaussians:
             raise ValueError("there is no example to fit a Gaussian to")
         if not features.isfinite().all():
             raise ValueError("a feature is not finite; the base model's precision may be too low for these inputs")
-        found = [
-            (*each, int(label))
-            for label in labels.unique()
-            for each in _gaussians(features[labels == label].double(), kind, clustered)
+        parts = [
+            _of_class(features[labels == label].double(), int(label), kind, clustered) for label in labels.unique()
         ]
-        rows = max(len(factor) for _, factor, _, _ in found)
-        return cls(
-            torch.stack([mean for mean, _, _, _ in found]),
-            torch.stack([_with_rows(factor, rows) for _, factor, _, _ in found]),
-            torch.stack([variance for _, _, variance, _ in found]),
-            torch.tensor([label for _, _, _, label in found]),
-        )
+        return cls.joined(parts, [0] * len(parts))
 
     @classmethod
     def joined(cls, parts: Sequence[ClassGaussians], first_classes: Sequence[int]) -> ClassGaussians:
-        """Return those of several tasks together, given the number that the first class of each then has."""
+        """Return several together, given the number that class 0 of each then has."""
         rows = max(part.factors.shape[1] for part in parts)
-        factors = [_with_rows(factor, rows) for part in parts for factor in part.factors]
+        factors = [F.pad(part.factors, (0, 0, 0, rows - part.factors.shape[1])) for part in parts]
+        before = [0, *accumulate(len(each) for each in factors)]
         return cls(
             torch.cat([part.means for part in parts]),
-            torch.stack(factors),
             torch.cat([part.variances for part in parts]),
+            torch.cat(factors),
+            torch.cat([part.factor_of + number for part, number in zip(parts, before)]),
             torch.cat([part.classes + first for part, first in zip(parts, first_classes)]),
+            torch.cat([part.shares for part in parts]),
         )
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw so many pseudo-features of each Gaussian: `[G · count, F]` float64, and their classes `[G · count]`."""
-        groups, rows, width = self.factors.shape
+        """Draw so many pseudo-features of each class: `[C · count, F]` float64, and their classes `[C · count]`.
+
+        A class with several Gaussians is drawn from each by its share, rounded.
+        """
+        counts = self._counts(count)
+        width, rows = self.means.shape[1], self.factors.shape[1]
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        drawn = self.means[:, None] + normal(groups, count, rows) @ self.factors
-        drawn += (self.variances + RIDGE).sqrt()[:, None] * normal(groups, count, width)
-        return drawn.flatten(0, 1), self.classes.repeat_interleave(count)
+        drawn = [
+            mean + normal(number, rows) @ self.factors[factor] + deviation * normal(number, width)
+            for mean, factor, deviation, number in zip(
+                self.means, self.factor_of.tolist(), (self.variances + RIDGE).sqrt(), counts
+            )
+        ]
+        return torch.cat(drawn), self.classes.repeat_interleave(torch.tensor(counts))
+
+    def _counts(self, count: int) -> list[int]:
+        """Return how many to draw of each Gaussian: its share, with what rounding leaves to the largest fractions."""
+        wanted = self.shares * count
+        counts = wanted.floor().long()
+        for label in self.classes.unique():
+            mine = (self.classes == label).nonzero()[:, 0]
+            left = count - int(counts[mine].sum())
+            largest = (wanted - counts)[mine].argsort(descending=True, stable=True)[:left]
+            counts[mine[largest]] += 1
+        return counts.tolist()
 
     def class_means(self) -> Tensor:
-        """Return the mean of each class's Gaussians, `[C, F]`, the classes in order."""
-        return torch.stack([self.means[self.classes == label].mean(0) for label in self.classes.unique()])
+        """Return the mean of each class's examples, `[C, F]`, the classes in order."""
+        weighted = self.shares[:, None] * self.means
+        return torch.stack([weighted[self.classes == label].sum(0) for label in self.classes.unique()])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for saving."""
-        return {name: getattr(self, name) for name in ("means", "factors", "variances", "classes")}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ClassGaussians:
@@ -112,27 +133,24 @@ class ClassGaussians:
             ValueError: a tensor is missing.
         """
         try:
-            return cls(*(tensors[name] for name in ("means", "factors", "variances", "classes")))
+            return cls(**{each.name: tensors[each.name] for each in fields(cls)})
         except KeyError as error:
             raise ValueError(f"these are not Gaussians of classes: {error} is missing") from None
 
 
-_Gaussian = tuple[Tensor, Tensor, Tensor]
-"""Mean `[F]`, factor `[r, F]`, variances `[F]`."""
-
-
-def _gaussians(x: Tensor, kind: str, clustered: Clustering | None) -> Sequence[_Gaussian]:
+def _of_class(x: Tensor, label: int, kind: str, clustered: Clustering | None) -> ClassGaussians:
     """Return those of one class, given its examples `[n, F]`."""
-    mean, none = x.mean(0), x.new_zeros(0, x.shape[1])
+    if kind == "centroids" and clustered is not None:
+        cluster = clustered(x)
+        parts = [x[cluster == each] for each in cluster.unique()]
+        means, variances = (torch.stack(each) for each in zip(*((y.mean(0), y.var(0, correction=0)) for y in parts)))
+        shares = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)
+    else:
+        means, shares = x.mean(0, keepdim=True), torch.ones(1, dtype=torch.float64)
+        variances = (x - means).square().sum(0, keepdim=True) / max(1, len(x) - 1)
+    factors = x.new_zeros(1, 0, x.shape[1])
     if kind == "covariance":
-        factor = torch.linalg.qr((x - mean) / max(1, len(x) - 1) ** 0.5, mode="r").R
-        return [(mean, factor, torch.zeros_like(mean))]
-    if clustered is None:
-        return [(mean, none, (x - mean).square().sum(0) / max(1, len(x) - 1))]
-    cluster = clustered(x)
-    parts = [x[cluster == each] for each in cluster.unique()]
-    return [(part.mean(0), none, part.var(0, correction=0)) for part in parts]
-
-
-def _with_rows(factor: Tensor, rows: int) -> Tensor:
-    return torch.cat([factor, factor.new_zeros(rows - len(factor), factor.shape[1])])
+        factors = torch.linalg.qr((x - means) / max(1, len(x) - 1) ** 0.5, mode="r").R[None]
+        variances = torch.zeros_like(variances)
+    groups = torch.zeros(len(means), dtype=torch.long)
+    return ClassGaussians(means, variances, factors, groups, groups + label, shares)

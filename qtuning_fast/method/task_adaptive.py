@@ -23,7 +23,7 @@ class Rebalancing:
     Attributes:
         epochs: of pseudo-features, each drawn anew.
         rate: the learning rate of the first epoch.
-        drawn: pseudo-features of each Gaussian an epoch; a step takes as many, of all classes mixed.
+        drawn: pseudo-features of each class an epoch; a step takes as many, of all classes mixed.
         momentum, weight_decay: of the gradient descent.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qtuning_fast.method.class_gaussians import ClassGaussians
 from qtuning_fast.method.closed_form import LinearHead
+from qtuning_fast.method.settings import check_integer
 from qtuning_fast.method.statistics import ClassMoments
 from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
 from qtuning_fast.method.task_rule import Candidate, LinearScores, Scores, TaskRule
@@ -27,11 +29,18 @@ class TrainedHead(TaskRule):
         epochs: passes over pseudo-features.
         rate: learning rate of the first pass.
         seed: of the draws.
+
+    Raises:
+        TypeError, ValueError: an argument is no such number.
     """
 
     name = "trained-head"
 
     def __init__(self, epochs: int = 30, rate: float = 5e-3, seed: int = 0) -> None:
+        check_integer("epochs", epochs, 1)
+        check_integer("seed", seed, 0)
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(f"rate is {rate!r}; it must be a positive number")
         self.epochs, self.rate, self.seed = epochs, rate, seed
 
     @property
@@ -70,4 +79,6 @@ def _gaussians(moments: ClassMoments, middle: Tensor, size: float) -> ClassGauss
     freedom = max(1, int(moments.counts.sum()) - len(classes))
     means = (moments.means[classes] - middle) / size
     factor = moments.factor / size / freedom**0.5
-    return ClassGaussians(means, factor.expand(len(classes), *factor.shape), torch.zeros_like(means), classes)
+    return ClassGaussians(
+        means, torch.zeros_like(means), factor[None], torch.zeros_like(classes), classes, torch.ones_like(means[:, 0])
+    )

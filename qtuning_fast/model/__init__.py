@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qtuning_fast.method.task_inference import FittedRule, TaskInference
     from qtuning_fast.method.task_rule import Candidate, Evidence, TaskRule
     from qtuning_fast.method.task_rules import ClosedForm, MostConfident, NearestMean, RanPAC
+    from qtuning_fast.method.trained_head import TrainedHead
     from qtuning_fast.model.checked_files import CorruptFileError
     from qtuning_fast.model.device_slots import AdapterSlots
     from qtuning_fast.model.model import QTuningModel
@@ -37,6 +38,7 @@ __all__ = [
     "TaskInference",
     "TaskRule",
     "TaskStatistics",
+    "TrainedHead",
     "answer_scores",
 ]
 
@@ -61,6 +63,7 @@ _LAZY = {
     "TaskInference": "qtuning_fast.method.task_inference",
     "TaskRule": "qtuning_fast.method.task_rule",
     "TaskStatistics": "qtuning_fast.method.statistics",
+    "TrainedHead": "qtuning_fast.method.trained_head",
     "answer_scores": "qtuning_fast.model.scoring",
 }
 

@@ -10,23 +10,22 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from qtuning_fast import LifelongTrainer, QTuningConfig, QTuningModel
-from qtuning_fast.lifelong import joint_head
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoding import ExampleEncoder
 from qtuning_fast.lifelong.data.loading import load_task
-from qtuning_fast.lifelong.joint_head import check_joint_head, nearest_centroids
+from qtuning_fast.lifelong.joint_head import FILE, check_joint_head, nearest_centroids
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.report.console import run_tables
 from qtuning_fast.lifelong.report.page import write_report
+from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import Examples, Task
 from qtuning_fast.method.class_gaussians import ClassGaussians
 from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
 from qtuning_fast.method.task_rule import Evidence
-from qtuning_fast.model.checked_files import read_json
+from qtuning_fast.model.checked_files import read_json, read_tensors
 
 METHOD = QTuningConfig(prompt_length=2, shared_length=0, queue_size=1, retention_weight=0.0)
 TRAINING = TrainingOptions(
@@ -66,6 +65,11 @@ def part(run: Path, number: int, name: str) -> Path:
     return folder / name
 
 
+def tensors(run: Path, number: int, name: str) -> dict[str, torch.Tensor]:
+    index = part(run, number, FILE)
+    return read_tensors(index.parent, read_json(index)[name])
+
+
 def test_it_is_the_definition(run: Path, tiny_model_folder: Path, tasks: list[Task]) -> None:
     base, tokenizer = load_base_model(str(tiny_model_folder))
     model = QTuningModel.from_pretrained(base, run / "adapter").eval()
@@ -79,18 +83,17 @@ def test_it_is_the_definition(run: Path, tiny_model_folder: Path, tasks: list[Ta
         [batch] = train.batches(len(train), model.device)
         x = model.features(batch, task=task.name)
         expected = ClassGaussians.of(x, train.columns["labels"])
-        saved = load_file(part(run, number, "gaussians.safetensors"))
+        saved = tensors(run, number, "gaussians")
         assert torch.allclose(saved["means"], expected.means, atol=1e-5)
         adapter = model.adapters[task.name]
         head = LinearHead(adapter.head_weight.double(), adapter.head_bias.double())
         if number:
             head = LinearHead(torch.cat([weight, head.weight]), torch.cat([bias, head.bias]))
-            files = [part(run, n, "gaussians.safetensors") for n in range(number + 1)]
-            own = [ClassGaussians.from_tensors(load_file(file)) for file in files]
+            own = [ClassGaussians.from_tensors(tensors(run, n, "gaussians")) for n in range(number + 1)]
             joined = ClassGaussians.joined(own, [sum(sizes[:n]) for n in range(number + 1)])
             head = rebalanced(head, joined, Rebalancing(3, 0.05, 20), seed=seeds[number])
         weight, bias = head.weight, head.bias
-        saved = load_file(part(run, number, "joint_head.safetensors"))
+        saved = tensors(run, number, "head")
         assert torch.equal(saved["weight"], weight) and torch.equal(saved["bias"], bias)
         joint = read_json(part(run, number, "class_incremental.json"))["joint_head"]
         classes = [(place, label) for place in range(number + 1) for label in range(sizes[place])]
@@ -112,11 +115,27 @@ def test_an_interrupted_run_ends_the_same(
     again = tmp_path / "run"
     shutil.copytree(run, again)
     for number in (1, 2):
-        for name in ("class_incremental.json", "joint_head.safetensors", "gaussians.safetensors"):
+        for name in ("class_incremental.json", FILE):
             part(again, number, name).unlink()
     (again / "metrics.json").unlink()
     found, before = lifelong(tiny_model_folder, tasks, again).run(), read_json(run / "metrics.json")
     assert found["class_incremental"] == before["class_incremental"]
+
+
+def test_a_task_alone_knows_of_no_other(
+    tiny_model_folder: Path, tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, int]] = []
+    real = TaskTrainer.__init__
+
+    def noted(self: Any, model: Any, *arguments: Any, earlier_means: Any = None, **more: Any) -> None:
+        given.append((len(model.tasks), len(earlier_means)))
+        real(self, model, *arguments, earlier_means=earlier_means, **more)
+
+    monkeypatch.setattr(TaskTrainer, "__init__", noted)
+    base = load_base_model(str(tiny_model_folder))
+    LifelongTrainer(*base, METHOD, tasks[:2], TRAINING, tmp_path / "run", forward_transfer=True).run()
+    assert given == [(0, 0), (1, len(tasks[0].label_names)), (0, 0)]
 
 
 def test_it_is_shown(run: Path, tmp_path: Path) -> None:
@@ -159,4 +178,4 @@ def test_without_it_there_are_no_files(tiny_model_folder: Path, tasks: list[Task
     training = TrainingOptions(steps=2, batch_size=4, max_length=10, eval_every=2)
     metrics = lifelong(tiny_model_folder, tasks[:1], tmp_path / "run", training).run()
     assert "joint_head" not in metrics["class_incremental"]
-    assert not list((tmp_path / "run").rglob("*gaussians*")) and joint_head._HEAD not in str(list(tmp_path.rglob("*")))
+    assert not [*tmp_path.rglob("*gaussians*"), *tmp_path.rglob(FILE)]

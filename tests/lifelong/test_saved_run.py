@@ -83,7 +83,7 @@ def test_the_rule_itself_may_answer(finished_run: Path) -> None:
     assert answer.probability == pytest.approx(answer.task_probability * float(answer.output.max()))
     with pytest.raises(ValueError, match="top_k is 2, but rule answers"):
         saved.infer(["the red one"], top_k=2)
-    with pytest.raises(ValueError, match="no head over all classes after 2 tasks; it is made with --joint-head"):
+    with pytest.raises(ValueError, match="no head over all classes after 2 tasks, which a run has with --joint-head"):
         SavedRun(finished_run, answers_by="joint-head").infer(["the red one"])
     with pytest.raises(ValueError, match="answers_by is 'all'; it must be one of adapters, joint-head, rule"):
         SavedRun(finished_run, answers_by="all")

@@ -18,7 +18,7 @@ def examples(count: int, *, seed: int = 0, features: int = 5) -> tuple[Tensor, T
 
 
 def covariance(gaussians: ClassGaussians, place: int) -> np.ndarray:
-    factor = gaussians.factors[place]
+    factor = gaussians.factors[gaussians.factor_of[place]]
     return (factor.mT @ factor + torch.diag(gaussians.variances[place] + RIDGE)).numpy()
 
 
@@ -45,30 +45,41 @@ def halves(x: Tensor) -> Tensor:
 def test_centroids_are_means_of_their_examples() -> None:
     x, labels = examples(60)
     gaussians = ClassGaussians.of(x, labels, "centroids", clustered=halves)
-    assert gaussians.classes.tolist() == [0, 0, 2, 2] and gaussians.factors.shape == (4, 0, 5)
+    assert gaussians.classes.tolist() == [0, 0, 2, 2] and gaussians.factors.shape == (2, 0, 5)
     for place, label in enumerate((0, 2)):
         mine = x[labels == label].double()
         for half in range(2):
             part = mine[halves(mine) == half].numpy()
             np.testing.assert_allclose(gaussians.means[2 * place + half], part.mean(0), rtol=0, atol=1e-8)
             np.testing.assert_allclose(gaussians.variances[2 * place + half], part.var(0), rtol=0, atol=1e-8)
-        mean = gaussians.means[2 * place : 2 * place + 2].mean(0)
-        assert torch.allclose(gaussians.class_means()[place], mean)
+        assert torch.allclose(gaussians.class_means()[place], mine.mean(0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_have_the_moments(kind: str) -> None:
     x, labels = examples(60)
     gaussians = ClassGaussians.of(x, labels, kind, clustered=halves if kind == "centroids" else None)
-    drawn, classes = gaussians.sample(20_000, torch.Generator().manual_seed(1))
-    assert drawn.shape == (len(gaussians.means) * 20_000, 5) and drawn.dtype == torch.float64
-    for place in range(len(gaussians.means)):
-        mine = drawn[place * 20_000 : (place + 1) * 20_000].numpy()
-        assert (classes[place * 20_000 : (place + 1) * 20_000] == gaussians.classes[place]).all()
+    drawn, classes = gaussians.sample(40_000, torch.Generator().manual_seed(1))
+    assert drawn.shape == (2 * 40_000, 5) and drawn.dtype == torch.float64
+    assert torch.bincount(classes).tolist() == [40_000, 0, 40_000]
+    numbers = gaussians._counts(40_000)
+    assert numbers == ([20_000] * 4 if kind == "centroids" else [40_000] * 2)
+    for place, mine in enumerate(part.numpy() for part in drawn.split(numbers)):
         expected = covariance(gaussians, place)
         spread = np.sqrt(np.diag(expected))
-        assert (np.abs(mine.mean(0) - gaussians.means[place].numpy()) < 5 * spread / np.sqrt(20_000)).all()
+        assert (np.abs(mine.mean(0) - gaussians.means[place].numpy()) < 5 * spread / np.sqrt(len(mine))).all()
         assert (np.abs(np.cov(mine, rowvar=False) - expected) < 0.06 * np.outer(spread, spread)).all()
+
+
+def test_each_class_is_drawn_as_often_whatever_its_clusters() -> None:
+    x = torch.arange(7.0)[:, None].expand(7, 2)
+    thirds = ClassGaussians.of(
+        x, torch.zeros(7, dtype=torch.long), "centroids", clustered=lambda x: (x[:, 0] // 3).long()
+    )
+    assert thirds.shares.tolist() == pytest.approx([3 / 7, 3 / 7, 1 / 7])
+    for count in (1, 2, 10, 14):
+        numbers = thirds._counts(count)
+        assert sum(numbers) == count and all(abs(n - share * count) <= 1 for n, share in zip(numbers, thirds.shares))
 
 
 def test_a_single_example_and_saving() -> None:

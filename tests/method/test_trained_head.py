@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -40,9 +41,11 @@ def test_it_is_the_definition() -> None:
     factors = [each.factor / size / 78**0.5 for each in moments]
     gaussians = ClassGaussians(
         (means - middle) / size,
-        torch.stack([factors[0], factors[0], factors[1], factors[1]]),
         torch.zeros(4, 2).double(),
+        torch.stack(factors),
+        torch.tensor([0, 0, 1, 1]),
         torch.arange(4),
+        torch.ones(4).double(),
     )
     assert gaussians.sample(2, draws)[0].shape == (8, 2)
     zero = LinearHead(torch.zeros(4, 2).double(), torch.zeros(4).double())
@@ -75,3 +78,10 @@ def test_a_class_without_examples_is_never_answered() -> None:
 def test_its_settings_make_it_again() -> None:
     rule = TrainedHead(epochs=2, rate=0.1, seed=3)
     assert TrainedHead(**rule.settings).settings == rule.settings == {"epochs": 2, "rate": 0.1, "seed": 3}
+    for wrong, message in (
+        ({"epochs": 0}, "epochs is 0"),
+        ({"rate": 0.0}, "rate is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainedHead(**wrong)  # type: ignore[arg-type]

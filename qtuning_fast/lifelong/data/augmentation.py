@@ -73,10 +73,10 @@ def size_of_pixels(image_processor: Any) -> tuple[int, int]:
     """
     crops = getattr(image_processor, "do_center_crop", False)
     size = image_processor.crop_size if crops else image_processor.size
-    try:
-        return size["width"], size["height"]
-    except (KeyError, TypeError):
+    width, height = size.get("width"), size.get("height")
+    if width is None or height is None:
         raise ValueError(
-            f"{type(image_processor).__name__} makes images of different sizes ({size}), so crops have no size; leave "
-            "augment out"
-        ) from None
+            f"{type(image_processor).__name__} makes images of different sizes ({dict(size)}), so crops have no size; "
+            "leave augment out"
+        )
+    return int(width), int(height)

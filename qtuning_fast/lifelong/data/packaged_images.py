@@ -49,7 +49,8 @@ def clipart(group: str, kinds: tuple[str, ...]) -> Labelled:
                 f"openclipart-png: apt-get install openclipart-png, or unpack it and set {CLIPART_VARIABLE} to its "
                 "folder png"
             )
-        found = [file for file in images_in(folder / group / kind) if _pixels(file) <= _MOST_PIXELS]
+        files = [file for file in images_in(folder / group / kind) if file.suffix == ".png"]
+        found = [file for file in files if _pixels(file) <= _MOST_PIXELS]
         images += found
         labels += [kind] * len(found)
     return images, labels
@@ -58,8 +59,11 @@ def clipart(group: str, kinds: tuple[str, ...]) -> Labelled:
 def _pixels(file: Path) -> int:
     """Return the number of pixels of a PNG file, from its header."""
     with file.open("rb") as opened:
-        width, height = struct.unpack(">II", opened.read(24)[16:])
-    return width * height
+        header = opened.read(24)
+    if len(header) < 24 or not header.startswith(b"\x89PNG"):
+        raise ValueError(f"{file} is no PNG file")
+    width, height = struct.unpack(">II", header[16:])
+    return int(width * height)
 
 
 def animal_silhouettes() -> Labelled:

@@ -25,7 +25,9 @@ def write_samples(tasks: Sequence[Task], folder: Path) -> None:
     if (folder / FILE).exists() or not tasks[0].holds_images:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    samples(tasks).savefig(folder / FILE, format="png")
+    partial = folder / f".{FILE}"
+    samples(tasks).savefig(partial, format="png")
+    partial.replace(folder / FILE)
 
 
 def samples(tasks: Sequence[Task]) -> Figure:

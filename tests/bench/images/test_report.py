@@ -15,6 +15,8 @@ def record(arm: str, seed: int, **answers: float) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
+        "model": "a model",
+        "pixels": 112,
         "answers": {
             name: {
                 "average_accuracy": fa,

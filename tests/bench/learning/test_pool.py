@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,3 +32,8 @@ def test_nothing_begins_after_the_end() -> None:
 
 def test_in_processes_of_one_thread() -> None:
     assert pool.run_each([2, 3], int, 2, None) == 0
+
+
+def test_a_process_that_is_killed_stops_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pool.run_each([7, 0, 0], os._exit, 1, None) == 3  # each ends its process
+    assert capsys.readouterr().err.count("BrokenProcessPool") == 3
