@@ -354,6 +354,7 @@ WRONG: dict[str, list[str]] = {
     "--joint-epochs": [*BAD_NUMBERS, "0"],
     "--joint-rate": ["abc", "-1", "nan", "inf"],
     "--prompt-init": ["zeros", ""],
+    "--prompt-momentum": ["abc", "-1", "nan", "2", "0.1"],  # the last is a number, but prompts pass through a network
     "--stream-data": ["/nowhere", "somewhere"],
     "--eval-every": [*BAD_NUMBERS, "0"],
     "--patience": BAD_NUMBERS,

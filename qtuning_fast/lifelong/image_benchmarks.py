@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qtuning_fast.lifelong.data.hub import load_hub, load_local_copy
-from qtuning_fast.lifelong.data.image_folders import is_image_folder, read_image_folder
-from qtuning_fast.lifelong.tasks import Labelled, PackedImage, Task, few_shot_split
+from qtuning_fast.lifelong.data.image_folders import check_images, is_image_folder, read_image_folder
+from qtuning_fast.lifelong.tasks import SPLITS, Labelled, PackedImage, Task, few_shot_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,20 +41,22 @@ class ImageDataset:
     def read(self, folder: Path | None) -> tuple[dict[str, Labelled], list[str]]:
         """Read each split with the names of its classes, and all class names in order; None reads the hub.
 
-        A data set with a single split has a training split.
+        Of a data set with a single split a fifth of each class is the test split, the same for every seed.
 
         Raises:
             ImportError, ConnectionError, ValueError: the data are not there or cannot be read.
         """
         if folder is not None and is_image_folder(folder):
             return read_image_folder(str(folder))
-        loaded = load_hub(self.hub) if folder is None else load_local_copy(folder)
+        loaded = load_hub(self.hub) if folder is None else load_local_copy(folder, self.hub.partition(":")[2] or None)
         where = self.hub if folder is None else str(folder)
         if len(loaded) == 1:
             loaded = {"train": next(iter(loaded.values()))}
         if "train" not in loaded:
             raise ValueError(f"{where} has no split 'train', only {', '.join(loaded)}")
         splits = {split: self._labelled(data, f"{split} of {where}") for split, data in loaded.items()}
+        if "test" not in splits:
+            splits["train"], splits["test"] = _fifth_of_each_class(splits["train"])
         return splits, self._classes(loaded["train"], splits["train"])
 
     def _labelled(self, data: Dataset, where: str) -> Labelled:
@@ -125,7 +127,7 @@ class ImageBenchmark:
         Raises:
             ImportError, ConnectionError, FileNotFoundError, ValueError: the data are not there or cannot be read.
         """
-        tasks = []
+        tasks: list[Task] = []
         for dataset in self.datasets:
             splits, classes = dataset.read(self._folder(dataset, data))
             for number, names in enumerate(self._dealt(classes, seed), start=1):
@@ -144,6 +146,8 @@ class ImageBenchmark:
                         source=dataset.hub if data is None else data,
                     )
                 )
+        if data is not None:  # a copy may have been cut short
+            check_images([each for task in tasks for part in SPLITS for each in getattr(task, part).inputs])
         return tasks
 
     def _folder(self, dataset: ImageDataset, data: str | None) -> Path | None:
@@ -160,6 +164,18 @@ class ImageBenchmark:
             return [classes]
         order = [classes[place] for place in np.random.default_rng(seed).permutation(len(classes))]
         return [part.tolist() for part in np.array_split(np.array(order, dtype=object), self.tasks)]
+
+
+def _fifth_of_each_class(labelled: Labelled) -> tuple[Labelled, Labelled]:
+    """Return the training and the test part of a data set without splits."""
+    inputs, labels = labelled
+    draws, test = np.random.default_rng(0), np.zeros(len(labels), dtype=bool)
+    for name in sorted({str(label) for label in labels}):
+        places = draws.permutation([place for place, label in enumerate(labels) if label == name])
+        test[places[: len(places) // 5]] = True
+    parts = [[place for place in range(len(labels)) if test[place] == is_test] for is_test in (False, True)]
+    train, tested = (([inputs[n] for n in part], [labels[n] for n in part]) for part in parts)
+    return train, tested
 
 
 def _of_classes(labelled: Labelled, names: list[str]) -> Labelled:
@@ -183,7 +199,7 @@ IMAGE_BENCHMARKS = {
         "100 classes of small photographs in ten tasks",
         (ImageDataset("cifar100", "uoft-cs/cifar100", image="img", label="fine_label"),),
     ),
-    # The hub has one split of it, of which a fifth of each class tests, as in the field.
+    # The hub has one split of it, of which a fifth of each class tests.
     "split-imagenet-r": ImageBenchmark(
         "200 classes of renditions (paintings, toys, sketches) in ten tasks",
         (ImageDataset("imagenet-r", "axiong/imagenet-r", label="wnid"),),

@@ -88,6 +88,7 @@ _HIDE_TRAINING = {
     "head_rate": 0.0015,
     "batch_size": 128,
     "contrast": 0.1,
+    "prompt_momentum": 0.01,
     "joint_head": "covariance",
 }
 

@@ -218,6 +218,12 @@ class TrainingOptions:
         "2310.07234).",
         absent=0.0,
     )
+    prompt_momentum: float = setting(
+        0.0,
+        "Share of the mean of earlier prompts in a new one, mixed in after training; 0: none.",
+        "HiDe-Prompt's ensemble of prompts. Prompts must train as they are: `reparameterization` none.",
+        absent=0.0,
+    )
     joint_head: str | None = setting(
         None,
         "{choices}.",
@@ -241,7 +247,9 @@ class TrainingOptions:
             raise ValueError(
                 "steps is 0, so a head would stay random; train it, or set head_start='probe' or 'closed-form'"
             )
-        for name in ("contrast", "augment"):
+        if self.prompt_momentum > 1:
+            raise ValueError(f"prompt_momentum is {self.prompt_momentum}; it must be 1 at most")
+        for name in ("contrast", "augment", "prompt_momentum"):
             if not self.steps and getattr(self, name):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, but steps is 0, so nothing is trained; leave it out"

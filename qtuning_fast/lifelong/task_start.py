@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qtuning_fast.lifelong.class_incremental import first_of_each_class
@@ -37,6 +38,11 @@ def check_start(config: QTuningConfig, options: TrainingOptions, names: Sequence
         )
     if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
         raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; leave it out")
+    if options.prompt_momentum and config.reparameterization is not None:
+        raise ValueError(
+            f"prompt_momentum is {options.prompt_momentum}, which mixes prompts as they are trained, but "
+            f"reparameterization is {config.reparameterization!r}; set it to None"
+        )
     if not options.steps and config.prompt_length + config.shared_length:
         raise ValueError("steps is 0, so prompts would not be trained; train them, or set both their lengths to 0")
 
@@ -80,6 +86,16 @@ def start_task(
         for each in (start["chosen"], *start["considered"]):
             each["head"] = "probe"
     return {"start": start, "start_seconds": time.perf_counter() - began}
+
+
+def mix_with_earlier_prompts(model: QTuningModel, share: float) -> None:
+    """Mix the mean of all earlier tasks' own prompts into the prompt in training (HiDe-Prompt, arXiv 2310.07234)."""
+    prefix = model.training_prefix
+    earlier = [prefix.own_prompts(adapter) for adapter in model.adapters.values()]
+    if earlier:
+        means = [torch.stack(layer).mean(0) for layer in zip(*earlier)]
+        mixed = [(1 - share) * mine + share * mean.to(mine) for mine, mean in zip(prefix.prompts(), means)]
+        prefix.start_prompts(mixed)
 
 
 def _some(model: QTuningModel, task: Task, examples: EncodedExamples, batch_size: int) -> list[dict[str, Tensor]]:

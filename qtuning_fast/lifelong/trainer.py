@@ -47,7 +47,7 @@ from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import LinearProbe, tuned_probe
 from qtuning_fast.lifelong.scores import score
-from qtuning_fast.lifelong.task_start import check_start, start_task
+from qtuning_fast.lifelong.task_start import check_start, mix_with_earlier_prompts, start_task
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps_record
@@ -242,14 +242,16 @@ class LifelongTrainer:
 
     def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
         """Start, train and finish one task; returns the content of `training.json`."""
-        task = self.tasks[number]
+        task, options = self.tasks[number], self.options
         probe = self._tuned_probe(model, task) if self.options.head_start == "probe" else None
         began = time.perf_counter()
         set_seed(self._task_seed(number))
         previous = model.tasks[-1] if model.tasks else None
         train, validation = self._to_train_on(task), self._encoded(task)["validation"]
-        start = start_task(model, task, self.options, train, validation, probe)
-        steps = self._take_steps(model, number, train, previous, checkpoints) if self.options.steps else NO_STEPS
+        start = start_task(model, task, options, train, validation, probe)
+        steps = self._take_steps(model, number, train, previous, checkpoints) if options.steps else NO_STEPS
+        if options.prompt_momentum:
+            mix_with_earlier_prompts(model, options.prompt_momentum)
         adapter = model.finish_task()
         return {
             "name": task.name,

@@ -92,6 +92,21 @@ def test_hide_has_a_prompt_per_task_that_starts_from_the_last_one_and_one_head(r
     assert "joint_head" in metrics["class_incremental"]
 
 
+def test_earlier_prompts_are_mixed_into_a_new_one(run: Any) -> None:
+    plain, mixed = (
+        run("prompt-per-task", {"reparameterization": None}, {"prompt_momentum": share})[1] for share in (0.0, 0.25)
+    )
+    before, after = rows(plain), rows(mixed)
+    assert torch.equal(before[0], after[0])
+    torch.testing.assert_close(after[1], 0.75 * before[1] + 0.25 * before[0])
+    with pytest.raises(
+        ValueError, match=r"prompt_momentum is 0\.25, .* but reparameterization is 'mlp'; set it to None"
+    ):
+        run("prompt-per-task", {}, {"prompt_momentum": 0.25})
+    with pytest.raises(ValueError, match=r"prompt_momentum is 1\.5; it must be 1 at most"):
+        TrainingOptions(prompt_momentum=1.5)
+
+
 def test_norga_is_hide_with_a_gate_that_the_first_task_trains(run: Any) -> None:
     _, model = published(run, "norga")
     first, *others = model.adapters.values()

@@ -45,8 +45,12 @@ def load_hub(path: str) -> dict[str, Dataset]:
     return _by_split(path, loaded)
 
 
-def load_local_copy(folder: Path) -> dict[str, Dataset]:
+def load_local_copy(folder: Path, config: str | None = None) -> dict[str, Dataset]:
     """Load a data set from a folder: a copy of its files on the hub, or what `save_to_disk` wrote.
+
+    Args:
+        folder: the folder.
+        config: of several, which one; a copy that has none is read as it is.
 
     Raises:
         ImportError: the package datasets is missing.
@@ -57,9 +61,12 @@ def load_local_copy(folder: Path) -> dict[str, Dataset]:
     except ImportError as error:
         raise ImportError(f"{folder} is read by the package datasets: pip install datasets") from error
     try:
+        if (folder / "state.json").is_file():  # a single split
+            return {"train": datasets.load_from_disk(str(folder))}
         if (folder / "dataset_dict.json").is_file():
             return _by_split(str(folder), dict(datasets.load_from_disk(str(folder))))
-        return _by_split(str(folder), dict(datasets.load_dataset(str(folder))))
+        configs = datasets.get_dataset_config_names(str(folder))
+        return _by_split(str(folder), dict(datasets.load_dataset(str(folder), config if config in configs else None)))
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded as a data set: {error}") from error
 

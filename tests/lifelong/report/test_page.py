@@ -116,6 +116,17 @@ def test_answers_without_the_name_have_their_table(make_metrics, tmp_path):
     )
 
 
+def test_the_methods_own_answers_stand_out(make_metrics, tmp_path):
+    metrics = make_metrics(3)
+    block = metrics["class_incremental"]
+    block["joint_head"] = {**block["adapters"], "average_accuracy": 0.123}
+    metrics["config"]["answered_by"] = "joint_head"
+    text = write_report(metrics, tmp_path).read_text()
+    assert "answers by joint head reach an" in " ".join(text.split()) and "0.123, and the task is" in text
+    assert '<tr class="mine"><th>joint head</th>' in text and text.count('class="mine"') == 1
+    assert 'class="mine"' not in write_report(make_metrics(3), tmp_path / "other").read_text()
+
+
 def test_a_run_of_an_earlier_version_says_so_once(make_metrics, tmp_path):
     write_report(make_metrics(2), tmp_path)
     page = Page(write_report(make_metrics(2, class_incremental=False), tmp_path))
