@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qtuning_fast.bench.learning.arms import WITHOUT, Run
-from qtuning_fast.bench.learning.report import CONTROL, INGREDIENTS, main
+from qtuning_fast.bench.learning.report import BEGIN, CONTROL, END, INGREDIENTS, main
 from qtuning_fast.bench.learning.run import OUT, result_file
 
 FAST = ("from-random, faster network", 0.75)
@@ -28,7 +28,10 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(entry(arm, draw, value)))
     page, images = tmp_path / "learning.md", tmp_path / "images"
-    assert main(["--results", str(tmp_path / "results"), "--page", str(page), "--images", str(images)]) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}old\n{END}after\n")
+    paths = {"--results": tmp_path / "results", "--page": page, "--images": images, "--readme": readme}
+    assert main([part for name, path in paths.items() for part in (name, str(path))]) == 0
     text = " ".join(page.read_text().split())
     assert "15 are done; what is not done is missing below" in text
     assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
@@ -37,6 +40,10 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
     assert "| `input` | 3 | 0.700 | **-11.0 ± 2.5** | **-11.0 ± 2.5** |" in text
     assert "Where the 3 tasks after the first started: 3 from random rows." in text
     assert "`start`, in points: **+6.0 ± 2.5** against `from-random, faster network`." in text
+    assert readme.read_text().startswith(f"before\n{BEGIN}A task starts with") and readme.read_text().endswith(
+        f"{END}after\n"
+    )
+    assert "old" not in readme.read_text()
     assert [path.name for path in images.iterdir()] == ["learning-related-16.png"]
 
 
@@ -45,6 +52,8 @@ def test_each_arm_that_lacks_an_ingredient_is_in_the_table_of_ingredients() -> N
 
 
 def test_the_published_page_is_that_of_the_published_files(tmp_path: Path) -> None:
-    assert main(["--page", str(tmp_path / "page.md"), "--images", str(tmp_path / "images")]) == 0
-    text = (tmp_path / "page.md").read_text()
-    assert OUT.is_dir() and text == Path("docs/learning.md").read_text()
+    (tmp_path / "README.md").write_text(Path("README.md").read_text())
+    paths = {"--page": "page.md", "--images": "images", "--readme": "README.md"}
+    assert main([part for name, path in paths.items() for part in (name, str(tmp_path / path))]) == 0
+    assert OUT.is_dir() and (tmp_path / "page.md").read_text() == Path("docs/learning.md").read_text()
+    assert (tmp_path / "README.md").read_text() == Path("README.md").read_text()
