@@ -5,6 +5,8 @@ Scores and distances are tested with the rules (test_task_rules.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,19 +18,9 @@ from torch import Tensor
 from qtuning_fast.method.shared_gaussian import oas
 
 
-def oas_by_numpy(scatter: np.ndarray, m: int) -> tuple[np.ndarray, float]:
-    """The formula of the specification."""
-    F = len(scatter)
-    S = scatter / m
-    trace, squares = np.trace(S), np.trace(S @ S)
-    rho = ((1 - 2 / F) * squares + trace**2) / ((m + 1 - 2 / F) * (squares - trace**2 / F))
-    rho = min(1.0, rho)
-    return (1 - rho) * S + rho * trace / F * np.eye(F), rho
-
-
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(2, 40), size=st.integers(2, 12), seed=st.integers(0, 2**16), scale=st.sampled_from([1e-6, 1, 1e6]))
-def test_oas_is_the_formula(n: int, size: int, seed: int, scale: float) -> None:
+def test_oas_is_the_formula(oas_by_numpy: Any, n: int, size: int, seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = scale * torch.randn(n, size, generator=generator, dtype=torch.float64)
     rows -= rows.mean(0)

@@ -58,20 +58,10 @@ def two_tasks(n: int = 60, size: int = 5, seed: int = 0) -> tuple[list[Examples]
 # The shrunk covariance
 
 
-def oas_by_numpy(scatter: np.ndarray, m: int) -> tuple[np.ndarray, float]:
-    """The formula of the specification."""
-    F = len(scatter)
-    S = scatter / m
-    trace, squares = np.trace(S), np.trace(S @ S)
-    rho = ((1 - 2 / F) * squares + trace**2) / ((m + 1 - 2 / F) * (squares - trace**2 / F))
-    rho = min(1.0, rho)
-    return (1 - rho) * S + rho * trace / F * np.eye(F), rho
-
-
 # Linear discriminant analysis
 
 
-def test_scores_and_distances_are_those_of_the_formula() -> None:
+def test_scores_and_distances_are_those_of_the_formula(oas_by_numpy: Any) -> None:
     tasks, x, y = two_tasks()
     gaussian = SharedGaussian.of([recorded(tasks[0], 3), recorded(tasks[1], 2)])
     means = np.stack([x[y == c].mean(0) for c in range(5)])
