@@ -22,7 +22,7 @@ from qtuning_fast.cli_options import Options, with_options
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.stream import DINOV2, MINILM
-from qtuning_fast.lifelong.streams import STREAMS
+from qtuning_fast.lifelong.streams import STREAMS, defaults_in_words
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.task_rules import RULES, ClosedForm
 from qtuning_fast.version import __version__
@@ -128,23 +128,12 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-_OWN_DATA = {
-    "queue_size": QTuningConfig().queue_size,
-    "task_type": QTuningConfig().task_type,
-}
-
-
-def _default(name: str) -> str:
-    """The default of an option that a stream may set, in words."""
-    streams: dict[Any, list[str]] = {}
-    for stream, each in STREAMS.items():
-        streams.setdefault(getattr(each, name), []).append(stream)
-    others = {value: names for value, names in streams.items() if value != _OWN_DATA[name]}
-    return "; ".join([f"default {_OWN_DATA[name]}", *(f"for {', '.join(n)} {value}" for value, n in others.items())])
-
+_WITHOUT_STREAM = {name: getattr(QTuningConfig(), name) for name in ("queue_size", "task_type")}
 
 _DATA = Options(DataOptions, "Data", left_out=("seed",))
-_METHOD = Options(QTuningConfig, "Method", defaults={name: _default(name) for name in ("queue_size", "task_type")})
+_METHOD = Options(
+    QTuningConfig, "Method", defaults={n: defaults_in_words(n, own) for n, own in _WITHOUT_STREAM.items()}
+)
 _TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
 
 
@@ -184,7 +173,7 @@ def run(
         _silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
-        for name, value in _OWN_DATA.items():
+        for name, value in _WITHOUT_STREAM.items():
             if given[name] is None:
                 given[name] = getattr(STREAMS.get(given["stream"]), name, value)
         data = _DATA.read(given, seed=seed)

@@ -7,7 +7,6 @@ Each run is a file `<out>/<arm>/<seed>.json`. Runs have one thread each. One tha
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
@@ -18,20 +17,19 @@ from typing import Any
 
 import torch
 
-from qtuning_fast.bench.images.arms import ARMS, GATE_ARMS, STREAM, Run, all_runs
-from qtuning_fast.bench.learning.pool import run_each
+from qtuning_fast.bench.images.arms import ARMS, GATE_ARMS, STREAM, Run, all_runs, rule_of
+from qtuning_fast.bench.learning.pool import parser_of_study, run_each
 from qtuning_fast.bench.learning.products import use_onednn
 from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.environment import versions
 from qtuning_fast.lifelong.metrics import unnamed_results
-from qtuning_fast.lifelong.streams import load_stream
+from qtuning_fast.lifelong.streams import STREAMS, load_stream
 from qtuning_fast.lifelong.trainer import LifelongTrainer
 from qtuning_fast.model.checked_files import write_json
 from qtuning_fast.model.fingerprint import fingerprint
 
 OUT = Path("bench/results/images")
 WORK = Path("runs/images")
-QUEUE_SIZE = 5
 MEASURES = ("average_accuracy", "cumulative_average_accuracy", "forgetting", "task_found", "accuracy_matrix")
 
 
@@ -46,11 +44,11 @@ def one_run(run: Run, model: str, out: Path, rehearsal: bool) -> None:
     base, processor = load_base_model(model, "image-classification")
     products = "oneDNN" if use_onednn(base) else "PyTorch's choice"
     arm = (ARMS | GATE_ARMS)[run.arm]
-    config, training = arm.settings(QUEUE_SIZE, run.seed)
+    config, training = arm.settings(STREAMS[STREAM], run.seed)
     work = WORK / ("rehearsal" if rehearsal else "runs") / run.name
     began = time.perf_counter()
     metrics = LifelongTrainer(
-        base, processor, config, tasks[:2] if rehearsal else tasks, training, work, task_rule=arm.rule
+        base, processor, config, tasks[:2] if rehearsal else tasks, training, work, task_rule=rule_of(arm)
     ).run()
     path = result_file(out, run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,13 +77,9 @@ def of_interest(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is left of the study; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_study(__doc__, OUT, "two tasks with few test images, seed 0 only")
     parser.add_argument("--model", required=True, help="a folder of DINOv2-small, or its name on the hub")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *GATE_ARMS], help="default all")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="the results")
-    parser.add_argument("--dry-run", action="store_true", help="two tasks with few test images, seed 0 only")
     options = parser.parse_args(arguments)
     if options.dry_run and options.out == OUT:
         options.out = WORK / "rehearsed"  # the study's own runs are never those of a rehearsal

@@ -1,7 +1,8 @@
-"""Run many independent things in processes of one thread each, and say which failed."""
+"""What studies share: their options, and many runs in processes of one thread each."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -10,11 +11,28 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 Thing = TypeVar("Thing")
+
+
+def parser_of_study(about: str | None, out: Path, dry_run: str) -> argparse.ArgumentParser:
+    """Return a parser of what every study takes.
+
+    Args:
+        about: what `--help` says of it.
+        out: the folder of its results.
+        dry_run: what a rehearsal runs.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
+    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help="the results")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    return parser
 
 
 def run_each(left: Sequence[Thing], do: Callable[[Thing], object], jobs: int, minutes: float | None) -> int:

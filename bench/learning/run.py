@@ -9,7 +9,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ import torch
 
 from qtuning_fast.bench.learning.arms import ARMS, LINEAR, PARTS, STUDY_STREAMS, Run, runs_of, smaller
 from qtuning_fast.bench.learning.linear import accuracies
-from qtuning_fast.bench.learning.pool import run_each
+from qtuning_fast.bench.learning.pool import parser_of_study, run_each
 from qtuning_fast.bench.learning.products import use_onednn
 from qtuning_fast.lifelong.base_models import MINILM, load_base_model
 from qtuning_fast.lifelong.data.encoding import ExampleEncoder
@@ -145,12 +144,8 @@ def _of_interest(metrics: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is left of the study; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_study(__doc__, OUT, "two steps of two tasks, draw 0 only")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default all, in this order")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many minutes")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="the results")
-    parser.add_argument("--dry-run", action="store_true", help="two steps of two tasks, draw 0 only")
     options = parser.parse_args(arguments)
     if options.dry_run and options.out == OUT:
         options.out = WORK / "rehearsed"  # the study's own runs are never those of a rehearsal

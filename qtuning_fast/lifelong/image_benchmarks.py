@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qtuning_fast.lifelong.data.hub import load_hub, load_local_copy
 from qtuning_fast.lifelong.data.image_folders import check_images, is_image_folder, read_image_folder
+from qtuning_fast.lifelong.stream import AnyStream
 from qtuning_fast.lifelong.tasks import SPLITS, Labelled, PackedImage, Task, few_shot_split
 
 if TYPE_CHECKING:
@@ -41,13 +42,21 @@ class ImageDataset:
     def read(self, folder: Path | None) -> tuple[dict[str, Labelled], list[str]]:
         """Read each split with the names of its classes, and all class names in order; None reads the hub.
 
-        Of a data set with a single split a fifth of each class is the test split, the same for every seed.
+        Without a test split it is a fifth of each class, the same for every seed.
 
         Raises:
             ImportError, ConnectionError, ValueError: the data are not there or cannot be read.
         """
         if folder is not None and is_image_folder(folder):
-            return read_image_folder(str(folder))
+            splits, classes = read_image_folder(str(folder))
+        else:
+            splits, classes = self._read_columns(folder)
+        if "test" not in splits:
+            splits["train"], splits["test"] = _fifth_of_each_class(splits["train"])
+        return splits, classes
+
+    def _read_columns(self, folder: Path | None) -> tuple[dict[str, Labelled], list[str]]:
+        """Read a data set with a column of images."""
         loaded = load_hub(self.hub) if folder is None else load_local_copy(folder, self.hub.partition(":")[2] or None)
         where = self.hub if folder is None else str(folder)
         if len(loaded) == 1:
@@ -55,8 +64,6 @@ class ImageDataset:
         if "train" not in loaded:
             raise ValueError(f"{where} has no split 'train', only {', '.join(loaded)}")
         splits = {split: self._labelled(data, f"{split} of {where}") for split, data in loaded.items()}
-        if "test" not in splits:
-            splits["train"], splits["test"] = _fifth_of_each_class(splits["train"])
         return splits, self._classes(loaded["train"], splits["train"])
 
     def _labelled(self, data: Dataset, where: str) -> Labelled:
@@ -87,16 +94,13 @@ class ImageDataset:
 
 
 @dataclass(frozen=True)
-class ImageBenchmark:
+class ImageBenchmark(AnyStream):
     """A stream of the classes of data sets.
 
     Attributes:
-        description: what it is.
         datasets: in the order of learning.
         tasks: the number of tasks of each data set. Its classes are dealt to them in an order that the seed draws; a
             single task has them in their own order.
-        queue_size, shots, validation_shots, test_size: where the user gives no other number.
-        task_type: see `QTuningConfig`.
     """
 
     description: str
@@ -108,25 +112,7 @@ class ImageBenchmark:
     test_size: int = EVERY
     task_type: str = "image-classification"
 
-    def load(
-        self,
-        *,
-        shots: int | None = None,
-        validation_shots: int | None = None,
-        test_size: int | None = None,
-        seed: int = 0,
-        data: str | None = None,
-    ) -> list[Task]:
-        """Draw the tasks in order.
-
-        Args:
-            shots, validation_shots, test_size: see `few_shot_split`; None takes all training and test images.
-            seed: of the order of classes and of the draw.
-            data: a local copy; of several data sets a folder with a folder for each, by their names.
-
-        Raises:
-            ImportError, ConnectionError, FileNotFoundError, ValueError: the data are not there or cannot be read.
-        """
+    def _draw(self, *, seed: int, data: str | None, **sizes: Any) -> list[Task]:
         tasks: list[Task] = []
         for dataset in self.datasets:
             splits, classes = dataset.read(self._folder(dataset, data))
@@ -136,13 +122,11 @@ class ImageBenchmark:
                     few_shot_split(
                         *of_task["train"],
                         name=dataset.name if self.tasks == 1 else f"{dataset.name}-{number:02d}",
-                        shots=self.shots if shots is None else shots,
-                        validation_shots=self.validation_shots if validation_shots is None else validation_shots,
-                        test_size=self.test_size if test_size is None else test_size,
+                        **sizes,
                         seed=seed,
                         label_names=names,
                         validation=of_task.get("validation"),
-                        test=of_task.get("test"),
+                        test=of_task["test"],
                         source=dataset.hub if data is None else data,
                     )
                 )

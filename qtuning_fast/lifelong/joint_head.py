@@ -147,7 +147,11 @@ class JointHead:
         """
         head = _head_in(self._folder_of(number))
         table = torch.tensor(
-            [(place, label) for place, task in enumerate(self._tasks[: number + 1]) for label in range(_size(task))]
+            [
+                (place, label)
+                for place, task in enumerate(self._tasks[: number + 1])
+                for label in range(len(task.label_names))
+            ]
         )
         return [
             table[head(self._instructed(model, place, inferred)).argmax(1)].numpy()
@@ -188,10 +192,6 @@ def nearest_centroids(x: Tensor, seed: int) -> Tensor:
 
     count = min(CENTROIDS, len(np.unique(x.numpy(), axis=0)))
     return torch.from_numpy(KMeans(count, n_init=1, random_state=seed).fit(x.numpy()).labels_)
-
-
-def _size(task: Task) -> int:
-    return len(task.label_names)
 
 
 def _head_in(folder: Path) -> LinearHead:

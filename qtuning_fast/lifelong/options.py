@@ -7,9 +7,8 @@ from typing import Any
 
 from qtuning_fast.lifelong.data.augmentation import AUGMENTATIONS
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
-from qtuning_fast.lifelong.image_benchmarks import EVERY
 from qtuning_fast.lifelong.stream import Stream
-from qtuning_fast.lifelong.streams import STREAMS, load_stream
+from qtuning_fast.lifelong.streams import STREAMS, defaults_in_words, load_stream
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
 from qtuning_fast.method.class_gaussians import KINDS
@@ -21,16 +20,6 @@ HEAD_STARTS = ("closed-form", "random", "probe")
 
 _OWN_DATA = {"validation_shots": Stream.validation_shots, "test_size": Stream.test_size}
 """What is drawn of the user's own data, and of most streams."""
-
-
-def _of_streams(name: str) -> str:
-    """The default of a setting that a stream may have its own of, in words."""
-    streams: dict[int, list[str]] = {}
-    for stream, each in STREAMS.items():
-        streams.setdefault(getattr(each, name), []).append(stream)
-    others = {value: names for value, names in streams.items() if value != _OWN_DATA[name]}
-    words = [f"of {', '.join(names)} {'all' if value == EVERY else value}" for value, names in others.items()]
-    return ", ".join([f"default {_OWN_DATA[name]}", *words])
 
 
 @documented
@@ -48,9 +37,13 @@ class DataOptions:
         None, f"Training examples a class; default {Stream.shots}, of your own data and of image benchmarks all."
     )
     validation_shots: int | None = setting(
-        None, f"Validation examples a class; {_of_streams('validation_shots')}.", "Once made, options say the number."
+        None,
+        f"Validation examples a class; {defaults_in_words('validation_shots', Stream.validation_shots)}.",
+        "Once made, options say the number.",
     )
-    test_size: int | None = setting(None, f"Test examples a task at most; {_of_streams('test_size')}.")
+    test_size: int | None = setting(
+        None, f"Test examples a task at most; {defaults_in_words('test_size', Stream.test_size)}."
+    )
     seed: int = setting(0, "Random seed of the draw.")
     text_column: str = setting(
         "text", "Column of the texts in your own data.", "All tasks have the same.", absent="text"

@@ -146,11 +146,14 @@ def rewrite_report(folder: Path) -> tuple[Path, dict[str, Any], bool]:
 
 
 def _about_the_method(settings: RunSettings) -> dict[str, str]:
+    """The method's name, and what answers if no task is named, unless a setting takes that away."""
     method = method_by_name(settings.method_name)
-    as_it_says = method.rule in (None, settings.task_rule) and "joint_head" not in (
-        method.answers if settings.training.joint_head is None else ""
-    )
-    more = {"answered_by": method.answers} if method.answers != "adapters" and as_it_says else {}
+    answers = method.answers
+    if answers == "joint_head" and settings.training.joint_head is None:
+        answers = "adapters"
+    if method.rule not in (None, settings.task_rule):
+        answers = "adapters"
+    more = {} if answers == "adapters" else {"answered_by": answers}
     return {"method_name": settings.method_in_words, **more}
 
 

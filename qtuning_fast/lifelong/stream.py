@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from qtuning_fast.lifelong.tasks import Labelled, Task, few_shot_split
 
@@ -38,26 +39,23 @@ class TaskSource:
         )
 
 
-@dataclass(frozen=True)
-class Stream:
+class AnyStream:
     """Tasks in the order of learning, and the settings that suit them.
 
     Attributes:
         description: what they are.
-        sources: how each task is made.
         queue_size: of the queue of prompts.
         shots, validation_shots, test_size: examples a class, and test examples a task at most, where the user gives no
-            other number.
+            other number; no shots: all.
         task_type: see `QTuningConfig`.
     """
 
     description: str
-    sources: tuple[TaskSource, ...]
-    queue_size: int = 5
-    shots: int = 16
-    validation_shots: int = 16
-    test_size: int = 200
-    task_type: str = "sequence-classification"
+    queue_size: int
+    shots: int | None
+    validation_shots: int
+    test_size: int
+    task_type: str
 
     def load(
         self,
@@ -68,15 +66,38 @@ class Stream:
         seed: int = 0,
         data: str | None = None,
     ) -> list[Task]:
-        """Draw the tasks in order (`few_shot_split`); raises what `load_stream` raises of its examples."""
+        """Draw the tasks in order (`few_shot_split`); see `load_stream`."""
+        return self._draw(
+            shots=self.shots if shots is None else shots,
+            validation_shots=self.validation_shots if validation_shots is None else validation_shots,
+            test_size=self.test_size if test_size is None else test_size,
+            seed=seed,
+            data=data,
+        )
+
+    def _draw(
+        self, *, shots: int | None, validation_shots: int, test_size: int, seed: int, data: str | None
+    ) -> list[Task]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Stream(AnyStream):
+    """A stream of sources that are at hand.
+
+    Attributes:
+        sources: how each task is made.
+    """
+
+    description: str
+    sources: tuple[TaskSource, ...]
+    queue_size: int = 5
+    shots: int = 16
+    validation_shots: int = 16
+    test_size: int = 200
+    task_type: str = "sequence-classification"
+
+    def _draw(self, *, data: str | None, **sizes: Any) -> list[Task]:
         if data is not None:
             raise ValueError(f"stream_data is {data!r}, but this stream has data of its own; leave it out")
-        return [
-            source.load(
-                shots=self.shots if shots is None else shots,
-                validation_shots=self.validation_shots if validation_shots is None else validation_shots,
-                test_size=self.test_size if test_size is None else test_size,
-                seed=seed,
-            )
-            for source in self.sources
-        ]
+        return [source.load(**sizes) for source in self.sources]

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from qtuning_fast.lifelong.image_benchmarks import IMAGE_BENCHMARKS, ImageBenchmark
+from typing import Any
+
+from qtuning_fast.lifelong.image_benchmarks import EVERY, IMAGE_BENCHMARKS
 from qtuning_fast.lifelong.image_streams import IMAGE_STREAMS
-from qtuning_fast.lifelong.stream import Stream
+from qtuning_fast.lifelong.stream import AnyStream
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.lifelong.text_streams import TEXT_STREAMS
 
-STREAMS: dict[str, Stream | ImageBenchmark] = {**TEXT_STREAMS, **IMAGE_STREAMS, **IMAGE_BENCHMARKS}
+STREAMS: dict[str, AnyStream] = {**TEXT_STREAMS, **IMAGE_STREAMS, **IMAGE_BENCHMARKS}
+
+
+def defaults_in_words(name: str, own: Any) -> str:
+    """Say the default of a setting that a stream may have its own of.
+
+    Args:
+        name: of the setting, as streams have it.
+        own: its default where there is no stream.
+    """
+    others: dict[Any, list[str]] = {}
+    for stream, each in STREAMS.items():
+        if getattr(each, name) != own:
+            others.setdefault(getattr(each, name), []).append(stream)
+    words = [f"for {', '.join(streams)} {'all' if value == EVERY else value}" for value, streams in others.items()]
+    return "; ".join([f"default {own}", *words])
 
 
 def load_stream(

@@ -102,6 +102,7 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The loss of a batch with memory retention, the pull on the reweighting, and the contrastive regulariser."""
         with self._features_of_the_batch() as features:
             outputs = model(**inputs, **({} if self.qtuning.has_heads else {"use_cache": False}))
         retention = outputs.get("retention_loss")

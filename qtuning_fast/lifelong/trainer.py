@@ -243,7 +243,7 @@ class LifelongTrainer:
     def _train_task(self, model: QTuningModel, number: int, checkpoints: Path) -> dict[str, Any]:
         """Start, train and finish one task; returns the content of `training.json`."""
         task, options = self.tasks[number], self.options
-        probe = self._tuned_probe(model, task) if self.options.head_start == "probe" else None
+        probe = self._tuned_probe(model, task) if options.head_start == "probe" else None
         began = time.perf_counter()
         set_seed(self._task_seed(number))
         previous = model.tasks[-1] if model.tasks else None

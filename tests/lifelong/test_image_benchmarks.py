@@ -93,14 +93,18 @@ def test_a_single_split_is_cut(tmp_path: Path) -> None:
     data = stand_in({"test": 10}, label="wnid", named=False)
     data.save_to_disk(str(tmp_path / "whole"))
     data["test"].save_to_disk(str(tmp_path / "split"))
+    for place, row in enumerate(data["test"]):
+        folder = tmp_path / "folders" / row["wnid"]
+        folder.mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / f"{place:03d}.png")
     tested = []
-    for kind, seed in (("whole", 0), ("whole", 1), ("split", 0)):
+    for kind, seed in (("whole", 0), ("whole", 1), ("split", 0), ("folders", 0), ("folders", 1)):
         tasks = three_tasks("split-imagenet-r").load(data=str(tmp_path / kind), seed=seed)
         for task in tasks:
             parts = [Counter(part.labels) for part in (task.train, task.validation, task.test)]
             assert parts == [{0: 7, 1: 7}, {0: 1, 1: 1}, {0: 2, 1: 2}]  # a fifth of a class tests
-        tested.append({each.content() for task in tasks for each in task.test.inputs})
-    assert tested[0] == tested[1] == tested[2]  # the same images for every seed
+        tested.append({np.asarray(open_image(each)).tobytes() for task in tasks for each in task.test.inputs})
+    assert tested[0] == tested[1] == tested[2] and tested[3] == tested[4]  # the same images for every seed
 
 
 def test_files_of_the_hub_and_folders_of_images(tmp_path: Path) -> None:

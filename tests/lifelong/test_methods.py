@@ -103,6 +103,8 @@ def test_earlier_prompts_are_mixed_into_a_new_one(run: Any) -> None:
         ValueError, match=r"prompt_momentum is 0\.25, .* but reparameterization is 'mlp'; set it to None"
     ):
         run("prompt-per-task", {}, {"prompt_momentum": 0.25})
+    with pytest.raises(ValueError, match=r"prompt_momentum is 0\.25, but prompt_length is 0"):
+        run("prompt-per-task", {"prompt_length": 0, "reparameterization": None}, {"prompt_momentum": 0.25})
     with pytest.raises(ValueError, match=r"prompt_momentum is 1\.5; it must be 1 at most"):
         TrainingOptions(prompt_momentum=1.5)
 

@@ -47,7 +47,6 @@ class ImageExamples(EncodedExamples):
 
     def augmented(self, augmentation: Augmentation, seed: int) -> ImageExamples:
         """Return the same images, changed at random in another way in each epoch."""
-        size_of_pixels(self.image_processor)
         changed = copy(self)
         changed._augmentation, changed._seed = augmentation, seed
         return changed

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from qtuning_fast.bench.images import run as study
-from qtuning_fast.bench.images.arms import ARMS, GATE_ARMS, ROWS, Run, all_runs
+from qtuning_fast.bench.images.arms import ARMS, GATE_ARMS, IMAGES, ROWS, Run, all_runs
 from qtuning_fast.bench.images.report import values
 from qtuning_fast.lifelong.data.loading import load_task
 
@@ -48,11 +48,11 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(study, "load_stream", load)
     monkeypatch.setattr(study, "WORK", tmp_path / "work")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    layers = {"layers": (0, 1), "prompt_length": 3}  # of a tiny model
+    layers = IMAGES | {"layers": (0, 1), "prompt_length": 3}  # of a tiny model
     for name in ("norga", "hide"):
         arm = ARMS[name]
         monkeypatch.setitem(ARMS, name, type(arm)(arm.method, layers, {**arm.training, "steps": 2, "eval_every": 1}))
-    monkeypatch.setitem(ARMS, "default", type(arm)("q-tuning", {}, {"steps": 2, "eval_every": 1}))
+    monkeypatch.setitem(ARMS, "default", type(arm)("q-tuning", IMAGES, {"steps": 2, "eval_every": 1}))
     return tmp_path / "out"
 
 
