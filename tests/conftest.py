@@ -159,11 +159,13 @@ def _make_call(
     rank_value: int | None = None,
     gate: str | None = "tanh",
     gate_shape: str = "float",  # "float", "scalar", "head", "task", "task, head"
-    mask: str | None = None,  # "padding bool", "padding float", "full bool", "full float"
+    mask: str | None = None,  # "padding bool", "padding float", "full bool", "full float", "full float + padding bool"
     bias: bool = False,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: bool = False,
 ) -> Arguments:
     """Random arguments; every tensor that may require a gradient does."""
     generator = torch.Generator().manual_seed(seed)
@@ -194,6 +196,7 @@ def _make_call(
         "gate_alpha": 0.7 if parameter_shape is None else trained(*parameter_shape),
         "gate_tau": 1.3 if parameter_shape is None else trained(*parameter_shape),
         "is_causal": is_causal,
+        "window": window,
         "scale": scale,
         "softcap": softcap,
     }
@@ -204,10 +207,13 @@ def _make_call(
     for name, rank, size in (("reweight_key", rank_key, D), ("reweight_value", rank_value, Dv)):
         if rank is not None:
             arguments[name] = (trained(*bank, P, rank), trained(*bank, rank, Hkv, size))
-    if mask is not None:
-        arguments["attn_mask"] = masking(mask, B, M) if "padding" in mask else masking(mask, B, 1, N, M)
+    for kind in [] if mask is None else mask.split(" + "):
+        name = "padding_mask" if kind != mask and "padding" in kind else "attn_mask"
+        arguments[name] = masking(kind, B, M) if "padding" in kind else masking(kind, B, 1, N, M)
     if bias:
         arguments["prefix_bias"] = normal(1, Hq, N, P)
+    if sink:
+        arguments["sink"] = trained(Hq)
     return arguments
 
 

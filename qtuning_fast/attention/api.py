@@ -31,7 +31,7 @@ def _attend(arguments: dict[str, Any]) -> Any:
 def _signature_of(run: Callable[[dict[str, Any]], Any]) -> Callable[[Callable[Args, Result]], Callable[Args, Result]]:
     """Make a function without a body pass all its arguments to `run` by name; signature and docstring stay.
 
-    So the list of twenty arguments is written once. (`locals()` would do, but PyTorch 2.11 cannot compile it.)
+    So the list of arguments is written once. (`locals()` would do, but PyTorch 2.11 cannot compile it.)
     """
 
     def decorate(declared: Callable[Args, Result]) -> Callable[Args, Result]:
@@ -61,10 +61,13 @@ def prefix_attention(
     gate_alpha: float | Tensor = 1.0,
     gate_tau: float | Tensor = 1.0,
     attn_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
     prefix_bias: Tensor | None = None,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | Any:  # Any: the pair that return_lse asks for
@@ -76,10 +79,11 @@ def prefix_attention(
         o = softmax([g(c q k'ᵀ) + prefix_bias, c q kᵀ + attn_mask]) [v' ; v],    g(s) = s + alpha σ(tau s)
         k' = (U V) ∘ prefix_key,  v' = (U V) ∘ prefix_value                      each with its own U and V
 
-    With softcap, s -> softcap tanh(s / softcap) applies to the products c q kᵀ and c q k'ᵀ before anything else.
+    With softcap, s -> softcap tanh(s / softcap) applies to the products c q kᵀ and c q k'ᵀ before anything else. A sink
+    is one more score a head in the softmax, without a value, so that the weights add up to less than 1.
 
-    Every query sees every row of its prefix; masks and causality apply to the context only. A query that sees no
-    context attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
+    Every query sees every row of its prefix; masks, causality and window apply to the context only. A query that sees
+    no context attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
 
     Args:
         query: [B, Hq, N, D] in float64, float32, float16 or bfloat16. All tensors may have any strides.
@@ -99,27 +103,35 @@ def prefix_attention(
         gate_alpha: a finite number, or a tensor [] or [Hq], with a bank also [T, 1] or [T, Hq].
         gate_tau: likewise.
         attn_mask: bool (True: attend) or floating (added; entries at or below its dtype's most negative finite number
-            mean -inf). [B, M], or 4-D and broadcastable to [B, Hq, N, M]. Combines with is_causal. Has no gradient.
+            mean -inf). [B, M], or 4-D and broadcastable to [B, Hq, N, M]. Combines with is_causal, window and
+            padding_mask. Has no gradient.
+        padding_mask: [B, M], bool (True: attend) or floating like attn_mask, beside an attn_mask that is 4-D or None.
+            So a bias [1, Hq, N, M] that all samples share need not be repeated for each. Has no gradient.
         prefix_bias: floating, 4-D and broadcastable to [B, Hq, N, P], added to the gated scores as a mask is.
             Has no gradient.
         is_causal: query i sees context key j when j <= i + M - N, so the last query sees all keys.
+        window: (left, right), each an integer >= 0 or None for no bound. Query i stands at position i + M - N of the
+            context and sees the keys from `left` before to `right` after it, both included. A causal window of W keys,
+            as models count them, is (W - 1, 0).
         scale: c, any finite number; None means 1 / sqrt(D).
         softcap: a positive number that caps the scaled scores of context and prefix before gate, masks and bias
-            (Gemma 2, arXiv 2408.00118); None: no cap. Only "reference" computes it so far.
+            (Gemma 2, arXiv 2408.00118); None: no cap.
+        sink: [Hq] in query's dtype or float32, attention sinks (GPT-OSS, arXiv 2508.10925): a score of each head that
+            is neither scaled, capped nor gated. A query that sees nothing else gets 0, its log-sum-exp is the sink.
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "auto", "fused", "composed" or "reference". If set, the environment variable QTUNING_FAST_BACKEND
             replaces "auto". "fused" and "composed" are differentiable once, in reverse mode; "reference" is
             differentiable any number of times, in every mode of PyTorch.
 
     Returns:
-        The output [B, Hq, N, Dv] in query's dtype. With return_lse also the natural log-sum-exp [B, Hq, N] of prefix
-        and context together, in float32 (float64 for float64 input), without gradient; -inf for a query that sees
+        The output [B, Hq, N, Dv] in query's dtype. With return_lse also the natural log-sum-exp [B, Hq, N] of prefix,
+        context and sink together, in float32 (float64 for float64 input), without gradient; -inf for a query that sees
         nothing. Scores, gate and softmax have that precision too, with or without autocast. One exception: for
         bfloat16 on an NVIDIA GPU, "fused" and "composed" compute the gate with the hardware's tanh, so the log-sum-exp
         may be off by 2**-11 * abs(alpha) with "tanh" and by half of that with "sigmoid".
 
-        Gradients reach query, key, value, prefix_key, prefix_value, U, V, gate_alpha and gate_tau, each in its own
-        dtype. They are 0 for rows beyond prefix_length and for the first n_shared rows of U.
+        Gradients reach query, key, value, prefix_key, prefix_value, U, V, gate_alpha, gate_tau and sink, each in its
+        own dtype. They are 0 for rows beyond prefix_length and for the first n_shared rows of U.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says which, what it must be and what it was.
@@ -146,7 +158,7 @@ def attention_with_weights(
 
     Returns:
         The output `[B, Hq, N, Dv]` and the weights over the context `[B, Hq, N, M]`, after dropout, both in query's
-        dtype. Without dropout, 1 minus the sum of a query's weights is the share of its prefix.
+        dtype. Without dropout, 1 minus the sum of a query's weights is the share of its prefix and of its sink.
     """
     fixed = None if attn_mask is None else attn_mask.detach()
     call = call_of(query, key, value, attn_mask=fixed, **arguments)

@@ -17,6 +17,7 @@ from qtuning_fast.attention.common import GATES, score_dtype
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 MAY_BE_EMPTY = {"B", "N", "M", "P"}  # the dimensions that may be 0
+FARTHEST = 2**31 - 1  # a wider window is one of this width: no context is longer
 
 
 class Spec(NamedTuple):
@@ -98,7 +99,7 @@ def _overlay(dims: str, dtype: str) -> Spec:
         if x is None:
             return None
         if name == "padding_mask":
-            name = "attn_mask"
+            name = known.padding
             known.tensor(name, x, dtype, names)
         else:
             known.broadcasts(name, x, dtype, names)
@@ -152,6 +153,25 @@ def _gate_number(known: "_Known", name: str, x: object) -> float:
     return _number(name.replace("number", "gate"), x, "a tensor or ")
 
 
+def _sink(known: "_Known", name: str, x: object) -> Tensor | None:
+    return None if x is None else known.tensor(name, x, "query's or float32", ("Hq",))
+
+
+def _reach(side: int) -> Spec:
+    """One half of `window`: a number of keys; None: no bound."""
+
+    def check(known: "_Known", name: str, x: object) -> int | None:
+        if x is None:
+            return None
+        if not isinstance(x, int) or isinstance(x, bool):
+            raise TypeError(f"window[{side}] must be None or an integer, got {_brief(x)}")
+        if x < 0:
+            raise ValueError(f"window[{side}] must be None or at least 0, got {x}")
+        return min(x, FARTHEST)
+
+    return Spec(check)
+
+
 @dataclass(eq=False)
 class PrefixAttentionCall:
     """The checked arguments of `prefix_attention`, with defaults filled in. Treat it as immutable.
@@ -160,8 +180,9 @@ class PrefixAttentionCall:
 
     Sizes: `B` batch, `N` queries, `M` context keys, `P` prefix rows, `Hq` and `Hkv` heads, `T` prefixes in a bank,
     `R` rank. The tensors of prefix, reweighting and gate are in query's dtype or float32. The public arguments
-    `reweight_key`, `reweight_value`, `gate_alpha`, `gate_tau` and `attn_mask` are split into two fields each, so that
-    every field has a type that a custom operator accepts: a tensor, a number or a string.
+    `reweight_key`, `reweight_value`, `gate_alpha`, `gate_tau` and `window` are split into two fields each, so that
+    every field has a type that a custom operator accepts: a tensor, a number or a string. `padding_mask` is also where
+    an `attn_mask` of two dimensions ends up.
     """
 
     query: Annotated[Tensor, _tensor("B Hq N D", "a floating")]
@@ -175,16 +196,19 @@ class PrefixAttentionCall:
     V_value: Annotated[Tensor | None, _weights("value", "T R Hkv Dv")]
     gate_alpha: Annotated[Tensor | None, _gate_parameter()]  # [] or [Hq], with a bank also [T, 1] or [T, Hq], or None
     gate_tau: Annotated[Tensor | None, _gate_parameter()]  # like gate_alpha; the two shapes may differ
+    sink: Annotated[Tensor | None, Spec(_sink, differentiable=True)]  # [Hq], one more score in each head's softmax
     number_alpha: Annotated[float, Spec(_gate_number)]  # used if gate_alpha is None
     number_tau: Annotated[float, Spec(_gate_number)]
     prefix_index: Annotated[Tensor | None, _of_a_bank("B", lambda known: known["T"] - 1)]  # checked on the CPU only
     prefix_length: Annotated[Tensor | None, _of_a_bank("T", lambda known: known["P"])]  # None: P for all
-    padding_mask: Annotated[Tensor | None, _overlay("B M", "a floating or bool")]  # excludes attn_mask
+    padding_mask: Annotated[Tensor | None, _overlay("B M", "a floating or bool")]
     attn_mask: Annotated[Tensor | None, _overlay("B Hq N M", "a floating or bool")]  # 4-D, any dimension may be 1
     prefix_bias: Annotated[Tensor | None, _overlay("B Hq N P", "a floating")]  # likewise
     n_shared: Annotated[int, Spec(_n_shared)]  # number of leading rows that are not reweighted
     gate: Annotated[str | None, Spec(_gate)]  # None: alpha and tau are ignored
     is_causal: Annotated[bool, Spec(_flag)]  # bottom-right: query i sees context key j when j <= i + M - N
+    window_left: Annotated[int | None, _reach(0)]  # query i sees context key j when j >= i + M - N - window_left
+    window_right: Annotated[int | None, _reach(1)]  # and when j <= i + M - N + window_right
     scale: Annotated[float, Spec(_scale)]
     softcap: Annotated[float | None, Spec(_softcap)]  # soft cap on scores, before gate and masks
 
@@ -195,6 +219,16 @@ class PrefixAttentionCall:
     @property
     def reweight_value(self) -> tuple[Tensor, Tensor] | None:
         return None if self.U_value is None or self.V_value is None else (self.U_value, self.V_value)
+
+    @property
+    def keys_before(self) -> int | None:
+        """How many keys before its own position a query sees; None: all."""
+        return self.window_left
+
+    @property
+    def keys_after(self) -> int | None:
+        """How many keys after its own position a query sees, 0 under causality; None: all."""
+        return 0 if self.is_causal else self.window_right
 
     @property
     def alpha(self) -> float | Tensor:
@@ -226,7 +260,7 @@ INPUTS = tuple(name for name, (_, spec) in _FIELDS.items() if spec.differentiabl
 
 # Types in the notation of PyTorch's operator schemas; an operator takes the fields one by one.
 _TYPES: dict[Any, str] = {
-    **{Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"},
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", int | None: "int?", bool: "bool"},
     **{float: "float", float | None: "float?", str | None: "str?"},
 }
 SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, (kind, _) in _FIELDS.items())
@@ -249,12 +283,23 @@ def checked(arguments: Mapping[str, Any]) -> PrefixAttentionCall:
     given["U_value"], given["V_value"] = _pair("reweight_value", arguments["reweight_value"])
     given["gate_alpha"], given["number_alpha"] = _tensor_or_number(arguments["gate_alpha"])
     given["gate_tau"], given["number_tau"] = _tensor_or_number(arguments["gate_tau"])
-    mask = arguments["attn_mask"]
-    is_padding = isinstance(mask, Tensor) and mask.ndim == 2
-    given["padding_mask"], given["attn_mask"] = (mask, None) if is_padding else (None, mask)
-
+    given["window_left"], given["window_right"] = _window(arguments["window"])
     known = _Known(given["query"], given["prefix_key"])
+    mask, padding = arguments["attn_mask"], arguments["padding_mask"]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        if padding is not None:
+            raise ValueError(f"attn_mask must have four dimensions beside a padding_mask, got shape {list(mask.shape)}")
+        given["padding_mask"], given["attn_mask"], known.padding = mask, None, "attn_mask"
     return PrefixAttentionCall(*[check(known, name, given[name]) for name, check in _CHECKS])
+
+
+def _window(pair: object) -> tuple[Any, Any]:
+    """Return both halves of a window, or None twice."""
+    if pair is None:
+        return None, None
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"window must be None or a pair (left, right), got {_brief(pair)}")
+    return pair[0], pair[1]
 
 
 def _tensor_or_number(x: object) -> tuple[Tensor | None, object]:
@@ -275,6 +320,8 @@ def _pair(name: str, pair: object) -> tuple[Any, Any]:
 
 class _Known:
     """What earlier arguments fix for later ones: device, dtype and the size of each named dimension."""
+
+    padding = "padding_mask"  # the argument that holds it
 
     def __init__(self, query: object, prefix_key: object) -> None:
         self.has_bank = isinstance(prefix_key, Tensor) and prefix_key.ndim == 4

@@ -1,12 +1,15 @@
 """Prefix attention by definition, in plain PyTorch; every other backend is tested against it.
 
 For one query head with scale c (gate: Le et al., arXiv 2405.14124; W: Guo et al., arXiv 2404.14607; cap κ: Gemma 2,
-arXiv 2408.00118; without κ, cap(s) = s):
+arXiv 2408.00118; sink: GPT-OSS, arXiv 2508.10925; without κ, cap(s) = s):
 
     s_ctx = cap(c · q kᵀ) + mask,   cap(s) = κ·tanh(s/κ)          over the M context keys
     s_pre = g(cap(c · q k'ᵀ)) + bias,   g(s) = s + α·σ(τ·s)       over the P prefix rows
     k' = W_K ∘ K,  v' = W_V ∘ V,    W = U V                      the stored rows, reweighted
-    o  = softmax([s_pre, s_ctx]) [v' ; v]                         one softmax over both
+    o  = softmax([s_pre, s_ctx, sink]) [v' ; v ; 0]               one softmax over all
+
+Query i stands at the context's position i + M - N. Of the context it sees the keys from `window_left` before to
+`window_right` after its position, under causality none after it, less those that a mask hides.
 
 Scores, gate and softmax are float32, or float64 for float64 input. Reweighted rows and softmax weights are rounded to
 query's dtype before their products, as attention implementations do, so this module's error in 16 bits is the yardstick
@@ -24,7 +27,7 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """Compute attention over prefix and context, differentiable by plain autograd.
 
     Returns the output [B, Hq, N, Dv] in query's dtype and the detached log-sum-exp [B, Hq, N] in the scores' dtype.
-    A query that sees nothing at all gets 0 and -inf, and passes no gradient.
+    A query that sees nothing at all gets 0 and -inf, with a sink 0 and the sink, and passes no gradient.
     """
     weights, lse = attention_weights(call)
     return weighted_values(call, weights), lse
@@ -36,10 +39,15 @@ def attention_weights(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     if _has_prefix(call):
         prefix_key = prefix_rows(call, call.prefix_key, call.reweight_key)
         scores = torch.cat([_prefix_scores(call, prefix_key), scores], dim=-1)  # [B, Hq, N, P + M]
+    if call.sink is not None:
+        sink = call.sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
     lse = scores.detach().logsumexp(dim=-1)
 
     blind = lse.isneginf().unsqueeze(-1)  # here softmax and its gradient would be NaN
     weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
+    if call.sink is not None:
+        weights = weights[..., :-1]  # it has no value
     return weights.to(call.query.dtype), lse
 
 
@@ -103,10 +111,22 @@ def _context_scores(call: PrefixAttentionCall) -> Tensor:
         s = masked(s, call.padding_mask[:, None, None, :])
     if call.attn_mask is not None:
         s = masked(s, call.attn_mask)
-    if call.is_causal:
-        N, M = s.shape[-2:]
-        s = masked(s, torch.ones(N, M, dtype=torch.bool, device=s.device).tril(M - N))
-    return s
+    reached = within_reach(call)
+    return s if reached is None else masked(s, reached)
+
+
+def within_reach(call: PrefixAttentionCall) -> Tensor | None:
+    """Return a bool [N, M]: which keys causality and window leave each query; None: all."""
+    before, after = call.keys_before, call.keys_after
+    if before is None and after is None:
+        return None
+    N, M = call.query.shape[2], call.key.shape[2]
+    reached = torch.ones(N, M, dtype=torch.bool, device=call.query.device)  # entry [i, j] lies j - i from the diagonal
+    if after is not None:
+        reached = reached.tril(M - N + after)
+    if before is not None:
+        reached = reached.triu(M - N - before)
+    return reached
 
 
 def _capped(call: PrefixAttentionCall, s: Tensor) -> Tensor:

@@ -28,11 +28,15 @@ DIMS = {
     "gate_alpha": {"T", "Hq"},
     "gate_tau": {"T", "Hq"},
     "attn_mask": {"B", "Hq", "N", "M"},
+    "padding_mask": {"B", "M"},
+    "sink": {"Hq"},
     "prefix_bias": {"B", "Hq", "N", "P"},
 }
 REQUIRED = ("query", "key", "value", "prefix_key", "prefix_value")
-TRAINED = ("prefix_key", "prefix_value", "reweight_key", "reweight_value", "gate_alpha", "gate_tau")
+TRAINED = ("prefix_key", "prefix_value", "reweight_key", "reweight_value", "gate_alpha", "gate_tau", "sink")
+MASKING = ("attn_mask", "padding_mask")  # these may be bool
 PAIRS = ("reweight_key", "reweight_value")
+KINDS = ("padding bool", "padding float", "full bool", "full float")
 
 
 @st.composite
@@ -54,10 +58,12 @@ def call_options(draw):
         "rank_value": draw(st.none() | st.integers(1, 2)),
         "gate": draw(st.none() | st.sampled_from(sorted(GATES))),
         "gate_shape": draw(st.sampled_from(shapes)),
-        "mask": draw(st.none() | st.sampled_from(["padding bool", "padding float", "full bool", "full float"])),
+        "mask": draw(st.sampled_from([None, *KINDS, "full float + padding bool", "full bool + padding float"])),
         "bias": draw(st.booleans()),
         "is_causal": draw(st.booleans()),
+        "window": draw(st.none() | st.tuples(*[st.none() | st.sampled_from([0, 1, 3, 10**20])] * 2)),
         "softcap": draw(st.none() | st.sampled_from([2, 0.5, 1e30])),
+        "sink": draw(st.booleans()),
     }
 
 
@@ -109,7 +115,7 @@ def wrong_dtype(draw, arguments):
 
     def change(draw, name, x):
         wrong = [torch.complex64] if name in ("prefix_index", "prefix_length") else [torch.complex64, torch.int64]
-        if name != "attn_mask":
+        if name not in MASKING:
             wrong.append(torch.bool)
         if name in ("prefix_index", "prefix_length"):
             wrong.append(torch.float32)
@@ -185,17 +191,43 @@ def bad_bank(draw, arguments):
 
 
 def bad_n_shared(draw, arguments):
-    rows = arguments["prefix_key"].shape[-2] if isinstance(arguments["prefix_key"], torch.Tensor) else 3
+    rows = arguments["prefix_key"]
+    rows = rows.shape[-2] if isinstance(rows, torch.Tensor) and not rows.is_nested else 3
     arguments["n_shared"] = draw(st.sampled_from([-1, rows + 8, True, 1.0, "1", None, torch.tensor(0)]))
     return {"n_shared"}
 
 
 def mask_with_gradient(draw, arguments):
-    name = draw(st.sampled_from(["attn_mask", "prefix_bias"]))
+    name = draw(st.sampled_from(["attn_mask", "padding_mask", "prefix_bias"]))
     x = arguments["query"]
-    shape = draw(st.sampled_from([(1, 1, 1, 1), (x.shape[0], arguments["key"].shape[2])]))
-    arguments[name] = x.new_zeros((1, 1, 1, 1) if name == "prefix_bias" else shape).requires_grad_()
+    padding = (x.shape[0], arguments["key"].shape[2])
+    if name == "padding_mask":
+        shape = padding
+    elif name == "prefix_bias" or arguments.get("padding_mask") is not None:
+        shape = (1, 1, 1, 1)
+    else:
+        shape = draw(st.sampled_from([(1, 1, 1, 1), padding]))
+    arguments[name] = x.new_zeros(shape).requires_grad_()
+    if name == "padding_mask":
+        arguments["attn_mask"] = None
     return {name}
+
+
+def two_padding_masks(draw, arguments):
+    x = arguments["query"]
+    shape = (x.shape[0], arguments["key"].shape[2])
+    for name in MASKING:
+        arguments[name] = torch.ones(shape, dtype=draw(st.sampled_from([torch.bool, x.dtype])))
+    return {"attn_mask"}
+
+
+def bad_window(draw, arguments):
+    bad = [-1, -(10**30), 1.0, "1", True, torch.tensor(1), (1,)]
+    half = draw(st.sampled_from(bad))
+    other = draw(st.sampled_from([None, 0, 2]))
+    pair = (half, other) if draw(st.booleans()) else [other, half]
+    arguments["window"] = draw(st.sampled_from([pair, 4, (1,), (1, 2, 3), (), "12", {"left": 1}, torch.ones(2)]))
+    return {"window"}
 
 
 def bad_choice(draw, arguments):
@@ -211,8 +243,9 @@ def bad_flag(draw, arguments):
 
 
 ANYTHING = [wrong_rank, wrong_size, wrong_dtype, wrong_device, not_dense, heads_no_multiple, no_tensor, no_pair]
-ANYTHING += [bad_number, bad_bank, bad_n_shared, mask_with_gradient, bad_choice, bad_flag]
-LOCAL = [bad_number, bad_n_shared, bad_choice, bad_flag]  # these cannot make good what another has corrupted
+ANYTHING += [bad_number, bad_bank, bad_n_shared, mask_with_gradient, two_padding_masks, bad_window]
+ANYTHING += [bad_choice, bad_flag]
+LOCAL = [bad_number, bad_n_shared, bad_window, bad_choice, bad_flag]  # they cannot make good what another has corrupted
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -296,10 +329,36 @@ def normalised(arguments):
     return call_of(**arguments)
 
 
+def test_a_complaint_names_the_mask_that_was_given(make_call):
+    call = make_call(B=2, M=4)
+    short = torch.ones(2, 5, dtype=torch.bool)
+    for name in ("attn_mask", "padding_mask"):
+        assert complaint(call, **{name: short}) == (
+            f"ValueError: {name} must be [B, M], M = 4 as key has it, got shape [2, 5]"
+        )
+    both = {"attn_mask": short[:, :4], "padding_mask": short[:, :4]}
+    assert complaint(call, **both) == (
+        "ValueError: attn_mask must have four dimensions beside a padding_mask, got shape [2, 4]"
+    )
+
+
+def test_a_window_is_a_pair_of_whole_numbers(make_call):
+    call = make_call()
+    assert complaint(call, window=128) == "TypeError: window must be None or a pair (left, right), got int 128"
+    assert complaint(call, window=(-1, 0)) == "ValueError: window[0] must be None or at least 0, got -1"
+    assert complaint(call, window=(0, 2.0)) == "TypeError: window[1] must be None or an integer, got float 2.0"
+    got = normalised(make_call(window=[3, 10**400]))
+    assert (got.window_left, got.window_right) == (3, 2**31 - 1)
+    assert (got.keys_before, got.keys_after) == (3, 2**31 - 1)
+    assert normalised(make_call(window=(None, 4), is_causal=True)).keys_after == 0
+
+
 def test_what_backends_get(make_call):
     padded, masked = normalised(make_call(D=4, mask="padding bool")), normalised(make_call(mask="full float", scale=2))
     assert padded.padding_mask is not None and padded.attn_mask is None and padded.scale == 0.5
     assert masked.padding_mask is None and masked.attn_mask is not None and masked.scale == 2.0
+    both = normalised(make_call(mask="full float + padding bool"))
+    assert both.padding_mask.dtype == torch.bool and both.attn_mask.ndim == 4
 
 
 def test_a_cap_is_a_float_that_scores_can_hold(make_call):

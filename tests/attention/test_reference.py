@@ -50,6 +50,7 @@ class ByHand:
     def __init__(self, *, query, key, value, prefix_key, prefix_value, gate, is_causal, scale, softcap, **options):
         self.q, self.k, self.v, self.gate, self.is_causal = array(query), array(key), array(value), gate, is_causal
         self.options = options
+        self.left, self.right = options["window"] or (None, None)
         self.banked = prefix_key.ndim == 4
         self.K, self.V = (array(x)[(...,) if self.banked else None] for x in (prefix_key, prefix_value))
         self.c = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
@@ -64,6 +65,8 @@ class ByHand:
         self.alpha, self.tau = (self.per_task_and_head(options[name], T, Hq) for name in ("gate_alpha", "gate_tau"))
         self.bias = self.broadcast(options.get("prefix_bias"), (B, Hq, N, P))
         self.mask = self.context_mask(options.get("attn_mask"), (B, Hq, N, M))
+        self.mask = self.mask + self.context_mask(options.get("padding_mask"), (B, Hq, N, M))
+        self.sink = array(options["sink"]) if "sink" in options else np.full(Hq, -np.inf)
         self.forward()
 
     def pair(self, name):
@@ -99,20 +102,27 @@ class ByHand:
         for b, h, i in np.ndindex(B, Hq, N):
             t, kv = self.task[b], h // self.G
             rows = list(range(self.length[t]))
-            keys = [j for j in range(M) if not self.is_causal or j <= i + M - N]
+            keys = [j for j in range(M) if self.reaches(i + M - N, j)]
             s = [self.capped(self.c * self.q[b, h, i] @ (self.W_K[t, kv, p] * self.K[t, kv, p])) for p in rows]
             s_ctx = [self.capped(self.c * self.q[b, h, i] @ self.k[b, kv, j]) for j in keys]
             scores = [self.g(x, t, h) + self.bias[b, h, i, p] for x, p in zip(s, rows)]
             scores += [x + self.mask[b, h, i, j] for x, j in zip(s_ctx, keys)]
-            if max(scores, default=-np.inf) == -np.inf:
+            all_scores = [*scores, self.sink[h]]
+            if max(all_scores) == -np.inf:
                 continue
-            self.lse[b, h, i] = max(scores) + math.log(sum(math.exp(x - max(scores)) for x in scores))
+            self.lse[b, h, i] = max(all_scores) + math.log(sum(math.exp(x - max(all_scores)) for x in all_scores))
             p = np.exp(np.array(scores) - self.lse[b, h, i])
             self.seen[b, h, i] = rows, keys, s, s_ctx, p[: len(rows)], p[len(rows) :]
             for weight, row in zip(p, rows):
                 self.output[b, h, i] += weight * self.W_V[t, kv, row] * self.V[t, kv, row]
             for weight, j in zip(p[len(rows) :], keys):
                 self.output[b, h, i] += weight * self.v[b, kv, j]
+
+    def reaches(self, position, j):
+        """Whether a query at this position of the context may see key j."""
+        if self.is_causal and j > position:
+            return False
+        return (self.left is None or position - self.left <= j) and (self.right is None or j <= position + self.right)
 
     def capped(self, s):
         return s if self.softcap is None else self.softcap * math.tanh(s / self.softcap)
@@ -130,17 +140,20 @@ class ByHand:
 
         dg = p (dO·v' - δ),  δ = dO·o,  ds = dg (1 + α τ σ'(τ s)),  dα = Σ dg σ(τ s),  dτ = Σ dg α s σ'(τ s),
         and what reaches the products below a cap κ is ds (1 - (s / κ)²), of the context's scores too.
-        Those of the prefix have a leading T, and those of alpha and tau are [T, Hq], whatever shape the argument has.
+        The sink gets -Σ p δ, p its own weight. Those of the prefix have a leading T, and those of alpha and tau are
+        [T, Hq], whatever shape the argument has.
         """
         d_output = array(d_output)
         dq, dk, dv, dk_, dv_ = map(np.zeros_like, (self.q, self.k, self.v, self.K, self.V))
         d_alpha, d_tau = np.zeros(self.alpha.shape), np.zeros(self.alpha.shape)
+        d_sink = np.zeros(self.sink.shape)
         sigma, slope = SIGMA[self.gate or "identity"]
         for (b, h, i), (rows, keys, s_pre, s_ctx, p_pre, p_ctx) in self.seen.items():
             t, kv = self.task[b], h // self.G
             alpha, tau = (self.alpha[t, h], self.tau[t, h]) if self.gate else (0.0, 0.0)
             q, do = self.q[b, h, i], d_output[b, h, i]
             delta = do @ self.output[b, h, i]
+            d_sink[h] -= math.exp(self.sink[h] - self.lse[b, h, i]) * delta
             for p, s, weight in zip(rows, s_pre, p_pre):
                 dg = weight * (do @ (self.W_V[t, kv, p] * self.V[t, kv, p]) - delta)
                 ds = dg * (1 + alpha * tau * slope(tau * s)) * self.slope_of_cap(s)
@@ -155,7 +168,7 @@ class ByHand:
                 dq[b, h, i] += self.c * ds * self.k[b, kv, j]
                 dk[b, kv, j] += self.c * ds * q
                 dv[b, kv, j] += weight * do
-        grads = {"query": dq, "key": dk, "value": dv, "gate_alpha": d_alpha, "gate_tau": d_tau}
+        grads = {"query": dq, "key": dk, "value": dv, "gate_alpha": d_alpha, "gate_tau": d_tau, "sink": d_sink}
         grads |= {"prefix_key": dk_ * self.W_K, "prefix_value": dv_ * self.W_V}
         for name, rows, d_rows in (("reweight_key", self.K, dk_), ("reweight_value", self.V, dv_)):
             if name in self.options:
@@ -195,6 +208,10 @@ def test_every_gate_is_known_here():
     assert SIGMA.keys() == GATES.keys()
 
 
+SOME_MASK = [None, "padding bool", "padding float", "full bool", "full float"]
+SOME_MASK += ["full bool + padding bool", "full float + padding bool", "full float + padding float"]
+
+
 @st.composite
 def call_options(draw):
     """Options of make_call, within the contract: everything that may be empty is, now and then."""
@@ -213,11 +230,13 @@ def call_options(draw):
         "rank_value": draw(rank),
         "gate": draw(st.none() | st.sampled_from(sorted(GATES))),
         "gate_shape": draw(st.sampled_from(shapes)),
-        "mask": draw(st.none() | st.sampled_from(["padding bool", "padding float", "full bool", "full float"])),
+        "mask": draw(st.sampled_from(SOME_MASK)),
         "bias": draw(st.booleans()),
         "is_causal": draw(st.booleans()),
+        "window": draw(st.none() | st.tuples(*[st.none() | st.integers(0, 4)] * 2)),
         "scale": draw(st.none() | st.sampled_from([1.0, -0.3, 0.0])),
         "softcap": draw(st.none() | st.sampled_from([0.1, 1, 50.0])),
+        "sink": draw(st.booleans()),
     }
 
 
@@ -235,6 +254,9 @@ MASKS = {
     "full float": {"mask": "full float"},
     "causal": {"is_causal": True},
     "causal, padding": {"is_causal": True, "mask": "padding bool"},
+    "padding beside full": {"mask": "full float + padding bool"},
+    "window": {"window": (1, 0)},
+    "window, padding": {"window": (0, 1), "mask": "padding bool"},
     "prefix bias": {"bias": True},
 }
 REST = [
@@ -243,12 +265,13 @@ REST = [
     {"rank_key": 1, "rank_value": 1, "gate_shape": "task, head", "T": 2, "n_shared": 1},
     {"rank_key": 3, "rank_value": 3, "gate_shape": "task", "T": 2, "lengths": True},
     {"rank_key": 1, "rank_value": 1, "gate_shape": "head", "softcap": 0.8},
+    {"rank_key": 1, "rank_value": 1, "gate_shape": "head", "sink": True},
 ]
 
 
 @pytest.mark.parametrize(("i", "j"), list(product(range(len(GATES) + 1), range(len(MASKS)))))
 def test_gradients_agree_with_finite_differences(make_call, leaves, i, j):
-    """Every gate with every mask; ranks, banks and a cap go round, so that each meets each gate and each mask."""
+    """Every gate with every mask; ranks, banks, a cap, a sink go round, so that each meets each gate and each mask."""
     gate, mask = [*GATES, None][i], [*MASKS.values()][j]
     sizes = {"B": 2, "Hkv": 1, "G": 2, "N": 2, "M": 3, "P": 2, "D": 2, "Dv": 1}
     arguments = make_call(seed=10 * i + j, gate=gate, **sizes, **mask, **REST[(i + j) % len(REST)])

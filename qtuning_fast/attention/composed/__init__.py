@@ -17,6 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qtuning_fast.attention import fused
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed import context
 from qtuning_fast.attention.composed.cpu import prefix_part as prefix_part_on_cpu
@@ -28,11 +29,10 @@ CONTEXT = ("query", "key", "value")  # inputs with a gradient from the context
 
 def why_not(call: PrefixAttentionCall) -> str | None:
     """Return why this backend cannot compute a call, or None."""
-    if call.softcap is not None:
-        return "softcap: it does not cap scores"
+    lacking = fused.not_done(call)
+    if lacking:
+        return lacking
     if call.query.is_cuda:
-        from qtuning_fast.attention import fused
-
         obstacle = fused.why_not(call)
         if obstacle is not None:
             return obstacle

@@ -142,13 +142,14 @@ def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]
     however far the mask's values are from 0. Under causality queries see different keys, so a mask row shared by all
     queries is expanded to one row a query.
     """
-    mask = call.attn_mask if call.padding_mask is None else call.padding_mask[:, None, None, :]
-    if mask is None:
+    padding = None if call.padding_mask is None else call.padding_mask[:, None, None, :]
+    masks = [_narrowed(mask) for mask in (padding, call.attn_mask) if mask is not None]
+    if not masks:
         return None, 0.0
-    for dim, stride in enumerate(mask.stride()):  # undo expanded dimensions, which would be written out
-        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] else mask
-    additive = masked(torch.zeros(mask.shape, dtype=score_dtype(call.query), device=mask.device), mask)
-    if mask.dtype == torch.bool or 0 in mask.shape:
+    additive = torch.zeros(masks[0].shape, dtype=score_dtype(call.query), device=masks[0].device)
+    for mask in masks:
+        additive = masked(additive, mask)
+    if all(mask.dtype == torch.bool for mask in masks) or 0 in additive.shape:
         return additive, 0.0
     N, M = call.query.shape[2], call.key.shape[2]
     if call.is_causal and additive.shape[3] == M:
@@ -157,6 +158,13 @@ def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]
     shift = additive.amax(-1, keepdim=True)
     shift = shift.masked_fill(shift.isinf() | (shift.abs() <= NEAR), 0)
     return additive.sub_(shift), shift.squeeze(-1)
+
+
+def _narrowed(mask: Tensor) -> Tensor:
+    """Undo expanded dimensions, which would be written out."""
+    for dim, stride in enumerate(mask.stride()):
+        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] else mask
+    return mask
 
 
 def _seen(x: Attention, vendor: Vendor) -> tuple[Tensor, Tensor]:
