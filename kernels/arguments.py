@@ -39,12 +39,19 @@ class Call(Protocol):
     prefix_index: Tensor | None  # [B], with a bank only; its range is unchecked
     prefix_length: Tensor | None  # [T]
     padding_mask: Tensor | None  # [B, M], bool or additive
-    attn_mask: Tensor | None  # [B, Hq, N, M]; any dimension may be 1
+    attn_mask: Tensor | None  # [B, Hq, N, M]; any dimension may be 1; beside a padding_mask both apply
     prefix_bias: Tensor | None  # [B, Hq, N, P]; any dimension may be 1
+    sink: Tensor | None  # [Hq]
     n_shared: int
     gate: str | None
-    is_causal: bool
     scale: float
+    softcap: float | None
+
+    @property
+    def keys_before(self) -> int | None: ...  # how many keys before its position a query sees; None: all
+
+    @property
+    def keys_after(self) -> int | None: ...  # and after it; 0 under causality
 
     @property
     def reweight_key(self) -> tuple[Tensor, Tensor] | None: ...  # U [P, R], V [R, Hkv, D], a bank: with a leading T
@@ -145,12 +152,19 @@ class PerQuery(NamedTuple):
     delta: Any  # rowsum(dO ∘ O); None in the forward pass
 
 
+class Scaling(NamedTuple):
+    factor: float
+    cap: Any  # None: scores are not capped
+
+
 class Sizes(NamedTuple):
     B: int
     N: int
     M: int
     heads: int  # Hq
     group: int  # G
+    before: Any = None  # the keys before its position that a query sees; None: all
+    after: Any = None  # and after it; compile-time if 0
 
 
 def attention(call: Call) -> dict[str, Any]:
@@ -163,7 +177,7 @@ def attention(call: Call) -> dict[str, Any]:
         "gate": gate(call),
         "masks": masks(call),
         "sizes": sizes(call),
-        "scale": call.scale,
+        "scaling": scaling(call),
     }
 
 
@@ -175,7 +189,7 @@ def attention_to_prefix(call: Call) -> dict[str, Any]:
         "gate": gate(call),
         "masks": Masks(_NO_OVERLAY, _NO_OVERLAY, _overlay(call.prefix_bias)),
         "sizes": sizes(call),
-        "scale": call.scale,
+        "scaling": scaling(call),
     }
 
 
@@ -293,7 +307,20 @@ def masks(call: Call) -> Masks:
 def sizes(call: Call) -> Sizes:
     B, Hq, N, _ = call.query.shape
     _, Hkv, M, _ = call.key.shape
-    return Sizes(B, N, M, Hq, Hq // Hkv)
+    before, after = call.keys_before, call.keys_after
+    return Sizes(
+        B,
+        N,
+        M,
+        Hq,
+        Hq // Hkv,
+        before=None if before is None else min(before, N + M),  # sums of positions stay below 2**31
+        after=constant(0) if after == 0 else None if after is None else min(after, N + M),
+    )
+
+
+def scaling(call: Call) -> Scaling:
+    return Scaling(call.scale, call.softcap)
 
 
 def in_reach(x: Tensor) -> bool:

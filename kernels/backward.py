@@ -1,4 +1,4 @@
-"""The backward pass: at most five launches, each computing only what some gradient needs.
+"""The backward pass: at most five launches, each computing only what some gradient needs, and one more for sinks.
 
 fold                k', v' again
 backward_whole      if the context fits into one tile: δ, dq, dk, dv and the prefix's gradients in parts; otherwise
@@ -6,6 +6,7 @@ backward_queries    δ, dq
 backward_keys       dk, dv; the prefix's gradients in parts
 backward_prefix     sums of the parts: dK, dα, dτ
 backward_reweighting    dU, dV
+backward_sink       the sinks' gradient
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from . import (
     backward_prefix,
     backward_queries,
     backward_reweighting,
+    backward_sink,
     backward_whole,
 )
 from .arguments import Call, PerQuery, contiguous_like, empty_rows_like, scratch
@@ -57,10 +59,12 @@ def launches(
         per_query = PerQuery(lse, lse_rest, delta=None)
         yield backward_whole.launch(call, shared, output, d_output, per_query, gradients, parts)
         yield from launches_over_parts(call, parts, gradients)
-        return
-    per_query = PerQuery(lse, lse_rest, delta=scratch(lse, lse.shape, lse.dtype))
-    yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
-    yield from launches_over_keys(call, shared, d_output, per_query, gradients)
+    else:
+        per_query = PerQuery(lse, lse_rest, delta=scratch(lse, lse.shape, lse.dtype))
+        yield backward_queries.launch(call, shared, output, d_output, per_query, gradients.get("query"))
+        yield from launches_over_keys(call, shared, d_output, per_query, gradients)
+    if "sink" in gradients:
+        yield backward_sink.launch(call, output, d_output, per_query, gradients["sink"])
 
 
 def launches_over_keys(

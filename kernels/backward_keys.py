@@ -6,6 +6,8 @@ a product is transposed in registers:
     dv = Σ p dO        dk = c Σ p (dO vᵀ - δ) g'(s) q        (g' = 1 in the context)
     dα = Σ p (dO vᵀ - δ) ∂g/∂α        dτ = Σ p (dO vᵀ - δ) ∂g/∂τ
 
+where g is that of the capped score, and the cap's derivative also enters dk.
+
 A tile of context keys belongs to one sample and loops over the queries of its G heads. A tile of prefix rows belongs to
 every sample that uses the prefix. So the query tiles of the batch are split into shares, one for each program, and
 `backward_prefix` adds the shares' sums in a fixed order. With a bank, a program searches its share for the samples that
@@ -23,6 +25,7 @@ from . import arguments
 from .arguments import Call, PerQuery
 from .gate import gated_with_derivatives
 from .launch import Launch, variant_for
+from .scaling import scaled
 from .tiles import (
     LOG2E,
     context_scores,
@@ -36,6 +39,7 @@ from .tiles import (
     softmax_weights,
     store_rows,
     unmasked_scores,
+    within_reach,
 )
 
 PROGRAMS = 264  # for the prefix, if there are enough query tiles: two on each of 132 multiprocessors
@@ -58,23 +62,23 @@ class Parts(NamedTuple):
 
 @triton.jit
 def backward_keys_kernel(
-    query, key, value, prefix, gate, masks, output, d_output, per_query, d_key, d_value, parts, sizes, scale, variant,
+    query, key, value, prefix, gate, masks, output, d_output, per_query, d_key, d_value, parts, sizes, scaling, variant,
     prefix_programs,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < prefix_programs:
         if parts.key is not None or parts.value is not None or parts.alpha is not None:
-            prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scale, variant)
+            prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant)
     else:
         if d_key.pointer is not None or d_value.pointer is not None:
             context_tile(
                 pid - prefix_programs, query, key, value, masks, output, d_output, per_query, d_key, d_value, sizes,
-                scale, variant,
+                scaling, variant,
             )  # fmt: skip
 
 
 @triton.jit
-def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_key, d_value, sizes, scale, variant):
+def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_key, d_value, sizes, scaling, variant):
     tiles = tl.cdiv(sizes.M, variant.BLOCK_M)
     heads = sizes.heads // sizes.group
     m = pid % tiles * variant.BLOCK_M
@@ -97,18 +101,19 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
         j = tl.arange(0, variant.BLOCK_M)[:, None]
         s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
         if variant.HAS_MASK:
-            s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, m, j)
+            s, cap_slope = scaled(s, scaling)
+            s = context_scores(s, masks, sizes, b, h, n, i, m, j)
             w = softmax_weights(s, LOG2E, L, rest, variant)
         else:
-            s, unit = unmasked_scores(s, scale, variant)
+            s, unit, cap_slope = unmasked_scores(s, scaling, variant)
             w = softmax_weights(s, unit, L, rest, variant)
-            if variant.CAUSAL:
-                w = tl.where(m + j <= n + i + sizes.M - sizes.N, w, 0.0)
-        dk, dv = add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant)
+            if sizes.before is not None or sizes.after is not None:
+                w = tl.where(within_reach(sizes, n, i, m, j), w, 0.0)
+        dk, dv = add_context(dk, dv, w, cap_slope, q, d_o, d, v, d_key, d_value, variant)
         h, tile = next_tile(h, tile, first, end)
 
     if d_key.pointer is not None:
-        store_rows(d_key, b, hk, m, sizes.M, dk * scale, variant.BLOCK_M)
+        store_rows(d_key, b, hk, m, sizes.M, dk * scaling.factor, variant.BLOCK_M)
     if d_value.pointer is not None:
         store_rows(d_value, b, hk, m, sizes.M, dv, variant.BLOCK_M)
 
@@ -128,8 +133,11 @@ def query_range(sizes, m, variant):
     """
     end = tl.cdiv(sizes.N, variant.BLOCK_N)
     first = 0
-    if variant.CAUSAL:
-        first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N), 0) // variant.BLOCK_N, end)
+    if sizes.before is not None:
+        beyond = m + variant.BLOCK_M - (sizes.M - sizes.N) + sizes.before  # the first query that sees none of them
+        end = tl.minimum(end, tl.cdiv(tl.maximum(beyond, 0), variant.BLOCK_N))
+    if sizes.after is not None:
+        first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N) - sizes.after, 0) // variant.BLOCK_N, end)
     return first, end
 
 
@@ -140,35 +148,41 @@ def first_query(tile, variant):
 
 @triton.jit
 def load_queries(query, output, d_output, per_query, sizes, b, h, n, variant):
-    """q, dO and, as rows [1, BLOCK_N], the log-sum-exp with its rest and δ of one tile of queries.
-
-    δ is read where a kernel before this one has written it; else it comes from the output.
-    """
+    """q, dO and, as rows [1, BLOCK_N], the log-sum-exp with its rest and δ of one tile of queries."""
     q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
     start, row, exists = query_rows(sizes, b, h, n, variant)
     L, rest = load_lse(per_query, start, row, exists, variant)
-    if per_query.delta is None:
-        o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
-        d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
-    else:
-        d = tl.load(per_query.delta + start + row, mask=exists, other=0.0)
+    d = load_delta(output, d_output, per_query, sizes, b, h, n, variant)
     return q, d_o, L[None, :], rest[None, :], d[None, :]
 
 
 @triton.jit
-def add_context(dk, dv, w, q, d_o, d, v, d_key, d_value, variant):
+def load_delta(output, d_output, per_query, sizes, b, h, n, variant):
+    """δ of one tile of queries, [BLOCK_N]; if no kernel has written it, from the output."""
+    if per_query.delta is None:
+        d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
+        o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
+        return tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
+    else:
+        start, row, exists = query_rows(sizes, b, h, n, variant)
+        return tl.load(per_query.delta + start + row, mask=exists, other=0.0)
+
+
+@triton.jit
+def add_context(dk, dv, w, cap_slope, q, d_o, d, v, d_key, d_value, variant):
     """Add a tile of queries with weights w [keys, queries] to dk and dv."""
     if d_value.pointer is not None:
         dv = tl.dot(w.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
     if d_key.pointer is not None:
+        w *= cap_slope
         ds = w * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=variant.PRECISION)
     return dk, dv
 
 
 @triton.jit
-def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scale, variant):
+def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant):
     p = pid % parts.tiles * variant.BLOCK_P
     block = pid // parts.tiles  # of [shares, T, Hq]
     h = block % sizes.heads
@@ -194,7 +208,7 @@ def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, pa
         for step in range(first, last):
             dk, dv, d_alpha, d_tau = add_prefix(
                 dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, first_query(step % tiles, variant),
-                p, query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
+                p, query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
             )  # fmt: skip
     else:
         for b in range(first // tiles, tl.cdiv(last, tiles)):
@@ -203,11 +217,11 @@ def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, pa
             for tile in range(tl.maximum(first - b * tiles, 0), end):
                 dk, dv, d_alpha, d_tau = add_prefix(
                     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, variant), p,
-                    query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
+                    query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
                 )  # fmt: skip
 
     if parts.key is not None:
-        store_part(parts.key, block, p, prefix.n_rows, dk * scale, query.D)
+        store_part(parts.key, block, p, prefix.n_rows, dk * scaling.factor, query.D)
     if parts.value is not None:
         store_part(parts.value, block, p, prefix.n_rows, dv, d_output.D)
     if parts.alpha is not None:
@@ -218,14 +232,15 @@ def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, pa
 @triton.jit
 def add_prefix(
     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, n, p,
-    query, gate, masks, output, d_output, per_query, parts, sizes, scale, variant,
+    query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
 ):  # fmt: skip
     """Add a tile of queries to the sums."""
     q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     j = tl.arange(0, variant.BLOCK_P)[:, None]
-    s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION) * scale
+    s, cap_slope = scaled(tl.dot(k, tl.trans(q), input_precision=variant.PRECISION), scaling)
     g, slope, by_alpha, by_tau = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
+    slope *= cap_slope
     g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, j)
     w = softmax_weights(g, LOG2E, L, rest, variant)
     if parts.value is not None:

@@ -5,6 +5,8 @@ A program has one tile of queries of one head, as in the forward pass, and rebui
     δ = rowsum(dO ∘ O)                p = exp(s - L)                 over prefix (gated scores) and context
     dq = c Σ_j [p (dO vᵀ - δ)] k      over the context               dq += c Σ_j [p (dO v'ᵀ - δ) g'(s)] k'      prefix
 
+A cap's derivative multiplies what is in brackets.
+
 The other kernels read δ, so this kernel also runs if query needs no gradient.
 """
 
@@ -18,6 +20,7 @@ from . import arguments
 from .arguments import Call, PerQuery
 from .gate import gated_with_derivatives
 from .launch import Launch, over_queries
+from .scaling import scaled
 from .tiles import (
     LOG2E,
     context_range,
@@ -37,7 +40,7 @@ from .tiles import (
 
 @triton.jit
 def backward_queries_kernel(
-    query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, sizes, scale, variant
+    query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, sizes, scaling, variant
 ):
     b, h, n = query_tile(sizes, variant)
     start, row, exists = query_rows(sizes, b, h, n, variant)
@@ -58,37 +61,52 @@ def backward_queries_kernel(
         tau = gate_parameter(gate.tau, t, h)
         for p in range(0, length, variant.BLOCK_P):
             k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
-            s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
+            s, cap_slope = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
             g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
             g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
             v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
-            dg = score_gradient(d_o, v, d, g, LOG2E, L, rest, variant)
-            dq = tl.dot((dg * slope).to(k.dtype), k, dq, input_precision=variant.PRECISION)
-
-        whole, end = context_range(sizes, n, variant)
-        if not variant.HAS_MASK:
-            for j in range(0, whole, variant.BLOCK_M):
-                k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
-                s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
-                s, unit = unmasked_scores(s, scale, variant)
-                v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
-                ds = score_gradient(d_o, v, d, s, unit, L, rest, variant)
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
-        for j in range(whole, end, variant.BLOCK_M):
-            k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
-            s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
-            s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
-            v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
-            ds = score_gradient(d_o, v, d, s, LOG2E, L, rest, variant)
+            ds = score_gradient(d_o, v, d, g, LOG2E, slope * cap_slope, L, rest, variant)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
 
-        store_rows(d_query, b, h, n, sizes.N, dq * scale, variant.BLOCK_N)
+        begin, first, whole, end = context_range(sizes, n, variant)
+        if sizes.before is not None:
+            dq = masked_context(
+                dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, begin, first, end, masks, sizes, scaling, variant
+            )
+        if not variant.HAS_MASK:
+            for j in range(first, whole, variant.BLOCK_M):
+                k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
+                s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
+                s, unit, cap_slope = unmasked_scores(s, scaling, variant)
+                v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
+                ds = score_gradient(d_o, v, d, s, unit, cap_slope, L, rest, variant)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
+        dq = masked_context(
+            dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, whole, end, end, masks, sizes, scaling, variant
+        )
+
+        store_rows(d_query, b, h, n, sizes.N, dq * scaling.factor, variant.BLOCK_N)
 
 
 @triton.jit
-def score_gradient(d_o, v, d, s, unit, L, rest, variant):
-    """p (dO vᵀ - δ) for scores [queries, keys]."""
-    p = softmax_weights(s, unit, L[:, None], rest[:, None], variant)
+def masked_context(
+    dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, start, stop, end, masks, sizes, scaling, variant
+):
+    """Add the context tiles start..stop, which some queries do not see entirely."""
+    for j in range(start, stop, variant.BLOCK_M):
+        k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
+        s, cap_slope = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
+        s = context_scores(s, masks, sizes, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
+        v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
+        ds = score_gradient(d_o, v, d, s, LOG2E, cap_slope, L, rest, variant)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
+    return dq
+
+
+@triton.jit
+def score_gradient(d_o, v, d, s, unit, slope, L, rest, variant):
+    """p (dO vᵀ - δ) times a slope for scores [queries, keys]."""
+    p = softmax_weights(s, unit, L[:, None], rest[:, None], variant) * slope
     return p * (tl.dot(d_o, tl.trans(v), input_precision=variant.PRECISION) - d[:, None])
 
 

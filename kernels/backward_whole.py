@@ -22,6 +22,7 @@ from .arguments import Call, PerQuery
 from .backward_keys import Parts, load_queries, next_tile, prefix_tile
 from .gate import gated_with_derivatives
 from .launch import MULTIPROCESSORS, Launch, at_most, blocks_of, variant_for
+from .scaling import scaled
 from .tiles import (
     LOG2E,
     context_scores,
@@ -36,23 +37,23 @@ from .tiles import (
 
 @triton.jit
 def backward_whole_kernel(
-    query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, d_key, d_value, parts, sizes, scale,
+    query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, d_key, d_value, parts, sizes, scaling,
     variant, prefix_programs,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < prefix_programs:
         if parts.key is not None or parts.value is not None or parts.alpha is not None:
-            prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scale, variant)
+            prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant)
     else:
         whole_context(
             pid - prefix_programs, query, key, value, prefix, gate, masks, output, d_output, per_query,
-            d_query, d_key, d_value, sizes, scale, variant,
+            d_query, d_key, d_value, sizes, scaling, variant,
         )  # fmt: skip
 
 
 @triton.jit
 def whole_context(
-    pid, query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, d_key, d_value, sizes, scale,
+    pid, query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, d_key, d_value, sizes, scaling,
     variant,
 ):  # fmt: skip
     hk = pid % (sizes.heads // sizes.group)
@@ -72,26 +73,27 @@ def whole_context(
         n = tile * variant.BLOCK_N
         q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
 
-        s = tl.dot(k_pre, tl.trans(q), input_precision=variant.PRECISION) * scale
+        s, cap_slope = scaled(tl.dot(k_pre, tl.trans(q), input_precision=variant.PRECISION), scaling)
         alpha = gate_parameter(gate.alpha, t, h)
         tau = gate_parameter(gate.tau, t, h)
         g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, length, b, h, n, i, 0, tl.arange(0, variant.BLOCK_P)[:, None])
         p = softmax_weights(g, LOG2E, L, rest, variant)
         dg = p * (tl.dot(v_pre, tl.trans(d_o), input_precision=variant.PRECISION) - d)
-        ds = (dg * slope).to(q.dtype)
+        ds = (dg * slope * cap_slope).to(q.dtype)
         dq = tl.dot(tl.trans(ds), k_pre, input_precision=variant.PRECISION)
 
-        s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
-        s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, 0, tl.arange(0, variant.BLOCK_M)[:, None])
+        s, cap_slope = scaled(tl.dot(k, tl.trans(q), input_precision=variant.PRECISION), scaling)
+        s = context_scores(s, masks, sizes, b, h, n, i, 0, tl.arange(0, variant.BLOCK_M)[:, None])
         p = softmax_weights(s, LOG2E, L, rest, variant)
         dv = tl.dot(p.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
-        ds = (p * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)).to(q.dtype)
+        ds = p * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
+        ds = (ds * cap_slope).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=variant.PRECISION)
         dq = tl.dot(tl.trans(ds), k, dq, input_precision=variant.PRECISION)
-        store_rows(d_query, b, h, n, sizes.N, dq * scale, variant.BLOCK_N)
+        store_rows(d_query, b, h, n, sizes.N, dq * scaling.factor, variant.BLOCK_N)
         h, tile = next_tile(h, tile, 0, tiles)
-    store_rows(d_key, b, hk, 0, sizes.M, dk * scale, variant.BLOCK_M)
+    store_rows(d_key, b, hk, 0, sizes.M, dk * scaling.factor, variant.BLOCK_M)
     store_rows(d_value, b, hk, 0, sizes.M, dv, variant.BLOCK_M)
 
 

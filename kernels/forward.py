@@ -1,11 +1,12 @@
 """The forward kernel: softmax([g(c q k'ᵀ), c q kᵀ]) [v' ; v] in one pass, without writing scores to memory.
 
 A program has one tile of queries of one head. It loops over the prefix tiles, whose scores it gates, then over the
-context tiles. It keeps the running maximum m, the running sum l and the unnormalised output of the online softmax:
+context tiles within causality and window. It keeps the running maximum m, the running sum l and the unnormalised output
+of the online softmax:
 
     m' = max(m, max_j s_j)    p_j = exp(s_j - m')    l' = l exp(m - m') + Σ_j p_j    acc' = acc exp(m - m') + p v
 
-Context tiles that all queries of the tile see entirely come first and need no mask.
+A sink is where m starts, with l = 1. Context tiles that all queries of the tile see entirely need no mask.
 
 Exponentials are powers of 2. For 16-bit inputs log₂e is folded into the scores' unit, and m counts powers of 2, which
 takes one multiply-add a score. Its rounding shows in float32 and under an additive mask, whose values may be large (at
@@ -25,6 +26,7 @@ from .arguments import Call
 from .fold import folded
 from .gate import gated
 from .launch import Launch, is_exact, over_queries, run
+from .scaling import scaled
 from .tiles import (
     LOG2E,
     context_range,
@@ -42,14 +44,13 @@ from .tiles import (
 
 
 @triton.jit
-def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, sizes, scale, variant):
+def forward_kernel(query, key, value, prefix, gate, masks, sink, output, per_query, sizes, scaling, variant):
     b, h, n = query_tile(sizes, variant)
     hk = h // sizes.group
     i = tl.arange(0, variant.BLOCK_N)[:, None]
     q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
     acc = tl.zeros([variant.BLOCK_N, value.BLOCK_D], tl.float32)
-    m = tl.full([variant.BLOCK_N], float("-inf"), tl.float32)
-    l = tl.zeros([variant.BLOCK_N], tl.float32)
+    m, l = empty_softmax(sink, h, variant)
 
     t, length = prefix_of(prefix, b)
     alpha = gate_parameter(gate.alpha, t, h)
@@ -57,29 +58,56 @@ def forward_kernel(query, key, value, prefix, gate, masks, output, per_query, si
     for p in range(0, length, variant.BLOCK_P):
         k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
         v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
-        s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
+        s, _ = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
         acc, m, l = online_softmax(acc, m, l, g, LOG2E, v, variant)
 
-    whole, end = context_range(sizes, n, variant)
+    begin, first, whole, end = context_range(sizes, n, variant)
+    if sizes.before is not None:
+        acc, m, l = masked_context(
+            acc, m, l, q, key, value, b, h, hk, n, i, begin, first, end, masks, sizes, scaling, variant
+        )
     if not variant.HAS_MASK:
-        for j in range(0, whole, variant.BLOCK_M):
+        for j in range(first, whole, variant.BLOCK_M):
             k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
             s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
-            s, unit = unmasked_scores(s, scale, variant)
+            s, unit, _ = unmasked_scores(s, scaling, variant)
             v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
             acc, m, l = online_softmax(acc, m, l, s, unit, v, variant)
-    for j in range(whole, end, variant.BLOCK_M):
-        k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
-        s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
-        s = context_scores(s, scale, masks, sizes, variant, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
-        v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
-        acc, m, l = online_softmax(acc, m, l, s, LOG2E, v, variant)
+    acc, m, l = masked_context(
+        acc, m, l, q, key, value, b, h, hk, n, i, whole, end, end, masks, sizes, scaling, variant
+    )
 
     store_rows(output, b, h, n, sizes.N, acc / tl.where(l == 0.0, 1.0, l)[:, None], variant.BLOCK_N)
     start, row, exists = query_rows(sizes, b, h, n, variant)
     store_lse(per_query, start, row, exists, m, l, 0.0, variant)
+
+
+@triton.jit
+def empty_softmax(sink, h, variant):
+    """The running maximum and sum of an online softmax over nothing but the sink, if there is one."""
+    m = tl.full([variant.BLOCK_N], float("-inf"), tl.float32)
+    l = tl.zeros([variant.BLOCK_N], tl.float32)
+    if sink is not None:
+        s = tl.load(sink + h).to(tl.float32)
+        l += tl.where(s == float("-inf"), 0.0, 1.0)
+        m = tl.maximum(m, s if variant.EXACT else s * LOG2E)
+    return m, l
+
+
+@triton.jit
+def masked_context(
+    acc, m, l, q, key, value, b, h, hk, n, i, start, stop, end, masks, sizes, scaling, variant
+):  # fmt: skip
+    """Add the context tiles start..stop, which some queries do not see entirely."""
+    for j in range(start, stop, variant.BLOCK_M):
+        k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
+        s, _ = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
+        s = context_scores(s, masks, sizes, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
+        v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
+        acc, m, l = online_softmax(acc, m, l, s, LOG2E, v, variant)
+    return acc, m, l
 
 
 @triton.jit
@@ -102,7 +130,11 @@ def online_softmax(acc, m, l, s, unit, v, variant):
 
 def launch(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
     """Return the launch for a call with a folded prefix."""
-    own = {"output": arguments.written_rows(output), "per_query": arguments.PerQuery(lse, lse_rest, None)}
+    own = {
+        "sink": call.sink,
+        "output": arguments.written_rows(output),
+        "per_query": arguments.PerQuery(lse, lse_rest, None),
+    }
     return over_queries(forward_kernel, call, "forward", arguments.attention(call) | own)
 
 

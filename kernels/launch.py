@@ -36,7 +36,6 @@ enabled = not INTERPRETED and torch.version.hip is None
 class Variant(NamedTuple):
     """The compile-time arguments of the attention kernels, beside head sizes and pointers that are None."""
 
-    CAUSAL: Any
     HAS_MASK: Any  # on the context
     PRECISION: Any  # of products of float32
     EXACT: Any  # computes s - m before any multiplication; see forward.py
@@ -85,7 +84,6 @@ def over_stacked_rows(kernel: Any, call: Call, direction: str, arguments: dict[s
     # A tile with fewer queries has room for more rows of the prefix, so the loop over it has fewer steps.
     prefix = min(sizes.prefix * sizes.queries // queries, MOST_PREFIX_ROWS)
     variant = Variant(
-        CAUSAL=False,
         HAS_MASK=False,
         PRECISION=_precision(call.query.dtype),
         EXACT=is_exact(call),
@@ -104,7 +102,6 @@ def variant_for(call: Call, direction: str) -> tuple[Variant, dict[str, int]]:
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
     sizes = blocks_of(call, direction)
     variant = Variant(
-        CAUSAL=call.is_causal,
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,
         PRECISION=_precision(call.query.dtype),
         EXACT=is_exact(call),

@@ -20,6 +20,7 @@ from .arguments import Call, PerQuery
 from .forward import online_softmax
 from .gate import gated
 from .launch import Launch, over_stacked_rows
+from .scaling import scaled
 from .tiles import (
     LOG2E,
     gate_parameter,
@@ -39,7 +40,7 @@ LARGEST_REST = tl.constexpr(64.0)  # more of it only where L_c is so far out tha
 
 
 @triton.jit
-def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, scale, variant):
+def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, scaling, variant):
     hk, b, h, n, exists = stacked_rows(sizes, order, variant)
     row = stacked_per_query(sizes, b, h, n)
     q = load_stacked(query, b, h, n, exists)
@@ -60,7 +61,7 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
     tau = gate_parameter(gate.tau, task, h[:, None])
     if prefix.index is None:
         acc, m, l = over_prefix(
-            acc, m, l, q, alpha, tau, task, length, length, hk, b, h, n, prefix, gate, masks, sizes, scale,
+            acc, m, l, q, alpha, tau, task, length, length, hk, b, h, n, prefix, gate, masks, sizes, scaling,
             variant,
         )  # fmt: skip
     else:
@@ -69,7 +70,7 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
             end = length_of(prefix, t)
             seen = tl.where(task == t, length, 0)
             acc, m, l = over_prefix(
-                acc, m, l, q, alpha, tau, t, end, seen, hk, b, h, n, prefix, gate, masks, sizes, scale,
+                acc, m, l, q, alpha, tau, t, end, seen, hk, b, h, n, prefix, gate, masks, sizes, scaling,
                 variant,
             )  # fmt: skip
             t = next_prefix(prefix, task, t)
@@ -83,13 +84,13 @@ def merge_kernel(query, prefix, gate, masks, order, output, per_query, sizes, sc
 
 
 @triton.jit
-def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scale, variant):
+def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scaling, variant):
     """Add a prefix to the sums; each row sees its first `seen` rows, a number or [BLOCK_N, 1]."""
     for p in range(0, length, variant.BLOCK_P):
         j = tl.arange(0, variant.BLOCK_P)[None, :]
         k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
         v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
-        s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
+        s, _ = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
         acc, m, l = online_softmax(acc, m, l, g, LOG2E, v, variant)

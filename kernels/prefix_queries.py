@@ -18,6 +18,7 @@ from .arguments import Call, PerQuery
 from .backward_queries import score_gradient
 from .gate import gated_with_derivatives
 from .launch import Launch, over_stacked_rows
+from .scaling import scaled
 from .tiles import (
     LOG2E,
     gate_parameter,
@@ -36,7 +37,7 @@ from .tiles import (
 
 @triton.jit
 def prefix_queries_kernel(
-    query, prefix, gate, masks, order, output, d_output, per_query, d_query, sizes, scale, variant
+    query, prefix, gate, masks, order, output, d_output, per_query, d_query, sizes, scaling, variant
 ):
     hk, b, h, n, exists = stacked_rows(sizes, order, variant)
     row = stacked_per_query(sizes, b, h, n)
@@ -55,7 +56,7 @@ def prefix_queries_kernel(
         if prefix.index is None:
             dq = over_prefix(
                 dq, q, d_o, d, L, rest, alpha, tau, task, length, length, hk, b, h, n,
-                prefix, gate, masks, sizes, scale, variant,
+                prefix, gate, masks, sizes, scaling, variant,
             )  # fmt: skip
         else:
             t = tl.min(task)
@@ -64,27 +65,27 @@ def prefix_queries_kernel(
                 seen = tl.where(task == t, length, 0)
                 dq = over_prefix(
                     dq, q, d_o, d, L, rest, alpha, tau, t, end, seen, hk, b, h, n,
-                    prefix, gate, masks, sizes, scale, variant,
+                    prefix, gate, masks, sizes, scaling, variant,
                 )  # fmt: skip
                 t = next_prefix(prefix, task, t)
-        dq = load_stacked(d_query, b, h, n, exists).to(tl.float32) + dq * scale
+        dq = load_stacked(d_query, b, h, n, exists).to(tl.float32) + dq * scaling.factor
         store_stacked(d_query, b, h, n, exists, dq)
 
 
 @triton.jit
 def over_prefix(
-    dq, q, d_o, d, L, rest, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scale, variant
+    dq, q, d_o, d, L, rest, alpha, tau, t, length, seen, hk, b, h, n, prefix, gate, masks, sizes, scaling, variant
 ):
     """Add a prefix to the sum; each row sees its first `seen` rows, a number or [BLOCK_N, 1]."""
     for p in range(0, length, variant.BLOCK_P):
         j = tl.arange(0, variant.BLOCK_P)[None, :]
         k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
-        s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION) * scale
+        s, cap_slope = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
         g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
         g = prefix_scores(g, masks, sizes, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
         v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
-        dg = score_gradient(d_o, v, d, g, LOG2E, L, rest, variant)
-        dq = tl.dot((dg * slope).to(k.dtype), k, dq, input_precision=variant.PRECISION)
+        ds = score_gradient(d_o, v, d, g, LOG2E, slope * cap_slope, L, rest, variant)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
     return dq
 
 

@@ -8,6 +8,8 @@ of keys are two-dimensional, [BLOCK, 1] and [1, BLOCK] or the reverse, so the sa
 import triton
 import triton.language as tl
 
+from .scaling import scaled
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -36,15 +38,29 @@ def stacked_per_query(sizes, b, h, n):
 
 @triton.jit
 def context_range(sizes, n, variant):
-    """The bounds `whole` and `end` for queries n..n+BLOCK_N: keys 0..whole need no mask, keys from `end` are unseen."""
+    """The bounds of context tiles for queries n..n+BLOCK_N: start, first, whole, end.
+
+    Keys before `start` and from `end` on are unseen, and keys first..whole need no mask. Without a bound on the keys
+    before a query, start = first.
+    """
+    first = 0
     whole = sizes.M
     end = sizes.M
-    if variant.CAUSAL:
-        whole = tl.minimum(whole, tl.maximum(n + 1 + sizes.M - sizes.N, 0))
-        end = tl.minimum(end, tl.maximum(n + variant.BLOCK_N + sizes.M - sizes.N, 0))
+    if sizes.after is not None:
+        whole = tl.minimum(whole, tl.maximum(n + 1 + sizes.M - sizes.N + sizes.after, 0))
+        end = tl.minimum(end, tl.maximum(n + variant.BLOCK_N + sizes.M - sizes.N + sizes.after, 0))
     if variant.HAS_MASK:
         whole = 0
-    return whole // variant.BLOCK_M * variant.BLOCK_M, end
+    whole = whole // variant.BLOCK_M * variant.BLOCK_M
+    if sizes.before is None:
+        return first, first, whole, end
+    else:
+        start = tl.maximum(n + sizes.M - sizes.N - sizes.before, 0) // variant.BLOCK_M * variant.BLOCK_M
+        last = tl.maximum(n + variant.BLOCK_N - 1 + sizes.M - sizes.N - sizes.before, 0)  # the last query's first key
+        first = tl.minimum(tl.cdiv(last, variant.BLOCK_M), tl.cdiv(end, variant.BLOCK_M)) * variant.BLOCK_M
+        if variant.HAS_MASK:
+            first = start
+        return start, first, tl.maximum(whole, first), end
 
 
 @triton.jit
@@ -175,12 +191,13 @@ def gate_parameter(parameter, t, h):
 
 
 @triton.jit
-def unmasked_scores(products, scale, variant):
-    """Unmasked scores, and the factor that turns them into powers of 2."""
-    if variant.EXACT:
-        return products * scale, LOG2E
+def unmasked_scores(products, scaling, variant):
+    """Unmasked scores, the factor that turns them into powers of 2, and the cap's derivative."""
+    if variant.EXACT or scaling.cap is not None:
+        s, cap_slope = scaled(products, scaling)
+        return s, LOG2E, cap_slope
     else:
-        return products, scale * LOG2E
+        return products, scaling.factor * LOG2E, 1.0
 
 
 @triton.jit
@@ -225,12 +242,23 @@ def store_lse(per_query, start, row, exists, m, l, rest, variant):
 
 
 @triton.jit
-def context_scores(products, scale, masks, sizes, variant, b, h, n, i, m, j):
-    """Scores of context keys m+j for queries n+i, -inf where a query must not see a key."""
+def within_reach(sizes, n, i, m, j):
+    """Whether causality and window, of which there is one, leave keys m+j to queries n+i."""
+    if sizes.before is None:
+        near = m + j <= n + i + sizes.M - sizes.N + sizes.after
+    else:
+        near = m + j >= n + i + sizes.M - sizes.N - sizes.before
+        if sizes.after is not None:
+            near = near & (m + j <= n + i + sizes.M - sizes.N + sizes.after)
+    return near
+
+
+@triton.jit
+def context_scores(s, masks, sizes, b, h, n, i, m, j):
+    """The scores s of context keys m+j for queries n+i under masks, -inf where a query must not see a key."""
     inside = m + j < sizes.M
-    if variant.CAUSAL:
-        inside = inside & (m + j <= n + i + sizes.M - sizes.N)
-    s = products * scale
+    if sizes.before is not None or sizes.after is not None:
+        inside = inside & within_reach(sizes, n, i, m, j)
     if masks.padding.pointer is not None:
         s = masked(s, load_overlay(masks.padding, b, 0, 0, j * 0, m, j, m + j < sizes.M))  # once for all queries
     if masks.full.pointer is not None:

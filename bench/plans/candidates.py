@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.predictions import compile_report
 from qtuning_fast.bench.predictions.compile_report import MAY_NOT_SPILL, TARGETS, AbsentDriver
@@ -88,7 +88,7 @@ def compile_for(target: str, dtype: torch.dtype, entry: Blocks, on_shapes: tuple
 def _launch(call: PrefixAttentionCall, entry: Blocks) -> Launch:
     if entry.direction != "whole" or not entry.keys:
         return dict(compile_report.launches(call))["keys" if entry.direction == "whole" else entry.direction]
-    outputs, gradients = forward.empty_outputs(call), backward.rooms(call, INPUTS)
+    outputs, gradients = forward.empty_outputs(call), backward.rooms(call, trainable(call))
     launches = backward.launches(call, *outputs, outputs[0], gradients)
     return next(each for each in launches if each.kernel is backward_whole_kernel)
 

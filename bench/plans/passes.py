@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.blocks import Blocks, instead
@@ -25,7 +25,7 @@ class Pass:
         self.call = x.call(shape)
         self.as_seen, folding = folded(self.call)
         self.outputs = forward.empty_outputs(self.call)
-        self.gradients = backward.rooms(self.call, INPUTS)
+        self.gradients = backward.rooms(self.call, trainable(self.call))
         for launch in (*folding, forward.launch(self.as_seen, *self.outputs)):
             launch.run()
 

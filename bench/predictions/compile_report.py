@@ -5,9 +5,10 @@
 
 Each row is one kernel, launched as a training step launches it: the table's blocks, a reweighted float32 prefix with a
 tanh gate, everything trainable, and the context plain, padded or causal with grouped heads. Of the others, "biased" has
-additive masks on context and prefix, "bank" a bank with lengths, a sigmoid gate that is frozen, and sizes of 1, and
-"tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of "decode",
-one query a sample, there is only the first.
+additive masks on context and prefix, "window" is causal with a bound on both sides of a query, "capped" the same with
+capped scores, "sinks" with attention sinks, "bank" has a bank with lengths, a sigmoid gate that is frozen, and sizes of
+1, and "tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of
+"decode", one query a sample, there is only the first.
 Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, in bf16 and for head sizes
 up to 128 on sm_90, spills registers (under additive masks: more than 64 bytes).
 """
@@ -29,7 +30,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.bench.shapes import PrefixAttentionCall, Shape, inputs
 from qtuning_fast.kernels import backward, forward, prefix_forward, prefix_part
 from qtuning_fast.kernels.fold import folded
@@ -54,8 +55,9 @@ TARGETS = {
 }
 HEAD_SIZES = (32, 64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CONTEXTS = ("plain", "padded", "causal", "biased", "bank", "tasks", "decode")
-PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "merge": 2, "prefix-queries": 3}
+GROUPED = ("causal", "decode", "window", "capped", "sinks")
+CONTEXTS = ("plain", "padded", "biased", "bank", "tasks", *GROUPED)
+PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "sink": 0, "merge": 2, "prefix-queries": 3}
 LEGEND = """
 res: programs a multiprocessor. ahead: copies under way while the loop with the fewest computes. MFLOP of products, KB
 loaded and thousands of exponentials are those of a tile of queries x context keys (merge, prefix-queries: x prefix
@@ -126,8 +128,8 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
     """A training step's call, with shapes and without numbers."""
     B, N, P = (64, 1, 512) if context == "decode" else (8, 512, 60)
     shape = Shape(
-        *(context, B, 32, 8 if context in ("causal", "decode") else 32, N, head_size, P),
-        is_causal=context == "causal",
+        *(context, B, 32, 8 if context in GROUPED else 32, N, head_size, P),
+        is_causal=context in GROUPED and context != "decode",
         bias=context == "biased",
         padding=0.25 if context == "padded" else 0.0,
         tasks=4 if context in ("bank", "tasks") else 1,
@@ -136,7 +138,11 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
     if call.prefix_index is None:
         scalar = torch.empty((), device="meta")
         bias = torch.empty(1, 32, N, P, device="meta") if context == "biased" else None
-        return replace(call, gate_alpha=scalar, gate_tau=scalar, prefix_bias=bias)
+        sink = torch.empty(32, device="meta") if context == "sinks" else None
+        call = replace(call, gate_alpha=scalar, gate_tau=scalar, prefix_bias=bias, sink=sink)
+        if context in ("window", "capped", "sinks"):
+            call = replace(call, window_left=127, softcap=50.0 if context == "capped" else None)
+        return call
     T = 1 if context == "bank" else 4
     names = ("prefix_key", "prefix_value", "U_key", "V_key", "U_value", "V_value")
     of_bank = {name: getattr(call, name)[:T] for name in names}
@@ -154,10 +160,10 @@ def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
         yield "merge", prefix_forward.launch(as_seen, *outputs)
         return
     frozen = {"gate_alpha", "gate_tau"} if call.prefix_index is not None else set()
-    gradients = backward.rooms(call, [name for name in INPUTS if name not in frozen])
+    gradients = backward.rooms(call, [name for name in trainable(call) if name not in frozen])
     yield "forward", forward.launch(as_seen, *outputs)
     _, *others = backward.launches(call, *outputs, outputs[0], gradients)
-    yield from zip(("queries", "keys", "prefix", "reweighting"), others)
+    yield from zip(("queries", "keys", "prefix", "reweighting", "sink"), others)
     yield "merge", prefix_forward.launch(as_seen, *outputs)
     added_to = gradients["query"]
     _, queries = prefix_part.launches(call, *outputs, outputs[0], added_to, gradients={})

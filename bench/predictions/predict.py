@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import triton
 
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.plans.candidates import candidates
 from qtuning_fast.bench.plans.tune import SHAPES
@@ -61,7 +61,7 @@ def launches(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[tuple[st
     else:
         found = [*forward.launches(call, *outputs)]
     if shape.trained:
-        gradients = backward.rooms(call, INPUTS)
+        gradients = backward.rooms(call, trainable(call))
         found += backward.launches(call, *outputs, x.d_output, gradients)
     return [(name_of(launch), launch) for launch in found if launch.programs]
 

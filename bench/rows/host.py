@@ -33,7 +33,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from qtuning_fast.attention import composed, dispatch
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.attention.composed.vendors import Vendor
 from qtuning_fast.bench import shapes
 from qtuning_fast.bench.peers import PEERS
@@ -149,7 +149,7 @@ def stages(x: shapes.Inputs) -> dict[str, Call]:
     call = inputs.call(SHAPE)
     passes = {
         "forward pass": partial(forward.forward, call),
-        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, INPUTS),
+        "backward pass": partial(backward.backward, call, *forward.forward(call), inputs.d_output, trainable(call)),
     }
 
     def checks() -> None:

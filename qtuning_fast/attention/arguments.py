@@ -267,6 +267,11 @@ SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, (kind, _) in _FIELDS.items
 _CHECKS = tuple((name, spec.check) for name, (_, spec) in _FIELDS.items())
 
 
+def trainable(call: PrefixAttentionCall) -> list[str]:
+    """Return the names of the call's tensors that may require a gradient."""
+    return [name for name in INPUTS if getattr(call, name) is not None]
+
+
 def flattened(call: PrefixAttentionCall) -> tuple[Any, ...]:
     """Return the fields one by one, as operators take them; `PrefixAttentionCall(*fields)` is the inverse."""
     return tuple([getattr(call, name) for name in _FIELDS])

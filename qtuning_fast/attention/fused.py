@@ -18,9 +18,6 @@ LARGEST_HEAD_SIZE = 256
 def why_not(call: PrefixAttentionCall) -> str | None:
     """Return why the kernels cannot compute a call, or None."""
     query = call.query
-    lacking = not_done(call)
-    if lacking:
-        return lacking
     if query.device.type == "cpu" and not _interpreted():
         return "its Triton kernels need a GPU, and query is on the CPU"
     if query.device.type not in ("cpu", "cuda"):
@@ -33,15 +30,6 @@ def why_not(call: PrefixAttentionCall) -> str | None:
     if largest > LARGEST_HEAD_SIZE:
         return f"its Triton kernels take head sizes up to {LARGEST_HEAD_SIZE}, got {largest}"
     return None
-
-
-def not_done(call: PrefixAttentionCall) -> str | None:
-    """Return the argument of a call that no pass computes yet, or None."""
-    if call.softcap is not None:
-        return "softcap: it does not cap scores"
-    if call.window_left is not None or call.window_right is not None:
-        return "window: it has no sliding windows"
-    return None if call.sink is None else "sink: it has no attention sinks"
 
 
 def only_by_name(call: PrefixAttentionCall) -> str | None:

@@ -23,7 +23,7 @@ Arguments = dict[str, Any]
 
 RATIO = 2.0  # to the largest error of plain PyTorch
 FLOOR = 1e-6
-LONG_SUM = 8.0  # times epsilon and Σ|terms|, for alpha, tau, U and V: a small error of every term adds up there
+LONG_SUM = 8.0  # times epsilon and Σ|terms|, for alpha, tau, sink, U and V: a small error of every term adds up there
 TF32_RATIO = 4.0  # to what rounding the arguments alone loses: kernels round weights and their gradients, too
 CPU_FLASH_ULPS = 20.0  # PyTorch's flash attention for CPUs takes exponentials to 20 units in the last place
 LSE_SHARE = 2.0**-4  # of epsilon: in 16 bits weights are rounded by half an epsilon, whatever the log-sum-exp says
@@ -86,20 +86,28 @@ def _by_delta(arguments: Arguments, leaves: Callable[[Arguments], dict[str, Tens
         (scores - lse[..., None]).exp().nan_to_num(0.0) * (reference._products(d_output, values) - delta)
         for scores, values in ((g, v), (s, call.value))
     ]
-    named = {name: x for name, x in leaves(arguments).items() if "value" not in name}
+    named = {name: x for name, x in leaves(arguments).items() if "value" not in name and name != "sink"}
     inputs = list(named.values())
     found = torch.autograd.grad([g, s], inputs, [x.detach() for x in gradients], allow_unused=True)
-    return {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(named.items(), found)}
+    by_delta = {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(named.items(), found)}
+    if call.sink is not None:
+        by_delta["sink"] = -(_sink_weights(call, lse) * delta.squeeze(-1)).sum((0, 2)).to(call.sink.dtype)
+    return by_delta
+
+
+def _sink_weights(call: PrefixAttentionCall, lse: Tensor) -> Tensor:
+    assert call.sink is not None
+    return (call.sink.detach().to(lse.dtype)[:, None] - lse).exp().nan_to_num(0.0)
 
 
 def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Tensor]:
-    """Σ|terms| of the gradients of alpha, tau, U and V: one term per score, or per score and column."""
+    """Σ|terms| of the gradients of alpha, tau, sink, U and V: one term per score, or per score and column."""
     call = _call_of(arguments)
     k, v = (
         reference.prefix_rows(call, rows, weights).detach()
         for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
     )
-    s = (call.scale * reference._products(call.query, k)).detach().requires_grad_()
+    s = reference._capped(call, call.scale * reference._products(call.query, k)).detach().requires_grad_()
     factors = [torch.zeros_like(s) + reference._per_head(call, x, s.dtype) for x in (call.alpha, call.tau)]
     alpha, tau = (x.detach().requires_grad_() for x in factors)
     with torch.no_grad():
@@ -121,6 +129,8 @@ def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Ten
         return x.new_zeros(T, *x.shape[1:]).index_add_(0, index, x)
 
     sums = {}
+    if call.sink is not None:
+        sums["sink"] = (_sink_weights(call, lse) * delta.squeeze(-1)).abs().sum((0, 2))
     for name, terms in (("gate_alpha", d_alpha), ("gate_tau", d_tau)):
         if isinstance(arguments[name], Tensor):
             shape = arguments[name].shape

@@ -58,7 +58,7 @@ def backend(way, dtype, request, monkeypatch):
 
 BASE = {"B": 1, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
-MASKS = ["padding bool", "padding float", "full bool", "full float"]
+MASKS = ["padding bool", "padding float", "full bool", "full float", "full float + padding bool"]
 
 
 @every_way
@@ -72,6 +72,80 @@ def test_every_gate(assert_accurate, backend, dtype, gate):
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask(assert_accurate, backend, dtype, mask, is_causal):
     assert_accurate(backend, **BASE, dtype=dtype, mask=mask, is_causal=is_causal, bias=mask == "full float")
+
+
+WINDOWS = {
+    "both": {"window": (3, 2)},
+    "itself": {"window": (0, 0)},
+    "left": {"window": (5, None)},
+    "right": {"window": (None, 4)},
+    "causal": {"window": (7, 0), "is_causal": True, "N": 70, "M": 70},
+    "wider": {"window": (400, 10**12)},
+    "long": {"window": (9, 6), "N": 130, "M": 129, "B": 2, "G": 1},
+    "cached": {"window": (20, 0), "N": 40, "M": 75, "mask": "padding bool"},
+    "queries without keys": {"window": (3, 1), "N": 60, "M": 20, "mask": "padding float"},
+    "decoding": {"window": (7, 0), "N": 1, "M": 40, "B": 3},
+    "masked": {"window": (11, 5), "N": 80, "M": 90, "G": 1, "mask": "full float + padding bool"},
+}
+
+
+@every_way
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+def test_windows(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, **BASE | {"dtype": dtype, "gate_shape": "head"} | options)
+
+
+SINKS = {
+    "plain": {},
+    "windows": {"is_causal": True, "window": (4, 0), "N": 33, "M": 33},
+    "additive mask": {"mask": "full float", "bias": True},
+    "tasks": {"B": 4, "T": 3, "lengths": True, "gate_shape": "task, head", "prefix_dtype": F32},
+    "nothing else": {"M": 0, "P": 0, "n_shared": 0},
+    "decoding": {"N": 1, "B": 5, "M": 9},
+}
+
+
+@every_way
+@pytest.mark.parametrize("options", SINKS.values(), ids=SINKS)
+def test_sinks(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, **BASE | WHOLE | {"dtype": dtype} | options, sink=True)
+
+
+@every_way
+def test_a_sink_that_is_not_there(make_call, gradients, backend, dtype):
+    """One of -inf changes nothing; of a query that sees nothing the log-sum-exp is -inf."""
+    arguments = make_call(**BASE | {"dtype": dtype, "P": 0, "mask": "padding bool"}) | {"backend": backend}
+    arguments["attn_mask"][:] = torch.arange(15) < 9
+    arguments |= {"is_causal": True}
+    expected, expected_lse = prefix_attention(**arguments, return_lse=True)
+    arguments["sink"] = torch.full((2,), -torch.inf).requires_grad_()
+    output, lse = prefix_attention(**arguments, return_lse=True)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
+    assert lse[:, :, :2].isneginf().all() and (gradients(arguments, torch.ones_like(output))["sink"] == 0).all()
+
+
+by_kernels = pytest.mark.parametrize(("way", "dtype"), [pair for pair in PAIRS if pair.values[0] == "fused"])
+
+
+@by_kernels
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 50.0, 1e30])
+def test_capped_scores(assert_accurate, backend, dtype, softcap):
+    assert_accurate(backend, **BASE | WHOLE, dtype=dtype, softcap=softcap, scale=2.0)
+
+
+CAPPED = {
+    "causal": {"is_causal": True, "window": (9, 0), "N": 40, "M": 40},
+    "padded": {"mask": "padding bool", "gate": "gelu"},
+    "biased": {"mask": "full float", "bias": True, "gate": None},
+    "tasks": {"B": 4, "T": 3, "lengths": True, "gate_shape": "task, head", "sink": True},
+}
+
+
+@by_kernels
+@pytest.mark.parametrize("options", CAPPED.values(), ids=CAPPED)
+def test_capped_scores_beside_others(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, **BASE | WHOLE | {"dtype": dtype, "softcap": 2.0} | options)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +216,8 @@ def call_options(draw):
         "mask": draw(st.sampled_from([None, *MASKS])),
         "bias": draw(st.booleans()),
         "is_causal": draw(st.booleans()),
+        "window": draw(st.none() | st.tuples(*[st.sampled_from([None, 0, 1, 15, 16, 31, 70])] * 2)),
+        "sink": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
 

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention import fused
 from qtuning_fast.attention.arguments import INPUTS, flattened
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -32,16 +31,11 @@ def backend(request):
 
 @pytest.fixture
 def arguments(make_call, backend):
-    return make_call(**BASE | WHOLE, mask="padding bool") | {"backend": backend}
+    return make_call(**BASE | WHOLE, mask="padding bool", window=(6, 9), sink=True) | {"backend": backend}
 
 
 def run(arguments):
     return prefix_attention(**arguments)
-
-
-def test_no_operator_is_handed_a_cap_that_it_would_ignore(make_call, call_of):
-    with pytest.raises(AssertionError, match="refuses such a call"):
-        fused.attend(call_of(make_call(softcap=2.0)))
 
 
 def test_the_same_bits_again(make_call, backend, gradients):
@@ -217,6 +211,8 @@ KINDS = {
     "full mask": {"mask": "full float"},
     "causal": {"is_causal": True},
     "negative scale": {"scale": -0.3},
+    "window": {"window": (4, 2), "N": 70, "M": 71},
+    "sinks": {"sink": True},
     "bank": {"T": 2, "B": 2, "lengths": True, "gate_shape": "task, head"},
     "numbers for the gate": {"gate_shape": "float"},
 }

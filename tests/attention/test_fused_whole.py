@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.attention.common import GATES
 from qtuning_fast.kernels import backward, backward_whole
 from qtuning_fast.kernels.blocks import Blocks, instead
@@ -28,9 +28,9 @@ def whole(monkeypatch):
         yield
 
 
-def launched(arguments, call_of, needed=INPUTS):
+def launched(arguments, call_of):
     call = call_of(arguments)
-    gradients = backward.rooms(call, needed)
+    gradients = backward.rooms(call, trainable(call))
     output = torch.empty(*call.query.shape[:-1], call.value.shape[-1])
     launches = backward.launches(call, output, output[..., 0], output[..., 0], output, gradients)
     return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches]
@@ -51,6 +51,8 @@ def launched(arguments, call_of, needed=INPUTS):
         {"gate": None},
         {"M": 0},
         {"scale": -0.7},
+        {"window": (4, 3), "sink": True},
+        {"softcap": 2.0},
         *(pytest.param({"gate": gate}, marks=thorough) for gate in GATES if gate != "tanh"),
         *(pytest.param({"mask": mask}, marks=thorough) for mask in ("padding float", "full bool")),
     ],

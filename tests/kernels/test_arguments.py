@@ -134,12 +134,20 @@ def test_samples_stay_as_they_are_without_a_bank_or_with_many_queries(checked):
 
 def test_sizes_and_prefix(checked):
     call = checked(**BASE | {"T": 3, "lengths": True})
-    assert arguments.sizes(call) == (3, 5, 7, 4, 2)
+    assert arguments.sizes(call) == (3, 5, 7, 4, 2, None, None)
     prefix = arguments.prefix(call)
     assert (prefix.n_prefixes, prefix.n_rows) == (3, 4) and prefix.length is call.prefix_length
     plain = arguments.prefix(checked(**BASE))
     assert (plain.n_prefixes, plain.index, plain.length) == (1, None, None)
     assert arguments.cdiv(7, 3) == 3 and arguments.cdiv(6, 3) == 2 and arguments.cdiv(0, 3) == 0
+
+
+def test_how_far_a_query_sees(checked):
+    """No further than there are queries and keys; causality is known when a kernel is compiled."""
+    sizes = arguments.sizes(checked(**BASE | {"window": (3, 2**40)}))
+    assert (sizes.before, sizes.after) == (3, sizes.N + sizes.M)
+    causal = arguments.sizes(checked(**BASE | {"window": (None, 9), "is_causal": True}))
+    assert causal.before is None and causal.after is arguments.constant(0)
 
 
 def test_the_prefixs_kernels_see_no_mask_of_the_context(checked):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtuning_fast.attention.arguments import INPUTS
+from qtuning_fast.attention.arguments import trainable
 from qtuning_fast.kernels import backward, backward_whole
 from qtuning_fast.kernels.blocks import Blocks, instead
 from qtuning_fast.kernels.target import INTERPRETED
@@ -24,8 +24,8 @@ def whole(monkeypatch):
         yield
 
 
-def launched(call, needed=INPUTS):
-    gradients = backward.rooms(call, needed)
+def launched(call, needed=None):
+    gradients = backward.rooms(call, trainable(call) if needed is None else needed)
     output = torch.empty(*call.query.shape[:-1], call.value.shape[-1])
     launches = backward.launches(call, output, output[..., 0], output[..., 0], output, gradients)
     return [launch.kernel.fn.__name__.removesuffix("_kernel") for launch in launches]
@@ -35,6 +35,7 @@ def test_it_stands_for_two(checked):
     call = checked(**BASE | WHOLE)
     assert launched(call) == ["fold", "backward_whole", "backward_prefix", "backward_reweighting"]
     assert launched(call, ("query", "key", "value")) == ["fold", "backward_whole"]
+    assert launched(checked(**BASE, sink=True))[-1] == "backward_sink"
 
 
 @pytest.mark.parametrize("options", [{"N": 65}, {"M": 65}, {"P": 65}])
@@ -44,7 +45,7 @@ def test_what_does_not_fit_takes_three(checked, options):
 
 def test_what_needs_less_takes_three(checked):
     for without in ("query", "key", "value"):
-        needed = [name for name in INPUTS if name != without]
+        needed = [name for name in trainable(checked(**BASE | WHOLE)) if name != without]
         assert "backward_whole" not in launched(checked(**BASE | WHOLE), needed)
 
 

@@ -55,20 +55,21 @@ def test_tiles_are_no_larger_than_a_call_needs(checked, N, P, expected):
 
 
 @pytest.mark.parametrize(
-    ("options", "causal", "has_mask", "exact"),
+    ("options", "has_mask", "exact"),
     [
-        ({}, False, False, True),
-        ({"is_causal": True}, True, False, True),
-        ({"dtype": torch.float16}, False, False, False),
-        ({"dtype": torch.float16, "mask": "padding bool"}, False, True, False),
-        ({"dtype": torch.float16, "mask": "full float"}, False, True, True),
-        ({"dtype": torch.float16, "bias": True}, False, False, True),
+        ({}, False, True),
+        ({"is_causal": True, "window": (3, 0)}, False, True),
+        ({"dtype": torch.float16}, False, False),
+        ({"dtype": torch.float16, "mask": "padding bool"}, True, False),
+        ({"dtype": torch.float16, "mask": "full float"}, True, True),
+        ({"dtype": torch.float16, "mask": "full bool + padding float"}, True, True),
+        ({"dtype": torch.float16, "bias": True}, False, True),
     ],
     ids=str,
 )
-def test_what_is_known_when_a_kernel_is_compiled(checked, options, causal, has_mask, exact):
+def test_what_is_known_when_a_kernel_is_compiled(checked, options, has_mask, exact):
     variant, _ = launch.variant_for(checked(**BASE | options), "forward")
-    assert (variant.CAUSAL, variant.HAS_MASK, variant.EXACT, variant.PRECISION) == (causal, has_mask, exact, "ieee")
+    assert (variant.HAS_MASK, variant.EXACT, variant.PRECISION) == (has_mask, exact, "ieee")
     assert [x.value for x in variant.marked()] == list(variant)
 
 
@@ -104,4 +105,4 @@ def test_stacked_rows_fill_the_gpu_before_they_fill_tiles(checked, N, queries, p
     variant = found.arguments["variant"]
     assert (variant.BLOCK_N.value, variant.BLOCK_P.value, variant.BLOCK_M.value) == (queries, prefix, 0)
     assert found.options["num_warps"] == warps and found.programs == programs
-    assert not variant.CAUSAL.value and not variant.HAS_MASK.value
+    assert not variant.HAS_MASK.value

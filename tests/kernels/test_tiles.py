@@ -33,7 +33,7 @@ BASE = {"dtype": torch.float32, "B": 2, "Hkv": 2, "G": 2, "N": 20, "M": 7, "P": 
 
 
 def variant(**changes):
-    known = {"CAUSAL": False, "HAS_MASK": False, "PRECISION": "ieee", "EXACT": True}
+    known = {"HAS_MASK": False, "PRECISION": "ieee", "EXACT": True}
     return Variant(**known | {"BLOCK_N": 16, "BLOCK_M": 16, "BLOCK_P": 16} | changes).marked()
 
 
@@ -117,25 +117,37 @@ def test_a_log_sum_exp_is_read_as_it_was_written(exact):
 
 @triton.jit
 def range_kernel(out, sizes, n, variant):
-    whole, end = context_range(sizes, n, variant)
-    tl.store(out, whole)
-    tl.store(out + 1, end)
+    start, first, whole, end = context_range(sizes, n, variant)
+    tl.store(out, start)
+    tl.store(out + 1, first)
+    tl.store(out + 2, whole)
+    tl.store(out + 3, end)
+
+
+CAUSAL = {"after": arguments.constant(0)}
 
 
 @pytest.mark.parametrize(
-    ("N", "M", "n", "changes", "expected"),
+    ("N", "M", "n", "reach", "masked", "expected"),
     [
-        (40, 50, 16, {}, (48, 50)),
-        (40, 50, 16, {"HAS_MASK": True}, (0, 50)),
-        (40, 50, 16, {"CAUSAL": True}, (16, 42)),  # query 16 sees 27 keys, query 31 sees 42
-        (40, 10, 16, {"CAUSAL": True}, (0, 2)),  # query 30 is the first that sees one
-        (40, 10, 0, {"CAUSAL": True}, (0, 0)),
-        (40, 50, 32, {"CAUSAL": True, "HAS_MASK": True}, (0, 50)),
+        (40, 50, 16, {}, False, (0, 0, 48, 50)),
+        (40, 50, 16, {}, True, (0, 0, 0, 50)),
+        (40, 50, 16, CAUSAL, False, (0, 0, 16, 42)),  # query 16 sees 27 keys, query 31 sees 42
+        (40, 10, 16, CAUSAL, False, (0, 0, 0, 2)),  # query 30 is the first that sees one
+        (40, 10, 0, CAUSAL, False, (0, 0, 0, 0)),
+        (40, 50, 32, CAUSAL, True, (0, 0, 0, 50)),
+        (40, 50, 0, {"after": 5}, False, (0, 0, 16, 31)),  # query 0 stands at 10
+        (200, 200, 96, {"before": 50}, False, (32, 64, 192, 200)),  # queries 96 to 111 see keys from 46, 61
+        (200, 200, 96, {"before": 50, "after": 20}, False, (32, 64, 112, 132)),
+        (200, 200, 96, {"before": 50, "after": 20}, True, (32, 32, 32, 132)),
+        (200, 200, 96, {"before": 3, "after": 2}, False, (80, 112, 112, 114)),  # none is seen by all
+        (200, 200, 0, {"before": 50, "after": 20}, False, (0, 0, 16, 36)),
+        (200, 20, 0, {"before": 50, "after": 20}, False, (0, 0, 0, 0)),  # they stand before the first key
     ],
 )
-def test_keys_that_need_no_mask_and_keys_that_no_query_sees(N, M, n, changes, expected):
-    out = torch.zeros(2, dtype=torch.int32)
-    range_kernel[(1,)](out, arguments.Sizes(1, N, M, 1, 1), n, variant(**changes))
+def test_keys_that_need_no_mask_and_keys_that_no_query_sees(N, M, n, reach, masked, expected):
+    out = torch.zeros(4, dtype=torch.int32)
+    range_kernel[(1,)](out, arguments.Sizes(1, N, M, 1, 1, **reach), n, variant(HAS_MASK=masked))
     assert tuple(out.tolist()) == expected
 
 

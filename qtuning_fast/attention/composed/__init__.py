@@ -7,7 +7,8 @@ the gated prefix, then
 
 Given o and L, a flash attention's backward pass returns the exact gradients of the context part, because it rebuilds
 p = exp(s - L) and δ = rowsum(dO ∘ O) from them. `context` splits the context into calls that a vendor computes
-correctly. The prefix part (Triton kernels on a GPU, batched products on a CPU) merges in place and adds to dq.
+correctly. The prefix part (Triton kernels on a GPU, batched products on a CPU) merges in place and adds to dq. Sinks
+are merged last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from qtuning_fast.attention import fused
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.composed import context
+from qtuning_fast.attention.composed import context, sink
 from qtuning_fast.attention.composed.cpu import prefix_part as prefix_part_on_cpu
 from qtuning_fast.attention.composed.vendors import EFFICIENT, FEW_QUERIES, Vendor, vendor_for
 from qtuning_fast.attention.custom_op import Outputs, operator
@@ -29,9 +30,8 @@ CONTEXT = ("query", "key", "value")  # inputs with a gradient from the context
 
 def why_not(call: PrefixAttentionCall) -> str | None:
     """Return why this backend cannot compute a call, or None."""
-    lacking = fused.not_done(call)
-    if lacking:
-        return lacking
+    if call.softcap is not None:
+        return "softcap: it does not cap scores"
     if call.query.is_cuda:
         obstacle = fused.why_not(call)
         if obstacle is not None:
@@ -94,6 +94,8 @@ class _Passes:
         prefix_part = prefix_part_for(call)
         results = context.forward(call, _vendor(call), prefix_part.keeps_rest(call))
         prefix_part.merge(call, *results)
+        if call.sink is not None:
+            sink.merge(call.sink, *results)
         return results
 
     def empty_outputs(self, call: PrefixAttentionCall) -> Outputs:
@@ -110,14 +112,17 @@ class _Passes:
         needed: Sequence[str],
     ) -> list[Tensor]:
         """Return the gradients of the call's tensors of these names: the context's by the vendor, then the prefix's."""
-        d_context: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if any(name in CONTEXT for name in needed):  # none is needed in a frozen backbone below the lowest prefix
             gradients = context.backward(call, _vendor(call), output, lse, lse_rest, d_output)
-            d_context = dict(zip(CONTEXT, gradients))
-        d_query = d_context["query"] if "query" in needed else None
-        of_prefix = [name for name in needed if name not in CONTEXT]
+            found = dict(zip(CONTEXT, gradients))
+        d_query = found["query"] if "query" in needed else None
+        of_prefix = [name for name in needed if name not in CONTEXT and name != "sink"]
         d_prefix = prefix_part_for(call).backward(call, output, lse, lse_rest, d_output, d_query, of_prefix)
-        return [d_context[name] for name in needed if name in CONTEXT] + d_prefix
+        found |= dict(zip(of_prefix, d_prefix))
+        if "sink" in needed:
+            found["sink"] = sink.gradient(call, output, lse, lse_rest, d_output)
+        return [found[name] for name in needed]
 
     def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str]) -> list[Tensor]:
         """Allocate gradients with the shapes, strides and dtypes of `backward`'s."""

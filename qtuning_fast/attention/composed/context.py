@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.common import masked, score_dtype
+from qtuning_fast.attention.common import score_dtype
+from qtuning_fast.attention.composed.pieces import ALL, Piece, pieces
 from qtuning_fast.attention.composed.vendors import Attention, Vendor
 
-ALL = slice(None)
 NEAR = 256.0  # additive masks up to this magnitude are not shifted
-
-
-class Piece(NamedTuple):
-    """Some queries that attend to some keys. Queries and keys that share no piece do not see each other."""
-
-    queries: slice
-    keys: slice
-    is_causal: bool  # aligned bottom-right
-
-
-def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
-    """Split the context into disjoint pieces that cover it."""
-    N, M = call.query.shape[2], call.key.shape[2]
-    if 0 in call.query.shape or M == 0:
-        return ()
-    if not call.is_causal or N == 1:
-        return (Piece(ALL, ALL, False),)
-    if N == M or (N < M and vendor.bottom_right):
-        return (Piece(ALL, ALL, True),)
-    if N < M:  # all queries see the first M - N keys
-        return (Piece(ALL, slice(M - N), False), Piece(ALL, slice(M - N, None), True))
-    return (Piece(slice(N - M, None), ALL, True),)  # the first N - M queries see none
 
 
 def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,19 +22,27 @@ def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tupl
         Output, log-sum-exp and the latter's rest, to be added to it, shaped as in `empty_outputs`. A query that sees
         nothing gets 0 and -inf. Masks and causality decide which queries these are, because vendors' reports differ.
     """
-    mask, shift = _additive(call)
     parts = pieces(call, vendor)
-    if [piece.queries for piece in parts] == [ALL]:
-        o, L = _seen(_attention(call, mask, parts[0]), vendor)
+    shift: float | Tensor = 0.0
+    if _is_whole(parts):
+        _, x, shift = next(_attentions(call, parts))
+        o, L = _seen(x, vendor)
         like, like_lse, _ = empty_outputs(call, vendor, keeps_rest, device="meta")
         output, lse = _laid_out(o, like), _laid_out(L, like_lse)
     else:
         output, lse, _ = empty_outputs(call, vendor, keeps_rest)
         output.zero_()
         lse.fill_(-torch.inf)
-        for piece in parts:
-            o, L = _seen(_attention(call, mask, piece), vendor)
-            _merge(output[:, :, piece.queries], lse[:, :, piece.queries], o, L)
+        for piece, x, own in _attentions(call, parts):
+            o, L = _seen(x, vendor)
+            if piece.again:
+                _merge(piece.rows(output), piece.of_queries(lse), o, L)
+            else:
+                piece.rows(output).copy_(o)
+                piece.of_queries(lse).copy_(L)
+            if isinstance(own, Tensor):
+                shift = shift if isinstance(shift, Tensor) else torch.zeros_like(lse)
+                piece.of_queries(shift).copy_(own)
     if not keeps_rest:
         return output, lse, lse.new_empty(0)
     total = lse + shift
@@ -68,24 +53,35 @@ def backward(
     call: PrefixAttentionCall, vendor: Vendor, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the context's gradients of query, key and value, given the global output and log-sum-exp."""
-    mask, shift = _additive(call)
     parts = pieces(call, vendor)
-    if lse_rest.numel():
-        lse = lse - shift + lse_rest
-    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # a query that sees nothing: exp(s - lse) must be 0
     d_output = _laid_out(d_output, output)
-    if [piece.queries for piece in parts] == [ALL]:
-        found = vendor.backward(_attention(call, mask, parts[0]), output, lse, d_output)
+    if _is_whole(parts):
+        _, x, shift = next(_attentions(call, parts))
+        found = vendor.backward(x, output, _shifted(lse, lse_rest, shift), d_output)
         dq, dk, dv = (_laid_out(x, room) for x, room in zip(found, empty_gradients(call, vendor, device="meta")))
         return dq, dk, dv
     dq, dk, dv = (room.zero_() for room in empty_gradients(call, vendor))
-    for queries, keys, is_causal in parts:
-        x = _attention(call, mask, Piece(queries, keys, is_causal))
-        found = vendor.backward(x, output[:, :, queries], lse[:, :, queries], d_output[:, :, queries])
-        dq[:, :, queries] += found[0]
-        dk[:, :, keys] = found[1]
-        dv[:, :, keys] = found[2]
+    for piece, x, own in _attentions(call, parts):
+        rest = piece.of_queries(lse_rest) if lse_rest.numel() else lse_rest
+        L = _shifted(piece.of_queries(lse), rest, own)
+        found = vendor.backward(x, piece.rows(output), L, piece.rows(d_output))
+        rows = piece.rows(dq)
+        rows += found[0]
+        piece.add_to_keys(dk, found[1])
+        piece.add_to_keys(dv, found[2])
     return dq, dk, dv
+
+
+def _is_whole(parts: Sequence[Piece]) -> bool:
+    """Return whether one call of a vendor computes the whole context."""
+    return len(parts) == 1 and parts[0].samples == parts[0].queries == parts[0].keys == ALL
+
+
+def _shifted(lse: Tensor, lse_rest: Tensor, shift: float | Tensor) -> Tensor:
+    """Return a log-sum-exp in the scores that a vendor sees; +inf for a query that sees nothing: exp(s - lse) is 0."""
+    if lse_rest.numel():
+        lse = lse - shift + lse_rest
+    return lse.masked_fill(lse.isneginf(), torch.inf)
 
 
 def empty_outputs(
@@ -123,41 +119,56 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _attention(call: PrefixAttentionCall, mask: Tensor | None, piece: Piece) -> Attention:
-    """Return a vendor's input for a piece."""
-    queries, keys, is_causal = piece
-    if mask is not None:
-        mask = mask[:, :, queries if mask.shape[2] > 1 else ALL, keys if mask.shape[3] > 1 else ALL]
-    query, key, value = (
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.query, call.key, call.value)
-    )
-    return Attention(query[:, :, queries], key[:, :, keys], value[:, :, keys], mask, is_causal, call.scale)
+def _attentions(call: PrefixAttentionCall, parts: Sequence[Piece]) -> Iterator[tuple[Piece, Attention, float | Tensor]]:
+    """Yield each piece, a vendor's input for it, and the shift, [b, Hq, n], subtracted from its queries' masks.
 
-
-def _additive(call: PrefixAttentionCall) -> tuple[Tensor | None, float | Tensor]:
-    """Return the 4-D additive mask on the context in the scores' dtype, and the shift subtracted from it a query.
-
-    The mask is -inf where a query must not see a key. Subtracting a number from all scores of a query does not change
-    attention. The shift is the largest mask value that the query sees, which keeps its log-sum-exp near its scores
-    however far the mask's values are from 0. Under causality queries see different keys, so a mask row shared by all
-    queries is expanded to one row a query.
+    Subtracting a number from all scores of a query does not change attention. The shift is the largest additive mask
+    value that the query sees, which keeps its log-sum-exp near its scores however far the mask's values are from 0.
     """
     padding = None if call.padding_mask is None else call.padding_mask[:, None, None, :]
     masks = [_narrowed(mask) for mask in (padding, call.attn_mask) if mask is not None]
-    if not masks:
-        return None, 0.0
-    additive = torch.zeros(masks[0].shape, dtype=score_dtype(call.query), device=masks[0].device)
-    for mask in masks:
-        additive = masked(additive, mask)
-    if all(mask.dtype == torch.bool for mask in masks) or 0 in additive.shape:
-        return additive, 0.0
-    N, M = call.query.shape[2], call.key.shape[2]
-    if call.is_causal and additive.shape[3] == M:
-        hidden = torch.ones(N, M, dtype=torch.bool, device=mask.device).triu(M - N + 1)
-        additive = additive.masked_fill(hidden, -torch.inf)
-    shift = additive.amax(-1, keepdim=True)
-    shift = shift.masked_fill(shift.isinf() | (shift.abs() <= NEAR), 0)
-    return additive.sub_(shift), shift.squeeze(-1)
+    moves = any(mask.dtype != torch.bool for mask in masks) and 0 not in call.query.shape
+    common: Tensor | None = None
+    if moves and any(piece.again for piece in parts):  # all have all queries, whose shifts must be the same
+        whole = Piece().mask(masks, call)
+        assert whole is not None
+        common = _largest(_causal(whole, call.query.shape[2], call.key.shape[2]))
+    query, key, value = (
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.query, call.key, call.value)
+    )
+    for piece in parts:
+        x = Attention(
+            *(piece.rows(query), piece.of_keys(key), piece.of_keys(value), piece.mask(masks, call), piece.is_causal),
+            call.scale,
+        )
+        shift: float | Tensor = 0.0
+        if moves:
+            mask = x.mask
+            assert mask is not None
+            if common is not None:
+                largest, mask = common, mask - common
+            else:
+                mask = _causal(mask, x.query.shape[2], x.key.shape[2]) if piece.is_causal else mask
+                largest = _largest(mask)
+                mask.sub_(largest)
+            x, shift = x._replace(mask=mask), largest.squeeze(-1)
+        yield piece, x, shift
+
+
+def _causal(mask: Tensor, N: int, M: int) -> Tensor:
+    """Return an additive mask with -inf where causality hides a key.
+
+    Under causality queries see different keys, so a row shared by all queries is expanded to one row a query.
+    """
+    if mask.shape[3] != M:
+        return mask
+    return mask.masked_fill(torch.ones(N, M, dtype=torch.bool, device=mask.device).triu(M - N + 1), -torch.inf)
+
+
+def _largest(mask: Tensor) -> Tensor:
+    """Return the largest number of each row of an additive mask that is not near 0 anyway; of others 0."""
+    largest = mask.amax(-1, keepdim=True)
+    return largest.masked_fill(largest.isinf() | (largest.abs() <= NEAR), 0)
 
 
 def _narrowed(mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from qtuning_fast import prefix_attention
 from qtuning_fast.attention import composed
 from qtuning_fast.attention.composed import context
+from qtuning_fast.attention.composed.pieces import pieces
 from qtuning_fast.attention.composed.vendors import vendor_for
 
 LONG = {"dtype": torch.float32, "B": 2, "Hkv": 2, "G": 2, "N": 70, "M": 70, "P": 40, "D": 16, "Dv": 16}
@@ -22,6 +23,13 @@ def results(arguments, leaves, backend):
         output, list(named.values()), d_output.to(output), allow_unused=True, materialize_grads=True
     )
     return {name: x.double() for name, x in {"output": output, "lse": lse, **dict(zip(named, found))}.items()}
+
+
+def attention_of(call):
+    """What a vendor gets for a call that is one piece."""
+    (_, x, _), *none = context._attentions(call, pieces(call, vendor_for(call)))
+    assert not none
+    return x
 
 
 PREFIXES = {
@@ -52,24 +60,6 @@ def test_each_query_is_exact_under_a_row_of_numbers_that_causality_cuts(make_cal
         torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("N", "M", "expected"),
-    [
-        (0, 5, []),
-        (5, 0, []),
-        (1, 5, [(1, 5, False)]),
-        (5, 5, [(5, 5, True)]),
-        (3, 5, [(3, 2, False), (3, 3, True)]),
-        (5, 3, [(3, 3, True)]),
-    ],
-)
-def test_causality_bottom_right_in_pieces_that_are_square(make_call, call_of, N, M, expected):
-    call = call_of(make_call(N=N, M=M, is_causal=True))
-    found = context.pieces(call, vendor_for(call))
-    sizes = [(len(range(N)[p.queries]), len(range(M)[p.keys]), p.is_causal) for p in found]
-    assert sizes == expected
-
-
 def test_queries_that_see_no_context_attend_to_the_prefix_whatever_the_vendor_says(make_call, call_of, monkeypatch):
     """The vendor's log-sum-exp and output are made garbage there."""
     arguments = make_call(**LONG | {"mask": "padding bool"})
@@ -92,8 +82,7 @@ def test_queries_that_see_no_context_attend_to_the_prefix_whatever_the_vendor_sa
 def test_a_mask_that_was_expanded_is_not_written_out(make_call, call_of):
     mask = torch.zeros(1, 1, 1, 70).expand(2, 4, 70, 70)
     call = call_of(make_call(**LONG) | {"attn_mask": mask})
-    additive, _ = context._additive(call)
-    assert additive.shape == (1, 1, 1, 70)
+    assert attention_of(call).mask.shape == (1, 1, 1, 70)
     output = prefix_attention(**make_call(**LONG) | {"attn_mask": mask}, backend="composed")
     assert torch.equal(
         output, prefix_attention(**make_call(**LONG) | {"attn_mask": mask[:1, :1, :1]}, backend="composed")
@@ -104,5 +93,4 @@ def test_masks_of_moderate_size_reach_a_vendor_as_they_are(make_call, call_of):
     """What is taken off would be rounded, where a vendor adds masks in 16 bits."""
     mask = torch.tensor([5.03125, -3.015625, -torch.inf, 255.0]).expand(3, 4).clone()
     call = call_of(make_call(N=3, M=4, dtype=torch.bfloat16) | {"attn_mask": mask[None, None].bfloat16()})
-    additive, shift = context._additive(call)
-    assert torch.equal(additive, mask[None, None].bfloat16().float()) and not shift.any()
+    assert torch.equal(attention_of(call).mask, mask[None, None].bfloat16().float())

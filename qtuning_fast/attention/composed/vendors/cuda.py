@@ -73,6 +73,8 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
         return f"it is for CUDA devices, and query is on {query.device}"
     if torch.version.hip is not None:
         return "on ROCm its log-sum-exp is not known to be natural"
+    if call.query.shape[2] > 1 and (call.window_left is not None or call.window_right is not None):
+        return "it is given no windows"
     if query.dtype not in dtypes:
         return f"it takes {', '.join(str(dtype) for dtype in dtypes)}, and query is {query.dtype}"
     if max(query.shape[0], query.shape[1]) > LARGEST_GRID:

@@ -1,0 +1,46 @@
+"""The gradient of the sinks, one score of each head that has no value:
+
+    d sink = -Σ p δ        p = exp(sink - L)        over the queries of all samples
+
+A program has one head and adds its queries in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arguments
+from .arguments import Call, PerQuery
+from .backward_keys import first_query, load_delta
+from .launch import Launch, variant_for
+from .tiles import LOG2E, load_lse, query_rows, softmax_weights
+
+
+@triton.jit
+def backward_sink_kernel(sink, output, d_output, per_query, d_sink, sizes, variant):
+    h = tl.program_id(0)
+    s = tl.load(sink + h).to(tl.float32)
+    total = tl.zeros([variant.BLOCK_N], tl.float32)
+    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
+    for step in range(0, tiles * sizes.B):
+        b = step // tiles
+        n = first_query(step % tiles, variant)
+        start, row, exists = query_rows(sizes, b, h, n, variant)
+        L, rest = load_lse(per_query, start, row, exists, variant)
+        d = load_delta(output, d_output, per_query, sizes, b, h, n, variant)
+        total -= softmax_weights(s, LOG2E, L, rest, variant) * d
+    tl.store(d_sink + h, tl.sum(total, 0).to(d_sink.dtype.element_ty))
+
+
+def launch(call: Call, output: Tensor, d_output: Tensor, per_query: PerQuery, d_sink: Tensor) -> Launch:
+    variant, options = variant_for(call, "queries")
+    given = {
+        "sink": call.sink,
+        "output": arguments.rows(output),
+        "d_output": arguments.rows(d_output),
+        "per_query": per_query,
+        "d_sink": d_sink,
+        "sizes": arguments.sizes(call),
+        "variant": variant.marked(),
+    }
+    return Launch(backward_sink_kernel, call.query.shape[1], given, options)

@@ -1,0 +1,171 @@
+"""How the context is cut into pieces, each of which a vendor computes as plain attention.
+
+Causality, aligned bottom-right, is cut into what is square and what all queries see. A window is cut into chunks of
+queries, each with the keys within its reach, so that cost grows with the window and nothing dense is built. Chunks
+whose reach lies within the context have equally many keys and form the batch of one call, through views that overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import masked, score_dtype
+from qtuning_fast.attention.composed.vendors import Vendor
+
+ALL = slice(None)
+LARGEST_CHUNK = 256  # queries; PyTorch's flash attention for CPUs takes as many at a time
+SMALLEST_CHUNK = 32
+
+
+class Piece(NamedTuple):
+    """Some queries of some samples that attend to some keys. Those that share no piece do not see each other.
+
+    With a `chunk`, queries come in chunks of that many, each with its own keys: the first `width` of the piece's keys
+    for the first, and the next chunk's begin `chunk` keys later.
+
+    Attributes:
+        is_causal: aligned bottom-right.
+        again: whether the queries have been in a piece before.
+        band: key j is seen by query i, both counted from a chunk's first, if j - i lies within these bounds; None: no
+            bound.
+    """
+
+    samples: slice = ALL
+    queries: slice = ALL
+    keys: slice = ALL
+    is_causal: bool = False
+    again: bool = False
+    band: tuple[int | None, int | None] = (None, None)
+    chunk: int = 0
+    width: int = 0
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return a view of the piece's rows of x [B, H, N, D]: [b, H, n, D], with chunks [chunks, H, chunk, D]."""
+        part = x[self.samples, :, self.queries]
+        return part[0].unflatten(1, (-1, self.chunk)).transpose(0, 1) if self.chunk else part
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Return the same view of x [B, H, N]."""
+        return self.rows(x[..., None])[..., 0]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Return a view of the piece's keys in x [B, H, M, D], [b, H, m, D]; those of chunks overlap."""
+        part = x[self.samples, :, self.keys]
+        return part[0].unfold(1, self.width, self.chunk).permute(1, 0, 3, 2) if self.chunk else part
+
+    def add_to_keys(self, room: Tensor, gradient: Tensor) -> None:
+        """Add a gradient of `of_keys` to that of all keys, room [B, H, M, D]."""
+        part = room[self.samples, :, self.keys]
+        if self.chunk:
+            unfolded = gradient.permute(1, 0, 3, 2)
+            gradient = torch.ops.aten.unfold_backward(unfolded, part.shape[1:], 1, self.width, self.chunk)[None]
+        part += gradient
+
+    def mask(self, given: Sequence[Tensor], call: PrefixAttentionCall) -> Tensor | None:
+        """Return the additive mask of the piece in the scores' dtype, a tensor of its own; None: all is seen.
+
+        Args:
+            given: masks, bool or additive, [B, Hq, N, M]; any dimension may be 1.
+        """
+        parts = [self._part_of(mask) for mask in given]
+        low, high = self.band
+        if low is not None or high is not None:
+            n, m = self.chunk or _length(self.queries), self.width or _length(self.keys)
+            seen = torch.ones(1, 1, n, m, dtype=torch.bool, device=call.query.device)
+            seen = seen if low is None else seen.triu(low)
+            parts.append(seen if high is None else seen.tril(high))
+        if not parts:
+            return None
+        mask = torch.zeros(parts[0].shape, dtype=score_dtype(call.query), device=call.query.device)
+        for part in parts:
+            mask = masked(mask, part)
+        return mask
+
+    def _part_of(self, mask: Tensor) -> Tensor:
+        by_sample, by_query, by_key = (size > 1 for size in (mask.shape[0], *mask.shape[2:]))
+        mask = mask[self.samples if by_sample else ALL, :, self.queries if by_query else ALL]
+        mask = mask[..., self.keys if by_key else ALL]
+        if not self.chunk:
+            return mask
+        if by_query:
+            mask = mask.unflatten(2, (-1, self.chunk))  # [1, h, chunks, chunk, keys]
+        if by_key:
+            mask = mask.unfold(-1, self.width, self.chunk)  # [..., chunks, width]
+        if by_query and by_key:
+            mask = mask.diagonal(dim1=2, dim2=4).movedim(-1, 2)  # each chunk of queries with its own keys
+        elif by_key:
+            mask = mask.transpose(2, 3)
+        return mask[0].transpose(0, 1) if by_query or by_key else mask
+
+
+def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
+    """Split the context into disjoint pieces that cover what is seen."""
+    N, M = call.query.shape[2], call.key.shape[2]
+    before, after = call.keys_before, call.keys_after
+    if 0 in call.query.shape or M == 0:
+        return ()
+    if N == 1:
+        keys = _reached(M, M - 1, M - 1, before, after)
+        return (Piece(keys=ALL if keys == slice(0, M) else keys),)
+    if before is None and after is None:
+        return (Piece(),)
+    if before is not None or after != 0:
+        return list(_windows(call))
+    if N == M or (N < M and vendor.bottom_right):
+        return (Piece(is_causal=True),)
+    if N < M:  # all queries see the first M - N keys
+        return (Piece(keys=slice(M - N)), Piece(keys=slice(M - N, None), is_causal=True, again=True))
+    return (Piece(queries=slice(N - M, None), is_causal=True),)  # the first N - M queries see none
+
+
+def _windows(call: PrefixAttentionCall) -> Iterator[Piece]:
+    """Cut a window; no two pieces have queries in common."""
+    B, N, M = call.query.shape[0], call.query.shape[2], call.key.shape[2]
+    before, after = call.keys_before, call.keys_after
+    offset = M - N  # of a query's position
+    first = 0 if after is None else min(max(-offset - after, 0), N)  # queries before it see nothing
+    if before is None or after is None:
+        yield from _clipped(call, first, N, LARGEST_CHUNK)
+        return
+    chunk = min(max(SMALLEST_CHUNK, (before + after) // 4), LARGEST_CHUNK)
+    begin = min(max(before - offset, first), N)  # the first query whose reach begins within the context
+    chunks = max(N - after - begin, 0) // chunk  # whose reach ends within it, too
+    end = begin + chunks * chunk
+    if begin:
+        yield from _clipped(call, first, begin, chunk)
+    width = chunk + before + after
+    keys = slice(begin + offset - before, end + offset + after)
+    for sample in range(B if chunks else 0):
+        band = (0, before + after)
+        yield Piece(slice(sample, sample + 1), slice(begin, end), keys, band=band, chunk=chunk, width=width)
+    yield from _clipped(call, end, N, chunk)
+
+
+def _clipped(call: PrefixAttentionCall, start: int, stop: int, chunk: int) -> Iterator[Piece]:
+    """Cut the queries start..stop into chunks that see keys up to the context's first or last."""
+    N, M = call.query.shape[2], call.key.shape[2]
+    before, after = call.keys_before, call.keys_after
+    for begin in range(start, stop, chunk):
+        end = min(begin + chunk, stop)
+        position = begin + M - N
+        keys = _reached(M, position, position + end - begin - 1, before, after)
+        shift = position - keys.start  # of the first query from the first key
+        low = None if before is None or shift + end - begin - 1 <= before else shift - before
+        high = None if after is None or keys.stop - 1 <= position + after else shift + after
+        if keys.start < keys.stop:
+            yield Piece(queries=slice(begin, end), keys=keys, band=(low, high))
+
+
+def _reached(M: int, first: int, last: int, before: int | None, after: int | None) -> slice:
+    """Return the keys that queries at the positions first..last see, together."""
+    start = 0 if before is None else min(max(first - before, 0), M)
+    return slice(start, M if after is None else max(min(last + after + 1, M), start))
+
+
+def _length(part: slice) -> int:
+    return int(part.stop) - int(part.start)
