@@ -57,6 +57,7 @@ _WORDS = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id"
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _IMAGE = {**_SIZES, "image_size": 16, "patch_size": 8}
 _GROUPED = {"num_key_value_heads": 2}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 _T5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 48}
 _T5 = {
     **_T5,
@@ -158,6 +159,12 @@ FAMILIES = {
             Gemma3TextConfig(**_SIZES, **_WORDS, **_GROUPED, head_dim=8, sliding_window=4, query_pre_attn_scalar=8),
             "sliding window",
         ),
+        Family(
+            "GPT-OSS",
+            "decoder",
+            GptOssConfig(**_SIZES, **_WORDS, **_GROUPED, **_EXPERTS, head_dim=8, sliding_window=4),
+            "sliding window, attention sinks",
+        ),
         Family("Phi-3", "decoder", Phi3Config(**_SIZES, **_WORDS, **_GROUPED)),
         Family("GPT-2", "decoder", GPT2Config(n_embd=32, n_layer=2, n_head=4, **_WORDS)),
         Family(
@@ -177,10 +184,6 @@ REFUSED = {
         "cannot take a prefix.*itself",
     ),
     "ALBERT": (AlbertConfig(**_SIZES, vocab_size=40, embedding_size=16), "share one attention module"),
-    "GPT-OSS": (
-        GptOssConfig(**_SIZES, vocab_size=40, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
-        "attention sinks",
-    ),
     "wav2vec 2.0": (
         Wav2Vec2Config(**_SIZES, vocab_size=40, conv_dim=(8,), conv_stride=(2,), conv_kernel=(2,)),
         "input_values",
@@ -255,6 +258,7 @@ def _attention_by_hand(
     dropout: float = 0.0,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Eager attention as a paper's authors would write it; `module.by_hand` is its prefix."""
@@ -294,6 +298,9 @@ def _attention_by_hand(
             scores = torch.cat([parts[0], parts[1] + added], dim=-1)
     else:
         scores = scores + added
+    if s_aux is not None:  # one more score of each head, without a value
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        return (scores.softmax(-1)[..., :-1] @ value).transpose(1, 2), None
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import score_dtype
+from qtuning_fast.attention.composed.masks import Masks, shift_of, under_causality
 from qtuning_fast.attention.composed.pieces import ALL, Piece, pieces
 from qtuning_fast.attention.composed.vendors import Attention, Vendor
-
-NEAR = 256.0  # additive masks up to this magnitude are not shifted
 
 
 def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,19 +22,21 @@ def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tupl
         Output, log-sum-exp and the latter's rest, to be added to it, shaped as in `empty_outputs`. A query that sees
         nothing gets 0 and -inf. Masks and causality decide which queries these are, because vendors' reports differ.
     """
-    parts = pieces(call, vendor)
+    cut = pieces(call, vendor)
     shift: float | Tensor = 0.0
-    if _is_whole(parts):
-        _, x, shift = next(_attentions(call, parts))
-        o, L = _seen(x, vendor)
+    if _is_whole(cut):
+        (part,) = _parts(call, cut)
+        shift = part.shift
+        o, L = _seen(part, vendor)
         like, like_lse, _ = empty_outputs(call, vendor, keeps_rest, device="meta")
         output, lse = _laid_out(o, like), _laid_out(L, like_lse)
     else:
         output, lse, _ = empty_outputs(call, vendor, keeps_rest)
         output.zero_()
         lse.fill_(-torch.inf)
-        for piece, x, own in _attentions(call, parts):
-            o, L = _seen(x, vendor)
+        for part in _parts(call, cut):
+            piece, own = part.piece, part.shift
+            o, L = _seen(part, vendor)
             if piece.again:
                 _merge(piece.rows(output), piece.of_queries(lse), o, L)
             else:
@@ -53,15 +55,15 @@ def backward(
     call: PrefixAttentionCall, vendor: Vendor, output: Tensor, lse: Tensor, lse_rest: Tensor, d_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the context's gradients of query, key and value, given the global output and log-sum-exp."""
-    parts = pieces(call, vendor)
+    cut = pieces(call, vendor)
     d_output = _laid_out(d_output, output)
-    if _is_whole(parts):
-        _, x, shift = next(_attentions(call, parts))
-        found = vendor.backward(x, output, _shifted(lse, lse_rest, shift), d_output)
+    if _is_whole(cut):
+        (part,) = _parts(call, cut)
+        found = vendor.backward(part.x, output, _shifted(lse, lse_rest, part.shift), d_output)
         dq, dk, dv = (_laid_out(x, room) for x, room in zip(found, empty_gradients(call, vendor, device="meta")))
         return dq, dk, dv
     dq, dk, dv = (room.zero_() for room in empty_gradients(call, vendor))
-    for piece, x, own in _attentions(call, parts):
+    for piece, x, own, _ in _parts(call, cut):
         rest = piece.of_queries(lse_rest) if lse_rest.numel() else lse_rest
         L = _shifted(piece.of_queries(lse), rest, own)
         found = vendor.backward(x, piece.rows(output), L, piece.rows(d_output))
@@ -72,9 +74,9 @@ def backward(
     return dq, dk, dv
 
 
-def _is_whole(parts: Sequence[Piece]) -> bool:
+def _is_whole(cut: Sequence[Piece]) -> bool:
     """Return whether one call of a vendor computes the whole context."""
-    return len(parts) == 1 and parts[0].samples == parts[0].queries == parts[0].keys == ALL
+    return len(cut) == 1 and cut[0].samples == cut[0].queries == cut[0].keys == ALL
 
 
 def _shifted(lse: Tensor, lse_rest: Tensor, shift: float | Tensor) -> Tensor:
@@ -119,69 +121,44 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _attentions(call: PrefixAttentionCall, parts: Sequence[Piece]) -> Iterator[tuple[Piece, Attention, float | Tensor]]:
-    """Yield each piece, a vendor's input for it, and the shift, [b, Hq, n], subtracted from its queries' masks.
+class _Part(NamedTuple):
+    """A piece of a call."""
 
-    Subtracting a number from all scores of a query does not change attention. The shift is the largest additive mask
-    value that the query sees, which keeps its log-sum-exp near its scores however far the mask's values are from 0.
-    """
-    padding = None if call.padding_mask is None else call.padding_mask[:, None, None, :]
-    masks = [_narrowed(mask) for mask in (padding, call.attn_mask) if mask is not None]
-    moves = any(mask.dtype != torch.bool for mask in masks) and 0 not in call.query.shape
+    piece: Piece
+    x: Attention  # a vendor's input
+    shift: float | Tensor  # [b, Hq, n], subtracted from its queries' masks
+    hides: bool  # whether its mask may hide keys
+
+
+def _parts(call: PrefixAttentionCall, cut: Sequence[Piece]) -> Iterator[_Part]:
+    """Yield each piece with its masks."""
+    masks = Masks(call)
+    N, M = call.query.shape[2], call.key.shape[2]
     common: Tensor | None = None
-    if moves and any(piece.again for piece in parts):  # all have all queries, whose shifts must be the same
-        whole = Piece().mask(masks, call)
-        assert whole is not None
-        common = _largest(_causal(whole, call.query.shape[2], call.key.shape[2]))
+    if masks.move and any(piece.again for piece in cut):  # all have all queries, whose shifts must be the same
+        common = shift_of(under_causality(sum(masks.additive[1:], masks.additive[0]), N, M))
     query, key, value = (
         x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (call.query, call.key, call.value)
     )
-    for piece in parts:
-        x = Attention(
-            *(piece.rows(query), piece.of_keys(key), piece.of_keys(value), piece.mask(masks, call), piece.is_causal),
-            call.scale,
-        )
-        shift: float | Tensor = 0.0
-        if moves:
-            mask = x.mask
+    for piece in cut:
+        q, k, v = piece.rows(query), piece.of_keys(key), piece.of_keys(value)
+        own = slice(0 if piece.is_padded else 1, None)  # of the masks, of which padding is the first
+        mask, shift = piece.mask(masks.additive[own], q), common
+        if masks.move:
             assert mask is not None
-            if common is not None:
-                largest, mask = common, mask - common
-            else:
-                mask = _causal(mask, x.query.shape[2], x.key.shape[2]) if piece.is_causal else mask
-                largest = _largest(mask)
-                mask.sub_(largest)
-            x, shift = x._replace(mask=mask), largest.squeeze(-1)
-        yield piece, x, shift
+            if shift is None:
+                mask = under_causality(mask, q.shape[2], k.shape[2]) if piece.is_causal else mask
+                shift = shift_of(mask)
+            mask = mask - shift
+        x = Attention(q, k, v, mask, piece.is_causal, call.scale)
+        yield _Part(piece, x, 0.0 if shift is None else shift.squeeze(-1), piece.has_band or any(masks.hide[own]))
 
 
-def _causal(mask: Tensor, N: int, M: int) -> Tensor:
-    """Return an additive mask with -inf where causality hides a key.
-
-    Under causality queries see different keys, so a row shared by all queries is expanded to one row a query.
-    """
-    if mask.shape[3] != M:
-        return mask
-    return mask.masked_fill(torch.ones(N, M, dtype=torch.bool, device=mask.device).triu(M - N + 1), -torch.inf)
-
-
-def _largest(mask: Tensor) -> Tensor:
-    """Return the largest number of each row of an additive mask that is not near 0 anyway; of others 0."""
-    largest = mask.amax(-1, keepdim=True)
-    return largest.masked_fill(largest.isinf() | (largest.abs() <= NEAR), 0)
-
-
-def _narrowed(mask: Tensor) -> Tensor:
-    """Undo expanded dimensions, which would be written out."""
-    for dim, stride in enumerate(mask.stride()):
-        mask = mask.narrow(dim, 0, 1) if stride == 0 and mask.shape[dim] else mask
-    return mask
-
-
-def _seen(x: Attention, vendor: Vendor) -> tuple[Tensor, Tensor]:
+def _seen(part: _Part, vendor: Vendor) -> tuple[Tensor, Tensor]:
     """Return a vendor's output and log-sum-exp, set to 0 and -inf for queries that see nothing."""
+    x = part.x
     output, lse = vendor.forward(x)
-    if x.mask is None:
+    if x.mask is None or not part.hides:
         return output, lse
     visible = x.mask > -torch.inf
     N, M = x.query.shape[2], x.key.shape[2]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.common import masked, score_dtype
+from qtuning_fast.attention.common import score_dtype
 from qtuning_fast.attention.composed.vendors import Vendor
 
 ALL = slice(None)
@@ -33,6 +33,7 @@ class Piece(NamedTuple):
         again: whether the queries have been in a piece before.
         band: key j is seen by query i, both counted from a chunk's first, if j - i lies within these bounds; None: no
             bound.
+        is_padded: whether a padding mask may hide keys of the piece.
     """
 
     samples: slice = ALL
@@ -43,6 +44,7 @@ class Piece(NamedTuple):
     band: tuple[int | None, int | None] = (None, None)
     chunk: int = 0
     width: int = 0
+    is_padded: bool = True
 
     def rows(self, x: Tensor) -> Tensor:
         """Return a view of the piece's rows of x [B, H, N, D]: [b, H, n, D], with chunks [chunks, H, chunk, D]."""
@@ -66,25 +68,28 @@ class Piece(NamedTuple):
             gradient = torch.ops.aten.unfold_backward(unfolded, part.shape[1:], 1, self.width, self.chunk)[None]
         part += gradient
 
-    def mask(self, given: Sequence[Tensor], call: PrefixAttentionCall) -> Tensor | None:
-        """Return the additive mask of the piece in the scores' dtype, a tensor of its own; None: all is seen.
+    @property
+    def has_band(self) -> bool:
+        return self.band != (None, None)
+
+    def mask(self, given: Sequence[Tensor], query: Tensor) -> Tensor | None:
+        """Return the additive mask of the piece; None: all is seen.
 
         Args:
-            given: masks, bool or additive, [B, Hq, N, M]; any dimension may be 1.
+            given: additive masks [B, Hq, N, M], any dimension may be 1.
+            query: one of the mask's device; without given masks its scores' dtype is the mask's.
         """
         parts = [self._part_of(mask) for mask in given]
+        mask = sum(parts[1:], parts[0]) if parts else None
+        if not self.has_band:
+            return mask
         low, high = self.band
-        if low is not None or high is not None:
-            n, m = self.chunk or _length(self.queries), self.width or _length(self.keys)
-            seen = torch.ones(1, 1, n, m, dtype=torch.bool, device=call.query.device)
-            seen = seen if low is None else seen.triu(low)
-            parts.append(seen if high is None else seen.tril(high))
-        if not parts:
-            return None
-        mask = torch.zeros(parts[0].shape, dtype=score_dtype(call.query), device=call.query.device)
-        for part in parts:
-            mask = masked(mask, part)
-        return mask
+        n, m = self.chunk or _length(self.queries), self.width or _length(self.keys)
+        hidden = torch.zeros(1, 1, n, m, dtype=torch.bool, device=query.device)
+        hidden = hidden if low is None else hidden.logical_or_(torch.ones_like(hidden).tril(low - 1))
+        hidden = hidden if high is None else hidden.logical_or_(torch.ones_like(hidden).triu(high + 1))
+        mask = torch.zeros(1, 1, n, m, dtype=score_dtype(query), device=query.device) if mask is None else mask
+        return mask.masked_fill(hidden, -torch.inf)
 
     def _part_of(self, mask: Tensor) -> Tensor:
         by_sample, by_query, by_key = (size > 1 for size in (mask.shape[0], *mask.shape[2:]))
@@ -105,6 +110,37 @@ class Piece(NamedTuple):
 
 def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
     """Split the context into disjoint pieces that cover what is seen."""
+    found = _pieces(call, vendor)
+    return list(_by_sample(call, found)) if call.query.is_cpu and _shares_a_mask(call) else found
+
+
+def _shares_a_mask(call: PrefixAttentionCall) -> bool:
+    """Return whether samples share an attention mask beside their own padding."""
+    if call.padding_mask is None or call.attn_mask is None or len(call.query) == 1:
+        return False
+    return len(call.attn_mask) == 1 or call.attn_mask.stride(0) == 0
+
+
+def _by_sample(call: PrefixAttentionCall, found: Sequence[Piece]) -> Iterator[Piece]:
+    """Cut pieces into samples, and keys that are padding off a sample's end."""
+    assert call.padding_mask is not None
+    M = call.key.shape[2]
+    attended = call.padding_mask if call.padding_mask.dtype == torch.bool else torch.ones_like(call.padding_mask) > 0
+    ends = (attended * torch.arange(1, M + 1)).amax(1).tolist()
+    whole = (attended.sum(1) == torch.tensor(ends)).tolist()
+    for piece in found:
+        if piece.samples != ALL:
+            yield piece
+            continue
+        for sample, (end, is_whole) in enumerate(zip(ends, whole)):
+            own = piece._replace(samples=slice(sample, sample + 1))
+            if piece.keys == ALL and not piece.is_causal and call.padding_mask.dtype == torch.bool:
+                own = own._replace(keys=slice(0, end), is_padded=not is_whole)
+            if own.keys != slice(0, 0):
+                yield own
+
+
+def _pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
     N, M = call.query.shape[2], call.key.shape[2]
     before, after = call.keys_before, call.keys_after
     if 0 in call.query.shape or M == 0:

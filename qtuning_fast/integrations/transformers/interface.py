@@ -16,16 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from qtuning_fast.attention.api import prefix_attention
+from qtuning_fast.integrations.transformers.masks import attention_mask as mask_for
+from qtuning_fast.integrations.transformers.masks import seen
 from qtuning_fast.method.prefix import no_prefix, placed
 
 NAME = "qtuning_fast"
 
 Arguments = Mapping[str, Any]
-
-_NOT_DONE = {"s_aux": "attention sinks", "sinks": "attention sinks"}
 
 
 class AttentionCall(NamedTuple):
@@ -79,11 +78,14 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers: query `[B, Hq, N, D]` to output `[B, N, Hq, Dv]`, without weights.
 
-    `attention_mask` includes sliding windows; `position_bias` is T5's relative bias, `[1 or B, Hq, N, M]`.
+    Args:
+        attention_mask: as `masks.attention_mask` returns it.
+        position_bias: T5's relative bias, `[1 or B, Hq, N, M]`.
+        kwargs: among others `softcap`, `sliding_window` and `s_aux`, attention sinks `[Hq]`.
 
     Raises:
         ValueError: attention dropout or attention weights are requested.
-        NotImplementedError: the model has attention sinks.
+        NotImplementedError: each token has its own attention sinks.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -91,22 +93,25 @@ def attention_forward(
         )
     if dropout:
         raise ValueError(f"dropout is {dropout}: prefix attention has no dropout; put the model in eval mode")
-    for name, what in _NOT_DONE.items():
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{what} ({name}): {type(module).__name__} has them, prefix attention does not")
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
         watcher(AttentionCall(module, query, key, value, causal))
+    if kwargs.get("sinks") is not None:
+        raise NotImplementedError(f"attention sinks of each token (sinks): {type(module).__name__} has them")
+    padding, mask, reach = seen(attention_mask, key.shape[2], kwargs.get("sliding_window"))
+    sink: Tensor | None = kwargs.get("s_aux")
     options = {
-        "is_causal": causal and (attention_mask is None or attention_mask.ndim == 2),  # otherwise the mask includes it
+        "is_causal": causal and mask is None,  # otherwise the mask includes it
+        "window": None if reach is None else (reach, reach),
         "scale": scaling,
         "softcap": kwargs.get("softcap"),
+        "sink": sink if sink is None or sink.dtype == value.dtype else sink.float(),
     }
     if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
         position_bias = position_bias.detach()  # a reentrant checkpoint makes it require a gradient, which is not used
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
-    call = _Call(query, key, value, attention_mask, position_bias, options)
+    call = _Call(query, key, value, padding, mask, position_bias, options)
     prefix = placed(module)
     if prefix is None:
         output = call.with_prefix(no_prefix(call.key, call.value))
@@ -124,21 +129,21 @@ class _Call:
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
+    padding: Tensor | None  # [B, M]
+    mask: Tensor | None  # [B, 1 or H, N, M]
     bias: Tensor | None
     options: dict[str, Any]
 
     def with_prefix(self, prefix: Arguments, *, queries: slice | None = None, keys: slice | None = None) -> Tensor:
         """Return the output `[B, Hq, n, Dv]` of these queries over the prefix and these keys."""
         queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
-        mask, bias = self.mask, None if self.bias is None else self.bias[:, :, queries, keys]
-        if mask is not None:
-            mask = mask[:, keys] if mask.ndim == 2 else mask[:, :, queries, keys]
+        mask, bias = (None if x is None else x[:, :, queries, keys] for x in (self.mask, self.bias))
         output = prefix_attention(
             self.query[:, :, queries],
             self.key[:, :, keys],
             self.value[:, :, keys],
             **prefix,
+            padding_mask=None if self.padding is None else self.padding[:, keys],
             attn_mask=_with_bias(mask, bias),
             **self.options,
         )
@@ -165,33 +170,33 @@ def _attend_behind_prompt(
             there = (
                 torch.arange(prompt_tokens, device=call.key.device) >= prompt_tokens - prefix_length[prefix_index, None]
             )
-            bias = _with_bias(there, call.query.new_zeros(1, 1, 1, prompt_tokens) if bias is None else bias)
-            call = replace(
-                call, mask=_both(call.mask, F.pad(there, (0, call.key.shape[2] - prompt_tokens), value=True))
-            )
+            hidden = call.query.new_zeros(1, 1, 1, prompt_tokens) if bias is None else bias
+            bias = _with_bias(there[:, None, None], hidden)
+            there = F.pad(there, (0, call.key.shape[2] - prompt_tokens), value=True)
+            call = replace(call, padding=there if call.padding is None else call.padding & there)
     prefix = gate | {
         "prefix_key": call.key[:, :, in_front],
         "prefix_value": call.value[:, :, in_front],
         "prefix_index": torch.arange(call.key.shape[0], device=call.key.device),
         "prefix_bias": bias,
     }
-    prompt = call.with_prefix(no_prefix(call.key, call.value), queries=in_front)
+    prompt = _of_first(call, prompt_tokens).with_prefix(no_prefix(call.key, call.value), queries=in_front)
     return torch.cat([prompt, call.with_prefix(prefix, queries=behind, keys=behind)], dim=2)
 
 
-def _both(mask: Tensor | None, padding: Tensor) -> Tensor:
-    """Combine a mask `[B, M]` or `[B, 1, N, M]`, if any, with a bool `[B, M]`: both must allow a key."""
-    if mask is None:
-        return padding
-    return mask & padding if mask.ndim == 2 else mask & padding[:, None, None]
+def _of_first(call: _Call, count: int) -> _Call:
+    """Return the call with its window as a mask on the first queries, which do not stand where the last ones would."""
+    if call.options["window"] is None:
+        return call
+    reach, _ = call.options["window"]
+    near = torch.ones(1, 1, count, call.key.shape[2], dtype=torch.bool, device=call.query.device)
+    return replace(call, mask=near.triu(-reach).tril(reach), options=call.options | {"window": None})
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Combine mask and relative bias into one `attn_mask`."""
     if mask is None or bias is None:
         return mask if bias is None else bias
-    if mask.ndim == 2:
-        mask = mask[:, None, None]
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
@@ -218,37 +223,5 @@ def for_batch(each: Tensor, batch: int) -> Tensor:
     return each if named == batch else each.repeat_interleave(batch // named, dim=0)
 
 
-def attention_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    mask_function: Any,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Return transformers' mask: a bool `[B, M]` if there is only padding beside causality, else a bool `[B, 1, N, M]`.
-
-    A static cache's `M` is its capacity, not the number of keys written so far, so `N` and `M` do not determine
-    causality. The explicit mask then includes it, as it includes sliding windows and packed sequences.
-    """
-    fits = attention_mask is None or (attention_mask.ndim == 2 and attention_mask.shape[1] == kv_length)
-    up_to_date = isinstance(q_offset, int) and not kv_offset and q_offset + q_length == kv_length
-    plain = mask_function is bidirectional_mask_function or (mask_function is causal_mask_function and up_to_date)
-    if plain and fits and not kwargs.get("use_vmap"):
-        return None if attention_mask is None else attention_mask.bool()
-    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        mask_function=mask_function,
-        q_offset=q_offset,  # type: ignore[arg-type]
-        kv_offset=kv_offset,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
-
-
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)
+AttentionMaskInterface.register(NAME, mask_for)

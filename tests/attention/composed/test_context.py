@@ -27,9 +27,8 @@ def results(arguments, leaves, backend):
 
 def attention_of(call):
     """What a vendor gets for a call that is one piece."""
-    (_, x, _), *none = context._attentions(call, pieces(call, vendor_for(call)))
-    assert not none
-    return x
+    (part,) = context._parts(call, pieces(call, vendor_for(call)))
+    return part.x
 
 
 PREFIXES = {

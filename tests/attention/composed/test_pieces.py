@@ -41,7 +41,7 @@ def covered(call, parts):
         queries = piece.rows(torch.arange(N).expand(B, 1, N)[..., None])[:, 0, :, 0]
         keys = piece.of_keys(numbers)[:, 0, :, 0]
         samples = range(B)[piece.samples] if piece.chunk == 0 else [range(B)[piece.samples][0]] * len(queries)
-        mask = piece.mask([], call)
+        mask = piece.mask([], call.query)
         for b, rows, columns in zip(samples, queries, keys, strict=True):
             seen = torch.ones(len(rows), len(columns), dtype=torch.bool)
             if mask is not None:
@@ -71,7 +71,7 @@ def test_each_query_meets_each_key_that_it_sees_once_and_no_other(make_call, cal
 def test_a_window_costs_what_it_sees(make_call, call_of):
     call = call_of(make_call(B=1, Hkv=1, G=1, N=8192, M=8192, window=(64, 64)))
     parts = pieces(call, vendor_for(call))
-    scores = sum(piece.rows(call.query).shape[0] * piece.mask([], call).numel() for piece in parts)
+    scores = sum(piece.rows(call.query).shape[0] * piece.mask([], call.query).numel() for piece in parts)
     assert len(parts) <= 6 and scores < 1.3 * 129 * 8192
 
 
