@@ -68,7 +68,7 @@ def backward(
         L = _shifted(piece.of_queries(lse), rest, own)
         found = vendor.backward(x, piece.rows(output), L, piece.rows(d_output))
         rows = piece.rows(dq)
-        rows += found[0]
+        rows.copy_(rows + found[0] if piece.again else found[0])
         piece.add_to_keys(dk, found[1])
         piece.add_to_keys(dv, found[2])
     return dq, dk, dv

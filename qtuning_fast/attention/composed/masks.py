@@ -27,13 +27,10 @@ class Masks:
     def __init__(self, call: PrefixAttentionCall) -> None:
         padding = None if call.padding_mask is None else call.padding_mask[:, None, None, :]
         given = [_narrowed(mask) for mask in (padding, call.attn_mask) if mask is not None]
-        self.additive = [_additive(mask, score_dtype(call.query)) for mask in given]
-        some = 0 not in call.query.shape
-        self.move = some and any(
-            mask.dtype != torch.bool and not (mask.is_cpu and _is_near(additive))
-            for mask, additive in zip(given, self.additive)
-        )
-        self.hide = [not (mask.is_cpu and not mask.isneginf().any()) for mask in self.additive]
+        found = [_additive(mask, score_dtype(call.query)) for mask in given]
+        self.additive = [mask for mask, _, _ in found]
+        self.hide = [hides for _, hides, _ in found]
+        self.move = 0 not in call.query.shape and any(moves for _, _, moves in found)
 
 
 def shift_of(mask: Tensor) -> Tensor:
@@ -59,10 +56,22 @@ def _narrowed(mask: Tensor) -> Tensor:
     return mask
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return masked(torch.zeros(mask.shape, dtype=dtype, device=mask.device), mask)
+def _additive(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
+    """Return an additive mask, whether it hides keys, and whether its numbers lie far from 0.
 
-
-def _is_near(additive: Tensor) -> bool:
-    """Return whether all numbers are near 0, except for those that hide a key."""
-    return bool(((additive.abs() <= NEAR) | additive.isneginf()).all())
+    A mask that is of this kind already is returned as it is, where its numbers can be looked at.
+    """
+    lowest, is_bool = torch.finfo(dtype).min, mask.dtype == torch.bool
+    as_it_is = mask.is_cpu and mask.dtype == dtype and mask.numel() > 0
+    if as_it_is:
+        least, most = (x.item() for x in mask.aminmax())
+        if least > lowest:  # so nothing is hidden, and nothing NaN
+            return mask, False, max(-least, most) > NEAR
+        as_it_is = least == -torch.inf and not bool((mask == lowest).any())
+    if not as_it_is:
+        mask = masked(torch.zeros(mask.shape, dtype=dtype, device=mask.device), mask)
+    if not mask.is_cpu:
+        return mask, True, not is_bool
+    hidden = mask == -torch.inf
+    is_near = bool(((mask >= -NEAR) | hidden).all()) and bool((mask <= NEAR).all())
+    return mask, bool(hidden.any()), not is_near

@@ -20,6 +20,7 @@ from qtuning_fast.attention.composed.vendors import Vendor
 ALL = slice(None)
 LARGEST_CHUNK = 256  # queries; PyTorch's flash attention for CPUs takes as many at a time
 SMALLEST_CHUNK = 32
+MOST_ELEMENTS = 1 << 20  # of keys in the chunks of one call: 4 MiB in float32, so that gradients stay in the cache
 
 
 class Piece(NamedTuple):
@@ -63,10 +64,14 @@ class Piece(NamedTuple):
     def add_to_keys(self, room: Tensor, gradient: Tensor) -> None:
         """Add a gradient of `of_keys` to that of all keys, room [B, H, M, D]."""
         part = room[self.samples, :, self.keys]
-        if self.chunk:
-            unfolded = gradient.permute(1, 0, 3, 2)
-            gradient = torch.ops.aten.unfold_backward(unfolded, part.shape[1:], 1, self.width, self.chunk)[None]
-        part += gradient
+        if not self.chunk:
+            part += gradient
+            return
+        chunks = len(gradient)
+        for start in range(0, self.width, self.chunk):  # strips of the chunks' keys that do not overlap
+            strip = gradient[:, :, start : start + self.chunk].transpose(0, 1)  # [H, chunks, n, D]
+            keys = part[0].narrow(1, start, (chunks - 1) * self.chunk + strip.shape[2])
+            keys.unfold(1, strip.shape[2], self.chunk).transpose(2, 3).add_(strip)
 
     @property
     def has_band(self) -> bool:
@@ -175,10 +180,13 @@ def _windows(call: PrefixAttentionCall) -> Iterator[Piece]:
     if begin:
         yield from _clipped(call, first, begin, chunk)
     width = chunk + before + after
-    keys = slice(begin + offset - before, end + offset + after)
-    for sample in range(B if chunks else 0):
-        band = (0, before + after)
-        yield Piece(slice(sample, sample + 1), slice(begin, end), keys, band=band, chunk=chunk, width=width)
+    together = max(MOST_ELEMENTS // (width * call.key.shape[1] * call.key.shape[3]), 1) * chunk
+    for sample in range(B):
+        for start in range(begin, end, together):
+            stop = min(start + together, end)
+            keys = slice(start + offset - before, stop + offset + after)
+            band = (0, before + after)
+            yield Piece(slice(sample, sample + 1), slice(start, stop), keys, band=band, chunk=chunk, width=width)
     yield from _clipped(call, end, N, chunk)
 
 
