@@ -93,7 +93,7 @@ def seen(mask: Tensor | None, keys: int, sliding_window: int | None) -> Seen:
 
 def _window(mask_function: Any, size: int | None) -> int | None:
     """Return how many keys a windowed mask function leaves on a side, a query's own included; None: it is no such."""
-    if size is None:
+    if not size:
         return None
     if _alike(mask_function, sliding_window_causal_mask_function(size)):
         return size

@@ -1,0 +1,136 @@
+"""Masks as transformers asks for them: windows are recognised, and what is handed on means what its own mask says."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    or_masks,
+    sdpa_mask,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
+
+from qtuning_fast.attention.reference import within_reach
+from qtuning_fast.integrations.transformers import NAME
+from qtuning_fast.integrations.transformers.masks import attention_mask, seen
+
+KINDS = {
+    "causal": (lambda size: causal_mask_function, False),
+    "bidirectional": (lambda size: bidirectional_mask_function, False),
+    "causal window": (sliding_window_causal_mask_function, True),
+    "bidirectional window": (sliding_window_bidirectional_mask_function, True),
+}
+
+
+def asked(mask_function: Any, size: int | None, N: int, M: int, **options: Any) -> dict[str, Any]:
+    known = {"batch_size": 2, "q_length": N, "kv_length": M, "q_offset": M - N, "kv_offset": 0, "device": "cpu"}
+    return known | {"mask_function": mask_function, "local_size": size, "dtype": torch.float32} | options
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    size=st.integers(1, 9),
+    N=st.integers(1, 12),
+    cached=st.integers(0, 6),
+    dropped=st.integers(0, 3),
+    padded=st.booleans(),
+)
+def test_what_is_handed_on_means_what_transformers_mask_says(kind, size, N, cached, dropped, padded) -> None:
+    """Also with keys in a cache, of which one with a window has dropped the first."""
+    function, has_window = KINDS[kind]
+    M = N + cached
+    places = {"q_offset": dropped + cached, "kv_offset": dropped}
+    if kind == "bidirectional":
+        places = {"q_offset": cached, "kv_offset": 0}  # no cache drops keys of it
+        dropped = 0
+    mask = None
+    if padded:
+        mask = torch.ones(2, dropped + M, dtype=torch.long)
+        mask[0, : dropped + cached + N // 2] = 0
+    call = asked(function(size), size if has_window else None, N, M, attention_mask=mask, **places)
+    expected = sdpa_mask(**call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    found = attention_mask(**call)
+    padding, full, reach = seen(found, M, None)
+    if full is not None:  # a cache that has dropped keys, but has no window
+        assert dropped and not has_window and torch.equal(full, expected)
+        return
+    assert (reach is not None) == has_window
+    causal = kind.startswith("causal")
+    reached = within_reach(
+        SimpleNamespace(query=torch.empty(2, 1, N, 1), key=torch.empty(2, 1, M, 1), keys_before=reach,
+                        keys_after=0 if causal else reach)
+    )  # fmt: skip
+    visible = torch.ones(2, 1, N, M, dtype=torch.bool) if reached is None else reached.expand(2, 1, N, M)
+    visible = visible if padding is None else visible & padding[:, None, None]
+    assert torch.equal(visible, expected.expand(2, 1, N, M))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        asked(and_masks(sliding_window_overlay(3), bidirectional_mask_function), 3, 6, 6),
+        asked(or_masks(sliding_window_causal_mask_function(3), bidirectional_mask_function), 3, 6, 6),
+        asked(sliding_window_causal_mask_function(4), 3, 6, 6),  # another size than is said
+        asked(sliding_window_causal_mask_function(3), None, 6, 6),
+        asked(sliding_window_causal_mask_function(3), 3, 6, 9, q_offset=2),  # a static cache, not full yet
+        asked(sliding_window_causal_mask_function(3), 3, 6, 6, attention_mask=torch.ones(2, 7, dtype=torch.bool)),
+        asked(sliding_window_causal_mask_function(3), 3, 6, 6, q_offset=torch.tensor(0)),
+        asked(causal_mask_function, None, 6, 9, q_offset=2),
+    ],
+    ids=["half causal", "more than a window", "other size", "no size", "static", "odd padding", "on device", "offset"],
+)
+def test_what_is_not_recognised_is_written_out(call: dict[str, Any]) -> None:
+    found = attention_mask(**call)
+    assert found is not None and found.shape[2:] == (6, call["kv_length"]) and found.dtype == torch.bool
+    assert seen(found, call["kv_length"], 3) == (None, found, None)
+
+
+def test_a_window_is_read_from_the_mask_or_from_what_the_model_says() -> None:
+    call = asked(sliding_window_causal_mask_function(3), 3, 6, 6)
+    alone = attention_mask(**call)
+    assert seen(alone, 6, None) == (None, None, 2) == seen(alone, 6, 3)
+    padded = attention_mask(**call, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]] * 2))
+    padding, full, reach = seen(padded, 6, None)
+    assert full is None and reach == 2 and padding.tolist() == [[False, True, True, True, True, True]] * 2
+    elsewhere = padded.to("meta")  # its numbers cannot be read
+    assert seen(elsewhere, 6, 5)[2] == 4
+    assert seen(None, 6, 3) == (None, None, None)  # a layer without a window in a model that has some
+
+
+def test_one_key_may_be_padding() -> None:
+    call = asked(sliding_window_causal_mask_function(3), 3, 1, 1, attention_mask=torch.tensor([[0], [1]]))
+    padding, _, reach = seen(attention_mask(**call), 1, 3)
+    assert padding.tolist() == [[False], [True]] and reach == 2
+
+
+def test_a_model_that_keeps_its_window_to_itself() -> None:
+    """Its attention function is told of none."""
+    config = Qwen2MoeConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2,
+        num_experts_per_tok=1, use_sliding_window=True, sliding_window=3, max_window_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours = Qwen2MoeForCausalLM(config).eval()
+    eager = copy.deepcopy(ours)
+    ours.set_attn_implementation(NAME)
+    eager.set_attn_implementation("eager")
+    ids = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, eager(ids).logits)
+        wide = copy.deepcopy(eager)
+        wide.config.sliding_window = 64
+        assert not torch.allclose(wide(ids).logits, eager(ids).logits, atol=1e-4)
