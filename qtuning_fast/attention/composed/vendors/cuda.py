@@ -74,7 +74,7 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
     if torch.version.hip is not None:
         return "on ROCm its log-sum-exp is not known to be natural"
     if call.query.shape[2] > 1 and (call.window_left is not None or call.window_right is not None):
-        return "it is given no windows"
+        return "it is not given windows"
     if query.dtype not in dtypes:
         return f"it takes {', '.join(str(dtype) for dtype in dtypes)}, and query is {query.dtype}"
     if max(query.shape[0], query.shape[1]) > LARGEST_GRID:
@@ -86,10 +86,11 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
 
 def _mask_obstacle(call: PrefixAttentionCall) -> str | None:
     """Return why query's dtype cannot hold the mask, or None: -1e9, for example, would be -inf in float16."""
-    mask, dtype = mask_of(call), call.query.dtype
-    if mask is None or not mask.is_floating_point() or torch.promote_types(mask.dtype, dtype) == dtype:
-        return None
-    return f"it adds masks in query's dtype, {dtype}, which does not hold all values of {mask.dtype}"
+    dtype = call.query.dtype
+    for mask in (call.padding_mask, call.attn_mask):
+        if mask is not None and mask.is_floating_point() and torch.promote_types(mask.dtype, dtype) != dtype:
+            return f"it adds masks in query's dtype, {dtype}, which does not hold all values of {mask.dtype}"
+    return None
 
 
 def mask_of(call: PrefixAttentionCall) -> Tensor | None:

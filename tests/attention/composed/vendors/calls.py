@@ -19,7 +19,13 @@ TAKING_MASKS = [CPU_FLASH, CUDNN, EFFICIENT]
 
 
 def call_of(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    padding: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
 ) -> PrefixAttentionCall:
     return checked_call(
         query,
@@ -29,7 +35,9 @@ def call_of(
         prefix_value=value.new_empty(value.shape[1], 0, value.shape[3]),
         gate=None,
         attn_mask=mask,
+        padding_mask=padding,
         is_causal=is_causal,
+        window=window,
         scale=0.3,
     )
 
@@ -47,14 +55,17 @@ def fake_call(
     mask=None,
     padding=None,
     is_causal=False,
+    window=None,
 ):
     """A call without data; `mask` and `padding` are the dtypes of masks."""
     return call_of(
         torch.empty(B, Hq, N, D, dtype=dtype, device=device),
         torch.empty(B, Hkv, M, D, dtype=dtype, device=device),
         torch.empty(B, Hkv, M, Dv or D, dtype=dtype, device=device),
-        _fake_mask(mask, 1, 1, N, M, device=device) if padding is None else _fake_mask(padding, B, M, device=device),
+        _fake_mask(mask, 1, 1, N, M, device=device),
         is_causal,
+        _fake_mask(padding, B, M, device=device),
+        window,
     )
 
 

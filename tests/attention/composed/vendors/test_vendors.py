@@ -21,6 +21,13 @@ REFUSED = {
     "samples": (ON_GPU, {"B": 65536}, {}, "up to 65535 samples"),
     "a mask": ([FLASH_2, FLASH_3, FLASH_4], {"mask": torch.bool}, {}, "no masks"),
     "a wide mask": (TAKING_MASKS, {"mask": torch.float32}, {}, "does not hold all values of torch.float32"),
+    "a wide mask beside padding": (
+        [EFFICIENT],
+        {"mask": torch.float32, "padding": torch.bool},
+        {},
+        "does not hold all values of torch.float32",
+    ),
+    "a window": (ON_GPU, {"window": (3, 0)}, {}, "not given windows"),
     "float16's in bfloat16": (TAKING_MASKS, {"mask": torch.float16}, {}, "does not hold all values"),
     "cuDNN, large heads": ([CUDNN], {"D": 136}, {}, "up to 128, got 136"),
     "cuDNN, one query": ([CUDNN], {"N": 1}, {}, "neither one query nor one key"),
