@@ -19,6 +19,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+WINDOW = torch.int32  # the dtype of a mask with a window
+
 
 class Seen(NamedTuple):
     """What a query may see."""
@@ -41,9 +43,10 @@ def attention_mask(
     """Return transformers' mask for `seen`.
 
     - Only padding beside causality: a bool `[B, M]`, or None without padding.
-    - A window beside them: integers `[B, 1, M]`, 0 for padding, else the number of keys from a query's own to the
-      farthest that it sees; `[1, 1, 1]` without padding. The window travels in the mask, because not every model
-      tells its attention function of it.
+    - A window beside them: integers `[B, 1, 1, M]`, 0 for padding, else minus the number of keys from a query's own to
+      the farthest that it sees; `[1, 1, 1, 1]` without padding. The window travels in the mask, because not every model
+      tells its attention function of it. (`generate` may make the mask beforehand; a model takes one of four
+      dimensions for made. Nobody else has negative numbers in a mask of integers.)
     - Anything else: a bool `[B, 1, N, M]`, which includes causality. So it is with a static cache, whose `M` is its
       capacity, not the number of keys written so far, and where code is traced.
     """
@@ -59,10 +62,10 @@ def attention_mask(
             count = _window(mask_function, kwargs.get("local_size"))
             if count is not None:
                 if padding is None:
-                    return torch.full((1, 1, 1), count, device=kwargs.get("device"))
-                return padding[:, None] * count
+                    return torch.full((1, 1, 1, 1), -count, dtype=WINDOW, device=kwargs.get("device"))
+                return padding[:, None, None] * torch.tensor(-count, dtype=WINDOW)
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
+    mask = sdpa_mask(
         q_length=q_length,
         kv_length=kv_length,
         mask_function=mask_function,
@@ -71,6 +74,7 @@ def attention_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+    return None if mask is None else mask.bool()
 
 
 def seen(mask: Tensor | None, keys: int, sliding_window: int | None) -> Seen:
@@ -82,13 +86,22 @@ def seen(mask: Tensor | None, keys: int, sliding_window: int | None) -> Seen:
     """
     if mask is None or mask.ndim == 2:
         return Seen(mask, None, None)
-    if mask.ndim == 4:
+    if not has_window(mask):
         return Seen(None, mask, None)
     count = sliding_window
     if count is None or mask.is_cpu:
-        count = int(mask.amax()) or keys
-    padding = None if mask.shape[2] == 1 != keys else mask[:, 0] != 0
-    return Seen(padding, None, count - 1)
+        count = int(-mask.amin()) or keys
+    return Seen(padding_beside(mask, keys), None, count - 1)
+
+
+def has_window(mask: Tensor) -> bool:
+    """Return whether a mask of four dimensions is one with a window."""
+    return mask.dtype == WINDOW and mask.shape[1:3] == (1, 1) and not (mask.is_cpu and bool((mask > 0).any()))
+
+
+def padding_beside(mask: Tensor, keys: int | None = None) -> Tensor | None:
+    """Return the padding, bool `[B, M]`, in a mask with a window; None: there is none."""
+    return None if mask.shape[3] == 1 != keys else mask[:, 0, 0] != 0
 
 
 def _window(mask_function: Any, size: int | None) -> int | None:

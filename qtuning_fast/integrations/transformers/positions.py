@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from qtuning_fast.integrations.transformers.caches import cache_among
 from qtuning_fast.integrations.transformers.interface import for_batch, watched
 from qtuning_fast.integrations.transformers.layers import dummy_inputs, main_input
+from qtuning_fast.integrations.transformers.masks import has_window, padding_beside
 from qtuning_fast.integrations.transformers.packing import keeps_packed_rows_apart, without_cache
 
 
@@ -97,6 +98,8 @@ def padding_mask(inputs: dict[str, Any]) -> Tensor | None:
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor):
         return None
+    if mask.ndim == 4 and has_window(mask):
+        return padding_beside(mask)
     if mask.ndim == 4 and mask.dtype == torch.bool:
         return mask.any(2).any(1)
     return mask if mask.ndim == 2 else None

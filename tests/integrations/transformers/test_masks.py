@@ -34,6 +34,11 @@ KINDS = {
 }
 
 
+TINY = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "intermediate_size": 48, "num_experts": 2, "num_experts_per_tok": 1}
+TINY |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+
+
 def asked(mask_function: Any, size: int | None, N: int, M: int, **options: Any) -> dict[str, Any]:
     known = {"batch_size": 2, "q_length": N, "kv_length": M, "q_offset": M - N, "kv_offset": 0, "device": "cpu"}
     return known | {"mask_function": mask_function, "local_size": size, "dtype": torch.float32} | options
@@ -110,6 +115,16 @@ def test_a_window_is_read_from_the_mask_or_from_what_the_model_says() -> None:
     assert seen(None, 6, 3) == (None, None, None)  # a layer without a window in a model that has some
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_other_masks_of_integers_are_refused(dtype: torch.dtype) -> None:
+    """As they were: a mask of ones must not be taken for a window."""
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**TINY)).eval()
+    model.set_attn_implementation(NAME)
+    ids = torch.randint(3, 40, (2, 5), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="attn_mask must have a floating or bool dtype"):
+        model(ids, attention_mask=torch.ones(2, 1, 5, 5, dtype=dtype))
+
+
 def test_one_key_may_be_padding() -> None:
     call = asked(sliding_window_causal_mask_function(3), 3, 1, 1, attention_mask=torch.tensor([[0], [1]]))
     padding, _, reach = seen(attention_mask(**call), 1, 3)
@@ -118,11 +133,7 @@ def test_one_key_may_be_padding() -> None:
 
 def test_a_model_that_keeps_its_window_to_itself() -> None:
     """Its attention function is told of none."""
-    config = Qwen2MoeConfig(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2,
-        num_experts_per_tok=1, use_sliding_window=True, sliding_window=3, max_window_layers=2,
-    )  # fmt: skip
+    config = Qwen2MoeConfig(**TINY, use_sliding_window=True, sliding_window=3, max_window_layers=2)
     torch.manual_seed(0)
     ours = Qwen2MoeForCausalLM(config).eval()
     eager = copy.deepcopy(ours)
