@@ -116,13 +116,14 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
 
         # The operator's causality, aligned bottom-right, equals the hint's if L = S and no keys are added.
         causal = is_causal and q.shape[1] == k.shape[1] and self.bias_k is None and not self.add_zero_attn
-        mask = self._context_mask(key_padding_mask, None if causal else attn_mask, len(q))
-        k, v, mask = self._with_added_keys(k, v, mask)
+        padding, mask = self._context_masks(key_padding_mask, None if causal else attn_mask, len(q))
+        k, v, padding, mask = self._with_added_keys(k, v, padding, mask)
         output, weights = self.attend(
             self._by_head(q),
             self._by_head(k),
             self._by_head(v),
-            attn_mask=mask,
+            attn_mask=padding if mask is None else mask,  # padding alone may be learned
+            padding_mask=None if mask is None else padding,
             is_causal=causal,
             dropout=self.dropout if self.training else 0.0,
             need_weights=need_weights,
@@ -148,28 +149,33 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases))
 
-    def _with_added_keys(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the keys of `add_bias_kv` and `add_zero_attn`, which no mask covers."""
+    def _with_added_keys(
+        self, k: Tensor, v: Tensor, *masks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Append the keys of `add_bias_kv` and `add_zero_attn`, which neither mask covers."""
         B, S, E = k.shape
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).expand(B, 1, E)], dim=1)
             v = torch.cat([v, self.bias_v.to(v.dtype).expand(B, 1, E)], dim=1)
         if self.add_zero_attn:
             k, v = (torch.cat([x, x.new_zeros(B, 1, E)], dim=1) for x in (k, v))
-        if mask is not None and k.shape[1] > S:
-            mask = F.pad(mask, (0, k.shape[1] - S), value=mask.dtype == torch.bool)
-        return k, v, mask
+        added = k.shape[1] - S
+        padding, mask = (
+            x if x is None or not added else F.pad(x, (0, added), value=x.dtype == torch.bool) for x in masks
+        )
+        return k, v, padding, mask
 
-    def _context_mask(self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int) -> Tensor | None:
-        """Combine both masks into the operator's form: `[B, S]` or 4-D, True where a query attends."""
-        if attn_mask is None:
-            mask = key_padding_mask
-        else:
-            mask = attn_mask[None, None] if attn_mask.ndim == 2 else attn_mask.unflatten(0, (B, self.num_heads))
-            if key_padding_mask is not None:
-                padding = key_padding_mask[:, None, None, :]
-                mask = mask | padding if mask.dtype == padding.dtype == torch.bool else _added(mask, padding)
-        return ~mask if mask is not None and mask.dtype == torch.bool else mask
+    def _context_masks(
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return both masks in the operator's form: `[B, S]` and 4-D, True where a query attends."""
+        padding, mask = key_padding_mask, attn_mask
+        if mask is not None:
+            mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (B, self.num_heads))
+            if padding is not None and padding.requires_grad:  # the operator's padding mask gets no gradient
+                padding, mask = None, _added(mask, padding[:, None, None, :])
+        padding, mask = (~x if x is not None and x.dtype == torch.bool else x for x in (padding, mask))
+        return padding, mask
 
     def _by_head(self, x: Tensor) -> Tensor:
         """Reshape `[B, L, embed_dim]` to `[B, H, L, D]`."""

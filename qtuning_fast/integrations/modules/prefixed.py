@@ -66,6 +66,7 @@ class PrefixedAttention(nn.Module):
         value: Tensor,
         *,
         attn_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
@@ -85,7 +86,7 @@ class PrefixedAttention(nn.Module):
         """
         prefix = placed(self) if prefix is None else _checked_prefix(prefix)
         prefix = prefix or self.prefix_arguments() or no_prefix(key, value)
-        arguments: dict[str, Any] = {**prefix, "is_causal": is_causal, "scale": scale}
+        arguments: dict[str, Any] = {**prefix, "padding_mask": padding_mask, "is_causal": is_causal, "scale": scale}
         if attn_mask is not None and not torch.is_grad_enabled():
             attn_mask = attn_mask.detach()  # lets the operator take a learned mask too
         learned_mask = attn_mask is not None and attn_mask.requires_grad
