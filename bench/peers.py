@@ -97,15 +97,16 @@ class Concatenated(Peer):
 
 AS_THEY_ARE = (  # arguments of prefix_attention that a call holds by the same name
     *("query", "key", "value", "prefix_key", "prefix_value", "prefix_index", "prefix_length", "n_shared"),
-    *("reweight_key", "reweight_value", "gate", "prefix_bias", "is_causal", "scale", "softcap"),
+    *("reweight_key", "reweight_value", "gate", "attn_mask", "padding_mask", "prefix_bias", "is_causal", "scale"),
+    *("softcap", "sink"),
 )
 
 
 def own(backend: str, call: PrefixAttentionCall) -> Tensor:
     """This library's operator, called as users call it."""
     arguments = {name: getattr(call, name) for name in AS_THEY_ARE}
-    mask = call.attn_mask if call.padding_mask is None else call.padding_mask
-    return prefix_attention(**arguments, gate_alpha=call.alpha, gate_tau=call.tau, attn_mask=mask, backend=backend)
+    window = call.window_left, call.window_right
+    return prefix_attention(**arguments, gate_alpha=call.alpha, gate_tau=call.tau, window=window, backend=backend)
 
 
 _NEITHER: dict[str, Any] = {"gated": False, "reweighted": False}

@@ -188,7 +188,7 @@ def attention_to_prefix(call: Call) -> dict[str, Any]:
         "prefix": prefix(call),
         "gate": gate(call),
         "masks": Masks(_NO_OVERLAY, _NO_OVERLAY, _overlay(call.prefix_bias)),
-        "sizes": sizes(call),
+        "sizes": sizes(call)._replace(before=None, after=None),
         "scaling": scaling(call),
     }
 
@@ -314,8 +314,8 @@ def sizes(call: Call) -> Sizes:
         M,
         Hq,
         Hq // Hkv,
-        before=None if before is None else min(before, N + M),  # sums of positions stay below 2**31
-        after=constant(0) if after == 0 else None if after is None else min(after, N + M),
+        before=before,
+        after=constant(0) if after == 0 else after,
     )
 
 

@@ -13,13 +13,13 @@ from . import arguments
 from .arguments import Call, PerQuery
 from .backward_keys import first_query, load_delta
 from .launch import Launch, variant_for
-from .tiles import LOG2E, load_lse, query_rows, softmax_weights
+from .tiles import LOG2E, load_lse, load_sink, query_rows, softmax_weights
 
 
 @triton.jit
 def backward_sink_kernel(sink, output, d_output, per_query, d_sink, sizes, variant):
     h = tl.program_id(0)
-    s = tl.load(sink + h).to(tl.float32)
+    s = load_sink(sink, h, variant)
     total = tl.zeros([variant.BLOCK_N], tl.float32)
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
     for step in range(0, tiles * sizes.B):
@@ -33,9 +33,10 @@ def backward_sink_kernel(sink, output, d_output, per_query, d_sink, sizes, varia
 
 
 def launch(call: Call, output: Tensor, d_output: Tensor, per_query: PerQuery, d_sink: Tensor) -> Launch:
+    assert call.sink is not None
     variant, options = variant_for(call, "queries")
     given = {
-        "sink": call.sink,
+        "sink": call.sink.contiguous(),
         "output": arguments.rows(output),
         "d_output": arguments.rows(d_output),
         "per_query": per_query,

@@ -33,6 +33,7 @@ from .tiles import (
     context_scores,
     gate_parameter,
     load_rows,
+    load_sink,
     prefix_of,
     prefix_scores,
     query_rows,
@@ -90,7 +91,7 @@ def empty_softmax(sink, h, variant):
     m = tl.full([variant.BLOCK_N], float("-inf"), tl.float32)
     l = tl.zeros([variant.BLOCK_N], tl.float32)
     if sink is not None:
-        s = tl.load(sink + h).to(tl.float32)
+        s = load_sink(sink, h, variant)
         l += tl.where(s == float("-inf"), 0.0, 1.0)
         m = tl.maximum(m, s if variant.EXACT else s * LOG2E)
     return m, l
@@ -131,7 +132,7 @@ def online_softmax(acc, m, l, s, unit, v, variant):
 def launch(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Launch:
     """Return the launch for a call with a folded prefix."""
     own = {
-        "sink": call.sink,
+        "sink": None if call.sink is None else call.sink.contiguous(),
         "output": arguments.written_rows(output),
         "per_query": arguments.PerQuery(lse, lse_rest, None),
     }

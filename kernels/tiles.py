@@ -11,6 +11,7 @@ import triton.language as tl
 from .scaling import scaled
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4e38)  # less than float32's largest number, which rounding must not exceed
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -188,6 +189,13 @@ def gate_parameter(parameter, t, h):
         return parameter.value
     else:
         return tl.load(parameter.pointer + t * parameter.prefix + h * parameter.head).to(tl.float32)
+
+
+@triton.jit
+def load_sink(sink, h, variant):
+    """The sink of head h; counted in powers of 2, it must not overflow."""
+    s = tl.load(sink + h).to(tl.float32)
+    return s if variant.EXACT else tl.minimum(s, LARGEST / LOG2E)
 
 
 @triton.jit

@@ -159,7 +159,8 @@ def _make_call(
     rank_value: int | None = None,
     gate: str | None = "tanh",
     gate_shape: str = "float",  # "float", "scalar", "head", "task", "task, head"
-    mask: str | None = None,  # "padding bool", "padding float", "full bool", "full float", "full float + padding bool"
+    mask: str
+    | None = None,  # "padding bool", "padding float", "full bool", "full float", "shared float + padding bool"
     bias: bool = False,
     is_causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -209,7 +210,8 @@ def _make_call(
             arguments[name] = (trained(*bank, P, rank), trained(*bank, rank, Hkv, size))
     for kind in [] if mask is None else mask.split(" + "):
         name = "padding_mask" if kind != mask and "padding" in kind else "attn_mask"
-        arguments[name] = masking(kind, B, M) if "padding" in kind else masking(kind, B, 1, N, M)
+        samples = 1 if "shared" in kind else B
+        arguments[name] = masking(kind, B, M) if "padding" in kind else masking(kind, samples, 1, N, M)
     if bias:
         arguments["prefix_bias"] = normal(1, Hq, N, P)
     if sink:

@@ -222,13 +222,15 @@ class PrefixAttentionCall:
 
     @property
     def keys_before(self) -> int | None:
-        """How many keys before its own position a query sees; None: all."""
-        return self.window_left
+        """How many keys before its own position a query sees; None: all there are."""
+        left = self.window_left
+        return None if left is None or _reaches(left, self.key) else left
 
     @property
     def keys_after(self) -> int | None:
-        """How many keys after its own position a query sees, 0 under causality; None: all."""
-        return 0 if self.is_causal else self.window_right
+        """How many keys after its own position a query sees, 0 under causality; None: all there are."""
+        right = 0 if self.is_causal else self.window_right
+        return None if right is None or (right and _reaches(right, self.query)) else right
 
     @property
     def alpha(self) -> float | Tensor:
@@ -237,6 +239,11 @@ class PrefixAttentionCall:
     @property
     def tau(self) -> float | Tensor:
         return self.number_tau if self.gate_tau is None else self.gate_tau
+
+
+def _reaches(reach: int, x: Tensor) -> bool:
+    """Return whether a window reaches over all rows of x. (Exported sizes may be dynamic: a comparison bounds them.)"""
+    return not torch.compiler.is_exporting() and reach >= x.shape[2] - 1
 
 
 class PrefixArguments(TypedDict, total=False):

@@ -59,6 +59,7 @@ def backend(way, dtype, request, monkeypatch):
 BASE = {"B": 1, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
 MASKS = ["padding bool", "padding float", "full bool", "full float", "full float + padding bool"]
+MASKS += ["shared float + padding bool"]
 
 
 @every_way
@@ -85,6 +86,9 @@ WINDOWS = {
     "cached": {"window": (20, 0), "N": 40, "M": 75, "mask": "padding bool"},
     "queries without keys": {"window": (3, 1), "N": 60, "M": 20, "mask": "padding float"},
     "decoding": {"window": (7, 0), "N": 1, "M": 40, "B": 3},
+    "wide": {"window": (70, 0), "is_causal": True, "N": 200, "M": 210, "G": 1},
+    "wide, both": {"window": (100, 70), "N": 200, "M": 200, "G": 1},
+    "shared": {"window": (9, 3), "N": 70, "M": 70, "B": 3, "G": 1, "mask": "shared float + padding bool"},
     "masked": {"window": (11, 5), "N": 80, "M": 90, "G": 1, "mask": "full float + padding bool"},
 }
 
@@ -120,9 +124,60 @@ def test_a_sink_that_is_not_there(make_call, gradients, backend, dtype):
     expected, expected_lse = prefix_attention(**arguments, return_lse=True)
     arguments["sink"] = torch.full((2,), -torch.inf).requires_grad_()
     output, lse = prefix_attention(**arguments, return_lse=True)
-    torch.testing.assert_close(output, expected, rtol=0, atol=0)
-    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=0)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(lse, expected_lse)
     assert lse[:, :, :2].isneginf().all() and (gradients(arguments, torch.ones_like(output))["sink"] == 0).all()
+
+
+@every_way_once
+@pytest.mark.parametrize("sizes", [(16, 16), (6, 9), (9, 6), (1, 7), (5, 0)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_mask_that_samples_share_beside_their_padding(assert_accurate, backend, dtype, sizes, is_causal):
+    shape = {"B": 3, "N": sizes[0], "M": sizes[1], "mask": "shared float + padding bool", "is_causal": is_causal}
+    assert_accurate(backend, **BASE | shape, dtype=dtype)
+
+
+def test_shared_numbers_far_from_0_under_causality(make_call, gradients):
+    """More keys than queries, so that the context is in two pieces, whose shifts are the same."""
+    arguments = make_call(**BASE | {"dtype": F32, "B": 2, "N": 4, "M": 8, "is_causal": True})
+    arguments["padding_mask"] = torch.arange(8) < torch.tensor([[8], [6]])
+    arguments["attn_mask"] = 1e4 * torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()}
+    output, lse = prefix_attention(**arguments, backend="composed", return_lse=True)
+    expected, expected_lse = prefix_attention(**exact, backend="reference", return_lse=True)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"window": (None, 4)}, {"window": (900, 0)}, {"window": (600, 600)}], ids=str)
+def test_sums_over_many_pieces_are_not_rounded_for_each(assert_accurate, options):
+    assert_accurate("composed", **BASE | {"N": 1500, "M": 1500, "G": 1, "dtype": BF16} | options, draws=2)
+
+
+@every_way
+def test_a_sink_of_any_strides_and_size(make_call, gradients, backend, dtype):
+    arguments = make_call(**BASE | {"dtype": dtype, "G": 4, "P": 0})
+    expected_at = arguments | {"backend": "reference"}
+    for sink in (torch.randn(8)[::2], torch.tensor([2.0]).expand(4), torch.tensor([2e38, -3e38, 2e38, 1.0])):
+        values = {"sink": sink.to(dtype if sink.abs().max() < 1e4 else F32).requires_grad_()}
+        output, lse = prefix_attention(**arguments | values, backend=backend, return_lse=True)
+        expected, expected_lse = prefix_attention(**expected_at | values, return_lse=True)
+        tolerance = {F32: 1e-5, F16: 4e-3, BF16: 3e-2}[dtype]
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+        d_output = torch.ones_like(output)
+        found = gradients(arguments | values | {"backend": backend}, d_output)["sink"]
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, gradients(expected_at | values, d_output)["sink"], rtol=0.1, atol=0.1)
+
+
+@every_way
+def test_the_largest_sink_takes_all(make_call, gradients, backend, dtype):
+    arguments = make_call(**BASE | {"dtype": dtype}) | {"backend": backend}
+    arguments["sink"] = torch.full((2,), torch.finfo(F32).max).requires_grad_()
+    output, lse = prefix_attention(**arguments, return_lse=True)
+    assert (output == 0).all() and (lse > 2e38).all()
+    assert all((x == 0).all() for x in gradients(arguments, torch.ones_like(output)).values())
 
 
 by_kernels = pytest.mark.parametrize(("way", "dtype"), [pair for pair in PAIRS if pair.values[0] == "fused"])
@@ -338,6 +393,8 @@ SMALL_BLOCKS |= {"merge": "composed, kernels", "prefix-queries": "composed, kern
         pytest.param({"is_causal": True, "G": 2}, id="causal", marks=thorough),
         pytest.param({"mask": "padding bool"}, id="padded"),
         pytest.param({"T": 2, "B": 3, "lengths": True}, id="bank", marks=thorough),
+        pytest.param({"window": (20, 0), "is_causal": True, "N": 90, "M": 97}, id="causal window"),
+        pytest.param({"window": (40, 33), "N": 130, "M": 120}, id="window"),
     ],
 )
 def test_many_small_blocks(assert_accurate, backend, dtype, direction, options):

@@ -19,7 +19,17 @@ PRECISIONS = {
 }
 BASE = {"B": 2, "Hkv": 2, "G": 2, "N": 65, "M": 63, "P": 17, "D": 64, "Dv": 64}
 WHOLE = {"rank_key": 1, "rank_value": 1, "n_shared": 2, "gate_shape": "head", "prefix_dtype": torch.float32}
-MASKS = ["padding bool", "padding float", "full bool", "full float"]
+MASKS = ["padding bool", "padding float", "full bool", "full float", "shared float + padding bool"]
+DROP_IN = {
+    "window": {"window": (100, 60), "N": 400, "M": 400},
+    "causal window": {"window": (127, 0), "is_causal": True, "N": 400, "M": 450},
+    "narrow window": {"window": (3, 2), "N": 200, "M": 130},
+    "decoding": {"window": (50, 0), "N": 1, "M": 300},
+    "sinks": {"sink": True, "is_causal": True, "window": (127, 0), "N": 300, "M": 300},
+    "sinks of tasks": {"sink": True, "B": 9, "T": 4, "lengths": True, "gate_shape": "task, head"},
+    "capped": {"softcap": 30.0, "is_causal": True, "window": (200, 0), "N": 400, "M": 400},
+    "capped under masks": {"softcap": 2.0, "mask": "shared float + padding bool", "bias": True},
+}
 REAL = {
     "minilm": {"B": 64, "Hkv": 12, "G": 1, "N": 128, "M": 128, "D": 32, "Dv": 32, "P": 60, "mask": "padding bool"},
     "bert-base": {"B": 32, "Hkv": 12, "G": 1, "N": 128, "M": 128, "D": 64, "Dv": 64, "P": 60},
@@ -77,6 +87,11 @@ def test_every_mask(assert_accurate, mask, is_causal):
     assert_accurate(
         "fused", device="cuda", dtype=torch.bfloat16, mask=mask, is_causal=is_causal, bias=True, **BASE | WHOLE
     )
+
+
+@pytest.mark.parametrize("options", DROP_IN.values(), ids=DROP_IN)
+def test_windows_caps_and_sinks(assert_accurate, options, dtype):
+    assert_accurate("fused", device="cuda", dtype=dtype, draws=6, **BASE | WHOLE | options)
 
 
 @pytest.mark.parametrize("D", [16, 24, 32, 40, 64, 80, 96, 128, 192, 256])

@@ -118,8 +118,9 @@ class _Passes:
             found = dict(zip(CONTEXT, gradients))
         d_query = found["query"] if "query" in needed else None
         of_prefix = [name for name in needed if name not in CONTEXT and name != "sink"]
-        d_prefix = prefix_part_for(call).backward(call, output, lse, lse_rest, d_output, d_query, of_prefix)
-        found |= dict(zip(of_prefix, d_prefix))
+        if of_prefix or d_query is not None:
+            d_prefix = prefix_part_for(call).backward(call, output, lse, lse_rest, d_output, d_query, of_prefix)
+            found |= dict(zip(of_prefix, d_prefix))
         if "sink" in needed:
             found["sink"] = sink.gradient(call, output, lse, lse_rest, d_output)
         return [found[name] for name in needed]

@@ -63,14 +63,19 @@ def backward(
         dq, dk, dv = (_laid_out(x, room) for x, room in zip(found, empty_gradients(call, vendor, device="meta")))
         return dq, dk, dv
     dq, dk, dv = (room.zero_() for room in empty_gradients(call, vendor))
+    # Sums over pieces would be rounded to 16 bits once for each piece.
+    sums = [x if len(cut) == 1 else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dk, dv)]
     for piece, x, own, _ in _parts(call, cut):
         rest = piece.of_queries(lse_rest) if lse_rest.numel() else lse_rest
         L = _shifted(piece.of_queries(lse), rest, own)
         found = vendor.backward(x, piece.rows(output), L, piece.rows(d_output))
         rows = piece.rows(dq)
         rows.copy_(rows + found[0] if piece.again else found[0])
-        piece.add_to_keys(dk, found[1])
-        piece.add_to_keys(dv, found[2])
+        for total, gradient in zip(sums, found[1:]):
+            piece.add_to_keys(total, gradient)
+    for room, total in zip((dk, dv), sums):
+        if total is not room:
+            room.copy_(total)
     return dq, dk, dv
 
 
@@ -143,7 +148,8 @@ def _parts(call: PrefixAttentionCall, cut: Sequence[Piece]) -> Iterator[_Part]:
     for piece in cut:
         q, k, v = piece.rows(query), piece.of_keys(key), piece.of_keys(value)
         own = slice(0 if piece.is_padded else 1, None)  # of the masks, of which padding is the first
-        mask, shift = piece.mask(masks.additive[own], q), common
+        mask = piece.mask(masks.additive[own], q)
+        shift = common if common is None or len(common) == 1 else common[piece.samples]
         if masks.move:
             assert mask is not None
             if shift is None:

@@ -116,30 +116,31 @@ class Piece(NamedTuple):
 def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
     """Split the context into disjoint pieces that cover what is seen."""
     found = _pieces(call, vendor)
-    return list(_by_sample(call, found)) if call.query.is_cpu and _shares_a_mask(call) else found
+    return list(_by_sample(call, found)) if found and call.query.is_cpu and _shares_a_mask(call) else found
 
 
 def _shares_a_mask(call: PrefixAttentionCall) -> bool:
-    """Return whether samples share an attention mask beside their own padding."""
-    if call.padding_mask is None or call.attn_mask is None or len(call.query) == 1:
+    """Return whether samples share an attention mask beside padding of their own, which would repeat it for each."""
+    padding, mask = call.padding_mask, call.attn_mask
+    if padding is None or mask is None or padding.dtype != torch.bool:
         return False
-    return len(call.attn_mask) == 1 or call.attn_mask.stride(0) == 0
+    return len(padding) > 1 and (len(mask) == 1 or mask.stride(0) == 0) and mask.shape[2] > 1
 
 
 def _by_sample(call: PrefixAttentionCall, found: Sequence[Piece]) -> Iterator[Piece]:
     """Cut pieces into samples, and keys that are padding off a sample's end."""
     assert call.padding_mask is not None
-    M = call.key.shape[2]
-    attended = call.padding_mask if call.padding_mask.dtype == torch.bool else torch.ones_like(call.padding_mask) > 0
-    ends = (attended * torch.arange(1, M + 1)).amax(1).tolist()
-    whole = (attended.sum(1) == torch.tensor(ends)).tolist()
+    attended = call.padding_mask
+    ends = (attended * torch.arange(1, call.key.shape[2] + 1)).amax(1)
+    whole = (attended.sum(1) == ends).tolist()
+    ends = ends.tolist()
     for piece in found:
         if piece.samples != ALL:
             yield piece
             continue
         for sample, (end, is_whole) in enumerate(zip(ends, whole)):
             own = piece._replace(samples=slice(sample, sample + 1))
-            if piece.keys == ALL and not piece.is_causal and call.padding_mask.dtype == torch.bool:
+            if piece.keys == ALL and not piece.is_causal:
                 own = own._replace(keys=slice(0, end), is_padded=not is_whole)
             if own.keys != slice(0, 0):
                 yield own

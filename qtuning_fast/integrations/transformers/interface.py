@@ -26,6 +26,8 @@ NAME = "qtuning_fast"
 
 Arguments = Mapping[str, Any]
 
+_CHANGES_MASKS = {"deepseek_v4", "hy_v4"}
+
 
 class AttentionCall(NamedTuple):
     """A call of the attention function: its module, query, key and value, and whether it is causal."""
@@ -81,11 +83,11 @@ def attention_forward(
     Args:
         attention_mask: as `masks.attention_mask` returns it.
         position_bias: T5's relative bias, `[1 or B, Hq, N, M]`.
-        kwargs: among others `softcap`, `sliding_window` and `s_aux`, attention sinks `[Hq]`.
+        kwargs: among others `softcap` and `s_aux`, attention sinks `[Hq]`.
 
     Raises:
         ValueError: attention dropout or attention weights are requested.
-        NotImplementedError: each token has its own attention sinks.
+        NotImplementedError: each token has its own attention sinks, or the model changes masks on their way here.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -97,9 +99,12 @@ def attention_forward(
     watcher: Watcher | None = getattr(module, _WATCHER, None)
     if watcher is not None:
         watcher(AttentionCall(module, query, key, value, causal))
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind in _CHANGES_MASKS:
+        raise NotImplementedError(f"{kind} changes the additive masks of eager attention on their way to its layers")
     if kwargs.get("sinks") is not None:
         raise NotImplementedError(f"attention sinks of each token (sinks): {type(module).__name__} has them")
-    padding, mask, reach = seen(attention_mask, key.shape[2], kwargs.get("sliding_window"))
+    padding, mask, reach = seen(attention_mask, key)
     sink: Tensor | None = kwargs.get("s_aux")
     options = {
         "is_causal": causal and mask is None,  # otherwise the mask includes it

@@ -19,7 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-WINDOW = torch.int32  # the dtype of a mask with a window
+WINDOW = torch.int16  # the dtype of a mask with a window
 
 
 class Seen(NamedTuple):
@@ -43,10 +43,10 @@ def attention_mask(
     """Return transformers' mask for `seen`.
 
     - Only padding beside causality: a bool `[B, M]`, or None without padding.
-    - A window beside them: integers `[B, 1, 1, M]`, 0 for padding, else minus the number of keys from a query's own to
-      the farthest that it sees; `[1, 1, 1, 1]` without padding. The window travels in the mask, because not every model
-      tells its attention function of it. (`generate` may make the mask beforehand; a model takes one of four
-      dimensions for made. Nobody else has negative numbers in a mask of integers.)
+    - A window beside them: integers `[B, W, 1, M]`, -1 where a key may be seen and 0 for padding, in which W is the
+      number of keys from a query's own to the farthest that it sees; `[1, W, 1, 1]` without padding. It is a view of
+      one row. The window travels in the mask's shape, because not every model tells its attention function of it, and
+      some tell of another. (`generate` may make the mask beforehand; a model takes one of four dimensions for made.)
     - Anything else: a bool `[B, 1, N, M]`, which includes causality. So it is with a static cache, whose `M` is its
       capacity, not the number of keys written so far, and where code is traced.
     """
@@ -62,8 +62,10 @@ def attention_mask(
             count = _window(mask_function, kwargs.get("local_size"))
             if count is not None:
                 if padding is None:
-                    return torch.full((1, 1, 1, 1), -count, dtype=WINDOW, device=kwargs.get("device"))
-                return padding[:, None, None] * torch.tensor(-count, dtype=WINDOW)
+                    seen = torch.full((1, 1, 1, 1), -1, dtype=WINDOW, device=kwargs.get("device"))
+                else:
+                    seen = -padding[:, None, None].to(WINDOW)
+                return seen.expand(-1, count, -1, -1)
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = sdpa_mask(
         q_length=q_length,
@@ -77,31 +79,28 @@ def attention_mask(
     return None if mask is None else mask.bool()
 
 
-def seen(mask: Tensor | None, keys: int, sliding_window: int | None) -> Seen:
-    """Read a mask of `attention_mask` for a layer with so many keys.
-
-    Args:
-        sliding_window: what the model tells its attention function; it counts as the mask does. Where it says nothing,
-            the window is read from the mask, for which an accelerator has to wait.
-    """
+def seen(mask: Tensor | None, key: Tensor) -> Seen:
+    """Read a mask of `attention_mask` for a layer with these keys `[B, Hkv, M, D]`."""
     if mask is None or mask.ndim == 2:
         return Seen(mask, None, None)
     if not has_window(mask):
         return Seen(None, mask, None)
-    count = sliding_window
-    if count is None or mask.is_cpu:
-        count = int(-mask.amin()) or keys
-    return Seen(padding_beside(mask, keys), None, count - 1)
+    padding = None
+    if mask.shape[3] == key.shape[2]:
+        padding = padding_beside(mask).expand(key.shape[0], -1)
+    return Seen(padding, None, int(mask.shape[1]) - 1)
 
 
 def has_window(mask: Tensor) -> bool:
     """Return whether a mask of four dimensions is one with a window."""
-    return mask.dtype == WINDOW and mask.shape[1:3] == (1, 1) and not (mask.is_cpu and bool((mask > 0).any()))
+    if mask.dtype != WINDOW or mask.shape[2] != 1:
+        return False
+    return torch.compiler.is_compiling() or not (mask.is_cpu and bool((mask[:, :1] > 0).any()))  # those are of others
 
 
-def padding_beside(mask: Tensor, keys: int | None = None) -> Tensor | None:
-    """Return the padding, bool `[B, M]`, in a mask with a window; None: there is none."""
-    return None if mask.shape[3] == 1 != keys else mask[:, 0, 0] != 0
+def padding_beside(mask: Tensor) -> Tensor:
+    """Return the padding, bool `[B, M]`, in a mask with a window, or `[1, 1]`: there is none."""
+    return mask[:, 0, 0] != 0
 
 
 def _window(mask_function: Any, size: int | None) -> int | None:

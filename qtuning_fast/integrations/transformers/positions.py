@@ -99,7 +99,7 @@ def padding_mask(inputs: dict[str, Any]) -> Tensor | None:
     if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 4 and has_window(mask):
-        return padding_beside(mask)
+        return None if mask.shape[3] == 1 else padding_beside(mask)
     if mask.ndim == 4 and mask.dtype == torch.bool:
         return mask.any(2).any(1)
     return mask if mask.ndim == 2 else None

@@ -1,6 +1,7 @@
 """`attn_implementation="qtuning_fast"` in whole models."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from qtuning_fast.integrations.transformers import NAME
+from qtuning_fast.integrations.transformers.interface import attention_forward
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 ENCODERS = {
@@ -89,3 +91,13 @@ def test_gradients_are_those_of_eager(batch: dict[str, Tensor]) -> None:
         model(**batch).last_hidden_state.square().sum().backward()
     for (name, mine), theirs in zip(ours.named_parameters(), eager.parameters()):
         torch.testing.assert_close(mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "hy_v4"])
+def test_models_that_change_masks_on_their_way_are_refused(kind: str) -> None:
+    """They append zeros to eager attention's additive masks, or mark tokens in them: ours say neither in that way."""
+    module = torch.nn.Identity()
+    module.config = SimpleNamespace(model_type=kind)
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match=f"{kind} changes the additive masks"):
+        attention_forward(module, x, x, x, None, s_aux=torch.zeros(2))

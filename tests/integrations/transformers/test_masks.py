@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -34,8 +35,9 @@ KINDS = {
 }
 
 
-TINY = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "intermediate_size": 48, "num_experts": 2, "num_experts_per_tok": 1}
+TINY_DENSE = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY_DENSE |= {"num_key_value_heads": 2, "intermediate_size": 48}
+TINY = TINY_DENSE | {"num_experts": 2, "num_experts_per_tok": 1}
 TINY |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 
 
@@ -68,7 +70,7 @@ def test_what_is_handed_on_means_what_transformers_mask_says(kind, size, N, cach
     call = asked(function(size), size if has_window else None, N, M, attention_mask=mask, **places)
     expected = sdpa_mask(**call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     found = attention_mask(**call)
-    padding, full, reach = seen(found, M, None)
+    padding, full, reach = seen(found, torch.empty(2, 1, M, 1))
     if full is not None:  # a cache that has dropped keys, but has no window
         assert dropped and not has_window and torch.equal(full, expected)
         return
@@ -98,24 +100,26 @@ def test_what_is_handed_on_means_what_transformers_mask_says(kind, size, N, cach
     ids=["half causal", "more than a window", "other size", "no size", "static", "odd padding", "on device", "offset"],
 )
 def test_what_is_not_recognised_is_written_out(call: dict[str, Any]) -> None:
+    M = call["kv_length"]
     found = attention_mask(**call)
-    assert found is not None and found.shape[2:] == (6, call["kv_length"]) and found.dtype == torch.bool
-    assert seen(found, call["kv_length"], 3) == (None, found, None)
+    assert found is not None and found.shape[2:] == (6, M) and found.dtype == torch.bool
+    assert seen(found, torch.empty(2, 1, M, 1)) == (None, found, None)
 
 
-def test_a_window_is_read_from_the_mask_or_from_what_the_model_says() -> None:
+def test_a_window_travels_in_the_masks_shape() -> None:
+    """So it is read without waiting for a device, and takes no memory."""
+    key = torch.empty(2, 1, 6, 1)
     call = asked(sliding_window_causal_mask_function(3), 3, 6, 6)
-    alone = attention_mask(**call)
-    assert seen(alone, 6, None) == (None, None, 2) == seen(alone, 6, 3)
+    assert seen(attention_mask(**call), key) == (None, None, 2)
     padded = attention_mask(**call, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]] * 2))
-    padding, full, reach = seen(padded, 6, None)
+    assert padded.untyped_storage().nbytes() == 2 * 6 * 2
+    padding, full, reach = seen(padded, key)
     assert full is None and reach == 2 and padding.tolist() == [[False, True, True, True, True, True]] * 2
-    elsewhere = padded.to("meta")  # its numbers cannot be read
-    assert seen(elsewhere, 6, 5)[2] == 4
-    assert seen(None, 6, 3) == (None, None, None)  # a layer without a window in a model that has some
+    assert seen(padded.to("meta"), key.to("meta")).reach == 2
+    assert seen(None, key) == (None, None, None)  # a layer without a window in a model that has some
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
 def test_other_masks_of_integers_are_refused(dtype: torch.dtype) -> None:
     """As they were: a mask of ones must not be taken for a window."""
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**TINY)).eval()
@@ -125,10 +129,13 @@ def test_other_masks_of_integers_are_refused(dtype: torch.dtype) -> None:
         model(ids, attention_mask=torch.ones(2, 1, 5, 5, dtype=dtype))
 
 
-def test_one_key_may_be_padding() -> None:
-    call = asked(sliding_window_causal_mask_function(3), 3, 1, 1, attention_mask=torch.tensor([[0], [1]]))
-    padding, _, reach = seen(attention_mask(**call), 1, 3)
+def test_one_key_may_be_padding_or_not() -> None:
+    key = torch.empty(2, 1, 1, 1)
+    call = asked(sliding_window_causal_mask_function(3), 3, 1, 1)
+    padding, _, reach = seen(attention_mask(**call, attention_mask=torch.tensor([[0], [1]])), key)
     assert padding.tolist() == [[False], [True]] and reach == 2
+    padding, _, reach = seen(attention_mask(**call), key)
+    assert padding.tolist() == [[True], [True]] and reach == 2
 
 
 def test_a_model_that_keeps_its_window_to_itself() -> None:
@@ -142,6 +149,45 @@ def test_a_model_that_keeps_its_window_to_itself() -> None:
     ids = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, eager(ids).logits)
+        torch.testing.assert_close(ours(ids[:, :1]).logits, eager(ids[:, :1]).logits)
         wide = copy.deepcopy(eager)
         wide.config.sliding_window = 64
         assert not torch.allclose(wide(ids).logits, eager(ids).logits, atol=1e-4)
+
+
+def test_an_encoder_that_tells_its_attention_of_another_window() -> None:
+    """T5Gemma's masks reach one key further than the number that it hands to its attention function."""
+    if not hasattr(transformers, "T5GemmaConfig"):
+        pytest.skip("this transformers does not have the family yet")
+    stack = {
+        "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "head_dim": 8, "sliding_window": 2, "query_pre_attn_scalar": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    ours = transformers.T5GemmaModel(transformers.T5GemmaConfig(encoder=stack, decoder=stack)).eval()
+    eager = copy.deepcopy(ours)
+    ours.set_attn_implementation(dict.fromkeys(("", "encoder", "decoder"), NAME))
+    eager.set_attn_implementation(dict.fromkeys(("", "encoder", "decoder"), "eager"))
+    ids = torch.randint(3, 40, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids, decoder_input_ids=ids[:, :5]) for model in (ours, eager))
+    torch.testing.assert_close(found.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+
+
+def test_layers_that_are_compiled_alone() -> None:
+    """Each as one graph: nothing is read from the mask's numbers."""
+    config = MistralConfig(**TINY_DENSE, sliding_window=3)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    model.set_attn_implementation(NAME)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        expected = [model(ids).logits, model(ids, attention_mask=mask).logits]
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        found = [model(ids).logits, model(ids, attention_mask=mask).logits]
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1][mask.bool()], expected[1][mask.bool()])

@@ -73,7 +73,7 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
         return f"it is for CUDA devices, and query is on {query.device}"
     if torch.version.hip is not None:
         return "on ROCm its log-sum-exp is not known to be natural"
-    if call.query.shape[2] > 1 and (call.window_left is not None or call.window_right is not None):
+    if call.query.shape[2] > 1 and (call.keys_before is not None or call.keys_after not in (None, 0)):
         return "it is not given windows"
     if query.dtype not in dtypes:
         return f"it takes {', '.join(str(dtype) for dtype in dtypes)}, and query is {query.dtype}"
@@ -93,8 +93,8 @@ def _mask_obstacle(call: PrefixAttentionCall) -> str | None:
     return None
 
 
-def mask_of(call: PrefixAttentionCall) -> Tensor | None:
-    return call.attn_mask if call.padding_mask is None else call.padding_mask
+def has_mask(call: PrefixAttentionCall) -> bool:
+    return call.attn_mask is not None or call.padding_mask is not None
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ def _cudnn_why_not(call: PrefixAttentionCall) -> str | None:
         return f"it takes head sizes up to 128, got {largest}"
     if N == 1 or M == 1:
         return "it takes neither one query nor one key"
-    if call.is_causal and N < M:
+    if call.keys_after == 0 and N < M:
         return f"its causality is top-left, and N, M are {N}, {M}"
-    if call.is_causal and mask_of(call) is not None:
+    if call.keys_after == 0 and has_mask(call):
         return "it takes causality or a mask, not both"
     if call.padding_mask is not None:
         return "the padding mask would have to be expanded for every query"
-    if not call.is_causal and M % 128 == 64:
+    if call.keys_after != 0 and M % 128 == 64:
         # It treats the empty half of its last tile of keys as scores of 0: exp(0 - L) overflows if L < -88.7.
         return f"its backward pass can return NaN if M is 64 more than a multiple of 128, and M is {M}"
     return None
@@ -205,7 +205,7 @@ def _flash_2_why_not(call: PrefixAttentionCall) -> str | None:
         return obstacle
     if not switched_on("flash"):
         return "it is switched off in torch.backends.cuda"
-    if mask_of(call) is not None:
+    if has_mask(call):
         return "it takes no masks"
     found = capability(call.query.device.index)
     if not (8, 0) <= found <= (12, 1):

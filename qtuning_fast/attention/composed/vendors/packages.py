@@ -31,7 +31,7 @@ from qtuning_fast.attention.composed.vendors.cuda import (
     capability,
     common_obstacle,
     dense,
-    mask_of,
+    has_mask,
 )
 
 FLASH_3_FORWARD = {"q", "k", "v", "softmax_scale", "is_causal"}
@@ -45,7 +45,7 @@ def _obstacle(call: PrefixAttentionCall) -> str | None:
     obstacle = common_obstacle(call, HALVES)
     if obstacle is not None:
         return obstacle
-    if mask_of(call) is not None:
+    if has_mask(call):
         return "it takes no masks"
     return "it is not known to be deterministic" if torch.are_deterministic_algorithms_enabled() else None
 

@@ -13,7 +13,7 @@ from qtuning_fast.attention.api import call_of as checked_call
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed import context
 from qtuning_fast.attention.composed.vendors import CPU_FLASH, Vendor
-from qtuning_fast.attention.composed.vendors.cuda import CUDNN, EFFICIENT, mask_of
+from qtuning_fast.attention.composed.vendors.cuda import CUDNN, EFFICIENT
 
 TAKING_MASKS = [CPU_FLASH, CUDNN, EFFICIENT]
 
@@ -180,14 +180,18 @@ FITTING = ["plain", "causal", "packed", "odd heads", "one query", "padding", "wh
 
 def does(vendor: Vendor, call: PrefixAttentionCall) -> bool:
     """Whether it is for a vendor on some GPU, but for dtype and device."""
-    N, M, mask = call.query.shape[2], call.key.shape[2], mask_of(call)
+    N, M, mask = call.query.shape[2], call.key.shape[2], given_mask(call)
     if vendor is CUDNN:
         return min(N, M) > 1 and not (call.is_causal and (N < M or mask is not None))
     return mask is None or vendor in TAKING_MASKS
 
 
+def given_mask(call: PrefixAttentionCall) -> Tensor | None:
+    return call.attn_mask if call.padding_mask is None else call.padding_mask
+
+
 def additive(call: PrefixAttentionCall) -> Tensor | None:
-    mask = mask_of(call)
+    mask = given_mask(call)
     if mask is None:
         return None
     if mask.dtype == torch.bool:
