@@ -5,9 +5,9 @@
 
 Each row is one kernel, launched as a training step launches it: the table's blocks, a reweighted float32 prefix with a
 tanh gate, everything trainable, and the context plain, padded or causal with grouped heads. Of the others, "biased" has
-additive masks on context and prefix, "window" is causal with a window and grouped heads, "capped" the same with
-capped scores, "sinks" the same with attention sinks, "bank" has a bank with lengths, a sigmoid gate that is frozen, and
-sizes of 1, and "tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of
+additive masks on context and prefix, "window" is causal with a window and grouped heads, "capped" the same with capped
+scores, "sinks" the same with attention sinks, "bank" has a bank with lengths, a sigmoid gate that is frozen, and sizes
+of 1, and "tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of
 "decode", one query a sample, there is only the first.
 Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, in bf16 and for head sizes
 up to 128 on sm_90, spills registers (under additive masks: more than 64 bytes).
