@@ -131,9 +131,8 @@ def _by_sample(call: PrefixAttentionCall, found: Sequence[Piece]) -> Iterator[Pi
     """Cut pieces into samples, and keys that are padding off a sample's end."""
     assert call.padding_mask is not None
     attended = call.padding_mask
-    ends = (attended * torch.arange(1, call.key.shape[2] + 1)).amax(1)
-    whole = (attended.sum(1) == ends).tolist()
-    ends = ends.tolist()
+    last = (attended * torch.arange(1, call.key.shape[2] + 1)).amax(1)
+    ends, whole = last.tolist(), (attended.sum(1) == last).tolist()
     for piece in found:
         if piece.samples != ALL:
             yield piece

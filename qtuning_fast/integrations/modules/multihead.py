@@ -173,7 +173,8 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         if mask is not None:
             mask = mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (B, self.num_heads))
             if padding is not None and padding.requires_grad:  # the operator's padding mask gets no gradient
-                padding, mask = None, _added(mask, padding[:, None, None, :])
+                mask = _added(mask, padding[:, None, None, :])
+                padding = None
         padding, mask = (~x if x is not None and x.dtype == torch.bool else x for x in (padding, mask))
         return padding, mask
 
