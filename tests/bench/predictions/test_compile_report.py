@@ -36,7 +36,7 @@ def compiled(tmp_path: Path, *arguments: str) -> list[dict]:
     ("head_size", "contexts", "kernels"),
     [
         ("64", ["bank"], 8),
-        *(pytest.param(size, compile_report.CONTEXTS, 50, marks=thorough) for size in ("32", "64", "128")),
+        *(pytest.param(size, compile_report.CONTEXTS, 75, marks=thorough) for size in ("32", "64", "128")),
     ],
     ids=["64 bank", "32", "64", "128"],
 )
@@ -46,10 +46,10 @@ def test_nothing_spills_and_loads_overlap_on_hopper(tmp_path, head_size, context
     assert len(rows) == kernels and all(row["registers"] > 0 for row in rows)
     assert all(row["spilled"] == 0 or (row["context"] == "biased" and row["spilled"] <= 64) for row in rows)
     # Kernels that walk over keys, queries or a prefix load ahead of what they compute: no copy is waited for at once.
-    walking = [row for row in rows if row["kernel"] not in ("fold", "prefix", "reweighting")]
+    walking = [row for row in rows if row["kernel"] not in ("fold", "prefix", "reweighting", "sink")]
     assert walking and all(row["in_flight"] > 0 for row in walking)
     kernels_seen = {"fold", "forward", "queries", "keys", "prefix", "reweighting", "merge", "prefix-queries"}
-    assert {row["kernel"] for row in rows} == kernels_seen
+    assert {row["kernel"] for row in rows} - {"sink"} == kernels_seen
 
 
 @thorough

@@ -57,5 +57,5 @@ def test_boundaries_by_other_names_need_position_ids_beside_them() -> None:
 
 
 def test_whether_a_stack_keeps_them_apart_is_found_by_trying(family: Any) -> None:
-    apart = family.kind == "decoder" and family.name != "OPT"
+    apart = family.kind == "decoder" and family.name not in ("OPT", "GPT-OSS")  # nor do they in eager attention
     assert PrefixInjector(family.base_model()).positions.keeps_packed_rows_apart == apart
