@@ -251,7 +251,7 @@ def store_lse(per_query, start, row, exists, m, l, rest, variant):
 
 @triton.jit
 def within_reach(sizes, n, i, m, j):
-    """Whether causality and window, of which there is one, leave keys m+j to queries n+i."""
+    """Whether keys m+j lie within the reach of queries n+i, which is bounded on one side at least."""
     if sizes.before is None:
         near = m + j <= n + i + sizes.M - sizes.N + sizes.after
     else:

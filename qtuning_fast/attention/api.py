@@ -115,7 +115,7 @@ def prefix_attention(
             as models count them, is (W - 1, 0).
         scale: c, any finite number; None means 1 / sqrt(D).
         softcap: a positive number that caps the scaled scores of context and prefix before gate, masks and bias
-            (Gemma 2, arXiv 2408.00118); None: no cap. "composed" has none.
+            (Gemma 2, arXiv 2408.00118); None: no cap. "composed" cannot cap scores.
         sink: [Hq] in query's dtype or float32, attention sinks (GPT-OSS, arXiv 2508.10925): a score of each head that
             is neither scaled, capped nor gated. A query that sees nothing else gets 0, its log-sum-exp is the sink.
         return_lse: also return the log-sum-exp of each query's scores.

@@ -35,16 +35,16 @@ def forward(call: PrefixAttentionCall, vendor: Vendor, keeps_rest: bool) -> tupl
         output.zero_()
         lse.fill_(-torch.inf)
         for part in _parts(call, cut):
-            piece, own = part.piece, part.shift
+            piece = part.piece
             o, L = _seen(part, vendor)
             if piece.again:
                 _merge(piece.rows(output), piece.of_queries(lse), o, L)
             else:
                 piece.rows(output).copy_(o)
                 piece.of_queries(lse).copy_(L)
-            if isinstance(own, Tensor):
+            if isinstance(part.shift, Tensor):
                 shift = shift if isinstance(shift, Tensor) else torch.zeros_like(lse)
-                piece.of_queries(shift).copy_(own)
+                piece.of_queries(shift).copy_(part.shift)
     if not keeps_rest:
         return output, lse, lse.new_empty(0)
     total = lse + shift
@@ -65,9 +65,9 @@ def backward(
     dq, dk, dv = (room.zero_() for room in empty_gradients(call, vendor))
     # Sums over pieces would be rounded to 16 bits once for each piece.
     sums = [x if len(cut) == 1 else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dk, dv)]
-    for piece, x, own, _ in _parts(call, cut):
+    for piece, x, shift, _ in _parts(call, cut):
         rest = piece.of_queries(lse_rest) if lse_rest.numel() else lse_rest
-        L = _shifted(piece.of_queries(lse), rest, own)
+        L = _shifted(piece.of_queries(lse), rest, shift)
         found = vendor.backward(x, piece.rows(output), L, piece.rows(d_output))
         rows = piece.rows(dq)
         rows.copy_(rows + found[0] if piece.again else found[0])
@@ -147,8 +147,8 @@ def _parts(call: PrefixAttentionCall, cut: Sequence[Piece]) -> Iterator[_Part]:
     )
     for piece in cut:
         q, k, v = piece.rows(query), piece.of_keys(key), piece.of_keys(value)
-        own = slice(0 if piece.is_padded else 1, None)  # of the masks, of which padding is the first
-        mask = piece.mask(masks.additive[own], q)
+        those = slice(0 if piece.is_padded else 1, None)  # padding is the first mask
+        mask = piece.mask(masks.additive[those], q)
         shift = common if common is None or len(common) == 1 else common[piece.samples]
         if masks.move:
             assert mask is not None
@@ -157,7 +157,7 @@ def _parts(call: PrefixAttentionCall, cut: Sequence[Piece]) -> Iterator[_Part]:
                 shift = shift_of(mask)
             mask = mask - shift
         x = Attention(q, k, v, mask, piece.is_causal, call.scale)
-        yield _Part(piece, x, 0.0 if shift is None else shift.squeeze(-1), piece.has_band or any(masks.hide[own]))
+        yield _Part(piece, x, 0.0 if shift is None else shift.squeeze(-1), piece.has_band or any(masks.hide[those]))
 
 
 def _seen(part: _Part, vendor: Vendor) -> tuple[Tensor, Tensor]:

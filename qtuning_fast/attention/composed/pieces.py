@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
     Attributes:
         is_causal: aligned bottom-right.
-        again: whether the queries have been in a piece before.
+        again: whether an earlier piece has the same queries, with other keys.
         band: key j is seen by query i, both counted from a chunk's first, if j - i lies within these bounds; None: no
             bound.
         is_padded: whether a padding mask may hide keys of the piece.

@@ -150,7 +150,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
         return tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases))
 
     def _with_added_keys(
-        self, k: Tensor, v: Tensor, *masks: Tensor | None
+        self, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Append the keys of `add_bias_kv` and `add_zero_attn`, which neither mask covers."""
         B, S, E = k.shape
@@ -161,7 +161,7 @@ class PrefixMultiheadAttention(PrefixedAttention, nn.MultiheadAttention):
             k, v = (torch.cat([x, x.new_zeros(B, 1, E)], dim=1) for x in (k, v))
         added = k.shape[1] - S
         padding, mask = (
-            x if x is None or not added else F.pad(x, (0, added), value=x.dtype == torch.bool) for x in masks
+            x if x is None or not added else F.pad(x, (0, added), value=x.dtype == torch.bool) for x in (padding, mask)
         )
         return k, v, padding, mask
 

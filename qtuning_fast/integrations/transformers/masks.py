@@ -62,10 +62,10 @@ def attention_mask(
             count = _window(mask_function, kwargs.get("local_size"))
             if count is not None:
                 if padding is None:
-                    seen = torch.full((1, 1, 1, 1), -1, dtype=WINDOW, device=kwargs.get("device"))
+                    row = torch.full((1, 1, 1, 1), -1, dtype=WINDOW, device=kwargs.get("device"))
                 else:
-                    seen = -padding[:, None, None].to(WINDOW)
-                return seen.expand(-1, count, -1, -1)
+                    row = -padding[:, None, None].to(WINDOW)
+                return row.expand(-1, count, -1, -1)
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = sdpa_mask(
         q_length=q_length,
@@ -95,7 +95,9 @@ def has_window(mask: Tensor) -> bool:
     """Return whether a mask of four dimensions is one with a window."""
     if mask.dtype != WINDOW or mask.shape[2] != 1:
         return False
-    return torch.compiler.is_compiling() or not (mask.is_cpu and bool((mask[:, :1] > 0).any()))  # those are of others
+    if torch.compiler.is_compiling() or not mask.is_cpu:
+        return True
+    return not bool((mask[:, :1] > 0).any())  # a mask of ones is somebody else's
 
 
 def padding_beside(mask: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def padding_beside(mask: Tensor) -> Tensor:
 
 
 def _window(mask_function: Any, size: int | None) -> int | None:
-    """Return how many keys a windowed mask function leaves on a side, a query's own included; None: it is no such."""
+    """Return how many keys a mask function leaves on a side, a query's own included; None: it has no plain window."""
     if not size:
         return None
     if _alike(mask_function, sliding_window_causal_mask_function(size)):
