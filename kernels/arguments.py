@@ -36,8 +36,12 @@ class Call(Protocol):
     value: Tensor  # [B, Hkv, M, Dv]
     prefix_key: Tensor  # [Hkv, P, D], a bank: [T, Hkv, P, D]
     prefix_value: Tensor
-    prefix_index: Tensor | None  # [B], with a bank only; its range is unchecked
+    prefix_index: Tensor | None  # [B], packed [S], with a bank only; its range is unchecked
     prefix_length: Tensor | None  # [T]
+    cu_seqlens_query: Tensor | None  # [S + 1], offsets of packed sequences, unchecked; B is then 1
+    cu_seqlens_key: Tensor | None
+    max_seqlen_query: int | None  # of the longest sequence, or more
+    max_seqlen_key: int | None
     padding_mask: Tensor | None  # [B, M], bool or additive
     attn_mask: Tensor | None  # [B, Hq, N, M]; any dimension may be 1; beside a padding_mask both apply
     prefix_bias: Tensor | None  # [B, Hq, N, P]; any dimension may be 1
@@ -158,6 +162,12 @@ class Scaling(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """The sizes of a call, and of one of its samples (`tiles.of_sample`).
+
+    Of packed sequences B is their number, N and M are the rows of the longest. Of one of them N and M are where its
+    rows end, and `first_query` and `first_key` are where they begin, so that N - M is the same as if it were alone.
+    """
+
     B: int
     N: int
     M: int
@@ -165,6 +175,12 @@ class Sizes(NamedTuple):
     group: int  # G
     before: Any = None  # the keys before its position that a query sees; None: all
     after: Any = None  # and after it; compile-time if 0
+    query_offsets: Any = None  # [S + 1]; None: no packed sequences
+    key_offsets: Any = None
+    queries: int = 0  # of all packed sequences
+    keys: int = 0
+    first_query: Any = 0  # compile-time without packed sequences
+    first_key: Any = 0
 
 
 def attention(call: Call) -> dict[str, Any]:
@@ -199,6 +215,7 @@ def samples_by_prefix(call: Call) -> Tensor | None:
     It is None without a bank, and if a single sample fills tiles, so that few tiles have rows of several samples.
     """
     Hq, N = call.query.shape[1:3]
+    assert call.cu_seqlens_query is None, "stacked rows know no packed sequences"
     if call.prefix_index is None or Hq // call.key.shape[1] * N >= LARGEST_TILE:
         return None
     return torch.argsort(call.prefix_index.long().clamp(0, n_prefixes(call) - 1), stable=True)
@@ -223,6 +240,8 @@ def written_rows(x: Tensor | None) -> Rows:
 def _rows(x: Tensor) -> Rows:
     D = x.shape[-1]
     outer, head, row, _ = (0, *x.stride())[-4:]
+    if x.ndim == 4 and x.shape[0] == 1:
+        outer = 0  # so that all packed sequences are in the one sample
     return Rows(x, outer, head, row, constant(D), constant(block_of(D)))
 
 
@@ -304,11 +323,19 @@ def masks(call: Call) -> Masks:
     return Masks(_overlay(call.padding_mask), _overlay(call.attn_mask), _overlay(call.prefix_bias))
 
 
+def counts(call: Call) -> tuple[int, int, int]:
+    """Return B, N and M; of packed sequences their number and the rows of the longest."""
+    B, _, N, _ = call.query.shape
+    if call.cu_seqlens_query is None:
+        return B, N, call.key.shape[2]
+    assert call.max_seqlen_query is not None and call.max_seqlen_key is not None
+    return call.cu_seqlens_query.shape[0] - 1, call.max_seqlen_query, call.max_seqlen_key
+
+
 def sizes(call: Call) -> Sizes:
-    B, Hq, N, _ = call.query.shape
-    _, Hkv, M, _ = call.key.shape
+    (B, N, M), (Hq, Hkv) = counts(call), (call.query.shape[1], call.key.shape[1])
     before, after = call.keys_before, call.keys_after
-    return Sizes(
+    found = Sizes(
         B,
         N,
         M,
@@ -316,6 +343,16 @@ def sizes(call: Call) -> Sizes:
         Hq // Hkv,
         before=before,
         after=constant(0) if after == 0 else after,
+        first_query=constant(0),
+        first_key=constant(0),
+    )
+    if call.cu_seqlens_query is None or call.cu_seqlens_key is None:
+        return found
+    return found._replace(
+        query_offsets=call.cu_seqlens_query.contiguous(),
+        key_offsets=call.cu_seqlens_key.contiguous(),
+        queries=call.query.shape[2],
+        keys=call.key.shape[2],
     )
 
 

@@ -33,6 +33,7 @@ from .tiles import (
     length_of,
     load_lse,
     load_rows,
+    of_sample,
     prefix_of,
     prefix_scores,
     query_rows,
@@ -81,9 +82,10 @@ def backward_keys_kernel(
 def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_key, d_value, sizes, scaling, variant):
     tiles = tl.cdiv(sizes.M, variant.BLOCK_M)
     heads = sizes.heads // sizes.group
-    m = pid % tiles * variant.BLOCK_M
     hk = pid // tiles % heads
     b = pid // tiles // heads
+    sizes = of_sample(sizes, b)
+    m = pid % tiles * variant.BLOCK_M + sizes.first_key
     k = load_rows(key, b, hk, m, sizes.M, variant.BLOCK_M)
     v = load_rows(value, b, hk, m, sizes.M, variant.BLOCK_M)
     dk = tl.zeros([variant.BLOCK_M, key.BLOCK_D], tl.float32)
@@ -93,9 +95,8 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
     # loop within a loop, or a second one for these, costs the registers of both.
     first, end = query_range(sizes, m, variant)
     h = tl.cast(hk, tl.int32) * sizes.group
-    tile = tl.cast(first, tl.int32) + 0
-    for _ in range(0, (end - first) * sizes.group):
-        n = tile * variant.BLOCK_N
+    n = tl.cast(first, tl.int32) + 0
+    for _ in range(0, (end - first) // variant.BLOCK_N * sizes.group):
         q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
         i = tl.arange(0, variant.BLOCK_N)[None, :]
         j = tl.arange(0, variant.BLOCK_M)[:, None]
@@ -110,7 +111,7 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
             if sizes.before is not None or sizes.after is not None:
                 w = tl.where(within_reach(sizes, n, i, m, j), w, 0.0)
         dk, dv = add_context(dk, dv, w, cap_slope, q, d_o, d, v, d_key, d_value, variant)
-        h, tile = next_tile(h, tile, first, end)
+        h, n = next_tile(h, n, first, end, variant)
 
     if d_key.pointer is not None:
         store_rows(d_key, b, hk, m, sizes.M, dk * scaling.factor, variant.BLOCK_M)
@@ -119,31 +120,35 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
 
 
 @triton.jit
-def next_tile(h, tile, first, end):
-    """The next of a head's query tiles first..end, or the first tile of the next head."""
-    last = tile + 1 == end
-    return tl.where(last, h + 1, h), tl.where(last, first, tile + 1)
+def next_tile(h, n, first, end, variant):
+    """The next of a head's query tiles in first..end, or the first tile of the next head."""
+    last = n + variant.BLOCK_N == end
+    return tl.where(last, h + 1, h), tl.where(last, first, n + variant.BLOCK_N)
 
 
 @triton.jit
 def query_range(sizes, m, variant):
-    """Query tiles first..end see some of the keys m..m+BLOCK_M.
+    """Queries first..end, whole tiles, see some of the keys m..m+BLOCK_M.
 
     Keys beyond M need no mask: their rows of dk and dv are not stored.
     """
-    end = tl.cdiv(sizes.N, variant.BLOCK_N)
+    zero = sizes.first_query  # of the first tile
+    end = tl.cdiv(sizes.N - zero, variant.BLOCK_N)
     first = 0
+    if sizes.query_offsets is not None:
+        end = tl.where(m < sizes.M, end, 0)
     if sizes.before is not None:
-        beyond = m + variant.BLOCK_M - (sizes.M - sizes.N) + sizes.before  # the first query that sees none of them
+        beyond = m + variant.BLOCK_M - (sizes.M - sizes.N) + sizes.before - zero  # the first query that sees none
         end = tl.minimum(end, tl.cdiv(tl.maximum(beyond, 0), variant.BLOCK_N))
     if sizes.after is not None:
-        first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N) - sizes.after, 0) // variant.BLOCK_N, end)
-    return first, end
+        first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N) - sizes.after - zero, 0) // variant.BLOCK_N, end)
+    return first * variant.BLOCK_N + zero, end * variant.BLOCK_N + zero
 
 
 @triton.jit
-def first_query(tile, variant):
-    return tl.cast(tile, tl.int32) * variant.BLOCK_N  # in the interpreter a loop counter is not a tensor
+def first_query(tile, sizes, variant):
+    """The first query of a sample's tile."""
+    return tl.cast(tile, tl.int32) * variant.BLOCK_N + sizes.first_query  # interpreted, a loop counter is not a tensor
 
 
 @triton.jit
@@ -204,20 +209,24 @@ def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, pa
     tiles = tl.maximum(tl.cdiv(sizes.N, variant.BLOCK_N), 1)
     first = (share * tiles * sizes.B // parts.shares).to(tl.int32)
     last = ((share + 1) * tiles * sizes.B // parts.shares).to(tl.int32)
-    if prefix.index is None:
+    if prefix.index is None and sizes.query_offsets is None:
         for step in range(first, last):
+            n = first_query(step % tiles, sizes, variant)
             dk, dv, d_alpha, d_tau = add_prefix(
-                dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, first_query(step % tiles, variant),
-                p, query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
+                dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, n, p,
+                query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
             )  # fmt: skip
     else:
         for b in range(first // tiles, tl.cdiv(last, tiles)):
+            own = of_sample(sizes, b)
             used, _ = prefix_of(prefix, b)
             end = tl.where(used == t, tl.minimum(last - b * tiles, tiles), 0)
+            if sizes.query_offsets is not None:
+                end = tl.minimum(end, tl.cdiv(own.N - own.first_query, variant.BLOCK_N))
             for tile in range(tl.maximum(first - b * tiles, 0), end):
                 dk, dv, d_alpha, d_tau = add_prefix(
-                    dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, variant), p,
-                    query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
+                    dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, own, variant), p,
+                    query, gate, masks, output, d_output, per_query, parts, own, scaling, variant,
                 )  # fmt: skip
 
     if parts.key is not None:
@@ -266,7 +275,7 @@ def store_part(part, block, p, n_rows, x, D: tl.constexpr):
 
 def empty_parts(call: Call, direction: str, *, key: bool, value: bool, gate: bool) -> Parts:
     """Allocate the needed parts for a launch in a direction of the table of blocks."""
-    B, Hq, N, D = call.query.shape
+    (B, N, _), (Hq, D) = arguments.counts(call), call.query.shape[1::2]
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
     variant, _ = variant_for(call, direction)
     tiles = arguments.cdiv(P, variant.BLOCK_P)
@@ -297,7 +306,7 @@ def launch(
     parts: Parts,
 ) -> Launch:
     variant, options = variant_for(call, "keys")
-    B, Hkv, M, _ = call.key.shape
+    (B, _, M), Hkv = arguments.counts(call), call.key.shape[1]
     prefix_programs = context_programs = 0
     if parts.needed:
         prefix_programs = parts.shares * parts.tiles * arguments.n_prefixes(call) * call.query.shape[1]

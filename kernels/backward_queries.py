@@ -28,6 +28,7 @@ from .tiles import (
     gate_parameter,
     load_lse,
     load_rows,
+    of_sample,
     prefix_of,
     prefix_scores,
     query_rows,
@@ -43,6 +44,11 @@ def backward_queries_kernel(
     query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, sizes, scaling, variant
 ):
     b, h, n = query_tile(sizes, variant)
+    sizes = of_sample(sizes, b)
+    n += sizes.first_query
+    if sizes.query_offsets is not None:  # noqa: SIM102 (known when it is compiled; the other one is not)
+        if n >= sizes.N:
+            return
     start, row, exists = query_rows(sizes, b, h, n, variant)
     d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
     o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)

@@ -13,7 +13,7 @@ from . import arguments
 from .arguments import Call, PerQuery
 from .backward_keys import first_query, load_delta
 from .launch import Launch, variant_for
-from .tiles import LOG2E, load_lse, load_sink, query_rows, softmax_weights
+from .tiles import LOG2E, load_lse, load_sink, of_sample, query_rows, softmax_weights
 
 
 @triton.jit
@@ -24,10 +24,11 @@ def backward_sink_kernel(sink, output, d_output, per_query, d_sink, sizes, varia
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
     for step in range(0, tiles * sizes.B):
         b = step // tiles
-        n = first_query(step % tiles, variant)
-        start, row, exists = query_rows(sizes, b, h, n, variant)
+        own = of_sample(sizes, b)
+        n = first_query(step % tiles, own, variant)
+        start, row, exists = query_rows(own, b, h, n, variant)
         L, rest = load_lse(per_query, start, row, exists, variant)
-        d = load_delta(output, d_output, per_query, sizes, b, h, n, variant)
+        d = load_delta(output, d_output, per_query, own, b, h, n, variant)
         total -= softmax_weights(s, LOG2E, L, rest, variant) * d
     tl.store(d_sink + h, tl.sum(total, 0).to(d_sink.dtype.element_ty))
 

@@ -68,9 +68,8 @@ def whole_context(
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
     h = tl.cast(hk, tl.int32) * sizes.group
-    tile = tl.full([], 0, tl.int32)
+    n = tl.full([], 0, tl.int32)
     for _ in range(0, tiles * sizes.group):
-        n = tile * variant.BLOCK_N
         q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
 
         s, cap_slope = scaled(tl.dot(k_pre, tl.trans(q), input_precision=variant.PRECISION), scaling)
@@ -92,18 +91,22 @@ def whole_context(
         dk = tl.dot(ds, q, dk, input_precision=variant.PRECISION)
         dq = tl.dot(tl.trans(ds), k, dq, input_precision=variant.PRECISION)
         store_rows(d_query, b, h, n, sizes.N, dq * scaling.factor, variant.BLOCK_N)
-        h, tile = next_tile(h, tile, 0, tiles)
+        h, n = next_tile(h, n, 0, tiles * variant.BLOCK_N, variant)
     store_rows(d_key, b, hk, 0, sizes.M, dk * scaling.factor, variant.BLOCK_M)
     store_rows(d_value, b, hk, 0, sizes.M, dv, variant.BLOCK_M)
 
 
 def takes(call: Call, gradients: dict[str, Tensor]) -> bool:
-    """Return whether to use one launch: if query, key and value train, up to the number of keys in the table."""
+    """Return whether to use one launch: if query, key and value train, up to the number of keys in the table.
+
+    Packed sequences are for the other kernels.
+    """
     B, Hkv, M, _ = call.key.shape
     N, P = call.query.shape[2], call.prefix_key.shape[-2]
     blocks = blocks_of(call, "whole")
     return (
         gradients.keys() >= {"query", "key", "value"}
+        and call.cu_seqlens_query is None
         and 0 < max(N, M) <= blocks.keys
         and P <= blocks.prefix
         and B * Hkv >= MULTIPROCESSORS  # fewer programs would leave some idle

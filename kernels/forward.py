@@ -34,6 +34,7 @@ from .tiles import (
     gate_parameter,
     load_rows,
     load_sink,
+    of_sample,
     prefix_of,
     prefix_scores,
     query_rows,
@@ -47,6 +48,11 @@ from .tiles import (
 @triton.jit
 def forward_kernel(query, key, value, prefix, gate, masks, sink, output, per_query, sizes, scaling, variant):
     b, h, n = query_tile(sizes, variant)
+    sizes = of_sample(sizes, b)
+    n += sizes.first_query
+    if sizes.query_offsets is not None:  # noqa: SIM102 (known when it is compiled; the other one is not)
+        if n >= sizes.N:
+            return
     hk = h // sizes.group
     i = tl.arange(0, variant.BLOCK_N)[:, None]
     q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
@@ -148,6 +154,10 @@ def launches(call: Call, output: Tensor, lse: Tensor, lse_rest: Tensor) -> Itera
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the log-sum-exp and the latter's rounding residual, shaped as in empty_outputs."""
     outputs = empty_outputs(call)
+    if call.cu_seqlens_query is not None:  # of no sequence are queries that unchecked offsets leave out
+        outputs[0].zero_()
+        outputs[1].fill_(-torch.inf)
+        outputs[2].zero_()
     run("forward", call, outputs, lambda: launches(call, *outputs))
     return outputs
 

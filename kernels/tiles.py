@@ -8,6 +8,7 @@ of keys are two-dimensional, [BLOCK, 1] and [1, BLOCK] or the reverse, so the sa
 import triton
 import triton.language as tl
 
+from .arguments import Sizes
 from .scaling import scaled
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -17,7 +18,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def query_tile(sizes, variant):
-    """The sample, query head and first query of this program; with causality the longest tiles start first."""
+    """The sample, query head and first of its queries of this program; with causality the longest tiles start first."""
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
     tile = tiles - 1 - tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
@@ -25,10 +26,35 @@ def query_tile(sizes, variant):
 
 
 @triton.jit
+def of_sample(sizes, b):
+    """The sizes of sample b or, if sequences are packed, of sequence b."""
+    if sizes.query_offsets is None:
+        return sizes
+    else:
+        first_query, N = span(sizes.query_offsets, b, sizes.queries)
+        first_key, M = span(sizes.key_offsets, b, sizes.keys)
+        return Sizes(
+            sizes.B, N, M, sizes.heads, sizes.group, sizes.before, sizes.after,
+            sizes.query_offsets, sizes.key_offsets, sizes.queries, sizes.keys, first_query, first_key,
+        )  # fmt: skip
+
+
+@triton.jit
+def span(offsets, b, rows):
+    """Where sequence b begins and ends, both clamped, because values on a device are unchecked."""
+    first = tl.minimum(tl.maximum(tl.load(offsets + b), 0), rows)
+    return first, tl.minimum(tl.maximum(tl.load(offsets + b + 1), first), rows)
+
+
+@triton.jit
 def query_rows(sizes, b, h, n, variant):
     """The start of a head's queries in a tensor [B, Hq, N], their offsets n..n+BLOCK_N, and which of them exist."""
     queries = n + tl.arange(0, variant.BLOCK_N)
-    return tl.cast(b * sizes.heads + h, tl.int64) * sizes.N, queries, queries < sizes.N
+    if sizes.query_offsets is None:
+        start = tl.cast(b * sizes.heads + h, tl.int64) * sizes.N
+    else:
+        start = tl.cast(h, tl.int64) * sizes.queries
+    return start, queries, queries < sizes.N
 
 
 @triton.jit
@@ -39,29 +65,30 @@ def stacked_per_query(sizes, b, h, n):
 
 @triton.jit
 def context_range(sizes, n, variant):
-    """The bounds of context tiles for queries n..n+BLOCK_N: start, first, whole, end.
+    """The bounds of context tiles for queries n..n+BLOCK_N: begin, first, whole, end.
 
-    Keys before `start` and from `end` on are unseen, and keys first..whole need no mask. Without a bound on the keys
-    before a query, start = first.
+    Keys before `begin` and from `end` on are unseen, and keys first..whole need no mask. Without a bound on the keys
+    before a query, begin = first.
     """
+    position = n + sizes.M - sizes.N - sizes.first_key  # of query n, and all below, from the sequence's first key
+    begin = 0
     first = 0
-    whole = sizes.M
-    end = sizes.M
+    whole = sizes.M - sizes.first_key
+    end = whole
     if sizes.after is not None:
-        whole = tl.minimum(whole, tl.maximum(n + 1 + sizes.M - sizes.N + sizes.after, 0))
-        end = tl.minimum(end, tl.maximum(n + variant.BLOCK_N + sizes.M - sizes.N + sizes.after, 0))
+        whole = tl.minimum(whole, tl.maximum(position + 1 + sizes.after, 0))
+        end = tl.minimum(end, tl.maximum(position + variant.BLOCK_N + sizes.after, 0))
     if variant.HAS_MASK:
         whole = 0
     whole = whole // variant.BLOCK_M * variant.BLOCK_M
-    if sizes.before is None:
-        return first, first, whole, end
-    else:
-        start = tl.maximum(n + sizes.M - sizes.N - sizes.before, 0) // variant.BLOCK_M * variant.BLOCK_M
-        last = tl.maximum(n + variant.BLOCK_N - 1 + sizes.M - sizes.N - sizes.before, 0)  # the last query's first key
+    if sizes.before is not None:
+        begin = tl.maximum(position - sizes.before, 0) // variant.BLOCK_M * variant.BLOCK_M
+        last = tl.maximum(position + variant.BLOCK_N - 1 - sizes.before, 0)  # the last query's first key
         first = tl.minimum(tl.cdiv(last, variant.BLOCK_M), tl.cdiv(end, variant.BLOCK_M)) * variant.BLOCK_M
         if variant.HAS_MASK:
-            first = start
-        return start, first, tl.maximum(whole, first), end
+            first = begin
+        whole = tl.maximum(whole, first)
+    return begin + sizes.first_key, first + sizes.first_key, whole + sizes.first_key, end + sizes.first_key
 
 
 @triton.jit

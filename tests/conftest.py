@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,12 @@ def _make_call(
     scale: float | None = None,
     softcap: float | None = None,
     sink: bool = False,
+    packed: tuple[list[int], list[int]] | None = None,  # queries and keys of each packed sequence, instead of B, N, M
 ) -> Arguments:
     """Random arguments; every tensor that may require a gradient does."""
+    if packed is not None:
+        B, N, M = 1, *map(sum, packed)
+    samples = B if packed is None else len(packed[0])
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -201,8 +206,11 @@ def _make_call(
         "scale": scale,
         "softcap": softcap,
     }
+    if packed is not None:
+        for side, rows in zip(("query", "key"), packed):
+            arguments[f"cu_seqlens_{side}"] = torch.tensor([0, *accumulate(rows)], dtype=torch.int32)
     if T is not None:
-        arguments["prefix_index"] = integers(T, B)
+        arguments["prefix_index"] = integers(T, samples)
         if lengths:
             arguments["prefix_length"] = integers(P + 1, T)
     for name, rank, size in (("reweight_key", rank_key, D), ("reweight_value", rank_value, Dv)):
@@ -210,10 +218,10 @@ def _make_call(
             arguments[name] = (trained(*bank, P, rank), trained(*bank, rank, Hkv, size))
     for kind in [] if mask is None else mask.split(" + "):
         name = "padding_mask" if kind != mask and "padding" in kind else "attn_mask"
-        samples = 1 if "shared" in kind else B
-        arguments[name] = masking(kind, B, M) if "padding" in kind else masking(kind, samples, 1, N, M)
+        several = 1 if "shared" in kind else B
+        arguments[name] = masking(kind, B, M) if "padding" in kind else masking(kind, several, 1, N, M)
     if bias:
-        arguments["prefix_bias"] = normal(1, Hq, N, P)
+        arguments["prefix_bias"] = normal(1, Hq, N, P) if packed is None else normal(samples, Hq, 1, P)
     if sink:
         arguments["sink"] = trained(Hq)
     return arguments

@@ -6,9 +6,9 @@
 Each row is one kernel, launched as a training step launches it: the table's blocks, a reweighted float32 prefix with a
 tanh gate, everything trainable, and the context plain, padded or causal with grouped heads. Of the others, "biased" has
 additive masks on context and prefix, "window" is causal with a window and grouped heads, "capped" the same with capped
-scores, "sinks" the same with attention sinks, "bank" has a bank with lengths, a sigmoid gate that is frozen, and sizes
-of 1, and "tasks" the same of 4. The kernels "merge" and "prefix-queries" are those that leave the context to others; of
-"decode", one query a sample, there is only the first.
+scores, "sinks" the same with attention sinks, "packed" is causal with grouped heads and packed sequences, "bank" has a
+bank with lengths, a sigmoid gate that is frozen, and sizes of 1, and "tasks" the same of 4. The kernels "merge" and
+"prefix-queries" are those that leave the context to others; of "decode", one query a sample, there is only the first.
 Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, in bf16 and for head sizes
 up to 128 on sm_90, spills registers (under additive masks: more than 64 bytes).
 """
@@ -55,7 +55,7 @@ TARGETS = {
 }
 HEAD_SIZES = (32, 64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GROUPED = ("causal", "decode", "window", "capped", "sinks")
+GROUPED = ("causal", "decode", "window", "capped", "sinks", "packed")
 CONTEXTS = ("plain", "padded", "biased", "bank", "tasks", *GROUPED)
 PRODUCTS = {"forward": 2, "queries": 3, "keys": 4, "sink": 0, "merge": 2, "prefix-queries": 3}
 LEGEND = """
@@ -142,13 +142,21 @@ def example(dtype: torch.dtype, head_size: int, context: str) -> PrefixAttention
         call = replace(call, gate_alpha=scalar, gate_tau=scalar, prefix_bias=bias, sink=sink)
         if context in ("window", "capped", "sinks"):
             call = replace(call, window_left=127, softcap=50.0 if context == "capped" else None)
-        return call
+        return packed(call) if context == "packed" else call
     T = 1 if context == "bank" else 4
     names = ("prefix_key", "prefix_value", "U_key", "V_key", "U_value", "V_value")
     of_bank = {name: getattr(call, name)[:T] for name in names}
     scalars = torch.empty(T, 1, device="meta")
     lengths = torch.empty(T, dtype=torch.int32, device="meta")
     return replace(call, **of_bank, prefix_length=lengths, gate="sigmoid", gate_alpha=scalars, gate_tau=scalars)
+
+
+def packed(call: PrefixAttentionCall) -> PrefixAttentionCall:
+    """The call with its samples as packed sequences."""
+    B, N, M = call.query.shape[0], call.query.shape[2], call.key.shape[2]
+    rows = {name: getattr(call, name).transpose(0, 1).flatten(1, 2)[None] for name in ("query", "key", "value")}
+    offsets = torch.empty(B + 1, dtype=torch.int32, device=call.query.device)
+    return replace(call, **rows, cu_seqlens_query=offsets, cu_seqlens_key=offsets, max_seqlen_query=N, max_seqlen_key=M)
 
 
 def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
@@ -164,6 +172,8 @@ def launches(call: PrefixAttentionCall) -> Iterator[tuple[str, Launch]]:
     yield "forward", forward.launch(as_seen, *outputs)
     _, *others = backward.launches(call, *outputs, outputs[0], gradients)
     yield from zip(("queries", "keys", "prefix", "reweighting", "sink"), others)
+    if call.is_packed:
+        return
     yield "merge", prefix_forward.launch(as_seen, *outputs)
     added_to = gradients["query"]
     _, queries = prefix_part.launches(call, *outputs, outputs[0], added_to, gradients={})

@@ -68,6 +68,10 @@ def prefix_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
+    max_seqlen_query: int | None = None,
+    max_seqlen_key: int | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | Any:  # Any: the pair that return_lse asks for
@@ -84,6 +88,9 @@ def prefix_attention(
 
     Every query sees every row of its prefix; masks, causality and window apply to the context only. A query that sees
     no context attends to the prefix alone; one that sees nothing at all gets 0. B, N, M and P may be 0.
+
+    Sequences of different lengths may be packed, one after another, into one row: B = 1, and N and M count the rows of
+    all. Each attends to its own keys and to its prefix, with causality and window within it, as if it were a sample.
 
     Args:
         query: [B, Hq, N, D] in float64, float32, float16 or bfloat16. All tensors may have any strides.
@@ -118,6 +125,14 @@ def prefix_attention(
             (Gemma 2, arXiv 2408.00118); None: no cap. "composed" cannot cap scores.
         sink: [Hq] in query's dtype or float32, attention sinks (GPT-OSS, arXiv 2508.10925): a score of each head that
             is neither scaled, capped nor gated. A query that sees nothing else gets 0, its log-sum-exp is the sink.
+        cu_seqlens_query: [S + 1] int32, where each of S packed sequences begins and ends: sequence s has the queries
+            cu_seqlens_query[s]..cu_seqlens_query[s + 1]. It rises from 0 to N; sequences may be empty. CPU tensors are
+            checked; on an accelerator offsets are clamped, and queries of no sequence get 0. prefix_index is then [S],
+            prefix_bias broadcasts to [S, Hq, 1, P], and there is no attn_mask and no padding_mask.
+        cu_seqlens_key: [S + 1] int32, likewise for key and value.
+        max_seqlen_query: the queries of the longest sequence, or more. None reads them off the offsets, for which an
+            accelerator waits; compiled code takes N instead, so that more programs run than have work.
+        max_seqlen_key: the keys of the longest sequence, likewise.
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "auto", "fused", "composed" or "reference". If set, the environment variable QTUNING_FAST_BACKEND
             replaces "auto". "fused" and "composed" are differentiable once, in reverse mode; "reference" is
@@ -159,9 +174,14 @@ def attention_with_weights(
     Returns:
         The output `[B, Hq, N, Dv]` and the weights over the context `[B, Hq, N, M]`, after dropout, both in query's
         dtype. Without dropout, 1 minus the sum of a query's weights is the share of its prefix and of its sink.
+
+    Raises:
+        NotImplementedError: sequences are packed.
     """
     fixed = None if attn_mask is None else attn_mask.detach()
     call = call_of(query, key, value, attn_mask=fixed, **arguments)
+    if call.is_packed:
+        raise NotImplementedError("packed sequences have no weights [B, Hq, N, M]; compute each alone, or pad them")
     if attn_mask is not None and attn_mask.requires_grad:
         call = replace(call, padding_mask=attn_mask) if attn_mask.ndim == 2 else replace(call, attn_mask=attn_mask)
     with no_autocast(query):

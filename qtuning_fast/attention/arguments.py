@@ -74,6 +74,48 @@ def _gate_parameter() -> Spec:
     return Spec(check, differentiable=True)
 
 
+def _offsets(dim: str) -> Spec:
+    """Where packed sequences begin and end in `dim`, the rows of query or of key."""
+
+    def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
+        if not known.is_packed:
+            return None
+        if x is None:
+            raise ValueError(f"{name} must be given beside the other cu_seqlens, got None")
+        known.tensor(name, x, "an int32", ("S + 1",))
+        if len(x) < 2:
+            raise ValueError(f"{name} must be [S + 1], S >= 1, got shape {list(x.shape)}")
+        if known["B"] != 1:
+            raise ValueError(f"query must hold all sequences in one row beside {name}, B = 1, got B = {known['B']}")
+        known.sizes["S"] = (len(x) - 1, name)
+        known.offsets[dim] = x
+        _check_offsets(name, x, known[dim], "query" if dim == "N" else "key")
+        return x
+
+    return Spec(check)
+
+
+def _longest(dim: str) -> Spec:
+    """The rows of the longest packed sequence, or a bound of them."""
+
+    def check(known: "_Known", name: str, x: object) -> int | None:
+        if not known.is_packed:
+            if x is not None:
+                raise ValueError(f"{name} must be None without packed sequences, got {_brief(x)}")
+            return None
+        offsets, rows = known.offsets[dim], known[dim]
+        if x is None:
+            return _longest_of(offsets, rows)
+        if not isinstance(x, int) or isinstance(x, bool):
+            raise TypeError(f"{name} must be None or an integer, got {_brief(x)}")
+        least = _longest_of(offsets, rows) if offsets.is_cpu and not torch.compiler.is_compiling() else 0
+        if x < least:
+            raise ValueError(f"{name} must be at least {least}, the rows of the longest sequence, got {x}")
+        return min(x, rows)
+
+    return Spec(check)
+
+
 def _of_a_bank(dim: str, largest: Callable[["_Known"], int]) -> Spec:
     """Integers in 0..largest, one for each entry of `dim`; only with a bank."""
 
@@ -84,7 +126,8 @@ def _of_a_bank(dim: str, largest: Callable[["_Known"], int]) -> Spec:
             if known.has_bank and name == "prefix_index":
                 raise ValueError(f"{name} must give each sample's prefix when prefix_key is a bank, got None")
             return None
-        _check_range(name, known.tensor(name, x, "an integer", (dim,)), largest(known))
+        each = "S" if dim == "B" and known.is_packed else dim
+        _check_range(name, known.tensor(name, x, "an integer", (each,)), largest(known))
         return x
 
     return Spec(check)
@@ -98,6 +141,9 @@ def _overlay(dims: str, dtype: str) -> Spec:
     def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
+        if name != "prefix_bias" and known.is_packed:
+            name = known.padding if name == "padding_mask" else name
+            raise ValueError(f"{name} must be None beside packed sequences, got {_brief(x)}")
         if name == "padding_mask":
             name = known.padding
             known.tensor(name, x, dtype, names)
@@ -183,6 +229,9 @@ class PrefixAttentionCall:
     `reweight_key`, `reweight_value`, `gate_alpha`, `gate_tau` and `window` are split into two fields each, so that
     every field has a type that a custom operator accepts: a tensor, a number or a string. `padding_mask` is also where
     an `attn_mask` of two dimensions ends up.
+
+    Of S packed sequences B is 1, N and M count the rows of all of them, and there are S entries where B are named for
+    prefix_index and prefix_bias, whose N is 1. Offsets are checked on the CPU only.
     """
 
     query: Annotated[Tensor, _tensor("B Hq N D", "a floating")]
@@ -199,6 +248,10 @@ class PrefixAttentionCall:
     sink: Annotated[Tensor | None, Spec(_sink, differentiable=True)]  # [Hq], one more score in each head's softmax
     number_alpha: Annotated[float, Spec(_gate_number)]  # used if gate_alpha is None
     number_tau: Annotated[float, Spec(_gate_number)]
+    cu_seqlens_query: Annotated[Tensor | None, _offsets("N")]  # [S + 1]: rows 0..N, cut into packed sequences, or None
+    cu_seqlens_key: Annotated[Tensor | None, _offsets("M")]  # likewise
+    max_seqlen_query: Annotated[int | None, _longest("N")]  # of the longest sequence, or more; None if none is packed
+    max_seqlen_key: Annotated[int | None, _longest("M")]
     prefix_index: Annotated[Tensor | None, _of_a_bank("B", lambda known: known["T"] - 1)]  # checked on the CPU only
     prefix_length: Annotated[Tensor | None, _of_a_bank("T", lambda known: known["P"])]  # None: P for all
     padding_mask: Annotated[Tensor | None, _overlay("B M", "a floating or bool")]
@@ -211,6 +264,10 @@ class PrefixAttentionCall:
     window_right: Annotated[int | None, _reach(1)]  # and when j <= i + M - N + window_right
     scale: Annotated[float, Spec(_scale)]
     softcap: Annotated[float | None, Spec(_softcap)]  # soft cap on scores, before gate and masks
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_query is not None
 
     @property
     def reweight_key(self) -> tuple[Tensor, Tensor] | None:
@@ -267,7 +324,7 @@ INPUTS = tuple(name for name, (_, spec) in _FIELDS.items() if spec.differentiabl
 
 # Types in the notation of PyTorch's operator schemas; an operator takes the fields one by one.
 _TYPES: dict[Any, str] = {
-    **{Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", int | None: "int?", bool: "bool"},
+    **{Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", int | None: "SymInt?", bool: "bool"},
     **{float: "float", float | None: "float?", str | None: "str?"},
 }
 SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, (kind, _) in _FIELDS.items())
@@ -297,6 +354,7 @@ def checked(arguments: Mapping[str, Any]) -> PrefixAttentionCall:
     given["gate_tau"], given["number_tau"] = _tensor_or_number(arguments["gate_tau"])
     given["window_left"], given["window_right"] = _window(arguments["window"])
     known = _Known(given["query"], given["prefix_key"])
+    known.is_packed = any(arguments[f"cu_seqlens_{side}"] is not None for side in ("query", "key"))
     mask, padding = arguments["attn_mask"], arguments["padding_mask"]
     if isinstance(mask, Tensor) and mask.ndim == 2:
         if padding is not None:
@@ -334,11 +392,14 @@ class _Known:
     """What earlier arguments fix for later ones: device, dtype and the size of each named dimension."""
 
     padding = "padding_mask"  # the argument that holds it
+    is_packed = False
 
     def __init__(self, query: object, prefix_key: object) -> None:
         self.has_bank = isinstance(prefix_key, Tensor) and prefix_key.ndim == 4
         self.sizes: dict[str, tuple[int, str]] = {}  # dimension -> its size and the argument that fixed it
+        self.offsets: dict[str, Tensor] = {}  # of packed sequences, by dimension
         self.dtypes = {"a floating": FLOATING, "an integer": INTEGER, "a floating or bool": (*FLOATING, torch.bool)}
+        self.dtypes["an int32"] = (torch.int32,)
         if isinstance(query, Tensor):
             self.query, self.device = query, query.device
             # The prefix, its reweighting and its gate may be float32 master weights beside a 16-bit query.
@@ -375,7 +436,9 @@ class _Known:
     def broadcasts(self, name: str, x: object, dtype: str, dims: Sequence[str]) -> None:
         """Check that a tensor broadcasts to these dimensions of scores."""
         x = self.tensor(name, x, dtype, dims=None)
-        sizes = [self[dim] for dim in dims]
+        if self.is_packed:  # sequences share their queries' rows of a bias
+            dims = [{"B": "S", "N": "1"}.get(dim, dim) for dim in dims]
+        sizes = [1 if dim == "1" else self[dim] for dim in dims]
         if x.ndim != len(dims) or any(size not in (1, full) for size, full in zip(x.shape, sizes)):
             padding = " or be [B, M]" if name == "attn_mask" else ""
             raise ValueError(f"{name} must broadcast to [{', '.join(dims)}] = {sizes}{padding}, got {list(x.shape)}")
@@ -394,6 +457,25 @@ def _check_range(name: str, x: Tensor, high: int) -> None:
         least, most = int(x.min()), int(x.max())
         if least < 0 or most > high:
             raise ValueError(f"{name} must lie in 0..{high}, got values in {least}..{most}")
+
+
+def _check_offsets(name: str, x: Tensor, rows: int, of: str) -> None:
+    """Check that offsets rise from 0 to the number of rows; on the CPU only, as `_check_range` does."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = x.tolist()
+    if values[0] != 0 or values[-1] != rows or values != sorted(values):
+        said = values if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
+        raise ValueError(f"{name} must rise from 0 to {rows}, the rows of {of}, got {said}")
+
+
+def _longest_of(offsets: Tensor, rows: int) -> int:
+    """Return the rows of the longest sequence, or all rows where they cannot be read: no sequence has more."""
+    if torch.compiler.is_compiling() or offsets.is_meta:
+        return rows
+    if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return rows
+    return min(max(int(offsets.diff().max()), 0), rows)
 
 
 def _number(name: str, x: object, instead: str = "") -> float:

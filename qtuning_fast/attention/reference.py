@@ -9,7 +9,8 @@ arXiv 2408.00118; sink: GPT-OSS, arXiv 2508.10925; without κ, cap(s) = s):
     o  = softmax([s_pre, s_ctx, sink]) [v' ; v ; 0]               one softmax over all
 
 Query i stands at the context's position i + M - N. Of the context it sees the keys from `window_left` before to
-`window_right` after its position, under causality none after it, less those that a mask hides.
+`window_right` after its position, under causality none after it, less those that a mask hides. Packed sequences are
+computed one by one.
 
 Scores, gate and softmax are float32, or float64 for float64 input. Reweighted rows and softmax weights are rounded to
 query's dtype before their products, as attention implementations do, so this module's error in 16 bits is the yardstick
@@ -17,10 +18,12 @@ for theirs.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import GATES, masked, score_dtype
+from qtuning_fast.attention.packed import sequences, spans
 
 
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
@@ -29,8 +32,19 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     Returns the output [B, Hq, N, Dv] in query's dtype and the detached log-sum-exp [B, Hq, N] in the scores' dtype.
     A query that sees nothing at all gets 0 and -inf, with a sink 0 and the sink, and passes no gradient.
     """
+    if call.is_packed:
+        return _attend_one_by_one(call)
     weights, lse = attention_weights(call)
     return weighted_values(call, weights), lse
+
+
+def _attend_one_by_one(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+    """Compute each packed sequence alone; a query of no sequence sees nothing."""
+    outputs, lses = zip(*map(attend, sequences(call)))
+    rows = spans(call)
+    outside = rows[0].queries.start, call.query.shape[2] - rows[-1].queries.stop
+    output = F.pad(torch.cat(outputs, dim=2), (0, 0, *outside))
+    return output, F.pad(torch.cat(lses, dim=2), outside, value=-torch.inf)
 
 
 def attention_weights(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:

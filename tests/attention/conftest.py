@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention import api, fused, reference
+from qtuning_fast.attention import api, fused, packed, reference
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.dispatch import BACKENDS
 
@@ -74,25 +74,37 @@ def _by_delta(arguments: Arguments, leaves: Callable[[Arguments], dict[str, Tens
 
     Autograd's way, through p ∘ dp - p Σ p dp, is exactly 0 where a query sees one key; this one rounds there.
     """
-    call = _call_of(arguments)
-    k, v = (
-        reference.prefix_rows(call, rows, weights)
-        for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
-    )
-    g, s = reference._prefix_scores(call, k), reference._context_scores(call)
-    output, lse = reference.attend(call)
-    delta = (d_output.to(g) * output.to(g)).sum(-1, keepdim=True)
-    gradients = [
-        (scores - lse[..., None]).exp().nan_to_num(0.0) * (reference._products(d_output, values) - delta)
-        for scores, values in ((g, v), (s, call.value))
-    ]
+    whole = _call_of(arguments)
     named = {name: x for name, x in leaves(arguments).items() if "value" not in name and name != "sink"}
-    inputs = list(named.values())
-    found = torch.autograd.grad([g, s], inputs, [x.detach() for x in gradients], allow_unused=True)
+    all_scores, gradients, sinks = list[Tensor](), list[Tensor](), list[Tensor]()
+    for call, d_o in _one_by_one(whole, d_output):
+        k, v = (
+            reference.prefix_rows(call, rows, weights)
+            for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
+        )
+        g, s = reference._prefix_scores(call, k), reference._context_scores(call)
+        output, lse = reference.attend(call)
+        delta = (d_o.to(g) * output.to(g)).sum(-1, keepdim=True)
+        all_scores += [g, s]
+        for scores, values in ((g, v), (s, call.value)):
+            weights = (scores - lse[..., None]).exp().nan_to_num(0.0)
+            gradients.append((weights * (reference._products(d_o, values) - delta)).detach())
+        if call.sink is not None:
+            sinks.append(-(_sink_weights(call, lse) * delta.squeeze(-1)).sum((0, 2)))
+    found = torch.autograd.grad(all_scores, list(named.values()), gradients, allow_unused=True)
     by_delta = {name: torch.zeros_like(x) if grad is None else grad for (name, x), grad in zip(named.items(), found)}
-    if call.sink is not None:
-        by_delta["sink"] = -(_sink_weights(call, lse) * delta.squeeze(-1)).sum((0, 2)).to(call.sink.dtype)
+    if whole.sink is not None:
+        by_delta["sink"] = sum(sinks[1:], sinks[0]).to(whole.sink.dtype)
     return by_delta
+
+
+def _one_by_one(call: PrefixAttentionCall, d_output: Tensor) -> Iterator[tuple[PrefixAttentionCall, Tensor]]:
+    """Each packed sequence alone, with its part of d_output; or the call itself."""
+    if not call.is_packed:
+        yield call, d_output
+        return
+    for alone, span in zip(packed.sequences(call), packed.spans(call)):
+        yield alone, d_output[:, :, span.queries]
 
 
 def _sink_weights(call: PrefixAttentionCall, lse: Tensor) -> Tensor:
@@ -102,7 +114,14 @@ def _sink_weights(call: PrefixAttentionCall, lse: Tensor) -> Tensor:
 
 def _sums_of_magnitudes(arguments: Arguments, d_output: Tensor) -> dict[str, Tensor]:
     """Σ|terms| of the gradients of alpha, tau, sink, U and V: one term per score, or per score and column."""
-    call = _call_of(arguments)
+    sums: dict[str, Tensor] = {}
+    for call, d_o in _one_by_one(_call_of(arguments), d_output):
+        for name, x in _sums_of_one(call, arguments, d_o).items():
+            sums[name] = sums[name] + x if name in sums else x
+    return sums
+
+
+def _sums_of_one(call: PrefixAttentionCall, arguments: Arguments, d_output: Tensor) -> dict[str, Tensor]:
     k, v = (
         reference.prefix_rows(call, rows, weights).detach()
         for rows, weights in ((call.prefix_key, call.reweight_key), (call.prefix_value, call.reweight_value))
@@ -158,6 +177,8 @@ def _lse_by_tanh_approx(call: PrefixAttentionCall) -> Tensor:
         return torch.zeros(())
     alpha = reference._per_head(call, call.alpha, torch.float64)
     alpha = alpha.detach().squeeze(-1) if isinstance(alpha, Tensor) else torch.tensor(alpha)
+    if call.is_packed and alpha.ndim == 3:
+        alpha = alpha.abs().amax(0)  # of the sequence whose gate is the strongest
     return TANH_APPROX[call.gate] * alpha.abs()
 
 

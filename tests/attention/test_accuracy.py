@@ -41,6 +41,9 @@ every_way_once = pytest.mark.parametrize(
         for pair in PAIRS
     ],
 )
+every_way_packed = pytest.mark.parametrize(
+    ("way", "dtype"), [pair for pair in PAIRS if pair.values[0] != "composed, kernels"]
+)
 sixteen_bit = pytest.mark.parametrize(("way", "dtype"), [pair for pair in PAIRS if F32 not in pair.values])
 
 
@@ -97,6 +100,28 @@ WINDOWS = {
 @pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
 def test_windows(assert_accurate, backend, dtype, options):
     assert_accurate(backend, **BASE | {"dtype": dtype, "gate_shape": "head"} | options)
+
+
+PACKED = {
+    "plain": {"packed": ([17, 1, 30, 0, 5], [15, 3, 0, 4, 33])},
+    "one": {"packed": ([40], [37]), "is_causal": True},
+    "causal": {"packed": ([70, 3, 16], [70, 9, 16]), "is_causal": True, "n_shared": 2, "rank_key": 1},
+    "shorter contexts": {"packed": ([20, 33, 2], [3, 20, 1]), "is_causal": True, "gate_shape": "head"},
+    "windows": {"packed": ([66, 40, 7], [70, 40, 0]), "window": (9, 5), "sink": True},
+    "causal windows": {"packed": ([35, 150], [35, 160]), "is_causal": True, "window": (20, 0), "G": 1},
+    "tasks": {"packed": ([9, 20, 4, 0, 6], [9, 20, 4, 2, 6]), "T": 3, "lengths": True, "gate_shape": "task, head"},
+    "tasks in turns": {"packed": ([18, 5, 1], [7, 0, 20]), "T": 2, "rank_value": 2, "gate_shape": "task"},
+    "biased": {"packed": ([12, 19, 3], [12, 19, 3]), "bias": True, "T": 2, "Hkv": 2},
+    "decoding": {"packed": ([1, 1, 1, 1], [9, 1, 17, 4]), "is_causal": True, "G": 4},
+    "empty": {"packed": ([0, 0], [0, 3])},
+    "no prefix": {"packed": ([6, 20, 3], [4, 0, 5]), "P": 0},
+}
+
+
+@every_way_packed
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
+def test_packed_sequences(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, **BASE | {"dtype": dtype} | options)
 
 
 SINKS = {
@@ -277,6 +302,15 @@ def call_options(draw):
     }
 
 
+@st.composite
+def packed_options(draw):
+    """The same of packed sequences."""
+    lengths = st.sampled_from([0, 1, 2, 15, 16, 17, 33, 64, 65])
+    both = draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=4))
+    options = draw(call_options())
+    return options | {"packed": tuple(map(list, zip(*both))), "mask": None}
+
+
 drawn = partial(
     settings,
     deadline=None,
@@ -304,6 +338,21 @@ def test_any_call(assert_accurate, backend, dtype, options):
 @drawn(max_examples=3)
 @given(options=call_options())
 def test_a_few_calls(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, dtype=dtype, **options)
+
+
+@every_way_packed
+@drawn(max_examples=3)
+@given(options=packed_options())
+def test_a_few_packed_calls(assert_accurate, backend, dtype, options):
+    assert_accurate(backend, dtype=dtype, **options)
+
+
+@thorough
+@every_way_packed
+@drawn(max_examples=12)
+@given(options=packed_options())
+def test_any_packed_call(assert_accurate, backend, dtype, options):
     assert_accurate(backend, dtype=dtype, **options)
 
 

@@ -20,7 +20,9 @@ DIMS = {
     "value": {"B", "Hkv", "M", "Dv"},
     "prefix_key": {"T", "Hkv", "P", "D"},
     "prefix_value": {"T", "Hkv", "P", "Dv"},
-    "prefix_index": {"B", "T"},
+    "cu_seqlens_query": {"S", "B", "N"},
+    "cu_seqlens_key": {"S", "B", "M"},
+    "prefix_index": {"B", "S", "T"},
     "prefix_length": {"T", "P"},
     "n_shared": {"P"},
     "reweight_key": {"T", "Hkv", "P", "D"},
@@ -30,13 +32,14 @@ DIMS = {
     "attn_mask": {"B", "Hq", "N", "M"},
     "padding_mask": {"B", "M"},
     "sink": {"Hq"},
-    "prefix_bias": {"B", "Hq", "N", "P"},
+    "prefix_bias": {"B", "S", "Hq", "N", "P"},
 }
 REQUIRED = ("query", "key", "value", "prefix_key", "prefix_value")
 TRAINED = ("prefix_key", "prefix_value", "reweight_key", "reweight_value", "gate_alpha", "gate_tau", "sink")
 MASKING = ("attn_mask", "padding_mask")  # these may be bool
 PAIRS = ("reweight_key", "reweight_value")
 KINDS = ("padding bool", "padding float", "full bool", "full float")
+BESIDE = ("full float + padding bool", "full bool + padding float")
 
 
 @st.composite
@@ -45,6 +48,9 @@ def call_options(draw):
     P, T = draw(st.integers(0, 3)), draw(st.none() | st.integers(1, 3))
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
     shapes = ["float", "scalar", "head"] + ([] if T is None else ["task", "task, head"])
+    rows = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=3)
+    packed = draw(st.none() | st.none() | rows.map(lambda pairs: tuple(map(list, zip(*pairs)))))
+    kinds = KINDS if packed is None else ()
     return {
         "dtype": dtype,
         "prefix_dtype": draw(st.sampled_from([dtype, torch.float32])),
@@ -58,7 +64,8 @@ def call_options(draw):
         "rank_value": draw(st.none() | st.integers(1, 2)),
         "gate": draw(st.none() | st.sampled_from(sorted(GATES))),
         "gate_shape": draw(st.sampled_from(shapes)),
-        "mask": draw(st.sampled_from([None, *KINDS, "full float + padding bool", "full bool + padding float"])),
+        "packed": packed,
+        "mask": draw(st.sampled_from([None, *kinds, *(BESIDE if kinds else ())])),
         "bias": draw(st.booleans()),
         "is_causal": draw(st.booleans()),
         "window": draw(st.none() | st.tuples(*[st.none() | st.sampled_from([0, 1, 3, 10**20])] * 2)),
@@ -117,7 +124,7 @@ def wrong_dtype(draw, arguments):
         wrong = [torch.complex64] if name in ("prefix_index", "prefix_length") else [torch.complex64, torch.int64]
         if name not in MASKING:
             wrong.append(torch.bool)
-        if name in ("prefix_index", "prefix_length"):
+        if name in ("prefix_index", "prefix_length", "cu_seqlens_query", "cu_seqlens_key"):
             wrong.append(torch.float32)
         if name in ("key", "value"):
             wrong.append(torch.float32 if float_dtype == torch.float16 else torch.float16)
@@ -230,6 +237,35 @@ def bad_window(draw, arguments):
     return {"window"}
 
 
+def bad_packing(draw, arguments):
+    """Offsets that do not rise from 0 to the end, one of the two alone, a longest sequence that is none."""
+    side = draw(st.sampled_from(["query", "key"]))
+    name, longest = f"cu_seqlens_{side}", f"max_seqlen_{side}"
+    offsets = arguments.get(name)
+    if offsets is None:
+        if draw(st.booleans()):
+            arguments[longest] = draw(st.sampled_from([0, 1, 500]))
+            return {longest}
+        rows = arguments[side].shape[2]
+        arguments[name] = torch.tensor([0, rows], dtype=torch.int32)
+        return {"cu_seqlens_query", "cu_seqlens_key"}
+    kind = draw(st.sampled_from(["values", "alone", "longest", "no sequence"]))
+    if kind == "longest":
+        most = int(offsets.diff().max())
+        bad = [-1, 1.0, "1", True, torch.tensor(1), *([most - 1] if most else [])]
+        arguments[longest] = draw(st.sampled_from(bad))
+        return {longest}
+    if kind == "alone":
+        arguments[name] = None
+    elif kind == "no sequence":
+        arguments[name] = offsets[:1]
+    else:
+        offsets = offsets.clone()
+        offsets[draw(st.integers(0, len(offsets) - 1))] += draw(st.sampled_from([-99, 99]))
+        arguments[name] = offsets
+    return {name, "cu_seqlens_key"} if kind == "no sequence" else {name}
+
+
 def bad_choice(draw, arguments):
     name = draw(st.sampled_from(["gate", "backend"]))
     arguments[name] = draw(st.sampled_from(["step", "", "TANH", "tanh ", 3, ["tanh"], torch.tanh, b"auto", True]))
@@ -243,7 +279,7 @@ def bad_flag(draw, arguments):
 
 
 ANYTHING = [wrong_rank, wrong_size, wrong_dtype, wrong_device, not_dense, heads_no_multiple, no_tensor, no_pair]
-ANYTHING += [bad_number, bad_bank, bad_n_shared, mask_with_gradient, two_padding_masks, bad_window]
+ANYTHING += [bad_number, bad_bank, bad_n_shared, mask_with_gradient, two_padding_masks, bad_window, bad_packing]
 ANYTHING += [bad_choice, bad_flag]
 LOCAL = [bad_number, bad_n_shared, bad_window, bad_choice, bad_flag]  # they cannot make good what another has corrupted
 
@@ -355,6 +391,42 @@ def test_a_window_is_a_pair_of_whole_numbers(make_call):
     got = normalised(make_call(N=5, M=6, window=(5, 4)))
     assert (got.keys_before, got.keys_after) == (None, None)
     assert normalised(make_call(window=(None, 4), is_causal=True)).keys_after == 0
+
+
+def test_a_complaint_about_packed_sequences(make_call):
+    call = make_call(packed=([2, 3], [4, 1]))
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
+    assert complaint(call, cu_seqlens_query=offsets) == (
+        "ValueError: cu_seqlens_query must rise from 0 to 5, the rows of query, got [0, 2, 6]"
+    )
+    assert complaint(call, cu_seqlens_key=None) == (
+        "ValueError: cu_seqlens_key must be given beside the other cu_seqlens, got None"
+    )
+    assert complaint(call, max_seqlen_key=3) == (
+        "ValueError: max_seqlen_key must be at least 4, the rows of the longest sequence, got 3"
+    )
+    assert complaint(call, attn_mask=torch.ones(1, 5, dtype=torch.bool)) == (
+        "ValueError: attn_mask must be None beside packed sequences, got a torch.bool tensor of shape [1, 5]"
+    )
+    assert complaint(call, prefix_bias=torch.ones(1, 1, 5, 3)) == (
+        "ValueError: prefix_bias must broadcast to [S, Hq, 1, P] = [2, 4, 1, 3], got [1, 1, 5, 3]"
+    )
+    assert complaint(make_call(B=2), cu_seqlens_query=offsets, cu_seqlens_key=offsets) == (
+        "ValueError: query must hold all sequences in one row beside cu_seqlens_query, B = 1, got B = 2"
+    )
+    assert complaint(make_call(), max_seqlen_query=3) == (
+        "ValueError: max_seqlen_query must be None without packed sequences, got int 3"
+    )
+
+
+def test_the_longest_sequence_is_read_off_or_a_bound(make_call):
+    call = normalised(make_call(packed=([2, 3, 0], [4, 1, 1])))
+    assert call.is_packed and (call.max_seqlen_query, call.max_seqlen_key) == (3, 4)
+    given = make_call(packed=([2, 3, 0], [4, 1, 1])) | {"max_seqlen_query": 4, "max_seqlen_key": 10**6}
+    assert (normalised(given).max_seqlen_query, normalised(given).max_seqlen_key) == (4, 6)
+    elsewhere = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    unknown = normalised(elsewhere | {"max_seqlen_query": None})
+    assert unknown.max_seqlen_query == 5  # all rows, where values cannot be read
 
 
 def test_what_backends_get(make_call):

@@ -34,6 +34,16 @@ def arguments(make_call, backend):
     return make_call(**BASE | WHOLE, mask="padding bool", window=(6, 9), sink=True) | {"backend": backend}
 
 
+@pytest.fixture(params=["samples", "packed"])
+def either(request, arguments, make_call, backend):
+    """The same, or packed sequences with tasks."""
+    if request.param == "samples":
+        return arguments
+    sequences = {"packed": ([9, 0, 17], [9, 3, 17]), "is_causal": True}
+    tasks = {"T": 2, "lengths": True, "gate_shape": "task, head"}
+    return make_call(**BASE | WHOLE | sequences | tasks, sink=True) | {"backend": backend}
+
+
 def run(arguments):
     return prefix_attention(**arguments)
 
@@ -98,9 +108,9 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(arguments, call_o
         torch.testing.assert_close(grad, everything[name], rtol=1e-6, atol=1e-6)
 
 
-def test_operators_pass_pytorchs_own_checks(arguments, call_of):
-    inputs = flattened(call_of(arguments))
-    name = {"fused": "attention", "composed": "composed_attention"}[arguments["backend"]]
+def test_operators_pass_pytorchs_own_checks(either, call_of):
+    inputs = flattened(call_of(either))
+    name = {"fused": "attention", "composed": "composed_attention"}[either["backend"]]
     forward, backward = (getattr(torch.ops.qtuning_fast, x).default for x in (name, f"{name}_backward"))
     torch.library.opcheck(forward, inputs)
     with torch.no_grad():
@@ -115,12 +125,12 @@ def test_operators_pass_pytorchs_own_checks(arguments, call_of):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_call_is_one_graph(arguments, gradients, leaves, dynamic):
+def test_a_compiled_call_is_one_graph(either, gradients, leaves, dynamic):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    output = compiled(arguments)
-    expected = run(arguments)
+    output = compiled(either)
+    expected = run(either)
     assert torch.equal(output, expected)
-    inputs = list(leaves(arguments).values())
+    inputs = list(leaves(either).values())
     for grad, want in zip(torch.autograd.grad(output.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
         assert torch.equal(grad, want)
 
@@ -214,6 +224,7 @@ KINDS = {
     "window": {"window": (4, 2), "N": 70, "M": 71},
     "sinks": {"sink": True},
     "bank": {"T": 2, "B": 2, "lengths": True, "gate_shape": "task, head"},
+    "packed": {"packed": ([20, 1, 5], [7, 0, 5]), "window": (4, 0)},
     "numbers for the gate": {"gate_shape": "float"},
 }
 

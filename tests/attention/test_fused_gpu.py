@@ -23,6 +23,9 @@ MASKS = ["padding bool", "padding float", "full bool", "full float", "shared flo
 DROP_IN = {
     "window": {"window": (100, 60), "N": 400, "M": 400},
     "causal window": {"window": (127, 0), "is_causal": True, "N": 400, "M": 450},
+    "packed": {"packed": ([300, 1, 128, 0, 77], [300, 40, 128, 9, 77]), "is_causal": True, "sink": True},
+    "packed windows": {"packed": ([300, 90], [300, 90]), "window": (60, 60)},
+    "packed tasks": {"packed": ([200, 130, 70], [200, 130, 70]), "T": 2, "lengths": True, "gate_shape": "task, head"},
     "narrow window": {"window": (3, 2), "N": 200, "M": 130},
     "decoding": {"window": (50, 0), "N": 1, "M": 300},
     "sinks": {"sink": True, "is_causal": True, "window": (127, 0), "N": 300, "M": 300},

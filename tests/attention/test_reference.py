@@ -246,6 +246,35 @@ def test_any_call_follows_the_formulas(make_call, gradients, options):
     assert_as_by_hand(make_call(**options), gradients)
 
 
+lengths = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(options=call_options(), pairs=lengths)
+def test_a_packed_sequence_is_what_it_is_alone(make_call, leaves, options, pairs):
+    arguments = make_call(**options | {"mask": None, "packed": tuple(map(list, zip(*pairs)))}) | {
+        "backend": "reference"
+    }
+    own = {name: arguments.pop(name) for name in ("cu_seqlens_query", "cu_seqlens_key")}
+    output, lse = prefix_attention(**arguments, **own, return_lse=True)
+    alone = []
+    for s, (a, b, c, d) in enumerate(zip(*(x[i:].tolist() for x in own.values() for i in (0, 1)))):
+        each = dict(arguments)
+        each["query"] = each["query"][:, :, a:b]
+        each |= {name: each[name][:, :, c:d] for name in ("key", "value")}
+        each |= {name: x[s : s + 1] for name in ("prefix_index", "prefix_bias") if (x := each.get(name)) is not None}
+        alone.append(prefix_attention(**each, return_lse=True))
+    expected, expected_lse = (torch.cat(x, dim=2) for x in zip(*alone))
+    assert torch.equal(output, expected) and torch.equal(lse, expected_lse)
+    inputs = list(leaves(arguments).values())
+    d_output = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    found, wanted = (
+        torch.autograd.grad(x, inputs, d_output, allow_unused=True, materialize_grads=True) for x in (output, expected)
+    )
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 MASKS = {
     "none": {},
     "padding bool": {"mask": "padding bool"},
@@ -258,6 +287,7 @@ MASKS = {
     "window": {"window": (1, 0)},
     "window, padding": {"window": (0, 1), "mask": "padding bool"},
     "prefix bias": {"bias": True},
+    "packed": {"packed": ([2, 0, 1], [1, 1, 2]), "is_causal": True, "bias": True},
 }
 REST = [
     {"rank_key": 1, "rank_value": 3, "gate_shape": "head"},

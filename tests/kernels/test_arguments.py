@@ -134,7 +134,8 @@ def test_samples_stay_as_they_are_without_a_bank_or_with_many_queries(checked):
 
 def test_sizes_and_prefix(checked):
     call = checked(**BASE | {"T": 3, "lengths": True})
-    assert arguments.sizes(call) == (3, 5, 7, 4, 2, None, None)
+    none = arguments.constant(0)
+    assert arguments.sizes(call) == (3, 5, 7, 4, 2, None, None, None, None, 0, 0, none, none)
     prefix = arguments.prefix(call)
     assert (prefix.n_prefixes, prefix.n_rows) == (3, 4) and prefix.length is call.prefix_length
     plain = arguments.prefix(checked(**BASE))
@@ -148,6 +149,16 @@ def test_how_far_a_query_sees(checked):
     assert (sizes.before, sizes.after) == (3, None)
     causal = arguments.sizes(checked(**BASE | {"window": (None, 9), "is_causal": True}))
     assert causal.before is None and causal.after is arguments.constant(0)
+
+
+def test_packed_sequences_are_counted_by_number_and_by_the_longest(checked):
+    call = checked(**BASE | {"packed": ([5, 0, 2], [4, 4, 9]), "T": 2})
+    assert arguments.counts(call) == (3, 5, 9)
+    sizes = arguments.sizes(call)
+    assert sizes[:3] == (3, 5, 9) and (sizes.queries, sizes.keys) == (7, 17)
+    assert sizes.query_offsets is call.cu_seqlens_query and sizes.key_offsets is call.cu_seqlens_key
+    assert arguments.rows(call.query).outer == 0  # so the number of a sequence does not lead out of the one sample
+    assert arguments.counts(checked(**BASE)) == (3, 5, 7)
 
 
 def test_the_prefixs_kernels_see_no_mask_of_the_context(checked):

@@ -3,6 +3,7 @@
 Causality, aligned bottom-right, is cut into what is square and what all queries see. A window is cut into chunks of
 queries, each with the keys within its reach, so that cost grows with the window and nothing dense is built. Chunks
 whose reach lies within the context have equally many keys and form the batch of one call, through views that overlap.
+Packed sequences are cut one by one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import score_dtype
 from qtuning_fast.attention.composed.vendors import Vendor
+from qtuning_fast.attention.packed import Span, alone, spans
 
 ALL = slice(None)
 LARGEST_CHUNK = 256  # queries; PyTorch's flash attention for CPUs takes as many at a time
@@ -73,6 +75,10 @@ class Piece(NamedTuple):
             keys = part[0].narrow(1, start, (chunks - 1) * self.chunk + strip.shape[2])
             keys.unfold(1, strip.shape[2], self.chunk).transpose(2, 3).add_(strip)
 
+    def of_sequence(self, span: Span) -> Piece:
+        """Return a piece of one packed sequence as a piece of all."""
+        return self._replace(queries=_within(self.queries, span.queries), keys=_within(self.keys, span.keys))
+
     @property
     def has_band(self) -> bool:
         return self.band != (None, None)
@@ -115,6 +121,12 @@ class Piece(NamedTuple):
 
 def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
     """Split the context into disjoint pieces that cover what is seen."""
+    if call.is_packed:
+        return [
+            piece.of_sequence(span)
+            for sequence, span in enumerate(spans(call))
+            for piece in _pieces(alone(call, sequence, span), vendor)
+        ]
     found = _pieces(call, vendor)
     return list(_by_sample(call, found)) if found and call.query.is_cpu and _shares_a_mask(call) else found
 
@@ -209,6 +221,12 @@ def _reached(M: int, first: int, last: int, before: int | None, after: int | Non
     """Return the keys that queries at the positions first..last see, together."""
     start = 0 if before is None else min(max(first - before, 0), M)
     return slice(start, M if after is None else max(min(last + after + 1, M), start))
+
+
+def _within(part: slice, whole: slice) -> slice:
+    """Return a part of a slice, counted from the whole's beginning, as a slice of what the whole is of."""
+    stop = whole.stop if part.stop is None else whole.start + part.stop
+    return slice(whole.start + (part.start or 0), stop)
 
 
 def _length(part: slice) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import score_dtype
+from qtuning_fast.attention.packed import spans
 from qtuning_fast.attention.reference import bank_index
 
 SCORES = 1 << 19  # about as many scores, or elements of queries, in a chunk: 2 MiB in float32
@@ -21,13 +22,17 @@ LEAST_ROWS = 64  # products over fewer rows are slow
 
 @dataclass(frozen=True)
 class Chunk:
-    """Queries of neighbouring samples that share a prefix: some of one sample, or all of several."""
+    """Queries of neighbouring samples that share a prefix: some of one sample, or all of several.
+
+    Packed sequences are positions of one sample.
+    """
 
     call: PrefixAttentionCall
     prefix: int
     length: int  # rows of the prefix
     samples: slice
     positions: slice
+    sequence: int = 0  # whose bias it is, if each packed sequence has its own
 
     def part(self, x: Tensor) -> Tensor:
         """Return the chunk's part of x [B, Hq, N, D] as a view [Hkv, b, G, n, D]."""
@@ -56,6 +61,12 @@ class Chunk:
         Hkv, *rows = self._shape
         return scratch(name, like.dtype, Hkv, math.prod(rows), like.shape[-1])
 
+    def bias(self, bias: Tensor) -> Tensor:
+        """Return the chunk's part of a bias on the prefix, [Hkv, rows, P]."""
+        if self.call.is_packed and len(bias) > 1:
+            bias = bias[self.sequence, None]
+        return self.stacked(bias.expand(*self.call.query.shape[:3], -1)[..., : self.length])
+
     def by_head(self, x: Tensor) -> Tensor:
         """Sum [Hkv, rows] over samples and positions to [Hq]."""
         return self.apart(x).sum((1, 3)).flatten()
@@ -82,6 +93,9 @@ def chunks(call: PrefixAttentionCall) -> Iterator[Chunk]:
     if not (N and call.prefix_key.shape[-2]):
         return
     queries = largest_chunk(call)
+    if call.is_packed:
+        yield from _chunks_of_sequences(call, queries)
+        return
     for prefix, length, samples in _runs(call):
         if N > queries:
             for sample, positions in itertools.product(samples, _cut(range(N), queries)):
@@ -89,6 +103,16 @@ def chunks(call: PrefixAttentionCall) -> Iterator[Chunk]:
         else:
             for several in _cut(samples, queries // N):
                 yield Chunk(call, prefix, length, several, slice(0, N))
+
+
+def _chunks_of_sequences(call: PrefixAttentionCall, queries: int) -> Iterator[Chunk]:
+    """Yield packed sequences; neighbours with the same prefix and bias are one run of positions."""
+    rows = [span.queries for span in spans(call)]
+    own_bias = call.prefix_bias is not None and len(call.prefix_bias) > 1
+    for prefix, length, sequences in _runs(call, own_bias=own_bias):
+        positions = range(rows[sequences[0]].start, rows[sequences[-1]].stop)
+        for part in _cut(positions, queries) if positions else ():
+            yield Chunk(call, prefix, length, slice(0, 1), part, sequences[0])
 
 
 def largest_chunk(call: PrefixAttentionCall) -> int:
@@ -99,12 +123,17 @@ def largest_chunk(call: PrefixAttentionCall) -> int:
     return max(rows * Hkv // Hq, 1)
 
 
-def _runs(call: PrefixAttentionCall) -> Iterator[tuple[int, int, range]]:
-    """Yield runs of neighbouring samples with the same non-empty prefix: its index, its length, the samples."""
-    B, P = len(call.query), call.prefix_key.shape[-2]
-    index = [0] * B if call.prefix_index is None else bank_index(call).tolist()
+def _runs(call: PrefixAttentionCall, *, own_bias: bool = False) -> Iterator[tuple[int, int, range]]:
+    """Yield runs of neighbouring samples with the same non-empty prefix: its index, its length, the samples.
+
+    Args:
+        own_bias: whether each has its own bias, so that it is a run by itself.
+    """
+    P, offsets = call.prefix_key.shape[-2], call.cu_seqlens_query
+    count = len(call.query) if offsets is None else len(offsets) - 1
+    index = [0] * count if call.prefix_index is None else bank_index(call).tolist()
     start = 0
-    for prefix, run in itertools.groupby(index):
+    for (prefix, _), run in itertools.groupby((prefix, i if own_bias else 0) for i, prefix in enumerate(index)):
         samples = range(start, start := start + len(list(run)))
         length = P if call.prefix_length is None else min(max(int(call.prefix_length[prefix]), 0), P)
         if length:

@@ -148,8 +148,7 @@ def _gated_scores(chunk: Chunk, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor, T
         y = sigma(call.gate, s, chunk.gate_parameter(call.tau), out=chunk.scores("y"))
         g = torch.addcmul(s, y, chunk.gate_parameter(call.alpha), out=chunk.scores("g"))
     if call.prefix_bias is not None:
-        bias = call.prefix_bias.expand(*call.query.shape[:3], -1)[..., : chunk.length]
-        g = masked(g.mT, chunk.stacked(bias)).mT
+        g = masked(g.mT, chunk.bias(call.prefix_bias)).mT
     return g, s, y
 
 
@@ -180,8 +179,8 @@ class Folded:
 
 
 def _order(call: PrefixAttentionCall) -> Tensor | None:
-    """Return the samples sorted by prefix, or None if they are sorted already or too long to be stacked."""
-    if call.prefix_index is None or call.query.shape[2] > largest_chunk(call):
+    """Return the samples sorted by prefix, or None if they are sorted already, packed or too long to be stacked."""
+    if call.prefix_index is None or call.is_packed or call.query.shape[2] > largest_chunk(call):
         return None
     index = bank_index(call)
     return None if bool((index[1:] >= index[:-1]).all()) else torch.argsort(index, stable=True)

@@ -73,6 +73,8 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
         return f"it is for CUDA devices, and query is on {query.device}"
     if torch.version.hip is not None:
         return "on ROCm its log-sum-exp is not known to be natural"
+    if call.is_packed:
+        return "it is not given packed sequences"
     if call.query.shape[2] > 1 and (call.keys_before is not None or call.keys_after not in (None, 0)):
         return "it is not given windows"
     if query.dtype not in dtypes:
