@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, FalconH1Config
 from transformers.masking_utils import find_packed_sequence_indices
 
-from qtuning_fast import QTuningConfig, QTuningModel
+from qtuning_fast import QTuningConfig, QTuningModel, prefix_attention
+from qtuning_fast.integrations.transformers import interface
 from qtuning_fast.integrations.transformers.caches import CACHE
 
 SMALL = {"prompt_length": 2, "queue_size": 2, "shared_length": 1, "reparameterization": None}
@@ -90,6 +91,26 @@ def test_logits_and_gradients_are_those_of_the_sequences_alone(
         batch = packed()
         embeds = model.base_model.get_input_embeddings()(batch.pop("input_ids"))
         torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.no_grad()
+def test_no_mask_of_tokens_by_tokens_is_built(packing_decoder: Any, placement: str, monkeypatch: Any) -> None:
+    """The operator gets offsets: two rows of four sequences, and a prompt in front of each row."""
+    calls = list[dict[str, Any]]()
+
+    def watched(*args: Any, **arguments: Any) -> Any:
+        calls.append(arguments)
+        return prefix_attention(*args, **arguments)
+
+    monkeypatch.setattr(interface, "prefix_attention", watched)
+    model = learned(packing_decoder, placement=placement).eval()
+    calls.clear()
+    batch = {name: torch.cat([x, x]) for name, x in packed().items() if name != "labels"}
+    model(**batch)
+    assert calls and all(call.get("attn_mask") is None for call in calls)
+    of_rows = [call["cu_seqlens_query"] for call in calls if "cu_seqlens_query" in call]
+    assert of_rows and all(ends.tolist() == [0, 6, 10, 11, 16, 22, 26, 27, 32] for ends in of_rows)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

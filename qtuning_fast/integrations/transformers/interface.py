@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from qtuning_fast.attention.api import prefix_attention
+from qtuning_fast.integrations.transformers.masks import Packed, seen
 from qtuning_fast.integrations.transformers.masks import attention_mask as mask_for
-from qtuning_fast.integrations.transformers.masks import seen
 from qtuning_fast.method.prefix import no_prefix, placed
 
 NAME = "qtuning_fast"
@@ -87,7 +87,8 @@ def attention_forward(
 
     Raises:
         ValueError: attention dropout or attention weights are requested.
-        NotImplementedError: each token has its own attention sinks, or the model changes masks on their way here.
+        NotImplementedError: each token has its own attention sinks, the model changes masks on their way here, or
+            packed rows have a relative bias.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -104,10 +105,12 @@ def attention_forward(
         raise NotImplementedError(f"{kind} changes the additive masks of eager attention on their way to its layers")
     if kwargs.get("sinks") is not None:
         raise NotImplementedError(f"attention sinks of each token (sinks): {type(module).__name__} has them")
-    padding, mask, reach = seen(attention_mask, key)
+    padding, mask, reach, packed = seen(attention_mask, key)
+    if packed is not None and position_bias is not None:
+        raise NotImplementedError(f"packed rows with a relative bias: {type(module).__name__} has one")
     sink: Tensor | None = kwargs.get("s_aux")
     options = {
-        "is_causal": causal and mask is None,  # otherwise the mask includes it
+        "is_causal": packed is not None or (causal and mask is None),  # otherwise the mask includes it
         "window": None if reach is None else (reach, reach),
         "scale": scaling,
         "softcap": kwargs.get("softcap"),
@@ -116,7 +119,7 @@ def attention_forward(
     if position_bias is not None and not any(parameter.requires_grad for parameter in module.parameters()):
         position_bias = position_bias.detach()  # a reentrant checkpoint makes it require a gradient, which is not used
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings make them float32
-    call = _Call(query, key, value, padding, mask, position_bias, options)
+    call = _Call(query, key, value, padding, mask, position_bias, options, packed)
     prefix = placed(module)
     if prefix is None:
         output = call.with_prefix(no_prefix(call.key, call.value))
@@ -138,10 +141,13 @@ class _Call:
     mask: Tensor | None  # [B, 1 or H, N, M]
     bias: Tensor | None
     options: dict[str, Any]
+    packed: Packed | None
 
     def with_prefix(self, prefix: Arguments, *, queries: slice | None = None, keys: slice | None = None) -> Tensor:
         """Return the output `[B, Hq, n, Dv]` of these queries over the prefix and these keys."""
         queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
+        if self.packed is not None:
+            return self._packed_with_prefix(prefix, queries)
         mask, bias = (None if x is None else x[:, :, queries, keys] for x in (self.mask, self.bias))
         output = prefix_attention(
             self.query[:, :, queries],
@@ -154,6 +160,36 @@ class _Call:
         )
         assert isinstance(output, Tensor)
         return output
+
+    def _packed_with_prefix(self, prefix: Arguments, rows: slice) -> Tensor:
+        """Return the output of packed rows from token `rows.start` on, which is within the first sequence of each."""
+        assert self.packed is not None
+        B, _, N, _ = self.query.shape
+        start = rows.start or 0
+        row, place = self.packed.offsets // N, self.packed.offsets % N
+        offsets = (row * (N - start) + (place - start).clamp(min=0)).to(torch.int32)
+        prefix = dict(prefix)
+        if "prefix_index" in prefix:
+            prefix["prefix_index"] = prefix["prefix_index"][row[:-1]]  # each sequence's is that of its row
+        query, key, value = (_in_one_row(x[:, :, rows]) for x in (self.query, self.key, self.value))
+        output = prefix_attention(
+            query,
+            key,
+            value,
+            **prefix,
+            cu_seqlens_query=offsets,
+            cu_seqlens_key=offsets,
+            max_seqlen_query=self.packed.longest,
+            max_seqlen_key=self.packed.longest,
+            **self.options,
+        )
+        assert isinstance(output, Tensor)
+        return output[0].unflatten(1, (B, N - start)).transpose(0, 1)
+
+
+def _in_one_row(x: Tensor) -> Tensor:
+    """Return the rows of a batch `[B, H, N, D]` behind one another, `[1, H, B N, D]`."""
+    return x if x.shape[0] == 1 else x.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _attend_behind_prompt(
@@ -185,7 +221,11 @@ def _attend_behind_prompt(
         "prefix_index": torch.arange(call.key.shape[0], device=call.key.device),
         "prefix_bias": bias,
     }
-    prompt = _of_first(call, prompt_tokens).with_prefix(no_prefix(call.key, call.value), queries=in_front)
+    none = no_prefix(call.key, call.value)
+    if call.packed is None:
+        prompt = _of_first(call, prompt_tokens).with_prefix(none, queries=in_front)
+    else:  # the prompt is the first sequence's beginning
+        prompt = replace(call, packed=None).with_prefix(none, queries=in_front, keys=in_front)
     return torch.cat([prompt, call.with_prefix(prefix, queries=behind, keys=behind)], dim=2)
 
 

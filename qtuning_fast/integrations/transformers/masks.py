@@ -1,7 +1,7 @@
-"""What a layer's mask says: which keys are padding, and how far a query sees.
+"""What a layer's mask says: which keys are padding, how far a query sees, and where packed sequences begin.
 
-transformers describes masks by functions of positions. Those of plain and of windowed attention are recognised, so that
-no mask of queries x keys is built for them; any other is written out.
+transformers describes masks by functions of positions. Those of plain and of windowed attention, and of packed rows
+under them, are recognised, so that no mask of queries x keys is built for them; any other is written out.
 """
 
 from __future__ import annotations
@@ -11,15 +11,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 
 WINDOW = torch.int16  # the dtype of a mask with a window
+PACKED = torch.int32  # and of one of packed sequences
+
+
+class Packed(NamedTuple):
+    """Sequences of packed rows, counted through all rows of a batch."""
+
+    offsets: Tensor  # int32 [S + 1]
+    longest: int
 
 
 class Seen(NamedTuple):
@@ -28,6 +39,7 @@ class Seen(NamedTuple):
     padding: Tensor | None  # bool [B, M]
     full: Tensor | None  # [B, 1 or H, N, M], bool or additive; it includes causality
     reach: int | None  # a window: the keys at a distance of up to so many; None: no window
+    packed: Packed | None = None  # causal, without padding
 
 
 def attention_mask(
@@ -47,6 +59,8 @@ def attention_mask(
       number of keys from a query's own to the farthest that it sees; `[1, W, 1, 1]` without padding. It is a view of
       one row. The window travels in the mask's shape, because not every model tells its attention function of it, and
       some tell of another. (`generate` may make the mask beforehand; a model takes one of four dimensions for made.)
+    - Packed rows under causality, perhaps with a window: integers `[1, W + 1, L, S + 1]`, a view of the S + 1 offsets
+      of sequences of up to L tokens, L >= 2; W is 0 without a window.
     - Anything else: a bool `[B, 1, N, M]`, which includes causality. So it is with a static cache, whose `M` is its
       capacity, not the number of keys written so far, and where code is traced.
     """
@@ -60,6 +74,9 @@ def attention_mask(
             return padding
         if up_to_date and not torch.compiler.is_compiling():
             count = _window(mask_function, kwargs.get("local_size"))
+            found = None if padding is not None or kv_offset else _sequences(mask_function, kwargs.get("local_size"))
+            if found is not None and found[0].shape[1] == q_length == kv_length:
+                return _packed(*found)
             if count is not None:
                 if padding is None:
                     row = torch.full((1, 1, 1, 1), -1, dtype=WINDOW, device=kwargs.get("device"))
@@ -83,6 +100,9 @@ def seen(mask: Tensor | None, key: Tensor) -> Seen:
     """Read a mask of `attention_mask` for a layer with these keys `[B, Hkv, M, D]`."""
     if mask is None or mask.ndim == 2:
         return Seen(mask, None, None)
+    if is_packed(mask):
+        _, reach, longest, _ = mask.shape
+        return Seen(None, None, reach - 2 if reach > 1 else None, Packed(mask[0, 0, 0], longest))
     if not has_window(mask):
         return Seen(None, mask, None)
     padding = None
@@ -100,6 +120,13 @@ def has_window(mask: Tensor) -> bool:
     return not bool((mask[:, :1] > 0).any())  # a mask of ones is somebody else's
 
 
+def is_packed(mask: Tensor) -> bool:
+    """Return whether a mask of four dimensions is one of packed rows."""
+    if mask.dtype != PACKED or mask.shape[0] != 1 or mask.shape[2] < 2 or mask.stride(2) != 0:
+        return False
+    return not mask.is_cpu or bool((mask[0, 0, 0].diff() > 0).all())  # otherwise it is somebody else's
+
+
 def padding_beside(mask: Tensor) -> Tensor:
     """Return the padding, bool `[B, M]`, in a mask with a window, or `[1, 1]`: there is none."""
     return mask[:, 0, 0] != 0
@@ -112,6 +139,36 @@ def _window(mask_function: Any, size: int | None) -> int | None:
     if _alike(mask_function, sliding_window_causal_mask_function(size)):
         return size
     return size + 1 if _alike(mask_function, sliding_window_bidirectional_mask_function(size)) else None
+
+
+def _sequences(mask_function: Any, size: int | None) -> tuple[Tensor, int] | None:
+    """Return which sequence each token is of, `[B, N]`, and `_window`, 0 without one; None: rows are not packed.
+
+    Its functions are that of causality, perhaps with a window, and that of packed rows. Newer versions of transformers
+    give the former positions that start again with each sequence, which within a sequence makes no difference.
+    """
+    if not isinstance(mask_function, FunctionType) or mask_function.__code__ is not and_masks().__code__:
+        return None
+    (functions,) = _closure(mask_function)
+    if len(functions) != 2 or functions[1].__code__ is not packed_sequence_mask_function(None).__code__:  # type: ignore[arg-type]
+        return None
+    base, (sequences,) = functions[0], _closure(functions[1])
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    if remap is not None and base.__code__ is remap(None, None).__code__:
+        base = next(each for each in _closure(base) if isinstance(each, FunctionType))
+    if base is causal_mask_function:
+        return sequences, 0
+    is_window = size and _alike(base, sliding_window_causal_mask_function(size))
+    return (sequences, size) if is_window and size else None
+
+
+def _packed(sequences: Tensor, window: int) -> Tensor:
+    """Return the mask of packed rows, for which an accelerator waits once."""
+    begins = torch.ones_like(sequences, dtype=torch.bool)
+    begins[:, 1:] = sequences.diff(dim=1) != 0
+    offsets = torch.cat([begins.flatten().nonzero()[:, 0], sequences.new_tensor([sequences.numel()])])
+    longest = max(int(offsets.diff().max()), 2)  # so that the stride of its dimension says that this is a view
+    return offsets.to(PACKED)[None, None, None].expand(1, window + 1, longest, -1)
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import MistralConfig, MistralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
     or_masks,
     sdpa_mask,
     sliding_window_bidirectional_mask_function,
@@ -70,7 +73,8 @@ def test_what_is_handed_on_means_what_transformers_mask_says(kind, size, N, cach
     call = asked(function(size), size if has_window else None, N, M, attention_mask=mask, **places)
     expected = sdpa_mask(**call, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     found = attention_mask(**call)
-    padding, full, reach = seen(found, torch.empty(2, 1, M, 1))
+    padding, full, reach, packed = seen(found, torch.empty(2, 1, M, 1))
+    assert packed is None
     if full is not None:  # a cache that has dropped keys, but has no window
         assert dropped and not has_window and torch.equal(full, expected)
         return
@@ -103,20 +107,20 @@ def test_what_is_not_recognised_is_written_out(call: dict[str, Any]) -> None:
     M = call["kv_length"]
     found = attention_mask(**call)
     assert found is not None and found.shape[2:] == (6, M) and found.dtype == torch.bool
-    assert seen(found, torch.empty(2, 1, M, 1)) == (None, found, None)
+    assert seen(found, torch.empty(2, 1, M, 1)) == (None, found, None, None)
 
 
 def test_a_window_travels_in_the_masks_shape() -> None:
     """So it is read without waiting for a device, and takes no memory."""
     key = torch.empty(2, 1, 6, 1)
     call = asked(sliding_window_causal_mask_function(3), 3, 6, 6)
-    assert seen(attention_mask(**call), key) == (None, None, 2)
+    assert seen(attention_mask(**call), key) == (None, None, 2, None)
     padded = attention_mask(**call, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]] * 2))
     assert padded.untyped_storage().nbytes() == 2 * 6 * 2
-    padding, full, reach = seen(padded, key)
+    padding, full, reach, _ = seen(padded, key)
     assert full is None and reach == 2 and padding.tolist() == [[False, True, True, True, True, True]] * 2
     assert seen(padded.to("meta"), key.to("meta")).reach == 2
-    assert seen(None, key) == (None, None, None)  # a layer without a window in a model that has some
+    assert seen(None, key) == (None, None, None, None)  # a layer without a window in a model that has some
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8])
@@ -129,12 +133,54 @@ def test_other_masks_of_integers_are_refused(dtype: torch.dtype) -> None:
         model(ids, attention_mask=torch.ones(2, 1, 5, 5, dtype=dtype))
 
 
+PACKED_ROWS = {
+    "causal": (LlamaConfig(**TINY_DENSE), create_causal_mask, None),
+    "windows": (MistralConfig(**TINY_DENSE, sliding_window=3), create_sliding_window_causal_mask, 2),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED_ROWS)
+@pytest.mark.parametrize("lengths", [[[3, 1, 4], [5, 3]], [[2, 2, 2, 2]], [[1] * 8], [[7, 1]]], ids=str)
+def test_packed_rows_are_recognised(kind: str, lengths: list[list[int]]) -> None:
+    """Their mask means what transformers' own says, and is a view of the offsets."""
+    config, mask_of, wanted_reach = PACKED_ROWS[kind]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    inputs = {"inputs_embeds": torch.empty(len(lengths), 8, 32), "attention_mask": None, "past_key_values": None}
+    config._attn_implementation = "eager"
+    expected = mask_of(config=config, **inputs, position_ids=positions) == 0
+    config._attn_implementation = NAME
+    mask = mask_of(config=config, **inputs, position_ids=positions)
+    padding, full, reach, packed = seen(mask, torch.empty(len(lengths), 1, 8, 1))
+    assert padding is full is None and packed is not None and reach == wanted_reach
+    flat = [n for row in lengths for n in row]
+    assert packed.offsets.tolist() == [0, *accumulate(flat)] and packed.longest == max(2, *flat)
+    assert mask.untyped_storage().nbytes() == 4 * (len(flat) + 1)
+    for row, mine in enumerate(lengths):
+        blocks = [torch.ones(n, n, dtype=torch.bool).tril() for n in mine]
+        if reach is not None:
+            blocks = [block.triu(-reach) for block in blocks]
+        assert torch.equal(torch.block_diag(*blocks).bool(), expected[row, 0])
+
+
+def test_packed_rows_under_further_masks_are_written_out() -> None:
+    config = LlamaConfig(**TINY_DENSE)
+    config._attn_implementation = NAME
+    inputs = {"inputs_embeds": torch.empty(1, 6, 32), "attention_mask": None, "past_key_values": None}
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    mask = create_causal_mask(
+        config=config, **inputs, position_ids=positions, and_mask_function=lambda b, h, q, k: k != 1
+    )
+    assert seen(mask, torch.empty(1, 1, 6, 1)).packed is None and mask.shape == (1, 1, 6, 6)
+    ones = torch.ones(1, 1, 1, 6, dtype=torch.int32).expand(-1, -1, 6, -1)  # somebody else's
+    assert seen(ones, torch.empty(1, 1, 6, 1)).packed is None
+
+
 def test_one_key_may_be_padding_or_not() -> None:
     key = torch.empty(2, 1, 1, 1)
     call = asked(sliding_window_causal_mask_function(3), 3, 1, 1)
-    padding, _, reach = seen(attention_mask(**call, attention_mask=torch.tensor([[0], [1]])), key)
+    padding, _, reach, _ = seen(attention_mask(**call, attention_mask=torch.tensor([[0], [1]])), key)
     assert padding.tolist() == [[False], [True]] and reach == 2
-    padding, _, reach = seen(attention_mask(**call), key)
+    padding, _, reach, _ = seen(attention_mask(**call), key)
     assert padding.tolist() == [[True], [True]] and reach == 2
 
 
