@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo demo-images setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
-	bench-gpu bench-gpu-second bench-gpu-models triton-cache gpu-packages report lint format docs docs-serve models-table clean
+	bench-gpu bench-gpu-second bench-gpu-drop-in bench-gpu-models triton-cache gpu-packages report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
 
@@ -122,6 +122,10 @@ bench-gpu:
 # What that left out, long contexts, the order of the backends, growth; three minutes.
 bench-gpu-second:
 	$(PLAN) gpu-second $(PLAN_OPTIONS) --out $(OUT)/gpu-second.json
+
+# Windows, packed sequences and capped scores; four minutes.
+bench-gpu-drop-in:
+	$(PLAN) gpu-drop-in $(PLAN_OPTIONS) --out $(OUT)/gpu-drop-in.json
 
 # Ingredients, whole models, 200 tasks in a row; nine minutes.
 bench-gpu-models:

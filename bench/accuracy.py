@@ -23,18 +23,19 @@ Errors = dict[str, float]
 class Reference:
     """Output and gradients in float64, for part of the batch.
 
-    If one sample is too long already, only its last queries count, which see all keys even with causality. The incoming
+    If one sample is too long already, only its last queries count, which see all keys even with causality; packed
+    sequences count whole. The incoming
     gradient is zero elsewhere. So the prefix's gradients, which are sums over the batch, are those of that part, while
     the peers run the whole shape.
     """
 
     def __init__(self, shape: Shape, x: Inputs) -> None:
-        scores = shape.Hq * (shape.P + shape.M)  # of a query
-        count = min(shape.B, max(1, LARGEST_REFERENCE // (scores * shape.N)))
-        self.shape, self.queries = shape, min(shape.N, max(1, LARGEST_REFERENCE // scores))
+        (B, _, N, _), scores = x.query.shape, shape.Hq * (shape.P + shape.M)  # of a query
+        count = min(B, max(1, LARGEST_REFERENCE // (scores * N)))
+        self.shape, self.queries = shape, N if shape.packed else min(N, max(1, LARGEST_REFERENCE // scores))
         # From both ends of the batch: indices that overflow, or a last block forgotten, show at the end.
-        self.samples = (torch.arange(count, device=x.query.device) - count // 2) % shape.B
-        chosen = torch.zeros(shape.B, 1, shape.N, 1, device=x.query.device, dtype=x.query.dtype)
+        self.samples = (torch.arange(count, device=x.query.device) - count // 2) % B
+        chosen = torch.zeros(B, 1, N, 1, device=x.query.device, dtype=x.query.dtype)
         chosen[self.samples, :, -self.queries :] = 1
         self.inputs = replace(x.detached(), d_output=x.d_output * chosen)
         self._known: dict[tuple[bool, bool, bool], tuple[Tensor, dict[str, Tensor]]] = {}

@@ -16,6 +16,8 @@ def attend(call: PrefixAttentionCall) -> Tensor:
     G, P = call.query.shape[1] // call.key.shape[1], call.prefix_key.shape[-2]
     key, value = (x.repeat_interleave(G, dim=1) if G > 1 else x for x in concatenated(call))
     s = (call.query @ key.mT).float() * call.scale
+    if call.softcap is not None:
+        s = call.softcap * torch.tanh(s / call.softcap)
     s_pre, s_ctx = s[..., :P], s[..., P:]
     if call.gate is not None:
         s_pre = s_pre + per_head(call, call.alpha) * torch.tanh(per_head(call, call.tau) * s_pre)
@@ -60,7 +62,14 @@ def _masked(s: Tensor, call: PrefixAttentionCall) -> Tensor:
         s = s + call.attn_mask
     if call.padding_mask is not None:
         s = s.masked_fill(~call.padding_mask[:, None, None, :], -torch.inf)
-    if call.is_causal:
-        visible = torch.ones(N, M, dtype=torch.bool, device=s.device).tril(M - N)
-        s = s.masked_fill(~visible, -torch.inf)
-    return s
+    visible = reached(N, M, call.keys_before, call.keys_after, s.device)
+    return s if visible is None else s.masked_fill(~visible, -torch.inf)
+
+
+def reached(N: int, M: int, before: int | None, after: int | None, device: torch.device) -> Tensor | None:
+    """Which keys [N, M] causality and window leave; None: all."""
+    if before is None and after is None:
+        return None
+    visible = torch.ones(N, M, dtype=torch.bool, device=device)
+    visible = visible if after is None else visible.tril(M - N + after)
+    return visible if before is None else visible.triu(M - N - before)

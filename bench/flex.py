@@ -36,9 +36,11 @@ def attend_merged(call: PrefixAttentionCall) -> Tensor:
 def gated(tanh: Callable[[Tensor], Tensor], options: dict[str, Any], call: PrefixAttentionCall, mask: Any) -> Tensor:
     key, value = concatenated(call)
     P, (alpha, tau) = call.prefix_key.shape[-2], _gate(call)
-    index, bias = call.prefix_index, call.attn_mask
+    index, bias, cap = call.prefix_index, call.attn_mask, call.softcap
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
         if call.gate is None:
             gated_score = score
         elif index is None:
@@ -149,8 +151,12 @@ _padded_masks = WeakTensorKeyDictionary()
 def block_mask(call: PrefixAttentionCall, P: int) -> Any:
     """The block mask for P rows that all queries see, in front of the context; None: everything is visible."""
     (B, _, N, _), M = call.query.shape, call.key.shape[2]
+    if call.cu_seqlens_query is not None:
+        return _mask_of_sequences(call, call.cu_seqlens_query, P)
     if call.padding_mask is None:
-        return _causal_mask(N, M, P, str(call.query.device)) if call.is_causal else None
+        before, after = call.keys_before, call.keys_after
+        bounded = before is not None or after is not None
+        return _mask_of_positions(N, M, P, before, after, str(call.query.device)) if bounded else None
     if call.padding_mask not in _padded_masks:
         visible = in_front(call.padding_mask.new_ones(1, 1, P, 1), call.padding_mask[:, None, :, None])[:, 0, :, 0]
         _padded_masks[call.padding_mask] = create_block_mask(
@@ -160,11 +166,32 @@ def block_mask(call: PrefixAttentionCall, P: int) -> Any:
 
 
 @cache
-def _causal_mask(N: int, M: int, P: int, device: str) -> Any:
+def _mask_of_positions(N: int, M: int, P: int, before: int | None, after: int | None, device: str) -> Any:
+    """The block mask of causality and window, built without all its scores at once."""
+
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (kv < P) | (q + M - N >= kv - P)
+        ahead = kv - P - (q + M - N)
+        seen = kv >= P
+        seen = seen if after is None else seen & (ahead <= after)
+        seen = seen if before is None else seen & (ahead >= -before)
+        return (kv < P) | seen
 
     return create_block_mask(visible, None, None, N, P + M, device=device)
+
+
+def _mask_of_sequences(call: PrefixAttentionCall, offsets: Tensor, P: int) -> Any:
+    """The block mask of packed sequences with one prefix and as many queries as keys."""
+    if call.prefix_index is not None or call.is_causal or call.keys_before is not None:
+        raise NotImplementedError("packed sequences with tasks, causality or windows are not written for FlexAttention")
+    if offsets not in _padded_masks:
+        N = call.query.shape[2]
+        sequence = torch.bucketize(torch.arange(N, device=offsets.device), offsets[1:], right=True)
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (kv < P) | (sequence[q] == sequence[torch.clamp(kv - P, min=0)])
+
+        _padded_masks[offsets] = create_block_mask(visible, None, None, N, P + N, device=str(offsets.device))
+    return _padded_masks[offsets]
 
 
 # tanh as one instruction of NVIDIA GPUs, which our kernels use too (`kernels/gate.py`). Uncompiled it is plain tanh.

@@ -38,7 +38,7 @@ def too_large(shape: Shape, peer: str, device: str, dtype: torch.dtype) -> str:
     """Why a peer is not tried: its scores alone would not fit into the GPU's memory. Empty: they fit."""
     if torch.device(device).type != "cuda" or peer not in BYTES_A_SCORE:
         return ""
-    needed = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * BYTES_A_SCORE[peer] * dtype.itemsize // 2
+    needed = shape.rows * shape.Hq * (shape.P + shape.M) * BYTES_A_SCORE[peer] * dtype.itemsize // 2
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return f"not tried: it takes about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free" if needed > free else ""
 

@@ -43,8 +43,16 @@ class Peer:
     reweighted: bool = True
     has_prefix: bool = True
     frozen: tuple[str, ...] = ()  # names of Inputs.trained that get no gradient
+    lacks: tuple[str, ...] = ()  # features of a Shape that it cannot do
+
+    def check(self, shape: Shape) -> None:
+        """Raises a NotImplementedError if the peer lacks a feature of the shape."""
+        lacking = [name for name in self.lacks if getattr(shape, name)]
+        if lacking:
+            raise NotImplementedError(f"not with {', '.join(lacking)}")
 
     def prepare(self, shape: Shape, x: Inputs) -> Prepared:
+        self.check(shape)
         which = {"gated": self.gated, "reweighted": self.reweighted}
         x = replace(x, **{name: getattr(x, name).detach() for name in self.frozen})
         leaves = {name: t for name, t in x.trained(**which).items() if name not in self.frozen}
@@ -73,6 +81,7 @@ class Concatenated(Peer):
     attention: sdpa.Attention = sdpa.pytorch
 
     def prepare(self, shape: Shape, x: Inputs) -> Prepared:
+        self.check(shape)
         call = x.call(shape, gated=False, reweighted=False)
         with torch.no_grad():
             key, value = (t.requires_grad_(x.key.requires_grad) for t in eager.concatenated(call))
@@ -98,7 +107,7 @@ class Concatenated(Peer):
 AS_THEY_ARE = (  # arguments of prefix_attention that a call holds by the same name
     *("query", "key", "value", "prefix_key", "prefix_value", "prefix_index", "prefix_length", "n_shared"),
     *("reweight_key", "reweight_value", "gate", "attn_mask", "padding_mask", "prefix_bias", "is_causal", "scale"),
-    *("softcap", "sink"),
+    *("softcap", "sink", "cu_seqlens_query", "cu_seqlens_key", "max_seqlen_query", "max_seqlen_key"),
 )
 
 
@@ -110,12 +119,13 @@ def own(backend: str, call: PrefixAttentionCall) -> Tensor:
 
 
 _NEITHER: dict[str, Any] = {"gated": False, "reweighted": False}
+_ALONE: dict[str, Any] = _NEITHER | {"has_prefix": False, "lacks": ("window", "softcap", "packed")}
 
 
 def variants(backend: str, about: str) -> dict[str, Peer]:
     """One of our backends, with everything and without some parts."""
     attend = partial(own, backend)
-    return {
+    found = {
         backend: Peer(about, attend),
         f"{backend}-again": Peer("the same a second time: how far two measurements of one thing differ", attend),
         f"{backend}-no-gate": Peer("without gate", attend, gated=False),
@@ -124,26 +134,35 @@ def variants(backend: str, about: str) -> dict[str, Peer]:
         f"{backend}-frozen-gate": Peer("alpha and tau frozen, all else trained", attend, frozen=GATE),
         f"{backend}-prefix-only": Peer("query, key and value frozen, as in the lowest layer", attend, frozen=CONTEXT),
     }
+    lacks = ("softcap",) if backend == "composed" else ()
+    return {name: replace(peer, lacks=lacks) for name, peer in found.items()}
 
 
 PEERS: dict[str, Peer] = {
     **variants("fused", "our Triton kernels"),
     **variants("composed", "a vendor's attention for the context, ours for the prefix"),
     "reference": Peer("the definition, in plain PyTorch, float32 inside", partial(own, "reference")),
-    "eager": Peer("as the papers' authors would write it", eager.attend),
-    "eager-compiled": Peer("the same under torch.compile", lambda call: flex.compiled(eager.attend)(call)),
+    "eager": Peer("as the papers' authors would write it", eager.attend, lacks=("packed",)),
+    "eager-compiled": Peer(
+        "the same under torch.compile", lambda call: flex.compiled(eager.attend)(call), lacks=("packed",)
+    ),
     # The gradient of what a score_mod captures takes one atomic addition a score, which alone makes "flex" slow. The
     # peer to beat has its gate frozen, and is compared with our kernels with the gate frozen.
     "flex-frozen-gate": Peer("FlexAttention, compiled, the gate as its score_mod", flex.ATTENDS["flex"], frozen=GATE),
     "flex-approx-frozen-gate": Peer("with the GPU's own tanh", flex.ATTENDS["flex-tanh-approx"], frozen=GATE),
     "flex": Peer("with alpha and tau trained, by one atomic addition a score", flex.ATTENDS["flex"]),
-    "flex-merged": Peer("FlexAttention over the context, the prefix by hand", flex.ATTENDS["flex-merged"]),
+    "flex-merged": Peer(
+        "FlexAttention over the context, the prefix by hand", flex.ATTENDS["flex-merged"], lacks=("softcap", "packed")
+    ),
     "flex-flash": Peer("FlexAttention's FlashAttention backend", flex.ATTENDS["flex-flash"]),
-    "context-alone": Peer("no prefix", partial(sdpa.context_alone, None), **_NEITHER, has_prefix=False),
-    "context-alone-cudnn": Peer("by cuDNN", partial(sdpa.context_alone, "cudnn"), **_NEITHER, has_prefix=False),
+    "context-alone": Peer("no prefix", partial(sdpa.context_alone, None), **_ALONE),
+    "context-alone-cudnn": Peer("by cuDNN", partial(sdpa.context_alone, "cudnn"), **_ALONE),
 }
 for _name, _attention in sdpa.ATTENTIONS.items():
     _by, _attend = "PyTorch's attention" if _name == "sdpa" else _name, partial(sdpa.attend, _attention)
-    PEERS[_name] = Peer(f"{_by} on the concatenated prefix, no gate", _attend, gated=False)
-    PEERS[f"{_name}-no-concat"] = Concatenated(f"{_by}, the prefix in place", _attend, **_NEITHER, attention=_attention)
+    _lacks = ("softcap", "packed", "window") if "flash-attn" in _name else ("softcap", "packed")
+    PEERS[_name] = Peer(f"{_by} on the concatenated prefix, no gate", _attend, gated=False, lacks=_lacks)
+    PEERS[f"{_name}-no-concat"] = Concatenated(
+        f"{_by}, the prefix in place", _attend, **_NEITHER, lacks=_lacks, attention=_attention
+    )
 OURS = ("fused", "composed")

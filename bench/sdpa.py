@@ -6,7 +6,7 @@ On the concatenated prefix it is a lower bound: a gate costs what comes on top o
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.bench.eager import concatenated
+from qtuning_fast.bench.eager import concatenated, reached
 from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Attention = Callable[[PrefixAttentionCall, Tensor, Tensor], Tensor]  # of call, keys and values [B, Hkv, P + M, D]
@@ -35,7 +35,12 @@ def attend(attention: Attention, call: PrefixAttentionCall) -> Tensor:
 def pytorch(call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
     """PyTorch's attention, by the backend that PyTorch takes."""
     mask = _mask(call)
-    if call.is_causal:
+    if call.keys_before is not None:
+        if mask is not None:
+            raise NotImplementedError("a window and a mask at once")
+        N, M = call.query.shape[2], call.key.shape[2]
+        mask = _windowed(N, M, key.shape[2] - M, call.keys_before, call.keys_after, call.query.device)
+    elif call.is_causal:
         if mask is not None:
             raise NotImplementedError("bottom-right causality and a mask at once")
         mask = causal_lower_right(call.query.shape[2], key.shape[2])
@@ -45,7 +50,7 @@ def pytorch(call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
 
 def pytorch_by(backend: str, call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
     """PyTorch's attention, by one of BACKENDS."""
-    if backend == "cudnn" and call.is_causal:
+    if backend == "cudnn" and call.is_causal and call.keys_before is None:
         raise NotImplementedError("cuDNN knows no bottom-right causality")
     with sdpa_kernel(BACKENDS[backend]):
         return pytorch(call, key, value)
@@ -63,7 +68,7 @@ def context_alone(backend: str | None, call: PrefixAttentionCall) -> Tensor:
 
 
 def flash_attn(version: int, call: PrefixAttentionCall, key: Tensor, value: Tensor) -> Tensor:
-    """The package flash_attn of that version, whose causality is bottom-right."""
+    """The package flash_attn of that version, whose causality is bottom-right. (A window would hide the prefix.)"""
     if version == 3:
         from flash_attn_interface import flash_attn_func
     else:
@@ -81,6 +86,15 @@ ATTENTIONS: dict[str, Attention] = {
     "flash-attn-2": partial(flash_attn, 2),
     "flash-attn-3": partial(flash_attn, 3),
 }
+
+
+@lru_cache(maxsize=1)  # as a model would make it once for all its layers
+def _windowed(N: int, M: int, P: int, before: int | None, after: int | None, device: torch.device) -> Tensor:
+    """The mask [N, P + M] of a window behind a prefix that all queries see."""
+    visible = reached(N, M, before, after, device)
+    assert visible is not None
+    return F.pad(visible, (P, 0), value=True)
+
 
 _masks = WeakTensorKeyDictionary()
 

@@ -1,6 +1,7 @@
 """The shapes that are measured, each named after a model and its use, and random inputs of a shape."""
 
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ class Shape:
     context: int | None = None  # keys; None: as many as queries
     is_causal: bool = False
     bias: bool = False  # an additive bias on the context's scores, one for all samples, as T5 has it
-    padding: float = (
-        0.0  # the mean share of the context that is padding: from none in one sample to twice that in another
-    )
+    padding: float = 0.0  # the mean share of the context that is padding; none in one sample, the most in another
+    window: tuple[int, int] | None = None  # keys that a query sees before and after its position
+    softcap: float | None = None
+    packed: bool = False  # samples without their padding, one after another in one row
     tasks: int = 1  # prefixes in use, assigned to samples in random order; 1: one for all, without a bank
     trained: bool = True  # forward and backward; else forward alone, the prefix folded and in query's dtype
 
@@ -38,13 +40,40 @@ class Shape:
         """Context keys."""
         return self.N if self.context is None else self.context
 
+    @property
+    def lengths(self) -> list[int]:
+        """The keys of each sample that are not padding, from all M down.
+
+        Up to half of padding they are evenly spaced. Beyond that they are M uᵏ with u evenly spaced, so that most are
+        short, as the lengths of texts are.
+        """
+        spaced = [1 - i / max(self.B - 1, 1) for i in range(self.B)]
+        if self.padding <= 0.5:
+            shares = [1 - 2 * self.padding * (1 - u) for u in spaced]
+        else:
+            shares = [u ** (self.padding / (1 - self.padding)) for u in spaced]
+        return [max(round(self.M * share), 1) for share in shares]
+
+    @property
+    def rows(self) -> int:
+        """Queries of all samples: those of padding are computed unless sequences are packed."""
+        return sum(self.lengths) if self.packed else self.B * self.N
+
+    @property
+    def reach(self) -> int:
+        """The keys of the context that most queries see, without causality."""
+        return self.M if self.window is None else min(self.M, sum(self.window) + 1)
+
     def __str__(self) -> str:
         heads = f"H{self.Hq}" if self.Hq == self.Hkv else f"Hq{self.Hq} Hkv{self.Hkv}"
         length = f"N{self.N}" if self.M == self.N else f"N{self.N} M{self.M}"
         features = {
             "causal": self.is_causal,
             "bias": self.bias,
-            f"{self.padding:.0%} padding": self.padding,
+            f"window {self.window and (self.window[0] if self.is_causal else sum(self.window))}": self.window,
+            f"cap {self.softcap}": self.softcap,
+            f"{self.padding:.0%} padding": self.padding and not self.packed,
+            f"packed {sum(self.lengths)} tokens": self.packed,
             f"{self.tasks} tasks": self.tasks > 1,
         }
         return " ".join([f"B{self.B} {heads} {length} D{self.D} P{self.P}", *(f for f, has in features.items() if has)])
@@ -68,6 +97,13 @@ DECODE_64_MIXED = replace(DECODE_64, name="decode-64-mixed", tasks=16)
 DECODE_256_MIXED = replace(DECODE_256, name="decode-256-mixed", tasks=16)
 PADDED = replace(BERT_BASE, name="bert-base-padded", padding=0.25, of="BERT-base, sentences of all lengths")
 MIXED = replace(BERT_BASE, name="bert-base-mixed", tasks=16, of="BERT-base, a batch of several tasks")
+MODERNBERT = Shape(
+    *("modernbert-8k", 1, 12, 12, 8192, 64, 60), window=(64, 64), of="ModernBERT-base, a layer with a window"
+)
+MISTRAL = Shape("mistral-8k", B=1, N=8192, P=100, is_causal=True, window=(4095, 0), of="Mistral-7B", **_LLAMA_8B)
+GEMMA_2 = Shape("gemma-2", B=2, Hq=8, Hkv=4, N=2048, D=256, P=60, is_causal=True, softcap=50.0, of="Gemma-2-2B")
+THIRD = replace(BERT_BASE_512, name="bert-base-third", B=32, padding=2 / 3, of="BERT-base, texts of all lengths")
+PACKED = replace(THIRD, name="bert-base-packed", packed=True, of="the same texts, packed")
 WIDE = Shape("wide", B=4, Hq=8, Hkv=8, N=1024, D=256, P=60, of="heads of 256, as Gemma has them")
 
 
@@ -94,6 +130,11 @@ CPU = (
     Shape("long-4096-cpu", B=1, Hq=8, Hkv=8, N=4096, D=64, P=100, of="long documents"),
     DECODE_CPU,
     replace(DECODE_CPU, name="decode-mixed-cpu", tasks=16),
+    twin(MODERNBERT, Hq=4, Hkv=4),
+    twin(MISTRAL, Hq=4, Hkv=1, N=4096, window=(2047, 0)),
+    twin(GEMMA_2, B=1, N=512),
+    twin(THIRD, B=8),
+    twin(PACKED, B=8),
 )
 
 # Shapes that show within seconds whether everything works together.
@@ -103,7 +144,10 @@ TINY_BIAS = replace(TINY, name="tiny-bias", bias=True)
 TINY_PADDED = replace(TINY, name="tiny-padded", padding=0.25)
 TINY_MIXED = replace(TINY, name="tiny-mixed", tasks=2)
 TINY_DECODE = replace(TINY_CAUSAL, name="tiny-decode", N=1, context=9, tasks=2, is_causal=False, trained=False)
-TINIES = (TINY, TINY_CAUSAL, TINY_BIAS, TINY_PADDED, TINY_MIXED, TINY_DECODE)
+TINY_WINDOW = replace(TINY_CAUSAL, name="tiny-window", window=(5, 0))
+TINY_CAPPED = replace(TINY_CAUSAL, name="tiny-capped", softcap=2.0)
+TINY_PACKED = replace(TINY, name="tiny-packed", padding=2 / 3, packed=True)
+TINIES = (TINY, TINY_CAUSAL, TINY_BIAS, TINY_PADDED, TINY_MIXED, TINY_DECODE, TINY_WINDOW, TINY_CAPPED, TINY_PACKED)
 
 # The most important first, for runs that are cut off.
 GPU: tuple[Shape, ...] = (
@@ -118,6 +162,7 @@ GPU: tuple[Shape, ...] = (
     DECODE_256,
 )
 GPU += (DECODE_64_MIXED, T5_LARGE, BERT_LARGE, PADDED, MIXED, DECODE_256_MIXED)
+GPU += (PACKED, THIRD, MISTRAL, MODERNBERT, GEMMA_2)
 SHAPES = {shape.name: shape for shape in (*GPU, WIDE, *CPU, *TINIES)}
 
 
@@ -125,7 +170,8 @@ SHAPES = {shape.name: shape for shape in (*GPU, WIDE, *CPU, *TINIES)}
 class Inputs:
     """The inputs of a layer. Query, key, value and d_output have the strides that models give them: [B, N, H, D].
 
-    With a bank of T prefixes, what belongs to the prefix has a leading T. In training it is float32.
+    Packed sequences are one sample, so there B is 1 and N counts all tokens. With a bank of T prefixes, what belongs to
+    the prefix has a leading T. In training it is float32.
     """
 
     query: Tensor  # [B, Hq, N, D]
@@ -142,6 +188,7 @@ class Inputs:
     d_output: Tensor  # [B, Hq, N, D], the gradient that comes in
     prefix_index: Tensor | None  # [B], with a bank
     mask: Tensor | None  # of padding [B, M], bool; or T5's bias [1, Hq, N, M]
+    offsets: Tensor | None = None  # int32, of packed sequences
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -151,7 +198,7 @@ class Inputs:
         """The tensors that get a gradient, by name, with or without gate and reweighting."""
         kinds = {"query", "key", "value", "prefix"} | ({"gate"} if gated else set())
         kinds |= {"U", "V"} if reweighted else set()
-        fixed = {"d_output", "prefix_index", "mask"}
+        fixed = {"d_output", "prefix_index", "mask", "offsets"}
         return {name: x for name, x in self.tensors().items() if name not in fixed and name.split("_")[0] in kinds}
 
     def call(self, shape: Shape, *, gated: bool = True, reweighted: bool = True) -> PrefixAttentionCall:
@@ -172,6 +219,12 @@ class Inputs:
             gate_tau=self.gate_tau if gated else 1.0,
             attn_mask=self.mask,
             is_causal=shape.is_causal,
+            window=shape.window,
+            softcap=shape.softcap,
+            cu_seqlens_query=self.offsets,
+            cu_seqlens_key=self.offsets,
+            max_seqlen_query=max(shape.lengths) if shape.packed else None,
+            max_seqlen_key=max(shape.lengths) if shape.packed else None,
         )
 
     def detached(self, dtype: torch.dtype | None = None) -> "Inputs":
@@ -186,13 +239,17 @@ class Inputs:
         return new
 
     def of_samples(self, samples: Tensor) -> "Inputs":
-        """The part of these samples of the batch [n]."""
+        """The part of these samples of the batch [n]; all of packed sequences, which are one."""
+        if self.offsets is not None:
+            return self
         by_sample = {"query", "key", "value", "d_output", "prefix_index"}
         by_sample |= {"mask"} if self.mask is not None and self.mask.ndim == 2 else set()
         return replace(self, **{name: x[samples] for name, x in self.tensors().items() if name in by_sample})
 
     def of_last_queries(self, count: int) -> "Inputs":
         """The part of the last `count` queries, with all keys."""
+        if self.offsets is not None:
+            return self
         new = replace(self, query=self.query[:, :, -count:], d_output=self.d_output[:, :, -count:])
         return new if self.mask is None or self.mask.ndim == 2 else replace(new, mask=self.mask[:, :, -count:])
 
@@ -215,16 +272,19 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device | str, seed
     def normal(*sizes: int, around: float = 0.0, by: float = 1.0, dtype: torch.dtype = prefix_dtype) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device).mul_(by).add_(around).to(dtype)
 
+    samples = 1 if shape.packed else shape.B
+    N, M = (shape.rows, shape.rows) if shape.packed else (shape.N, shape.M)
+
     def heads(count: int, length: int) -> Tensor:
-        return normal(shape.B, length, count, shape.D, dtype=dtype).transpose(1, 2)
+        return normal(samples, length, count, shape.D, dtype=dtype).transpose(1, 2)
 
     def weights(*sizes: int) -> Tensor:
         return normal(*bank, *sizes, around=1.0, by=0.2)
 
     return Inputs(
-        query=heads(shape.Hq, shape.N),
-        key=heads(shape.Hkv, shape.M),
-        value=heads(shape.Hkv, shape.M),
+        query=heads(shape.Hq, N),
+        key=heads(shape.Hkv, M),
+        value=heads(shape.Hkv, M),
         prefix_key=normal(*bank, shape.Hkv, shape.P, shape.D),
         prefix_value=normal(*bank, shape.Hkv, shape.P, shape.D),
         U_key=weights(shape.P, 1),
@@ -233,12 +293,15 @@ def inputs(shape: Shape, *, dtype: torch.dtype, device: torch.device | str, seed
         V_value=weights(1, shape.Hkv, shape.D),
         gate_alpha=weights(shape.Hq),
         gate_tau=weights(shape.Hq),
-        d_output=heads(shape.Hq, shape.N),
+        d_output=heads(shape.Hq, N),
         prefix_index=_in_no_order(shape, device, generator) if bank else None,
         mask=_padding(shape, device)
-        if shape.padding
+        if shape.padding and not shape.packed
         else normal(1, shape.Hq, shape.N, shape.M, dtype=dtype)
         if shape.bias
+        else None,
+        offsets=torch.tensor([0, *accumulate(shape.lengths)], dtype=torch.int32, device=device)
+        if shape.packed
         else None,
     )
 
@@ -250,9 +313,8 @@ def _in_no_order(shape: Shape, device: torch.device | str, generator: torch.Gene
 
 
 def _padding(shape: Shape, device: torch.device | str) -> Tensor:
-    """[B, M], True for keys that are not padding; the lengths are evenly spaced, from all keys down."""
-    lengths = torch.linspace(shape.M, shape.M * (1 - 2 * shape.padding), shape.B, device=device).round()
-    return torch.arange(shape.M, device=device) < lengths[:, None]
+    """[B, M], True for keys that are not padding."""
+    return torch.arange(shape.M, device=device) < torch.tensor(shape.lengths, device=device)[:, None]
 
 
 def input_sets(shape: Shape, count: int, *, dtype: torch.dtype, device: torch.device | str) -> list[Inputs]:

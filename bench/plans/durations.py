@@ -62,7 +62,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 def step_ms(shape: Shape, peer: str = "fused") -> float:
     """The predicted milliseconds of a step, or of a forward pass if nothing is trained."""
-    work = shape.B * shape.Hq * shape.N * (shape.P + shape.M) * shape.D
+    work = shape.rows * shape.Hq * (shape.P + shape.reach) * shape.D
     ms = _steps().get(shape.name) or ESTIMATES.get(shape.name) or work * 1e-9 * 0.4  # as bert-base has it
     return ms * next((factor for name, factor in OVER_FUSED.items() if peer.startswith(name)), 1.0)
 

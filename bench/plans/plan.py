@@ -55,6 +55,8 @@ PEERS = (
 DECODING, DECODERS = ("decode-64", "decode-64-mixed", "decode-256"), ("composed", "fused", "sdpa-no-concat")
 LONG = ("llama-8b-4096", "long")
 LONG_PEERS = ("composed", "sdpa", "context-alone", "composed-frozen-gate", "eager", "flex-frozen-gate", "flex-merged")
+DROP_IN = ("bert-base-packed", "mistral-8k", "modernbert-8k", "gemma-2", "bert-base-third")
+DROP_IN_PEERS = ("fused", "fused-frozen-gate", "sdpa", "eager", "flex-frozen-gate")
 GATE_TRAINED = ("bert-base",), ("flex",)  # a row that says why FlexAttention's gate is frozen elsewhere
 TUNED_HEAD_SIZES, TUNED_DIRECTIONS = (64, 128), ("keys", "whole", "queries", "forward")
 OURS = ("fused", "fused-frozen-gate", "composed", "fused-plain")
@@ -84,6 +86,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
         Step("attention", "rows.attention", 3600, rehearsal=("--peer", "composed", "eager")),
         Step("decode", "rows.attention", 600, ("--decode",), rehearsal=_DECODE),
         _INGREDIENTS,
+        Step("drop_in", "rows.drop_in", 300),
         Step("growth", "rows.growth", 1200),
         _MIXED,
         Step("lifelong", "rows.lifelong", 1800),
@@ -117,6 +120,12 @@ PLANS: dict[str, tuple[Step, ...]] = {
         Step("choose", "plans.rank_backends", 25, rehearsal=("--rounds", "2"), within=True),
         Step("growth", "rows.growth", 20, _GROWN, ("--peer", "composed", "--with", "B", "tasks"), within=True),
     ),
+    "gpu-drop-in": (
+        replace(_PRECOMPILE, seconds=60, arguments=("--plan", "gpu-drop-in")),
+        replace(_CEILINGS, seconds=10),
+        _operator("attention-drop-in", 90, _of(DROP_IN, DROP_IN_PEERS), "--peer composed --shape tiny-packed"),
+        Step("drop_in", "rows.drop_in", 80, ("--quick",)),
+    ),
     "gpu-models": (
         replace(_INGREDIENTS, seconds=50, arguments=("--quick",), rehearsal=("--peer", "fused")),
         Step("models", "rows.models", 235),
@@ -124,4 +133,9 @@ PLANS: dict[str, tuple[Step, ...]] = {
         replace(_MIXED, seconds=50),
     ),
 }
-TOTAL_SECONDS = {"gpu": 530.0, "gpu-second": 172.0, "gpu-models": 530.0}  # of a plan; nothing outlasts it
+TOTAL_SECONDS = {
+    "gpu": 530.0,
+    "gpu-second": 172.0,
+    "gpu-drop-in": 240.0,
+    "gpu-models": 530.0,
+}  # of a plan; nothing outlasts it

@@ -56,6 +56,9 @@ class Wanted(NamedTuple):
 
 def wanted(plan_name: str) -> list[Wanted]:
     """What a plan runs, the most important first."""
+    if plan_name == "gpu-drop-in":
+        peers = of_peers(plan.DROP_IN, plan.DROP_IN_PEERS, COMPILED)
+        return [*peers, *of_kernels([SHAPES[name] for name in plan.DROP_IN])]
     if plan_name == "gpu-second":
         long = [SHAPES[name] for name in plan.LONG]
         peers = of_peers(plan.LONG, plan.LONG_PEERS, COMPILED)
@@ -202,7 +205,7 @@ def _make(make: Callable[[], Any], needs_no_gpu: bool) -> Any:
 def command() -> Command:
     """The command line."""
     found = Command(__spec__.name, __doc__, dry_run="compile one kernel", deadline=True)
-    found.add_argument("--plan", choices=("gpu", "gpu-second"), default="gpu")
+    found.add_argument("--plan", choices=("gpu", "gpu-second", "gpu-drop-in"), default="gpu")
     return found
 
 

@@ -3,6 +3,7 @@
     python -m qtuning_fast.bench.plans.run cpu           all questions, on a CPU
     python -m qtuning_fast.bench.plans.run gpu --out FILE   tests, the operator beside its peers, tuning; 9 minutes
     python -m qtuning_fast.bench.plans.run gpu-second --out FILE   what that left out, long contexts, growth; 3 minutes
+    python -m qtuning_fast.bench.plans.run gpu-drop-in --out FILE   windows, packed sequences, caps; 4 minutes
     python -m qtuning_fast.bench.plans.run gpu-models --out FILE   200 tasks in a row, whole models; 9 minutes
     python -m qtuning_fast.bench.plans.run gpu --dry-run   the same steps on tiny shapes, without a GPU if need be
     python -m qtuning_fast.bench.plans.run --unpack FILE   put the results of a run where they belong

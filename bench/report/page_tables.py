@@ -64,6 +64,19 @@ def decode(document: Document) -> list[str]:
     return lines
 
 
+def drop_in(document: Document) -> list[str]:
+    """Milliseconds of a step of each case, and the ratio to the one that it is compared with."""
+    lines = ["| | ms | ratio |", "|---|---|---|"]
+    for entry in document["entries"].values():
+        over = entry["rows"][entry["over"]]
+        for name, row in entry["rows"].items():
+            ms = figures.median(row, "step")
+            if ms is not None:
+                shown = "" if name == entry["over"] else _times(figures.ratio(row, over, "step"))
+                lines.append(f"| {name}: {entry['shapes'][name]} | {ms:.3g} | {shown} |")
+    return lines
+
+
 def tests(document: Document) -> list[str]:
     lines = ["| | passed | failed | skipped |", "|---|---|---|---|"]
     for name, entry in document["entries"].items():

@@ -177,6 +177,16 @@ FlexAttention has its own defaults.
         "A step with gate, reweighting, a bank of prefixes and padding, compared with a step without one of them.",
         page_tables.ingredients,
     ),
+    Section(
+        "drop_in",
+        "Windows and packed sequences",
+        """
+Texts of all lengths, packed or padded; and a window over a long text, beside as many scores without one. *sdpa* takes a
+window as a mask of all scores.
+""",
+        page_tables.drop_in,
+        drawn=False,
+    ),
     Section("growth", "Growth", "The time over the length, the prefix, the batch, and the tasks in a mixed batch."),
     Section(
         "lifelong",

@@ -108,6 +108,14 @@ def mixed(documents: Documents) -> float | None:
     return times[0] / times[1] if len(times) == 2 else None
 
 
+def saved(entry: str, case: str, documents: Documents) -> float | None:
+    """The time of a step of a case over that of what it is compared with."""
+    found = documents.get("drop_in", {}).get("entries", {}).get(entry)
+    if found is None or not all(name in found["rows"] for name in (case, found["over"])):
+        return None
+    return ratio(found["rows"][case], found["rows"][found["over"]], "step")
+
+
 def inferring(model: str, documents: Documents) -> float | None:
     """The time to score a batch among 2,000 tasks over that of the forward pass that yields its features."""
     entry = documents.get("task_inference", {}).get("entries", {}).get(model)
@@ -171,6 +179,8 @@ def _of_models(device: str) -> list[Target]:
     memory = "resident_bytes" if device == "cpu" else "device_peak_bytes"
     return [
         Target("a forward pass of 16 tasks over one task", device, AT_MOST, 1.15, mixed),
+        Target("packed over padded texts of all lengths", device, AT_MOST, 0.5, partial(saved, "packed", "packed")),
+        Target("a window over as many scores", device, AT_MOST, 1.3, partial(saved, "window", "window")),
         Target("step, last ten of 200 tasks over tasks 6 to 15", device, AT_MOST, 1.05, partial(flatness, "step_ms")),
         Target("memory, likewise", device, AT_MOST, 1.02, partial(flatness, memory)),
     ]

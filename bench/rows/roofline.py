@@ -61,33 +61,44 @@ class Work:
 
 
 def forward_work(shape: Shape, element_size: int = 2) -> Work:
-    context_pairs, prefix_pairs = _context_pairs(shape), shape.N * shape.P
-    heads = shape.B * shape.Hq
-    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
-    read = (queries + 2 * _seen(keys, shape)) * shape.D * element_size + _parameter_bytes(shape, element_size)
+    context_pairs, prefix_pairs = _context_pairs(shape), shape.rows * shape.P
+    queries = shape.Hq * shape.rows
+    read = (queries + 2 * _seen(shape)) * shape.D * element_size + _parameter_bytes(shape, element_size)
     written = queries * (shape.D * element_size + 4)  # the output and a float32 log-sum-exp
+    capped = shape.softcap is not None
     return Work(
-        flops=4 * heads * (context_pairs + prefix_pairs) * shape.D,
+        flops=4 * shape.Hq * (context_pairs + prefix_pairs) * shape.D,
         bytes=read + written,
-        special=heads * (context_pairs + 2 * prefix_pairs),
+        special=shape.Hq * ((1 + capped) * context_pairs + (2 + capped) * prefix_pairs),
     )
 
 
 def backward_work(shape: Shape, element_size: int = 2) -> Work:
     forward = forward_work(shape, element_size)
-    heads = shape.B * shape.Hq
-    queries, keys = heads * shape.N, shape.B * shape.Hkv * shape.M
-    read = (3 * queries + 2 * _seen(keys, shape)) * shape.D * element_size + queries * 4  # also o, dO and lse
+    queries, keys = shape.Hq * shape.rows, shape.Hkv * (shape.rows if shape.packed else shape.B * shape.M)
+    read = (3 * queries + 2 * _seen(shape)) * shape.D * element_size + queries * 4  # also o, dO and lse
     read += _parameter_bytes(shape, element_size)
     written = (queries + 2 * keys) * shape.D * element_size + _prefix_bytes(shape, element_size)
     return Work(flops=forward.flops * 5 // 2, bytes=read + written, special=forward.special)
 
 
 def _context_pairs(shape: Shape) -> int:
-    """Pairs of a query and a key that it sees, in one head; with padding the mean over the batch."""
-    if shape.is_causal:
-        return shape.N * (shape.N + 1) // 2 + shape.N * (shape.M - shape.N)
-    return round(shape.N * shape.M * (1 - shape.padding))
+    """Pairs of a query and a key that it sees, in one head of all samples."""
+    before, after = shape.window or (None, None)
+    after = 0 if shape.is_causal else after
+    if shape.packed:
+        return sum(_pairs(length, length, before, after) for length in shape.lengths)
+    if before is None and after is None:
+        return shape.N * sum(shape.lengths)
+    return shape.B * _pairs(shape.N, shape.M, before, after)
+
+
+def _pairs(N: int, M: int, before: int | None, after: int | None) -> int:
+    """Pairs of a query and a key at most so far before and after its position."""
+    positions = range(M - N, M)
+    first = (0 if before is None else max(i - before, 0) for i in positions)
+    last = (M if after is None else min(i + after + 1, M) for i in positions)
+    return sum(max(end - start, 0) for start, end in zip(first, last))
 
 
 def _prefix_bytes(shape: Shape, element_size: int) -> int:
@@ -103,9 +114,9 @@ def _parameter_bytes(shape: Shape, element_size: int) -> int:
     return _prefix_bytes(shape, element_size) + bias * element_size
 
 
-def _seen(keys: int, shape: Shape) -> int:
-    """The keys without padding, which need not be read."""
-    return round(keys * (1 - shape.padding))
+def _seen(shape: Shape) -> int:
+    """The keys of all heads without padding, which need not be read."""
+    return shape.Hkv * sum(shape.lengths)
 
 
 def of_passes(shape: Shape, element_size: int, ceilings: Ceilings) -> dict[str, Any]:

@@ -138,5 +138,19 @@ def growth(entry: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def drop_in(entry: Mapping[str, Any]) -> str:
+    """One line a case: forward, step and its ratio to the case that the others are compared with."""
+    rows = entry["rows"]
+    lines = [entry["about"], f"  {'':<28}{'forward':>10}{'step':>10}{'ratio':>8}  (ms; over {entry['over']})"]
+    for name, row in rows.items():
+        if row["error"]:
+            lines.append(f"  {name}: {row['error']}"[:WIDTH])
+        else:
+            over = ratio(row, rows[entry["over"]], "step")
+            cells = [number(median(row, which), 10, 3) for which in ("forward", "step")]
+            lines.append(f"  {name:<28}{''.join(cells)}{number(over, 8, 2)}")
+    return "\n".join(lines)
+
+
 def number(x: float | None, width: int, digits: int) -> str:
     return f"{'-' if x is None else f'{x:.{digits}f}':>{width}}"

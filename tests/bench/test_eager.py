@@ -7,7 +7,7 @@ from qtuning_fast.bench import eager, peers
 from qtuning_fast.bench.shapes import TINIES, TINY, TINY_MIXED, inputs
 
 
-@pytest.mark.parametrize("shape", TINIES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [s for s in TINIES if not s.packed], ids=lambda shape: shape.name)
 def test_it_agrees_with_the_definition(shape):
     call = inputs(shape, dtype=torch.float64, device="cpu").call(shape)
     torch.testing.assert_close(

@@ -31,7 +31,7 @@ def test_a_dry_run_has_arguments_of_its_own(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-@pytest.mark.parametrize("target", ["bench-gpu", "bench-gpu-second", "bench-gpu-models"])
+@pytest.mark.parametrize("target", ["bench-gpu", "bench-gpu-second", "bench-gpu-drop-in", "bench-gpu-models"])
 def test_make_names_the_plan_and_its_steps(target, monkeypatch):
     plan = target.removeprefix("bench-")
     steps = [step.name for step in PLANS[plan][:2]]

@@ -17,6 +17,8 @@ def test_what_takes_longest_and_is_measured_first_is_compiled_first():
     first = [name for name in names if name.startswith("bf16")][:7]
     assert {name.rsplit(": ", 1)[1] for name in first} == {"0"}  # a candidate of each job before the next of any
     assert {"long: flex-frozen-gate", "N512 causal: launch 0"} <= {job.name for job in wanted("gpu-second")}
+    drop_in = {job.name for job in wanted("gpu-drop-in")}
+    assert {"bert-base-packed: flex-frozen-gate", "mistral-8k: launch 0"} <= drop_in
 
 
 def test_peers_are_run_on_the_gpu_and_kernels_need_none():

@@ -66,12 +66,15 @@ def documents():
     mixed = {name: timing(ms) for name, ms in (("one-task", 10.0), ("named-16", 12.0))}
     inferred = {"of": "BERT", "sizes": {"hidden": 384, "samples": 16}, "rows": {"2000": inferring(2.0, 10.0)}}
     inferred["passes_to_record"] = 8
+    packed = {"about": "texts", "over": "padded", "shapes": {"padded": "B2", "packed": "B1"}}
+    packed["rows"] = {"padded": row(8.0), "packed": row(3.0)}
     grown = {"of": "N", "title": "B2", "pass": "step", "points": points, "peers": ["composed", "eager"]}
     return {
         "attention": document("attention", attention),
         "decode": document("decode", decoding),
         "ingredients": document("ingredients", {"x": {"name": "x", "peer": "composed", "title": "B2", "rows": whole}}),
         "growth": document("growth", {"N": grown}),
+        "drop_in": document("drop_in", {"packed": packed}),
         "lifelong": document("lifelong", {"queue": tasks(0.0), "accumulate": tasks(0.5)}),
         "models": document("models", {"bert": {"of": "BERT", "rows": {"qtuning_fast": trained, "flex": refused}}}),
         "mixed_tasks": document("mixed_tasks", {"forward": {"rows": mixed}}),
@@ -90,6 +93,8 @@ def test_targets_are_met_or_not_or_not_measured(documents):
     assert "| ≥ 3 | 3.500 | met |" in line(text, "reference over composed, long-2048-cpu")
     assert "| ≤ 1.25 |  | not measured |" in line(text, "composed over sdpa, minilm-cpu")
     assert "| ≤ 1.15 | 1.200 | **not met** |" in line(text, "16 tasks over one task")
+    assert "| ≤ 0.5 | 0.375 | met |" in line(text, "packed over padded")
+    assert "| ≤ 1.3 |  | not measured |" in line(text, "a window over as many scores")
     assert "| ≤ 0.1 | 0.200 | **not met** |" in line(text, "scoring 2,000 tasks over a forward pass, bert-cpu")
     assert "| ≤ 0.1 |  | not measured |" in line(text, "scoring 2,000 tasks over a forward pass, bert-base")
     assert "| 1.000 | met |" in line(text, "step, last ten of 200 tasks over tasks 6 to 15")
@@ -179,7 +184,7 @@ def test_a_run_writes_pages_and_pictures_and_a_check_finds_what_is_stale(documen
     assert performance.PAGE in capsys.readouterr().out and (tmp_path / performance.PAGE).read_text() == "old"
     assert performance.main([]) == 0 and performance.main(["--check"]) == 0
     drawn = {path.name for path in (tmp_path / performance.IMAGES).iterdir()}
-    assert drawn == {f"cpu-{q}.png" for q in documents if q not in ("mixed_tasks", "task_inference")}
+    assert drawn == {f"cpu-{q}.png" for q in documents if q not in ("mixed_tasks", "task_inference", "drop_in")}
     (tmp_path / performance.IMAGES / "cpu-growth.png").unlink()
     assert performance.main(["--check"]) == 1 and "cpu-growth.png" in capsys.readouterr().out
 

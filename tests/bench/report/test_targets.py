@@ -7,7 +7,7 @@ import pytest
 from qtuning_fast.bench.plans import plan
 from qtuning_fast.bench.plans.plan import PLANS, all_steps
 from qtuning_fast.bench.report.targets import TARGETS, time_ratio
-from qtuning_fast.bench.rows import attention
+from qtuning_fast.bench.rows import attention, drop_in
 from qtuning_fast.bench.rows.roofline import Ceilings, of_passes
 from qtuning_fast.bench.shapes import SHAPES
 
@@ -32,6 +32,10 @@ def documents():
         elif question == "mixed_tasks":
             rows = {name: {"eager": TIMING} for name in ("named-16", "one-task")}
             found[question] = {"entries": {"forward": {"rows": rows}}}
+        elif question == "drop_in":
+            rows = {name: dict.fromkeys(asked.cases, ROW) for name, asked in drop_in.questions("cuda").items()}
+            over = {name: asked.over for name, asked in drop_in.questions("cuda").items()}
+            found[question] = {"entries": {name: {"over": over[name], "rows": rows[name]} for name in rows}}
         elif question == "lifelong":
             verdict = {"ratios": {"step_ms": 1.0, "device_peak_bytes": 1.0}}
             found[question] = {"entries": {"queue": {"per_task": [0], "verdict": verdict}}, "sizes": {"tasks": 1}}

@@ -12,6 +12,7 @@ from qtuning_fast.bench.plans.schedule import DIED, DONE, NO_TIME, RESTART, UNDE
 from qtuning_fast.bench.results import Results
 from qtuning_fast.bench.rows import attention, command, growth, ingredients
 from qtuning_fast.bench.rows.roofline import Ceilings
+from qtuning_fast.bench.shapes import TINIES
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def test_a_run_writes_after_each_shape(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "entries"),
     [
-        (attention, {"tiny", "tiny-causal", "tiny-bias", "tiny-padded", "tiny-mixed"}),
+        (attention, {shape.name for shape in TINIES if shape.trained}),
         pytest.param(growth, {"N", "P", "B", "tasks"}, marks=pytest.mark.thorough),
         (ingredients, {"tiny composed"}),
     ],
