@@ -15,11 +15,65 @@ import torch
 from torch import Tensor
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention import api, fused, packed, reference
+from qtuning_fast.attention import api, composed, fused, packed, reference
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.dispatch import BACKENDS
+from qtuning_fast.kernels.target import INTERPRETED
 
 Arguments = dict[str, Any]
+
+thorough = pytest.mark.thorough
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+# The ways to compute a call: a backend, and whether Triton kernels compute the composed one's prefix. Plain PyTorch on
+# a CPU has no float16 of its own. Kernels in bfloat16 wait for `make test-all`, but for tests of their own.
+WAYS = [
+    pytest.param("fused", F32, marks=interpreted, id="fused-float32"),
+    pytest.param("fused", F16, marks=interpreted, id="fused-float16"),
+    pytest.param("fused", BF16, marks=[interpreted, thorough], id="fused-bfloat16"),
+    pytest.param("composed", F32, id="composed-float32"),
+    pytest.param("composed", BF16, id="composed-bfloat16"),
+    pytest.param("composed, kernels", F32, marks=interpreted, id="composed-kernels-float32"),
+    pytest.param("composed, kernels", F16, marks=interpreted, id="composed-kernels-float16"),
+    pytest.param("composed, kernels", BF16, marks=[interpreted, thorough], id="composed-kernels-bfloat16"),
+]
+AGAIN = {"fused-float16", "composed-kernels-float32", "composed-kernels-float16"}  # the interpreter, and kernels again
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test marked `ways` on each way; its arguments are those of `_ways`."""
+    mark = metafunc.definition.get_closest_marker("ways")
+    if mark is not None:
+        metafunc.parametrize(("way", "dtype"), _ways(**mark.kwargs))
+
+
+def _ways(*, of: tuple[str, ...] = (), once: bool = False, sixteen_bit: bool = False) -> list[Any]:
+    """The ways.
+
+    Args:
+        of: some of them, by the first value of WAYS; empty: all.
+        once: leave what is slow and has run already to `make test-all`.
+        sixteen_bit: only those.
+    """
+    chosen = [way for way in WAYS if (not of or way.values[0] in of) and not (sixteen_bit and F32 in way.values)]
+    if not once:
+        return chosen
+    marks = {way.id: [*way.marks, thorough] if way.id in AGAIN else way.marks for way in chosen}
+    return [pytest.param(*way.values, id=way.id, marks=marks[way.id]) for way in chosen]
+
+
+@pytest.fixture
+def backend(way: str, dtype: torch.dtype, request: Any, monkeypatch: Any) -> str:
+    """The name of a backend; the composed one computes its prefix part on the CPU, or with the Triton kernels."""
+    if dtype == BF16 and way != "composed":
+        request.getfixturevalue("bfloat16_as_on_nvidia")
+    if "kernels" in way:
+        from qtuning_fast.kernels import prefix_part
+
+        monkeypatch.setattr(composed, "prefix_part_for", lambda call: prefix_part)
+    return way.split(",")[0]
+
 
 RATIO = 2.0  # to the largest error of plain PyTorch
 FLOOR = 1e-6
@@ -170,7 +224,6 @@ def _sums_of_one(call: PrefixAttentionCall, arguments: Arguments, d_output: Tens
 def _lse_by_tanh_approx(call: PrefixAttentionCall) -> Tensor:
     """What tanh.approx in the gate may move the log-sum-exp [B, Hq, N] by: as far as one gated score."""
     from qtuning_fast.kernels import arguments
-    from qtuning_fast.kernels.target import INTERPRETED
 
     in_kernels = call.query.is_cuda or INTERPRETED
     if call.gate not in TANH_APPROX or not in_kernels or not arguments.gate(call).fast_tanh.value:
