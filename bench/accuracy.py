@@ -24,9 +24,8 @@ class Reference:
     """Output and gradients in float64, for part of the batch.
 
     If one sample is too long already, only its last queries count, which see all keys even with causality; packed
-    sequences count whole. The incoming
-    gradient is zero elsewhere. So the prefix's gradients, which are sums over the batch, are those of that part, while
-    the peers run the whole shape.
+    sequences count whole. The incoming gradient is zero elsewhere. So the prefix's gradients, which are sums over the
+    batch, are those of that part, while the peers run the whole shape.
     """
 
     def __init__(self, shape: Shape, x: Inputs) -> None:

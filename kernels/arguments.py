@@ -39,7 +39,6 @@ class Call(Protocol):
     prefix_index: Tensor | None  # [B], packed [S], with a bank only; its range is unchecked
     prefix_length: Tensor | None  # [T]
     cu_seqlens_query: Tensor | None  # [S + 1], offsets of packed sequences, unchecked; B is then 1
-    cu_seqlens_key: Tensor | None
     max_seqlen_query: int | None  # of the longest sequence, or more
     max_seqlen_key: int | None
     padding_mask: Tensor | None  # [B, M], bool or additive
@@ -50,6 +49,9 @@ class Call(Protocol):
     gate: str | None
     scale: float
     softcap: float | None
+
+    @property
+    def key_offsets(self) -> Tensor | None: ...  # [S + 1], of packed sequences
 
     @property
     def keys_before(self) -> int | None: ...  # how many keys before its position a query sees; None: all
@@ -165,7 +167,7 @@ class Sizes(NamedTuple):
     """The sizes of a call, and of one of its samples (`tiles.of_sample`).
 
     Of packed sequences B is their number, N and M are the rows of the longest. Of one of them N and M are where its
-    rows end, and `first_query` and `first_key` are where they begin, so that N - M is the same as if it were alone.
+    rows end, and `first_query` and `first_key` are where they begin: query row n still stands at key row n + M - N.
     """
 
     B: int
@@ -346,11 +348,11 @@ def sizes(call: Call) -> Sizes:
         first_query=constant(0),
         first_key=constant(0),
     )
-    if call.cu_seqlens_query is None or call.cu_seqlens_key is None:
+    if call.cu_seqlens_query is None or call.key_offsets is None:
         return found
     return found._replace(
         query_offsets=call.cu_seqlens_query.contiguous(),
-        key_offsets=call.cu_seqlens_key.contiguous(),
+        key_offsets=call.key_offsets.contiguous(),
         queries=call.query.shape[2],
         keys=call.key.shape[2],
     )

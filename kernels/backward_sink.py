@@ -2,8 +2,10 @@
 
     d sink = -Σ p δ        p = exp(sink - L)        over the queries of all samples
 
-A program has one head and adds its queries in a fixed order.
+A program has one head and adds its queries in a fixed order. Packed sequences count as one sample.
 """
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from . import arguments
 from .arguments import Call, PerQuery
 from .backward_keys import first_query, load_delta
 from .launch import Launch, variant_for
-from .tiles import LOG2E, load_lse, load_sink, of_sample, query_rows, softmax_weights
+from .tiles import LOG2E, load_lse, load_sink, query_rows, softmax_weights
 
 
 @triton.jit
@@ -24,12 +26,12 @@ def backward_sink_kernel(sink, output, d_output, per_query, d_sink, sizes, varia
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
     for step in range(0, tiles * sizes.B):
         b = step // tiles
-        own = of_sample(sizes, b)
-        n = first_query(step % tiles, own, variant)
-        start, row, exists = query_rows(own, b, h, n, variant)
+        n = first_query(step % tiles, sizes, variant)
+        start, row, exists = query_rows(sizes, b, h, n, variant)
         L, rest = load_lse(per_query, start, row, exists, variant)
-        d = load_delta(output, d_output, per_query, own, b, h, n, variant)
-        total -= softmax_weights(s, LOG2E, L, rest, variant) * d
+        d = load_delta(output, d_output, per_query, sizes, b, h, n, variant)
+        # A query of no sequence sees nothing, and its δ is whatever was in memory.
+        total -= tl.where(L == float("inf"), 0.0, softmax_weights(s, LOG2E, L, rest, variant) * d)
     tl.store(d_sink + h, tl.sum(total, 0).to(d_sink.dtype.element_ty))
 
 
@@ -42,7 +44,7 @@ def launch(call: Call, output: Tensor, d_output: Tensor, per_query: PerQuery, d_
         "d_output": arguments.rows(d_output),
         "per_query": per_query,
         "d_sink": d_sink,
-        "sizes": arguments.sizes(call),
+        "sizes": arguments.sizes(replace(call, cu_seqlens_query=None, cu_seqlens_key=None)),
         "variant": variant.marked(),
     }
     return Launch(backward_sink_kernel, call.query.shape[1], given, options)

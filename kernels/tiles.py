@@ -31,8 +31,8 @@ def of_sample(sizes, b):
     if sizes.query_offsets is None:
         return sizes
     else:
-        first_query, N = span(sizes.query_offsets, b, sizes.queries)
-        first_key, M = span(sizes.key_offsets, b, sizes.keys)
+        first_query, N = span(sizes.query_offsets, b, sizes.queries, sizes.N)
+        first_key, M = span(sizes.key_offsets, b, sizes.keys, sizes.M)
         return Sizes(
             sizes.B, N, M, sizes.heads, sizes.group, sizes.before, sizes.after,
             sizes.query_offsets, sizes.key_offsets, sizes.queries, sizes.keys, first_query, first_key,
@@ -40,10 +40,10 @@ def of_sample(sizes, b):
 
 
 @triton.jit
-def span(offsets, b, rows):
+def span(offsets, b, rows, longest):
     """Where sequence b begins and ends, both clamped, because values on a device are unchecked."""
     first = tl.minimum(tl.maximum(tl.load(offsets + b), 0), rows)
-    return first, tl.minimum(tl.maximum(tl.load(offsets + b + 1), first), rows)
+    return first, tl.minimum(tl.maximum(tl.load(offsets + b + 1), first), tl.minimum(first + longest, rows))
 
 
 @triton.jit

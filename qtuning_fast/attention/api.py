@@ -127,11 +127,13 @@ def prefix_attention(
             is neither scaled, capped nor gated. A query that sees nothing else gets 0, its log-sum-exp is the sink.
         cu_seqlens_query: [S + 1] int32, where each of S packed sequences begins and ends: sequence s has the queries
             cu_seqlens_query[s]..cu_seqlens_query[s + 1]. It rises from 0 to N; sequences may be empty. CPU tensors are
-            checked; on an accelerator offsets are clamped, and queries of no sequence get 0. prefix_index is then [S],
-            prefix_bias broadcasts to [S, Hq, 1, P], and there is no attn_mask and no padding_mask.
-        cu_seqlens_key: [S + 1] int32, likewise for key and value.
-        max_seqlen_query: the queries of the longest sequence, or more. None reads them off the offsets, for which an
-            accelerator waits; compiled code takes N instead, so that more programs run than have work.
+            checked. On an accelerator offsets are clamped; queries of no sequence get 0, and those of two, where
+            offsets fall, get anything. prefix_index is then [S], prefix_bias broadcasts to [S, Hq, 1, P], and there is
+            no attn_mask and no padding_mask. Compiled code cannot compute packed sequences on "reference".
+        cu_seqlens_key: [S + 1] int32, likewise for key and value; None: as query's.
+        max_seqlen_query: the queries of the longest sequence, or more; further ones belong to no sequence. None reads
+            them off the offsets, for which an accelerator waits; compiled code takes N instead, so that more programs
+            run than have work.
         max_seqlen_key: the keys of the longest sequence, likewise.
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "auto", "fused", "composed" or "reference". If set, the environment variable QTUNING_FAST_BACKEND

@@ -74,25 +74,32 @@ def _gate_parameter() -> Spec:
     return Spec(check, differentiable=True)
 
 
-def _offsets(dim: str) -> Spec:
-    """Where packed sequences begin and end in `dim`, the rows of query or of key."""
+def _query_offsets(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
+    """Where packed sequences begin and end in query."""
+    if not known.is_packed:
+        return None
+    if x is None:
+        raise ValueError(f"{name} must be given beside cu_seqlens_key, got None")
+    known.tensor(name, x, "an int32", ("S + 1",))
+    if x.shape[0] < 2:
+        raise ValueError(f"{name} must be [S + 1], S >= 1, got shape {list(x.shape)}")
+    if known["B"] != 1:
+        raise ValueError(f"query must hold all sequences in one row beside {name}, B = 1, got B = {known['B']}")
+    known.sizes["S"] = (x.shape[0] - 1, name)
+    known.offsets["N"] = known.offsets["M"] = x
+    _check_offsets(name, x, known["N"], "query")
+    return x
 
-    def check(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
-        if not known.is_packed:
-            return None
-        if x is None:
-            raise ValueError(f"{name} must be given beside the other cu_seqlens, got None")
-        known.tensor(name, x, "an int32", ("S + 1",))
-        if len(x) < 2:
-            raise ValueError(f"{name} must be [S + 1], S >= 1, got shape {list(x.shape)}")
-        if known["B"] != 1:
-            raise ValueError(f"query must hold all sequences in one row beside {name}, B = 1, got B = {known['B']}")
-        known.sizes["S"] = (len(x) - 1, name)
-        known.offsets[dim] = x
-        _check_offsets(name, x, known[dim], "query" if dim == "N" else "key")
-        return x
 
-    return Spec(check)
+def _key_offsets(known: "_Known", name: str, x: Tensor | None) -> Tensor | None:
+    """And in key and value; None if they are query's."""
+    if x is None or x is known.offsets["M"]:
+        if known.is_packed and known["M"] != known["N"]:
+            raise ValueError(f"{name} must be given where key has other rows than query, {known['M']} and {known['N']}")
+        return None
+    known.offsets["M"] = known.tensor(name, x, "an int32", ("S + 1",))
+    _check_offsets(name, x, known["M"], "key")
+    return x
 
 
 def _longest(dim: str) -> Spec:
@@ -104,8 +111,12 @@ def _longest(dim: str) -> Spec:
                 raise ValueError(f"{name} must be None without packed sequences, got {_brief(x)}")
             return None
         offsets, rows = known.offsets[dim], known[dim]
+        assert offsets is not None
         if x is None:
-            return _longest_of(offsets, rows)
+            if offsets is known.offsets["N"] and known.longest is not None:
+                return known.longest
+            known.longest = _longest_of(offsets, rows)
+            return known.longest
         if not isinstance(x, int) or isinstance(x, bool):
             raise TypeError(f"{name} must be None or an integer, got {_brief(x)}")
         least = _longest_of(offsets, rows) if offsets.is_cpu and not torch.compiler.is_compiling() else 0
@@ -248,8 +259,10 @@ class PrefixAttentionCall:
     sink: Annotated[Tensor | None, Spec(_sink, differentiable=True)]  # [Hq], one more score in each head's softmax
     number_alpha: Annotated[float, Spec(_gate_number)]  # used if gate_alpha is None
     number_tau: Annotated[float, Spec(_gate_number)]
-    cu_seqlens_query: Annotated[Tensor | None, _offsets("N")]  # [S + 1]: rows 0..N, cut into packed sequences, or None
-    cu_seqlens_key: Annotated[Tensor | None, _offsets("M")]  # likewise
+    cu_seqlens_query: Annotated[Tensor | None, Spec(_query_offsets)]  # [S + 1]: rows 0..N cut into packed sequences
+    cu_seqlens_key: Annotated[
+        Tensor | None, Spec(_key_offsets)
+    ]  # likewise; None if they are query's, or none is packed
     max_seqlen_query: Annotated[int | None, _longest("N")]  # of the longest sequence, or more; None if none is packed
     max_seqlen_key: Annotated[int | None, _longest("M")]
     prefix_index: Annotated[Tensor | None, _of_a_bank("B", lambda known: known["T"] - 1)]  # checked on the CPU only
@@ -270,6 +283,11 @@ class PrefixAttentionCall:
         return self.cu_seqlens_query is not None
 
     @property
+    def key_offsets(self) -> Tensor | None:
+        """Where packed sequences begin and end in key and value; None: none is packed."""
+        return self.cu_seqlens_query if self.cu_seqlens_key is None else self.cu_seqlens_key
+
+    @property
     def reweight_key(self) -> tuple[Tensor, Tensor] | None:
         return None if self.U_key is None or self.V_key is None else (self.U_key, self.V_key)
 
@@ -281,13 +299,13 @@ class PrefixAttentionCall:
     def keys_before(self) -> int | None:
         """How many keys before its own position a query sees; None: all there are."""
         left = self.window_left
-        return None if left is None or _reaches(left, self.key) else left
+        return None if left is None or _reaches(left, self.key, self.max_seqlen_key) else left
 
     @property
     def keys_after(self) -> int | None:
         """How many keys after its own position a query sees, 0 under causality; None: all there are."""
         right = 0 if self.is_causal else self.window_right
-        return None if right is None or (right and _reaches(right, self.query)) else right
+        return None if right is None or (right and _reaches(right, self.query, self.max_seqlen_query)) else right
 
     @property
     def alpha(self) -> float | Tensor:
@@ -298,9 +316,12 @@ class PrefixAttentionCall:
         return self.number_tau if self.gate_tau is None else self.gate_tau
 
 
-def _reaches(reach: int, x: Tensor) -> bool:
-    """Return whether a window reaches over all rows of x. (Exported sizes may be dynamic: a comparison bounds them.)"""
-    return not torch.compiler.is_exporting() and reach >= x.shape[2] - 1
+def _reaches(reach: int, x: Tensor, longest: int | None) -> bool:
+    """Return whether a window reaches over all rows of x, or over those of the longest packed sequence.
+
+    Exported sizes may be dynamic, and a comparison would bound them.
+    """
+    return not torch.compiler.is_exporting() and reach >= (x.shape[2] if longest is None else longest) - 1
 
 
 class PrefixArguments(TypedDict, total=False):
@@ -397,7 +418,8 @@ class _Known:
     def __init__(self, query: object, prefix_key: object) -> None:
         self.has_bank = isinstance(prefix_key, Tensor) and prefix_key.ndim == 4
         self.sizes: dict[str, tuple[int, str]] = {}  # dimension -> its size and the argument that fixed it
-        self.offsets: dict[str, Tensor] = {}  # of packed sequences, by dimension
+        self.offsets: dict[str, Tensor | None] = {"N": None, "M": None}  # of packed sequences
+        self.longest: int | None = None  # of the sequences of query, if it was not given
         self.dtypes = {"a floating": FLOATING, "an integer": INTEGER, "a floating or bool": (*FLOATING, torch.bool)}
         self.dtypes["an int32"] = (torch.int32,)
         if isinstance(query, Tensor):

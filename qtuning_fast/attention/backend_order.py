@@ -41,7 +41,7 @@ class Rule:
         if torch.compiler.is_exporting():  # sizes may be dynamic, and a comparison would bound them
             return self.most_scores is None and self.most_queries is None and self.least_keys is None
         if call.is_packed and self.backend == "reference":
-            return False  # it computes the sequences one by one, and compiled code cannot read where they begin
+            return False  # it computes the sequences one by one
         B, Hq, N, _ = call.query.shape
         M, P = call.key.shape[2], call.prefix_key.shape[-2]
         if call.max_seqlen_query is not None and call.max_seqlen_key is not None:  # of packed sequences

@@ -52,7 +52,7 @@ BACKENDS = {
         needs_triton=lambda call: call.query.is_cuda,
         how=composed.how,
     ),
-    "reference": Backend("reference", why_not=lambda call: None, run=reference.attend),
+    "reference": Backend("reference", reference.why_not, reference.attend),
 }
 NAMES = ("auto", *PREFERENCE)
 
@@ -61,19 +61,22 @@ def choose(call: PrefixAttentionCall, requested: str) -> str:
     """Return the backend for a call: the requested one or, for "auto", the first able one in `backend_order`.
 
     Raises:
-        NotImplementedError: the requested backend cannot compute the call.
+        NotImplementedError: the requested backend, or any, cannot compute the call.
         ValueError: QTUNING_FAST_BACKEND, which replaces "auto", names no backend.
     """
     requested, asked_by = _requested(requested)
     if requested == "auto":
-        order = backend_order.in_order(call)
-        return next(n for n in order if _why_not(n, call) is None and BACKENDS[n].only_by_name(call) is None)
+        for name in backend_order.in_order(call):
+            if _why_not(name, call) is None and BACKENDS[name].only_by_name(call) is None:
+                return name
+        reasons = "; ".join(f"{name}: {_why_not(name, call)}" for name in PREFERENCE)
+        raise NotImplementedError(f"no backend can compute this call: {reasons}")
     obstacle = _why_not(requested, call)
     if obstacle is None:
         return requested
-    able = [name for name in PREFERENCE if _why_not(name, call) is None]
+    able = ", ".join(name for name in PREFERENCE if _why_not(name, call) is None) or "none"
     raise NotImplementedError(
-        f"backend {requested!r}, {asked_by}, cannot compute this call: {obstacle}. Backends that can: {', '.join(able)}"
+        f"backend {requested!r}, {asked_by}, cannot compute this call: {obstacle}. Backends that can: {able}"
     )
 
 

@@ -20,13 +20,10 @@ class Span(NamedTuple):
 
 
 def spans(call: PrefixAttentionCall) -> list[Span]:
-    """Return the rows of each packed sequence, for which an accelerator waits.
-
-    An accelerator's offsets are not checked, so they are clamped: no sequence begins before the one in front ends.
-    """
-    assert call.cu_seqlens_query is not None and call.cu_seqlens_key is not None
+    """Return the rows of each packed sequence, clamped, because an accelerator's are not checked; it has to wait."""
+    assert call.cu_seqlens_query is not None and call.key_offsets is not None
     queries = _cut(call.cu_seqlens_query, call.query.shape[2])
-    return [Span(*both) for both in zip(queries, _cut(call.cu_seqlens_key, call.key.shape[2]))]
+    return [Span(*both) for both in zip(queries, _cut(call.key_offsets, call.key.shape[2]))]
 
 
 def sequences(call: PrefixAttentionCall) -> Iterator[PrefixAttentionCall]:

@@ -26,6 +26,13 @@ from qtuning_fast.attention.common import GATES, masked, score_dtype
 from qtuning_fast.attention.packed import sequences, spans
 
 
+def why_not(call: PrefixAttentionCall) -> str | None:
+    """Return why this backend cannot compute a call, or None."""
+    if call.is_packed and torch.compiler.is_compiling():
+        return "packed sequences: compiled code cannot read where they begin"
+    return None
+
+
 def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """Compute attention over prefix and context, differentiable by plain autograd.
 

@@ -246,10 +246,13 @@ def bad_packing(draw, arguments):
         if draw(st.booleans()):
             arguments[longest] = draw(st.sampled_from([0, 1, 500]))
             return {longest}
-        rows = arguments[side].shape[2]
-        arguments[name] = torch.tensor([0, rows], dtype=torch.int32)
-        return {"cu_seqlens_query", "cu_seqlens_key"}
-    kind = draw(st.sampled_from(["values", "alone", "longest", "no sequence"]))
+        rows = arguments["key"].shape[2]
+        arguments["cu_seqlens_key"] = torch.tensor([0, rows], dtype=torch.int32)
+        return {"cu_seqlens_query"}
+    kinds = ["values", "longest", "no sequence"]
+    if side == "query" or arguments["query"].shape[2] != arguments["key"].shape[2]:
+        kinds.append("alone")  # otherwise those of query are meant
+    kind = draw(st.sampled_from(kinds))
     if kind == "longest":
         most = int(offsets.diff().max())
         bad = [-1, 1.0, "1", True, torch.tensor(1), *([most - 1] if most else [])]
@@ -399,8 +402,11 @@ def test_a_complaint_about_packed_sequences(make_call):
     assert complaint(call, cu_seqlens_query=offsets) == (
         "ValueError: cu_seqlens_query must rise from 0 to 5, the rows of query, got [0, 2, 6]"
     )
-    assert complaint(call, cu_seqlens_key=None) == (
-        "ValueError: cu_seqlens_key must be given beside the other cu_seqlens, got None"
+    assert complaint(call, cu_seqlens_query=None) == (
+        "ValueError: cu_seqlens_query must be given beside cu_seqlens_key, got None"
+    )
+    assert complaint(make_call(packed=([2, 3], [4, 0])), cu_seqlens_key=None) == (
+        "ValueError: cu_seqlens_key must be given where key has other rows than query, 4 and 5"
     )
     assert complaint(call, max_seqlen_key=3) == (
         "ValueError: max_seqlen_key must be at least 4, the rows of the longest sequence, got 3"
@@ -417,6 +423,20 @@ def test_a_complaint_about_packed_sequences(make_call):
     assert complaint(make_call(), max_seqlen_query=3) == (
         "ValueError: max_seqlen_query must be None without packed sequences, got int 3"
     )
+
+
+def test_offsets_of_queries_serve_keys_too(make_call):
+    arguments = make_call(packed=([2, 3, 0], [2, 3, 0]))
+    both = normalised(arguments)
+    arguments["cu_seqlens_key"] = arguments["cu_seqlens_query"]
+    same = normalised(arguments)
+    del arguments["cu_seqlens_key"]
+    left_out = normalised(arguments)
+    assert both.cu_seqlens_key is not None and same.cu_seqlens_key is left_out.cu_seqlens_key is None
+    for call in (both, same, left_out):
+        assert call.key_offsets.tolist() == [0, 2, 5, 5] and call.max_seqlen_query == call.max_seqlen_key == 3
+    wide = normalised(arguments | {"window": (2, 1)})
+    assert (wide.keys_before, wide.keys_after) == (None, 1)  # of the longest, not of all rows
 
 
 def test_the_longest_sequence_is_read_off_or_a_bound(make_call):

@@ -96,7 +96,7 @@ def test_logits_and_gradients_are_those_of_the_sequences_alone(
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @torch.no_grad()
 def test_no_mask_of_tokens_by_tokens_is_built(packing_decoder: Any, placement: str, monkeypatch: Any) -> None:
-    """The operator gets offsets: two rows of four sequences, and a prompt in front of each row."""
+    """The operator gets offsets, those of two rows of four sequences."""
     calls = list[dict[str, Any]]()
 
     def watched(*args: Any, **arguments: Any) -> Any:

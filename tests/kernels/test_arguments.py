@@ -157,6 +157,8 @@ def test_packed_sequences_are_counted_by_number_and_by_the_longest(checked):
     sizes = arguments.sizes(call)
     assert sizes[:3] == (3, 5, 9) and (sizes.queries, sizes.keys) == (7, 17)
     assert sizes.query_offsets is call.cu_seqlens_query and sizes.key_offsets is call.cu_seqlens_key
+    same = arguments.sizes(checked(**BASE | {"packed": ([5, 2], [5, 2])}))
+    assert same.query_offsets is not None and same.key_offsets is not None
     assert arguments.rows(call.query).outer == 0  # so the number of a sequence does not lead out of the one sample
     assert arguments.counts(checked(**BASE)) == (3, 5, 7)
 

@@ -29,8 +29,9 @@ KINDS = {
     "bank": {"T": 2, "lengths": True, "gate_shape": "task, head"},
     "numbers for the gate": {"gate_shape": "float"},
     "one query": {"N": 1},
+    "packed": {"packed": ([3, 0, 4], [3, 0, 4])},  # its offsets serve queries and keys
 }
-COMMON = {"whole", "padding", "bank"}
+COMMON = {"whole", "padding", "bank", "packed"}
 
 
 @pytest.fixture
@@ -69,6 +70,8 @@ def same(found, expected):
 def test_a_step_with_other_numbers_is_run_again(make_call, leaves, monkeypatch, runs, kind):
     for seed in range(4):
         arguments = make_call(**BASE | WHOLE | KINDS[kind], seed=seed)
+        if kind == "packed":
+            arguments["cu_seqlens_key"] = arguments["cu_seqlens_query"]
         inputs = list(leaves(arguments).values())
         assert same(step(arguments, inputs), built(arguments, inputs, monkeypatch))
         assert len(runs) == 2 * max(seed - 1, 0)  # a forward and a backward pass each; the second time it was recorded

@@ -26,7 +26,7 @@ NAME = "qtuning_fast"
 
 Arguments = Mapping[str, Any]
 
-_CHANGES_MASKS = {"deepseek_v4", "hy_v4"}
+_CHANGES_MASKS = {"deepseek_v4", "doge", "hy_v4"}
 
 
 class AttentionCall(NamedTuple):
@@ -147,7 +147,7 @@ class _Call:
         """Return the output `[B, Hq, n, Dv]` of these queries over the prefix and these keys."""
         queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
         if self.packed is not None:
-            return self._packed_with_prefix(prefix, queries)
+            return self._packed_with_prefix(prefix)
         mask, bias = (None if x is None else x[:, :, queries, keys] for x in (self.mask, self.bias))
         output = prefix_attention(
             self.query[:, :, queries],
@@ -161,30 +161,26 @@ class _Call:
         assert isinstance(output, Tensor)
         return output
 
-    def _packed_with_prefix(self, prefix: Arguments, rows: slice) -> Tensor:
-        """Return the output of packed rows from token `rows.start` on, which is within the first sequence of each."""
+    def _packed_with_prefix(self, prefix: Arguments) -> Tensor:
+        """Return the output of packed rows, all sequences in one row."""
         assert self.packed is not None
-        B, _, N, _ = self.query.shape
-        start = rows.start or 0
-        row, place = self.packed.offsets // N, self.packed.offsets % N
-        offsets = (row * (N - start) + (place - start).clamp(min=0)).to(torch.int32)
+        (B, _, N, _), (offsets, longest) = self.query.shape, self.packed
+        query, key, value = (_in_one_row(x) for x in (self.query, self.key, self.value))
         prefix = dict(prefix)
         if "prefix_index" in prefix:
-            prefix["prefix_index"] = prefix["prefix_index"][row[:-1]]  # each sequence's is that of its row
-        query, key, value = (_in_one_row(x[:, :, rows]) for x in (self.query, self.key, self.value))
+            prefix["prefix_index"] = prefix["prefix_index"][offsets[:-1] // N]  # each sequence's is that of its row
         output = prefix_attention(
             query,
             key,
             value,
             **prefix,
             cu_seqlens_query=offsets,
-            cu_seqlens_key=offsets,
-            max_seqlen_query=self.packed.longest,
-            max_seqlen_key=self.packed.longest,
+            max_seqlen_query=longest,
+            max_seqlen_key=longest,
             **self.options,
         )
         assert isinstance(output, Tensor)
-        return output[0].unflatten(1, (B, N - start)).transpose(0, 1)
+        return output[0].unflatten(1, (B, N)).transpose(0, 1)
 
 
 def _in_one_row(x: Tensor) -> Tensor:
@@ -203,6 +199,7 @@ def _attend_behind_prompt(
 
     Each sample's prompt has passed through the layers below, so each sample has its own prefix.
     """
+    assert call.packed is None, "prompts stand in front in bidirectional stacks, whose rows are never packed"
     in_front, behind = slice(prompt_tokens), slice(prompt_tokens, None)
     bias = None if call.bias is None else call.bias[:, :, behind, in_front]
     if prefix_index is not None:  # from one for each task to one for each sample
@@ -221,11 +218,7 @@ def _attend_behind_prompt(
         "prefix_index": torch.arange(call.key.shape[0], device=call.key.device),
         "prefix_bias": bias,
     }
-    none = no_prefix(call.key, call.value)
-    if call.packed is None:
-        prompt = _of_first(call, prompt_tokens).with_prefix(none, queries=in_front)
-    else:  # the prompt is the first sequence's beginning
-        prompt = replace(call, packed=None).with_prefix(none, queries=in_front, keys=in_front)
+    prompt = _of_first(call, prompt_tokens).with_prefix(no_prefix(call.key, call.value), queries=in_front)
     return torch.cat([prompt, call.with_prefix(prefix, queries=behind, keys=behind)], dim=2)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 from transformers.masking_utils import (
     and_masks,
@@ -21,16 +22,20 @@ from transformers.masking_utils import (
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
+from transformers.utils.import_utils import is_tracing
 
 WINDOW = torch.int16  # the dtype of a mask with a window
-PACKED = torch.int32  # and of one of packed sequences
+PACKED = torch.uint32  # and of one of packed sequences, which nobody else takes for masks
 
 
 class Packed(NamedTuple):
     """Sequences of packed rows, counted through all rows of a batch."""
 
     offsets: Tensor  # int32 [S + 1]
-    longest: int
+    longest: int | None  # of their tokens; None: not known
+
+
+_packed_by_mask = WeakTensorKeyDictionary()  # so that layers need not look at a mask, for which an accelerator waits
 
 
 class Seen(NamedTuple):
@@ -59,8 +64,8 @@ def attention_mask(
       number of keys from a query's own to the farthest that it sees; `[1, W, 1, 1]` without padding. It is a view of
       one row. The window travels in the mask's shape, because not every model tells its attention function of it, and
       some tell of another. (`generate` may make the mask beforehand; a model takes one of four dimensions for made.)
-    - Packed rows under causality, perhaps with a window: integers `[1, W + 1, L, S + 1]`, a view of the S + 1 offsets
-      of sequences of up to L tokens, L >= 2; W is 0 without a window.
+    - Packed rows under causality, perhaps with a window: integers `[1, W + 1, 1, S + 1]`, a view of the S + 1 offsets
+      of S sequences; W is 0 without a window.
     - Anything else: a bool `[B, 1, N, M]`, which includes causality. So it is with a static cache, whose `M` is its
       capacity, not the number of keys written so far, and where code is traced.
     """
@@ -75,7 +80,7 @@ def attention_mask(
         if up_to_date and not torch.compiler.is_compiling():
             count = _window(mask_function, kwargs.get("local_size"))
             found = None if padding is not None or kv_offset else _sequences(mask_function, kwargs.get("local_size"))
-            if found is not None and found[0].shape[1] == q_length == kv_length:
+            if found is not None and found[0].shape[1] == q_length == kv_length and not is_tracing(found[0]):
                 return _packed(*found)
             if count is not None:
                 if padding is None:
@@ -100,9 +105,9 @@ def seen(mask: Tensor | None, key: Tensor) -> Seen:
     """Read a mask of `attention_mask` for a layer with these keys `[B, Hkv, M, D]`."""
     if mask is None or mask.ndim == 2:
         return Seen(mask, None, None)
-    if is_packed(mask):
-        _, reach, longest, _ = mask.shape
-        return Seen(None, None, reach - 2 if reach > 1 else None, Packed(mask[0, 0, 0], longest))
+    if mask.dtype == PACKED:
+        reach = int(mask.shape[1]) - 2
+        return Seen(None, None, None if reach < 0 else reach, _sequences_in(mask))
     if not has_window(mask):
         return Seen(None, mask, None)
     padding = None
@@ -120,11 +125,10 @@ def has_window(mask: Tensor) -> bool:
     return not bool((mask[:, :1] > 0).any())  # a mask of ones is somebody else's
 
 
-def is_packed(mask: Tensor) -> bool:
-    """Return whether a mask of four dimensions is one of packed rows."""
-    if mask.dtype != PACKED or mask.shape[0] != 1 or mask.shape[2] < 2 or mask.stride(2) != 0:
-        return False
-    return not mask.is_cpu or bool((mask[0, 0, 0].diff() > 0).all())  # otherwise it is somebody else's
+def _sequences_in(mask: Tensor) -> Packed:
+    """Read a mask of packed rows; of a copy, as for a layer on another device, the longest sequence is not known."""
+    found = None if torch.compiler.is_compiling() else _packed_by_mask.get(mask)
+    return Packed(mask[0, 0, 0].to(torch.int32), None) if found is None else found
 
 
 def padding_beside(mask: Tensor) -> Tensor:
@@ -167,8 +171,9 @@ def _packed(sequences: Tensor, window: int) -> Tensor:
     begins = torch.ones_like(sequences, dtype=torch.bool)
     begins[:, 1:] = sequences.diff(dim=1) != 0
     offsets = torch.cat([begins.flatten().nonzero()[:, 0], sequences.new_tensor([sequences.numel()])])
-    longest = max(int(offsets.diff().max()), 2)  # so that the stride of its dimension says that this is a view
-    return offsets.to(PACKED)[None, None, None].expand(1, window + 1, longest, -1)
+    mask = offsets.to(PACKED)[None, None, None].expand(1, window + 1, 1, -1)
+    _packed_by_mask[mask] = Packed(offsets.to(torch.int32), int(offsets.diff().max()))
+    return mask
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -93,7 +93,7 @@ def test_gradients_are_those_of_eager(batch: dict[str, Tensor]) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v4", "hy_v4"])
+@pytest.mark.parametrize("kind", ["deepseek_v4", "doge", "hy_v4"])
 def test_models_that_change_masks_on_their_way_are_refused(kind: str) -> None:
     """They append zeros to eager attention's additive masks, or mark tokens in them: ours say neither in that way."""
     module = torch.nn.Identity()

@@ -12,7 +12,15 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig, MistralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -153,8 +161,11 @@ def test_packed_rows_are_recognised(kind: str, lengths: list[list[int]]) -> None
     padding, full, reach, packed = seen(mask, torch.empty(len(lengths), 1, 8, 1))
     assert padding is full is None and packed is not None and reach == wanted_reach
     flat = [n for row in lengths for n in row]
-    assert packed.offsets.tolist() == [0, *accumulate(flat)] and packed.longest == max(2, *flat)
+    assert packed.offsets.tolist() == [0, *accumulate(flat)] and packed.longest == max(flat)
     assert mask.untyped_storage().nbytes() == 4 * (len(flat) + 1)
+    copied = seen(mask.clone(memory_format=torch.contiguous_format), torch.empty(len(lengths), 1, 8, 1))
+    assert copied.reach == reach and copied.packed.offsets.tolist() == packed.offsets.tolist()
+    assert copied.packed.longest is None and packed.offsets.dtype == torch.int32
     for row, mine in enumerate(lengths):
         blocks = [torch.ones(n, n, dtype=torch.bool).tril() for n in mine]
         if reach is not None:
@@ -173,6 +184,32 @@ def test_packed_rows_under_further_masks_are_written_out() -> None:
     assert seen(mask, torch.empty(1, 1, 6, 1)).packed is None and mask.shape == (1, 1, 6, 6)
     ones = torch.ones(1, 1, 1, 6, dtype=torch.int32).expand(-1, -1, 6, -1)  # somebody else's
     assert seen(ones, torch.empty(1, 1, 6, 1)).packed is None
+
+
+def test_rows_of_one_sequence_may_be_traced() -> None:
+    """Traced, transformers takes every row for a packed one; where it begins cannot be read then."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY_DENSE)).eval().requires_grad_(False)
+    model.set_attn_implementation(NAME)
+    ids = torch.randint(3, 40, (2, 7))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        traced = torch.jit.trace(lambda ids: model(ids, use_cache=False).logits, ids)
+        torch.testing.assert_close(traced(ids), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(ids), use_cache=False).logits.shape == expected.shape
+
+
+def test_layers_compiled_alone_take_packed_rows() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY_DENSE)).eval()
+    model.set_attn_implementation(NAME)
+    ids, positions = torch.randint(3, 40, (1, 7)), torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        model.model.layers[0] = torch.compile(model.model.layers[0], fullgraph=True, backend="aot_eager")
+        found = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_one_key_may_be_padding_or_not() -> None:
