@@ -156,7 +156,7 @@ def _parts(call: PrefixAttentionCall, cut: Sequence[Piece]) -> Iterator[_Part]:
                 mask = under_causality(mask, q.shape[2], k.shape[2]) if piece.is_causal else mask
                 shift = shift_of(mask)
             mask = mask - shift
-        x = Attention(q, k, v, mask, piece.is_causal, call.scale)
+        x = Attention(q, k, v, mask, piece.is_causal, call.scale, piece.window)
         yield _Part(piece, x, 0.0 if shift is None else shift.squeeze(-1), piece.has_band or any(masks.hide[those]))
 
 

@@ -37,6 +37,7 @@ class Piece(NamedTuple):
         band: key j is seen by query i, both counted from a chunk's first, if j - i lies within these bounds; None: no
             bound.
         is_padded: whether a padding mask may hide keys of the piece.
+        window: that of the call, for a vendor that takes it.
     """
 
     samples: slice = ALL
@@ -48,6 +49,7 @@ class Piece(NamedTuple):
     chunk: int = 0
     width: int = 0
     is_padded: bool = True
+    window: tuple[int | None, int | None] = (None, None)
 
     def rows(self, x: Tensor) -> Tensor:
         """Return a view of the piece's rows of x [B, H, N, D]: [b, H, n, D], with chunks [chunks, H, chunk, D]."""
@@ -168,7 +170,7 @@ def _pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
     if before is None and after is None:
         return (Piece(),)
     if before is not None or after != 0:
-        return list(_windows(call))
+        return (Piece(window=(before, after)),) if vendor.windows else list(_windows(call))
     if N == M or (N < M and vendor.bottom_right):
         return (Piece(is_causal=True),)
     if N < M:  # all queries see the first M - N keys

@@ -23,6 +23,7 @@ class Attention(NamedTuple):
     mask: Tensor | None  # additive, [B, Hq, N, M]; any dimension may be 1
     is_causal: bool  # only with N = M, or with M > N, aligned bottom-right
     scale: float
+    window: tuple[int | None, int | None] = (None, None)  # keys before and after a query's position, with M >= N
 
 
 Forward = Callable[[Attention], tuple[Tensor, Tensor]]  # output, natural log-sum-exp [B, Hq, N]
@@ -39,6 +40,7 @@ class Vendor:
     backward: Backward
     bottom_right: bool  # whether causality is right with M > N; otherwise it is used with N = M only
     keeps_layout: bool  # whether results keep the memory order of query, key and value; otherwise [B, N, H, D]
+    windows: bool = False  # whether it takes a window; otherwise windows are cut into pieces
 
 
 def padded(x: Tensor, columns: int) -> Tensor:
@@ -84,12 +86,12 @@ def folding(forward: Forward, backward: Backward, most: int | None = None) -> tu
 def folded(x: Attention) -> Attention:
     """Reshape queries to [B, Hkv, G N, D], so that a group reads its keys once and no key is repeated.
 
-    Returns x itself without groups, under causality, which depends on a query's position, or if the mask would have to
-    be repeated for many queries.
+    Returns x itself without groups, under causality or a window, which depend on a query's position, or if the mask
+    would have to be repeated for many queries.
     """
     B, Hq, N, D = x.query.shape
     Hkv, mask = x.key.shape[1], x.mask
-    if Hq == Hkv or x.is_causal:
+    if Hq == Hkv or x.is_causal or x.window != (None, None):
         return x
     if mask is not None and mask.shape[1:3] != (1, 1):
         if mask.shape[1:3] != (Hq, N) and N > FEW_QUERIES:

@@ -66,8 +66,8 @@ def _avoids_recompilation() -> bool:
     return os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1"
 
 
-def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Return why no vendor on a GPU can compute a call, or None."""
+def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...], *, windows: bool = False) -> str | None:
+    """Return why a vendor on a GPU that may take windows cannot compute a call, whichever it is, or None."""
     query, value = call.query, call.value
     if not query.is_cuda:
         return f"it is for CUDA devices, and query is on {query.device}"
@@ -75,8 +75,11 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...]) 
         return "on ROCm its log-sum-exp is not known to be natural"
     if call.is_packed:
         return "it is not given packed sequences"
-    if call.query.shape[2] > 1 and (call.keys_before is not None or call.keys_after not in (None, 0)):
-        return "it is not given windows"
+    if query.shape[2] > 1 and (call.keys_before is not None or call.keys_after not in (None, 0)):
+        if not windows:
+            return "it is not given windows"
+        if query.shape[2] > call.key.shape[2]:
+            return "it is given windows only where there are as many keys as queries, so that each query sees its own"
     if query.dtype not in dtypes:
         return f"it takes {', '.join(str(dtype) for dtype in dtypes)}, and query is {query.dtype}"
     if max(query.shape[0], query.shape[1]) > LARGEST_GRID:
@@ -202,7 +205,7 @@ CUDNN = Vendor("cuDNN", _cudnn_why_not, _cudnn_forward, _cudnn_backward, bottom_
 
 
 def _flash_2_why_not(call: PrefixAttentionCall) -> str | None:
-    obstacle = common_obstacle(call, HALVES)
+    obstacle = common_obstacle(call, HALVES, windows=True)
     if obstacle is not None:
         return obstacle
     if not switched_on("flash"):
@@ -222,7 +225,7 @@ def _flash_2_why_not(call: PrefixAttentionCall) -> str | None:
 def _flash_2_forward(x: Attention) -> tuple[Tensor, Tensor]:
     q, k, v = (by_position(aligned(y)) for y in of_one_head_size(x, 8))
     output, lse, *_ = aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, x.is_causal, False, scale=x.scale
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, x.is_causal, False, scale=x.scale, **_window(x)
     )
     return by_position(output)[..., : x.value.shape[-1]], lse
 
@@ -233,9 +236,14 @@ def _flash_2_backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tenso
     state = torch.empty(2, dtype=torch.uint64, device=q.device)
     gradients = aten._flash_attention_backward(
         d_o, q, k, v, o, dense(lse), None, None, q.shape[1], k.shape[1], 0.0, x.is_causal, state, state,
-        scale=x.scale,
+        scale=x.scale, **_window(x),
     )  # fmt: skip
     return cut(x, *(by_position(d) for d in gradients))
+
+
+def _window(x: Attention) -> dict[str, int | None]:
+    left, right = x.window
+    return {"window_size_left": left, "window_size_right": right}
 
 
 FLASH_2 = Vendor(
@@ -244,6 +252,7 @@ FLASH_2 = Vendor(
     *folding(_flash_2_forward, _flash_2_backward, FEW_QUERIES),  # with more queries it handles groups as well by itself
     bottom_right=True,
     keeps_layout=True,
+    windows=True,
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtuning_fast.attention import reference
 from qtuning_fast.attention.api import call_of as checked_call
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.composed import context
@@ -124,7 +125,7 @@ MASKS = {  # each as one of [B, Hq, N, M]
 
 def real_call(
     B=2, Hq=4, Hkv=2, N=5, M=7, D=8, Dv=8, mask=None, is_bool=True, is_causal=False, layout="", dtype=torch.float64,
-    device="cpu",
+    device="cpu", window=None,
 ):  # fmt: skip
     """A call with data; with a mask, some query sees no key."""
     generator = torch.Generator().manual_seed(N * M + D)
@@ -139,7 +140,7 @@ def real_call(
         visible[-1, -1, -1] = False
         values = torch.randn(visible.shape, generator=generator, dtype=torch.float64)
         mask = visible.to(device) if is_bool else values.masked_fill(~visible, -torch.inf).to(device, dtype)
-    return call_of(q, k, v, mask, is_causal)
+    return call_of(q, k, v, mask, is_causal, window=window)
 
 
 CASES = {
@@ -174,6 +175,11 @@ CASES = {
     "added and causal": {"mask": "padding", "is_bool": False, "N": 7, "is_causal": True},
     "added and bottom-right": {"mask": "by head", "is_bool": False, "N": 4, "is_causal": True},
     "added and more queries": {"mask": "padding", "is_bool": False, "N": 11, "is_causal": True},
+    "window": {"N": 40, "M": 40, "window": (5, 3)},
+    "window, causal": {"N": 20, "M": 33, "window": (6, None), "is_causal": True},
+    "window, left": {"N": 12, "M": 12, "window": (4, None)},
+    "window, right": {"N": 9, "M": 12, "window": (None, 2)},
+    "window, few queries": {"N": 3, "M": 12, "window": (2, 0)},
 }
 FITTING = ["plain", "causal", "packed", "odd heads", "one query", "padding", "whole"]
 
@@ -181,6 +187,8 @@ FITTING = ["plain", "causal", "packed", "odd heads", "one query", "padding", "wh
 def does(vendor: Vendor, call: PrefixAttentionCall) -> bool:
     """Whether it is for a vendor on some GPU, but for dtype and device."""
     N, M, mask = call.query.shape[2], call.key.shape[2], given_mask(call)
+    if call.keys_before is not None or call.keys_after not in (None, 0):
+        return vendor.windows or vendor is CPU_FLASH
     if vendor is CUDNN:
         return min(N, M) > 1 and not (call.is_causal and (N < M or mask is not None))
     return mask is None or vendor in TAKING_MASKS
@@ -197,6 +205,18 @@ def additive(call: PrefixAttentionCall) -> Tensor | None:
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_fill(~mask, -torch.inf)
     return mask.double() if mask.ndim == 4 else mask.double()[:, None, None]
+
+
+def with_window(call: PrefixAttentionCall) -> Tensor | None:
+    """The additive mask of a call, its window included."""
+    reached, mask = reference.within_reach(call), additive(call)
+    if reached is None or (call.keys_before is None and call.keys_after == 0):
+        return mask
+    return of_window(reached) if mask is None else mask + of_window(reached)
+
+
+def of_window(reached: Tensor) -> Tensor:
+    return torch.zeros(reached.shape, dtype=torch.float64, device=reached.device).masked_fill(~reached, -torch.inf)
 
 
 def merged_with_more(o: Tensor, L: Tensor, seed: int = 3) -> None:
@@ -219,7 +239,7 @@ def forward(call: PrefixAttentionCall, vendor: Vendor) -> tuple[Tensor, Tensor, 
 def assert_right(vendor: Vendor, call: PrefixAttentionCall, tolerance: float, lse_tolerance: float) -> None:
     """Compares both passes, through `context`, with float64. A tolerance is a fraction of the largest value."""
     q, k, v = (x.double() for x in (call.query, call.key, call.value))
-    options = (additive(call), call.is_causal, call.scale)
+    options = (with_window(call), call.is_causal, call.scale)
     o_exact, L_exact = attend(q, k, v, *options)
     o_exact = o_exact.nan_to_num(0.0)
 

@@ -89,22 +89,38 @@ class StandIn:
             assert bias.shape[2:] == (q.shape[2], k.shape[2]) and bias.dtype == q.dtype
             assert all(s % 8 == 0 for s in bias.stride()[:-1])
 
-    def _flash_attention_forward(self, q, k, v, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale):
+    def _flash_attention_forward(
+        self, q, k, v, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale, window_size_left,
+        window_size_right,
+    ):  # fmt: skip
         assert_loadable(q, k, v)
         assert q.shape[-1] == v.shape[-1] and (max_q, max_k, dropout) == (q.shape[1], k.shape[1], 0)
         assert cum_q is None and cum_k is None and not debug
-        o, lse = _calls.attend(*transposed(q, k, v), None, is_causal, scale)
+        window = self.window(q, k, is_causal, window_size_left, window_size_right)
+        o, lse = _calls.attend(*transposed(q, k, v), window, is_causal, scale)
         return torch.empty_like(q).copy_(o.transpose(1, 2)), lse, None, None, None
 
     def _flash_attention_backward(
-        self, d_o, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, dropout, is_causal, state, unused, *, scale
-    ):
+        self, d_o, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, dropout, is_causal, state, unused, *, scale,
+        window_size_left, window_size_right,
+    ):  # fmt: skip
         assert_loadable(q, k, v, o, d_o)
         assert o.is_contiguous() and d_o.is_contiguous() and lse.is_contiguous()
         assert (max_q, max_k, dropout) == (q.shape[1], k.shape[1], 0) and state.dtype == torch.uint64
         o, d_o = transposed(o, d_o)
-        found = _calls.gradients(*transposed(q, k, v), None, is_causal, scale, o, lse, d_o)
+        window = self.window(q, k, is_causal, window_size_left, window_size_right)
+        found = _calls.gradients(*transposed(q, k, v), window, is_causal, scale, o, lse, d_o)
         return tuple(torch.empty_like(x).copy_(d) for x, d in zip((q, k, v), transposed(*found)))
+
+    def window(self, q, k, is_causal, left, right):
+        """The additive mask of a window around the bottom-right diagonal; None without one."""
+        N, M = q.shape[1], k.shape[1]
+        if left is None and right is None:
+            return None
+        assert not is_causal and N <= M
+        reached = torch.ones(N, M, dtype=torch.bool)
+        reached = reached if right is None else reached.tril(M - N + right)
+        return _calls.of_window(reached if left is None else reached.triu(M - N - left))
 
     def _efficient_attention_forward(
         self, q, k, v, bias, cum_q, cum_k, max_q, max_k, dropout, mask_type, with_lse, *, scale

@@ -18,8 +18,8 @@ def test_folding_is_attention(calls, N, mask):
         assert y is x
         return
     assert y.query.shape == (2, 2, 2 * N, 8) and y.key is x.key
-    o, L = calls.attend(*y)
-    o_exact, L_exact = calls.attend(*x)
+    o, L = calls.attend(*y[:6])
+    o_exact, L_exact = calls.attend(*x[:6])
     torch.testing.assert_close(o.reshape(o_exact.shape), o_exact, equal_nan=True)
     torch.testing.assert_close(L.reshape(L_exact.shape), L_exact)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +29,8 @@ REFUSED = {
         {},
         "does not hold all values of torch.float32",
     ),
-    "a window": (ON_GPU, {"window": (3, 0)}, {}, "not given windows"),
+    "a window": ([CUDNN, EFFICIENT, FLASH_3, FLASH_4], {"window": (3, 0)}, {}, "not given windows"),
+    "a window over fewer keys": ([FLASH_2], {"window": (3, 0), "M": 8}, {}, "as many keys as queries"),
     "float16's in bfloat16": (TAKING_MASKS, {"mask": torch.float16}, {}, "does not hold all values"),
     "cuDNN, large heads": ([CUDNN], {"D": 136}, {}, "up to 128, got 136"),
     "cuDNN, one query": ([CUDNN], {"N": 1}, {}, "neither one query nor one key"),
@@ -65,6 +68,8 @@ TAKEN = {
     "causal": ([CUDNN, FLASH_2, EFFICIENT, FLASH_3], {"is_causal": True}, {}),
     "bottom-right": ([FLASH_2, EFFICIENT, FLASH_3], {"is_causal": True, "N": 3}, {}),
     "a mask": (TAKING_MASKS, {"mask": torch.bool}, {}),
+    "a window": ([FLASH_2], {"window": (3, None), "is_causal": True}, {}),
+    "one query in a window": ([FLASH_2, EFFICIENT, FLASH_3], {"window": (3, 0), "N": 1}, {}),
     "causal, half a tile": ([CUDNN], {"N": 192, "M": 192, "is_causal": True}, {}),
     "its own float mask": (TAKING_MASKS, {"mask": torch.bfloat16}, {}),
     "a narrow mask": ([EFFICIENT], {"mask": torch.float16, "dtype": torch.float32}, {}),
@@ -74,6 +79,12 @@ TAKEN = {
     "Ada": ([FLASH_2, EFFICIENT], {"D": 256}, {"capability": (8, 9)}),
     "Blackwell": ([CUDNN, FLASH_2, EFFICIENT, FLASH_4], {}, {"capability": (10, 3)}),
 }
+
+
+def test_none_is_given_packed_sequences(machine, calls):
+    offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+    packed = replace(calls.fake_call(B=1), cu_seqlens_query=offsets, max_seqlen_query=9, max_seqlen_key=9)
+    assert all(vendor.why_not(packed) == "it is not given packed sequences" for vendor in ON_GPU)
 
 
 @pytest.mark.parametrize("case", TAKEN)
