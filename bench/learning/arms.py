@@ -100,6 +100,9 @@ FASTER = {
     "prompt-per-task, faster network": Arm("prompt-per-task", training=_FASTER),
 }
 
+# The head of training joined by the closed form of training and validation examples.
+MIXED = {"start, head mixed": Arm(training={"head_end": "mixed"})}
+
 # The defaults, each without one ingredient, and the pairs that may stand in for each other.
 WITHOUT = {
     "no queue": Arm(config={"queue_size": 1}),
@@ -146,13 +149,16 @@ def _some(arms: Mapping[str, Arm], *names: str) -> dict[str, Arm]:
     return {name: arms[name] for name in names}
 
 
-ARMS = CORE | FASTER | PEERS | WITHOUT | PLACES
+ARMS = CORE | FASTER | MIXED | PEERS | WITHOUT | PLACES
 
 PARTS = {
     "related-16": partial(_part, "related", 16, CORE, 10),
     "related-4": partial(_part, "related", 4, CORE, 10),
     "faster-16": partial(_part, "related", 16, FASTER, FIRST),
     "faster-4": partial(_part, "related", 4, FASTER, FIRST),
+    "mixed-16": partial(_part, "related", 16, MIXED, FIRST),
+    "mixed-4": partial(_part, "related", 4, MIXED, FIRST),
+    "mixed-15": partial(_part, "offline-15", 16, MIXED, FIRST),
     "related-50": partial(_part, "related", 50, _some(CORE, "start", "from-random", "prompt-per-task"), 10),
     "unrelated": partial(_part, "unrelated", 16, _some(CORE, "start", "from-random", "closed-form-head"), 10),
     "halves": partial(_part, "halves", 8, _some(CORE, "start", "from-random", "closed-form-head"), 10),

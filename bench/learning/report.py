@@ -16,7 +16,7 @@ from textwrap import fill
 from matplotlib.figure import Figure
 
 from qtuning_fast.bench.learning.answers import answers
-from qtuning_fast.bench.learning.arms import CORE, FASTER, FIRST, LINEAR, PARTS, PEERS, PLACES
+from qtuning_fast.bench.learning.arms import CORE, FASTER, FIRST, LINEAR, MIXED, PARTS, PEERS, PLACES
 from qtuning_fast.bench.learning.linear import CLASSIFIERS
 from qtuning_fast.bench.learning.run import OUT
 from qtuning_fast.bench.learning.summary import BASE, Estimate, Results, difference, points, read
@@ -56,6 +56,7 @@ LEGEND = """\
 - `start`: the defaults. Prompts and heads [start from what suits the task](method.md#where-a-task-starts).
 - `from-random`: the defaults, but both start at random. `closed-form-head`: prompts at random, heads in closed form.
 - *faster network*: the reparametrisation learns at 1e-3, which suits random starts better, instead of 3e-4.
+- *head mixed*: after training the head is joined by the closed form of training and validation examples.
 - `prompt-per-task`, `progressive-prompts`, `one-prompt`: [peers](recipes/lifelong.md#peers-and-ablations).
 - *linear*: no prompts, classifiers of the frozen model's features. *Probe*: a tuned logistic regression. *Closed form*:
   the Gaussian classifier; *of all*: from training and validation examples. *Donor*: the best earlier probe, as it is.
@@ -103,7 +104,7 @@ def table(results: Results) -> list[str]:
 
 def of_methods(results: Results) -> list[str]:
     """The arms that are whole methods, in the order of their declaration."""
-    return [arm for arm in (*CORE, *FASTER, *PEERS) if arm in results.arms and arm != CONTROL]
+    return [arm for arm in (*CORE, *FASTER, *MIXED, *PEERS) if arm in results.arms and arm != CONTROL]
 
 
 def ingredients(results: Results) -> list[str]:

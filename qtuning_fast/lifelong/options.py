@@ -16,6 +16,7 @@ from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
 from qtuning_fast.method.settings import check_settings, documented, from_file, setting, to_file
 
 HEAD_STARTS = ("closed-form", "random", "probe")
+HEAD_ENDS = ("trained", "mixed")
 
 
 _OWN_DATA = {"validation_shots": Stream.validation_shots, "test_size": Stream.test_size}
@@ -194,6 +195,14 @@ class TrainingOptions:
         "than one standard error. `probe`: the tuned linear probe of the frozen model.",
         choices=HEAD_STARTS,
         absent="random",
+    )
+    head_end: str = setting(
+        "trained",
+        "{choices}.",
+        "Where a head ends. `trained`: as training leaves it. `mixed`: the sum of that and of the closed form of "
+        "training and validation examples under the trained prompt, both of norm 1; for one class an example.",
+        choices=HEAD_ENDS,
+        absent="trained",
     )
     gate_rate: float | None = setting(
         3e-2, "Learning rate of the gate.", "It applies to alpha and tau. None: that of prompts."

@@ -47,6 +47,7 @@ from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import LinearProbe, tuned_probe
 from qtuning_fast.lifelong.scores import score
+from qtuning_fast.lifelong.task_end import mix_head
 from qtuning_fast.lifelong.task_start import check_start, mix_with_earlier_prompts, start_task
 from qtuning_fast.lifelong.task_trainer import TaskTrainer
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
@@ -54,7 +55,7 @@ from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
-from qtuning_fast.method.labels import REGRESSION
+from qtuning_fast.method.labels import REGRESSION, SINGLE
 from qtuning_fast.method.task_rule import TaskRule
 from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
@@ -252,6 +253,8 @@ class LifelongTrainer:
         steps = self._take_steps(model, number, train, previous, checkpoints) if options.steps else NO_STEPS
         if options.prompt_momentum:
             mix_with_earlier_prompts(model, options.prompt_momentum)
+        if options.head_end == "mixed" and task.problem_type == SINGLE:
+            mix_head(model, train, validation, options.eval_batch_size)
         adapter = model.finish_task()
         return {
             "name": task.name,

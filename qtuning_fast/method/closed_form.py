@@ -19,6 +19,7 @@ from qtuning_fast.method.statistics import ClassMoments
 from qtuning_fast.method.temperature import best_temperature
 
 _FOLDS = 5
+_LEAST_SCALE = 1e-2  # where answers are no better than chance, the best scale is 0, at which all are the same
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,10 @@ class LabelledFeatures:
         """Return some of the examples."""
         return LabelledFeatures(self.features[chosen], self.labels[chosen])
 
+    def beside(self, others: LabelledFeatures) -> LabelledFeatures:
+        """Return these examples and others."""
+        return LabelledFeatures(torch.cat([self.features, others.features]), torch.cat([self.labels, others.labels]))
+
 
 HeadMaker = Callable[[LabelledFeatures], LinearHead]
 
@@ -195,6 +200,34 @@ def judged_head(
     temperature = _temperature(outputs, labels, problem_type)
     scaled = head if problem_type == REGRESSION else head.scaled(1 / temperature)
     return scaled, example_losses(outputs / temperature, labels, problem_type)
+
+
+def mixed_head(
+    trained: LinearHead, examples: LabelledFeatures, validation: LabelledFeatures, outputs: int
+) -> LinearHead:
+    """Return a trained head of classes mixed with the closed form of all examples, both of norm 1.
+
+    Training has seen the examples, and the validation examples have only chosen when it stops; the closed form learns
+    from both. The sum is scaled by the temperature at which the validation examples have the least loss, each judged by
+    a closed form that is made without it.
+
+    Args:
+        trained: the head as training left it.
+        examples, validation: those that it was trained and chosen by.
+        outputs: number of classes.
+    """
+
+    def mixed(some: LabelledFeatures) -> LinearHead:
+        return summed([trained.of_unit_norm(), closed_form_head(some.features, some.labels, outputs).of_unit_norm()])
+
+    place, judged = _places(validation, SINGLE), list[tuple[Tensor, Tensor]]()
+    for fold in place.unique().tolist():
+        seen = examples.beside(validation.rows(place != fold))
+        some = _fair(seen, validation.rows(place == fold), SINGLE)
+        judged.append((mixed(seen)(some.features), some.labels))
+    head = mixed(examples.beside(validation))
+    found, labels = (torch.cat(parts) for parts in zip(*judged))
+    return head.scaled(max(1 / _temperature(found, labels, SINGLE), _LEAST_SCALE)) if len(labels) else head
 
 
 def _fair(seen: LabelledFeatures, some: LabelledFeatures, problem_type: str) -> LabelledFeatures:

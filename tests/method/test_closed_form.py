@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.covariance import OAS
 from torch import Tensor
 
-from qtuning_fast.method.closed_form import LabelledFeatures, LinearHead, closed_form_head, judged_head
+from qtuning_fast.method.closed_form import LabelledFeatures, LinearHead, closed_form_head, judged_head, mixed_head
 from qtuning_fast.method.labels import IGNORED, MULTI, REGRESSION, SINGLE
 from qtuning_fast.method.shared_gaussian import SharedGaussian
 from qtuning_fast.method.statistics import FEATURES, ClassMoments, TaskStatistics
@@ -190,3 +190,32 @@ def test_a_head_without_weights_mixes_without_a_division_by_zero() -> None:
     other = head_of([1.0, 0, 0, 0], [0, 1, 0, 0])
     assert outputs_of(nothing.mixed([nothing])).isfinite().all() and same_answers(nothing.mixed([other]), other)
     assert SINGLE.startswith("single")
+
+
+def test_a_trained_head_is_mixed_with_the_closed_form_of_all_examples() -> None:
+    """It points where both point, and is as confident as the validation examples allow."""
+    examples, validation = (draw(60, 8, 3).rows(torch.arange(*bounds)) for bounds in ((0, 24), (24, 60)))
+    trained = LinearHead(
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double(), torch.zeros(3).double()
+    )
+    head = mixed_head(trained, examples, validation, 3)
+    both = examples.beside(validation)
+    assert len(both) == 60 and torch.equal(both.features[24:], validation.features)
+    wanted = trained.of_unit_norm().weight + made(both).of_unit_norm().weight
+    factor = head.weight.norm() / wanted.norm()
+    torch.testing.assert_close(head.weight - head.weight.mean(0), factor * (wanted - wanted.mean(0)))
+    again = mixed_head(trained.scaled(50.0), examples, validation, 3)  # its scale does not matter
+    torch.testing.assert_close(again.weight, head.weight)
+    worse = mixed_head(trained, examples, LabelledFeatures(validation.features, validation.labels.flip(0)), 3)
+    assert worse.weight.norm() < head.weight.norm()  # validation examples that it gets wrong make it less sure
+
+
+def test_a_trained_head_without_validation_examples_that_count_keeps_its_direction() -> None:
+    examples = draw(24, 8, 3)
+    ignored = LabelledFeatures(examples.features[:6], torch.full((6,), IGNORED))
+    trained = LinearHead(
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double(), torch.zeros(3).double()
+    )
+    head = mixed_head(trained, examples, ignored, 3)
+    wanted = trained.of_unit_norm().weight + made(examples).of_unit_norm().weight
+    torch.testing.assert_close(head.weight, wanted)
