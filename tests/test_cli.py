@@ -346,6 +346,7 @@ WRONG: dict[str, list[str]] = {
     "--prompt-rate": ["abc", "-1", "nan", "inf"],
     "--head-rate": ["abc", "-1", "nan", "inf"],
     "--head-start": ["ones", ""],
+    "--head-end": ["closed-form", ""],
     "--gate-rate": ["abc", "-1", "nan", "inf"],
     "--epochs": [*BAD_NUMBERS, "0"],
     "--augment": ["rotations", "crops", ""],  # the second is known, but these are texts
