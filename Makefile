@@ -13,6 +13,7 @@ PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(PIP_INSTALL)
 STAMP := $(VENV)/.ready
 OLDEST := $(VENV)/oldest-transformers
+OLDEST_TRITON := $(VENV)/oldest-triton
 PEFT := $(VENV)/peft-transformers
 NEWEST := $(VENV)-newest
 NEWEST_TORCH ?= torch
@@ -68,8 +69,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python $(TESTS)"
 
-# What touches transformers, on the oldest version that is supported. What takes long there is not asked twice.
-test-oldest: $(OLDEST)/.ready
+# What touches transformers, and the compiler of kernels, on the oldest versions that are supported. What takes long
+# there is not asked twice.
+test-oldest: $(OLDEST)/.ready $(OLDEST_TRITON)/.ready
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m qtuning_fast.bench.predictions.compile_report --target sm_90 \
+		--dtype bf16 --head-size 128
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(TESTS)" \
 		-k "not compile and not graph and not fused" tests/model \
 		tests/integrations/transformers \
@@ -78,7 +82,7 @@ test-oldest: $(OLDEST)/.ready
 		$(addprefix tests/bench/rows/test_,lifelong.py mixed_tasks.py models.py)
 
 # Other versions of some packages, in folders that stand in front of the environment.
-$(OLDEST)/.ready $(PEFT)/.ready: $(VENV)/%-transformers/.ready: requirements/%.txt $(STAMP)
+$(OLDEST)/.ready $(OLDEST_TRITON)/.ready $(PEFT)/.ready: $(VENV)/%/.ready: requirements/%.txt $(STAMP)
 	rm -rf $(@D)
 	$(PIP) --no-deps --target $(@D) -r $<
 	@touch $@

@@ -6,6 +6,7 @@ Other peers are made of the same pieces.
 import torch
 from torch import Tensor
 
+from qtuning_fast.attention.reference import within_reach
 from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Reweighting = tuple[Tensor, Tensor] | None  # U [P, R], V [R, Hkv, D]; with a bank both with a leading T
@@ -57,19 +58,9 @@ def per_head(call: PrefixAttentionCall, parameter: float | Tensor) -> float | Te
 
 def _masked(s: Tensor, call: PrefixAttentionCall) -> Tensor:
     """The scores of the context [B, Hq, N, M], with hidden ones at -inf."""
-    N, M = s.shape[-2:]
     if call.attn_mask is not None:
         s = s + call.attn_mask
     if call.padding_mask is not None:
         s = s.masked_fill(~call.padding_mask[:, None, None, :], -torch.inf)
-    visible = reached(N, M, call.keys_before, call.keys_after, s.device)
+    visible = within_reach(call)
     return s if visible is None else s.masked_fill(~visible, -torch.inf)
-
-
-def reached(N: int, M: int, before: int | None, after: int | None, device: torch.device) -> Tensor | None:
-    """Which keys [N, M] causality and window leave; None: all."""
-    if before is None and after is None:
-        return None
-    visible = torch.ones(N, M, dtype=torch.bool, device=device)
-    visible = visible if after is None else visible.tril(M - N + after)
-    return visible if before is None else visible.triu(M - N - before)

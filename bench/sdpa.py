@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qtuning_fast.bench.eager import concatenated, reached
+from qtuning_fast.attention.reference import reached
+from qtuning_fast.bench.eager import concatenated
 from qtuning_fast.bench.shapes import PrefixAttentionCall
 
 Attention = Callable[[PrefixAttentionCall, Tensor, Tensor], Tensor]  # of call, keys and values [B, Hkv, P + M, D]
@@ -91,9 +92,7 @@ ATTENTIONS: dict[str, Attention] = {
 @lru_cache(maxsize=1)  # as a model would make it once for all its layers
 def _windowed(N: int, M: int, P: int, before: int | None, after: int | None, device: torch.device) -> Tensor:
     """The mask [N, P + M] of a window behind a prefix that all queries see."""
-    visible = reached(N, M, before, after, device)
-    assert visible is not None
-    return F.pad(visible, (P, 0), value=True)
+    return F.pad(reached(N, M, before, after, device), (P, 0), value=True)
 
 
 _masks = WeakTensorKeyDictionary()

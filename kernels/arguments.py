@@ -39,8 +39,6 @@ class Call(Protocol):
     prefix_index: Tensor | None  # [B], packed [S], with a bank only; its range is unchecked
     prefix_length: Tensor | None  # [T]
     cu_seqlens_query: Tensor | None  # [S + 1], offsets of packed sequences, unchecked; B is then 1
-    max_seqlen_query: int | None  # of the longest sequence, or more
-    max_seqlen_key: int | None
     padding_mask: Tensor | None  # [B, M], bool or additive
     attn_mask: Tensor | None  # [B, Hq, N, M]; any dimension may be 1; beside a padding_mask both apply
     prefix_bias: Tensor | None  # [B, Hq, N, P]; any dimension may be 1
@@ -49,6 +47,9 @@ class Call(Protocol):
     gate: str | None
     scale: float
     softcap: float | None
+
+    @property
+    def counts(self) -> tuple[int, int, int]: ...  # B, N, M; of packed sequences their number, the rows of the longest
 
     @property
     def key_offsets(self) -> Tensor | None: ...  # [S + 1], of packed sequences
@@ -163,15 +164,22 @@ class Scaling(NamedTuple):
     cap: Any  # None: scores are not capped
 
 
-class Sizes(NamedTuple):
-    """The sizes of a call, and of one of its samples (`tiles.of_sample`).
+class Span(NamedTuple):
+    """The rows of one sample, or of one packed sequence.
 
-    Of packed sequences B is their number, N and M are the rows of the longest. Of one of them N and M are where its
-    rows end, and `first_query` and `first_key` are where they begin: query row n still stands at key row n + M - N.
+    The outer indices are the sample or, if sequences are packed, the first row of this one: the outer stride is then
+    that of rows. (A function of a kernel cannot return other `Sizes`: Triton 3.6 returns no tuple that holds None.)
     """
 
-    B: int
-    N: int
+    N: Any  # queries
+    M: Any  # keys
+    queries: Any  # the outer index of query and of what has its rows
+    keys: Any  # and of key and value
+
+
+class Sizes(NamedTuple):
+    B: int  # or the number of packed sequences
+    N: int  # of the longest, if sequences are packed
     M: int
     heads: int  # Hq
     group: int  # G
@@ -181,8 +189,6 @@ class Sizes(NamedTuple):
     key_offsets: Any = None
     queries: int = 0  # of all packed sequences
     keys: int = 0
-    first_query: Any = 0  # compile-time without packed sequences
-    first_key: Any = 0
 
 
 def attention(call: Call) -> dict[str, Any]:
@@ -243,7 +249,7 @@ def _rows(x: Tensor) -> Rows:
     D = x.shape[-1]
     outer, head, row, _ = (0, *x.stride())[-4:]
     if x.ndim == 4 and x.shape[0] == 1:
-        outer = 0  # so that all packed sequences are in the one sample
+        outer = row  # of the one sample: the outer index is 0, or the first row of a packed sequence; see Span
     return Rows(x, outer, head, row, constant(D), constant(block_of(D)))
 
 
@@ -325,17 +331,8 @@ def masks(call: Call) -> Masks:
     return Masks(_overlay(call.padding_mask), _overlay(call.attn_mask), _overlay(call.prefix_bias))
 
 
-def counts(call: Call) -> tuple[int, int, int]:
-    """Return B, N and M; of packed sequences their number and the rows of the longest."""
-    B, _, N, _ = call.query.shape
-    if call.cu_seqlens_query is None:
-        return B, N, call.key.shape[2]
-    assert call.max_seqlen_query is not None and call.max_seqlen_key is not None
-    return call.cu_seqlens_query.shape[0] - 1, call.max_seqlen_query, call.max_seqlen_key
-
-
 def sizes(call: Call) -> Sizes:
-    (B, N, M), (Hq, Hkv) = counts(call), (call.query.shape[1], call.key.shape[1])
+    (B, N, M), (Hq, Hkv) = call.counts, (call.query.shape[1], call.key.shape[1])
     before, after = call.keys_before, call.keys_after
     found = Sizes(
         B,
@@ -345,8 +342,6 @@ def sizes(call: Call) -> Sizes:
         Hq // Hkv,
         before=before,
         after=constant(0) if after == 0 else after,
-        first_query=constant(0),
-        first_key=constant(0),
     )
     if call.cu_seqlens_query is None or call.key_offsets is None:
         return found

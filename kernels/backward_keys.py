@@ -33,11 +33,11 @@ from .tiles import (
     length_of,
     load_lse,
     load_rows,
-    of_sample,
     prefix_of,
     prefix_scores,
     query_rows,
     softmax_weights,
+    span_of,
     store_rows,
     unmasked_scores,
     within_reach,
@@ -84,93 +84,92 @@ def context_tile(pid, query, key, value, masks, output, d_output, per_query, d_k
     heads = sizes.heads // sizes.group
     hk = pid // tiles % heads
     b = pid // tiles // heads
-    sizes = of_sample(sizes, b)
-    m = pid % tiles * variant.BLOCK_M + sizes.first_key
-    k = load_rows(key, b, hk, m, sizes.M, variant.BLOCK_M)
-    v = load_rows(value, b, hk, m, sizes.M, variant.BLOCK_M)
+    span = span_of(sizes, b)
+    m = pid % tiles * variant.BLOCK_M
+    k = load_rows(key, span.keys, hk, m, span.M, variant.BLOCK_M)
+    v = load_rows(value, span.keys, hk, m, span.M, variant.BLOCK_M)
     dk = tl.zeros([variant.BLOCK_M, key.BLOCK_D], tl.float32)
     dv = tl.zeros([variant.BLOCK_M, value.BLOCK_D], tl.float32)
 
     # One loop runs through the query tiles of all G heads, those that see all its keys and those that causality cuts: a
     # loop within a loop, or a second one for these, costs the registers of both.
-    first, end = query_range(sizes, m, variant)
+    first, end = query_range(sizes, span, m, variant)
     h = tl.cast(hk, tl.int32) * sizes.group
-    n = tl.cast(first, tl.int32) + 0
-    for _ in range(0, (end - first) // variant.BLOCK_N * sizes.group):
-        q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
+    tile = tl.cast(first, tl.int32) + 0
+    for _ in range(0, (end - first) * sizes.group):
+        n = tile * variant.BLOCK_N
+        q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, span, h, n, variant)
         i = tl.arange(0, variant.BLOCK_N)[None, :]
         j = tl.arange(0, variant.BLOCK_M)[:, None]
         s = tl.dot(k, tl.trans(q), input_precision=variant.PRECISION)
         if variant.HAS_MASK:
             s, cap_slope = scaled(s, scaling)
-            s = context_scores(s, masks, sizes, b, h, n, i, m, j)
+            s = context_scores(s, masks, sizes, span, b, h, n, i, m, j)
             w = softmax_weights(s, LOG2E, L, rest, variant)
         else:
             s, unit, cap_slope = unmasked_scores(s, scaling, variant)
             w = softmax_weights(s, unit, L, rest, variant)
             if sizes.before is not None or sizes.after is not None:
-                w = tl.where(within_reach(sizes, n, i, m, j), w, 0.0)
+                w = tl.where(within_reach(sizes, span, n, i, m, j), w, 0.0)
         dk, dv = add_context(dk, dv, w, cap_slope, q, d_o, d, v, d_key, d_value, variant)
-        h, n = next_tile(h, n, first, end, variant)
+        h, tile = next_tile(h, tile, first, end)
 
     if d_key.pointer is not None:
-        store_rows(d_key, b, hk, m, sizes.M, dk * scaling.factor, variant.BLOCK_M)
+        store_rows(d_key, span.keys, hk, m, span.M, dk * scaling.factor, variant.BLOCK_M)
     if d_value.pointer is not None:
-        store_rows(d_value, b, hk, m, sizes.M, dv, variant.BLOCK_M)
+        store_rows(d_value, span.keys, hk, m, span.M, dv, variant.BLOCK_M)
 
 
 @triton.jit
-def next_tile(h, n, first, end, variant):
-    """The next of a head's query tiles in first..end, or the first tile of the next head."""
-    last = n + variant.BLOCK_N == end
-    return tl.where(last, h + 1, h), tl.where(last, first, n + variant.BLOCK_N)
+def next_tile(h, tile, first, end):
+    """The next of a head's query tiles first..end, or the first tile of the next head."""
+    last = tile + 1 == end
+    return tl.where(last, h + 1, h), tl.where(last, first, tile + 1)
 
 
 @triton.jit
-def query_range(sizes, m, variant):
-    """Queries first..end, whole tiles, see some of the keys m..m+BLOCK_M.
+def query_range(sizes, span, m, variant):
+    """A sample's query tiles first..end see some of the keys m..m+BLOCK_M.
 
     Keys beyond M need no mask: their rows of dk and dv are not stored.
     """
-    zero = sizes.first_query  # of the first tile
-    end = tl.cdiv(sizes.N - zero, variant.BLOCK_N)
+    end = tl.cdiv(span.N, variant.BLOCK_N)
     first = 0
     if sizes.query_offsets is not None:
-        end = tl.where(m < sizes.M, end, 0)
+        end = tl.where(m < span.M, end, 0)
     if sizes.before is not None:
-        beyond = m + variant.BLOCK_M - (sizes.M - sizes.N) + sizes.before - zero  # the first query that sees none
+        beyond = m + variant.BLOCK_M - (span.M - span.N) + sizes.before  # the first query that sees none of them
         end = tl.minimum(end, tl.cdiv(tl.maximum(beyond, 0), variant.BLOCK_N))
     if sizes.after is not None:
-        first = tl.minimum(tl.maximum(m - (sizes.M - sizes.N) - sizes.after - zero, 0) // variant.BLOCK_N, end)
-    return first * variant.BLOCK_N + zero, end * variant.BLOCK_N + zero
+        first = tl.minimum(tl.maximum(m - (span.M - span.N) - sizes.after, 0) // variant.BLOCK_N, end)
+    return first, end
 
 
 @triton.jit
-def first_query(tile, sizes, variant):
-    """The first query of a sample's tile."""
-    return tl.cast(tile, tl.int32) * variant.BLOCK_N + sizes.first_query  # interpreted, a loop counter is not a tensor
+def first_query(tile, variant):
+    return tl.cast(tile, tl.int32) * variant.BLOCK_N  # in the interpreter a loop counter is not a tensor
 
 
 @triton.jit
-def load_queries(query, output, d_output, per_query, sizes, b, h, n, variant):
+def load_queries(query, output, d_output, per_query, sizes, span, h, n, variant):
     """q, dO and, as rows [1, BLOCK_N], the log-sum-exp with its rest and δ of one tile of queries."""
-    q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
-    d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
-    start, row, exists = query_rows(sizes, b, h, n, variant)
+    q = load_rows(query, span.queries, h, n, span.N, variant.BLOCK_N)
+    d_o = load_rows(d_output, span.queries, h, n, span.N, variant.BLOCK_N)
+    start, row, exists = query_rows(sizes, span, h, n, variant)
     L, rest = load_lse(per_query, start, row, exists, variant)
-    d = load_delta(output, d_output, per_query, sizes, b, h, n, variant)
+    d = load_delta(output, d_output, per_query, sizes, span, h, n, variant)
     return q, d_o, L[None, :], rest[None, :], d[None, :]
 
 
 @triton.jit
-def load_delta(output, d_output, per_query, sizes, b, h, n, variant):
+def load_delta(output, d_output, per_query, sizes, span, h, n, variant):
     """δ of one tile of queries, [BLOCK_N]; if no kernel has written it, from the output."""
     if per_query.delta is None:
-        d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
-        o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
+        d_o = load_rows(d_output, span.queries, h, n, span.N, variant.BLOCK_N)
+        o = load_rows(output, span.queries, h, n, span.N, variant.BLOCK_N)
         return tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
     else:
-        start, row, exists = query_rows(sizes, b, h, n, variant)
+        start, row, exists = query_rows(sizes, span, h, n, variant)
         return tl.load(per_query.delta + start + row, mask=exists, other=0.0)
 
 
@@ -211,22 +210,23 @@ def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, pa
     last = ((share + 1) * tiles * sizes.B // parts.shares).to(tl.int32)
     if prefix.index is None and sizes.query_offsets is None:
         for step in range(first, last):
-            n = first_query(step % tiles, sizes, variant)
+            b = step // tiles
+            span = span_of(sizes, b)
             dk, dv, d_alpha, d_tau = add_prefix(
-                dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, step // tiles, h, n, p,
-                query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
+                dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(step % tiles, variant), p,
+                query, gate, masks, output, d_output, per_query, parts, sizes, span, scaling, variant,
             )  # fmt: skip
     else:
         for b in range(first // tiles, tl.cdiv(last, tiles)):
-            own = of_sample(sizes, b)
+            span = span_of(sizes, b)
             used, _ = prefix_of(prefix, b)
             end = tl.where(used == t, tl.minimum(last - b * tiles, tiles), 0)
             if sizes.query_offsets is not None:
-                end = tl.minimum(end, tl.cdiv(own.N - own.first_query, variant.BLOCK_N))
+                end = tl.minimum(end, tl.cdiv(span.N, variant.BLOCK_N))
             for tile in range(tl.maximum(first - b * tiles, 0), end):
                 dk, dv, d_alpha, d_tau = add_prefix(
-                    dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, own, variant), p,
-                    query, gate, masks, output, d_output, per_query, parts, own, scaling, variant,
+                    dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, first_query(tile, variant), p,
+                    query, gate, masks, output, d_output, per_query, parts, sizes, span, scaling, variant,
                 )  # fmt: skip
 
     if parts.key is not None:
@@ -241,16 +241,16 @@ def prefix_tile(pid, query, prefix, gate, masks, output, d_output, per_query, pa
 @triton.jit
 def add_prefix(
     dk, dv, d_alpha, d_tau, k, v, alpha, tau, length, b, h, n, p,
-    query, gate, masks, output, d_output, per_query, parts, sizes, scaling, variant,
+    query, gate, masks, output, d_output, per_query, parts, sizes, span, scaling, variant,
 ):  # fmt: skip
     """Add a tile of queries to the sums."""
-    q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
+    q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, span, h, n, variant)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
     j = tl.arange(0, variant.BLOCK_P)[:, None]
     s, cap_slope = scaled(tl.dot(k, tl.trans(q), input_precision=variant.PRECISION), scaling)
     g, slope, by_alpha, by_tau = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
     slope *= cap_slope
-    g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, j)
+    g = prefix_scores(g, masks, span.N, length, b, h, n, i, p, j)
     w = softmax_weights(g, LOG2E, L, rest, variant)
     if parts.value is not None:
         dv = tl.dot(w.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
@@ -275,7 +275,7 @@ def store_part(part, block, p, n_rows, x, D: tl.constexpr):
 
 def empty_parts(call: Call, direction: str, *, key: bool, value: bool, gate: bool) -> Parts:
     """Allocate the needed parts for a launch in a direction of the table of blocks."""
-    (B, N, _), (Hq, D) = arguments.counts(call), call.query.shape[1::2]
+    (B, N, _), (Hq, D) = call.counts, call.query.shape[1::2]
     T, P, DV = arguments.n_prefixes(call), call.prefix_key.shape[-2], call.value.shape[-1]
     variant, _ = variant_for(call, direction)
     tiles = arguments.cdiv(P, variant.BLOCK_P)
@@ -306,7 +306,7 @@ def launch(
     parts: Parts,
 ) -> Launch:
     variant, options = variant_for(call, "keys")
-    (B, _, M), Hkv = arguments.counts(call), call.key.shape[1]
+    (B, _, M), Hkv = call.counts, call.key.shape[1]
     prefix_programs = context_programs = 0
     if parts.needed:
         prefix_programs = parts.shares * parts.tiles * arguments.n_prefixes(call) * call.query.shape[1]

@@ -28,12 +28,12 @@ from .tiles import (
     gate_parameter,
     load_lse,
     load_rows,
-    of_sample,
     prefix_of,
     prefix_scores,
     query_rows,
     query_tile,
     softmax_weights,
+    span_of,
     store_rows,
     unmasked_scores,
 )
@@ -44,21 +44,20 @@ def backward_queries_kernel(
     query, key, value, prefix, gate, masks, output, d_output, per_query, d_query, sizes, scaling, variant
 ):
     b, h, n = query_tile(sizes, variant)
-    sizes = of_sample(sizes, b)
-    n += sizes.first_query
+    span = span_of(sizes, b)
     if sizes.query_offsets is not None:  # noqa: SIM102 (known when it is compiled; the other one is not)
-        if n >= sizes.N:
+        if n >= span.N:
             return
-    start, row, exists = query_rows(sizes, b, h, n, variant)
-    d_o = load_rows(d_output, b, h, n, sizes.N, variant.BLOCK_N)
-    o = load_rows(output, b, h, n, sizes.N, variant.BLOCK_N)
+    start, row, exists = query_rows(sizes, span, h, n, variant)
+    d_o = load_rows(d_output, span.queries, h, n, span.N, variant.BLOCK_N)
+    o = load_rows(output, span.queries, h, n, span.N, variant.BLOCK_N)
     d = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(per_query.delta + start + row, d, mask=exists)
 
     if d_query.pointer is not None:
         hk = h // sizes.group
         i = tl.arange(0, variant.BLOCK_N)[:, None]
-        q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
+        q = load_rows(query, span.queries, h, n, span.N, variant.BLOCK_N)
         L, rest = load_lse(per_query, start, row, exists, variant)
         dq = tl.zeros([variant.BLOCK_N, query.BLOCK_D], tl.float32)
 
@@ -69,41 +68,61 @@ def backward_queries_kernel(
             k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
             s, cap_slope = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
             g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
-            g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
+            g = prefix_scores(g, masks, span.N, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
             v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
             ds = score_gradient(d_o, v, d, g, LOG2E, slope * cap_slope, L, rest, variant)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
 
-        begin, first, whole, end = context_range(sizes, n, variant)
+        begin, first, whole, end = context_range(sizes, span, n, variant)
         if sizes.before is not None:
             dq = masked_context(
-                dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, begin, first, end, masks, sizes, scaling, variant
+                dq,
+                q,
+                d_o,
+                d,
+                L,
+                rest,
+                key,
+                value,
+                b,
+                h,
+                hk,
+                n,
+                i,
+                begin,
+                first,
+                end,
+                masks,
+                sizes,
+                span,
+                scaling,
+                variant,
             )
         if not variant.HAS_MASK:
             for j in range(first, whole, variant.BLOCK_M):
-                k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
+                k = load_rows(key, span.keys, hk, j, whole, variant.BLOCK_M)
                 s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
                 s, unit, cap_slope = unmasked_scores(s, scaling, variant)
-                v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
+                v = load_rows(value, span.keys, hk, j, whole, variant.BLOCK_M)
                 ds = score_gradient(d_o, v, d, s, unit, cap_slope, L, rest, variant)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
         dq = masked_context(
-            dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, whole, end, end, masks, sizes, scaling, variant
+            dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, whole, end, end, masks, sizes, span, scaling, variant
         )
 
-        store_rows(d_query, b, h, n, sizes.N, dq * scaling.factor, variant.BLOCK_N)
+        store_rows(d_query, span.queries, h, n, span.N, dq * scaling.factor, variant.BLOCK_N)
 
 
 @triton.jit
 def masked_context(
-    dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, start, stop, end, masks, sizes, scaling, variant
+    dq, q, d_o, d, L, rest, key, value, b, h, hk, n, i, start, stop, end, masks, sizes, span, scaling, variant
 ):
     """Add the context tiles start..stop, which some queries do not see entirely."""
     for j in range(start, stop, variant.BLOCK_M):
-        k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
+        k = load_rows(key, span.keys, hk, j, end, variant.BLOCK_M)
         s, cap_slope = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
-        s = context_scores(s, masks, sizes, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
-        v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
+        s = context_scores(s, masks, sizes, span, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
+        v = load_rows(value, span.keys, hk, j, end, variant.BLOCK_M)
         ds = score_gradient(d_o, v, d, s, LOG2E, cap_slope, L, rest, variant)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)
     return dq

@@ -15,7 +15,7 @@ from . import arguments
 from .arguments import Call, PerQuery
 from .backward_keys import first_query, load_delta
 from .launch import Launch, variant_for
-from .tiles import LOG2E, load_lse, load_sink, query_rows, softmax_weights
+from .tiles import LOG2E, load_lse, load_sink, query_rows, softmax_weights, span_of
 
 
 @triton.jit
@@ -26,10 +26,11 @@ def backward_sink_kernel(sink, output, d_output, per_query, d_sink, sizes, varia
     tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
     for step in range(0, tiles * sizes.B):
         b = step // tiles
-        n = first_query(step % tiles, sizes, variant)
-        start, row, exists = query_rows(sizes, b, h, n, variant)
+        span = span_of(sizes, b)
+        n = first_query(step % tiles, variant)
+        start, row, exists = query_rows(sizes, span, h, n, variant)
         L, rest = load_lse(per_query, start, row, exists, variant)
-        d = load_delta(output, d_output, per_query, sizes, b, h, n, variant)
+        d = load_delta(output, d_output, per_query, sizes, span, h, n, variant)
         # A query of no sequence sees nothing, and its δ is whatever was in memory.
         total -= tl.where(L == float("inf"), 0.0, softmax_weights(s, LOG2E, L, rest, variant) * d)
     tl.store(d_sink + h, tl.sum(total, 0).to(d_sink.dtype.element_ty))

@@ -31,6 +31,7 @@ from .tiles import (
     prefix_of,
     prefix_scores,
     softmax_weights,
+    span_of,
     store_rows,
 )
 
@@ -58,42 +59,44 @@ def whole_context(
 ):  # fmt: skip
     hk = pid % (sizes.heads // sizes.group)
     b = pid // (sizes.heads // sizes.group)
+    span = span_of(sizes, b)
     t, length = prefix_of(prefix, b)
-    k = load_rows(key, b, hk, 0, sizes.M, variant.BLOCK_M)
-    v = load_rows(value, b, hk, 0, sizes.M, variant.BLOCK_M)
+    k = load_rows(key, span.keys, hk, 0, span.M, variant.BLOCK_M)
+    v = load_rows(value, span.keys, hk, 0, span.M, variant.BLOCK_M)
     k_pre = load_rows(prefix.key, t, hk, 0, length, variant.BLOCK_P)
     v_pre = load_rows(prefix.value, t, hk, 0, length, variant.BLOCK_P)
     dk = tl.zeros([variant.BLOCK_M, key.BLOCK_D], tl.float32)
     dv = tl.zeros([variant.BLOCK_M, value.BLOCK_D], tl.float32)
     i = tl.arange(0, variant.BLOCK_N)[None, :]
-    tiles = tl.cdiv(sizes.N, variant.BLOCK_N)
+    tiles = tl.cdiv(span.N, variant.BLOCK_N)
     h = tl.cast(hk, tl.int32) * sizes.group
-    n = tl.full([], 0, tl.int32)
+    tile = tl.full([], 0, tl.int32)
     for _ in range(0, tiles * sizes.group):
-        q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, b, h, n, variant)
+        n = tile * variant.BLOCK_N
+        q, d_o, L, rest, d = load_queries(query, output, d_output, per_query, sizes, span, h, n, variant)
 
         s, cap_slope = scaled(tl.dot(k_pre, tl.trans(q), input_precision=variant.PRECISION), scaling)
         alpha = gate_parameter(gate.alpha, t, h)
         tau = gate_parameter(gate.tau, t, h)
         g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
-        g = prefix_scores(g, masks, sizes, length, b, h, n, i, 0, tl.arange(0, variant.BLOCK_P)[:, None])
+        g = prefix_scores(g, masks, span.N, length, b, h, n, i, 0, tl.arange(0, variant.BLOCK_P)[:, None])
         p = softmax_weights(g, LOG2E, L, rest, variant)
         dg = p * (tl.dot(v_pre, tl.trans(d_o), input_precision=variant.PRECISION) - d)
         ds = (dg * slope * cap_slope).to(q.dtype)
         dq = tl.dot(tl.trans(ds), k_pre, input_precision=variant.PRECISION)
 
         s, cap_slope = scaled(tl.dot(k, tl.trans(q), input_precision=variant.PRECISION), scaling)
-        s = context_scores(s, masks, sizes, b, h, n, i, 0, tl.arange(0, variant.BLOCK_M)[:, None])
+        s = context_scores(s, masks, sizes, span, b, h, n, i, 0, tl.arange(0, variant.BLOCK_M)[:, None])
         p = softmax_weights(s, LOG2E, L, rest, variant)
         dv = tl.dot(p.to(d_o.dtype), d_o, dv, input_precision=variant.PRECISION)
         ds = p * (tl.dot(v, tl.trans(d_o), input_precision=variant.PRECISION) - d)
         ds = (ds * cap_slope).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=variant.PRECISION)
         dq = tl.dot(tl.trans(ds), k, dq, input_precision=variant.PRECISION)
-        store_rows(d_query, b, h, n, sizes.N, dq * scaling.factor, variant.BLOCK_N)
-        h, n = next_tile(h, n, 0, tiles * variant.BLOCK_N, variant)
-    store_rows(d_key, b, hk, 0, sizes.M, dk * scaling.factor, variant.BLOCK_M)
-    store_rows(d_value, b, hk, 0, sizes.M, dv, variant.BLOCK_M)
+        store_rows(d_query, span.queries, h, n, span.N, dq * scaling.factor, variant.BLOCK_N)
+        h, tile = next_tile(h, tile, 0, tiles)
+    store_rows(d_key, span.keys, hk, 0, span.M, dk * scaling.factor, variant.BLOCK_M)
+    store_rows(d_value, span.keys, hk, 0, span.M, dv, variant.BLOCK_M)
 
 
 def takes(call: Call, gradients: dict[str, Tensor]) -> bool:

@@ -87,7 +87,7 @@ def folded(call: Call) -> tuple[Call, list[Launch]]:
             "key": Side(arguments.stored(call.prefix_key, call.reweight_key), arguments.written_rows(key)),
             "value": Side(arguments.stored(call.prefix_value, call.reweight_value), arguments.written_rows(value)),
             "prefix": arguments.prefix(call),
-            "B": arguments.counts(call)[0],
+            "B": call.counts[0],
             "heads": Hkv,
             "n_shared": call.n_shared,
         },

@@ -34,11 +34,11 @@ from .tiles import (
     gate_parameter,
     load_rows,
     load_sink,
-    of_sample,
     prefix_of,
     prefix_scores,
     query_rows,
     query_tile,
+    span_of,
     store_lse,
     store_rows,
     unmasked_scores,
@@ -48,14 +48,13 @@ from .tiles import (
 @triton.jit
 def forward_kernel(query, key, value, prefix, gate, masks, sink, output, per_query, sizes, scaling, variant):
     b, h, n = query_tile(sizes, variant)
-    sizes = of_sample(sizes, b)
-    n += sizes.first_query
+    span = span_of(sizes, b)
     if sizes.query_offsets is not None:  # noqa: SIM102 (known when it is compiled; the other one is not)
-        if n >= sizes.N:
+        if n >= span.N:
             return
     hk = h // sizes.group
     i = tl.arange(0, variant.BLOCK_N)[:, None]
-    q = load_rows(query, b, h, n, sizes.N, variant.BLOCK_N)
+    q = load_rows(query, span.queries, h, n, span.N, variant.BLOCK_N)
     acc = tl.zeros([variant.BLOCK_N, value.BLOCK_D], tl.float32)
     m, l = empty_softmax(sink, h, variant)
 
@@ -67,27 +66,27 @@ def forward_kernel(query, key, value, prefix, gate, masks, sink, output, per_que
         v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
         s, _ = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
-        g = prefix_scores(g, masks, sizes, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
+        g = prefix_scores(g, masks, span.N, length, b, h, n, i, p, tl.arange(0, variant.BLOCK_P)[None, :])
         acc, m, l = online_softmax(acc, m, l, g, LOG2E, v, variant)
 
-    begin, first, whole, end = context_range(sizes, n, variant)
+    begin, first, whole, end = context_range(sizes, span, n, variant)
     if sizes.before is not None:
         acc, m, l = masked_context(
-            acc, m, l, q, key, value, b, h, hk, n, i, begin, first, end, masks, sizes, scaling, variant
+            acc, m, l, q, key, value, b, h, hk, n, i, begin, first, end, masks, sizes, span, scaling, variant
         )
     if not variant.HAS_MASK:
         for j in range(first, whole, variant.BLOCK_M):
-            k = load_rows(key, b, hk, j, whole, variant.BLOCK_M)
+            k = load_rows(key, span.keys, hk, j, whole, variant.BLOCK_M)
             s = tl.dot(q, tl.trans(k), input_precision=variant.PRECISION)
             s, unit, _ = unmasked_scores(s, scaling, variant)
-            v = load_rows(value, b, hk, j, whole, variant.BLOCK_M)
+            v = load_rows(value, span.keys, hk, j, whole, variant.BLOCK_M)
             acc, m, l = online_softmax(acc, m, l, s, unit, v, variant)
     acc, m, l = masked_context(
-        acc, m, l, q, key, value, b, h, hk, n, i, whole, end, end, masks, sizes, scaling, variant
+        acc, m, l, q, key, value, b, h, hk, n, i, whole, end, end, masks, sizes, span, scaling, variant
     )
 
-    store_rows(output, b, h, n, sizes.N, acc / tl.where(l == 0.0, 1.0, l)[:, None], variant.BLOCK_N)
-    start, row, exists = query_rows(sizes, b, h, n, variant)
+    store_rows(output, span.queries, h, n, span.N, acc / tl.where(l == 0.0, 1.0, l)[:, None], variant.BLOCK_N)
+    start, row, exists = query_rows(sizes, span, h, n, variant)
     store_lse(per_query, start, row, exists, m, l, 0.0, variant)
 
 
@@ -105,14 +104,14 @@ def empty_softmax(sink, h, variant):
 
 @triton.jit
 def masked_context(
-    acc, m, l, q, key, value, b, h, hk, n, i, start, stop, end, masks, sizes, scaling, variant
+    acc, m, l, q, key, value, b, h, hk, n, i, start, stop, end, masks, sizes, span, scaling, variant
 ):  # fmt: skip
     """Add the context tiles start..stop, which some queries do not see entirely."""
     for j in range(start, stop, variant.BLOCK_M):
-        k = load_rows(key, b, hk, j, end, variant.BLOCK_M)
+        k = load_rows(key, span.keys, hk, j, end, variant.BLOCK_M)
         s, _ = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
-        s = context_scores(s, masks, sizes, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
-        v = load_rows(value, b, hk, j, end, variant.BLOCK_M)
+        s = context_scores(s, masks, sizes, span, b, h, n, i, j, tl.arange(0, variant.BLOCK_M)[None, :])
+        v = load_rows(value, span.keys, hk, j, end, variant.BLOCK_M)
         acc, m, l = online_softmax(acc, m, l, s, LOG2E, v, variant)
     return acc, m, l
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from . import blocks
-from .arguments import Call, block_of, cdiv, constant, counts, is_scratch
+from .arguments import Call, block_of, cdiv, constant, is_scratch
 from .blocks import Blocks, blocks_for
 from .target import INTERPRETED, current_target
 
@@ -68,7 +68,7 @@ class Launch:
 
 def over_queries(kernel: Any, call: Call, direction: str, arguments: dict[str, Any]) -> Launch:
     """Return the launch of a kernel whose programs have one tile of queries of one head (`tiles.query_tile`)."""
-    (B, N, _), Hq = counts(call), call.query.shape[1]
+    (B, N, _), Hq = call.counts, call.query.shape[1]
     variant, options = variant_for(call, direction)
     programs = B * Hq * cdiv(N, variant.BLOCK_N)
     return Launch(kernel, programs, {**arguments, "variant": variant.marked()}, options)
@@ -99,7 +99,7 @@ def over_stacked_rows(kernel: Any, call: Call, direction: str, arguments: dict[s
 
 def variant_for(call: Call, direction: str) -> tuple[Variant, dict[str, int]]:
     """Return the variant of an attention kernel for a call, with the table's blocks, and its launch options."""
-    (_, N, _), P = counts(call), call.prefix_key.shape[-2]
+    (_, N, _), P = call.counts, call.prefix_key.shape[-2]
     sizes = blocks_of(call, direction)
     variant = Variant(
         HAS_MASK=call.padding_mask is not None or call.attn_mask is not None,

@@ -92,7 +92,7 @@ def over_prefix(acc, m, l, q, alpha, tau, t, length, seen, hk, b, h, n, prefix, 
         v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
         s, _ = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
         g = gated(s, alpha, tau, gate.name, gate.fast_tanh)
-        g = prefix_scores(g, masks, sizes, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
+        g = prefix_scores(g, masks, sizes.N, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
         acc, m, l = online_softmax(acc, m, l, g, LOG2E, v, variant)
     return acc, m, l
 

@@ -82,7 +82,7 @@ def over_prefix(
         k = load_rows(prefix.key, t, hk, p, length, variant.BLOCK_P)
         s, cap_slope = scaled(tl.dot(q, tl.trans(k), input_precision=variant.PRECISION), scaling)
         g, slope, _, _ = gated_with_derivatives(s, alpha, tau, gate.name, gate.fast_tanh)
-        g = prefix_scores(g, masks, sizes, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
+        g = prefix_scores(g, masks, sizes.N, seen, b[:, None], h[:, None], 0, n[:, None], p, j)
         v = load_rows(prefix.value, t, hk, p, length, variant.BLOCK_P)
         ds = score_gradient(d_o, v, d, g, LOG2E, slope * cap_slope, L, rest, variant)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=variant.PRECISION)

@@ -8,7 +8,7 @@ of keys are two-dimensional, [BLOCK, 1] and [1, BLOCK] or the reverse, so the sa
 import triton
 import triton.language as tl
 
-from .arguments import Sizes
+from .arguments import Span
 from .scaling import scaled
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -26,35 +26,32 @@ def query_tile(sizes, variant):
 
 
 @triton.jit
-def of_sample(sizes, b):
-    """The sizes of sample b or, if sequences are packed, of sequence b."""
+def span_of(sizes, b):
+    """The rows of sample b or, if sequences are packed, of sequence b."""
     if sizes.query_offsets is None:
-        return sizes
+        return Span(sizes.N, sizes.M, b, b)
     else:
-        first_query, N = span(sizes.query_offsets, b, sizes.queries, sizes.N)
-        first_key, M = span(sizes.key_offsets, b, sizes.keys, sizes.M)
-        return Sizes(
-            sizes.B, N, M, sizes.heads, sizes.group, sizes.before, sizes.after,
-            sizes.query_offsets, sizes.key_offsets, sizes.queries, sizes.keys, first_query, first_key,
-        )  # fmt: skip
+        queries, N = packed_rows(sizes.query_offsets, b, sizes.queries, sizes.N)
+        keys, M = packed_rows(sizes.key_offsets, b, sizes.keys, sizes.M)
+        return Span(N, M, queries, keys)
 
 
 @triton.jit
-def span(offsets, b, rows, longest):
-    """Where sequence b begins and ends, both clamped, because values on a device are unchecked."""
+def packed_rows(offsets, b, rows, longest):
+    """The first row of sequence b and their number, both clamped, because values on a device are unchecked."""
     first = tl.minimum(tl.maximum(tl.load(offsets + b), 0), rows)
-    return first, tl.minimum(tl.maximum(tl.load(offsets + b + 1), first), tl.minimum(first + longest, rows))
+    return first, tl.minimum(tl.maximum(tl.load(offsets + b + 1) - first, 0), tl.minimum(longest, rows - first))
 
 
 @triton.jit
-def query_rows(sizes, b, h, n, variant):
+def query_rows(sizes, span, h, n, variant):
     """The start of a head's queries in a tensor [B, Hq, N], their offsets n..n+BLOCK_N, and which of them exist."""
     queries = n + tl.arange(0, variant.BLOCK_N)
     if sizes.query_offsets is None:
-        start = tl.cast(b * sizes.heads + h, tl.int64) * sizes.N
+        start = tl.cast(span.queries * sizes.heads + h, tl.int64) * sizes.N
     else:
-        start = tl.cast(h, tl.int64) * sizes.queries
-    return start, queries, queries < sizes.N
+        start = tl.cast(h, tl.int64) * sizes.queries + span.queries
+    return start, queries, queries < span.N
 
 
 @triton.jit
@@ -64,17 +61,17 @@ def stacked_per_query(sizes, b, h, n):
 
 
 @triton.jit
-def context_range(sizes, n, variant):
+def context_range(sizes, span, n, variant):
     """The bounds of context tiles for queries n..n+BLOCK_N: begin, first, whole, end.
 
     Keys before `begin` and from `end` on are unseen, and keys first..whole need no mask. Without a bound on the keys
     before a query, begin = first.
     """
-    position = n + sizes.M - sizes.N - sizes.first_key  # of query n, and all below, from the sequence's first key
+    position = n + span.M - span.N  # of query n in the context
     begin = 0
     first = 0
-    whole = sizes.M - sizes.first_key
-    end = whole
+    whole = span.M
+    end = span.M
     if sizes.after is not None:
         whole = tl.minimum(whole, tl.maximum(position + 1 + sizes.after, 0))
         end = tl.minimum(end, tl.maximum(position + variant.BLOCK_N + sizes.after, 0))
@@ -88,7 +85,7 @@ def context_range(sizes, n, variant):
         if variant.HAS_MASK:
             first = begin
         whole = tl.maximum(whole, first)
-    return begin + sizes.first_key, first + sizes.first_key, whole + sizes.first_key, end + sizes.first_key
+    return begin, first, whole, end
 
 
 @triton.jit
@@ -277,36 +274,36 @@ def store_lse(per_query, start, row, exists, m, l, rest, variant):
 
 
 @triton.jit
-def within_reach(sizes, n, i, m, j):
+def within_reach(sizes, span, n, i, m, j):
     """Whether keys m+j lie within the reach of queries n+i, which is bounded on one side at least."""
     if sizes.before is None:
-        near = m + j <= n + i + sizes.M - sizes.N + sizes.after
+        near = m + j <= n + i + span.M - span.N + sizes.after
     else:
-        near = m + j >= n + i + sizes.M - sizes.N - sizes.before
+        near = m + j >= n + i + span.M - span.N - sizes.before
         if sizes.after is not None:
-            near = near & (m + j <= n + i + sizes.M - sizes.N + sizes.after)
+            near = near & (m + j <= n + i + span.M - span.N + sizes.after)
     return near
 
 
 @triton.jit
-def context_scores(s, masks, sizes, b, h, n, i, m, j):
+def context_scores(s, masks, sizes, span, b, h, n, i, m, j):
     """The scores s of context keys m+j for queries n+i under masks, -inf where a query must not see a key."""
-    inside = m + j < sizes.M
+    inside = m + j < span.M
     if sizes.before is not None or sizes.after is not None:
-        inside = inside & within_reach(sizes, n, i, m, j)
+        inside = inside & within_reach(sizes, span, n, i, m, j)
     if masks.padding.pointer is not None:
-        s = masked(s, load_overlay(masks.padding, b, 0, 0, j * 0, m, j, m + j < sizes.M))  # once for all queries
+        s = masked(s, load_overlay(masks.padding, b, 0, 0, j * 0, m, j, m + j < span.M))  # once for all queries
     if masks.full.pointer is not None:
-        s = masked(s, load_overlay(masks.full, b, h, n, i, m, j, inside & (n + i < sizes.N)))
+        s = masked(s, load_overlay(masks.full, b, h, n, i, m, j, inside & (n + i < span.N)))
     return tl.where(inside, s, float("-inf"))
 
 
 @triton.jit
-def prefix_scores(g, masks, sizes, length, b, h, n, i, p, j):
-    """Gated scores of prefix rows p+j under the bias, -inf from `length` on."""
+def prefix_scores(g, masks, N, length, b, h, n, i, p, j):
+    """Gated scores of prefix rows p+j for queries before N under the bias, -inf from `length` on."""
     inside = p + j < length
     if masks.bias.pointer is not None:
-        g = masked(g, load_overlay(masks.bias, b, h, n, i, p, j, inside & (n + i < sizes.N)))
+        g = masked(g, load_overlay(masks.bias, b, h, n, i, p, j, inside & (n + i < N)))
     return tl.where(inside, g, float("-inf"))
 
 

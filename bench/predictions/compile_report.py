@@ -10,7 +10,8 @@ scores, "sinks" the same with attention sinks, "packed" is causal with grouped h
 bank with lengths, a sigmoid gate that is frozen, and sizes of 1, and "tasks" the same of 4. The kernels "merge" and
 "prefix-queries" are those that leave the context to others; of "decode", one query a sample, there is only the first.
 Exits with 1 if a kernel does not compile, wants more shared memory than its target has, or, in bf16 and for head sizes
-up to 128 on sm_90, spills registers (under additive masks: more than 64 bytes).
+up to 128 on sm_90, spills registers (with packed sequences or capped scores more than 8 bytes, under additive
+masks more than 64).
 """
 
 import argparse
@@ -63,7 +64,8 @@ res: programs a multiprocessor. ahead: copies under way while the loop with the 
 loaded and thousands of exponentials are those of a tile of queries x context keys (merge, prefix-queries: x prefix
 rows). KB, shared memory and registers are a program's, spills a thread's."""
 MAY_NOT_SPILL = {("sm_90", D) for D in (32, 64, 128)}  # in bf16
-MAY_SPILL_A_LITTLE = {"biased": 64}  # bytes a thread, by context: beside masks of N x M numbers it does not show
+# Bytes a thread, by context: one pointer (capped: on Triton 3.6), or what masks of N x M need.
+MAY_SPILL_A_LITTLE = {"biased": 64, "packed": 8, "capped": 8}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtuning_fast.attention import dispatch, reference
-from qtuning_fast.attention.arguments import PrefixAttentionCall, check_flag, checked
+from qtuning_fast.attention.arguments import PrefixAttentionCall, checked
+from qtuning_fast.attention.checks import check_flag
 from qtuning_fast.attention.common import no_autocast
 from qtuning_fast.attention.dispatch import BackendChoice
 
@@ -127,8 +128,8 @@ def prefix_attention(
             is neither scaled, capped nor gated. A query that sees nothing else gets 0, its log-sum-exp is the sink.
         cu_seqlens_query: [S + 1] int32, where each of S packed sequences begins and ends: sequence s has the queries
             cu_seqlens_query[s]..cu_seqlens_query[s + 1]. It rises from 0 to N; sequences may be empty. CPU tensors are
-            checked. On an accelerator offsets are clamped; queries of no sequence get 0, and those of two, where
-            offsets fall, get anything. prefix_index is then [S], prefix_bias broadcasts to [S, Hq, 1, P], and there is
+            checked. On an accelerator offsets are clamped, and queries of no sequence get 0; where offsets fall, the
+            result is undefined. prefix_index is then [S], prefix_bias broadcasts to [S, Hq, 1, P], and there is
             no attn_mask and no padding_mask. Compiled code cannot compute packed sequences on "reference".
         cu_seqlens_key: [S + 1] int32, likewise for key and value; None: as query's.
         max_seqlen_query: the queries of the longest sequence, or more; further ones belong to no sequence. None reads

@@ -38,15 +38,12 @@ class Rule:
     measured: str = ""  # device and versions of the measurement; empty: not measured
 
     def holds(self, call: PrefixAttentionCall) -> bool:
+        """Return whether a call meets the rule's bounds."""
         if torch.compiler.is_exporting():  # sizes may be dynamic, and a comparison would bound them
             return self.most_scores is None and self.most_queries is None and self.least_keys is None
         if call.is_packed and self.backend == "reference":
             return False  # it computes the sequences one by one
-        B, Hq, N, _ = call.query.shape
-        M, P = call.key.shape[2], call.prefix_key.shape[-2]
-        if call.max_seqlen_query is not None and call.max_seqlen_key is not None:  # of packed sequences
-            S = call.cu_seqlens_query.shape[0] - 1  # type: ignore[union-attr]
-            B, N, M = S, call.max_seqlen_query, call.max_seqlen_key
+        (B, N, M), Hq, P = call.counts, call.query.shape[1], call.prefix_key.shape[-2]
         return (
             (self.most_scores is None or B * Hq * N * (P + M) <= self.most_scores)
             and (self.most_queries is None or N <= self.most_queries)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qtuning_fast.attention import backend_order, composed, fused, reference
-from qtuning_fast.attention.arguments import PrefixAttentionCall, check_choice
+from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.backend_order import PREFERENCE
+from qtuning_fast.attention.checks import check_choice
 from qtuning_fast.attention.common import constant
 
 ENVIRONMENT_VARIABLE = "QTUNING_FAST_BACKEND"
@@ -61,7 +62,7 @@ def choose(call: PrefixAttentionCall, requested: str) -> str:
     """Return the backend for a call: the requested one or, for "auto", the first able one in `backend_order`.
 
     Raises:
-        NotImplementedError: the requested backend, or any, cannot compute the call.
+        NotImplementedError: the requested backend cannot compute the call, or none can.
         ValueError: QTUNING_FAST_BACKEND, which replaces "auto", names no backend.
     """
     requested, asked_by = _requested(requested)

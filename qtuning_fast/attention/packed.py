@@ -20,19 +20,19 @@ class Span(NamedTuple):
 
 
 def spans(call: PrefixAttentionCall) -> list[Span]:
-    """Return the rows of each packed sequence, clamped, because an accelerator's are not checked; it has to wait."""
+    """Return the rows of each packed sequence, for which an accelerator waits; unchecked offsets are clamped."""
     assert call.cu_seqlens_query is not None and call.key_offsets is not None
     queries = _cut(call.cu_seqlens_query, call.query.shape[2])
     return [Span(*both) for both in zip(queries, _cut(call.key_offsets, call.key.shape[2]))]
 
 
-def sequences(call: PrefixAttentionCall) -> Iterator[PrefixAttentionCall]:
-    """Yield each packed sequence as a call of its own, of views."""
+def sequences(call: PrefixAttentionCall) -> Iterator[tuple[Span, PrefixAttentionCall]]:
+    """Yield the rows of each packed sequence, and the sequence as a call of its own, of views."""
     for sequence, span in enumerate(spans(call)):
-        yield alone(call, sequence, span)
+        yield span, _alone(call, sequence, span)
 
 
-def alone(call: PrefixAttentionCall, sequence: int, span: Span) -> PrefixAttentionCall:
+def _alone(call: PrefixAttentionCall, sequence: int, span: Span) -> PrefixAttentionCall:
     """Return the call of one sequence."""
     bias, index = call.prefix_bias, call.prefix_index
     return replace(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import GATES, masked, score_dtype
-from qtuning_fast.attention.packed import sequences, spans
+from qtuning_fast.attention.packed import sequences
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:
@@ -47,9 +47,9 @@ def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
 
 def _attend_one_by_one(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
     """Compute each packed sequence alone; a query of no sequence sees nothing."""
-    outputs, lses = zip(*map(attend, sequences(call)))
-    rows = spans(call)
-    outside = rows[0].queries.start, call.query.shape[2] - rows[-1].queries.stop
+    spans, alone = zip(*sequences(call))
+    outputs, lses = zip(*map(attend, alone))
+    outside = spans[0].queries.start, call.query.shape[2] - spans[-1].queries.stop
     output = F.pad(torch.cat(outputs, dim=2), (0, 0, *outside))
     return output, F.pad(torch.cat(lses, dim=2), outside, value=-torch.inf)
 
@@ -141,13 +141,14 @@ def within_reach(call: PrefixAttentionCall) -> Tensor | None:
     before, after = call.keys_before, call.keys_after
     if before is None and after is None:
         return None
-    N, M = call.query.shape[2], call.key.shape[2]
-    reached = torch.ones(N, M, dtype=torch.bool, device=call.query.device)  # entry [i, j] lies j - i from the diagonal
-    if after is not None:
-        reached = reached.tril(M - N + after)
-    if before is not None:
-        reached = reached.triu(M - N - before)
-    return reached
+    return reached(call.query.shape[2], call.key.shape[2], before, after, call.query.device)
+
+
+def reached(N: int, M: int, before: int | None, after: int | None, device: torch.device) -> Tensor:
+    """Return a bool [N, M]: which keys so many before and after its position leave each query; None is no bound."""
+    seen = torch.ones(N, M, dtype=torch.bool, device=device)  # entry [i, j] lies j - i from the diagonal
+    seen = seen if after is None else seen.tril(M - N + after)
+    return seen if before is None else seen.triu(M - N - before)
 
 
 def _capped(call: PrefixAttentionCall, s: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _one_by_one(call: PrefixAttentionCall, d_output: Tensor) -> Iterator[tuple[P
     if not call.is_packed:
         yield call, d_output
         return
-    for alone, span in zip(packed.sequences(call), packed.spans(call)):
+    for span, alone in packed.sequences(call):
         yield alone, d_output[:, :, span.queries]
 
 

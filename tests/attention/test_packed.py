@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtuning_fast import prefix_attention
-from qtuning_fast.attention import arguments
+from qtuning_fast.attention import checks
 from qtuning_fast.attention.packed import sequences, spans
 from qtuning_fast.kernels.target import INTERPRETED
 
@@ -16,7 +16,7 @@ def test_each_sequence_is_a_call_of_views(make_call, call_of):
         (slice(2, 2), slice(1, 5)),
         (slice(2, 5), slice(5, 5)),
     ]
-    alone = list(sequences(call))
+    alone = [each for _, each in sequences(call)]
     assert [each.query.shape[2] for each in alone] == [2, 0, 3] and [each.key.shape[2] for each in alone] == [1, 4, 0]
     for s, each in enumerate(alone):
         assert not each.is_packed and each.max_seqlen_query is None
@@ -28,7 +28,7 @@ def test_each_sequence_is_a_call_of_views(make_call, call_of):
 def test_a_bias_may_be_shared(make_call, call_of):
     arguments = make_call(packed=([2, 3], [1, 4]))
     shared = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
-    assert all(each.prefix_bias is shared for each in sequences(call_of(arguments | {"prefix_bias": shared})))
+    assert all(each.prefix_bias is shared for _, each in sequences(call_of(arguments | {"prefix_bias": shared})))
 
 
 BACKENDS = ["reference", "composed", pytest.param("fused", marks=pytest.mark.skipif(not INTERPRETED, reason="a GPU"))]
@@ -38,8 +38,8 @@ ACCURACY = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.fixture
 def unchecked(monkeypatch):
     """Offsets are not looked at, as on an accelerator, and memory that nobody has written holds NaN."""
-    monkeypatch.setattr(arguments, "_check_offsets", lambda *args: None)
-    monkeypatch.setattr(arguments, "_longest_of", lambda offsets, rows: rows)
+    monkeypatch.setattr(checks, "_check_offsets", lambda *args: None)
+    monkeypatch.setattr(checks, "_longest_of", lambda offsets, rows: rows)
     new_empty = torch.Tensor.new_empty
 
     def filled(self, *args, **kwargs):
@@ -88,7 +88,7 @@ def test_offsets_beyond_all_rows_and_falling_ones_stay_within_memory(make_call, 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there")
 def test_what_is_beyond_the_longest_that_is_named_belongs_to_no_sequence(make_call, gradients, unchecked, monkeypatch):
     """Both passes leave it out, and what nobody has written is not read."""
-    monkeypatch.setattr(arguments, "_longest_of", lambda offsets, rows: 0)  # so that any bound is taken
+    monkeypatch.setattr(checks, "_longest_of", lambda offsets, rows: 0)  # so that any bound is taken
     call = make_call(dtype=torch.float32, N=200, M=200, B=1, Hkv=1, G=1, D=16, Dv=16) | {"backend": "fused"}
     given = call | {"cu_seqlens_query": torch.tensor([0, 200], dtype=torch.int32)}
     cut = given | {"max_seqlen_query": 40, "max_seqlen_key": 70}

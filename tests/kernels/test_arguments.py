@@ -134,8 +134,7 @@ def test_samples_stay_as_they_are_without_a_bank_or_with_many_queries(checked):
 
 def test_sizes_and_prefix(checked):
     call = checked(**BASE | {"T": 3, "lengths": True})
-    none = arguments.constant(0)
-    assert arguments.sizes(call) == (3, 5, 7, 4, 2, None, None, None, None, 0, 0, none, none)
+    assert arguments.sizes(call) == (3, 5, 7, 4, 2, None, None, None, None, 0, 0)
     prefix = arguments.prefix(call)
     assert (prefix.n_prefixes, prefix.n_rows) == (3, 4) and prefix.length is call.prefix_length
     plain = arguments.prefix(checked(**BASE))
@@ -153,14 +152,15 @@ def test_how_far_a_query_sees(checked):
 
 def test_packed_sequences_are_counted_by_number_and_by_the_longest(checked):
     call = checked(**BASE | {"packed": ([5, 0, 2], [4, 4, 9]), "T": 2})
-    assert arguments.counts(call) == (3, 5, 9)
+    assert call.counts == (3, 5, 9)
     sizes = arguments.sizes(call)
     assert sizes[:3] == (3, 5, 9) and (sizes.queries, sizes.keys) == (7, 17)
     assert sizes.query_offsets is call.cu_seqlens_query and sizes.key_offsets is call.cu_seqlens_key
     same = arguments.sizes(checked(**BASE | {"packed": ([5, 2], [5, 2])}))
     assert same.query_offsets is not None and same.key_offsets is not None
-    assert arguments.rows(call.query).outer == 0  # so the number of a sequence does not lead out of the one sample
-    assert arguments.counts(checked(**BASE)) == (3, 5, 7)
+    rows = arguments.rows(call.query)
+    assert rows.outer == rows.row  # the outer index is then the first row of a sequence
+    assert checked(**BASE).counts == (3, 5, 7)
 
 
 def test_the_prefixs_kernels_see_no_mask_of_the_context(checked):

@@ -20,6 +20,7 @@ from qtuning_fast.kernels.tiles import (
     next_prefix,
     query_rows,
     query_tile,
+    span_of,
     stacked_rows,
     store_lse,
     store_rows,
@@ -82,7 +83,7 @@ def test_false_hides():
 
 @triton.jit
 def lse_kernel(per_query, sums, found, sizes, variant):
-    start, row, exists = query_rows(sizes, 0, 0, 0, variant)
+    start, row, exists = query_rows(sizes, span_of(sizes, 0), 0, 0, variant)
     m = tl.load(sums + row, mask=exists, other=0.0)
     l = tl.load(sums + sizes.N + row, mask=exists, other=0.0)
     store_lse(per_query, start, row, exists, m, l, 0.0, variant)
@@ -117,7 +118,7 @@ def test_a_log_sum_exp_is_read_as_it_was_written(exact):
 
 @triton.jit
 def range_kernel(out, sizes, n, variant):
-    start, first, whole, end = context_range(sizes, n, variant)
+    start, first, whole, end = context_range(sizes, span_of(sizes, 0), n, variant)
     tl.store(out, start)
     tl.store(out + 1, first)
     tl.store(out + 2, whole)
@@ -149,6 +150,34 @@ def test_keys_that_need_no_mask_and_keys_that_no_query_sees(N, M, n, reach, mask
     out = torch.zeros(4, dtype=torch.int32)
     range_kernel[(1,)](out, arguments.Sizes(1, N, M, 1, 1, **reach), n, variant(HAS_MASK=masked))
     assert tuple(out.tolist()) == expected
+
+
+@triton.jit
+def span_kernel(out, sizes):
+    b = tl.program_id(0)
+    span = span_of(sizes, b)
+    tl.store(out + b * 4, span.N)
+    tl.store(out + b * 4 + 1, span.M)
+    tl.store(out + b * 4 + 2, span.queries)
+    tl.store(out + b * 4 + 3, span.keys)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([0, 3, 3, 9], [(3, 0), (0, 3), (6, 3)]),
+        ([-4, 3, 50, 60], [(3, 0), (8, 3), (0, 12)]),  # unchecked, and cut to the 12 rows and to the longest's 8
+        ([5, 2, 12, 1], [(0, 5), (8, 2), (0, 12)]),
+    ],
+)
+def test_the_rows_of_a_packed_sequence(ends, expected):
+    offsets, keys = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+    out = torch.full((3, 4), -1, dtype=torch.int32)
+    packed = {"query_offsets": offsets, "key_offsets": keys, "queries": 12, "keys": 3}
+    span_kernel[(3,)](out, arguments.Sizes(3, 8, 2, heads=1, group=1, **packed))
+    assert out.tolist() == [[N, 1, first, s] for s, (N, first) in enumerate(expected)]
+    span_kernel[(3,)](out, arguments.Sizes(3, 8, 2, heads=1, group=1))
+    assert out.tolist() == [[8, 2, b, b] for b in range(3)]
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import score_dtype
 from qtuning_fast.attention.composed.vendors import Vendor
-from qtuning_fast.attention.packed import Span, alone, spans
+from qtuning_fast.attention.packed import Span, sequences
 
 ALL = slice(None)
 LARGEST_CHUNK = 256  # queries; PyTorch's flash attention for CPUs takes as many at a time
@@ -124,11 +124,7 @@ class Piece(NamedTuple):
 def pieces(call: PrefixAttentionCall, vendor: Vendor) -> Sequence[Piece]:
     """Split the context into disjoint pieces that cover what is seen."""
     if call.is_packed:
-        return [
-            piece.of_sequence(span)
-            for sequence, span in enumerate(spans(call))
-            for piece in _pieces(alone(call, sequence, span), vendor)
-        ]
+        return [piece.of_sequence(span) for span, alone in sequences(call) for piece in _pieces(alone, vendor)]
     found = _pieces(call, vendor)
     return list(_by_sample(call, found)) if found and call.query.is_cpu and _shares_a_mask(call) else found
 

@@ -87,8 +87,8 @@ def attention_forward(
 
     Raises:
         ValueError: attention dropout or attention weights are requested.
-        NotImplementedError: each token has its own attention sinks, the model changes masks on their way here, or
-            packed rows have a relative bias.
+        NotImplementedError: each token has its own attention sinks, each query its own blocks of keys, the model
+            changes masks on their way here, or packed rows have a relative bias.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -105,6 +105,8 @@ def attention_forward(
         raise NotImplementedError(f"{kind} changes the additive masks of eager attention on their way to its layers")
     if kwargs.get("sinks") is not None:
         raise NotImplementedError(f"attention sinks of each token (sinks): {type(module).__name__} has them")
+    if kwargs.get("block_indices") is not None:
+        raise NotImplementedError(f"a choice of blocks of keys (block_indices): {type(module).__name__} makes one")
     padding, mask, reach, packed = seen(attention_mask, key)
     if packed is not None and position_bias is not None:
         raise NotImplementedError(f"packed rows with a relative bias: {type(module).__name__} has one")
@@ -145,9 +147,10 @@ class _Call:
 
     def with_prefix(self, prefix: Arguments, *, queries: slice | None = None, keys: slice | None = None) -> Tensor:
         """Return the output `[B, Hq, n, Dv]` of these queries over the prefix and these keys."""
-        queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
         if self.packed is not None:
+            assert queries is keys is None
             return self._packed_with_prefix(prefix)
+        queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
         mask, bias = (None if x is None else x[:, :, queries, keys] for x in (self.mask, self.bias))
         output = prefix_attention(
             self.query[:, :, queries],

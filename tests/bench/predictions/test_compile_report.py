@@ -44,7 +44,7 @@ def test_nothing_spills_and_loads_overlap_on_hopper(tmp_path, head_size, context
     which = ["--target", "sm_90", "--dtype", "bf16", "--head-size", head_size, "--context", *contexts]
     rows = compiled(tmp_path, *which)
     assert len(rows) == kernels and all(row["registers"] > 0 for row in rows)
-    assert all(row["spilled"] == 0 or (row["context"] == "biased" and row["spilled"] <= 64) for row in rows)
+    assert all(row["spilled"] <= {"biased": 64, "packed": 8}.get(row["context"], 0) for row in rows)
     # Kernels that walk over keys, queries or a prefix load ahead of what they compute: no copy is waited for at once.
     walking = [row for row in rows if row["kernel"] not in ("fold", "prefix", "reweighting", "sink")]
     assert walking and all(row["in_flight"] > 0 for row in walking)

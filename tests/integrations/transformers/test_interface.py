@@ -101,3 +101,10 @@ def test_models_that_change_masks_on_their_way_are_refused(kind: str) -> None:
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match=f"{kind} changes the additive masks"):
         attention_forward(module, x, x, x, None, s_aux=torch.zeros(2))
+
+
+def test_a_choice_of_blocks_of_keys_is_refused() -> None:
+    """MiniMax M3 hands it to attention functions that are not transformers' own; without it all keys would be seen."""
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(NotImplementedError, match="block_indices"):
+        attention_forward(torch.nn.Identity(), x, x, x, None, block_indices=torch.zeros(1, 1, 3, 1))

@@ -129,8 +129,7 @@ def _runs(call: PrefixAttentionCall, *, own_bias: bool = False) -> Iterator[tupl
     Args:
         own_bias: whether each has its own bias, so that it is a run by itself.
     """
-    P, offsets = call.prefix_key.shape[-2], call.cu_seqlens_query
-    count = len(call.query) if offsets is None else len(offsets) - 1
+    P, (count, _, _) = call.prefix_key.shape[-2], call.counts
     index = [0] * count if call.prefix_index is None else bank_index(call).tolist()
     start = 0
     for (prefix, _), run in itertools.groupby((prefix, i if own_bias else 0) for i, prefix in enumerate(index)):
