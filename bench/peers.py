@@ -140,6 +140,7 @@ def variants(backend: str, about: str) -> dict[str, Peer]:
 
 PEERS: dict[str, Peer] = {
     **variants("fused", "our Triton kernels"),
+    **variants("native", "our C++ kernels for the CPU"),
     **variants("composed", "a vendor's attention for the context, ours for the prefix"),
     "reference": Peer("the definition, in plain PyTorch, float32 inside", partial(own, "reference")),
     "eager": Peer("as the papers' authors would write it", eager.attend, lacks=("packed",)),
@@ -165,4 +166,4 @@ for _name, _attention in sdpa.ATTENTIONS.items():
     PEERS[f"{_name}-no-concat"] = Concatenated(
         f"{_by}, the prefix in place", _attend, **_NEITHER, lacks=_lacks, attention=_attention
     )
-OURS = ("fused", "composed")
+OURS = ("fused", "native", "composed")

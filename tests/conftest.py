@@ -25,6 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from qtuning_fast import prefix_attention
 from qtuning_fast.integrations.transformers.caches import CACHE
+from qtuning_fast.kernels import native
 from qtuning_fast.kernels.target import INTERPRETED
 
 torch.set_num_threads(1)  # one a worker: two workers share two cores
@@ -63,6 +64,11 @@ if INTERPRETED:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", metavar="I/N", help="every N-th test from the I-th on")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("native") and (why_not := native.obstacle()):
+        pytest.skip(why_not)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

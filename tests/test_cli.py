@@ -240,7 +240,7 @@ def test_a_packaged_stream_needs_no_datasets_package(tmp_path: Path, tiny_model_
 def test_info_says_what_there_is() -> None:
     code, output = call("info")
     assert code == 0
-    for expected in ("qtuning_fast", "torch", "cpu", "reference", "fused", "composed"):
+    for expected in ("qtuning_fast", "torch", "cpu", "reference", "fused", "native", "composed"):
         assert expected in output
 
 

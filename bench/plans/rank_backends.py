@@ -1,12 +1,12 @@
-"""Measures from which size on the composed backend is the fastest on this device, and writes the rules for `auto`.
+"""Measures from which size on which backend is the fastest on this device, and writes the rules for `auto`.
 
     python -m qtuning_fast.bench.plans.rank_backends   rewrites the device's lines in backend_order.json
     python -m qtuning_fast.bench.plans.rank_backends --dry-run   only prints what it would write
 
-A training step, forward and backward, is measured at growing sizes. On a CPU the composed backend stands beside the
-reference, by the number of scores; on a GPU beside the fused one, by the number of context keys. The bound is the
-geometric mean of the last size at which the composed backend is slower and of the next size. If there was no time for
-all sizes, no rule is rewritten.
+A training step, forward and backward, is measured at growing sizes. On a CPU the native and the composed backend stand
+beside the reference, by the number of scores: the native one where it compiles, else the composed one. On a GPU the
+composed backend stands beside the fused one, by the number of context keys. A bound is the geometric mean of the last
+size at which a backend is slower and of the next size. If there was no time for all sizes, no rule is rewritten.
 """
 
 import math
@@ -32,19 +32,22 @@ from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare, sets_for
 
 ROUNDS = 15
+# Native kernels take 16 queries at a time and read the keys once for each head, which few queries are not worth.
+DECODING = Rule("cpu", "composed", most_queries=16, least_keys=256)
+BACKENDS = {"cpu": ("native", "composed", "reference"), "cuda": ("composed", "fused")}  # that are measured, by device
 
 
 @dataclass(frozen=True)
 class Point:
-    """Two backends at one size; milliseconds."""
+    """The backends at one size."""
 
     size: int  # scores on a CPU, context keys on a GPU
     shape: Shape
-    composed: float
-    other: float
+    times: dict[str, float]  # milliseconds by backend
 
     def __str__(self) -> str:
-        return f"{self.shape}, {self.size:,}: composed {self.composed:.3f} ms, other {self.other:.3f} ms"
+        times = ", ".join(f"{backend} {ms:.3f} ms" for backend, ms in self.times.items())
+        return f"{self.shape}, {self.size:,}: {times}"
 
 
 def training_shapes(device: str) -> list[Shape]:
@@ -62,7 +65,7 @@ def training_shapes(device: str) -> list[Shape]:
 
 def units(shapes_measured: Sequence[Shape]) -> list[Unit]:
     """Each shape, with the seconds that it is expected to take."""
-    peers = ("composed", "fused")
+    peers = ("composed", "fused", "native")
     return [Unit(s.name, sum(row_seconds(s, peer) for peer in peers), "point", s) for s in shapes_measured]
 
 
@@ -82,17 +85,16 @@ def measure(
         shape = unit.of
         count = sets_for(shapes.inputs(shape, dtype=dtype, device="meta").nbytes, gpu)
         sets = shapes.input_sets(shape, count, dtype=dtype, device=device)
-        other = "fused" if gpu.type == "cuda" else "reference"
-        setups = {peer: partial(_steps, peer, shape, sets) for peer in ("composed", other)}
+        setups = {peer: partial(_steps, peer, shape, sets) for peer in BACKENDS[gpu.type]}
         times = compare(setups, device=gpu, rounds=rounds)
         clock = "graph" if all(x.graph for x in times.values()) else "eager"
-        composed, beside = (getattr(x, clock) for x in times.values())
-        if composed is None or beside is None:
+        timings = {peer: getattr(x, clock) for peer, x in times.items()}
+        if None in timings.values():
             print(f"{shape}: left out, {'; '.join(x.error for x in times.values() if x.error)}", flush=True)
             continue
         scores = shape.B * shape.Hq * shape.N * (shape.N + shape.P)
         size = scores if gpu.type == "cpu" else shape.N
-        points.append(Point(size, shape, composed.median, beside.median))
+        points.append(Point(size, shape, {peer: timing.median for peer, timing in timings.items()}))
         print(points[-1], flush=True)
         heard(points[-1])
     return sorted(points, key=lambda point: point.size)
@@ -102,9 +104,9 @@ def _steps(peer: str, shape: Shape, sets: Sequence[Inputs]) -> list[Call]:
     return [partial(prepare(PEERS[peer], shape, x, training=True).step, x.d_output) for x in sets]
 
 
-def crossing(points: Sequence[Point]) -> int:
-    """The size from which on the composed backend is never slower; beyond the largest size if it always is."""
-    slower = [point.size for point in points if point.composed > point.other]
+def crossing(points: Sequence[Point], backend: str, other: str) -> int:
+    """The size from which on a backend is never slower than another; beyond the largest size if it always is."""
+    slower = [point.size for point in points if point.times[backend] > point.times[other]]
     if not slower:
         return 0
     faster = [point.size for point in points if point.size > max(slower)]
@@ -113,11 +115,15 @@ def crossing(points: Sequence[Point]) -> int:
 
 def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
     """The rules for this device."""
-    name, bound = backend_order.device_name(torch.device(device)), crossing(points)
-    composed = Rule(name, "composed", measured=measured)
+    name = backend_order.device_name(torch.device(device))
     if device == "cpu":
-        small = Rule(name, "reference", most_scores=bound, measured=measured)
-        return [small, composed] if bound else [composed]
+        found = []
+        for backend in ("native", "composed"):
+            bound = crossing(points, backend, "reference")
+            small = Rule(name, "reference", most_scores=bound, measured=measured)
+            found += [small] * (bound > 0) + [Rule(name, backend, measured=measured)]
+        return [found[0], DECODING, *found[1:]] if found[0].backend == "reference" else [DECODING, *found]
+    bound, composed = crossing(points, "composed", "fused"), Rule(name, "composed", measured=measured)
     if not bound:
         return [composed]
     decoding = Rule(name, "composed", most_queries=FEW_QUERIES)  # taken over from the default
@@ -133,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     device, results = default_device(), line.results(options)
 
     def heard(p: Point) -> None:
-        results.add(p.shape.name, {"size": p.size, "title": str(p.shape), "composed": p.composed, "other": p.other})
+        results.add(p.shape.name, {"size": p.size, "title": str(p.shape)} | p.times)
 
     schedule = Schedule.of(results, options.deadline)
     points = measure(device, options.rounds, training_shapes(device), heard, schedule)

@@ -137,9 +137,9 @@ def prefix_attention(
             run than have work.
         max_seqlen_key: the keys of the longest sequence, likewise.
         return_lse: also return the log-sum-exp of each query's scores.
-        backend: "auto", "fused", "composed" or "reference". If set, the environment variable QTUNING_FAST_BACKEND
-            replaces "auto". "fused" and "composed" are differentiable once, in reverse mode; "reference" is
-            differentiable any number of times, in every mode of PyTorch.
+        backend: "auto", "fused", "native", "composed" or "reference". If set, the environment variable
+            QTUNING_FAST_BACKEND replaces "auto". "reference" is differentiable any number of times, in every mode of
+            PyTorch; the others once, in reverse mode.
 
     Returns:
         The output [B, Hq, N, Dv] in query's dtype. With return_lse also the natural log-sum-exp [B, Hq, N] of prefix,

@@ -4,11 +4,11 @@
 
 A device in the table has its own rules; other devices use those of "default". The first rule whose bounds a call meets
 applies. Bounds depend on shapes alone, so the same shapes always get the same backend. If that backend cannot compute
-a call, the next one in PREFERENCE that can does.
+a call, the next rule that applies decides, and after the last one the order of PREFERENCE.
 
 The default rules are not measured. They follow what is known of attention on GPUs: a single launch wins for short
 sequences, vendors' kernels win from some thousand keys on, and decoding, with its few queries, should read a prefix
-once for all samples. On a CPU the default is the composed backend, except for a handful of scores.
+once for all samples. On a CPU native kernels are the fastest, except for a handful of scores.
 """
 
 import json
@@ -22,7 +22,7 @@ from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import constant
 
 PATH = Path(__file__).with_name("backend_order.json")
-PREFERENCE = ("fused", "composed", "reference")
+PREFERENCE = ("fused", "native", "composed", "reference")
 DEFAULT = "default"
 
 
@@ -74,12 +74,12 @@ def write(rules: Iterable[Rule]) -> None:
     PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
 
 
-def rule_for(call: PrefixAttentionCall) -> Rule | None:
-    """Return the rule that applies to a call."""
+def rules_for(call: PrefixAttentionCall) -> tuple[Rule, ...]:
+    """Return the rules that apply to a call, the first before the others."""
     known = {rule.device for rule in TABLE}
     device = device_name(call.query.device)
     device = device if device in known else DEFAULT
-    return next((rule for rule in TABLE if rule.device == device and rule.holds(call)), None)
+    return tuple(rule for rule in TABLE if rule.device == device and rule.holds(call))
 
 
 @constant
@@ -95,7 +95,4 @@ def device_name(device: torch.device) -> str:
 
 def in_order(call: PrefixAttentionCall) -> tuple[str, ...]:
     """Return all backends in the order in which "auto" tries them for a call."""
-    rule = rule_for(call)
-    if rule is None:
-        return PREFERENCE
-    return (rule.backend, *(name for name in PREFERENCE if name != rule.backend))
+    return tuple(dict.fromkeys([*(rule.backend for rule in rules_for(call)), *PREFERENCE]))

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention import backend_order, composed, fused, reference
+from qtuning_fast.attention import backend_order, composed, fused, native, reference
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.backend_order import PREFERENCE
 from qtuning_fast.attention.checks import check_choice
@@ -45,6 +45,7 @@ class BackendChoice:
 
 BACKENDS = {
     "fused": Backend("fused", fused.why_not, fused.attend, fused.only_by_name, needs_triton=lambda call: True),
+    "native": Backend("native", native.why_not, native.attend, native.only_by_name),
     "composed": Backend(
         "composed",
         composed.why_not,
@@ -89,8 +90,10 @@ def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
     second_best = f"{backend} was {reason}"
     if requested == "auto":
         obstacles = {name: why or BACKENDS[name].only_by_name(call) for name, why in obstacles.items()}
-        rule, order = backend_order.rule_for(call), backend_order.in_order(call)
-        reason = f"the fastest by the table: {rule}" if rule else f"the first of {', '.join(order)} that can compute it"
+        rules, order = backend_order.rules_for(call), backend_order.in_order(call)
+        reason = f"the first of {', '.join(order)} that can compute it"
+        if rules:
+            reason = f"the fastest by the table: {rules[0]}"
         if backend != order[0]:
             others = ", ".join(order[1:])
             reason = f"{order[0]} would be {reason}; of {others} it is the first that can compute it"

@@ -32,6 +32,9 @@ WAYS = [
     pytest.param("fused", F32, marks=interpreted, id="fused-float32"),
     pytest.param("fused", F16, marks=interpreted, id="fused-float16"),
     pytest.param("fused", BF16, marks=[interpreted, thorough], id="fused-bfloat16"),
+    pytest.param("native", F32, marks=pytest.mark.native, id="native-float32"),
+    pytest.param("native", F16, marks=pytest.mark.native, id="native-float16"),
+    pytest.param("native", BF16, marks=pytest.mark.native, id="native-bfloat16"),
     pytest.param("composed", F32, id="composed-float32"),
     pytest.param("composed", BF16, id="composed-bfloat16"),
     pytest.param("composed, kernels", F32, marks=interpreted, id="composed-kernels-float32"),
@@ -66,7 +69,7 @@ def _ways(*, of: tuple[str, ...] = (), once: bool = False, sixteen_bit: bool = F
 @pytest.fixture
 def backend(way: str, dtype: torch.dtype, request: Any, monkeypatch: Any) -> str:
     """The name of a backend; the composed one computes its prefix part on the CPU, or with the Triton kernels."""
-    if dtype == BF16 and way != "composed":
+    if dtype == BF16 and way not in ("composed", "native"):
         request.getfixturevalue("bfloat16_as_on_nvidia")
     if "kernels" in way:
         from qtuning_fast.kernels import prefix_part

@@ -150,7 +150,7 @@ def test_a_few_calls(assert_accurate, backend, dtype, options):
     assert_accurate(backend, dtype=dtype, **options)
 
 
-@pytest.mark.ways(of=("fused", "composed"))
+@pytest.mark.ways(of=("fused", "native", "composed"))
 @drawn(max_examples=3)
 @given(options=packed_options())
 def test_a_few_packed_calls(assert_accurate, backend, dtype, options):
@@ -158,7 +158,7 @@ def test_a_few_packed_calls(assert_accurate, backend, dtype, options):
 
 
 @thorough
-@pytest.mark.ways(of=("fused", "composed"))
+@pytest.mark.ways(of=("fused", "native", "composed"))
 @drawn(max_examples=12)
 @given(options=packed_options())
 def test_any_packed_call(assert_accurate, backend, dtype, options):

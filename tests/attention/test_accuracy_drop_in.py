@@ -50,7 +50,7 @@ PACKED = {
 }
 
 
-@pytest.mark.ways(of=("fused", "composed"))
+@pytest.mark.ways(of=("fused", "native", "composed"))
 @pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
 def test_packed_sequences(assert_accurate, backend, dtype, options):
     assert_accurate(backend, **BASE | {"dtype": dtype} | options)

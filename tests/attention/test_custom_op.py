@@ -18,13 +18,14 @@ from qtuning_fast import prefix_attention
 from qtuning_fast.attention.arguments import INPUTS, flattened
 from qtuning_fast.kernels.target import INTERPRETED
 
+NATIVE = pytest.param("native", marks=pytest.mark.native)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU that is there: test_fused_gpu.py")
 
 BASE = {"dtype": torch.float32, "B": 1, "Hkv": 1, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
 WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
 
 
-@pytest.fixture(params=[pytest.param("fused", marks=interpreted), "composed"])
+@pytest.fixture(params=[pytest.param("fused", marks=interpreted), NATIVE, "composed"])
 def backend(request):
     return request.param
 
@@ -110,7 +111,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(arguments, call_o
 
 def test_operators_pass_pytorchs_own_checks(either, call_of):
     inputs = flattened(call_of(either))
-    name = {"fused": "attention", "composed": "composed_attention"}[either["backend"]]
+    name = OPERATOR[either["backend"]].removeprefix("qtuning_fast.")
     forward, backward = (getattr(torch.ops.qtuning_fast, x).default for x in (name, f"{name}_backward"))
     torch.library.opcheck(forward, inputs)
     with torch.no_grad():
@@ -126,6 +127,7 @@ def test_operators_pass_pytorchs_own_checks(either, call_of):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_call_is_one_graph(either, gradients, leaves, dynamic):
+    torch._dynamo.reset()  # it keeps eight graphs of a function
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     output = compiled(either)
     expected = run(either)
@@ -212,7 +214,11 @@ class Seen(TorchDispatchMode):
         return [name for name in self.names if name.startswith("qtuning_fast.")]
 
 
-OPERATOR = {"fused": "qtuning_fast.attention", "composed": "qtuning_fast.composed_attention"}
+OPERATOR = {
+    "fused": "qtuning_fast.attention",
+    "native": "qtuning_fast.native_attention",
+    "composed": "qtuning_fast.composed_attention",
+}
 KINDS = {
     "plain": {},
     "no gate": {"gate": None},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qtuning_fast import explain_backend, prefix_attention
-from qtuning_fast.attention import backend_order, dispatch
+from qtuning_fast.attention import backend_order, dispatch, native
 from qtuning_fast.attention.backend_order import Rule
 from qtuning_fast.attention.dispatch import Backend
 from qtuning_fast.attention.reference import attend
@@ -22,10 +22,27 @@ def no_override(monkeypatch):
 
 def test_auto_says_what_it_picks_and_why_not_the_others(make_call):
     choice = explain_backend(**make_call(N=300, M=300))
-    assert choice.backend == "composed" and choice.rejected.keys() == {"fused", "reference"}
+    assert choice.backend == "composed" and choice.rejected.keys() == {"fused", "native", "reference"}
     text = str(choice)
-    assert text.startswith("composed: the fastest by the table: on cpu") and "not fused: its Triton kernels" in text
+    assert text.startswith("composed: native would be the fastest by the table: on cpu")
+    assert "not fused: its Triton kernels" in text and "not native: its C++ kernels compute in float32" in text
     assert "context by PyTorch's flash attention for CPUs" in text and "not reference: composed comes first" in text
+
+
+@pytest.mark.native
+def test_on_a_cpu_auto_picks_the_native_kernels(make_call):
+    choice = explain_backend(**make_call(N=300, M=300, dtype=torch.float32))
+    assert choice.backend == "native" and choice.rejected["composed"] == "native comes first"
+
+
+def test_where_the_native_kernels_do_not_compile_the_next_rule_decides(make_call, monkeypatch):
+    monkeypatch.setattr(native, "_obstacle", lambda gate: "no C++ compiler is found")
+    medium = explain_backend(**make_call(B=1, N=48, M=48, dtype=torch.float32))
+    assert medium.backend == "reference" and medium.rejected["native"] == "no C++ compiler is found"
+    large = explain_backend(**make_call(N=300, M=300, dtype=torch.float32))
+    assert large.backend == "composed" and large.rejected["reference"] == "composed comes first"
+    with pytest.raises(NotImplementedError, match=r"'native', requested by name.* no C.. .*composed, reference$"):
+        prefix_attention(**make_call(dtype=torch.float32), backend="native")
 
 
 def test_explaining_takes_the_arguments_of_the_call(make_call):
@@ -40,8 +57,8 @@ def test_what_a_backend_cannot_do_is_refused_by_name(make_call, attend_or_explai
         attend_or_explain(**make_call(), backend="fused")
 
 
-def test_a_cap_on_scores_is_left_to_the_reference_on_a_cpu(make_call, monkeypatch):
-    capped = make_call(softcap=30, dtype=torch.float32)
+def test_a_cap_on_scores_is_left_to_the_next_that_can(make_call, monkeypatch):
+    capped = make_call(softcap=30, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match=r"'composed', .*: softcap: "):
         prefix_attention(**capped, backend="composed")
     monkeypatch.setattr(backend_order, "TABLE", (Rule("cpu", "composed"),))

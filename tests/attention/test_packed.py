@@ -31,7 +31,8 @@ def test_a_bias_may_be_shared(make_call, call_of):
     assert all(each.prefix_bias is shared for _, each in sequences(call_of(arguments | {"prefix_bias": shared})))
 
 
-BACKENDS = ["reference", "composed", pytest.param("fused", marks=pytest.mark.skipif(not INTERPRETED, reason="a GPU"))]
+BACKENDS = ["reference", "composed", pytest.param("native", marks=pytest.mark.native)]
+BACKENDS += [pytest.param("fused", marks=pytest.mark.skipif(not INTERPRETED, reason="a GPU"))]
 ACCURACY = {"rtol": 1e-5, "atol": 1e-5}
 
 

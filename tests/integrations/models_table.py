@@ -34,6 +34,7 @@ COLUMNS = {
 }
 _MADE_BY = "<!-- made by `make models-table`: {} -->"
 _END = "<!-- end -->"
+BACKENDS = ("reference", "native", "composed")
 
 Found = dict[str, dict[str, set[str]]]
 """By family and column, what passed."""
@@ -49,7 +50,7 @@ def families_table(families: dict[str, Any], found: Found) -> str:
         passed = found.get(name, {})
         cells = [name, f"{KINDS[family.kind]}; {family.note}" if family.note else KINDS[family.kind]]
         cells += ["yes" if each in passed.get("placement", ()) else "" for each in ("prefix", "input")]
-        cells += [", ".join(each for each in ("reference", "composed") if each in passed.get("backend", ()))]
+        cells += [", ".join(each for each in BACKENDS if each in passed.get("backend", ()))]
         cells += ["yes" if passed.get(column) else "" for column in ("generates", "assisted", "checkpoints")]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

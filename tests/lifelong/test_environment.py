@@ -17,7 +17,7 @@ def test_every_section_says_something() -> None:
     assert title.startswith("qtuning_fast ") and rest == ["Packages", "Devices", "Backends"]
     assert ("python", platform.python_version()) in sections[title]
     assert dict(sections["Packages"])["torch"] == torch.__version__
-    assert {"reference", "composed", "fused"} <= dict(sections["Backends"]).keys()
+    assert {"reference", "composed", "native", "fused"} <= dict(sections["Backends"]).keys()
 
 
 def test_a_missing_package_is_called_missing_with_its_purpose(monkeypatch: pytest.MonkeyPatch) -> None:

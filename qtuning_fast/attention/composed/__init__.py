@@ -18,9 +18,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from qtuning_fast.attention import fused
+from qtuning_fast.attention import fused, sink
 from qtuning_fast.attention.arguments import PrefixAttentionCall
-from qtuning_fast.attention.composed import context, sink
+from qtuning_fast.attention.composed import context
 from qtuning_fast.attention.composed.cpu import prefix_part as prefix_part_on_cpu
 from qtuning_fast.attention.composed.vendors import EFFICIENT, FEW_QUERIES, Vendor, vendor_for
 from qtuning_fast.attention.custom_op import Outputs, operator

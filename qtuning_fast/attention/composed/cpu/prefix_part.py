@@ -17,7 +17,8 @@ from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import masked, score_dtype
 from qtuning_fast.attention.composed.cpu.chunks import Chunk, chunks, largest_chunk
 from qtuning_fast.attention.composed.cpu.gate import sigma, times_slope
-from qtuning_fast.attention.reference import bank_index, prefix_rows, stored_rows
+from qtuning_fast.attention.folding import as_bank, reduced, side_of, unfolded
+from qtuning_fast.attention.reference import bank_index, prefix_rows
 
 
 def keeps_rest(call: PrefixAttentionCall) -> bool:
@@ -129,8 +130,8 @@ def _backward(
         if d_query is not None:
             dq = chunk.room("o", k).baddbmm_(ds.mT, k, beta=0, alpha=call.scale)
             chunk.part(d_query).add_(chunk.apart(dq))
-    gradients = _unfolded(call, "key", d_keys) | _unfolded(call, "value", d_values)
-    gradients |= {"gate_alpha": _reduced(call.alpha, d_alpha), "gate_tau": _reduced(call.tau, d_tau)}
+    gradients = unfolded(call, "key", d_keys) | unfolded(call, "value", d_values)
+    gradients |= {"gate_alpha": reduced(call.alpha, d_alpha), "gate_tau": reduced(call.tau, d_tau)}
     return [gradients[name] for name in needed]
 
 
@@ -156,7 +157,7 @@ class Folded:
     """k' or v' of the prefixes that chunks use, each [Hkv, length, D], as the products take it."""
 
     def __init__(self, call: PrefixAttentionCall, side: str) -> None:
-        self._call, self._rows, self._weights = call, *_side(call, side)
+        self._call, self._rows, self._weights = call, *side_of(call, side)
         self._known: dict[int, Tensor] = {}
 
     def __getitem__(self, chunk: Chunk) -> Tensor:
@@ -166,13 +167,13 @@ class Folded:
 
     def zeros(self) -> Tensor:
         """Allocate the gradient of all prefixes, [T, Hkv, P, D], filled with zeros."""
-        rows = _bank(self._call, self._rows)
+        rows = as_bank(self._call, self._rows)
         return rows.new_zeros(rows.shape, dtype=score_dtype(self._call.query))
 
     def _fold(self, chunk: Chunk) -> Tensor:
-        rows, weights = _bank(self._call, self._rows)[chunk.prefix, :, : chunk.length], self._weights
+        rows, weights = as_bank(self._call, self._rows)[chunk.prefix, :, : chunk.length], self._weights
         if weights is not None:
-            U, V = (_bank(self._call, x)[chunk.prefix] for x in weights)
+            U, V = (as_bank(self._call, x)[chunk.prefix] for x in weights)
             weights = U[: chunk.length], V
         alone = replace(self._call, prefix_index=None, prefix_length=None)
         return prefix_rows(alone, rows, weights).to(score_dtype(self._call.query))
@@ -203,44 +204,3 @@ def _of_samples(call: PrefixAttentionCall, order: Tensor) -> PrefixAttentionCall
         padding_mask=None,
         attn_mask=None,
     )
-
-
-def _unfolded(call: PrefixAttentionCall, side: str, d_rows: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of K, U and V, in their shapes and dtypes, from that of k' = (U V) ∘ K; likewise for v'."""
-    rows, weights = _side(call, side)
-    name = f"prefix_{side}"
-    if weights is None:
-        return {name: d_rows.reshape(rows.shape).to(rows.dtype)}
-    K, U, V = (_bank(call, x.to(torch.promote_types(x.dtype, d_rows.dtype))) for x in (rows, *weights))
-    shared = torch.arange(U.shape[1], device=U.device) < call.n_shared
-    U = U.masked_fill(shared[:, None], 0)  # its shared rows may hold anything, NaN included
-    if call.prefix_length is not None:  # and so may all rows beyond a prefix's length
-        inside = stored_rows(call)
-        K, U = K.where(inside[:, None, :, None], 0), U.where(inside[..., None], 0)
-    W = torch.einsum("tpr,trhd->thpd", U, V).masked_fill_(shared[:, None], 1)
-    by_weight = (d_rows * K).masked_fill_(shared[:, None], 0)
-    gradients = {
-        name: d_rows * W,
-        f"U_{side}": torch.einsum("thpd,trhd->tpr", by_weight, V),
-        f"V_{side}": torch.einsum("thpd,tpr->trhd", by_weight, U),
-    }
-    return {
-        n: x.reshape(like.shape).to(like.dtype).contiguous()
-        for (n, x), like in zip(gradients.items(), (rows, *weights))
-    }
-
-
-def _side(call: PrefixAttentionCall, side: str) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    return (call.prefix_key, call.reweight_key) if side == "key" else (call.prefix_value, call.reweight_value)
-
-
-def _bank(call: PrefixAttentionCall, x: Tensor) -> Tensor:
-    return x[None] if call.prefix_index is None else x
-
-
-def _reduced(parameter: float | Tensor, gradient: Tensor) -> Tensor:
-    """Sum the gradient [T, Hq] of alpha or tau to the parameter's shape."""
-    if not isinstance(parameter, Tensor):
-        return gradient
-    shape = (1,) * (2 - parameter.ndim) + parameter.shape
-    return gradient.sum_to_size(shape).reshape(parameter.shape).to(parameter.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qtuning_fast.attention.composed import sink
+from qtuning_fast.attention import sink
 
 
 def test_a_sink_takes_its_share_of_each_query():

@@ -1,0 +1,673 @@
+// Prefix attention on a CPU: forward and backward pass over prefix and context, in float32.
+//
+// A task is a chunk of one head's queries. It walks over tiles of keys, first the prefix's rows, then the context's:
+//
+//     forward   s = cap(c q kT)   g = s + a f(t s) + bias | s + mask   running softmax   o += p v
+//     backward  p = exp(g - L)    dg = p (dO vT - delta)    dv += pT dO    dq += ds k    dk += dsT q
+//
+// Scores of a tile are transposed, [keys][queries], so that sums over keys run along vectors and a query's numbers are
+// lanes. All products are one kernel: C[r, :] += sum over k of A[r, k] B[k, :], with B's rows contiguous. It reads each
+// scalar of A for a block of vectors that stays in registers.
+//
+// native.py compiles it at first use, without PyTorch's headers, and passes pointers in a struct.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats of a vector
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(W), aligned(1), may_alias));
+
+constexpr int PADDED = 16;  // floats that widths are rounded up to
+constexpr int CHUNK = 64;   // queries of a task
+constexpr int TILE = 192;   // keys at a time
+constexpr float INF = __builtin_inff();
+
+static int rounded_up(int64_t x, int to) { return int((x + to - 1) / to * to); }
+
+// ---------------------------------------------------------------------------------------------------------- vectors
+
+static inline vec splat(float x) { return vec{} + x; }
+static inline vec load(const float* p) { return *(const vec*)p; }
+static inline void store(float* p, vec x) { *(vec*)p = x; }
+static inline vec larger(vec a, vec b) { return a < b ? b : a; }   // a NaN in a stays
+static inline vec smaller(vec a, vec b) { return b < a ? b : a; }  // likewise
+static inline vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
+
+static inline float sum_of(vec x) {
+  float total = 0;
+  for (int i = 0; i < W; i++) total += x[i];
+  return total;
+}
+
+// Polynomials of the Cephes library (expf, tanhf). Exactly 0 below -87.
+static inline vec exp_of(vec x) {
+  const vec given = x;
+  x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+  const vec shifted = x * splat(1.44269504f) + splat(12582912.0f);  // its low bits are the rounded integer
+  const vec n = shifted - splat(12582912.0f);
+  const vec r = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  const vec y = (vec)((ivec)p + ((ivec)shifted << 23));
+  const vec whole = given < splat(-87.0f) ? vec{} : y;
+  return given == given ? whole : given;
+}
+
+static inline vec sigmoid_of(vec x) { return splat(1.0f) / (exp_of(-x) + 1.0f); }
+
+static inline vec tanh_of(vec x) {
+  const vec z = x * x;
+  vec p = splat(-5.70498872745e-3f);
+  p = p * z + splat(2.06390887954e-2f);
+  p = p * z + splat(-5.37397155531e-2f);
+  p = p * z + splat(1.33314422036e-1f);
+  p = p * z + splat(-3.33332819422e-1f);
+  const vec small = p * z * x + x;
+  const vec far = sigmoid_of(x * 2.0f) * 2.0f - 1.0f;
+  return magnitude(x) < splat(0.625f) ? small : far;
+}
+
+// The normal distribution function, to 1e-7 (Abramowitz and Stegun, 7.1.26).
+static inline vec normal_of(vec x) {
+  const vec z = magnitude(x) * 0.70710678f, t = splat(1.0f) / (z * 0.3275911f + 1.0f);
+  vec p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const vec beyond = p * t * exp_of(-z * z) * 0.5f;
+  return x < vec{} ? beyond : splat(1.0f) - beyond;
+}
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|), and log(1 + u) = 2 artanh(u / (2 + u)).
+static inline vec softplus_of(vec x) {
+  const vec u = exp_of(-magnitude(x)), z = u / (u + 2.0f), square = z * z;
+  vec p = splat(1.0f / 13);
+  for (int n = 11; n > 0; n -= 2) p = p * square + 1.0f / float(n);
+  return larger(x, vec{}) + p * z * 2.0f;
+}
+
+enum Gate { NONE, TANH, SIGMOID, GELU, RELU, SOFTPLUS, ELU, IDENTITY };
+
+// f(x) of the gate s + a f(t s), and its derivative. What is added to a score needs absolute accuracy only.
+static inline vec gate_of(int gate, vec x) {
+  switch (gate) {
+    case TANH: return sigmoid_of(x * 2.0f) * 2.0f - 1.0f;
+    case SIGMOID: return sigmoid_of(x);
+    case GELU: return x * normal_of(x);
+    case RELU: return larger(x, vec{});
+    case SOFTPLUS: return softplus_of(x);
+    case ELU: return x > vec{} ? x : exp_of(smaller(x, vec{})) - 1.0f;
+    default: return x;
+  }
+}
+
+static inline vec slope_of(int gate, vec x, vec y) {
+  switch (gate) {
+    case TANH: return splat(1.0f) - y * y;
+    case SIGMOID: return y * (splat(1.0f) - y);
+    case GELU: return normal_of(x) + x * exp_of(x * x * -0.5f) * 0.39894228f;
+    case RELU: return x > vec{} ? splat(1.0f) : vec{};
+    case SOFTPLUS: return sigmoid_of(x);
+    case ELU: return x > vec{} ? splat(1.0f) : y + 1.0f;
+    default: return splat(1.0f);
+  }
+}
+
+template <int S, int... I>
+static inline void exchange(vec& a, vec& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  const vec low = __builtin_shufflevector(a, b, ((I & S) ? W + I - S : I)...);
+  const vec high = __builtin_shufflevector(a, b, ((I & S) ? W + I : I + S)...);
+#else
+  const vec low = __builtin_shuffle(a, b, ivec{((I & S) ? W + I - S : I)...});
+  const vec high = __builtin_shuffle(a, b, ivec{((I & S) ? W + I : I + S)...});
+#endif
+  a = low, b = high;
+}
+
+// Transposes blocks of 2 S columns, then those twice as large.
+template <int S>
+static inline void transpose_square(vec (&x)[W]) {
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) exchange<S>(x[i], x[i + S], std::make_integer_sequence<int, W>());
+  if constexpr (2 * S < W) transpose_square<2 * S>(x);
+}
+
+// --------------------------------------------------------------------------------------------------------- products
+
+template <int ROWS, int VECTORS, bool ADD>
+static inline void block(float* C, int64_t c, const float* A, int64_t row, int64_t step, const float* B, int64_t b,
+                         int K) {
+  vec sums[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < VECTORS; j++) sums[r][j] = ADD ? load(C + r * c + j * W) : vec{};
+  for (int k = 0; k < K; k++) {
+    vec x[VECTORS];
+    for (int j = 0; j < VECTORS; j++) x[j] = load(B + k * b + j * W);
+    for (int r = 0; r < ROWS; r++) {
+      const vec a = splat(A[r * row + k * step]);
+      for (int j = 0; j < VECTORS; j++) sums[r][j] += a * x[j];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int j = 0; j < VECTORS; j++) store(C + r * c + j * W, sums[r][j]);
+}
+
+template <int VECTORS, bool ADD>
+static void columns_of(float* C, int64_t c, const float* A, int64_t row, int64_t step, const float* B, int64_t b,
+                       int rows, int K) {
+  constexpr int ROWS = W == 16 ? 24 / VECTORS : 12 / VECTORS;  // sums in registers: 24 of 32, or 12 of 16
+  int r = 0;
+  for (; r + ROWS <= rows; r += ROWS) block<ROWS, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
+  for (; r + 4 <= rows; r += 4) block<4, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
+  for (; r < rows; r++) block<1, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
+}
+
+// C[rows, columns] (+)= A B; columns is a multiple of W. Entry (r, k) of A lies at r * row + k * step.
+template <bool ADD>
+static void product(float* C, int64_t c, const float* A, int64_t row, int64_t step, const float* B, int64_t b, int rows,
+                    int columns, int K) {
+  int j = 0;
+  if (W == 16)
+    for (; j + 4 * W <= columns; j += 4 * W) columns_of<4, ADD>(C + j, c, A, row, step, B + j, b, rows, K);
+  for (; j + 2 * W <= columns; j += 2 * W) columns_of<2, ADD>(C + j, c, A, row, step, B + j, b, rows, K);
+  for (; j < columns; j += W) columns_of<1, ADD>(C + j, c, A, row, step, B + j, b, rows, K);
+}
+
+// ------------------------------------------------------------------------------------------------------ the arguments
+
+struct Rows {  // [B, H, N, D] with contiguous columns; strides in floats
+  float* data;
+  int64_t batch, head, row;
+  float* at(int64_t b, int64_t h, int64_t n) const { return data + b * batch + h * head + n * row; }
+};
+
+struct Overlay {  // a mask [B, H, N, M], or null; a stride of 0 repeats it
+  const void* data;
+  int64_t batch, head, row, column;
+  int64_t is_bool;  // true: attend; else it is float32 and added, and the lowest finite number hides, too
+};
+
+struct Sample {  // a sample, or a packed sequence
+  int64_t batch, first_query, N, first_key, M, prefix, length, bias;
+  int64_t seen_from, seen_to;  // context keys outside are padding; filled in here
+};
+
+struct Call {
+  Rows query, key, value, output, d_output, d_query, d_key, d_value;
+  Overlay padding, mask, bias;
+  const Sample* samples;
+  const float *prefix_key, *prefix_value;  // [T, Hkv, P, .], reweighted
+  const float *alpha, *tau;                // [T, Hq]
+  const float* sink;                       // [Hq] or null
+  float *lse, *rest;                       // [B, Hq, N]; rest may be null
+  float *d_prefix_key, *d_prefix_value;    // [lanes, T, P, .], columns rounded up to PADDED
+  double *d_alpha, *d_tau;                 // [lanes, T, Hq / Hkv]
+  int64_t count, rows;                     // samples; rows of query in all: N of lse
+  int64_t Hq, Hkv, D, Dv, T, P;
+  int64_t before, after;                   // keys that a query sees around its position; -1: all
+  int64_t gate, threads, chunk;
+  int64_t lanes, segments;                 // backward: lanes of a key head; parts that a sample's queries are cut into
+  int64_t context_gradients, prefix_gradients;
+  int64_t d_key_segment, d_value_segment;  // strides
+  float scale, softcap;                    // softcap 0: none
+};
+
+// ------------------------------------------------------------------------------------------------------------- a tile
+
+struct Chunk {  // queries of one head of one sample
+  const Sample* sample;
+  int64_t head, first;  // first query, counted within the sample
+  int n, width;         // queries; rounded up to W
+};
+
+struct Tile {  // keys of the prefix, or of the context
+  bool of_prefix;
+  int64_t first;
+  int m;
+  const float *key, *value;
+  int64_t key_row, value_row;
+};
+
+struct Room {  // scratch memory of a thread
+  float *query, *d_output;  // [D][CHUNK], transposed
+  float *s, *y, *p, *d;     // [TILE][CHUNK]: scores, what the gate adds to them, weights and ds
+  float *o;                 // [CHUNK][Dp]
+  float *copies[3];         // of rows whose width is no multiple of W: [TILE][Dp] of keys, [CHUNK][Dp] of queries
+  float *top, *total, *L, *rest, *delta;
+  void* all;
+
+  explicit Room(const Call& call) {
+    const int Dp = rounded_up(std::max(call.D, call.Dv), PADDED);
+    const size_t floats = size_t(CHUNK) * (5 * Dp + 4 * TILE + 5) + size_t(TILE) * Dp;
+    all = std::aligned_alloc(64, floats * sizeof(float));
+    if (all == nullptr) std::abort();
+    float* next = (float*)all;
+    auto take = [&](size_t n) { float* mine = next; next += n; return mine; };
+    query = take(CHUNK * Dp), d_output = take(CHUNK * Dp);
+    s = take(TILE * CHUNK), y = take(TILE * CHUNK), p = take(TILE * CHUNK), d = take(TILE * CHUNK);
+    o = take(CHUNK * Dp);
+    copies[0] = take(TILE * Dp), copies[1] = take(CHUNK * Dp), copies[2] = take(CHUNK * Dp);
+    top = take(CHUNK), total = take(CHUNK), L = take(CHUNK), rest = take(CHUNK), delta = take(CHUNK);
+  }
+  ~Room() { std::free(all); }
+};
+
+// Rows as [D][CHUNK], times a factor; 0 in the lanes beyond n.
+static void transpose(float* to, const float* from, int64_t row, int n, int width, int D, float factor) {
+  for (int i = 0; i < width; i += W) {
+    int d = 0;
+    if (i + W <= n)
+      for (; d + W <= D; d += W) {
+        vec x[W];
+        for (int lane = 0; lane < W; lane++) x[lane] = load(from + (i + lane) * row + d);
+        transpose_square<1>(x);
+        for (int k = 0; k < W; k++) store(to + (d + k) * CHUNK + i, x[k] * factor);
+      }
+    for (; d < D; d++)
+      for (int lane = 0; lane < W; lane++)
+        to[d * CHUNK + i + lane] = i + lane < n ? from[(i + lane) * row + d] * factor : 0.0f;
+  }
+}
+
+// The rows as a right factor: their width must be a multiple of W, or they are copied.
+static const float* as_factor(const float* rows, int64_t* row, int m, int D, float* copy) {
+  if (D % W == 0) return rows;
+  const int Dp = rounded_up(D, PADDED);
+  for (int j = 0; j < m; j++) {
+    std::memcpy(copy + j * Dp, rows + j * *row, D * sizeof(float));
+    std::memset(copy + j * Dp + D, 0, (Dp - D) * sizeof(float));
+  }
+  *row = Dp;
+  return copy;
+}
+
+static float overlay_at(const Overlay& x, int64_t offset) {
+  if (x.is_bool) return ((const uint8_t*)x.data)[offset] ? 0.0f : -INF;
+  const float value = ((const float*)x.data)[offset];
+  return value <= std::numeric_limits<float>::lowest() ? -INF : value;
+}
+
+// W neighbouring entries.
+static inline vec overlays_at(const Overlay& x, int64_t offset) {
+  if (x.is_bool) {
+    const ivec attends = __builtin_convertvector(*(const bytes*)((const uint8_t*)x.data + offset), ivec);
+    return attends != 0 ? vec{} : splat(-INF);
+  }
+  const vec value = load((const float*)x.data + offset);
+  return value <= splat(std::numeric_limits<float>::lowest()) ? splat(-INF) : value;
+}
+
+static inline vec plus_overlay(vec s, vec value) { return value == splat(-INF) ? value : s + value; }
+
+// Adds a mask that differs by query to scores [m][CHUNK].
+static void add_by_query(const Overlay& x, int64_t base, int n, int m, float* s) {
+  int whole_queries = 0, whole_keys = 0;  // in squares of W
+  if (x.column == 1) {
+    whole_queries = n / W * W, whole_keys = m / W * W;
+    for (int i = 0; i < whole_queries; i += W)
+      for (int j = 0; j < whole_keys; j += W) {
+        vec values[W];
+        for (int lane = 0; lane < W; lane++) values[lane] = overlays_at(x, base + (i + lane) * x.row + j);
+        transpose_square<1>(values);
+        for (int k = 0; k < W; k++) {
+          float* at = s + (j + k) * CHUNK + i;
+          store(at, plus_overlay(load(at), values[k]));
+        }
+      }
+  }
+  for (int j = 0; j < m; j++)
+    for (int i = j < whole_keys ? whole_queries : 0; i < n; i++) {
+      const float value = overlay_at(x, base + i * x.row + j * x.column);
+      s[j * CHUNK + i] = value == -INF ? value : s[j * CHUNK + i] + value;
+    }
+}
+
+static void add_overlay(const Overlay& x, int64_t batch, int64_t head, int64_t query, int64_t key, int n, int width,
+                        int m, float* s) {
+  if (x.data == nullptr) return;
+  const int64_t base = batch * x.batch + head * x.head + query * x.row + key * x.column;
+  if (x.row != 0) return add_by_query(x, base, n, m, s);
+  for (int j = 0; j < m; j++) {
+    const float value = overlay_at(x, base + j * x.column);
+    if (value == 0) continue;
+    for (int i = j * CHUNK; i < j * CHUNK + width; i += W) store(s + i, plus_overlay(load(s + i), splat(value)));
+  }
+}
+
+// -inf where causality or a window hides a context key.
+static void hide(const Call& call, const Chunk& chunk, const Tile& tile, float* s) {
+  const int64_t shift = chunk.sample->M - chunk.sample->N + chunk.first;  // position of the chunk's first query
+  for (int j = 0; j < tile.m; j++, s += CHUNK) {
+    const int64_t key = tile.first + j - shift;  // lane i sees keys i - before .. i + after
+    const int64_t low = call.after < 0 ? 0 : std::clamp<int64_t>(key - call.after, 0, chunk.width);
+    const int64_t high = call.before < 0 ? chunk.width : std::clamp<int64_t>(key + call.before + 1, 0, chunk.width);
+    for (int64_t i = 0; i < low; i++) s[i] = -INF;
+    for (int64_t i = high; i < chunk.width; i++) s[i] = -INF;
+  }
+}
+
+// The scores of a tile [m][CHUNK]: of the prefix without gate and bias, of the context with masks.
+static void scores(const Call& call, const Chunk& chunk, const Tile& tile, const float* query, float* s) {
+  product<false>(s, CHUNK, tile.key, tile.key_row, 1, query, CHUNK, tile.m, chunk.width, int(call.D));
+  if (call.softcap > 0)
+    for (int j = 0; j < tile.m; j++)
+      for (int i = 0; i < chunk.width; i += W) {
+        float* at = s + j * CHUNK + i;
+        store(at, tanh_of(load(at) * (1 / call.softcap)) * call.softcap);
+      }
+}
+
+static void add_masks(const Call& call, const Chunk& chunk, const Tile& tile, float* s) {
+  const Sample& x = *chunk.sample;
+  const int64_t query = x.first_query + chunk.first;
+  if (tile.of_prefix) {
+    add_overlay(call.bias, x.bias, chunk.head, query, tile.first, chunk.n, chunk.width, tile.m, s);
+    return;
+  }
+  const int64_t key = x.first_key + tile.first;
+  add_overlay(call.padding, x.batch, 0, 0, key, chunk.n, chunk.width, tile.m, s);
+  add_overlay(call.mask, x.batch, chunk.head, query, key, chunk.n, chunk.width, tile.m, s);
+  const int64_t first = x.M - x.N + chunk.first, last = first + chunk.n - 1, end = tile.first + tile.m;
+  const bool all_seen = (call.before < 0 || last - call.before <= tile.first) &&
+                        (call.after < 0 || end - 1 <= first + call.after);
+  if (!all_seen) hide(call, chunk, tile, s);
+}
+
+// Calls f for each tile that a chunk sees, the prefix's first.
+template <typename F>
+static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, bool context, F f) {
+  const Sample& x = *chunk.sample;
+  const int64_t kv = chunk.head / (call.Hq / call.Hkv);
+  auto walk = [&](bool of_prefix, int64_t begin, int64_t end, const float* key, const float* value, int64_t key_row,
+                  int64_t value_row) {
+    const int64_t tiles = (end - begin + TILE - 1) / TILE;
+    for (int64_t t = 0; t < tiles; t++) {  // of about equal size
+      const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
+      f(Tile{of_prefix, from, int(to - from), key + from * key_row, value + from * value_row, key_row, value_row});
+    }
+  };
+  if (prefix && x.length > 0) {
+    const int64_t row = (x.prefix * call.Hkv + kv) * call.P;
+    walk(true, 0, x.length, call.prefix_key + row * call.D, call.prefix_value + row * call.Dv, call.D, call.Dv);
+  }
+  if (!context) return;
+  const int64_t position = x.M - x.N + chunk.first;
+  int64_t begin = x.seen_from, end = x.seen_to;
+  if (call.before >= 0) begin = std::max(begin, position - call.before);
+  if (call.after >= 0) end = std::min(end, position + chunk.n + call.after);
+  if (begin < end)
+    walk(false, begin, end, call.key.at(x.batch, kv, x.first_key), call.value.at(x.batch, kv, x.first_key),
+         call.key.row, call.value.row);
+}
+
+// ------------------------------------------------------------------------------------------------------------ forward
+
+// Writes g = s + a f(t s) to `to`, and f(t s) to y unless it is null.
+static void apply_gate(const Call& call, const Chunk& chunk, int m, const float* s, float* y, float* to) {
+  const int64_t at = chunk.sample->prefix * call.Hq + chunk.head;
+  const float alpha = call.alpha[at], tau = call.tau[at];
+  for (int j = 0; j < m; j++)
+    for (int i = 0; i < chunk.width; i += W) {
+      const vec x = load(s + j * CHUNK + i), f = gate_of(int(call.gate), x * tau);
+      if (y != nullptr) store(y + j * CHUNK + i, f);
+      store(to + j * CHUNK + i, x + f * alpha);
+    }
+}
+
+static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
+  const Sample& x = *chunk.sample;
+  const int Dvp = rounded_up(call.Dv, PADDED);
+  transpose(room.query, call.query.at(x.batch, chunk.head, x.first_query + chunk.first), call.query.row, chunk.n,
+            chunk.width, int(call.D), call.scale);
+  const float sink = call.sink == nullptr ? -INF : call.sink[chunk.head];
+  for (int i = 0; i < chunk.width; i++) room.top[i] = sink, room.total[i] = sink == -INF ? 0.0f : 1.0f;
+  bool is_first = true;
+  for_each_tile(call, chunk, true, true, [&](Tile tile) {
+    float* s = room.s;
+    scores(call, chunk, tile, room.query, s);
+    if (tile.of_prefix && call.gate != NONE) apply_gate(call, chunk, tile.m, s, nullptr, s);
+    add_masks(call, chunk, tile, s);
+    for (int i = 0; i < chunk.width; i += W) {
+      const vec before = load(room.top + i);
+      vec top = before;
+      for (int j = 0; j < tile.m; j++) top = larger(load(s + j * CHUNK + i), top);
+      const vec from = top == splat(-INF) ? vec{} : top;  // a query that sees nothing
+      vec sum = {};
+      for (int j = 0; j < tile.m; j++) {
+        const vec p = exp_of(load(s + j * CHUNK + i) - from);
+        store(s + j * CHUNK + i, p);
+        sum += p;
+      }
+      const vec kept = exp_of(before - from);
+      store(room.total + i, load(room.total + i) * kept + sum);
+      store(room.top + i, top);
+      if (!is_first)
+        for (int lane = 0; lane < W && i + lane < chunk.n; lane++)
+          if (kept[lane] != 1)
+            for (int d = 0; d < Dvp; d += W) {
+              float* at = room.o + (i + lane) * Dvp + d;
+              store(at, load(at) * kept[lane]);
+            }
+    }
+    int64_t row = tile.value_row;
+    const float* value = as_factor(tile.value, &row, tile.m, int(call.Dv), room.copies[0]);
+    const int columns = rounded_up(call.Dv, W);
+    if (is_first)
+      product<false>(room.o, Dvp, s, 1, CHUNK, value, row, chunk.n, columns, tile.m);
+    else
+      product<true>(room.o, Dvp, s, 1, CHUNK, value, row, chunk.n, columns, tile.m);
+    is_first = false;
+  });
+  const int64_t query = x.first_query + chunk.first;
+  for (int i = 0; i < chunk.n; i++) {
+    float* to = call.output.at(x.batch, chunk.head, query + i);
+    const float share = is_first || room.total[i] == 0 ? 0.0f : 1 / room.total[i];
+    for (int64_t d = 0; d < call.Dv; d++) to[d] = is_first ? 0.0f : room.o[i * Dvp + d] * share;
+    const int64_t at = (x.batch * call.Hq + chunk.head) * call.rows + query + i;
+    const float top = room.top[i], above = std::log(room.total[i]);
+    call.lse[at] = top == -INF ? -INF : top + above;
+    if (call.rest != nullptr) call.rest[at] = top == -INF ? 0.0f : top - call.lse[at] + above;
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- backward
+
+// From the scores and dp = dO vT, in room.d, to p and ds (times the scale); adds to the gradients of alpha and tau.
+static void backward_scores(const Call& call, const Chunk& chunk, const Tile& tile, Room& room, double* d_alpha,
+                            double* d_tau) {
+  const bool is_gated = tile.of_prefix && call.gate != NONE, is_capped = call.softcap > 0;
+  const int64_t at = chunk.sample->prefix * call.Hq + chunk.head;
+  const float alpha = is_gated ? call.alpha[at] : 0.0f, tau = is_gated ? call.tau[at] : 0.0f;
+  float* g = is_gated || is_capped ? room.p : room.s;  // masks must not reach what the gate and the cap see
+  if (is_gated)
+    apply_gate(call, chunk, tile.m, room.s, room.y, g);
+  else if (is_capped)
+    std::memcpy(g, room.s, size_t(tile.m) * CHUNK * sizeof(float));
+  add_masks(call, chunk, tile, g);
+  vec by_alpha = {}, by_tau = {};
+  for (int j = 0; j < tile.m; j++)
+    for (int i = 0; i < chunk.width; i += W) {
+      const int entry = j * CHUNK + i;
+      const vec p = exp_of(load(g + entry) - load(room.L + i) - load(room.rest + i));
+      const vec dg = p * (load(room.d + entry) - load(room.delta + i));
+      vec ds = dg;
+      if (is_gated) {
+        const vec s = load(room.s + entry), y = load(room.y + entry), slope = dg * slope_of(int(call.gate), s * tau, y);
+        by_alpha += dg * y;
+        by_tau += slope * s;
+        ds += slope * (alpha * tau);
+      }
+      if (is_capped) {
+        const vec share = load(room.s + entry) * (1 / call.softcap);
+        ds *= splat(1.0f) - share * share;
+      }
+      store(room.p + entry, p);
+      store(room.d + entry, ds * call.scale);
+    }
+  if (is_gated) *d_alpha += sum_of(by_alpha), *d_tau += double(sum_of(by_tau)) * alpha;
+}
+
+static void begin_backward(const Call& call, const Chunk& chunk, const float* query, const float* d_output,
+                           Room& room) {
+  const Sample& x = *chunk.sample;
+  const int64_t row = x.first_query + chunk.first, at = (x.batch * call.Hq + chunk.head) * call.rows + row;
+  transpose(room.query, query, call.query.row, chunk.n, chunk.width, int(call.D), call.scale);
+  transpose(room.d_output, d_output, call.d_output.row, chunk.n, chunk.width, int(call.Dv), 1.0f);
+  for (int i = 0; i < chunk.width; i++) {
+    room.L[i] = INF, room.rest[i] = room.delta[i] = 0;  // of lanes beyond n, and of queries that see nothing
+    if (i >= chunk.n || call.lse[at + i] == -INF) continue;
+    room.L[i] = call.lse[at + i];
+    if (call.rest != nullptr) room.rest[i] = call.rest[at + i];
+    const float *o = call.output.at(x.batch, chunk.head, row + i), *d_o = d_output + i * call.d_output.row;
+    float delta = 0;
+    for (int64_t d = 0; d < call.Dv; d++) delta += o[d] * d_o[d];
+    room.delta[i] = delta;
+  }
+}
+
+struct Gradients {  // of one key head, where a lane adds to them; the prefix's are those of all T
+  float *prefix_key, *prefix_value;
+  double *alpha, *tau;  // [T, G]
+  int64_t segment;
+};
+
+static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients& to, Room& room) {
+  const Sample& x = *chunk.sample;
+  const int64_t G = call.Hq / call.Hkv, kv = chunk.head / G, row = x.first_query + chunk.first;
+  const int Dp = rounded_up(call.D, PADDED), Dvp = rounded_up(call.Dv, PADDED);
+  const int columns = rounded_up(call.D, W), v_columns = rounded_up(call.Dv, W);
+  const float* query = call.query.at(x.batch, chunk.head, row);
+  const float* d_output = call.d_output.at(x.batch, chunk.head, row);
+  begin_backward(call, chunk, query, d_output, room);
+  int64_t query_row = call.query.row, d_output_row = call.d_output.row;
+  query = as_factor(query, &query_row, chunk.n, int(call.D), room.copies[1]);
+  d_output = as_factor(d_output, &d_output_row, chunk.n, int(call.Dv), room.copies[2]);
+  const int64_t entry = x.prefix * G + chunk.head % G;
+  bool is_first = true;
+  for_each_tile(call, chunk, true, call.context_gradients, [&](Tile tile) {
+    scores(call, chunk, tile, room.query, room.s);
+    product<false>(room.d, CHUNK, tile.value, tile.value_row, 1, room.d_output, CHUNK, tile.m, chunk.width,
+                   int(call.Dv));
+    backward_scores(call, chunk, tile, room, to.alpha + entry, to.tau + entry);
+    float *d_key = nullptr, *d_value = nullptr;
+    int64_t key_row = Dp, value_row = Dvp;
+    if (tile.of_prefix) {
+      const int64_t first = x.prefix * call.P + tile.first;
+      if (call.prefix_gradients) d_key = to.prefix_key + first * Dp, d_value = to.prefix_value + first * Dvp;
+    } else {
+      key_row = call.d_key.row, value_row = call.d_value.row;
+      d_key = call.d_key.at(x.batch, kv, x.first_key + tile.first) + to.segment * call.d_key_segment;
+      d_value = call.d_value.at(x.batch, kv, x.first_key + tile.first) + to.segment * call.d_value_segment;
+    }
+    if (d_key != nullptr) {
+      product<true>(d_value, value_row, room.p, CHUNK, 1, d_output, d_output_row, tile.m, v_columns, chunk.n);
+      product<true>(d_key, key_row, room.d, CHUNK, 1, query, query_row, tile.m, columns, chunk.n);
+    }
+    if (!call.context_gradients) return;
+    int64_t row = tile.key_row;
+    const float* key = as_factor(tile.key, &row, tile.m, int(call.D), room.copies[0]);
+    if (is_first)
+      product<false>(room.o, Dp, room.d, 1, CHUNK, key, row, chunk.n, columns, tile.m);
+    else
+      product<true>(room.o, Dp, room.d, 1, CHUNK, key, row, chunk.n, columns, tile.m);
+    is_first = false;
+  });
+  if (!call.context_gradients) return;
+  for (int i = 0; i < chunk.n; i++) {
+    float* to = call.d_query.at(x.batch, chunk.head, row + i);
+    for (int64_t d = 0; d < call.D; d++) to[d] = is_first ? 0.0f : room.o[i * Dp + d];
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ entry points
+
+static int64_t chunks_of(const Call& call, const Sample& x) { return (x.N + call.chunk - 1) / call.chunk; }
+
+// The samples without the padding at both ends of their contexts.
+static std::vector<Sample> samples_of(const Call& call) {
+  std::vector<Sample> samples(call.samples, call.samples + call.count);
+  for (Sample& x : samples) {
+    auto is_padding = [&](int64_t j) {
+      if (call.padding.data == nullptr) return false;
+      return overlay_at(call.padding, x.batch * call.padding.batch + (x.first_key + j) * call.padding.column) == -INF;
+    };
+    x.seen_from = 0, x.seen_to = x.M;
+    while (x.seen_to > 0 && is_padding(x.seen_to - 1)) x.seen_to--;
+    while (x.seen_from < x.seen_to && is_padding(x.seen_from)) x.seen_from++;
+  }
+  return samples;
+}
+
+static Chunk chunk_of(const Call& call, const Sample& x, int64_t head, int64_t c) {
+  const int n = int(std::min(call.chunk, x.N - c * call.chunk));
+  return Chunk{&x, head, c * call.chunk, n, rounded_up(n, W)};
+}
+
+extern "C" {
+
+int64_t native_size() { return sizeof(Call); }
+
+void native_forward(const Call* given) {
+  const Call& call = *given;
+  const std::vector<Sample> samples = samples_of(call);
+  int64_t chunks = 0;  // of a head, in all samples
+  for (const Sample& x : samples) chunks += chunks_of(call, x);
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    Room room(call);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < chunks * call.Hq; task++) {
+      int64_t s = 0, c = task;  // sample by sample, head by head, so that neighbours share keys
+      while (c >= chunks_of(call, samples[s]) * call.Hq) c -= chunks_of(call, samples[s++]) * call.Hq;
+      const int64_t each = chunks_of(call, samples[s]);
+      forward_chunk(call, chunk_of(call, samples[s], c / each, c % each), room);
+    }
+  }
+}
+
+void native_backward(const Call* given) {
+  const Call& call = *given;
+  const std::vector<Sample> samples = samples_of(call);
+  const int64_t G = call.Hq / call.Hkv, units = call.count * call.segments;
+  const int64_t Dp = rounded_up(call.D, PADDED), Dvp = rounded_up(call.Dv, PADDED);
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    Room room(call);
+#pragma omp for schedule(dynamic)
+    for (int64_t lane = 0; lane < call.Hkv * call.lanes; lane++) {
+      const int64_t kv = lane / call.lanes, part = lane % call.lanes;
+      Gradients to{call.d_prefix_key + lane * call.T * call.P * Dp, call.d_prefix_value + lane * call.T * call.P * Dvp,
+                   call.d_alpha + lane * call.T * G, call.d_tau + lane * call.T * G, 0};
+      for (int64_t unit = units * part / call.lanes; unit < units * (part + 1) / call.lanes; unit++) {
+        const Sample& x = samples[unit / call.segments];
+        const int64_t each = chunks_of(call, x);
+        to.segment = unit % call.segments;
+        for (int64_t g = 0; g < G; g++)
+          for (int64_t c = each * to.segment / call.segments; c < each * (to.segment + 1) / call.segments; c++)
+            backward_chunk(call, chunk_of(call, x, kv * G + g, c), to, room);
+      }
+    }
+  }
+}
+}

@@ -1,0 +1,151 @@
+"""The C++ kernels of native.cpp: how they are compiled, and the struct that they take.
+
+They are compiled once for a machine, at first use, in a few seconds; the library is kept in the user's cache. A
+compiler is asked for vectors as wide as PyTorch's own kernels use. Nothing needs a compiler: without one `obstacle`
+says so, and other backends compute.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+PADDED = 16  # floats that the widths of some rooms are rounded up to
+CHUNK = 64  # the most queries of a task
+GATES = (None, "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity")  # by their numbers in native.cpp
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+WIDER = {  # by what PyTorch's own kernels use on this CPU
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+SECONDS = 120  # after which a compiler is given up
+
+_address, _integer = ctypes.c_void_p, ctypes.c_int64
+
+
+class Rows(ctypes.Structure):
+    """A float32 tensor [B, H, N, D] with contiguous columns."""
+
+    _fields_ = [("data", _address), *((name, _integer) for name in ("batch", "head", "row"))]
+
+
+class Overlay(ctypes.Structure):
+    """A mask [B, H, N, M], bool or float32."""
+
+    _fields_ = [("data", _address), *((name, _integer) for name in ("batch", "head", "row", "column", "is_bool"))]
+
+
+SAMPLE = ("batch", "first_query", "N", "first_key", "M", "prefix", "length", "bias", "seen_from", "seen_to")
+
+
+class Call(ctypes.Structure):
+    """The arguments of both passes, as native.cpp describes them."""
+
+    _fields_ = [
+        *((name, Rows) for name in ("query", "key", "value", "output", "d_output", "d_query", "d_key", "d_value")),
+        *((name, Overlay) for name in ("padding", "mask", "bias")),
+        *((name, _address) for name in ("samples", "prefix_key", "prefix_value", "alpha", "tau", "sink")),
+        *((name, _address) for name in ("lse", "rest", "d_prefix_key", "d_prefix_value", "d_alpha", "d_tau")),
+        *((name, _integer) for name in ("count", "rows", "Hq", "Hkv", "D", "Dv", "T", "P", "before", "after")),
+        *((name, _integer) for name in ("gate", "threads", "chunk", "lanes", "segments")),
+        *((name, _integer) for name in ("context_gradients", "prefix_gradients")),
+        *((name, _integer) for name in ("d_key_segment", "d_value_segment")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+def obstacle() -> str | None:
+    """Return why there are no C++ kernels on this machine, or None. The first time it may compile them."""
+    return _library()[1]
+
+
+def forward(call: Call) -> None:
+    """Write the output and the log-sum-exp."""
+    _loaded().native_forward(ctypes.byref(call))
+
+
+def backward(call: Call) -> None:
+    """Write the gradients; those of the prefix and of the context's keys and values are added to what is there."""
+    _loaded().native_backward(ctypes.byref(call))
+
+
+def _loaded() -> ctypes.CDLL:
+    library, why_not = _library()
+    if library is None:
+        raise NotImplementedError(why_not)
+    return library
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    if sys.platform != "linux":
+        return None, "its C++ kernels are compiled on Linux only"
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        return None, "no C++ compiler is found to compile its kernels: install g++, or name one in CXX"
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} does not compile its kernels: {_first_line(error.stderr)}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"its kernels, compiled by {compiler}, do not load: {_first_line(str(error))}"
+    library.native_size.restype = ctypes.c_int64
+    if library.native_size() != ctypes.sizeof(Call):
+        return None, f"its kernels, compiled by {compiler}, take other arguments than this version passes"
+    return library, None
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the library, compiled by now.
+
+    Its name tells what it was made of. It appears when it is complete, so that processes need not wait for each other.
+    """
+    command = [compiler, *FLAGS, *WIDER.get(torch.backends.cpu.get_cpu_capability(), ()), str(SOURCE)]
+    # PyTorch's own OpenMP, if it brings one: with a second one threads of both would wait in turns, each on a core.
+    libraries = Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*")
+    command += ["-Wl,--as-needed", *map(str, sorted(libraries))]
+    made_of = "\0".join([*command, _version(compiler), torch.__version__, SOURCE.read_text()])
+    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    folder = _cache()
+    library = folder / name
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work, name)
+            subprocess.run([*command, "-o", made], check=True, capture_output=True, text=True, timeout=SECONDS)
+            made.replace(library)
+    return library
+
+
+def _version(compiler: str) -> str:
+    """Return what a compiler says that it is: another one may make another library."""
+    result = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=SECONDS)
+    return result.stdout
+
+
+def _cache() -> Path:
+    """Return the folder for compiled kernels; where the user's cache cannot be written, one for this process."""
+    with suppress(OSError, RuntimeError):  # no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qtuning_fast")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    made = tempfile.TemporaryDirectory(prefix="qtuning_fast-")
+    atexit.register(made.cleanup)
+    return Path(made.name)
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip()), "no reason given")

@@ -1,0 +1,299 @@
+"""The backend "native": C++ kernels over prefix and context for the CPU, compiled at first use.
+
+They compute in float32; tensors of 16 bits are widened first and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.common import constant, masked
+from qtuning_fast.attention.custom_op import Outputs, operator
+from qtuning_fast.attention.folding import as_bank, reduced, side_of, unfolded
+from qtuning_fast.attention.packed import spans
+from qtuning_fast.attention.reference import bank_index, prefix_rows
+from qtuning_fast.attention.sink import gradient as sink_gradient
+
+if TYPE_CHECKING:
+    from qtuning_fast.kernels import native
+
+CONTEXT = ("query", "key", "value")  # inputs with a gradient from the context
+NARROW = 512  # keys of a window up to which chunks are small: a larger one sees more keys than its queries do
+
+
+def why_not(call: PrefixAttentionCall) -> str | None:
+    """Return why the kernels cannot compute a call, or None."""
+    if not call.query.is_cpu:
+        return f"its C++ kernels are for the CPU, and query is on {call.query.device}"
+    if call.query.dtype == torch.float64:
+        return "its C++ kernels compute in float32, and query is float64"
+    return _obstacle(call.gate)
+
+
+def only_by_name(call: PrefixAttentionCall) -> str | None:
+    """Return why "auto" skips the kernels, or None."""
+    return "an exported graph may run where no compiler is" if torch.compiler.is_exporting() else None
+
+
+@constant
+def _obstacle(gate: str | None) -> str | None:
+    """Return why this machine has no kernels with a gate, or None."""
+    from qtuning_fast.kernels import native
+
+    return native.obstacle() if gate in native.GATES else f"gate: its C++ kernels have no {gate}"
+
+
+class _Passes:
+    """Both passes; see `custom_op.Passes`."""
+
+    def forward(self, call: PrefixAttentionCall) -> Outputs:
+        """Compute output, log-sum-exp and its residual."""
+        from qtuning_fast.kernels import native
+
+        room = _output_room(call, torch.float32)
+        _, lse, rest = self.empty_outputs(call)
+        arguments = _Arguments(call, native)
+        struct = arguments.struct
+        struct.output, struct.lse, struct.rest = _rows(native, room), lse.data_ptr(), _address(rest)
+        if call.is_packed:  # rows of no sequence
+            room.zero_()
+            lse.fill_(-torch.inf)
+            rest.zero_()
+        native.forward(struct)
+        return room.to(call.query.dtype), lse, rest
+
+    def empty_outputs(self, call: PrefixAttentionCall) -> Outputs:
+        """Allocate outputs with the shapes, strides and dtypes of `forward`'s."""
+        output = _output_room(call, call.query.dtype)
+        lse = output.new_empty(call.query.shape[:3], dtype=torch.float32)
+        return output, lse, torch.empty_like(lse) if _keeps_rest(call) else lse.new_empty(0)
+
+    def backward(
+        self,
+        call: PrefixAttentionCall,
+        output: Tensor,
+        lse: Tensor,
+        lse_rest: Tensor,
+        d_output: Tensor,
+        needed: Sequence[str],
+    ) -> list[Tensor]:
+        """Compute the gradients that are needed."""
+        from qtuning_fast.kernels import native
+
+        found: dict[str, Tensor] = {}
+        if "sink" in needed:
+            found["sink"] = sink_gradient(call, output, lse, lse_rest, d_output)
+        of_context = any(name in CONTEXT for name in needed)
+        of_prefix = [name for name in needed if name not in CONTEXT and name != "sink"]
+        if of_context or of_prefix:
+            arguments = _Arguments(call, native)
+            struct = arguments.struct
+            wide_output, wide_d_output = _wide(output), _wide(d_output)
+            struct.output, struct.d_output = _rows(native, wide_output), _rows(native, wide_d_output)
+            wide_lse, wide_rest = _laid_out(lse), _laid_out(lse_rest)
+            struct.lse, struct.rest = wide_lse.data_ptr(), _address(wide_rest)
+            struct.context_gradients, struct.prefix_gradients = of_context, bool(of_prefix)
+            rooms = _Rooms(arguments, of_context)
+            native.backward(struct)
+            found |= rooms.of_context() if of_context else {}
+            found |= rooms.of_prefix() if of_prefix else {}
+        return [found[name] for name in needed]
+
+    def empty_gradients(self, call: PrefixAttentionCall, needed: Sequence[str]) -> list[Tensor]:
+        """Allocate gradients with the shapes, strides and dtypes of `backward`'s."""
+        inputs = [(name, getattr(call, name)) for name in needed]
+        return [_gradient_room(x, x.dtype) if name in CONTEXT else x.new_empty(x.shape) for name, x in inputs]
+
+
+class _Arguments:
+    """The struct of a call, and the tensors that its addresses point to."""
+
+    def __init__(self, call: PrefixAttentionCall, native: Any) -> None:
+        self.call, self.native = call, native
+        self.struct = struct = native.Call()
+        self.query, self.key, self.value = (_wide(x) for x in (call.query, call.key, call.value))
+        struct.query, struct.key, struct.value = (_rows(native, x) for x in (self.query, self.key, self.value))
+        self._take_prefix()
+        self._kept = [self._overlay(name, mask) for name, mask in self._masks()]
+        struct.sink = _address(self._keep(None if call.sink is None else _laid_out(call.sink.float())))
+        self.samples = self._samples()
+        struct.samples, struct.count = self.samples.ctypes.data, len(self.samples)
+        (_, struct.Hq, struct.rows, struct.D), (struct.Hkv, struct.Dv) = call.query.shape, call.value.shape[1::2]
+        before, after = call.keys_before, call.keys_after
+        struct.before, struct.after = (-1 if reach is None else reach for reach in (before, after))
+        struct.gate, struct.scale, struct.softcap = native.GATES.index(call.gate), call.scale, call.softcap or 0.0
+        struct.chunk, struct.threads = self._chunk(), torch.get_num_threads()
+        struct.lanes = struct.segments = 1
+
+    def _keep(self, x: Tensor | None) -> Tensor | None:
+        self._kept.append(x)
+        return x
+
+    def _take_prefix(self) -> None:
+        """Fold the prefixes that are used, each once."""
+        call, struct = self.call, self.struct
+        self.used: Tensor | None = None
+        self.index = np.zeros(call.counts[0], dtype=np.int64)
+        if call.prefix_index is not None:
+            self.used, index = torch.unique(bank_index(call), return_inverse=True)
+            self.index = index.numpy()
+            call = replace(call, prefix_index=self.used)
+        rows = [prefix_rows(call, *side_of(call, side)) for side in ("key", "value")]
+        self.prefix = [_laid_out(as_bank(call, x).detach().float()) for x in rows]  # [T, Hkv, P, .]
+        struct.prefix_key, struct.prefix_value = (x.data_ptr() for x in self.prefix)
+        struct.T, struct.P = self.prefix[0].shape[0], self.prefix[0].shape[2]
+        self.gate = [self._gate_parameter(x) for x in (call.alpha, call.tau)]
+        struct.alpha, struct.tau = (x.data_ptr() for x in self.gate)
+
+    def _gate_parameter(self, x: float | Tensor) -> Tensor:
+        """Return alpha or tau as [T, Hq]."""
+        x = torch.as_tensor(x, dtype=torch.float32, device="cpu").detach()
+        if x.ndim == 2 and self.used is not None:
+            x = x[self.used]
+        return x.new_empty(self.struct.T, self.call.query.shape[1]).copy_(x)
+
+    def _masks(self) -> list[tuple[str, Tensor | None]]:
+        call = self.call
+        padding = None if call.padding_mask is None else call.padding_mask[:, None, None, :]
+        return [("padding", padding), ("mask", call.attn_mask), ("bias", call.prefix_bias)]
+
+    def _overlay(self, name: str, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        if mask.dtype not in (torch.bool, torch.float32):
+            mask = masked(torch.zeros((), dtype=torch.float32), mask)
+        mask = mask.detach()
+        strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())]
+        setattr(self.struct, name, self.native.Overlay(mask.data_ptr(), *strides, mask.dtype == torch.bool))
+        return mask
+
+    def _samples(self) -> np.ndarray:
+        """Return where each sample, or packed sequence, has its rows."""
+        call, P = self.call, self.struct.P
+        count, N, M = call.counts
+        samples = np.zeros(count, dtype=[(name, np.int64) for name in self.native.SAMPLE])
+        samples["prefix"], samples["length"], samples["bias"] = self.index, P, np.arange(count)
+        if call.prefix_length is not None:
+            assert self.used is not None
+            samples["length"] = call.prefix_length[self.used].clamp(0, P).numpy()[self.index]
+        if call.is_packed:
+            for first, rows, side in (("first_query", "N", "queries"), ("first_key", "M", "keys")):
+                parts = [getattr(span, side) for span in spans(call)]
+                samples[first] = [part.start for part in parts]
+                samples[rows] = [part.stop - part.start for part in parts]
+        else:
+            samples["batch"], samples["N"], samples["M"] = np.arange(count), N, M
+        return samples
+
+    def _chunk(self) -> int:
+        """Return the queries of a task: about as many in each, and fewer where a window is narrow."""
+        struct, N = self.struct, self.call.counts[1]
+        most = self.native.CHUNK
+        if min(struct.before, struct.after) >= 0 and struct.before + struct.after <= NARROW:
+            most //= 2
+        return max(-(-N // max(-(-N // most), 1)), 1)
+
+
+class _Rooms:
+    """Memory that the backward pass writes, or adds to."""
+
+    def __init__(self, arguments: _Arguments, of_context: bool) -> None:
+        self._arguments, self._call = arguments, arguments.call
+        struct, native, call = arguments.struct, arguments.native, arguments.call
+        tasks = struct.count * struct.Hkv
+        wanted = 8 * struct.threads  # lanes in all: many more than threads, so that none waits long for the last
+        chunks = -(-call.counts[1] // struct.chunk)
+        struct.segments = min(max(-(-2 * struct.threads // max(tasks, 1)), 1), max(chunks, 1))
+        struct.lanes = max(min(-(-wanted // struct.Hkv), struct.count * struct.segments), 1)
+        lanes, G = struct.Hkv * struct.lanes, struct.Hq // struct.Hkv
+        widths = [-(-D // native.PADDED) * native.PADDED for D in (struct.D, struct.Dv)]
+        self._prefix = [torch.zeros(lanes, struct.T, struct.P, width) for width in widths]
+        self._gate = [torch.zeros(lanes, struct.T, G, dtype=torch.float64) for _ in range(2)]
+        struct.d_prefix_key, struct.d_prefix_value = (x.data_ptr() for x in self._prefix)
+        struct.d_alpha, struct.d_tau = (x.data_ptr() for x in self._gate)
+        if not of_context:
+            return
+        self._query = _gradient_room(call.query, torch.float32)
+        if call.is_packed:
+            self._query.zero_()
+        B, Hkv, M, _ = call.key.shape
+        self._context = [torch.zeros(struct.segments, B, M, Hkv, width).transpose(2, 3) for width in widths]
+        struct.d_query = _rows(native, self._query)
+        struct.d_key, struct.d_value = (_rows(native, x[0]) for x in self._context)
+        struct.d_key_segment, struct.d_value_segment = (x.stride(0) for x in self._context)
+
+    def of_context(self) -> dict[str, Tensor]:
+        """Return the gradients of query, key and value."""
+        call = self._call
+        found = {"query": self._query.to(call.query.dtype)}
+        for name, room in zip(("key", "value"), self._context):
+            x = getattr(call, name)
+            whole = room[0] if len(room) == 1 else room.sum(0)
+            if whole.shape[-1] != x.shape[-1]:
+                whole = _gradient_room(x, torch.float32).copy_(whole[..., : x.shape[-1]])
+            found[name] = whole.to(x.dtype)
+        return found
+
+    def of_prefix(self) -> dict[str, Tensor]:
+        """Return the gradients of the prefix's rows, of its reweighting and of the gate."""
+        call, struct = self._call, self._arguments.struct
+        found: dict[str, Tensor] = {}
+        for side, room in zip(("key", "value"), self._prefix):
+            rows, _ = side_of(call, side)
+            d_rows = room.unflatten(0, (struct.Hkv, -1)).sum(1).transpose(0, 1)[..., : rows.shape[-1]]
+            found |= unfolded(call, side, self._of_bank(d_rows))
+        for name, parameter, room in zip(("gate_alpha", "gate_tau"), (call.alpha, call.tau), self._gate):
+            by_head = room.unflatten(0, (struct.Hkv, -1)).sum(1).transpose(0, 1).flatten(1).float()  # [T, Hq]
+            found[name] = reduced(parameter, self._of_bank(by_head))
+        return found
+
+    def _of_bank(self, x: Tensor) -> Tensor:
+        """Return the gradients of all T prefixes from those of the prefixes in use."""
+        used = self._arguments.used
+        if used is None:
+            return x
+        return x.new_zeros(self._call.prefix_key.shape[0], *x.shape[1:]).index_copy_(0, used, x)
+
+
+def _keeps_rest(call: PrefixAttentionCall) -> bool:
+    """Return whether to keep the log-sum-exp's rounding residual: under additive masks, whose values may be large."""
+    overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
+    return any(x is not None and x.dtype != torch.bool for x in overlays)
+
+
+def _output_room(call: PrefixAttentionCall, dtype: torch.dtype) -> Tensor:
+    B, Hq, N, _ = call.query.shape
+    return call.query.new_empty(B, N, Hq, call.value.shape[-1], dtype=dtype).transpose(1, 2)
+
+
+def _gradient_room(x: Tensor, dtype: torch.dtype) -> Tensor:
+    B, H, N, D = x.shape
+    return x.new_empty(B, N, H, D, dtype=dtype).transpose(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x [B, H, N, D] in float32, with contiguous columns."""
+    x = x.detach().to(torch.float32)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _rows(native: Any, x: Tensor) -> native.Rows:
+    return native.Rows(x.data_ptr(), *x.stride()[:3])
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+attend = operator("native_attention", _Passes)

@@ -1,0 +1,132 @@
+"""The native backend: what it refuses, and how it cuts its work. How exact it is: test_accuracy.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtuning_fast import explain_backend, prefix_attention
+from qtuning_fast.attention import native
+from qtuning_fast.kernels import native as kernels
+
+pytestmark = pytest.mark.native
+
+BASE = {"dtype": torch.float32, "B": 2, "Hkv": 2, "G": 2, "N": 17, "M": 15, "P": 5, "D": 16, "Dv": 16}
+WHOLE = {"rank_key": 1, "rank_value": 2, "n_shared": 2, "gate_shape": "head"}
+
+
+@pytest.fixture
+def same(gradients):
+    """Checks that a call's output and gradients are those of the reference."""
+
+    def check(arguments, tolerance=1e-5):
+        found, exact = ({**arguments, "backend": name} for name in ("native", "reference"))
+        output, expected = prefix_attention(**found), prefix_attention(**exact)
+        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        d_output = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        ours, theirs = gradients(found, d_output), gradients(exact, d_output)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=20 * tolerance, atol=20 * tolerance)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [({"dtype": torch.float64}, "query is float64"), ({"device": "meta"}, "for the CPU, and query is on meta")],
+)
+def test_what_it_cannot_do_it_refuses_by_name(make_call, change, complaint):
+    device = change.pop("device", "cpu")
+    arguments = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in make_call(**BASE | change).items()
+    }
+    with pytest.raises(NotImplementedError, match=complaint):
+        prefix_attention(**arguments, backend="native")
+
+
+def test_a_gate_that_is_not_written_in_cpp_is_left_to_others(make_call, monkeypatch):
+    monkeypatch.setattr(kernels, "GATES", (None, "sigmoid"))
+    with pytest.raises(NotImplementedError, match=r"gate: its C.. kernels have no tanh"):
+        prefix_attention(**make_call(**BASE), backend="native")
+
+
+def test_what_is_exported_runs_without_it(make_call, call_of, monkeypatch):
+    call = call_of(make_call(**BASE))
+    assert native.only_by_name(call) is None
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert "no compiler" in native.only_by_name(call)
+
+
+@pytest.mark.parametrize("empty", ["B", "N", "M", "P", "M and P", "everything"])
+def test_nothing_of_a_kind(make_call, same, empty):
+    sizes = {"everything": {"B": 0, "N": 0, "M": 0, "P": 0}, "M and P": {"M": 0, "P": 0}}.get(empty, {empty: 0})
+    sizes |= {"n_shared": 0} if sizes.get("P") == 0 else {}
+    same(make_call(**BASE | WHOLE | sizes))
+    if empty != "P":
+        same(make_call(**BASE | WHOLE | sizes | {"T": 2, "lengths": True, "gate_shape": "task, head"}))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"B": 1, "Hkv": 1, "N": 700, "M": 650},  # one sample and head: its queries are cut
+        {"B": 1, "Hkv": 1, "N": 700, "M": 700, "is_causal": True, "D": 24, "Dv": 40},
+        {"B": 9, "Hkv": 3, "T": 4, "N": 5},
+        {"B": 1, "Hkv": 1, "packed": ([300, 1, 200], [300, 1, 200]), "is_causal": True, "N": 501, "M": 501},
+    ],
+    ids=["long", "causal", "tasks", "packed"],
+)
+def test_however_many_threads_share_the_work(make_call, same, threads, sizes):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        same(make_call(**BASE | WHOLE | sizes))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("N", [1, 15, 16, 17, 63, 64, 65, 129, 200])
+@pytest.mark.parametrize("window", [None, (3, 0), (40, 70)])
+def test_chunks_of_any_size(make_call, same, N, window):
+    same(make_call(**BASE | WHOLE | {"N": N, "M": N + 30, "window": window}))
+
+
+@pytest.mark.parametrize("P", [1, 191, 192, 193, 400])
+def test_tiles_of_any_size(make_call, same, P):
+    same(make_call(**BASE | WHOLE | {"P": P, "n_shared": 1, "M": P + 1, "mask": "padding bool"}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("where", ["query", "key", "value", "prefix_key"])
+def test_what_is_not_a_number_stays_so(make_call, where, dtype):
+    arguments = make_call(**BASE | {"dtype": dtype})
+    with torch.no_grad():
+        arguments[where][..., 3, :] = torch.nan
+    found, exact = (prefix_attention(**arguments, backend=name).isnan() for name in ("native", "reference"))
+    assert torch.equal(found, exact) and found.any()
+
+
+def test_overflowing_scores_are_not_hidden(make_call):
+    arguments = make_call(**BASE)
+    with torch.no_grad():
+        arguments["query"] *= 1e30
+        arguments["key"] *= 1e30
+    assert prefix_attention(**arguments, backend="native").isnan().any()
+
+
+def test_keys_of_padding_at_either_end_are_not_read(make_call):
+    arguments = make_call(**BASE)
+    attended = torch.zeros(2, 15, dtype=torch.bool)
+    attended[0, 4:11], attended[1] = True, False
+    expected = prefix_attention(**arguments, padding_mask=attended, backend="reference")
+    with torch.no_grad():
+        for name in ("key", "value"):
+            arguments[name][0, :, :4] = arguments[name][0, :, 11:] = arguments[name][1] = torch.nan
+    output = prefix_attention(**arguments, padding_mask=attended, backend="native")
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_auto_leaves_decoding_to_the_composed_backend(make_call):
+    choice = explain_backend(**make_call(**BASE | {"N": 1, "M": 1024, "Hkv": 8, "P": 60, "B": 4}))
+    assert choice.backend == "composed"
