@@ -17,7 +17,7 @@ LOWER_BOUNDS = {  # the first that was measured
     "sdpa-no-concat": "PyTorch's attention without a gate, the prefix in its cache",
     "sdpa": "PyTorch's attention without a gate",
 }
-OWN = ("fused", "composed", "reference")
+OWN = ("fused", "native", "composed", "reference")
 LEGEND = "±: interquartile range; MB: beyond the inputs; error: largest, beside float64\n"
 
 

@@ -33,6 +33,13 @@ def ratio(row: Row | None, other: Row | None, which: str) -> float | None:
     return both[0]["median"] / both[1]["median"] if both else None
 
 
+def slowdowns(entry: Mapping[str, Any], peer: str) -> dict[int, float]:
+    """The time of a peer's step beside so many busy processes over its time alone; without what was not measured."""
+    alone = median(entry["beside"]["0"][peer], "step")
+    times = {int(count): median(rows[peer], "step") for count, rows in entry["beside"].items()}
+    return {count: ms / alone for count, ms in times.items() if ms and alone}
+
+
 def auto(entry: Mapping[str, Any], which: str) -> str | None:
     """The backend that `auto` takes; if it was not measured, the first of ours that was."""
     taken = entry["auto"]["backend"] if "auto" in entry else None

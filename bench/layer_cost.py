@@ -29,7 +29,7 @@ from qtuning_fast.method.config import QTuningConfig
 QUESTION = "own_model"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WRONG}
 PEERS_BY_DEVICE = {
-    "cpu": ("composed", "eager", "sdpa"),
+    "cpu": ("native", "composed", "eager", "sdpa"),
     "cuda": ("fused", "composed", "eager", "flex-frozen-gate", "sdpa"),
 }
 IN_THE_CACHE = "sdpa-no-concat"  # in decoding, the cache of PyTorch's attention holds the prefix already

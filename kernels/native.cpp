@@ -53,6 +53,15 @@ static inline float sum_of(vec x) {
   return total;
 }
 
+static float inner_product(const float* a, const float* b, int64_t n) {
+  vec sums = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) sums += load(a + i) * load(b + i);
+  float total = sum_of(sums);
+  for (; i < n; i++) total += a[i] * b[i];
+  return total;
+}
+
 // Polynomials of the Cephes library (expf, tanhf). Exactly 0 below -87.
 static inline vec exp_of(vec x) {
   const vec given = x;
@@ -209,22 +218,31 @@ struct Overlay {  // a mask [B, H, N, M], or null; a stride of 0 repeats it
 };
 
 struct Sample {  // a sample, or a packed sequence
-  int64_t batch, first_query, N, first_key, M, prefix, length, bias;
+  int64_t batch, first_query, N, first_key, M;
+  int64_t prefix, length, task, bias;  // its prefix in `folded`, rows of it, its number among those in use
   int64_t seen_from, seen_to;  // context keys outside are padding; filled in here
+};
+
+struct Side {  // the prefix's keys, or its values; R is 0 without reweighting
+  const float *rows, *U, *V;  // [., Hkv, P, D], [., P, R], [., R, Hkv, D] of a bank
+  float* folded;              // what queries see: rows themselves, or W o rows of the prefixes in use, [T, Hkv, P, D]
+  float* parts;               // gradients of that, [Hkv, lanes, T, P, D rounded up to PADDED]
+  float *d_rows, *d_U, *d_V;  // like rows, U and V
+  int64_t D, R;
 };
 
 struct Call {
   Rows query, key, value, output, d_output, d_query, d_key, d_value;
   Overlay padding, mask, bias;
   const Sample* samples;
-  const float *prefix_key, *prefix_value;  // [T, Hkv, P, .], reweighted
-  const float *alpha, *tau;                // [T, Hq]
-  const float* sink;                       // [Hq] or null
-  float *lse, *rest;                       // [B, Hq, N]; rest may be null
-  float *d_prefix_key, *d_prefix_value;    // [lanes, T, P, .], columns rounded up to PADDED
-  double *d_alpha, *d_tau;                 // [lanes, T, Hq / Hkv]
+  Side prefix_key, prefix_value;
+  const int64_t *used, *lengths;  // [T] of the prefixes in use: their places in the bank, and their rows
+  const float *alpha, *tau;       // [T, Hq]
+  const float* sink;              // [Hq] or null
+  float *lse, *rest;              // [B, Hq, N]; rest may be null
+  double *d_alpha, *d_tau;        // [Hkv, lanes, T, Hq / Hkv]
   int64_t count, rows;                     // samples; rows of query in all: N of lse
-  int64_t Hq, Hkv, D, Dv, T, P;
+  int64_t Hq, Hkv, D, Dv, T, P, n_shared;
   int64_t before, after;                   // keys that a query sees around its position; -1: all
   int64_t gate, threads, chunk;
   int64_t lanes, segments;                 // backward: lanes of a key head; parts that a sample's queries are cut into
@@ -409,7 +427,8 @@ static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, boo
   };
   if (prefix && x.length > 0) {
     const int64_t row = (x.prefix * call.Hkv + kv) * call.P;
-    walk(true, 0, x.length, call.prefix_key + row * call.D, call.prefix_value + row * call.Dv, call.D, call.Dv);
+    walk(true, 0, x.length, call.prefix_key.folded + row * call.D, call.prefix_value.folded + row * call.Dv, call.D,
+         call.Dv);
   }
   if (!context) return;
   const int64_t position = x.M - x.N + chunk.first;
@@ -425,7 +444,7 @@ static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, boo
 
 // Writes g = s + a f(t s) to `to`, and f(t s) to y unless it is null.
 static void apply_gate(const Call& call, const Chunk& chunk, int m, const float* s, float* y, float* to) {
-  const int64_t at = chunk.sample->prefix * call.Hq + chunk.head;
+  const int64_t at = chunk.sample->task * call.Hq + chunk.head;
   const float alpha = call.alpha[at], tau = call.tau[at];
   for (int j = 0; j < m; j++)
     for (int i = 0; i < chunk.width; i += W) {
@@ -497,7 +516,7 @@ static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
 static void backward_scores(const Call& call, const Chunk& chunk, const Tile& tile, Room& room, double* d_alpha,
                             double* d_tau) {
   const bool is_gated = tile.of_prefix && call.gate != NONE, is_capped = call.softcap > 0;
-  const int64_t at = chunk.sample->prefix * call.Hq + chunk.head;
+  const int64_t at = chunk.sample->task * call.Hq + chunk.head;
   const float alpha = is_gated ? call.alpha[at] : 0.0f, tau = is_gated ? call.tau[at] : 0.0f;
   float* g = is_gated || is_capped ? room.p : room.s;  // masks must not reach what the gate and the cap see
   if (is_gated)
@@ -540,9 +559,7 @@ static void begin_backward(const Call& call, const Chunk& chunk, const float* qu
     room.L[i] = call.lse[at + i];
     if (call.rest != nullptr) room.rest[i] = call.rest[at + i];
     const float *o = call.output.at(x.batch, chunk.head, row + i), *d_o = d_output + i * call.d_output.row;
-    float delta = 0;
-    for (int64_t d = 0; d < call.Dv; d++) delta += o[d] * d_o[d];
-    room.delta[i] = delta;
+    room.delta[i] = inner_product(o, d_o, call.Dv);
   }
 }
 
@@ -563,7 +580,7 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
   int64_t query_row = call.query.row, d_output_row = call.d_output.row;
   query = as_factor(query, &query_row, chunk.n, int(call.D), room.copies[1]);
   d_output = as_factor(d_output, &d_output_row, chunk.n, int(call.Dv), room.copies[2]);
-  const int64_t entry = x.prefix * G + chunk.head % G;
+  const int64_t entry = x.task * G + chunk.head % G;
   bool is_first = true;
   for_each_tile(call, chunk, true, call.context_gradients, [&](Tile tile) {
     scores(call, chunk, tile, room.query, room.s);
@@ -573,7 +590,7 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
     float *d_key = nullptr, *d_value = nullptr;
     int64_t key_row = Dp, value_row = Dvp;
     if (tile.of_prefix) {
-      const int64_t first = x.prefix * call.P + tile.first;
+      const int64_t first = x.task * call.P + tile.first;
       if (call.prefix_gradients) d_key = to.prefix_key + first * Dp, d_value = to.prefix_value + first * Dvp;
     } else {
       key_row = call.d_key.row, value_row = call.d_value.row;
@@ -598,6 +615,59 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
     float* to = call.d_query.at(x.batch, chunk.head, row + i);
     for (int64_t d = 0; d < call.D; d++) to[d] = is_first ? 0.0f : room.o[i * Dp + d];
   }
+}
+
+// ------------------------------------------------------------------------------------------------------ reweighting
+
+// A row of W = U V, [D], of one head.
+static void weights_of(const Side& side, const Call& call, int64_t prefix, int64_t kv, int64_t p, float* W_row) {
+  std::fill(W_row, W_row + side.D, 0.0f);
+  for (int64_t r = 0; r < side.R; r++) {
+    const float u = side.U[(prefix * call.P + p) * side.R + r];
+    const float* v = side.V + ((prefix * side.R + r) * call.Hkv + kv) * side.D;
+    for (int64_t d = 0; d < side.D; d++) W_row[d] += u * v[d];
+  }
+}
+
+// k' = W o k for one prefix in use and one head; shared rows are as they are.
+static void fold(const Call& call, const Side& side, int64_t t, int64_t kv, float* W_row) {
+  const int64_t prefix = call.used[t];
+  const float* from = side.rows + (prefix * call.Hkv + kv) * call.P * side.D;
+  float* to = side.folded + (t * call.Hkv + kv) * call.P * side.D;
+  for (int64_t p = 0; p < call.lengths[t]; p++, from += side.D, to += side.D) {
+    if (p < call.n_shared) {
+      std::copy(from, from + side.D, to);
+      continue;
+    }
+    weights_of(side, call, prefix, kv, p, W_row);
+    for (int64_t d = 0; d < side.D; d++) to[d] = from[d] * W_row[d];
+  }
+}
+
+// From dk', in parts, to dk, dU and dV of one prefix in use.
+static void unfold(const Call& call, const Side& side, int64_t t, float* W_row) {
+  const int64_t prefix = call.used[t], Dp = rounded_up(side.D, PADDED);
+  for (int64_t kv = 0; kv < call.Hkv; kv++)
+    for (int64_t p = 0; p < call.lengths[t]; p++) {
+      const int64_t row = ((prefix * call.Hkv + kv) * call.P + p) * side.D;
+      float* d_row = side.d_rows + row;
+      for (int64_t lane = 0; lane < call.lanes; lane++) {
+        const float* part = side.parts + (((kv * call.lanes + lane) * call.T + t) * call.P + p) * Dp;
+        for (int64_t d = 0; d < side.D; d++) d_row[d] += part[d];
+      }
+      if (side.R == 0 || p < call.n_shared) continue;
+      weights_of(side, call, prefix, kv, p, W_row);
+      for (int64_t d = 0; d < side.D; d++) {
+        const float by_weight = d_row[d] * side.rows[row + d];
+        d_row[d] *= W_row[d];
+        W_row[d] = by_weight;
+      }
+      for (int64_t r = 0; r < side.R; r++) {
+        const int64_t at_u = (prefix * call.P + p) * side.R + r, at_v = ((prefix * side.R + r) * call.Hkv + kv) * side.D;
+        for (int64_t d = 0; d < side.D; d++) side.d_V[at_v + d] += side.U[at_u] * W_row[d];
+        side.d_U[at_u] += inner_product(side.V + at_v, W_row, side.D);
+      }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------ entry points
@@ -628,6 +698,27 @@ extern "C" {
 
 int64_t native_size() { return sizeof(Call); }
 
+// Computes `folded` of both sides, where there is a reweighting.
+void native_fold(const Call* given) {
+  const Call& call = *given;
+  std::vector<float> W_row(std::max(call.D, call.Dv));
+  for (int64_t t = 0; t < call.T; t++)
+    for (const Side* side : {&call.prefix_key, &call.prefix_value})
+      for (int64_t kv = 0; side->R > 0 && kv < call.Hkv; kv++) fold(call, *side, t, kv, W_row.data());
+}
+
+// Adds to `d_rows`, `d_U` and `d_V` of both sides.
+void native_unfold(const Call* given) {
+  const Call& call = *given;
+#pragma omp parallel num_threads(int(std::min(call.threads, call.T)))
+  {
+    std::vector<float> W_row(std::max(call.D, call.Dv));
+#pragma omp for
+    for (int64_t t = 0; t < call.T; t++)
+      for (const Side* side : {&call.prefix_key, &call.prefix_value}) unfold(call, *side, t, W_row.data());
+  }
+}
+
 void native_forward(const Call* given) {
   const Call& call = *given;
   const std::vector<Sample> samples = samples_of(call);
@@ -657,8 +748,9 @@ void native_backward(const Call* given) {
 #pragma omp for schedule(dynamic)
     for (int64_t lane = 0; lane < call.Hkv * call.lanes; lane++) {
       const int64_t kv = lane / call.lanes, part = lane % call.lanes;
-      Gradients to{call.d_prefix_key + lane * call.T * call.P * Dp, call.d_prefix_value + lane * call.T * call.P * Dvp,
-                   call.d_alpha + lane * call.T * G, call.d_tau + lane * call.T * G, 0};
+      Gradients to{call.prefix_key.parts + lane * call.T * call.P * Dp,
+                   call.prefix_value.parts + lane * call.T * call.P * Dvp, call.d_alpha + lane * call.T * G,
+                   call.d_tau + lane * call.T * G, 0};
       for (int64_t unit = units * part / call.lanes; unit < units * (part + 1) / call.lanes; unit++) {
         const Sample& x = samples[unit / call.segments];
         const int64_t each = chunks_of(call, x);

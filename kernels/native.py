@@ -47,7 +47,19 @@ class Overlay(ctypes.Structure):
     _fields_ = [("data", _address), *((name, _integer) for name in ("batch", "head", "row", "column", "is_bool"))]
 
 
-SAMPLE = ("batch", "first_query", "N", "first_key", "M", "prefix", "length", "bias", "seen_from", "seen_to")
+class Side(ctypes.Structure):
+    """The prefix's keys, or its values."""
+
+    _fields_ = [
+        *((name, _address) for name in ("rows", "U", "V", "folded", "parts", "d_rows", "d_U", "d_V")),
+        *((name, _integer) for name in ("D", "R")),
+    ]
+
+
+SAMPLE = (  # the fields of a sample, all of 64 bits
+    *("batch", "first_query", "N", "first_key", "M", "prefix", "length", "task", "bias"),
+    *("seen_from", "seen_to"),
+)
 
 
 class Call(ctypes.Structure):
@@ -56,9 +68,11 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, Rows) for name in ("query", "key", "value", "output", "d_output", "d_query", "d_key", "d_value")),
         *((name, Overlay) for name in ("padding", "mask", "bias")),
-        *((name, _address) for name in ("samples", "prefix_key", "prefix_value", "alpha", "tau", "sink")),
-        *((name, _address) for name in ("lse", "rest", "d_prefix_key", "d_prefix_value", "d_alpha", "d_tau")),
-        *((name, _integer) for name in ("count", "rows", "Hq", "Hkv", "D", "Dv", "T", "P", "before", "after")),
+        ("samples", _address),
+        *((name, Side) for name in ("prefix_key", "prefix_value")),
+        *((name, _address) for name in ("used", "lengths", "alpha", "tau", "sink", "lse", "rest", "d_alpha", "d_tau")),
+        *((name, _integer) for name in ("count", "rows", "Hq", "Hkv", "D", "Dv", "T", "P", "n_shared")),
+        *((name, _integer) for name in ("before", "after")),
         *((name, _integer) for name in ("gate", "threads", "chunk", "lanes", "segments")),
         *((name, _integer) for name in ("context_gradients", "prefix_gradients")),
         *((name, _integer) for name in ("d_key_segment", "d_value_segment")),
@@ -72,14 +86,24 @@ def obstacle() -> str | None:
     return _library()[1]
 
 
+def fold(call: Call) -> None:
+    """Write the folded rows of the prefixes in use, where they are reweighted."""
+    _loaded().native_fold(ctypes.byref(call))
+
+
 def forward(call: Call) -> None:
     """Write the output and the log-sum-exp."""
     _loaded().native_forward(ctypes.byref(call))
 
 
 def backward(call: Call) -> None:
-    """Write the gradients; those of the prefix and of the context's keys and values are added to what is there."""
+    """Write d_query; add to d_key, d_value, the parts of the folded rows' gradients, d_alpha and d_tau."""
     _loaded().native_backward(ctypes.byref(call))
+
+
+def unfold(call: Call) -> None:
+    """Add to the gradients of stored rows, U and V, from the parts."""
+    _loaded().native_unfold(ctypes.byref(call))
 
 
 def _loaded() -> ctypes.CDLL:

@@ -87,6 +87,7 @@ PLANS: dict[str, tuple[Step, ...]] = {
         Step("decode", "rows.attention", 600, ("--decode",), rehearsal=_DECODE),
         _INGREDIENTS,
         Step("drop_in", "rows.drop_in", 300),
+        Step("busy", "rows.busy", 600),
         Step("growth", "rows.growth", 1200),
         _MIXED,
         Step("lifelong", "rows.lifelong", 1800),

@@ -77,6 +77,18 @@ def drop_in(document: Document) -> list[str]:
     return lines
 
 
+def busy(document: Document) -> list[str]:
+    """Milliseconds of a step alone, and how many times as long it takes beside busy processes."""
+    lines = ["| | alone | beside one | beside two |", "|---|---|---|---|"]
+    for entry in document["entries"].values():
+        for peer, row in entry["beside"]["0"].items():
+            ms, found = figures.median(row, "step"), figures.slowdowns(entry, peer)
+            if ms is not None:
+                beside = " | ".join(_times(found.get(count)) for count in (1, 2))
+                lines.append(f"| {peer}, {entry['about']} | {ms:.3g} ms | {beside} |")
+    return lines
+
+
 def tests(document: Document) -> list[str]:
     lines = ["| | passed | failed | skipped |", "|---|---|---|---|"]
     for name, entry in document["entries"].items():

@@ -187,6 +187,15 @@ window as a mask of all scores.
         page_tables.drop_in,
         drawn=False,
     ),
+    Section(
+        "busy",
+        "On a busy machine",
+        """
+How many times as long a training step of one layer takes while other processes compute all the time.
+""",
+        page_tables.busy,
+        drawn=False,
+    ),
     Section("growth", "Growth", "The time over the length, the prefix, the batch, and the tasks in a mixed batch."),
     Section(
         "lifelong",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qtuning_fast.bench.figures import median, ratio
+from qtuning_fast.bench.figures import median, ratio, slowdowns
 
 Documents = Mapping[str, Mapping[str, Any]]  # of one device, by question
 
@@ -116,6 +116,17 @@ def saved(entry: str, case: str, documents: Documents) -> float | None:
     return ratio(found["rows"][case], found["rows"][found["over"]], "step")
 
 
+def slowed(entry: str, beside: int, documents: Documents) -> float | None:
+    """How much busy processes slow the native backend, over what they do to PyTorch's attention or torch.compile."""
+    found = documents.get("busy", {}).get("entries", {}).get(entry)
+    if found is None:
+        return None
+    by_peer = {peer: slowdowns(found, peer).get(beside) for peer in found["beside"]["0"]}
+    ours, others = by_peer.get("native"), [by_peer.get(peer) for peer in ("sdpa", "eager-compiled")]
+    worst = max((x for x in others if x), default=None)
+    return ours / worst if ours and worst else None
+
+
 def inferring(model: str, documents: Documents) -> float | None:
     """The time to score a batch among 2,000 tasks over that of the forward pass that yields its features."""
     entry = documents.get("task_inference", {}).get("entries", {}).get(model)
@@ -133,6 +144,10 @@ def _on_cpu() -> list[Target]:
         found.append(Target(f"reference over composed, {shape}", "cpu", AT_LEAST, 3.0, figure))
     peak = partial(peak_ratio, "long-4096-cpu", "composed", "sdpa")
     found.append(Target("peak memory, composed over sdpa, long-4096-cpu", "cpu", AT_MOST, 1.2, peak))
+    for tokens in ("N128", "N48"):
+        for beside, count in ((1, "one busy process"), (2, "two busy processes")):
+            name = f"slowdown beside {count}, native over the worst of sdpa and torch.compile, {tokens}"
+            found.append(Target(name, "cpu", AT_MOST, 1.0, partial(slowed, tokens, beside)))
     for model in ("bert-cpu", "bert-base"):
         scoring = partial(inferring, model)
         found.append(Target(f"scoring 2,000 tasks over a forward pass, {model}", "cpu", AT_MOST, 0.1, scoring))

@@ -49,7 +49,8 @@ from qtuning_fast.bench.timing import Turns, first_line
 
 ONLY_ON_A_GPU = ("fused", "cudnn", "flash", "efficient", "flex-approx")
 IN_INGREDIENTS = ("-no-gate", "-no-reweighting")  # measured there
-PEAKS = ("fused", "composed", "composed-plain", "reference", "eager", "flex-frozen-gate", "sdpa")  # memory is measured
+# Whose memory is measured.
+PEAKS = ("fused", "native", "composed", "composed-plain", "reference", "eager", "flex-frozen-gate", "sdpa")
 
 
 def measure(
@@ -190,7 +191,7 @@ def ceilings_of(known: Path | None, device: str) -> tuple[Ceilings | None, str]:
 
 def default_peers(device: str) -> list[str]:
     """All peers, without those that only a GPU has if this is none."""
-    left_out = IN_INGREDIENTS if device == "cuda" else IN_INGREDIENTS + ONLY_ON_A_GPU
+    left_out = IN_INGREDIENTS + (("native",) if device == "cuda" else ONLY_ON_A_GPU)
     return [name for name in PEERS if not any(part in name for part in left_out)]
 
 

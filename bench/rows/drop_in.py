@@ -35,7 +35,7 @@ class Question:
 
 def questions(device: str, *, tiny: bool = False) -> dict[str, Question]:
     """The questions, with shapes for a device."""
-    on_gpu, ours = device == "cuda", "fused" if device == "cuda" else "composed"
+    on_gpu, ours = device == "cuda", "fused" if device == "cuda" else "native"
     padded = shapes.THIRD if on_gpu else twin(shapes.THIRD, B=16)
     windowed = shapes.MODERNBERT if on_gpu else twin(shapes.MODERNBERT, Hq=4, Hkv=4)
     if tiny:

@@ -29,7 +29,7 @@ from qtuning_fast.bench.timing import Turns
 GROWTH_TURNS = Turns(rounds=20, seconds=1.5)
 PEERS_BY_DEVICE = {
     "cuda": ("fused", "composed", "eager", "flex-frozen-gate", "sdpa"),
-    "cpu": ("composed", "eager", "sdpa"),
+    "cpu": ("native", "eager", "sdpa"),
 }
 
 

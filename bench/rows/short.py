@@ -26,7 +26,7 @@ DTYPE = default_dtype(DEVICE)
 ON_GPU = ("tiny", "bert-base", "bert-base-mixed", "llama-8b", "decode-64")
 ON_CPU = ("tiny", "minilm-cpu", "bert-base-512-cpu", "bert-base-mixed-cpu", "decode-cpu")
 SHAPES = [shapes.SHAPES[name] for name in (ON_GPU if DEVICE == "cuda" else ON_CPU)]  # tiny: what any call costs
-OURS = ("fused", "composed") if DEVICE == "cuda" else ("composed",)
+OURS = ("fused", "composed") if DEVICE == "cuda" else ("native", "composed")
 
 side_by_side = pytest.mark.parametrize("peer", [*OURS, "eager", "sdpa"])
 briefly = pytest.mark.benchmark(min_rounds=5, max_time=0.7, warmup=True, warmup_iterations=2)

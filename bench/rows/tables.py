@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from qtuning_fast.bench.figures import Row, auto, best, median, ratio
+from qtuning_fast.bench.figures import Row, auto, best, median, ratio, slowdowns
 from qtuning_fast.bench.peers import OURS, PEERS
 
 WIDTH = 120
@@ -149,6 +149,23 @@ def drop_in(entry: Mapping[str, Any]) -> str:
             over = ratio(row, rows[entry["over"]], "step")
             cells = [number(median(row, which), 10, 3) for which in ("forward", "step")]
             lines.append(f"  {name:<28}{''.join(cells)}{number(over, 8, 2)}")
+    return "\n".join(lines)
+
+
+def busy(entry: Mapping[str, Any]) -> str:
+    """One line a peer: a step alone, and how much slower it is beside busy processes."""
+    lines = [
+        f"{entry['about']}; {entry['of']}",
+        f"  {'':<20}{'alone, ms':>10}"
+        + "".join(f"{f'beside {count}':>12}" for count in entry["beside"] if count != "0"),
+    ]
+    for peer, row in entry["beside"]["0"].items():
+        if row["error"]:
+            lines.append(f"  {peer}: {row['error']}"[:WIDTH])
+            continue
+        found = slowdowns(entry, peer)
+        cells = [f"{f'{found[count]:.2f} x':>12}" for count in sorted(found) if count]
+        lines.append(f"  {peer:<20}{number(median(row, 'step'), 10, 2)}{''.join(cells)}")
     return "\n".join(lines)
 
 

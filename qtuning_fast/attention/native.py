@@ -6,7 +6,6 @@ They compute in float32; tensors of 16 bits are widened first and rounded once a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import Tensor
 from qtuning_fast.attention.arguments import PrefixAttentionCall
 from qtuning_fast.attention.common import constant, masked
 from qtuning_fast.attention.custom_op import Outputs, operator
-from qtuning_fast.attention.folding import as_bank, reduced, side_of, unfolded
+from qtuning_fast.attention.folding import reduced, side_of
 from qtuning_fast.attention.packed import spans
-from qtuning_fast.attention.reference import bank_index, prefix_rows
+from qtuning_fast.attention.reference import bank_index
 from qtuning_fast.attention.sink import gradient as sink_gradient
 
 if TYPE_CHECKING:
@@ -118,45 +117,55 @@ class _Arguments:
     def __init__(self, call: PrefixAttentionCall, native: Any) -> None:
         self.call, self.native = call, native
         self.struct = struct = native.Call()
-        self.query, self.key, self.value = (_wide(x) for x in (call.query, call.key, call.value))
-        struct.query, struct.key, struct.value = (_rows(native, x) for x in (self.query, self.key, self.value))
-        self._take_prefix()
-        self._kept = [self._overlay(name, mask) for name, mask in self._masks()]
-        struct.sink = _address(self._keep(None if call.sink is None else _laid_out(call.sink.float())))
-        self.samples = self._samples()
-        struct.samples, struct.count = self.samples.ctypes.data, len(self.samples)
         (_, struct.Hq, struct.rows, struct.D), (struct.Hkv, struct.Dv) = call.query.shape, call.value.shape[1::2]
+        struct.P, struct.n_shared = call.prefix_key.shape[-2], call.n_shared
+        wide = [_wide(x) for x in (call.query, call.key, call.value)]
+        struct.query, struct.key, struct.value = (_rows(native, x) for x in wide)
+        self._kept: list[Tensor | None] = [*wide]
+        self._kept += [self._overlay(name, mask) for name, mask in self._masks()]
+        self._kept += [None if call.sink is None else _laid_out(call.sink.detach().float())]
+        struct.sink = _address(self._kept[-1])
         before, after = call.keys_before, call.keys_after
         struct.before, struct.after = (-1 if reach is None else reach for reach in (before, after))
         struct.gate, struct.scale, struct.softcap = native.GATES.index(call.gate), call.scale, call.softcap or 0.0
         struct.chunk, struct.threads = self._chunk(), torch.get_num_threads()
         struct.lanes = struct.segments = 1
-
-    def _keep(self, x: Tensor | None) -> Tensor | None:
-        self._kept.append(x)
-        return x
+        self._take_prefix()
+        self.samples = self._samples()
+        struct.samples, struct.count = self.samples.ctypes.data, len(self.samples)
+        native.fold(struct)
 
     def _take_prefix(self) -> None:
-        """Fold the prefixes that are used, each once."""
-        call, struct = self.call, self.struct
-        self.used: Tensor | None = None
-        self.index = np.zeros(call.counts[0], dtype=np.int64)
+        """Take the prefixes that are in use, each once."""
+        call, struct, count = self.call, self.struct, self.call.counts[0]
+        self.used, self.task = np.zeros(1, dtype=np.int64), np.zeros(count, dtype=np.int64)
         if call.prefix_index is not None:
-            self.used, index = torch.unique(bank_index(call), return_inverse=True)
-            self.index = index.numpy()
-            call = replace(call, prefix_index=self.used)
-        rows = [prefix_rows(call, *side_of(call, side)) for side in ("key", "value")]
-        self.prefix = [_laid_out(as_bank(call, x).detach().float()) for x in rows]  # [T, Hkv, P, .]
-        struct.prefix_key, struct.prefix_value = (x.data_ptr() for x in self.prefix)
-        struct.T, struct.P = self.prefix[0].shape[0], self.prefix[0].shape[2]
-        self.gate = [self._gate_parameter(x) for x in (call.alpha, call.tau)]
-        struct.alpha, struct.tau = (x.data_ptr() for x in self.gate)
+            self.used, self.task = np.unique(bank_index(call).numpy(), return_inverse=True)
+        lengths = np.full(len(self.used), struct.P, dtype=np.int64)
+        if call.prefix_length is not None:
+            lengths[:] = call.prefix_length.clamp(0, struct.P).numpy()[self.used]
+        self.lengths = lengths
+        struct.T, struct.used, struct.lengths = len(self.used), self.used.ctypes.data, lengths.ctypes.data
+        struct.prefix_key, struct.prefix_value = (self._side(side) for side in ("key", "value"))
+        self._kept += [self._gate_parameter(x) for x in (call.alpha, call.tau)]
+        struct.alpha, struct.tau = (_address(x) for x in self._kept[-2:])
+
+    def _side(self, side: str) -> native.Side:
+        rows, weights = side_of(self.call, side)
+        stored = [_laid_out(x.detach().float()) for x in (rows, *(weights or ()))]
+        folded = stored[0]
+        D, R = rows.shape[-1], 0 if weights is None else weights[0].shape[-1]
+        if R:
+            folded = torch.empty(self.struct.T, self.struct.Hkv, self.struct.P, D)
+        self._kept += [*stored, folded]
+        U, V = (_address(x) for x in stored[1:]) if R else (None, None)
+        return self.native.Side(rows=_address(stored[0]), U=U, V=V, folded=_address(folded), D=D, R=R)
 
     def _gate_parameter(self, x: float | Tensor) -> Tensor:
         """Return alpha or tau as [T, Hq]."""
         x = torch.as_tensor(x, dtype=torch.float32, device="cpu").detach()
-        if x.ndim == 2 and self.used is not None:
-            x = x[self.used]
+        if x.ndim == 2:
+            x = x[torch.from_numpy(self.used)]
         return x.new_empty(self.struct.T, self.call.query.shape[1]).copy_(x)
 
     def _masks(self) -> list[tuple[str, Tensor | None]]:
@@ -176,13 +185,11 @@ class _Arguments:
 
     def _samples(self) -> np.ndarray:
         """Return where each sample, or packed sequence, has its rows."""
-        call, P = self.call, self.struct.P
+        call, key = self.call, self.struct.prefix_key
         count, N, M = call.counts
         samples = np.zeros(count, dtype=[(name, np.int64) for name in self.native.SAMPLE])
-        samples["prefix"], samples["length"], samples["bias"] = self.index, P, np.arange(count)
-        if call.prefix_length is not None:
-            assert self.used is not None
-            samples["length"] = call.prefix_length[self.used].clamp(0, P).numpy()[self.index]
+        samples["task"], samples["bias"], samples["length"] = self.task, np.arange(count), self.lengths[self.task]
+        samples["prefix"] = self.task if key.folded != key.rows else self.used[self.task]
         if call.is_packed:
             for first, rows, side in (("first_query", "N", "queries"), ("first_key", "M", "keys")):
                 parts = [getattr(span, side) for span in spans(call)]
@@ -214,9 +221,9 @@ class _Rooms:
         struct.lanes = max(min(-(-wanted // struct.Hkv), struct.count * struct.segments), 1)
         lanes, G = struct.Hkv * struct.lanes, struct.Hq // struct.Hkv
         widths = [-(-D // native.PADDED) * native.PADDED for D in (struct.D, struct.Dv)]
-        self._prefix = [torch.zeros(lanes, struct.T, struct.P, width) for width in widths]
+        self._parts = [torch.zeros(lanes, struct.T, struct.P, width) for width in widths]
+        struct.prefix_key.parts, struct.prefix_value.parts = (x.data_ptr() for x in self._parts)
         self._gate = [torch.zeros(lanes, struct.T, G, dtype=torch.float64) for _ in range(2)]
-        struct.d_prefix_key, struct.d_prefix_value = (x.data_ptr() for x in self._prefix)
         struct.d_alpha, struct.d_tau = (x.data_ptr() for x in self._gate)
         if not of_context:
             return
@@ -243,12 +250,17 @@ class _Rooms:
 
     def of_prefix(self) -> dict[str, Tensor]:
         """Return the gradients of the prefix's rows, of its reweighting and of the gate."""
-        call, struct = self._call, self._arguments.struct
+        call, struct, native = self._call, self._arguments.struct, self._arguments.native
         found: dict[str, Tensor] = {}
-        for side, room in zip(("key", "value"), self._prefix):
-            rows, _ = side_of(call, side)
-            d_rows = room.unflatten(0, (struct.Hkv, -1)).sum(1).transpose(0, 1)[..., : rows.shape[-1]]
-            found |= unfolded(call, side, self._of_bank(d_rows))
+        for side, of_side in (("key", struct.prefix_key), ("value", struct.prefix_value)):
+            rows, weights = side_of(call, side)
+            stored = dict(zip((f"prefix_{side}", f"U_{side}", f"V_{side}"), (rows, *(weights or ()))))
+            rooms = {name: x.new_zeros(x.shape, dtype=torch.float32) for name, x in stored.items()}
+            for field, room in zip(("d_rows", "d_U", "d_V"), rooms.values()):
+                setattr(of_side, field, _address(room))
+            found |= rooms
+        native.unfold(struct)
+        found = {name: x.to(getattr(call, name).dtype) for name, x in found.items()}
         for name, parameter, room in zip(("gate_alpha", "gate_tau"), (call.alpha, call.tau), self._gate):
             by_head = room.unflatten(0, (struct.Hkv, -1)).sum(1).transpose(0, 1).flatten(1).float()  # [T, Hq]
             found[name] = reduced(parameter, self._of_bank(by_head))
@@ -256,10 +268,10 @@ class _Rooms:
 
     def _of_bank(self, x: Tensor) -> Tensor:
         """Return the gradients of all T prefixes from those of the prefixes in use."""
-        used = self._arguments.used
-        if used is None:
+        if self._call.prefix_index is None:
             return x
-        return x.new_zeros(self._call.prefix_key.shape[0], *x.shape[1:]).index_copy_(0, used, x)
+        whole = x.new_zeros(self._call.prefix_key.shape[0], *x.shape[1:])
+        return whole.index_copy_(0, torch.from_numpy(self._arguments.used), x)
 
 
 def _keeps_rest(call: PrefixAttentionCall) -> bool:
