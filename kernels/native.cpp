@@ -117,7 +117,15 @@ static inline vec softplus_of(vec x) {
 
 enum Gate { NONE, TANH, SIGMOID, GELU, RELU, SOFTPLUS, ELU, IDENTITY };
 
-// f(x) of the gate s + a f(t s), and its derivative. What is added to a score needs absolute accuracy only.
+// e^x - 1 for x <= 0, by its series near 0.
+static inline vec expm1_of(vec x) {
+  vec p = splat(1.0f / 5040);
+  for (float factorial : {720.0f, 120.0f, 24.0f, 6.0f, 2.0f}) p = p * x + 1.0f / factorial;
+  return x > splat(-0.4f) ? (p * x + 1.0f) * x : exp_of(x) - 1.0f;
+}
+
+// f(x) of the gate s + a f(t s), and its derivative. f is exact to 1e-7, not to digits of small values: it is added to a
+// score, which is as inexact unless a is large.
 static inline vec gate_of(int gate, vec x) {
   switch (gate) {
     case TANH: return sigmoid_of(x * 2.0f) * 2.0f - 1.0f;
@@ -125,7 +133,7 @@ static inline vec gate_of(int gate, vec x) {
     case GELU: return x * normal_of(x);
     case RELU: return larger(x, vec{});
     case SOFTPLUS: return softplus_of(x);
-    case ELU: return x > vec{} ? x : exp_of(smaller(x, vec{})) - 1.0f;
+    case ELU: return x > vec{} ? x : expm1_of(smaller(x, vec{}));
     default: return x;
   }
 }
@@ -219,16 +227,16 @@ struct Overlay {  // a mask [B, H, N, M], or null; a stride of 0 repeats it
 
 struct Sample {  // a sample, or a packed sequence
   int64_t batch, first_query, N, first_key, M;
-  int64_t prefix, length, task, bias;  // its prefix in `folded`, rows of it, its number among those in use
+  int64_t task, length, bias;  // its prefix, among those in use, and that prefix's rows
   int64_t seen_from, seen_to;  // context keys outside are padding; filled in here
 };
 
 struct Side {  // the prefix's keys, or its values; R is 0 without reweighting
-  const float *rows, *U, *V;  // [., Hkv, P, D], [., P, R], [., R, Hkv, D] of a bank
-  float* folded;              // what queries see: rows themselves, or W o rows of the prefixes in use, [T, Hkv, P, D]
-  float* parts;               // gradients of that, [Hkv, lanes, T, P, D rounded up to PADDED]
-  float *d_rows, *d_U, *d_V;  // like rows, U and V
-  int64_t D, R;
+  const float *rows, *U, *V;  // [., Hkv, P, D], [., P, R], [., R, Hkv, D]: of a whole bank, or of the prefixes in use
+  float* folded;              // W o rows of the prefixes in use, [T, Hkv, P, D]; null without reweighting
+  float* parts;               // gradients of what queries see, [Hkv, lanes, T, P, D rounded up to PADDED]
+  float *d_rows, *d_U, *d_V;  // like rows, U and V, of the prefixes in use
+  int64_t D, R, is_bank;
 };
 
 struct Call {
@@ -252,6 +260,16 @@ struct Call {
 };
 
 // ------------------------------------------------------------------------------------------------------------- a tile
+
+// Where rows, U and V have the prefix that is the t-th in use.
+static int64_t place_of(const Call& call, const Side& side, int64_t t) { return side.is_bank ? call.used[t] : t; }
+
+// The rows of a prefix that queries of one head see.
+static const float* rows_of(const Call& call, const Side& side, int64_t t, int64_t kv) {
+  const float* from = side.R > 0 ? side.folded : side.rows;
+  const int64_t place = side.R > 0 ? t : place_of(call, side, t);
+  return from + (place * call.Hkv + kv) * call.P * side.D;
+}
 
 struct Chunk {  // queries of one head of one sample
   const Sample* sample;
@@ -425,11 +443,9 @@ static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, boo
       f(Tile{of_prefix, from, int(to - from), key + from * key_row, value + from * value_row, key_row, value_row});
     }
   };
-  if (prefix && x.length > 0) {
-    const int64_t row = (x.prefix * call.Hkv + kv) * call.P;
-    walk(true, 0, x.length, call.prefix_key.folded + row * call.D, call.prefix_value.folded + row * call.Dv, call.D,
-         call.Dv);
-  }
+  if (prefix && x.length > 0)
+    walk(true, 0, x.length, rows_of(call, call.prefix_key, x.task, kv), rows_of(call, call.prefix_value, x.task, kv),
+         call.D, call.Dv);
   if (!context) return;
   const int64_t position = x.M - x.N + chunk.first;
   int64_t begin = x.seen_from, end = x.seen_to;
@@ -620,52 +636,54 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
 // ------------------------------------------------------------------------------------------------------ reweighting
 
 // A row of W = U V, [D], of one head.
-static void weights_of(const Side& side, const Call& call, int64_t prefix, int64_t kv, int64_t p, float* W_row) {
+static void weights_of(const Side& side, const Call& call, int64_t place, int64_t kv, int64_t p, float* W_row) {
   std::fill(W_row, W_row + side.D, 0.0f);
   for (int64_t r = 0; r < side.R; r++) {
-    const float u = side.U[(prefix * call.P + p) * side.R + r];
-    const float* v = side.V + ((prefix * side.R + r) * call.Hkv + kv) * side.D;
+    const float u = side.U[(place * call.P + p) * side.R + r];
+    const float* v = side.V + ((place * side.R + r) * call.Hkv + kv) * side.D;
     for (int64_t d = 0; d < side.D; d++) W_row[d] += u * v[d];
   }
 }
 
 // k' = W o k for one prefix in use and one head; shared rows are as they are.
 static void fold(const Call& call, const Side& side, int64_t t, int64_t kv, float* W_row) {
-  const int64_t prefix = call.used[t];
-  const float* from = side.rows + (prefix * call.Hkv + kv) * call.P * side.D;
+  const int64_t place = place_of(call, side, t);
+  const float* from = side.rows + (place * call.Hkv + kv) * call.P * side.D;
   float* to = side.folded + (t * call.Hkv + kv) * call.P * side.D;
   for (int64_t p = 0; p < call.lengths[t]; p++, from += side.D, to += side.D) {
     if (p < call.n_shared) {
       std::copy(from, from + side.D, to);
       continue;
     }
-    weights_of(side, call, prefix, kv, p, W_row);
+    weights_of(side, call, place, kv, p, W_row);
     for (int64_t d = 0; d < side.D; d++) to[d] = from[d] * W_row[d];
   }
 }
 
 // From dk', in parts, to dk, dU and dV of one prefix in use.
 static void unfold(const Call& call, const Side& side, int64_t t, float* W_row) {
-  const int64_t prefix = call.used[t], Dp = rounded_up(side.D, PADDED);
+  const int64_t place = place_of(call, side, t), Dp = rounded_up(side.D, PADDED);
   for (int64_t kv = 0; kv < call.Hkv; kv++)
     for (int64_t p = 0; p < call.lengths[t]; p++) {
-      const int64_t row = ((prefix * call.Hkv + kv) * call.P + p) * side.D;
-      float* d_row = side.d_rows + row;
+      float* d_row = side.d_rows + ((t * call.Hkv + kv) * call.P + p) * side.D;
+      const float* row = side.rows + ((place * call.Hkv + kv) * call.P + p) * side.D;
       for (int64_t lane = 0; lane < call.lanes; lane++) {
         const float* part = side.parts + (((kv * call.lanes + lane) * call.T + t) * call.P + p) * Dp;
         for (int64_t d = 0; d < side.D; d++) d_row[d] += part[d];
       }
       if (side.R == 0 || p < call.n_shared) continue;
-      weights_of(side, call, prefix, kv, p, W_row);
+      weights_of(side, call, place, kv, p, W_row);
       for (int64_t d = 0; d < side.D; d++) {
-        const float by_weight = d_row[d] * side.rows[row + d];
+        const float by_weight = d_row[d] * row[d];
         d_row[d] *= W_row[d];
         W_row[d] = by_weight;
       }
       for (int64_t r = 0; r < side.R; r++) {
-        const int64_t at_u = (prefix * call.P + p) * side.R + r, at_v = ((prefix * side.R + r) * call.Hkv + kv) * side.D;
-        for (int64_t d = 0; d < side.D; d++) side.d_V[at_v + d] += side.U[at_u] * W_row[d];
-        side.d_U[at_u] += inner_product(side.V + at_v, W_row, side.D);
+        auto u = [&](int64_t prefix) { return (prefix * call.P + p) * side.R + r; };
+        auto v = [&](int64_t prefix) { return ((prefix * side.R + r) * call.Hkv + kv) * side.D; };
+        float* d_v = side.d_V + v(t);
+        for (int64_t d = 0; d < side.D; d++) d_v[d] += side.U[u(place)] * W_row[d];
+        side.d_U[u(t)] += inner_product(side.V + v(place), W_row, side.D);
       }
     }
 }
@@ -701,10 +719,15 @@ int64_t native_size() { return sizeof(Call); }
 // Computes `folded` of both sides, where there is a reweighting.
 void native_fold(const Call* given) {
   const Call& call = *given;
-  std::vector<float> W_row(std::max(call.D, call.Dv));
-  for (int64_t t = 0; t < call.T; t++)
-    for (const Side* side : {&call.prefix_key, &call.prefix_value})
-      for (int64_t kv = 0; side->R > 0 && kv < call.Hkv; kv++) fold(call, *side, t, kv, W_row.data());
+  const int64_t tasks = call.T * call.Hkv;
+#pragma omp parallel num_threads(int(std::min(call.threads, call.T)))
+  {
+    std::vector<float> W_row(std::max(call.D, call.Dv));
+#pragma omp for
+    for (int64_t task = 0; task < tasks; task++)
+      for (const Side* side : {&call.prefix_key, &call.prefix_value})
+        if (side->R > 0) fold(call, *side, task / call.Hkv, task % call.Hkv, W_row.data());
+  }
 }
 
 // Adds to `d_rows`, `d_U` and `d_V` of both sides.
@@ -722,16 +745,16 @@ void native_unfold(const Call* given) {
 void native_forward(const Call* given) {
   const Call& call = *given;
   const std::vector<Sample> samples = samples_of(call);
-  int64_t chunks = 0;  // of a head, in all samples
-  for (const Sample& x : samples) chunks += chunks_of(call, x);
+  std::vector<int64_t> ends;  // of each sample's tasks: sample by sample, head by head, so that neighbours share keys
+  int64_t tasks = 0;
+  for (const Sample& x : samples) ends.push_back(tasks += chunks_of(call, x) * call.Hq);
 #pragma omp parallel num_threads(int(call.threads))
   {
     Room room(call);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < chunks * call.Hq; task++) {
-      int64_t s = 0, c = task;  // sample by sample, head by head, so that neighbours share keys
-      while (c >= chunks_of(call, samples[s]) * call.Hq) c -= chunks_of(call, samples[s++]) * call.Hq;
-      const int64_t each = chunks_of(call, samples[s]);
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t s = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+      const int64_t each = chunks_of(call, samples[s]), c = task - (ends[s] - each * call.Hq);
       forward_chunk(call, chunk_of(call, samples[s], c / each, c % each), room);
     }
   }

@@ -11,7 +11,9 @@ import atexit
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -52,12 +54,12 @@ class Side(ctypes.Structure):
 
     _fields_ = [
         *((name, _address) for name in ("rows", "U", "V", "folded", "parts", "d_rows", "d_U", "d_V")),
-        *((name, _integer) for name in ("D", "R")),
+        *((name, _integer) for name in ("D", "R", "is_bank")),
     ]
 
 
 SAMPLE = (  # the fields of a sample, all of 64 bits
-    *("batch", "first_query", "N", "first_key", "M", "prefix", "length", "task", "bias"),
+    *("batch", "first_query", "N", "first_key", "M", "task", "length", "bias"),
     *("seen_from", "seen_to"),
 )
 
@@ -117,54 +119,66 @@ def _loaded() -> ctypes.CDLL:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     if sys.platform != "linux":
         return None, "its C++ kernels are compiled on Linux only"
-    compiler = shutil.which(os.environ.get("CXX") or "c++")
-    if compiler is None:
+    compiler: list[str] = []
+    with suppress(ValueError):  # quotes that do not close
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if not compiler or shutil.which(compiler[0]) is None:
         return None, "no C++ compiler is found to compile its kernels: install g++, or name one in CXX"
+    made_by = shlex.join(compiler)
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        path = _compiled(compiler)
     except subprocess.CalledProcessError as error:
-        return None, f"{compiler} does not compile its kernels: {_first_line(error.stderr)}"
+        return None, f"{made_by} does not compile its kernels: {_first_line(error.stderr)}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"its kernels, compiled by {compiler}, do not load: {_first_line(str(error))}"
+        return None, f"its kernels cannot be compiled by {made_by}: {_first_line(str(error))}"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"its kernels, compiled by {made_by}, do not load: {_first_line(str(error))}"
     library.native_size.restype = ctypes.c_int64
     if library.native_size() != ctypes.sizeof(Call):
-        return None, f"its kernels, compiled by {compiler}, take other arguments than this version passes"
+        return None, f"its kernels, compiled by {made_by}, take other arguments than this version passes"
     return library, None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """Return the library, compiled by now.
 
     Its name tells what it was made of. It appears when it is complete, so that processes need not wait for each other.
     """
-    command = [compiler, *FLAGS, *WIDER.get(torch.backends.cpu.get_cpu_capability(), ()), str(SOURCE)]
+    command = [*compiler, *FLAGS, *WIDER.get(torch.backends.cpu.get_cpu_capability(), ()), str(SOURCE)]
     # PyTorch's own OpenMP, if it brings one: with a second one threads of both would wait in turns, each on a core.
     libraries = Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*")
     command += ["-Wl,--as-needed", *map(str, sorted(libraries))]
-    made_of = "\0".join([*command, _version(compiler), torch.__version__, SOURCE.read_text()])
+    made_of = "\0".join([*command, _run([*compiler, "--version"]), torch.__version__, SOURCE.read_text()])
     name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    folder = _cache()
+    folder = _cache(name)
     library = folder / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work, name)
-            subprocess.run([*command, "-o", made], check=True, capture_output=True, text=True, timeout=SECONDS)
+            _run([*command, "-o", str(made)])
             made.replace(library)
     return library
 
 
-def _version(compiler: str) -> str:
-    """Return what a compiler says that it is: another one may make another library."""
-    result = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=SECONDS)
+def _run(command: list[str]) -> str:
+    """Run a compiler and return what it prints."""
+    result = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     return result.stdout
 
 
-def _cache() -> Path:
-    """Return the folder for compiled kernels; where the user's cache cannot be written, one for this process."""
+def _cache(name: str) -> Path:
+    """Return the folder for a library: the user's cache, or one for this process.
+
+    What others may write to is not trusted. A folder that cannot be written serves if the library is there.
+    """
     with suppress(OSError, RuntimeError):  # no home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qtuning_fast")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
+        status = folder.stat()
+        is_ours = status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if is_ours and ((folder / name).exists() or os.access(folder, os.W_OK)):
             return folder
     made = tempfile.TemporaryDirectory(prefix="qtuning_fast-")
     atexit.register(made.cleanup)

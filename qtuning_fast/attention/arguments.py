@@ -77,6 +77,12 @@ class PrefixAttentionCall:
         return self.cu_seqlens_query if self.cu_seqlens_key is None else self.cu_seqlens_key
 
     @property
+    def has_additive_masks(self) -> bool:
+        """Whether masks or a bias add numbers to scores."""
+        overlays = (self.padding_mask, self.attn_mask, self.prefix_bias)
+        return any(x is not None and x.dtype != torch.bool for x in overlays)
+
+    @property
     def reweight_key(self) -> tuple[Tensor, Tensor] | None:
         return None if self.U_key is None or self.V_key is None else (self.U_key, self.V_key)
 
@@ -130,6 +136,7 @@ class PrefixArguments(TypedDict, total=False):
 
 
 _FIELDS = {each.name: get_args(each.type) for each in fields(PrefixAttentionCall)}  # name -> its type and its Spec
+CONTEXT = ("query", "key", "value")  # those of INPUTS that get a gradient from the context
 INPUTS = tuple(name for name, (_, spec) in _FIELDS.items() if spec.differentiable)
 
 # Types in the notation of PyTorch's operator schemas; an operator takes the fields one by one.

@@ -8,7 +8,7 @@ a call, the next rule that applies decides, and after the last one the order of 
 
 The default rules are not measured. They follow what is known of attention on GPUs: a single launch wins for short
 sequences, vendors' kernels win from some thousand keys on, and decoding, with its few queries, should read a prefix
-once for all samples. On a CPU native kernels are the fastest, except for a handful of scores.
+once for all samples.
 """
 
 import json

@@ -5,14 +5,14 @@ They compute in float32; tensors of 16 bits are widened first and rounded once a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.arguments import CONTEXT, PrefixAttentionCall
 from qtuning_fast.attention.common import constant, masked
 from qtuning_fast.attention.custom_op import Outputs, operator
 from qtuning_fast.attention.folding import reduced, side_of
@@ -23,7 +23,6 @@ from qtuning_fast.attention.sink import gradient as sink_gradient
 if TYPE_CHECKING:
     from qtuning_fast.kernels import native
 
-CONTEXT = ("query", "key", "value")  # inputs with a gradient from the context
 NARROW = 512  # keys of a window up to which chunks are small: a larger one sees more keys than its queries do
 
 
@@ -57,7 +56,7 @@ class _Passes:
         from qtuning_fast.kernels import native
 
         room = _output_room(call, torch.float32)
-        _, lse, rest = self.empty_outputs(call)
+        lse, rest = _lse_rooms(call)
         arguments = _Arguments(call, native)
         struct = arguments.struct
         struct.output, struct.lse, struct.rest = _rows(native, room), lse.data_ptr(), _address(rest)
@@ -70,9 +69,7 @@ class _Passes:
 
     def empty_outputs(self, call: PrefixAttentionCall) -> Outputs:
         """Allocate outputs with the shapes, strides and dtypes of `forward`'s."""
-        output = _output_room(call, call.query.dtype)
-        lse = output.new_empty(call.query.shape[:3], dtype=torch.float32)
-        return output, lse, torch.empty_like(lse) if _keeps_rest(call) else lse.new_empty(0)
+        return _output_room(call, call.query.dtype), *_lse_rooms(call)
 
     def backward(
         self,
@@ -99,7 +96,7 @@ class _Passes:
             wide_lse, wide_rest = _laid_out(lse), _laid_out(lse_rest)
             struct.lse, struct.rest = wide_lse.data_ptr(), _address(wide_rest)
             struct.context_gradients, struct.prefix_gradients = of_context, bool(of_prefix)
-            rooms = _Rooms(arguments, of_context)
+            rooms = _Rooms(arguments)
             native.backward(struct)
             found |= rooms.of_context() if of_context else {}
             found |= rooms.of_prefix() if of_prefix else {}
@@ -143,7 +140,7 @@ class _Arguments:
             self.used, self.task = np.unique(bank_index(call).numpy(), return_inverse=True)
         lengths = np.full(len(self.used), struct.P, dtype=np.int64)
         if call.prefix_length is not None:
-            lengths[:] = call.prefix_length.clamp(0, struct.P).numpy()[self.used]
+            lengths[:] = call.prefix_length.long().clamp(0, struct.P).numpy()[self.used]
         self.lengths = lengths
         struct.T, struct.used, struct.lengths = len(self.used), self.used.ctypes.data, lengths.ctypes.data
         struct.prefix_key, struct.prefix_value = (self._side(side) for side in ("key", "value"))
@@ -151,15 +148,21 @@ class _Arguments:
         struct.alpha, struct.tau = (_address(x) for x in self._kept[-2:])
 
     def _side(self, side: str) -> native.Side:
-        rows, weights = side_of(self.call, side)
-        stored = [_laid_out(x.detach().float()) for x in (rows, *(weights or ()))]
-        folded = stored[0]
-        D, R = rows.shape[-1], 0 if weights is None else weights[0].shape[-1]
-        if R:
-            folded = torch.empty(self.struct.T, self.struct.Hkv, self.struct.P, D)
-        self._kept += [*stored, folded]
-        U, V = (_address(x) for x in stored[1:]) if R else (None, None)
-        return self.native.Side(rows=_address(stored[0]), U=U, V=V, folded=_address(folded), D=D, R=R)
+        call, struct = self.call, self.struct
+        rows, weights = side_of(call, side)
+        stored = [x.detach() for x in (rows, *(weights or ()))]
+        is_bank = call.prefix_index is not None and all(x.dtype == torch.float32 and x.is_contiguous() for x in stored)
+        if call.prefix_index is not None and not is_bank:  # copied: a bank may hold far more prefixes than are in use
+            stored = [x[torch.from_numpy(self.used)] for x in stored]
+        stored = [_laid_out(x.float()) for x in stored]
+        found = self.native.Side(rows=_address(stored[0]), D=rows.shape[-1], is_bank=is_bank)
+        if weights is not None:
+            folded = _room(torch.empty, struct.T, struct.Hkv, struct.P, found.D)
+            found.R, found.U, found.V = weights[0].shape[-1], _address(stored[1]), _address(stored[2])
+            found.folded = _address(folded)
+            stored.append(folded)
+        self._kept += stored
+        return found
 
     def _gate_parameter(self, x: float | Tensor) -> Tensor:
         """Return alpha or tau as [T, Hq]."""
@@ -177,7 +180,7 @@ class _Arguments:
         if mask is None:
             return None
         if mask.dtype not in (torch.bool, torch.float32):
-            mask = masked(torch.zeros((), dtype=torch.float32), mask)
+            mask = masked(_room(torch.zeros), mask)
         mask = mask.detach()
         strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())]
         setattr(self.struct, name, self.native.Overlay(mask.data_ptr(), *strides, mask.dtype == torch.bool))
@@ -185,11 +188,10 @@ class _Arguments:
 
     def _samples(self) -> np.ndarray:
         """Return where each sample, or packed sequence, has its rows."""
-        call, key = self.call, self.struct.prefix_key
+        call = self.call
         count, N, M = call.counts
         samples = np.zeros(count, dtype=[(name, np.int64) for name in self.native.SAMPLE])
         samples["task"], samples["bias"], samples["length"] = self.task, np.arange(count), self.lengths[self.task]
-        samples["prefix"] = self.task if key.folded != key.rows else self.used[self.task]
         if call.is_packed:
             for first, rows, side in (("first_query", "N", "queries"), ("first_key", "M", "keys")):
                 parts = [getattr(span, side) for span in spans(call)]
@@ -211,27 +213,29 @@ class _Arguments:
 class _Rooms:
     """Memory that the backward pass writes, or adds to."""
 
-    def __init__(self, arguments: _Arguments, of_context: bool) -> None:
+    def __init__(self, arguments: _Arguments) -> None:
         self._arguments, self._call = arguments, arguments.call
         struct, native, call = arguments.struct, arguments.native, arguments.call
-        tasks = struct.count * struct.Hkv
-        wanted = 8 * struct.threads  # lanes in all: many more than threads, so that none waits long for the last
-        chunks = -(-call.counts[1] // struct.chunk)
-        struct.segments = min(max(-(-2 * struct.threads // max(tasks, 1)), 1), max(chunks, 1))
+        # Many more lanes than threads, so that none waits long for the last; but each has gradients of all prefixes.
+        wanted = max(8 * struct.threads // max(struct.T, 1), struct.threads)
+        chunks = max(-(-call.counts[1] // struct.chunk), 1)
+        struct.segments = min(max(-(-2 * struct.threads // max(struct.count * struct.Hkv, 1)), 1), chunks)
         struct.lanes = max(min(-(-wanted // struct.Hkv), struct.count * struct.segments), 1)
         lanes, G = struct.Hkv * struct.lanes, struct.Hq // struct.Hkv
         widths = [-(-D // native.PADDED) * native.PADDED for D in (struct.D, struct.Dv)]
-        self._parts = [torch.zeros(lanes, struct.T, struct.P, width) for width in widths]
-        struct.prefix_key.parts, struct.prefix_value.parts = (x.data_ptr() for x in self._parts)
-        self._gate = [torch.zeros(lanes, struct.T, G, dtype=torch.float64) for _ in range(2)]
+        self._gate = [_room(torch.zeros, lanes, struct.T, G, dtype=torch.float64) for _ in range(2)]
         struct.d_alpha, struct.d_tau = (x.data_ptr() for x in self._gate)
-        if not of_context:
+        if struct.prefix_gradients:
+            self._parts = [_room(torch.zeros, lanes, struct.T, struct.P, width) for width in widths]
+            struct.prefix_key.parts, struct.prefix_value.parts = (x.data_ptr() for x in self._parts)
+        if not struct.context_gradients:
             return
         self._query = _gradient_room(call.query, torch.float32)
         if call.is_packed:
             self._query.zero_()
         B, Hkv, M, _ = call.key.shape
-        self._context = [torch.zeros(struct.segments, B, M, Hkv, width).transpose(2, 3) for width in widths]
+        rooms = [_room(torch.zeros, struct.segments, B, M, Hkv, width) for width in widths]
+        self._context = [room.transpose(2, 3) for room in rooms]
         struct.d_query = _rows(native, self._query)
         struct.d_key, struct.d_value = (_rows(native, x[0]) for x in self._context)
         struct.d_key_segment, struct.d_value_segment = (x.stride(0) for x in self._context)
@@ -242,9 +246,9 @@ class _Rooms:
         found = {"query": self._query.to(call.query.dtype)}
         for name, room in zip(("key", "value"), self._context):
             x = getattr(call, name)
-            whole = room[0] if len(room) == 1 else room.sum(0)
-            if whole.shape[-1] != x.shape[-1]:
-                whole = _gradient_room(x, torch.float32).copy_(whole[..., : x.shape[-1]])
+            whole = (room[0] if len(room) == 1 else room.sum(0))[..., : x.shape[-1]]
+            if whole.stride() != (expected := _gradient_room(x, torch.float32)).stride():
+                whole = expected.copy_(whole)
             found[name] = whole.to(x.dtype)
         return found
 
@@ -255,12 +259,13 @@ class _Rooms:
         for side, of_side in (("key", struct.prefix_key), ("value", struct.prefix_value)):
             rows, weights = side_of(call, side)
             stored = dict(zip((f"prefix_{side}", f"U_{side}", f"V_{side}"), (rows, *(weights or ()))))
-            rooms = {name: x.new_zeros(x.shape, dtype=torch.float32) for name, x in stored.items()}
-            for field, room in zip(("d_rows", "d_U", "d_V"), rooms.values()):
+            shapes = [x.shape if call.prefix_index is None else (struct.T, *x.shape[1:]) for x in stored.values()]
+            rooms = [_room(torch.zeros, *shape) for shape in shapes]
+            for field, room in zip(("d_rows", "d_U", "d_V"), rooms):
                 setattr(of_side, field, _address(room))
-            found |= rooms
+            found |= dict(zip(stored, rooms))
         native.unfold(struct)
-        found = {name: x.to(getattr(call, name).dtype) for name, x in found.items()}
+        found = {name: self._of_bank(x).to(getattr(call, name).dtype) for name, x in found.items()}
         for name, parameter, room in zip(("gate_alpha", "gate_tau"), (call.alpha, call.tau), self._gate):
             by_head = room.unflatten(0, (struct.Hkv, -1)).sum(1).transpose(0, 1).flatten(1).float()  # [T, Hq]
             found[name] = reduced(parameter, self._of_bank(by_head))
@@ -274,10 +279,15 @@ class _Rooms:
         return whole.index_copy_(0, torch.from_numpy(self._arguments.used), x)
 
 
-def _keeps_rest(call: PrefixAttentionCall) -> bool:
-    """Return whether to keep the log-sum-exp's rounding residual: under additive masks, whose values may be large."""
-    overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
-    return any(x is not None and x.dtype != torch.bool for x in overlays)
+def _lse_rooms(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+    """Allocate the log-sum-exp and its residual, kept under additive masks, whose values may be large."""
+    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+    return lse, torch.empty_like(lse) if call.has_additive_masks else lse.new_empty(0)
+
+
+def _room(make: Callable[..., Tensor], *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocate memory for the kernels, whatever PyTorch's default dtype and device are."""
+    return make(shape, dtype=dtype, device="cpu")
 
 
 def _output_room(call: PrefixAttentionCall, dtype: torch.dtype) -> Tensor:

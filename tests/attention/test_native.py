@@ -7,6 +7,7 @@ import torch
 
 from qtuning_fast import explain_backend, prefix_attention
 from qtuning_fast.attention import native
+from qtuning_fast.attention.arguments import INPUTS, flattened
 from qtuning_fast.kernels import native as kernels
 
 pytestmark = pytest.mark.native
@@ -36,10 +37,9 @@ def same(gradients):
     [({"dtype": torch.float64}, "query is float64"), ({"device": "meta"}, "for the CPU, and query is on meta")],
 )
 def test_what_it_cannot_do_it_refuses_by_name(make_call, change, complaint):
-    device = change.pop("device", "cpu")
-    arguments = {
-        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in make_call(**BASE | change).items()
-    }
+    arguments = make_call(**BASE | {"dtype": change.get("dtype", torch.float32)})
+    device = change.get("device", "cpu")
+    arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(NotImplementedError, match=complaint):
         prefix_attention(**arguments, backend="native")
 
@@ -84,6 +84,88 @@ def test_however_many_threads_share_the_work(make_call, same, threads, sizes):
         same(make_call(**BASE | WHOLE | sizes))
     finally:
         torch.set_num_threads(before)
+
+
+BANK = {"T": 6, "B": 3, "lengths": True, "gate_shape": "task, head"}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"rank_key": 2, "rank_value": None},
+        {"rank_key": None, "rank_value": 2},
+        {"rank_key": None, "rank_value": None},
+        {"rank_key": 1, "rank_value": 3},
+    ],
+    ids=["keys", "values", "neither", "both"],
+)
+@pytest.mark.parametrize("stored", ["in place", "transposed", "in 16 bits"])
+def test_each_sample_gets_its_own_prefix_of_a_bank(make_call, gradients, weights, stored):
+    arguments = make_call(**BASE | BANK | weights)
+    arguments["prefix_index"] = torch.tensor([4, 2, 4])
+    if stored == "transposed":
+        for name in ("prefix_key", "prefix_value"):
+            arguments[name] = arguments[name].detach().mT.contiguous().mT.requires_grad_()
+    elif stored == "in 16 bits":
+        arguments = {
+            name: x.detach().half().requires_grad_() if name in FLOATING else x for name, x in arguments.items()
+        }
+    found, exact = ({**arguments, "backend": name} for name in ("native", "reference"))
+    output, expected = prefix_attention(**found), prefix_attention(**exact)
+    tolerance = 3e-2 if stored == "in 16 bits" else 1e-4
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    d_output = torch.ones_like(output)
+    theirs = gradients(exact, d_output)
+    for name, gradient in gradients(found, d_output).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=tolerance, atol=tolerance)
+
+
+FLOATING = ("query", "key", "value", "prefix_key", "prefix_value")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_lengths_may_be_of_any_integers(make_call, dtype):
+    arguments = make_call(**BASE | BANK | {"P": 300})
+    arguments["prefix_length"] = torch.tensor([0, 1, 100, 120, 127, 5], dtype=dtype)
+    output, expected = (prefix_attention(**arguments, backend=name) for name in ("native", "reference"))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pytorchs_defaults_change_nothing(make_call, gradients, default, device):
+    arguments = make_call(**BASE | WHOLE | {"mask": "full float"}) | {"backend": "native"}
+    arguments["attn_mask"] = arguments["attn_mask"].half()
+    expected = prefix_attention(**arguments)
+    d_output = torch.ones_like(expected)
+    wanted = gradients(arguments, d_output)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device(device):
+            output = prefix_attention(**arguments)
+            found = gradients(arguments, d_output)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(output, expected) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("D", [16, 24])
+def test_gradients_in_parts_are_laid_out_as_promised(make_call, call_of, D):
+    """One sample and head: its queries are cut, and each part has its own sums over keys and values."""
+    arguments = make_call(**BASE | WHOLE | {"B": 1, "Hkv": 1, "N": 300, "M": 300, "D": D, "Dv": D})
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in flattened(call_of(arguments))]
+    saved = torch.ops.qtuning_fast.native_attention(*inputs)
+    torch.library.opcheck(
+        torch.ops.qtuning_fast.native_attention_backward.default,
+        (*saved, torch.ones_like(saved[0]), [x is not None for x in inputs[: len(INPUTS)]], *inputs),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_thousands_of_short_sequences(make_call, same):
+    rows = [3] * 700
+    same(make_call(**BASE | WHOLE | {"packed": (rows, rows), "is_causal": True}), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 63, 64, 65, 129, 200])

@@ -36,17 +36,28 @@ def test_they_are_compiled_once_and_kept(anew, monkeypatch):
         native._library.cache_clear()
         assert native.obstacle() is None
     assert [command[1] for command, *_ in runs].count("--version") == 2 and len(runs) == 3
+    # What is there serves even if nothing can be added.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    native._library.cache_clear()
+    assert native.obstacle() is None and len(runs) == 4
     [kept] = (anew / "cache" / "qtuning_fast").iterdir()  # and nothing half-made beside it
     assert kept.name.startswith("native-")
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("home", ["a file", "none"])
+@pytest.mark.parametrize("home", ["a file", "open to others", "none"])
 def test_without_a_cache_they_are_compiled_for_one_process(anew, monkeypatch, home):
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     if home == "a file":
         (anew / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(anew / "file"))
+    elif home == "open to others":
+        folder = anew / "cache" / "qtuning_fast"
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(anew / "cache"))
+        assert native.obstacle() is None and not list(folder.iterdir())
+        return
     else:
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert native.obstacle() is None
@@ -58,18 +69,20 @@ def test_without_a_cache_they_are_compiled_for_one_process(anew, monkeypatch, ho
     [
         (None, "no C.. compiler is found .* CXX"),
         ("echo; echo 'no such flag: -mavx2' >&2; exit 1", "does not compile its kernels: no such flag: -mavx2"),
+        ("printf 'fehler: \\344' >&2; exit 1", "does not compile its kernels: fehler: \ufffd"),
         ("exit 3", "does not compile its kernels: no reason given"),
         ('for last; do :; done; echo nonsense > "$last"', "do not load: .*"),
+        ("sleep 9", "cannot be compiled by .* timed out"),
     ],
-    ids=["none", "refuses", "silent", "makes nonsense"],
+    ids=["none", "refuses", "speaks Latin-1", "silent", "makes nonsense", "hangs"],
 )
 def test_what_is_amiss_is_said(anew, monkeypatch, script, said):
     compiler = anew / "compiler"
     if script is not None:
         compiler.write_text(f"#!/bin/sh\n{script}\n")
         compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(native, "_version", lambda compiler: "")
+    monkeypatch.setenv("CXX", f"{compiler} -m64")
+    monkeypatch.setattr(native, "SECONDS", 2)
     with pytest.raises(NotImplementedError, match=said):
         native.forward(native.Call())
 

@@ -19,13 +19,11 @@ from typing import Protocol
 from torch import Tensor
 
 from qtuning_fast.attention import fused, sink
-from qtuning_fast.attention.arguments import PrefixAttentionCall
+from qtuning_fast.attention.arguments import CONTEXT, PrefixAttentionCall
 from qtuning_fast.attention.composed import context
 from qtuning_fast.attention.composed.cpu import prefix_part as prefix_part_on_cpu
 from qtuning_fast.attention.composed.vendors import EFFICIENT, FEW_QUERIES, Vendor, vendor_for
 from qtuning_fast.attention.custom_op import Outputs, operator
-
-CONTEXT = ("query", "key", "value")  # inputs with a gradient from the context
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:

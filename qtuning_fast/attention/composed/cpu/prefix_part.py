@@ -23,8 +23,7 @@ from qtuning_fast.attention.reference import bank_index, prefix_rows
 
 def keeps_rest(call: PrefixAttentionCall) -> bool:
     """Return whether to keep the log-sum-exp's rounding residual: under additive masks, whose values may be large."""
-    overlays = (call.padding_mask, call.attn_mask, call.prefix_bias)
-    return any(x is not None and x.dtype != torch.bool for x in overlays)
+    return call.has_additive_masks
 
 
 def merge(call: PrefixAttentionCall, output: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
