@@ -114,8 +114,10 @@ def twin(shape: Shape, **sizes: Any) -> Shape:
 
 MINILM_CPU = twin(MINILM, B=16, P=50)
 DECODE_CPU = replace(DECODE_64, name="decode-cpu", B=16)
+MINILM_48_CPU = replace(MINILM_CPU, name="minilm-48-cpu", N=48, of="all-MiniLM-L6-v2, short texts")
 CPU = (
     MINILM_CPU,
+    MINILM_48_CPU,
     Shape("minilm-512-cpu", B=8, Hq=12, Hkv=12, N=512, D=32, P=50, of="all-MiniLM-L6-v2, documents"),
     twin(BERT_BASE, B=8),
     twin(PADDED, B=8),

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from qtuning_fast.bench import shapes
 from qtuning_fast.bench.measure import TURNS, as_json, default_dtype, measure_cases
 from qtuning_fast.bench.rows import tables
 from qtuning_fast.bench.rows.command import Command, measure_each, turns_of
-from qtuning_fast.bench.shapes import MINILM_CPU, TINY, Shape, twin
+from qtuning_fast.bench.shapes import MINILM_48_CPU, MINILM_CPU, TINY, Shape
 from qtuning_fast.bench.timing import Turns
 
 PEERS = ("native", "composed", "eager", "eager-compiled", "sdpa")
 BESIDE = (0, 1, 2)  # other processes
-SHAPES = (MINILM_CPU, twin(shapes.MINILM, B=16, P=50, N=48))
+SHAPES = (MINILM_CPU, MINILM_48_CPU)
 
 
 @contextmanager
