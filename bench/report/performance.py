@@ -294,9 +294,9 @@ def _said_of_peers(document: Document) -> str:
     eager, sdpa = ([x for x in each if x] for each in (over_eager, over_sdpa))
     spans = f"{min(eager):.2f} to {max(eager):.1f}", f"{min(sdpa):.2f} to {max(sdpa):.2f}"
     return (
-        f"A training step of one layer, over {len(eager)} shapes without a window: eager PyTorch takes {spans[0]} times "
-        "our time, more the longer the context is; PyTorch's own attention on the concatenated prefix, without a gate, takes "
-        f"{spans[1]} times our time. (B batch, H heads, N context, D head size, P prefix.)"
+        f"A training step of one layer, over {len(eager)} shapes without a window: eager PyTorch takes {spans[0]} "
+        "times our time, more the longer the context is; PyTorch's own attention on the concatenated prefix, without a "
+        f"gate, takes {spans[1]} times our time. (B batch, H heads, N context, D head size, P prefix.)"
     )
 
 
