@@ -9,7 +9,10 @@
 // lanes. All products are one kernel: C[r, :] += sum over k of A[r, k] B[k, :], with B's rows contiguous. It reads each
 // scalar of A for a block of vectors that stays in registers.
 //
-// native.py compiles it at first use, without PyTorch's headers, and passes pointers in a struct.
+// native.py compiles it at first use, without PyTorch's headers, and passes pointers in a struct. It defines
+//
+//     CHUNK    the most queries of a task
+//     PADDED   floats that the widths of rooms are rounded up to, a multiple of every W
 
 #include <algorithm>
 #include <cmath>
@@ -31,9 +34,7 @@ typedef float vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(W), aligned(1), may_alias));
 
-constexpr int PADDED = 16;  // floats that widths are rounded up to
-constexpr int CHUNK = 64;   // queries of a task
-constexpr int TILE = 192;   // keys at a time
+constexpr int TILE = 192;  // the most keys at a time
 constexpr float INF = __builtin_inff();
 
 static int rounded_up(int64_t x, int to) { return int((x + to - 1) / to * to); }
@@ -211,6 +212,14 @@ static void product(float* C, int64_t c, const float* A, int64_t row, int64_t st
   for (; j < columns; j += W) columns_of<1, ADD>(C + j, c, A, row, step, B + j, b, rows, K);
 }
 
+static void product(bool add, float* C, int64_t c, const float* A, int64_t row, int64_t step, const float* B, int64_t b,
+                    int rows, int columns, int K) {
+  if (add)
+    product<true>(C, c, A, row, step, B, b, rows, columns, K);
+  else
+    product<false>(C, c, A, row, step, B, b, rows, columns, K);
+}
+
 // ------------------------------------------------------------------------------------------------------ the arguments
 
 struct Rows {  // [B, H, N, D] with contiguous columns; strides in floats
@@ -227,8 +236,8 @@ struct Overlay {  // a mask [B, H, N, M], or null; a stride of 0 repeats it
 
 struct Sample {  // a sample, or a packed sequence
   int64_t batch, first_query, N, first_key, M;
-  int64_t task, length, bias;  // its prefix, among those in use, and that prefix's rows
-  int64_t seen_from, seen_to;  // context keys outside are padding; filled in here
+  int64_t task, length, bias;  // its prefix among those in use, that prefix's rows, and its place in a bias
+  int64_t seen_from, seen_to;  // context keys outside are padding; `samples_of` fills them in
 };
 
 struct Side {  // the prefix's keys, or its values; R is 0 without reweighting
@@ -249,13 +258,13 @@ struct Call {
   const float* sink;              // [Hq] or null
   float *lse, *rest;              // [B, Hq, N]; rest may be null
   double *d_alpha, *d_tau;        // [Hkv, lanes, T, Hq / Hkv]
-  int64_t count, rows;                     // samples; rows of query in all: N of lse
+  int64_t count, rows;            // samples, or packed sequences; rows of query, N of lse
   int64_t Hq, Hkv, D, Dv, T, P, n_shared;
-  int64_t before, after;                   // keys that a query sees around its position; -1: all
+  int64_t before, after;  // keys that a query sees around its position; -1: all
   int64_t gate, threads, chunk;
-  int64_t lanes, segments;                 // backward: lanes of a key head; parts that a sample's queries are cut into
+  int64_t lanes, segments;  // backward: tasks of a key head, and parts that a sample's queries are cut into
   int64_t context_gradients, prefix_gradients;
-  int64_t d_key_segment, d_value_segment;  // strides
+  int64_t d_key_segment, d_value_segment;  // strides from part to part
   float scale, softcap;                    // softcap 0: none
 };
 
@@ -287,7 +296,7 @@ struct Tile {  // keys of the prefix, or of the context
 
 struct Room {  // scratch memory of a thread
   float *query, *d_output;  // [D][CHUNK], transposed
-  float *s, *y, *p, *d;     // [TILE][CHUNK]: scores, what the gate adds to them, weights and ds
+  float *s, *y, *p, *d;     // [TILE][CHUNK]: scores, f(t s), weights and ds
   float *o;                 // [CHUNK][Dp]
   float *copies[3];         // of rows whose width is no multiple of W: [TILE][Dp] of keys, [CHUNK][Dp] of queries
   float *top, *total, *L, *rest, *delta;
@@ -508,10 +517,7 @@ static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
     int64_t row = tile.value_row;
     const float* value = as_factor(tile.value, &row, tile.m, int(call.Dv), room.copies[0]);
     const int columns = rounded_up(call.Dv, W);
-    if (is_first)
-      product<false>(room.o, Dvp, s, 1, CHUNK, value, row, chunk.n, columns, tile.m);
-    else
-      product<true>(room.o, Dvp, s, 1, CHUNK, value, row, chunk.n, columns, tile.m);
+    product(!is_first, room.o, Dvp, s, 1, CHUNK, value, row, chunk.n, columns, tile.m);
     is_first = false;
   });
   const int64_t query = x.first_query + chunk.first;
@@ -620,10 +626,7 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
     if (!call.context_gradients) return;
     int64_t row = tile.key_row;
     const float* key = as_factor(tile.key, &row, tile.m, int(call.D), room.copies[0]);
-    if (is_first)
-      product<false>(room.o, Dp, room.d, 1, CHUNK, key, row, chunk.n, columns, tile.m);
-    else
-      product<true>(room.o, Dp, room.d, 1, CHUNK, key, row, chunk.n, columns, tile.m);
+    product(!is_first, room.o, Dp, room.d, 1, CHUNK, key, row, chunk.n, columns, tile.m);
     is_first = false;
   });
   if (!call.context_gradients) return;

@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
-PADDED = 16  # floats that the widths of some rooms are rounded up to
-CHUNK = 64  # the most queries of a task
+DEFINED = {"PADDED": 16, "CHUNK": 64}  # what native.cpp says of them
 GATES = (None, "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity")  # by their numbers in native.cpp
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 WIDER = {  # by what PyTorch's own kernels use on this CPU
@@ -58,10 +57,8 @@ class Side(ctypes.Structure):
     ]
 
 
-SAMPLE = (  # the fields of a sample, all of 64 bits
-    *("batch", "first_query", "N", "first_key", "M", "task", "length", "bias"),
-    *("seen_from", "seen_to"),
-)
+# The fields of a sample, all of 64 bits.
+SAMPLE = ("batch", "first_query", "N", "first_key", "M", "task", "length", "bias", "seen_from", "seen_to")
 
 
 class Call(ctypes.Structure):
@@ -146,7 +143,9 @@ def _compiled(compiler: list[str]) -> Path:
 
     Its name tells what it was made of. It appears when it is complete, so that processes need not wait for each other.
     """
-    command = [*compiler, *FLAGS, *WIDER.get(torch.backends.cpu.get_cpu_capability(), ()), str(SOURCE)]
+    defined = [f"-D{name}={value}" for name, value in DEFINED.items()]
+    wider = WIDER.get(torch.backends.cpu.get_cpu_capability(), ())
+    command = [*compiler, *FLAGS, *defined, *wider, str(SOURCE)]
     # PyTorch's own OpenMP, if it brings one: with a second one threads of both would wait in turns, each on a core.
     libraries = Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*")
     command += ["-Wl,--as-needed", *map(str, sorted(libraries))]

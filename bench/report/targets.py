@@ -17,6 +17,7 @@ AT_MOST, AT_LEAST = "at most", "at least"
 
 
 GATED = ("composed", "eager", "eager-compiled", "flex", "flex-merged")  # that do what the native backend does
+# Where PyTorch's attention does the same work: it has no cap and no packed sequences, and computes what windows hide.
 WHOLE_ON_CPU = tuple(
     shape.name for shape in CPU if shape.trained and shape.window is None and not shape.packed and not shape.softcap
 )

@@ -59,6 +59,8 @@ def weights(side: str, dims: str) -> Spec:
 
 
 def gate_parameter() -> Spec:
+    """Alpha or tau of the gate: one number, one for each query head, or either for each prefix of a bank."""
+
     def check(known: Known, name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
             return None

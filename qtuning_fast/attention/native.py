@@ -126,7 +126,6 @@ class _Arguments:
         struct.before, struct.after = (-1 if reach is None else reach for reach in (before, after))
         struct.gate, struct.scale, struct.softcap = native.GATES.index(call.gate), call.scale, call.softcap or 0.0
         struct.chunk, struct.threads = self._chunk(), torch.get_num_threads()
-        struct.lanes = struct.segments = 1
         self._take_prefix()
         self.samples = self._samples()
         struct.samples, struct.count = self.samples.ctypes.data, len(self.samples)
@@ -204,10 +203,10 @@ class _Arguments:
     def _chunk(self) -> int:
         """Return the queries of a task: about as many in each, and fewer where a window is narrow."""
         struct, N = self.struct, self.call.counts[1]
-        most = self.native.CHUNK
+        most = self.native.DEFINED["CHUNK"]
         if min(struct.before, struct.after) >= 0 and struct.before + struct.after <= NARROW:
             most //= 2
-        return max(-(-N // max(-(-N // most), 1)), 1)
+        return max(_up(N, max(_up(N, most), 1)), 1)
 
 
 class _Rooms:
@@ -218,11 +217,12 @@ class _Rooms:
         struct, native, call = arguments.struct, arguments.native, arguments.call
         # Many more lanes than threads, so that none waits long for the last; but each has gradients of all prefixes.
         wanted = max(8 * struct.threads // max(struct.T, 1), struct.threads)
-        chunks = max(-(-call.counts[1] // struct.chunk), 1)
-        struct.segments = min(max(-(-2 * struct.threads // max(struct.count * struct.Hkv, 1)), 1), chunks)
-        struct.lanes = max(min(-(-wanted // struct.Hkv), struct.count * struct.segments), 1)
+        chunks = max(_up(call.counts[1], struct.chunk), 1)
+        struct.segments = min(max(_up(2 * struct.threads, max(struct.count * struct.Hkv, 1)), 1), chunks)
+        struct.lanes = max(min(_up(wanted, struct.Hkv), struct.count * struct.segments), 1)
         lanes, G = struct.Hkv * struct.lanes, struct.Hq // struct.Hkv
-        widths = [-(-D // native.PADDED) * native.PADDED for D in (struct.D, struct.Dv)]
+        padded = native.DEFINED["PADDED"]
+        widths = [_up(D, padded) * padded for D in (struct.D, struct.Dv)]
         self._gate = [_room(torch.zeros, lanes, struct.T, G, dtype=torch.float64) for _ in range(2)]
         struct.d_alpha, struct.d_tau = (x.data_ptr() for x in self._gate)
         if struct.prefix_gradients:
@@ -277,6 +277,11 @@ class _Rooms:
             return x
         whole = x.new_zeros(self._call.prefix_key.shape[0], *x.shape[1:])
         return whole.index_copy_(0, torch.from_numpy(self._arguments.used), x)
+
+
+def _up(n: int, by: int) -> int:
+    """Return n / by, rounded up."""
+    return -(-n // by)
 
 
 def _lse_rooms(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
