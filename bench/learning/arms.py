@@ -159,6 +159,7 @@ PARTS = {
     "mixed-16": partial(_part, "related", 16, MIXED, FIRST),
     "mixed-4": partial(_part, "related", 4, MIXED, FIRST),
     "mixed-15": partial(_part, "offline-15", 16, MIXED, FIRST),
+    "mixed-unrelated": partial(_part, "unrelated", 16, MIXED, FIRST),
     "related-50": partial(_part, "related", 50, _some(CORE, "start", "from-random", "prompt-per-task"), 10),
     "unrelated": partial(_part, "unrelated", 16, _some(CORE, "start", "from-random", "closed-form-head"), 10),
     "halves": partial(_part, "halves", 8, _some(CORE, "start", "from-random", "closed-form-head"), 10),
