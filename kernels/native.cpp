@@ -197,6 +197,8 @@ static void columns_of(float* C, int64_t c, const float* A, int64_t row, int64_t
   constexpr int ROWS = W == 16 ? 24 / VECTORS : 12 / VECTORS;  // sums in registers: 24 of 32, or 12 of 16
   int r = 0;
   for (; r + ROWS <= rows; r += ROWS) block<ROWS, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
+  if (VECTORS == 1)
+    for (; r + 8 <= rows; r += 8) block<8, 1, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
   for (; r + 4 <= rows; r += 4) block<4, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
   for (; r < rows; r++) block<1, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
 }
@@ -284,7 +286,13 @@ struct Chunk {  // queries of one head of one sample
   const Sample* sample;
   int64_t head, first;  // first query, counted within the sample
   int n, width;         // queries; rounded up to W
+  int lane = 0;         // of a room, where the first query is
 };
+
+// Queries `from` to `to` of a chunk, multiples of W.
+static Chunk part_of(const Chunk& chunk, int from, int to) {
+  return {chunk.sample, chunk.head, chunk.first + from, std::min(to, chunk.n) - from, to - from, chunk.lane + from};
+}
 
 struct Tile {  // keys of the prefix, or of the context
   bool of_prefix;
@@ -296,7 +304,7 @@ struct Tile {  // keys of the prefix, or of the context
 
 struct Room {  // scratch memory of a thread
   float *query, *d_output;  // [D][CHUNK], transposed
-  float *s, *y, *p, *d;     // [TILE][CHUNK]: scores, f(t s), weights and ds
+  float *s, *y, *p, *d;     // [TILE][CHUNK]: scores, f(t s), weights and ds of a tile, from lane 0 on
   float *o;                 // [CHUNK][Dp]
   float *copies[3];         // of rows whose width is no multiple of W: [TILE][Dp] of keys, [CHUNK][Dp] of queries
   float *top, *total, *L, *rest, *delta;
@@ -439,30 +447,55 @@ static void add_masks(const Call& call, const Chunk& chunk, const Tile& tile, fl
   if (!all_seen) hide(call, chunk, tile, s);
 }
 
-// Calls f for each tile that a chunk sees, the prefix's first.
+struct Span {  // of keys
+  int64_t begin, end;
+};
+
+// The context's keys that some query of a chunk sees.
+static Span seen_by(const Call& call, const Chunk& chunk) {
+  const Sample& x = *chunk.sample;
+  const int64_t position = x.M - x.N + chunk.first;
+  const int64_t begin = call.before < 0 ? x.seen_from : std::max(x.seen_from, position - call.before);
+  const int64_t end = call.after < 0 ? x.seen_to : std::min(x.seen_to, position + chunk.n + call.after);
+  return {begin, std::max(begin, end)};
+}
+
+// Calls f for each tile that a chunk sees, the prefix's first, with the part of the chunk that sees it. Where causality
+// or a window hides keys, neighbouring W queries begin and end at other keys: the context is cut there.
 template <typename F>
 static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, bool context, F f) {
   const Sample& x = *chunk.sample;
   const int64_t kv = chunk.head / (call.Hq / call.Hkv);
-  auto walk = [&](bool of_prefix, int64_t begin, int64_t end, const float* key, const float* value, int64_t key_row,
+  auto walk = [&](const Chunk& part, bool of_prefix, Span keys, const float* key, const float* value, int64_t key_row,
                   int64_t value_row) {
-    const int64_t tiles = (end - begin + TILE - 1) / TILE;
+    const int64_t m = keys.end - keys.begin, tiles = (m + TILE - 1) / TILE;
     for (int64_t t = 0; t < tiles; t++) {  // of about equal size
-      const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
-      f(Tile{of_prefix, from, int(to - from), key + from * key_row, value + from * value_row, key_row, value_row});
+      const int64_t from = keys.begin + m * t / tiles, to = keys.begin + m * (t + 1) / tiles;
+      f(part, Tile{of_prefix, from, int(to - from), key + from * key_row, value + from * value_row, key_row, value_row});
     }
   };
   if (prefix && x.length > 0)
-    walk(true, 0, x.length, rows_of(call, call.prefix_key, x.task, kv), rows_of(call, call.prefix_value, x.task, kv),
-         call.D, call.Dv);
+    walk(chunk, true, {0, x.length}, rows_of(call, call.prefix_key, x.task, kv),
+         rows_of(call, call.prefix_value, x.task, kv), call.D, call.Dv);
   if (!context) return;
-  const int64_t position = x.M - x.N + chunk.first;
-  int64_t begin = x.seen_from, end = x.seen_to;
-  if (call.before >= 0) begin = std::max(begin, position - call.before);
-  if (call.after >= 0) end = std::min(end, position + chunk.n + call.after);
-  if (begin < end)
-    walk(false, begin, end, call.key.at(x.batch, kv, x.first_key), call.value.at(x.batch, kv, x.first_key),
-         call.key.row, call.value.row);
+  const float *key = call.key.at(x.batch, kv, x.first_key), *value = call.value.at(x.batch, kv, x.first_key);
+  Span seen[CHUNK / W];
+  int64_t cuts[2 * CHUNK / W];
+  int groups = 0, count = 0;
+  for (; groups * W < chunk.width; groups++) {
+    seen[groups] = seen_by(call, part_of(chunk, groups * W, (groups + 1) * W));
+    cuts[count++] = seen[groups].begin, cuts[count++] = seen[groups].end;
+  }
+  std::sort(cuts, cuts + count);
+  for (int cut = 0; cut + 1 < count; cut++) {
+    const Span keys{cuts[cut], cuts[cut + 1]};
+    auto sees = [&](int group) { return seen[group].begin <= keys.begin && keys.end <= seen[group].end; };
+    int from = 0, to = groups;
+    while (from < to && !sees(from)) from++;
+    while (from < to && !sees(to - 1)) to--;
+    if (from < to && keys.begin < keys.end)
+      walk(part_of(chunk, from * W, to * W), false, keys, key, value, call.key.row, call.value.row);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -479,6 +512,13 @@ static void apply_gate(const Call& call, const Chunk& chunk, int m, const float*
     }
 }
 
+// Whether the first tile writes all of a chunk's sums [n][width]; if not, they are set to 0.
+static bool is_whole(const Chunk& part, const Chunk& chunk, float* sums, int width) {
+  if (part.n == chunk.n) return true;
+  std::fill(sums, sums + chunk.n * width, 0.0f);
+  return false;
+}
+
 static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
   const Sample& x = *chunk.sample;
   const int Dvp = rounded_up(call.Dv, PADDED);
@@ -487,13 +527,14 @@ static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
   const float sink = call.sink == nullptr ? -INF : call.sink[chunk.head];
   for (int i = 0; i < chunk.width; i++) room.top[i] = sink, room.total[i] = sink == -INF ? 0.0f : 1.0f;
   bool is_first = true;
-  for_each_tile(call, chunk, true, true, [&](Tile tile) {
-    float* s = room.s;
-    scores(call, chunk, tile, room.query, s);
-    if (tile.of_prefix && call.gate != NONE) apply_gate(call, chunk, tile.m, s, nullptr, s);
-    add_masks(call, chunk, tile, s);
-    for (int i = 0; i < chunk.width; i += W) {
-      const vec before = load(room.top + i);
+  for_each_tile(call, chunk, true, true, [&](const Chunk& part, const Tile& tile) {
+    float *s = room.s, *o = room.o + part.lane * Dvp, *tops = room.top + part.lane, *totals = room.total + part.lane;
+    scores(call, part, tile, room.query + part.lane, s);
+    if (tile.of_prefix && call.gate != NONE) apply_gate(call, part, tile.m, s, nullptr, s);
+    add_masks(call, part, tile, s);
+    if (is_first) is_first = is_whole(part, chunk, room.o, Dvp);
+    for (int i = 0; i < part.width; i += W) {
+      const vec before = load(tops + i);
       vec top = before;
       for (int j = 0; j < tile.m; j++) top = larger(load(s + j * CHUNK + i), top);
       const vec from = top == splat(-INF) ? vec{} : top;  // a query that sees nothing
@@ -504,20 +545,20 @@ static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
         sum += p;
       }
       const vec kept = exp_of(before - from);
-      store(room.total + i, load(room.total + i) * kept + sum);
-      store(room.top + i, top);
+      store(totals + i, load(totals + i) * kept + sum);
+      store(tops + i, top);
       if (!is_first)
-        for (int lane = 0; lane < W && i + lane < chunk.n; lane++)
+        for (int lane = 0; lane < W && i + lane < part.n; lane++)
           if (kept[lane] != 1)
             for (int d = 0; d < Dvp; d += W) {
-              float* at = room.o + (i + lane) * Dvp + d;
+              float* at = o + (i + lane) * Dvp + d;
               store(at, load(at) * kept[lane]);
             }
     }
     int64_t row = tile.value_row;
     const float* value = as_factor(tile.value, &row, tile.m, int(call.Dv), room.copies[0]);
     const int columns = rounded_up(call.Dv, W);
-    product(!is_first, room.o, Dvp, s, 1, CHUNK, value, row, chunk.n, columns, tile.m);
+    product(!is_first, o, Dvp, s, 1, CHUNK, value, row, part.n, columns, tile.m);
     is_first = false;
   });
   const int64_t query = x.first_query + chunk.first;
@@ -550,8 +591,9 @@ static void backward_scores(const Call& call, const Chunk& chunk, const Tile& ti
   for (int j = 0; j < tile.m; j++)
     for (int i = 0; i < chunk.width; i += W) {
       const int entry = j * CHUNK + i;
-      const vec p = exp_of(load(g + entry) - load(room.L + i) - load(room.rest + i));
-      const vec dg = p * (load(room.d + entry) - load(room.delta + i));
+      const int lane = chunk.lane + i;
+      const vec p = exp_of(load(g + entry) - load(room.L + lane) - load(room.rest + lane));
+      const vec dg = p * (load(room.d + entry) - load(room.delta + lane));
       vec ds = dg;
       if (is_gated) {
         const vec s = load(room.s + entry), y = load(room.y + entry), slope = dg * slope_of(int(call.gate), s * tau, y);
@@ -604,11 +646,12 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
   d_output = as_factor(d_output, &d_output_row, chunk.n, int(call.Dv), room.copies[2]);
   const int64_t entry = x.task * G + chunk.head % G;
   bool is_first = true;
-  for_each_tile(call, chunk, true, call.context_gradients, [&](Tile tile) {
-    scores(call, chunk, tile, room.query, room.s);
-    product<false>(room.d, CHUNK, tile.value, tile.value_row, 1, room.d_output, CHUNK, tile.m, chunk.width,
+  for_each_tile(call, chunk, true, call.context_gradients, [&](const Chunk& part, const Tile& tile) {
+    scores(call, part, tile, room.query + part.lane, room.s);
+    product<false>(room.d, CHUNK, tile.value, tile.value_row, 1, room.d_output + part.lane, CHUNK, tile.m, part.width,
                    int(call.Dv));
-    backward_scores(call, chunk, tile, room, to.alpha + entry, to.tau + entry);
+    backward_scores(call, part, tile, room, to.alpha + entry, to.tau + entry);
+    const float *d_o = d_output + part.lane * d_output_row, *q = query + part.lane * query_row;
     float *d_key = nullptr, *d_value = nullptr;
     int64_t key_row = Dp, value_row = Dvp;
     if (tile.of_prefix) {
@@ -620,13 +663,14 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
       d_value = call.d_value.at(x.batch, kv, x.first_key + tile.first) + to.segment * call.d_value_segment;
     }
     if (d_key != nullptr) {
-      product<true>(d_value, value_row, room.p, CHUNK, 1, d_output, d_output_row, tile.m, v_columns, chunk.n);
-      product<true>(d_key, key_row, room.d, CHUNK, 1, query, query_row, tile.m, columns, chunk.n);
+      product<true>(d_value, value_row, room.p, CHUNK, 1, d_o, d_output_row, tile.m, v_columns, part.n);
+      product<true>(d_key, key_row, room.d, CHUNK, 1, q, query_row, tile.m, columns, part.n);
     }
     if (!call.context_gradients) return;
     int64_t row = tile.key_row;
     const float* key = as_factor(tile.key, &row, tile.m, int(call.D), room.copies[0]);
-    product(!is_first, room.o, Dp, room.d, 1, CHUNK, key, row, chunk.n, columns, tile.m);
+    if (is_first) is_first = is_whole(part, chunk, room.o, Dp);
+    product(!is_first, room.o + part.lane * Dp, Dp, room.d, 1, CHUNK, key, row, part.n, columns, tile.m);
     is_first = false;
   });
   if (!call.context_gradients) return;

@@ -23,8 +23,6 @@ from qtuning_fast.attention.sink import gradient as sink_gradient
 if TYPE_CHECKING:
     from qtuning_fast.kernels import native
 
-NARROW = 512  # keys of a window up to which chunks are small: a larger one sees more keys than its queries do
-
 
 def why_not(call: PrefixAttentionCall) -> str | None:
     """Return why the kernels cannot compute a call, or None."""
@@ -201,11 +199,8 @@ class _Arguments:
         return samples
 
     def _chunk(self) -> int:
-        """Return the queries of a task: about as many in each, and fewer where a window is narrow."""
-        struct, N = self.struct, self.call.counts[1]
-        most = self.native.DEFINED["CHUNK"]
-        if min(struct.before, struct.after) >= 0 and struct.before + struct.after <= NARROW:
-            most //= 2
+        """Return the queries of a task: about as many in each."""
+        N, most = self.call.counts[1], self.native.DEFINED["CHUNK"]
         return max(_up(N, max(_up(N, most), 1)), 1)
 
 
