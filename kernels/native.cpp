@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -259,7 +260,8 @@ struct Call {
   const float *alpha, *tau;       // [T, Hq]
   const float* sink;              // [Hq] or null
   float *lse, *rest;              // [B, Hq, N]; rest may be null
-  double *d_alpha, *d_tau;        // [Hkv, lanes, T, Hq / Hkv]
+  double *alpha_parts, *tau_parts;  // [Hkv, lanes, T, Hq / Hkv], of the gradients of alpha and tau
+  float *d_alpha, *d_tau;         // [T, Hq]
   int64_t count, rows;            // samples, or packed sequences; rows of query, N of lse
   int64_t Hq, Hkv, D, Dv, T, P, n_shared;
   int64_t before, after;  // keys that a query sees around its position; -1: all
@@ -302,20 +304,32 @@ struct Tile {  // keys of the prefix, or of the context
   int64_t key_row, value_row;
 };
 
+// Memory that a thread keeps from call to call: fresh pages cost more than a small call computes.
+static float* kept_memory(size_t floats) {
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<float, Free> memory;
+  static thread_local size_t size = 0;
+  if (floats > size) {
+    memory.reset((float*)std::aligned_alloc(64, floats * sizeof(float)));
+    if (memory == nullptr) std::abort();
+    size = floats;
+  }
+  return memory.get();
+}
+
 struct Room {  // scratch memory of a thread
   float *query, *d_output;  // [D][CHUNK], transposed
   float *s, *y, *p, *d;     // [TILE][CHUNK]: scores, f(t s), weights and ds of a tile, from lane 0 on
   float *o;                 // [CHUNK][Dp]
   float *copies[3];         // of rows whose width is no multiple of W: [TILE][Dp] of keys, [CHUNK][Dp] of queries
   float *top, *total, *L, *rest, *delta;
-  void* all;
 
   explicit Room(const Call& call) {
     const int Dp = rounded_up(std::max(call.D, call.Dv), PADDED);
     const size_t floats = size_t(CHUNK) * (5 * Dp + 4 * TILE + 5) + size_t(TILE) * Dp;
-    all = std::aligned_alloc(64, floats * sizeof(float));
-    if (all == nullptr) std::abort();
-    float* next = (float*)all;
+    float* next = kept_memory(floats);
     auto take = [&](size_t n) { float* mine = next; next += n; return mine; };
     query = take(CHUNK * Dp), d_output = take(CHUNK * Dp);
     s = take(TILE * CHUNK), y = take(TILE * CHUNK), p = take(TILE * CHUNK), d = take(TILE * CHUNK);
@@ -323,7 +337,6 @@ struct Room {  // scratch memory of a thread
     copies[0] = take(TILE * Dp), copies[1] = take(CHUNK * Dp), copies[2] = take(CHUNK * Dp);
     top = take(CHUNK), total = take(CHUNK), L = take(CHUNK), rest = take(CHUNK), delta = take(CHUNK);
   }
-  ~Room() { std::free(all); }
 };
 
 // Rows as [D][CHUNK], times a factor; 0 in the lanes beyond n.
@@ -735,6 +748,15 @@ static void unfold(const Call& call, const Side& side, int64_t t, float* W_row) 
     }
 }
 
+// The sum of the parts of d_alpha or d_tau, for one prefix in use and one head.
+static float sum_of_parts(const Call& call, const double* parts, int64_t t, int64_t head) {
+  const int64_t G = call.Hq / call.Hkv;
+  double total = 0;
+  for (int64_t lane = 0; lane < call.lanes; lane++)
+    total += parts[((head / G * call.lanes + lane) * call.T + t) * G + head % G];
+  return float(total);
+}
+
 // ------------------------------------------------------------------------------------------------------ entry points
 
 static int64_t chunks_of(const Call& call, const Sample& x) { return (x.N + call.chunk - 1) / call.chunk; }
@@ -777,15 +799,20 @@ void native_fold(const Call* given) {
   }
 }
 
-// Adds to `d_rows`, `d_U` and `d_V` of both sides.
+// Adds to `d_rows`, `d_U` and `d_V` of both sides; writes d_alpha and d_tau.
 void native_unfold(const Call* given) {
   const Call& call = *given;
 #pragma omp parallel num_threads(int(std::min(call.threads, call.T)))
   {
     std::vector<float> W_row(std::max(call.D, call.Dv));
 #pragma omp for
-    for (int64_t t = 0; t < call.T; t++)
+    for (int64_t t = 0; t < call.T; t++) {
       for (const Side* side : {&call.prefix_key, &call.prefix_value}) unfold(call, *side, t, W_row.data());
+      for (int64_t head = 0; head < call.Hq; head++) {
+        call.d_alpha[t * call.Hq + head] = sum_of_parts(call, call.alpha_parts, t, head);
+        call.d_tau[t * call.Hq + head] = sum_of_parts(call, call.tau_parts, t, head);
+      }
+    }
   }
 }
 
@@ -819,8 +846,8 @@ void native_backward(const Call* given) {
     for (int64_t lane = 0; lane < call.Hkv * call.lanes; lane++) {
       const int64_t kv = lane / call.lanes, part = lane % call.lanes;
       Gradients to{call.prefix_key.parts + lane * call.T * call.P * Dp,
-                   call.prefix_value.parts + lane * call.T * call.P * Dvp, call.d_alpha + lane * call.T * G,
-                   call.d_tau + lane * call.T * G, 0};
+                   call.prefix_value.parts + lane * call.T * call.P * Dvp, call.alpha_parts + lane * call.T * G,
+                   call.tau_parts + lane * call.T * G, 0};
       for (int64_t unit = units * part / call.lanes; unit < units * (part + 1) / call.lanes; unit++) {
         const Sample& x = samples[unit / call.segments];
         const int64_t each = chunks_of(call, x);

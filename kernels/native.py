@@ -69,7 +69,8 @@ class Call(ctypes.Structure):
         *((name, Overlay) for name in ("padding", "mask", "bias")),
         ("samples", _address),
         *((name, Side) for name in ("prefix_key", "prefix_value")),
-        *((name, _address) for name in ("used", "lengths", "alpha", "tau", "sink", "lse", "rest", "d_alpha", "d_tau")),
+        *((name, _address) for name in ("used", "lengths", "alpha", "tau", "sink", "lse", "rest")),
+        *((name, _address) for name in ("alpha_parts", "tau_parts", "d_alpha", "d_tau")),
         *((name, _integer) for name in ("count", "rows", "Hq", "Hkv", "D", "Dv", "T", "P", "n_shared")),
         *((name, _integer) for name in ("before", "after")),
         *((name, _integer) for name in ("gate", "threads", "chunk", "lanes", "segments")),
@@ -96,12 +97,12 @@ def forward(call: Call) -> None:
 
 
 def backward(call: Call) -> None:
-    """Write d_query; add to d_key, d_value, the parts of the folded rows' gradients, d_alpha and d_tau."""
+    """Write d_query; add to d_key and d_value, and to the parts of the gradients of folded rows, alpha and tau."""
     _loaded().native_backward(ctypes.byref(call))
 
 
 def unfold(call: Call) -> None:
-    """Add to the gradients of stored rows, U and V, from the parts."""
+    """From the parts, add to the gradients of stored rows, U and V, and write those of alpha and tau."""
     _loaded().native_unfold(ctypes.byref(call))
 
 

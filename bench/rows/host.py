@@ -9,6 +9,9 @@ microseconds a launch), CUDA's allocator in place of the CPU's, the guard that m
 and autograd's hand-over to the thread that runs a device's backward passes. The same holds for the peers, except that
 they do compute, on tensors so small that this takes a few microseconds.
 
+What a call costs a CPU before it computes is measured with one query and one key over a prefix of one row: "native, one
+query" and "reference, one query".
+
 A row is the median of rounds in which all take turns, in one thread. The stages are parts of our step, timed by
 themselves; "the operator and autograd" is what the step takes beyond them.
 """
@@ -47,6 +50,7 @@ from qtuning_fast.kernels.target import INTERPRETED
 CPU = torch.device("cpu")
 TARGET = "sm_90"
 SHAPE = replace(shapes.BERT_BASE, name="bert-base, one sample", B=1)  # the host's work does not grow with a batch
+ONE_QUERY = replace(SHAPE, N=1, P=1)
 STAGES = ("checks", "forward pass", "backward pass")
 TURNS = Turns(rounds=100, sample_ms=10.0)
 QUICK = Turns(rounds=20, sample_ms=10.0)
@@ -132,6 +136,11 @@ def calls() -> dict[str, Call]:
         found[f"{backend}, forward"] = prepared.forward
         found[f"{backend}, step"] = partial(prepared.step, x.d_output)
         found[f"{backend}, compiled step"] = partial(compiled.step, x.d_output)
+    one = shapes.inputs(ONE_QUERY, dtype=torch.float32, device=CPU).tracked()
+    for backend in ("native", "reference"):
+        prepared = PEERS[backend].prepare(ONE_QUERY, one)
+        found[f"{backend}, one query, forward"] = prepared.forward
+        found[f"{backend}, one query, step"] = partial(prepared.step, one.d_output)
     leaves = [tiny.query, tiny.key, tiny.value]
     for name, attend in {
         "custom operator": nothing,

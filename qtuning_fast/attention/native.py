@@ -219,7 +219,7 @@ class _Rooms:
         padded = native.DEFINED["PADDED"]
         widths = [_up(D, padded) * padded for D in (struct.D, struct.Dv)]
         self._gate = [_room(torch.zeros, lanes, struct.T, G, dtype=torch.float64) for _ in range(2)]
-        struct.d_alpha, struct.d_tau = (x.data_ptr() for x in self._gate)
+        struct.alpha_parts, struct.tau_parts = (x.data_ptr() for x in self._gate)
         if struct.prefix_gradients:
             self._parts = [_room(torch.zeros, lanes, struct.T, struct.P, width) for width in widths]
             struct.prefix_key.parts, struct.prefix_value.parts = (x.data_ptr() for x in self._parts)
@@ -259,11 +259,12 @@ class _Rooms:
             for field, room in zip(("d_rows", "d_U", "d_V"), rooms):
                 setattr(of_side, field, _address(room))
             found |= dict(zip(stored, rooms))
+        gate = [_room(torch.empty, struct.T, struct.Hq) for _ in range(2)]
+        struct.d_alpha, struct.d_tau = (x.data_ptr() for x in gate)
         native.unfold(struct)
         found = {name: self._of_bank(x).to(getattr(call, name).dtype) for name, x in found.items()}
-        for name, parameter, room in zip(("gate_alpha", "gate_tau"), (call.alpha, call.tau), self._gate):
-            by_head = room.unflatten(0, (struct.Hkv, -1)).sum(1).transpose(0, 1).flatten(1).float()  # [T, Hq]
-            found[name] = reduced(parameter, self._of_bank(by_head))
+        for name, parameter, room in zip(("gate_alpha", "gate_tau"), (call.alpha, call.tau), gate):
+            found[name] = reduced(parameter, self._of_bank(room))
         return found
 
     def _of_bank(self, x: Tensor) -> Tensor:
