@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from qtuning_fast.bench.learning.arms import PARTS
+from qtuning_fast.bench.learning.arms import PARTS, START, START_MIXED
 from qtuning_fast.bench.learning.summary import BASE, Estimate, Results, difference, points
 
 Found = Mapping[tuple[str, int], Results]
@@ -21,9 +21,10 @@ class Question:
         words: the question.
         stream, shots: where it is asked.
         wanted: what counts as a yes, in words.
-        against: the arms and linear classifiers that `start` is compared with.
+        against: the arms and linear classifiers that the arm is compared with.
         at_least: the difference in points that it must have to each.
         surely: whether each interval must exclude 0.
+        arm: which arm is asked about.
     """
 
     words: str
@@ -33,6 +34,7 @@ class Question:
     against: tuple[str, ...]
     at_least: float
     surely: bool = False
+    arm: str = START
 
 
 def _related(shots: int) -> tuple[Question, ...]:
@@ -50,6 +52,11 @@ QUESTIONS = (
     *_related(16),
     Question("Unrelated tasks, 16 shots: is it harmless?", "unrelated", 16, "0.5 points below at most", (BASE,), -0.5),
     Question("Fifteen tasks, 16 shots: do prompts pay?", "offline-15", 16, "2 points", ("probe",), 2),
+    Question("Fifteen tasks: are mixed heads harmless?", "offline-15", 16, "not below", (START,), 0, arm=START_MIXED),
+    Question(
+        *("Unrelated tasks: are mixed heads harmless?", "unrelated", 16, "0.5 points below at most", (START,), -0.5),
+        arm=START_MIXED,
+    ),
 )
 
 
@@ -90,7 +97,7 @@ def answers(found: Found) -> list[Answer]:
 
 def _answer(question: Question, found: Found) -> Answer:
     results = found.get((question.stream, question.shots), Results([]))
-    ours = results.scores("start")
+    ours = results.scores(question.arm)
     against = {name: difference(ours, results.scores(name)) for name in question.against}
     known = [each for each in against.values() if each is not None]
     complete = len(known) == len(against)
@@ -100,7 +107,7 @@ def _answer(question: Question, found: Found) -> Answer:
         "; ".join(f"{points(each)} against `{name}`" for name, each in against.items()) if complete else "–",
         complete and all(_enough(question, each) for each in known),
         min(each.draws for each in known) if complete else 0,
-        _declared(question.stream, question.shots),
+        _declared(question.stream, question.shots, question.arm),
     )
 
 
@@ -110,16 +117,16 @@ def _enough(question: Question, found: Estimate) -> bool:
 
 def _steps(found: Found) -> Answer:
     results = found.get(("related", 16), Results([]))
-    ours, base = results.steps("start"), results.steps(BASE)
+    ours, base = results.steps(START), results.steps(BASE)
     shared = ours.keys() & base.keys()
     mean, other = (fmean(each[draw] for draw in shared) if shared else 0.0 for each in (ours, base))
     found_words = f"{mean:.0f} against {other:.0f}" if shared else "–"
     asked = "Related tasks, 16 shots: does it save steps?"
     yes = bool(shared) and mean <= other / 2
-    return Answer(asked, "half as many at most", found_words, yes, len(shared), _declared("related", 16))
+    return Answer(asked, "half as many at most", found_words, yes, len(shared), _declared("related", 16, START))
 
 
-def _declared(stream: str, shots: int) -> int:
-    """Return how many draws of a stream are declared."""
+def _declared(stream: str, shots: int, arm: str) -> int:
+    """Return how many draws of an arm are declared."""
     runs = [run for part in PARTS.values() for run in part()]
-    return len({run.draw for run in runs if (run.stream, run.shots) == (stream, shots)})
+    return len({run.draw for run in runs if (run.stream, run.shots, run.arm) == (stream, shots, arm)})

@@ -23,7 +23,8 @@ from qtuning_fast.method.labels import SINGLE
 Split = tuple[Tensor, Tensor]
 """Features `[n, F]` and class indices `[n]`."""
 
-CLASSIFIERS = ("probe", "closed_form", "closed_form_of_all", "donor", "transferred")
+ALL_EXAMPLES = "closed_form_of_all"
+CLASSIFIERS = ("probe", "closed_form", ALL_EXAMPLES, "donor", "transferred")
 
 PULLS = [10.0**power for power in np.arange(-3, 3.1, 0.5)]
 SCALES = (1.0, 3.0, 10.0, 30.0)
@@ -42,7 +43,7 @@ def accuracies(tasks: Sequence[tuple[tuple[str, ...], Mapping[str, Split]]]) -> 
         earlier = [head for theirs, head in probes if theirs == names]
         seen = [torch.cat(part) for part in zip(splits["train"], splits["validation"])]
         heads = {"probe": probe, "closed_form": closed_form_head(*splits["train"], len(names))}
-        heads["closed_form_of_all"] = closed_form_head(seen[0], seen[1], len(names))
+        heads[ALL_EXAMPLES] = closed_form_head(seen[0], seen[1], len(names))
         if earlier:
             heads["donor"] = max(earlier, key=lambda head: accuracy(head, (seen[0], seen[1])))
             heads["transferred"] = transferred(earlier, splits)

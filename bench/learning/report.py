@@ -16,8 +16,19 @@ from textwrap import fill
 from matplotlib.figure import Figure
 
 from qtuning_fast.bench.learning.answers import answers
-from qtuning_fast.bench.learning.arms import CORE, FASTER, FIRST, LINEAR, MIXED, PARTS, PEERS, PLACES
-from qtuning_fast.bench.learning.linear import CLASSIFIERS
+from qtuning_fast.bench.learning.arms import (
+    CORE,
+    FASTER,
+    FIRST,
+    LINEAR,
+    MIXED,
+    PARTS,
+    PEERS,
+    PLACES,
+    START,
+    START_MIXED,
+)
+from qtuning_fast.bench.learning.linear import ALL_EXAMPLES, CLASSIFIERS
 from qtuning_fast.bench.learning.run import OUT
 from qtuning_fast.bench.learning.summary import BASE, Estimate, Results, difference, points, read
 from qtuning_fast.lifelong.metrics import START_ROWS
@@ -42,8 +53,8 @@ INGREDIENTS = {
     "no reweighting, no gate": "reweighting and gate",
 }
 WORTH = (
-    "The defaults less the defaults without the ingredient, in points: the ingredient helps if this is above 0, of "
-    "forgetting below 0. If none of them were worth anything, one interval in twenty would still exclude 0."
+    "`start` less `start` without the ingredient, in points: the ingredient helps if this is above 0, of forgetting "
+    "below 0. If none of them were worth anything, one interval in twenty would still exclude 0."
 )
 
 STREAM_WORDS = {
@@ -53,10 +64,11 @@ STREAM_WORDS = {
     "offline-15": ("Fifteen tasks", "The [packaged stream](data.md) of that name, of related and unrelated tasks."),
 }
 LEGEND = """\
-- `start`: the defaults. Prompts and heads [start from what suits the task](method.md#where-a-task-starts).
-- `from-random`: the defaults, but both start at random. `closed-form-head`: prompts at random, heads in closed form.
+- `start, head mixed`: the defaults. Prompts and heads [start from what suits the task](method.md#where-a-task-starts);
+  after training, heads are joined by the closed form of training and validation examples.
+- `start`: the defaults, but heads stay as training leaves them, as in all arms below.
+- `from-random`: both start at random. `closed-form-head`: prompts at random, heads in closed form.
 - *faster network*: the reparametrisation learns at 1e-3, which suits random starts better, instead of 3e-4.
-- *head mixed*: after training the head is joined by the closed form of training and validation examples.
 - `prompt-per-task`, `progressive-prompts`, `one-prompt`: [peers](recipes/lifelong.md#peers-and-ablations).
 - *linear*: no prompts, classifiers of the frozen model's features. *Probe*: a tuned logistic regression. *Closed form*:
   the Gaussian classifier; *of all*: from training and validation examples. *Donor*: the best earlier probe, as it is.
@@ -108,26 +120,26 @@ def of_methods(results: Results) -> list[str]:
 
 
 def ingredients(results: Results) -> list[str]:
-    """What each ingredient is worth: the defaults less the defaults without it."""
+    """What each ingredient is worth: `start` less `start` without it."""
     rows = []
     for arm, worth in INGREDIENTS.items():
         if arm in results.arms:
             measures = (results.scores, partial(results.scores, evaluation="live_queue"), results.forgetting)
-            found = [difference(of("start"), of(arm)) for of in measures]
+            found = [difference(of(START), of(arm)) for of in measures]
             draws = found[0].draws if found[0] else 0
             rows.append([worth, f"`{arm}`", str(draws), *map(points, found)])
     return markdown_table("ingredient|arm without it|draws|adapters|live queue|forgetting of the live queue", rows)
 
 
 def places(results: Results) -> list[str]:
-    """Prompts elsewhere, or more of them, less the defaults."""
+    """Prompts elsewhere, or more of them, less `start`."""
     rows = []
     for arm in PLACES:
         ours = results.scores(arm)
         if ours:
-            theirs, live = results.scores("start"), results.scores(arm, "live_queue")
+            theirs, live = results.scores(START), results.scores(arm, "live_queue")
             cells = [accuracy(ours), points(difference(ours, theirs))]
-            cells.append(points(difference(live, results.scores("start", "live_queue"))))
+            cells.append(points(difference(live, results.scores(START, "live_queue"))))
             rows.append([f"`{arm}`", str(len(ours)), *cells])
     return markdown_table("arm|draws|adapters|against `start`|live queue, against `start`", rows)
 
@@ -151,20 +163,26 @@ def picture(results: Results, title: str) -> Figure:
 
 
 def starts(results: Results) -> str:
-    """How often tasks after the first started from what, under the defaults."""
-    chosen = [task["start"]["chosen"] for record in results.records("start") for task in record["per_task"][1:]]
+    """How often tasks after the first started from what."""
+    chosen = [task[START]["chosen"] for record in results.records(START) for task in record["per_task"][1:]]
     counts = Counter(START_ROWS[each["rows"]] + ", heads mixed" * bool(each["mixed_with"]) for each in chosen)
     shares = "; ".join(f"{count} from {kind}" for kind, count in counts.most_common())
     return f"Where the {len(chosen)} tasks after the first started: {shares}."
 
 
 def against_controls(results: Results) -> str:
-    """What is left of the defaults' lead when random starts have the rate that suits them."""
-    ours = results.scores("start")
+    """What is left of the lead of `start` when random starts have the rate that suits them."""
+    ours = results.scores(START)
     found = [
         f"{points(difference(ours, results.scores(arm)))} against `{arm}`" for arm in FASTER if arm in results.arms
     ]
     return f"`start`, in points: {'; '.join(found)}."
+
+
+def against_all_examples(results: Results) -> str:
+    """What is left of the lead of mixed heads over a linear classifier that learns from validation examples, too."""
+    lead = difference(results.scores(START_MIXED), results.scores(ALL_EXAMPLES))
+    return f"`{START_MIXED}`, in points: {points(lead)} against the closed form of all, which has seen as many examples."
 
 
 def page(found: dict[tuple[str, int], Results], images: Path) -> str:
@@ -194,10 +212,12 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
         else:
             image = []
         lines += [f"## {title}, {shots} shots", "", words, "", *table(results), "", *image]
-        if "start" in results.arms:
+        if START in results.arms:
             lines += [fill(starts(results), 120), ""]
             if {*FASTER} & {*results.arms}:
                 lines += [fill(against_controls(results), 120), ""]
+            if START_MIXED in results.arms:
+                lines += [fill(against_all_examples(results), 120), ""]
         if {*INGREDIENTS} & {*results.arms}:
             lines += ["### What each ingredient is worth", "", fill(WORTH, 120), "", *ingredients(results), ""]
         if {*PLACES} & {*results.arms}:
@@ -215,9 +235,10 @@ def for_readme(found: dict[tuple[str, int], Results]) -> str:
     """What README says: accuracy by the number of examples, what of it earlier tasks give, and where they do not."""
     head = "closed-form-head"
     columns = {
-        "start": "default start",
-        head: "head in closed form alone",
-        BASE: "random start",
+        START_MIXED: "the defaults",
+        START: "head as trained",
+        head: "and prompt at random",
+        BASE: "both at random",
         "probe": "linear probe",
     }
     rows, draws, steps = [], set[int](), ""
@@ -225,22 +246,23 @@ def for_readme(found: dict[tuple[str, int], Results]) -> str:
         scores = {name: results.scores(name) for name in columns}
         if stream != "related" or not all(scores.values()):
             continue
-        lead, by_tasks = (difference(scores["start"], scores[name]) for name in (BASE, head))
+        lead, by_tasks = (difference(scores[ours], scores[than]) for ours, than in ((START_MIXED, BASE), (START, head)))
         cells = [accuracy(each) for each in scores.values()]
         rows.append([str(shots), *cells, points(lead, mark=False), points(by_tasks, mark=False)])
-        draws.add(len(scores["start"]))
+        draws |= {len(each) for each in scores.values()}
         if shots == 16:
-            ours, base = (Estimate.of(list(results.steps(name).values())).mean for name in ("start", BASE))
-            steps = f" With 16 texts a class it needs {ours:.0f} steps where a random start needs {base:.0f}."
+            mine, theirs = (Estimate.of(list(results.steps(name).values())).mean for name in (START, BASE))
+            steps = f" With 16 texts a class it needs {mine:.0f} steps where a random start needs {theirs:.0f}."
     said = (
-        "A task starts with a head in closed form and, where that suits it, with prompt and head of earlier tasks. "
+        "A task starts with a head in closed form and, where that suits it, with prompt and head of earlier tasks; "
+        "after training, its head is joined by the closed form of all its examples. "
         "On five tasks of positive and negative texts, one after another, the mean accuracy of the second to the fifth "
         f"(each under its own adapter, {' to '.join(map(str, sorted(draws)))} draws, 95% intervals) is:"
     )
     titles = "|".join(["texts a class", *columns.values(), "gain in points", "of it by earlier tasks"])
     lines = [fill(said, 120), "", *markdown_table(titles, rows), "", f"![Gains]({IMAGES}/learning-related-16.png)", ""]
     unrelated = found.get(("unrelated", 16))
-    lead = None if unrelated is None else difference(unrelated.scores("start"), unrelated.scores(BASE))
+    lead = None if unrelated is None else difference(unrelated.scores(START_MIXED), unrelated.scores(BASE))
     if lead is not None and lead.draws >= FIRST:
         steps += f" On unrelated tasks the gain is {points(lead, mark=False)} points."
     more = (

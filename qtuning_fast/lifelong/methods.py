@@ -61,8 +61,8 @@ class Method:
         }
 
 
-# The papers' own starts.
-_FROM_RANDOM = {"start_from": "random", "head_start": "random"}
+# As the papers train: prompts and heads start at random and end as training leaves them.
+_FROM_RANDOM = {"start_from": "random", "head_start": "random", "head_end": "trained"}
 
 # Nothing but what the task itself has learned.
 _OWN_ALONE = {
@@ -75,7 +75,7 @@ _OWN_ALONE = {
 
 _PROBE = Method(
     _OWN_ALONE | {"prompt_length": 0, "reparameterization": None},
-    {"steps": 0, "start_from": "random", "head_start": "probe"},
+    {"steps": 0, "start_from": "random", "head_start": "probe", "head_end": "trained"},
 )
 
 _HIDE = _OWN_ALONE | {"reparameterization": None, "layers": (0, 1, 2, 3, 4), "prompt_init": "uniform"}
@@ -84,6 +84,7 @@ _HIDE = _OWN_ALONE | {"reparameterization": None, "layers": (0, 1, 2, 3, 4), "pr
 _HIDE_TRAINING = {
     "start_from": "previous",
     "head_start": "random",
+    "head_end": "trained",
     "prompt_rate": 0.015,
     "head_rate": 0.0015,
     "batch_size": 128,

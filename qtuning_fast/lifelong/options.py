@@ -16,7 +16,7 @@ from qtuning_fast.method.labels import PROBLEM_TYPES, SINGLE
 from qtuning_fast.method.settings import check_settings, documented, from_file, setting, to_file
 
 HEAD_STARTS = ("closed-form", "random", "probe")
-HEAD_ENDS = ("trained", "mixed")
+HEAD_ENDS = ("mixed", "trained")
 
 
 _OWN_DATA = {"validation_shots": Stream.validation_shots, "test_size": Stream.test_size}
@@ -197,10 +197,10 @@ class TrainingOptions:
         absent="random",
     )
     head_end: str = setting(
-        "trained",
+        "mixed",
         "{choices}.",
-        "Where a head ends. `trained`: as training leaves it. `mixed`: the sum of that and of the closed form of "
-        "training and validation examples under the trained prompt, both of norm 1; for one class an example.",
+        "Where a head ends. `trained`: as training leaves it. `mixed`: if each example has one class, the sum of that "
+        "and of the closed form of training and validation examples under the trained prompt, both of norm 1.",
         choices=HEAD_ENDS,
         absent="trained",
     )

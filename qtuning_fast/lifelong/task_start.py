@@ -38,8 +38,6 @@ def check_start(config: QTuningConfig, options: TrainingOptions, names: Sequence
         )
     if options.head_start == "probe" and config.task_type not in HEAD_TASK_TYPES:
         raise ValueError(f"head_start is 'probe', but task_type={config.task_type!r} has no heads; leave it out")
-    if options.head_end == "mixed" and config.task_type not in HEAD_TASK_TYPES:
-        raise ValueError(f"head_end is 'mixed', but task_type={config.task_type!r} has no heads; leave it out")
     if options.prompt_momentum and not config.prompt_length:
         raise ValueError(f"prompt_momentum is {options.prompt_momentum}, but prompt_length is 0; leave it out")
     if options.prompt_momentum and config.reparameterization is not None:

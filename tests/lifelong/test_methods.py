@@ -235,7 +235,9 @@ def test_a_head_may_start_as_the_probe_beside_prompts(
     _, probe = run("probe")
     base, tokenizer = load_base_model(str(tiny_model_folder))
     tasks = [load_task(f"colours={toy_files['colours']}", **SIZES)]
-    training = TrainingOptions(**TRAINING | {"head_start": "probe", "start_from": "random", "head_rate": 0.0})
+    training = TrainingOptions(
+        **TRAINING | {"head_start": "probe", "start_from": "random", "head_rate": 0.0, "head_end": "trained"}
+    )
     LifelongTrainer(base, tokenizer, QTuningConfig(**CONFIG), tasks, training, tmp_path / "run").run()
     head, wanted = (
         model.adapters["colours"].head_weight

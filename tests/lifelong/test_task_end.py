@@ -10,9 +10,7 @@ from qtuning_fast import QTuningConfig, QTuningModel
 from qtuning_fast.lifelong import task_end
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
-from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.task_end import mix_head
-from qtuning_fast.lifelong.task_start import check_start
 from qtuning_fast.method.closed_form import LinearHead, closed_form_head
 
 
@@ -54,9 +52,3 @@ def test_of_very_many_examples_some_are_read(model: QTuningModel, monkeypatch: p
     monkeypatch.setattr(task_end, "features", lambda *args, **kwargs: read.append(args[1]) or features(*args, **kwargs))
     mix_head(model, encoded([0, 1] * 9, 0), encoded([0, 1, 1, 1, 1], 5), 4)
     assert [len(each) for each in read] == [6, 4]
-
-
-def test_language_models_have_no_heads_to_mix() -> None:
-    options = TrainingOptions(head_end="mixed")
-    with pytest.raises(ValueError, match="head_end is 'mixed', but task_type='causal-lm' has no heads"):
-        check_start(QTuningConfig(task_type="causal-lm"), options, ["first"])
