@@ -9,6 +9,9 @@
 // lanes. All products are one kernel: C[r, :] += sum over k of A[r, k] B[k, :], with B's rows contiguous. It reads each
 // scalar of A for a block of vectors that stays in registers.
 //
+// Where a key head has few queries and no backward pass follows, as in decoding, a task is that head with the queries of
+// its whole group, so that keys and values are read once, or a part of its keys. Keys are lanes then.
+//
 // native.py compiles it at first use, without PyTorch's headers, and passes pointers in a struct. It defines
 //
 //     CHUNK    the most queries of a task
@@ -172,6 +175,20 @@ static inline void transpose_square(vec (&x)[W]) {
   if constexpr (2 * S < W) transpose_square<2 * S>(x);
 }
 
+// Adds up each of n vectors; lane i of the result is the sum of x[i].
+template <int S = 1, int n = W>
+static inline vec sums_of(vec (&x)[n]) {
+  vec half[n / 2];
+  for (int i = 0; i < n / 2; i++) {
+    exchange<S>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, W>());
+    half[i] = x[2 * i] + x[2 * i + 1];
+  }
+  if constexpr (n == 2)
+    return half[0];
+  else
+    return sums_of<2 * S, n / 2>(half);
+}
+
 // --------------------------------------------------------------------------------------------------------- products
 
 template <int ROWS, int VECTORS, bool ADD>
@@ -201,6 +218,7 @@ static void columns_of(float* C, int64_t c, const float* A, int64_t row, int64_t
   if (VECTORS == 1)
     for (; r + 8 <= rows; r += 8) block<8, 1, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
   for (; r + 4 <= rows; r += 4) block<4, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
+  for (; r + 2 <= rows; r += 2) block<2, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
   for (; r < rows; r++) block<1, VECTORS, ADD>(C + r * c, c, A + r * row, row, step, B, b, K);
 }
 
@@ -267,6 +285,7 @@ struct Call {
   int64_t before, after;  // keys that a query sees around its position; -1: all
   int64_t gate, threads, chunk;
   int64_t lanes, segments;  // backward: tasks of a key head, and parts that a sample's queries are cut into
+  int64_t forward_only;  // no backward pass follows
   int64_t context_gradients, prefix_gradients;
   int64_t d_key_segment, d_value_segment;  // strides from part to part
   float scale, softcap;                    // softcap 0: none
@@ -473,25 +492,33 @@ static Span seen_by(const Call& call, const Chunk& chunk) {
   return {begin, std::max(begin, end)};
 }
 
+// Calls f for each tile of some rows of the prefix and of some keys of the context.
+template <typename F>
+static void for_each_tile(const Call& call, const Sample& x, int64_t kv, Span prefix, Span context, F f) {
+  auto walk = [&](bool of_prefix, Span keys, const float* key, const float* value, int64_t key_row, int64_t value_row) {
+    const int64_t m = keys.end - keys.begin, tiles = (m + TILE - 1) / TILE;
+    for (int64_t t = 0; t < tiles; t++) {  // of about equal size
+      const int64_t from = keys.begin + m * t / tiles, to = keys.begin + m * (t + 1) / tiles;
+      f(Tile{of_prefix, from, int(to - from), key + from * key_row, value + from * value_row, key_row, value_row});
+    }
+  };
+  if (prefix.begin < prefix.end)
+    walk(true, prefix, rows_of(call, call.prefix_key, x.task, kv), rows_of(call, call.prefix_value, x.task, kv), call.D,
+         call.Dv);
+  if (context.begin < context.end)
+    walk(false, context, call.key.at(x.batch, kv, x.first_key), call.value.at(x.batch, kv, x.first_key), call.key.row,
+         call.value.row);
+}
+
 // Calls f for each tile that a chunk sees, the prefix's first, with the part of the chunk that sees it. Where causality
 // or a window hides keys, neighbouring W queries begin and end at other keys: the context is cut there.
 template <typename F>
 static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, bool context, F f) {
   const Sample& x = *chunk.sample;
   const int64_t kv = chunk.head / (call.Hq / call.Hkv);
-  auto walk = [&](const Chunk& part, bool of_prefix, Span keys, const float* key, const float* value, int64_t key_row,
-                  int64_t value_row) {
-    const int64_t m = keys.end - keys.begin, tiles = (m + TILE - 1) / TILE;
-    for (int64_t t = 0; t < tiles; t++) {  // of about equal size
-      const int64_t from = keys.begin + m * t / tiles, to = keys.begin + m * (t + 1) / tiles;
-      f(part, Tile{of_prefix, from, int(to - from), key + from * key_row, value + from * value_row, key_row, value_row});
-    }
-  };
-  if (prefix && x.length > 0)
-    walk(chunk, true, {0, x.length}, rows_of(call, call.prefix_key, x.task, kv),
-         rows_of(call, call.prefix_value, x.task, kv), call.D, call.Dv);
+  auto with = [&](const Chunk& part) { return [&](const Tile& tile) { f(part, tile); }; };
+  if (prefix) for_each_tile(call, x, kv, {0, x.length}, {}, with(chunk));
   if (!context) return;
-  const float *key = call.key.at(x.batch, kv, x.first_key), *value = call.value.at(x.batch, kv, x.first_key);
   Span seen[CHUNK / W];
   int64_t cuts[2 * CHUNK / W];
   int groups = 0, count = 0;
@@ -506,8 +533,7 @@ static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, boo
     int from = 0, to = groups;
     while (from < to && !sees(from)) from++;
     while (from < to && !sees(to - 1)) to--;
-    if (from < to && keys.begin < keys.end)
-      walk(part_of(chunk, from * W, to * W), false, keys, key, value, call.key.row, call.value.row);
+    if (from < to) for_each_tile(call, x, kv, {}, keys, with(part_of(chunk, from * W, to * W)));
   }
 }
 
@@ -523,6 +549,17 @@ static void apply_gate(const Call& call, const Chunk& chunk, int m, const float*
       if (y != nullptr) store(y + j * CHUNK + i, f);
       store(to + j * CHUNK + i, x + f * alpha);
     }
+}
+
+// Writes a query's output and log-sum-exp from its running maximum, sum and weighted values; null if it saw no key.
+static void write_row(const Call& call, int64_t batch, int64_t head, int64_t query, float top, float total,
+                      const float* o) {
+  float* to = call.output.at(batch, head, query);
+  const float share = o == nullptr || total == 0 ? 0.0f : 1 / total, above = std::log(total);
+  for (int64_t d = 0; d < call.Dv; d++) to[d] = o == nullptr ? 0.0f : o[d] * share;
+  const int64_t at = (batch * call.Hq + head) * call.rows + query;
+  call.lse[at] = top == -INF ? -INF : top + above;
+  if (call.rest != nullptr) call.rest[at] = top == -INF ? 0.0f : top - call.lse[at] + above;
 }
 
 // Whether the first tile writes all of a chunk's sums [n][width]; if not, they are set to 0.
@@ -575,14 +612,152 @@ static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
     is_first = false;
   });
   const int64_t query = x.first_query + chunk.first;
-  for (int i = 0; i < chunk.n; i++) {
-    float* to = call.output.at(x.batch, chunk.head, query + i);
-    const float share = is_first || room.total[i] == 0 ? 0.0f : 1 / room.total[i];
-    for (int64_t d = 0; d < call.Dv; d++) to[d] = is_first ? 0.0f : room.o[i * Dvp + d] * share;
-    const int64_t at = (x.batch * call.Hq + chunk.head) * call.rows + query + i;
-    const float top = room.top[i], above = std::log(room.total[i]);
-    call.lse[at] = top == -INF ? -INF : top + above;
-    if (call.rest != nullptr) call.rest[at] = top == -INF ? 0.0f : top - call.lse[at] + above;
+  for (int i = 0; i < chunk.n; i++)
+    write_row(call, x.batch, chunk.head, query + i, room.top[i], room.total[i], is_first ? nullptr : room.o + i * Dvp);
+}
+
+// -------------------------------------------------------------------------------------------------------- few queries
+
+constexpr int FEW = 16;         // rows: the queries of all heads of a group
+constexpr int LEAST_KEYS = 256;  // of a part; shorter contexts are not worth parting
+constexpr int WIDELY = 64;       // tasks that keep all threads busy
+
+struct Few {  // the queries of a key head of one sample, and a part of the keys
+  const Sample* sample;
+  int64_t kv;
+  int64_t part, parts;
+};
+
+struct Found {  // what those queries have found in their part
+  float *top, *total, *o;  // [FEW], [FEW], [FEW][Dvp]
+  static size_t floats(int Dvp) { return size_t(FEW) * (Dvp + 2); }
+  Found(float* memory) : top(memory), total(memory + FEW), o(memory + 2 * FEW) {}
+};
+
+// Scores of one query [m], a multiple of W of which are written: those beyond m are of the last key.
+static void scores_of_row(const Call& call, const Tile& tile, const float* key, int64_t row, int width,
+                          const float* query, float* s) {
+  for (int j = 0; j < tile.m; j += W) {
+    const float* keys[W];
+    for (int i = 0; i < W; i++) keys[i] = key + std::min(j + i, tile.m - 1) * row;
+    vec sums[W] = {};
+    for (int d = 0; d < width; d += W) {
+      const vec q = load(query + d);
+      for (int i = 0; i < W; i++) sums[i] += load(keys[i] + d) * q;
+    }
+    vec x = sums_of(sums);
+    if (call.softcap > 0) x = tanh_of(x * (1 / call.softcap)) * call.softcap;
+    store(s + j, x);
+  }
+}
+
+static void add_row_of_overlay(const Overlay& x, int64_t batch, int64_t head, int64_t query, int64_t key, int m,
+                               float* s) {
+  if (x.data == nullptr) return;
+  const int64_t base = batch * x.batch + head * x.head + query * x.row + key * x.column;
+  int j = 0;
+  if (x.column == 1)
+    for (; j + W <= m; j += W) store(s + j, plus_overlay(load(s + j), overlays_at(x, base + j)));
+  for (; j < m; j++) {
+    const float value = overlay_at(x, base + j * x.column);
+    s[j] = value == -INF ? value : s[j] + value;
+  }
+}
+
+// Gate, bias and masks for the scores of one query, and -inf beyond m.
+static void finish_row(const Call& call, const Sample& x, const Tile& tile, int64_t head, int64_t n, float* s) {
+  const int64_t query = x.first_query + n;
+  int begin = 0, end = tile.m;
+  if (tile.of_prefix) {
+    const float alpha = call.alpha[x.task * call.Hq + head], tau = call.tau[x.task * call.Hq + head];
+    if (call.gate != NONE)
+      for (int j = 0; j < tile.m; j += W) store(s + j, load(s + j) + gate_of(int(call.gate), load(s + j) * tau) * alpha);
+    add_row_of_overlay(call.bias, x.bias, head, query, tile.first, tile.m, s);
+  } else {
+    const int64_t key = x.first_key + tile.first;
+    add_row_of_overlay(call.padding, x.batch, 0, 0, key, tile.m, s);
+    add_row_of_overlay(call.mask, x.batch, head, query, key, tile.m, s);
+    const Span seen = seen_by(call, Chunk{&x, head, n, 1, W});
+    begin = int(std::clamp<int64_t>(seen.begin - tile.first, 0, tile.m));
+    end = int(std::clamp<int64_t>(seen.end - tile.first, 0, tile.m));
+  }
+  std::fill(s, s + begin, -INF);
+  std::fill(s + std::max(begin, end), s + rounded_up(tile.m, W), -INF);
+}
+
+// From scores to weights exp(s - top), with what was found so far brought to the new maximum.
+static void weigh_row(const Tile& tile, float* s, float* top, float* total, float* o, int width) {
+  vec highest = splat(*top);
+  for (int j = 0; j < tile.m; j += W) highest = larger(load(s + j), highest);
+  float next = *top;
+  for (int i = 0; i < W; i++) next = highest[i] > next || highest[i] != highest[i] ? highest[i] : next;
+  const float from = next == -INF ? 0.0f : next;  // a query that sees nothing
+  vec sums = {};
+  for (int j = 0; j < tile.m; j += W) {
+    const vec p = exp_of(load(s + j) - from);
+    store(s + j, p);
+    sums += p;
+  }
+  const float kept = exp_of(splat(*top - from))[0];
+  *total = *total * kept + sum_of(sums);
+  *top = next;
+  if (kept != 1)
+    for (int d = 0; d < width; d += W) store(o + d, load(o + d) * kept);
+}
+
+static void forward_few(const Call& call, const Few& few, Found found, Room& room) {
+  const Sample& x = *few.sample;
+  const int64_t G = call.Hq / call.Hkv;
+  const int rows = int(G * x.N), Dp = rounded_up(call.D, PADDED), Dvp = rounded_up(call.Dv, PADDED);
+  const int width = rounded_up(call.D, W), columns = rounded_up(call.Dv, W);
+  std::fill(found.o, found.o + rows * Dvp, 0.0f);
+  for (int r = 0; r < rows; r++) {
+    const float* query = call.query.at(x.batch, few.kv * G + r / x.N, x.first_query + r % x.N);
+    for (int d = 0; d < width; d++) room.query[r * Dp + d] = d < call.D ? query[d] * call.scale : 0.0f;
+    found.top[r] = -INF, found.total[r] = 0;
+  }
+  auto mine = [&](Span keys) {
+    const int64_t m = keys.end - keys.begin;
+    return Span{keys.begin + m * few.part / few.parts, keys.begin + m * (few.part + 1) / few.parts};
+  };
+  for_each_tile(call, x, few.kv, mine({0, x.length}), mine(seen_by(call, Chunk{&x, 0, 0, int(x.N), W})),
+                [&](const Tile& tile) {
+    int64_t key_row = tile.key_row, value_row = tile.value_row;
+    const float* key = as_factor(tile.key, &key_row, tile.m, int(call.D), room.copies[0]);
+    for (int r = 0; r < rows; r++) {
+      float* s = room.s + r * TILE;
+      scores_of_row(call, tile, key, key_row, width, room.query + r * Dp, s);
+      finish_row(call, x, tile, few.kv * G + r / x.N, r % x.N, s);
+      weigh_row(tile, s, found.top + r, found.total + r, found.o + r * Dvp, Dvp);
+    }
+    const float* value = as_factor(tile.value, &value_row, tile.m, int(call.Dv), room.copies[0]);
+    product<true>(found.o, Dvp, room.s, TILE, 1, value, value_row, rows, columns, tile.m);
+  });
+}
+
+// Merges what the parts of a key head have found, and the sink.
+static void merge_parts(const Call& call, const Sample& x, int64_t kv, int64_t parts, float* memory) {
+  const int64_t G = call.Hq / call.Hkv;
+  const int Dvp = rounded_up(call.Dv, PADDED);
+  auto found = [&](int64_t part) { return Found(memory + part * Found::floats(Dvp)); };
+  for (int r = 0; r < G * x.N; r++) {
+    const int64_t head = kv * G + r / x.N;
+    float top = call.sink == nullptr ? -INF : call.sink[head];
+    float total = top == -INF ? 0.0f : 1.0f, *o = found(0).o + r * Dvp;
+    const float sink = top;
+    for (int64_t part = 0; part < parts; part++) top = found(part).top[r] > top ? found(part).top[r] : top;
+    const float from = top == -INF ? 0.0f : top;
+    auto kept = [&](float before) { return before == -INF ? 0.0f : std::exp(before - from); };
+    total *= kept(sink);
+    for (int64_t part = 0; part < parts; part++) {
+      const float share = kept(found(part).top[r]);
+      total += found(part).total[r] * share;
+      for (int d = 0; d < Dvp; d += W) {
+        const vec more = load(found(part).o + r * Dvp + d) * share;
+        store(o + d, part == 0 ? more : load(o + d) + more);
+      }
+    }
+    write_row(call, x.batch, head, x.first_query + r % x.N, top, total, o);
   }
 }
 
@@ -781,6 +956,35 @@ static Chunk chunk_of(const Call& call, const Sample& x, int64_t head, int64_t c
   return Chunk{&x, head, c * call.chunk, n, rounded_up(n, W)};
 }
 
+// Scores of few queries are summed in another order than in the backward pass, which makes weights of their difference.
+static bool are_few(const Call& call, const std::vector<Sample>& samples) {
+  return call.forward_only && std::all_of(samples.begin(), samples.end(),
+                                          [&](const Sample& x) { return x.N * (call.Hq / call.Hkv) <= FEW; });
+}
+
+static void forward_of_few(const Call& call, const std::vector<Sample>& samples) {
+  const int64_t heads = call.count * call.Hkv;
+  int64_t most = 0;
+  for (const Sample& x : samples) most = std::max(most, x.length + x.seen_to - x.seen_from);
+  const int64_t wanted = WIDELY / std::max<int64_t>(heads, 1);
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most / LEAST_KEYS, 1));
+  const size_t each = Found::floats(rounded_up(call.Dv, PADDED));
+  std::vector<float> found(heads * parts * each);
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    Room room(call);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * parts; task++) {
+      const int64_t head = task / parts;
+      const Few few{&samples[head / call.Hkv], head % call.Hkv, task % parts, parts};
+      forward_few(call, few, found.data() + task * each, room);
+    }
+#pragma omp for
+    for (int64_t head = 0; head < heads; head++)
+      merge_parts(call, samples[head / call.Hkv], head % call.Hkv, parts, found.data() + head * parts * each);
+  }
+}
+
 extern "C" {
 
 int64_t native_size() { return sizeof(Call); }
@@ -819,6 +1023,7 @@ void native_unfold(const Call* given) {
 void native_forward(const Call* given) {
   const Call& call = *given;
   const std::vector<Sample> samples = samples_of(call);
+  if (are_few(call, samples)) return forward_of_few(call, samples);
   std::vector<int64_t> ends;  // of each sample's tasks: sample by sample, head by head, so that neighbours share keys
   int64_t tasks = 0;
   for (const Sample& x : samples) ends.push_back(tasks += chunks_of(call, x) * call.Hq);

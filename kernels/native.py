@@ -21,6 +21,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -57,8 +58,8 @@ class Side(ctypes.Structure):
     ]
 
 
-# The fields of a sample, all of 64 bits.
-SAMPLE = ("batch", "first_query", "N", "first_key", "M", "task", "length", "bias", "seen_from", "seen_to")
+_SAMPLE = ("batch", "first_query", "N", "first_key", "M", "task", "length", "bias", "seen_from", "seen_to")
+SAMPLE = np.dtype([(name, np.int64) for name in _SAMPLE])
 
 
 class Call(ctypes.Structure):
@@ -74,7 +75,7 @@ class Call(ctypes.Structure):
         *((name, _integer) for name in ("count", "rows", "Hq", "Hkv", "D", "Dv", "T", "P", "n_shared")),
         *((name, _integer) for name in ("before", "after")),
         *((name, _integer) for name in ("gate", "threads", "chunk", "lanes", "segments")),
-        *((name, _integer) for name in ("context_gradients", "prefix_gradients")),
+        *((name, _integer) for name in ("forward_only", "context_gradients", "prefix_gradients")),
         *((name, _integer) for name in ("d_key_segment", "d_value_segment")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),

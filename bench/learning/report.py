@@ -182,7 +182,8 @@ def against_controls(results: Results) -> str:
 def against_all_examples(results: Results) -> str:
     """What is left of the lead of mixed heads over a linear classifier that learns from validation examples, too."""
     lead = difference(results.scores(START_MIXED), results.scores(ALL_EXAMPLES))
-    return f"`{START_MIXED}`, in points: {points(lead)} against the closed form of all, which has seen as many examples."
+    than = "the closed form of all, which has seen as many examples"
+    return f"`{START_MIXED}`, in points: {points(lead)} against {than}."
 
 
 def page(found: dict[tuple[str, int], Results], images: Path) -> str:

@@ -32,10 +32,6 @@ from qtuning_fast.bench.shapes import Inputs, Shape
 from qtuning_fast.bench.timing import Call, compare, sets_for
 
 ROUNDS = 15
-# Native kernels take 16 queries at a time and read the keys once for each head, which few queries are not worth.
-DECODING = Rule(
-    *("cpu", "composed"), most_queries=16, least_keys=256, measured="AMD EPYC, 2 threads, torch 2.13.0+cpu, by hand"
-)
 BACKENDS = {"cpu": ("native", "composed", "reference"), "cuda": ("composed", "fused")}  # that are measured, by device
 
 
@@ -124,7 +120,7 @@ def rules(device: str, points: Sequence[Point], measured: str) -> list[Rule]:
             bound = crossing(points, backend, "reference")
             small = Rule(name, "reference", most_scores=bound, measured=measured)
             found += [small] * (bound > 0) + [Rule(name, backend, measured=measured)]
-        return [found[0], DECODING, *found[1:]] if found[0].backend == "reference" else [DECODING, *found]
+        return found
     bound, composed = crossing(points, "composed", "fused"), Rule(name, "composed", measured=measured)
     if not bound:
         return [composed]

@@ -12,7 +12,7 @@ once for all samples.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,12 +74,12 @@ def write(rules: Iterable[Rule]) -> None:
     PATH.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n")
 
 
-def rules_for(call: PrefixAttentionCall) -> tuple[Rule, ...]:
-    """Return the rules that apply to a call, the first before the others."""
-    known = {rule.device for rule in TABLE}
+def rules_for(call: PrefixAttentionCall) -> Iterator[Rule]:
+    """Yield the rules that apply to a call, the first before the others."""
     device = device_name(call.query.device)
-    device = device if device in known else DEFAULT
-    return tuple(rule for rule in TABLE if rule.device == device and rule.holds(call))
+    if all(rule.device != device for rule in TABLE):
+        device = DEFAULT
+    return (rule for rule in TABLE if rule.device == device and rule.holds(call))
 
 
 @constant
@@ -93,6 +93,7 @@ def device_name(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def in_order(call: PrefixAttentionCall) -> tuple[str, ...]:
-    """Return all backends in the order in which "auto" tries them for a call."""
-    return tuple(dict.fromkeys([*(rule.backend for rule in rules_for(call)), *PREFERENCE]))
+def in_order(call: PrefixAttentionCall) -> Iterator[str]:
+    """Yield all backends in the order in which "auto" tries them for a call; some occur again."""
+    yield from (rule.backend for rule in rules_for(call))
+    yield from PREFERENCE

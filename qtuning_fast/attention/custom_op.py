@@ -127,8 +127,12 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
         arguments = flattened(call)
         if _has_tangents(arguments):  # an operator would drop them silently
             raise NotImplementedError(f"{name} has no forward-mode derivative; backend='reference' has it")
-        run = PrefixAttention.apply if _may_bypass_dispatcher(arguments) else forward_operator
-        output, lse, _ = run(*arguments)
+        if not _may_bypass_dispatcher(arguments):
+            output, lse, _ = forward_operator(*arguments)
+        elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            output, lse, _ = PrefixAttention.apply(*arguments)
+        else:
+            output, lse, _ = forward(*arguments)
         return output, lse.detach()
 
     return attend

@@ -90,7 +90,7 @@ def explain(call: PrefixAttentionCall, requested: str) -> BackendChoice:
     second_best = f"{backend} was {reason}"
     if requested == "auto":
         obstacles = {name: why or BACKENDS[name].only_by_name(call) for name, why in obstacles.items()}
-        rules, order = backend_order.rules_for(call), backend_order.in_order(call)
+        rules, order = [*backend_order.rules_for(call)], [*dict.fromkeys(backend_order.in_order(call))]
         reason = f"the first of {', '.join(order)} that can compute it"
         if rules:
             reason = f"the fastest by the table: {rules[0]}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtuning_fast.attention.arguments import CONTEXT, PrefixAttentionCall
+from qtuning_fast.attention.arguments import CONTEXT, PrefixAttentionCall, trainable
 from qtuning_fast.attention.common import constant, masked
 from qtuning_fast.attention.custom_op import Outputs, operator
 from qtuning_fast.attention.folding import reduced, side_of
@@ -22,6 +22,8 @@ from qtuning_fast.attention.sink import gradient as sink_gradient
 
 if TYPE_CHECKING:
     from qtuning_fast.kernels import native
+
+ONE = np.zeros(1, dtype=np.int64)  # the prefixes in use where there is no bank
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:
@@ -58,6 +60,7 @@ class _Passes:
         arguments = _Arguments(call, native)
         struct = arguments.struct
         struct.output, struct.lse, struct.rest = _rows(native, room), lse.data_ptr(), _address(rest)
+        struct.forward_only = not any(getattr(call, name).requires_grad for name in trainable(call))
         if call.is_packed:  # rows of no sequence
             room.zero_()
             lse.fill_(-torch.inf)
@@ -111,6 +114,7 @@ class _Arguments:
 
     def __init__(self, call: PrefixAttentionCall, native: Any) -> None:
         self.call, self.native = call, native
+        self.counts = call.counts
         self.struct = struct = native.Call()
         (_, struct.Hq, struct.rows, struct.D), (struct.Hkv, struct.Dv) = call.query.shape, call.value.shape[1::2]
         struct.P, struct.n_shared = call.prefix_key.shape[-2], call.n_shared
@@ -131,15 +135,16 @@ class _Arguments:
 
     def _take_prefix(self) -> None:
         """Take the prefixes that are in use, each once."""
-        call, struct, count = self.call, self.struct, self.call.counts[0]
-        self.used, self.task = np.zeros(1, dtype=np.int64), np.zeros(count, dtype=np.int64)
-        if call.prefix_index is not None:
+        call, struct = self.call, self.struct
+        self.task: np.ndarray | int = 0
+        if call.prefix_index is None:
+            self.used, self.lengths = ONE, np.array([struct.P])
+        else:
             self.used, self.task = np.unique(bank_index(call).numpy(), return_inverse=True)
-        lengths = np.full(len(self.used), struct.P, dtype=np.int64)
+            self.lengths = np.full(len(self.used), struct.P, dtype=np.int64)
         if call.prefix_length is not None:
-            lengths[:] = call.prefix_length.long().clamp(0, struct.P).numpy()[self.used]
-        self.lengths = lengths
-        struct.T, struct.used, struct.lengths = len(self.used), self.used.ctypes.data, lengths.ctypes.data
+            self.lengths[:] = call.prefix_length.long().clamp(0, struct.P).numpy()[self.used]
+        struct.T, struct.used, struct.lengths = len(self.used), self.used.ctypes.data, self.lengths.ctypes.data
         struct.prefix_key, struct.prefix_value = (self._side(side) for side in ("key", "value"))
         self._kept += [self._gate_parameter(x) for x in (call.alpha, call.tau)]
         struct.alpha, struct.tau = (_address(x) for x in self._kept[-2:])
@@ -166,7 +171,8 @@ class _Arguments:
         x = torch.as_tensor(x, dtype=torch.float32, device="cpu").detach()
         if x.ndim == 2:
             x = x[torch.from_numpy(self.used)]
-        return x.new_empty(self.struct.T, self.call.query.shape[1]).copy_(x)
+        shape = self.struct.T, self.struct.Hq
+        return _laid_out(x) if x.ndim and self.struct.T == 1 else x.expand(shape).contiguous()
 
     def _masks(self) -> list[tuple[str, Tensor | None]]:
         call = self.call
@@ -186,8 +192,8 @@ class _Arguments:
     def _samples(self) -> np.ndarray:
         """Return where each sample, or packed sequence, has its rows."""
         call = self.call
-        count, N, M = call.counts
-        samples = np.zeros(count, dtype=[(name, np.int64) for name in self.native.SAMPLE])
+        count, N, M = self.counts
+        samples = np.zeros(count, dtype=self.native.SAMPLE)
         samples["task"], samples["bias"], samples["length"] = self.task, np.arange(count), self.lengths[self.task]
         if call.is_packed:
             for first, rows, side in (("first_query", "N", "queries"), ("first_key", "M", "keys")):
@@ -200,7 +206,7 @@ class _Arguments:
 
     def _chunk(self) -> int:
         """Return the queries of a task: about as many in each."""
-        N, most = self.call.counts[1], self.native.DEFINED["CHUNK"]
+        N, most = self.counts[1], self.native.DEFINED["CHUNK"]
         return max(_up(N, max(_up(N, most), 1)), 1)
 
 
@@ -212,7 +218,7 @@ class _Rooms:
         struct, native, call = arguments.struct, arguments.native, arguments.call
         # Many more lanes than threads, so that none waits long for the last; but each has gradients of all prefixes.
         wanted = max(8 * struct.threads // max(struct.T, 1), struct.threads)
-        chunks = max(_up(call.counts[1], struct.chunk), 1)
+        chunks = max(_up(arguments.counts[1], struct.chunk), 1)
         struct.segments = min(max(_up(2 * struct.threads, max(struct.count * struct.Hkv, 1)), 1), chunks)
         struct.lanes = max(min(_up(wanted, struct.Hkv), struct.count * struct.segments), 1)
         lanes, G = struct.Hkv * struct.lanes, struct.Hq // struct.Hkv
@@ -303,7 +309,7 @@ def _gradient_room(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """Return x [B, H, N, D] in float32, with contiguous columns."""
-    x = x.detach().to(torch.float32)
+    x = x if x.dtype == torch.float32 else x.detach().float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -26,8 +26,8 @@ RULES = (
 def test_the_first_rule_whose_bounds_hold(make_call, call_of, monkeypatch, sizes, rule):
     monkeypatch.setattr(backend_order, "TABLE", RULES)
     call = call_of(make_call(B=1, **sizes))
-    assert backend_order.rules_for(call)[:1] == (() if rule is None else RULES[rule : rule + 1])
-    order = backend_order.in_order(call)
+    assert [*backend_order.rules_for(call)][:1] == ([] if rule is None else [RULES[rule]])
+    order = [*dict.fromkeys(backend_order.in_order(call))]
     assert sorted(order) == sorted(backend_order.PREFERENCE)
     assert order[0] == ("fused" if rule is None else RULES[rule].backend)
 
@@ -35,7 +35,7 @@ def test_the_first_rule_whose_bounds_hold(make_call, call_of, monkeypatch, sizes
 def test_a_device_without_rules_of_its_own_gets_the_default(make_call, call_of, monkeypatch):
     monkeypatch.setattr(backend_order, "TABLE", RULES)
     monkeypatch.setattr(backend_order, "device_name", lambda device: "sm_123")
-    assert backend_order.rules_for(call_of(make_call())) == RULES[-1:]
+    assert [*backend_order.rules_for(call_of(make_call()))] == [RULES[-1]]
 
 
 def test_the_table_is_read_and_rewritten_as_it_was(tmp_path, monkeypatch):

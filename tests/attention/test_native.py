@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from qtuning_fast import explain_backend, prefix_attention
 from qtuning_fast.attention import native
@@ -209,6 +210,42 @@ def test_keys_of_padding_at_either_end_are_not_read(make_call):
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_auto_leaves_decoding_to_the_composed_backend(make_call):
-    choice = explain_backend(**make_call(**BASE | {"N": 1, "M": 1024, "Hkv": 8, "P": 60, "B": 4}))
-    assert choice.backend == "composed"
+FEW = {
+    "one query": {"N": 1, "M": 1300, "D": 24, "Dv": 40},
+    "one query a head": {"N": 1, "G": 1, "M": 70, "P": 400},
+    "groups": {"N": 4, "G": 4, "M": 700, "is_causal": True},
+    "more queries than keys": {"N": 5, "G": 3, "M": 2, "is_causal": True},
+    "everything": {"N": 3, "M": 900, "window": (300, 2), "mask": "full float", "bias": True, "sink": True},
+    "bank": {"N": 1, "G": 16, "B": 3, "M": 530, "T": 4, "lengths": True, "gate_shape": "task, head", "softcap": 2.0},
+    "padding": {"N": 2, "M": 1500, "mask": "padding bool", "gate": "gelu"},
+    "packed": {"packed": ([1, 3, 0, 2], [600, 1, 5, 0]), "is_causal": True},
+}
+
+
+def forward_only(arguments):
+    """The arguments without gradients: few queries are computed in another way then."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+
+
+@pytest.mark.parametrize("sizes", FEW.values(), ids=FEW)
+def test_few_queries(make_call, same, sizes):
+    arguments = make_call(**BASE | WHOLE | sizes)
+    same(arguments)
+    arguments = forward_only(arguments)
+    found, expected = (prefix_attention(**arguments, return_lse=True, backend=x) for x in ("native", "reference"))
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_parts_of_a_long_context_depend_on_no_thread(make_call):
+    arguments = forward_only(make_call(**BASE | WHOLE | {"B": 1, "N": 1, "M": 3000}))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(prefix_attention(**arguments, backend="native"))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_auto_takes_it_in_decoding(make_call):
+    assert explain_backend(**make_call(**BASE | {"N": 1, "M": 1024, "Hkv": 8, "P": 60, "B": 4})).backend == "native"
