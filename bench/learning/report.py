@@ -15,7 +15,7 @@ from textwrap import fill
 
 from matplotlib.figure import Figure
 
-from qtuning_fast.bench.learning.answers import answers
+from qtuning_fast.bench.learning.answers import Found, answers
 from qtuning_fast.bench.learning.arms import (
     CORE,
     FASTER,
@@ -186,7 +186,35 @@ def against_all_examples(results: Results) -> str:
     return f"`{START_MIXED}`, in points: {points(lead)} against {than}."
 
 
-def page(found: dict[tuple[str, int], Results], images: Path) -> str:
+def in_short(found: Found) -> list[str]:
+    """What the defaults gain in all, and which ingredients are shown to help or to harm."""
+    said = []
+    for words, other in (("random starts", BASE), ("the tuned probe", "probe")):
+        leads = []
+        for (stream, shots), results in found.items():
+            lead = difference(results.scores(START_MIXED), results.scores(other))
+            if lead is not None:
+                leads.append(f"{points(lead)} ({STREAM_WORDS[stream][0].lower()}, {shots} shots)")
+        if leads:
+            said.append(f"The defaults against {words}, in points: {'; '.join(leads)}.")
+    related = found.get(("related", 16), Results([]))
+    worth = {arm: difference(related.scores(START), related.scores(arm)) for arm in INGREDIENTS if arm in related.arms}
+    sure = {arm: each for arm, each in worth.items() if each is not None and each.excludes_zero}
+    if worth:
+        named = {
+            word: [f"{INGREDIENTS[arm]} ({points(each)})" for arm, each in sure.items() if (each.mean > 0) is helps]
+            for word, helps in (("helps", True), ("harms", False))
+        }
+        shown = "; ".join(f"{' and '.join(names) or 'none'} {word}" for word, names in named.items())
+        others = len(worth) - len(sure)
+        said.append(
+            f"Of {len(worth)} ingredients and pairs of them, each left out alone: {shown} a task's own adapter; the "
+            f"intervals of the others ({others}) contain 0. All are on by default."
+        )
+    return [line for each in said for line in fill(each, 120, initial_indent="- ", subsequent_indent="  ").split("\n")]
+
+
+def page(found: Found, images: Path) -> str:
     """The page, whose pictures are written into a folder."""
     declared = {(run.stream, run.shots, run.arm, run.draw) for part in PARTS.values() for run in part()}
     done = sum(len(each.records(arm)) for each in found.values() for arm in each.arms)
@@ -202,6 +230,7 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     lines = ["# What learning gains from earlier tasks", ""]
     for paragraph in paragraphs:
         lines += [fill(paragraph, 120), ""]
+    lines += [*in_short(found), ""]
     asked = [each.cells for each in answers(found)]
     lines += ["## Answers", "", *markdown_table("question|what counts as a yes|found|answer", asked), "", LEGEND, ""]
     for (stream, shots), results in found.items():
@@ -232,7 +261,7 @@ def page(found: dict[tuple[str, int], Results], images: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def for_readme(found: dict[tuple[str, int], Results]) -> str:
+def for_readme(found: Found) -> str:
     """What README says: accuracy by the number of examples, what of it earlier tasks give, and where they do not."""
     head = "closed-form-head"
     columns = {

@@ -150,19 +150,28 @@ class _Call:
         if self.packed is not None:
             assert queries is keys is None
             return self._packed_with_prefix(prefix)
-        queries, keys = queries or slice(None), keys or slice(None)  # no default: PyTorch 2.11 cannot compile one
-        mask, bias = (None if x is None else x[:, :, queries, keys] for x in (self.mask, self.bias))
+        if queries is None and keys is None:
+            call = self
+        else:
+            call = self._part(queries or slice(None), keys or slice(None))
         output = prefix_attention(
-            self.query[:, :, queries],
-            self.key[:, :, keys],
-            self.value[:, :, keys],
+            call.query,
+            call.key,
+            call.value,
             **prefix,
-            padding_mask=None if self.padding is None else self.padding[:, keys],
-            attn_mask=_with_bias(mask, bias),
+            padding_mask=call.padding,
+            attn_mask=_with_bias(call.mask, call.bias),
             **self.options,
         )
         assert isinstance(output, Tensor)
         return output
+
+    def _part(self, queries: slice, keys: slice) -> _Call:
+        """Return the call of some queries and keys."""
+        mask, bias = (None if x is None else x[:, :, queries, keys] for x in (self.mask, self.bias))
+        padding = None if self.padding is None else self.padding[:, keys]
+        query, key, value = self.query[:, :, queries], self.key[:, :, keys], self.value[:, :, keys]
+        return replace(self, query=query, key=key, value=value, padding=padding, mask=mask, bias=bias)
 
     def _packed_with_prefix(self, prefix: Arguments) -> Tensor:
         """Return the output of packed rows, all sequences in one row."""

@@ -23,7 +23,8 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
     import json
 
     for draw in range(3):
-        for arm, value in (("start", 0.8 + 0.01 * draw), ("from-random", 0.7), ("no gate", 0.79), ("input", 0.7), FAST):
+        ours = (("start", 0.8 + 0.01 * draw), ("start, head mixed", 0.85), ("fifo", 0.9 + 0.001 * draw))
+        for arm, value in (*ours, ("from-random", 0.7), ("no gate", 0.79), ("no queue", 0.6), ("input", 0.7), FAST):
             file = result_file(tmp_path / "results", Run("related", 16, arm, draw))
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(entry(arm, draw, value)))
@@ -33,12 +34,15 @@ def test_the_page_has_each_arm_its_difference_and_the_share_of_runs_that_are_don
     paths = {"--results": tmp_path / "results", "--page": page, "--images": images, "--readme": readme}
     assert main([part for name, path in paths.items() for part in (name, str(path))]) == 0
     text = " ".join(page.read_text().split())
-    assert "15 are done; what is not done is missing below" in text
+    assert "24 are done; what is not done is missing below" in text
     assert "| `start` | 3 | 0.810 | **+11.0 ± 2.5** | – | 10 | 0.710 |" in text
     assert "| **+11.0 ± 2.5** against `from-random`; " not in text  # prompts alone are missing
     assert "| gate | `no gate` | 3 | +2.0 ± 2.5 | +2.0 ± 2.5 | +0.2 ± 0.2 |" in text
     assert "| `input` | 3 | 0.700 | **-11.0 ± 2.5** | **-11.0 ± 2.5** |" in text
     assert "Where the 3 tasks after the first started: 3 from random rows." in text
+    assert "The defaults against random starts, in points: **+15.0 ± 0.0** (related tasks, 16 shots)." in text
+    assert "queue of several prompts (**+21.0 ± 2.5**) helps; PCA, not first in first out (**-9.1 ± 2.2**) harms" in text
+    assert "a task's own adapter; the intervals of the others (1) contain 0" in text
     assert "`start`, in points: **+6.0 ± 2.5** against `from-random, faster network`." in text
     assert readme.read_text().startswith(f"before\n{BEGIN}A task starts with") and readme.read_text().endswith(
         f"{END}after\n"
