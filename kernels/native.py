@@ -21,7 +21,6 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -58,8 +57,8 @@ class Side(ctypes.Structure):
     ]
 
 
-_SAMPLE = ("batch", "first_query", "N", "first_key", "M", "task", "length", "bias", "seen_from", "seen_to")
-SAMPLE = np.dtype([(name, np.int64) for name in _SAMPLE])
+# The fields of a sample, all of 64 bits.
+SAMPLE = ("batch", "first_query", "N", "first_key", "M", "task", "length", "bias", "seen_from", "seen_to")
 
 
 class Call(ctypes.Structure):

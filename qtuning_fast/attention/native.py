@@ -6,6 +6,7 @@ They compute in float32; tensors of 16 bits are widened first and rounded once a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -193,7 +194,7 @@ class _Arguments:
         """Return where each sample, or packed sequence, has its rows."""
         call = self.call
         count, N, M = self.counts
-        samples = np.zeros(count, dtype=self.native.SAMPLE)
+        samples = np.zeros(count, dtype=_sample())
         samples["task"], samples["bias"], samples["length"] = self.task, np.arange(count), self.lengths[self.task]
         if call.is_packed:
             for first, rows, side in (("first_query", "N", "queries"), ("first_key", "M", "keys")):
@@ -279,6 +280,13 @@ class _Rooms:
             return x
         whole = x.new_zeros(self._call.prefix_key.shape[0], *x.shape[1:])
         return whole.index_copy_(0, torch.from_numpy(self._arguments.used), x)
+
+
+@cache
+def _sample() -> np.dtype:
+    from qtuning_fast.kernels import native
+
+    return np.dtype([(name, np.int64) for name in native.SAMPLE])
 
 
 def _up(n: int, by: int) -> int:

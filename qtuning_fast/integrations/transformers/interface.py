@@ -150,10 +150,7 @@ class _Call:
         if self.packed is not None:
             assert queries is keys is None
             return self._packed_with_prefix(prefix)
-        if queries is None and keys is None:
-            call = self
-        else:
-            call = self._part(queries or slice(None), keys or slice(None))
+        call = self if queries is keys is None else self._part(queries or slice(None), keys or slice(None))
         output = prefix_attention(
             call.query,
             call.key,
