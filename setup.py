@@ -54,7 +54,7 @@ setup(
     package_data={
         "qtuning_fast": ["py.typed"],
         "qtuning_fast.attention": ["backend_order.json"],
-        "qtuning_fast.kernels": ["blocks.json", "native.cpp"],
+        "qtuning_fast.kernels": ["blocks.json", "cpp/*"],
         "qtuning_fast.lifelong.report": ["*.html.j2"],
     },
     install_requires=[

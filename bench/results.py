@@ -152,7 +152,7 @@ def changed_since(document: dict[str, Any]) -> list[str]:
 
 def _digest(folder: Path) -> str:
     sha = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix == ".py" or p.name == "blocks.json"):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h") or p.name == "blocks.json"):
         sha.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return sha.hexdigest()[:16]
 

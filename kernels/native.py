@@ -1,4 +1,4 @@
-"""The C++ kernels of native.cpp: how they are compiled, and the struct that they take.
+"""The C++ kernels in cpp/: how they are compiled, and the struct that they take.
 
 They are compiled once for a machine, at first use, in a few seconds; the library is kept in the user's cache. A
 compiler is asked for vectors as wide as PyTorch's own kernels use. Nothing needs a compiler: without one `obstacle`
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).parent / "cpp" / "native.cpp"
 DEFINED = {"PADDED": 16, "CHUNK": 64}  # what native.cpp says of them
-GATES = (None, "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity")  # by their numbers in native.cpp
+GATES = (None, "tanh", "sigmoid", "gelu", "relu", "softplus", "elu", "identity")  # by their numbers in gate.h
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
 WIDER = {  # by what PyTorch's own kernels use on this CPU
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
@@ -62,7 +62,7 @@ SAMPLE = ("batch", "first_query", "N", "first_key", "M", "task", "length", "bias
 
 
 class Call(ctypes.Structure):
-    """The arguments of both passes, as native.cpp describes them."""
+    """The arguments of both passes, as arguments.h describes them."""
 
     _fields_ = [
         *((name, Rows) for name in ("query", "key", "value", "output", "d_output", "d_query", "d_key", "d_value")),
@@ -150,7 +150,8 @@ def _compiled(compiler: list[str]) -> Path:
     # PyTorch's own OpenMP, if it brings one: with a second one threads of both would wait in turns, each on a core.
     libraries = Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*")
     command += ["-Wl,--as-needed", *map(str, sorted(libraries))]
-    made_of = "\0".join([*command, _run([*compiler, "--version"]), torch.__version__, SOURCE.read_text()])
+    texts = [path.read_text() for path in sorted([SOURCE, *SOURCE.parent.glob("*.h")])]
+    made_of = "\0".join([*command, _run([*compiler, "--version"]), torch.__version__, *texts])
     name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     folder = _cache(name)
     library = folder / name
