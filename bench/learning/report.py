@@ -164,7 +164,7 @@ def picture(results: Results, title: str) -> Figure:
 
 def starts(results: Results) -> str:
     """How often tasks after the first started from what."""
-    chosen = [task[START]["chosen"] for record in results.records(START) for task in record["per_task"][1:]]
+    chosen = [task["start"]["chosen"] for record in results.records(START) for task in record["per_task"][1:]]
     counts = Counter(START_ROWS[each["rows"]] + ", heads mixed" * bool(each["mixed_with"]) for each in chosen)
     shares = "; ".join(f"{count} from {kind}" for kind, count in counts.most_common())
     return f"Where the {len(chosen)} tasks after the first started: {shares}."

@@ -4,7 +4,7 @@
 
 #include "forward.h"
 
-constexpr int FEW = 16;          // queries of all heads of a group
+constexpr int FEW = 8;           // queries of a head; with more, its queries fill the lanes of a chunk
 constexpr int LEAST_KEYS = 256;  // of a part; shorter contexts are not worth parting
 constexpr int WIDELY = 64;       // tasks that keep all threads busy
 
@@ -91,6 +91,7 @@ static void weigh_row(const Tile& tile, float* s, float* top, float* total, floa
     for (int d = 0; d < width; d += W) store(o + d, load(o + d) * kept);
 }
 
+// Of all heads of a group; at most CHUNK, as rooms have it.
 static int queries_of(const Call& call, const Sample& x) { return int(call.Hq / call.Hkv * x.N); }
 
 static void forward_few(const Call& call, const Few& few, Found found, Room& room) {
@@ -133,7 +134,10 @@ static void merge_parts(const Call& call, const Sample& x, int64_t kv, int64_t p
     float top = call.sink == nullptr ? -INF : call.sink[head];
     float total = top == -INF ? 0.0f : 1.0f, *o = found(0).o + r * Dvp;
     const float sink = top;
-    for (int64_t part = 0; part < parts; part++) top = found(part).top[r] > top ? found(part).top[r] : top;
+    for (int64_t part = 0; part < parts; part++) {
+      const float other = found(part).top[r];
+      top = other > top || other != other ? other : top;  // a NaN stays
+    }
     const float from = top == -INF ? 0.0f : top;
     auto kept = [&](float before) { return before == -INF ? 0.0f : std::exp(before - from); };
     total *= kept(sink);

@@ -46,10 +46,10 @@ static Chunk chunk_of(const Call& call, const Sample& x, int64_t head, int64_t c
   return Chunk{&x, head, c * call.chunk, n, rounded_up(n, W)};
 }
 
-// Scores of few queries are summed in another order than in the backward pass, which makes weights of their difference.
+// The backward pass forms exp(score - lse), and both must come from the same sums: those of chunks.
 static bool are_few(const Call& call, const std::vector<Sample>& samples) {
-  return call.forward_only && std::all_of(samples.begin(), samples.end(),
-                                          [&](const Sample& x) { return queries_of(call, x) <= FEW; });
+  auto is_few = [&](const Sample& x) { return x.N <= FEW && call.Hq / call.Hkv * x.N <= CHUNK; };
+  return call.forward_only && std::all_of(samples.begin(), samples.end(), is_few);
 }
 
 static void forward_of_few(const Call& call, const std::vector<Sample>& samples) {
@@ -57,7 +57,8 @@ static void forward_of_few(const Call& call, const std::vector<Sample>& samples)
   int64_t most = 0;
   int rows = 0;
   for (const Sample& x : samples) {
-    most = std::max(most, x.length + x.seen_to - x.seen_from);
+    const Span seen = seen_by(call, Chunk{&x, 0, 0, int(x.N), W});
+    most = std::max(most, x.length + seen.end - seen.begin);
     rows = std::max(rows, queries_of(call, x));
   }
   const int64_t wanted = WIDELY / std::max<int64_t>(heads, 1);

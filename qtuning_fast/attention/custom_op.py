@@ -1,8 +1,9 @@
 """A backend's forward and backward pass as two PyTorch custom operators and as an autograd function.
 
 `torch.compile`, export, fake tensors and dispatch modes see the custom operators. If none of them is active, an
-autograd function calls the passes, because dispatching an operator with so many arguments doubles the host's time. Both
-ways save the same tensors and compute the same, and both take the fields of a `PrefixAttentionCall` one by one.
+autograd function calls the passes, because dispatching an operator with so many arguments doubles the host's time; where
+nothing needs a gradient, they are called as they are. All ways compute the same, and the first two save the same tensors
+and take the fields of a `PrefixAttentionCall` one by one.
 """
 
 from __future__ import annotations
@@ -129,11 +130,14 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
             raise NotImplementedError(f"{name} has no forward-mode derivative; backend='reference' has it")
         if not _may_bypass_dispatcher(arguments):
             output, lse, _ = forward_operator(*arguments)
-        elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
-            output, lse, _ = PrefixAttention.apply(*arguments)
-        else:
-            output, lse, _ = forward(*arguments)
-        return output, lse.detach()
+            return output, lse.detach()
+        if any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            if torch.is_grad_enabled():
+                output, lse, _ = PrefixAttention.apply(*arguments)
+                return output, lse.detach()
+            arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)  # passes look at it, too
+        output, lse, _ = forward(*arguments)
+        return output.detach(), lse  # not a view of the allocation: callers may write to it
 
     return attend
 

@@ -173,7 +173,7 @@ class _Arguments:
         if x.ndim == 2:
             x = x[torch.from_numpy(self.used)]
         shape = self.struct.T, self.struct.Hq
-        return _laid_out(x) if x.ndim and self.struct.T == 1 else x.expand(shape).contiguous()
+        return _laid_out(x) if x.numel() == shape[0] * shape[1] else x.new_empty(shape).copy_(x)
 
     def _masks(self) -> list[tuple[str, Tensor | None]]:
         call = self.call

@@ -199,8 +199,8 @@ class TrainingOptions:
     head_end: str = setting(
         "mixed",
         "{choices}.",
-        "Where a head ends. `trained`: as training leaves it. `mixed`: if each example has one class, the sum of that "
-        "and of the closed form of training and validation examples under the trained prompt, both of norm 1.",
+        "Where a trained head ends. `trained`: as training leaves it. `mixed`: if each example has one class, the sum "
+        "of that and of the closed form of training and validation examples under the trained prompt, both of norm 1.",
         choices=HEAD_ENDS,
         absent="trained",
     )

@@ -253,7 +253,7 @@ class LifelongTrainer:
         steps = self._take_steps(model, number, train, previous, checkpoints) if options.steps else NO_STEPS
         if options.prompt_momentum:
             mix_with_earlier_prompts(model, options.prompt_momentum)
-        if options.head_end == "mixed" and model.has_heads and task.problem_type == SINGLE:
+        if options.steps and options.head_end == "mixed" and model.has_heads and task.problem_type == SINGLE:
             mix_head(model, train, validation, options.eval_batch_size)
         adapter = model.finish_task()
         return {

@@ -253,7 +253,7 @@ def _fitting(prefix: Arguments, query: Tensor) -> dict[str, Any]:
     Layers of one model may be on several devices. Beams and several answers to one input repeat each sample.
     """
     fitting = dict(prefix)
-    pairs = [x if isinstance(x, tuple) else (x,) for x in fitting.values()]
+    pairs = [x if isinstance(x, (tuple, list)) else (x,) for x in fitting.values()]
     if any(isinstance(x, Tensor) and x.device != query.device for pair in pairs for x in pair):
         fitting = tree_map_only(Tensor, lambda x: x.to(query.device), fitting)
     if "prefix_index" in fitting:
