@@ -56,6 +56,7 @@ from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import REGRESSION, SINGLE
+from qtuning_fast.method.settings import in_full
 from qtuning_fast.method.task_rule import TaskRule
 from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
@@ -213,6 +214,9 @@ class LifelongTrainer:
             write_json(path, current)
             return
         recorded = read_json(path)
+        for name, kind in (("method", QTuningConfig), ("training", TrainingOptions)):
+            if isinstance(recorded.get(name), dict):  # a setting that is not there means something, too
+                recorded[name], current[name] = (in_full(kind, each[name]) for each in (recorded, current))
         different = sorted(name for name in current.keys() | recorded.keys() if current.get(name) != recorded.get(name))
         if different:
             details = "; ".join(f"{name}: {_difference(recorded.get(name), current.get(name))}" for name in different)

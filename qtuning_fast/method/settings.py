@@ -95,6 +95,12 @@ def to_file(settings: Any) -> dict[str, Any]:
     }
 
 
+def in_full(dataclass_type: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `to_file` wrote with what is absent from it."""
+    absent = {each.name: each.absent for each in settings_of(dataclass_type) if each.absent is not ALWAYS_WRITTEN}
+    return absent | dict(values)
+
+
 def from_file(dataclass_type: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Return the settings that `to_file` wrote, here or in an earlier version.
 
@@ -107,9 +113,8 @@ def from_file(dataclass_type: type[Settings], values: Mapping[str, Any]) -> Sett
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"unknown fields in the {dataclass_type.__name__}: {', '.join(unknown)}")
-    absent = {name: each.absent for name, each in known.items() if each.absent is not ALWAYS_WRITTEN}
     lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return dataclass_type(**absent | lists)
+    return dataclass_type(**in_full(dataclass_type, lists))
 
 
 def check_integer(name: str, value: object, least: int) -> None:

@@ -101,9 +101,10 @@ BANK = {"T": 6, "B": 3, "lengths": True, "gate_shape": "task, head"}
     ids=["keys", "values", "neither", "both"],
 )
 @pytest.mark.parametrize("stored", ["in place", "transposed", "in 16 bits"])
-def test_each_sample_gets_its_own_prefix_of_a_bank(make_call, gradients, weights, stored):
-    arguments = make_call(**BASE | BANK | weights)
-    arguments["prefix_index"] = torch.tensor([4, 2, 4])
+@pytest.mark.parametrize(("index", "gate_shape"), [([4, 2, 4], "task, head"), ([4, 4, 4], "task")])
+def test_each_sample_gets_its_own_prefix_of_a_bank(make_call, gradients, weights, stored, index, gate_shape):
+    arguments = make_call(**BASE | BANK | weights | {"gate_shape": gate_shape})
+    arguments["prefix_index"] = torch.tensor(index)
     if stored == "transposed":
         for name in ("prefix_key", "prefix_value"):
             arguments[name] = arguments[name].detach().mT.contiguous().mT.requires_grad_()
@@ -217,6 +218,9 @@ FEW = {
     "more queries than keys": {"N": 5, "G": 3, "M": 2, "is_causal": True},
     "everything": {"N": 3, "M": 900, "window": (300, 2), "mask": "full float", "bias": True, "sink": True},
     "bank": {"N": 1, "G": 16, "B": 3, "M": 530, "T": 4, "lengths": True, "gate_shape": "task, head", "softcap": 2.0},
+    "many heads to a key head": {"N": 1, "G": 37, "M": 300},
+    "window over a long context": {"N": 1, "M": 5000, "B": 1, "Hkv": 1, "window": (100, 0)},
+    "shared mask": {"N": 2, "M": 40, "mask": "shared float + padding bool"},
     "padding": {"N": 2, "M": 1500, "mask": "padding bool", "gate": "gelu"},
     "packed": {"packed": ([1, 3, 0, 2], [600, 1, 5, 0]), "is_causal": True},
 }
@@ -240,11 +244,30 @@ def test_few_queries(make_call, same, sizes):
 def test_the_parts_of_a_long_context_depend_on_no_thread(make_call):
     arguments = forward_only(make_call(**BASE | WHOLE | {"B": 1, "N": 1, "M": 3000}))
     before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        found.append(prefix_attention(**arguments, backend="native"))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(prefix_attention(**arguments, backend="native"))
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_query_that_is_not_a_number_has_no_sum(make_call):
+    arguments = forward_only(make_call(**BASE | {"N": 2, "M": 700}))
+    arguments["query"][0, 1, 0, 2] = torch.nan
+    found, expected = (prefix_attention(**arguments, return_lse=True, backend=x) for x in ("native", "reference"))
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours.isnan(), theirs.isnan()) and ours.isnan().any()
+
+
+def test_a_frozen_call_counts_as_one_without_gradients(make_call):
+    arguments = make_call(**BASE | {"N": 1, "M": 700})
+    expected = prefix_attention(**forward_only(arguments), backend="native")
+    with torch.no_grad():
+        output = prefix_attention(**arguments, backend="native")
+    assert torch.equal(output, expected)
+    output.mul_(torch.ones((), requires_grad=True))  # no view of what was made without gradients
 
 
 def test_auto_takes_it_in_decoding(make_call):
