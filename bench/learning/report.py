@@ -215,9 +215,7 @@ def in_short(found: Found) -> list[str]:
         )
         gain = difference(related.forgetting(START), related.forgetting("fifo"))
         if gain is not None and gain.excludes_zero:
-            said.append(
-                f"Forgetting of the live queue by PCA less that by first in first out, in points: {points(gain)}."
-            )
+            said.append(f"Forgetting of the live queue by PCA less that of first in first out: {points(gain)} points.")
     return [line for each in said for line in fill(each, 120, initial_indent="- ", subsequent_indent="  ").split("\n")]
 
 

@@ -1,9 +1,9 @@
 """A backend's forward and backward pass as two PyTorch custom operators and as an autograd function.
 
 `torch.compile`, export, fake tensors and dispatch modes see the custom operators. If none of them is active, an
-autograd function calls the passes, because dispatching an operator with so many arguments doubles the host's time; where
-nothing needs a gradient, they are called as they are. All ways compute the same, and the first two save the same tensors
-and take the fields of a `PrefixAttentionCall` one by one.
+autograd function calls the passes, because dispatching an operator with so many arguments doubles the host's time;
+where nothing needs a gradient, they are called as they are. All ways take the fields of a `PrefixAttentionCall` one by
+one and compute the same, and the first two save the same tensors.
 """
 
 from __future__ import annotations
