@@ -190,7 +190,7 @@ class LifelongTrainer:
 
     def _claim_folder(self) -> None:
         """Write `run.json`, or refuse a folder that holds another run."""
-        current = {
+        current: dict[str, Any] = {
             "method": self.config.to_dict(),
             "training": self.options.to_dict(),
             "forward_transfer": self.forward_transfer,

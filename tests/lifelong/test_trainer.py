@@ -283,6 +283,11 @@ def test_another_run_in_the_same_folder_is_refused(tiny_model_folder: Path, task
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(ValueError, match="no name twice"):
         lifelong(tiny_model_folder, tasks[:1] * 2, tmp_path / "new")
+    recorded = read_json(tmp_path / "run" / "run.json")
+    del recorded["training"]["head_end"]  # as before heads could be mixed
+    write_json(tmp_path / "run" / "run.json", recorded)
+    with pytest.raises(ValueError, match=r"another run.*head_end was 'trained', now 'mixed'"):
+        lifelong(tiny_model_folder, tasks[:1], tmp_path / "run").run()
 
 
 # Several labels a text, and numbers
