@@ -9,8 +9,8 @@
 // lanes. All products are one kernel: C[r, :] += sum over k of A[r, k] B[k, :], with B's rows contiguous. It reads each
 // scalar of A for a block of vectors that stays in registers.
 //
-// Where a key head has few queries and no backward pass follows, as in decoding, a task is that head with the queries of
-// its whole group, so that keys and values are read once, or a part of its keys. Keys are lanes then.
+// In decoding, with one query a head, a task is a key head with the queries of its whole group, so that keys and values
+// are read once, or a part of its keys. Keys are lanes then.
 //
 // native.py compiles it at first use, without PyTorch's headers, and passes pointers in a struct. It defines
 //
@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "backward.h"
-#include "few.h"
+#include "decode.h"
 #include "reweighting.h"
 
 static int64_t chunks_of(const Call& call, const Sample& x) { return (x.N + call.chunk - 1) / call.chunk; }
@@ -46,37 +46,35 @@ static Chunk chunk_of(const Call& call, const Sample& x, int64_t head, int64_t c
   return Chunk{&x, head, c * call.chunk, n, rounded_up(n, W)};
 }
 
-// The backward pass forms exp(score - lse), and both must come from the same sums: those of chunks.
-static bool are_few(const Call& call, const std::vector<Sample>& samples) {
-  auto is_few = [&](const Sample& x) { return x.N <= FEW && call.Hq / call.Hkv * x.N <= CHUNK; };
-  return call.forward_only && std::all_of(samples.begin(), samples.end(), is_few);
+// One query a head, without a backward pass: that forms exp(score - lse), and both must come from the same sums.
+static bool is_decoding(const Call& call, const std::vector<Sample>& samples) {
+  const bool is_single = std::all_of(samples.begin(), samples.end(), [](const Sample& x) { return x.N <= 1; });
+  return call.forward_only && is_single && call.Hq / call.Hkv <= CHUNK;
 }
 
-static void forward_of_few(const Call& call, const std::vector<Sample>& samples) {
-  const int64_t heads = call.count * call.Hkv;
+static void decode(const Call& call, const std::vector<Sample>& samples) {
+  const int64_t heads = call.count * call.Hkv, G = call.Hq / call.Hkv;
   int64_t most = 0;
-  int rows = 0;
-  for (const Sample& x : samples) {
-    const Span seen = seen_by(call, Chunk{&x, 0, 0, int(x.N), W});
-    most = std::max(most, x.length + seen.end - seen.begin);
-    rows = std::max(rows, queries_of(call, x));
-  }
+  for (const Sample& x : samples) most = std::max(most, x.length + seen_by(call, x).end - seen_by(call, x).begin);
   const int64_t wanted = WIDELY / std::max<int64_t>(heads, 1);
   const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most / LEAST_KEYS, 1));
-  const size_t each = Found::floats(rows, rounded_up(call.Dv, PADDED));
-  const std::unique_ptr<float[]> found(new float[heads * parts * each]);
+  const size_t each = Found::floats(G, rounded_up(call.Dv, PADDED));
+  const std::unique_ptr<float[]> memory(new float[heads * parts * each]);
+  auto sample_of = [&](int64_t head) -> const Sample& { return samples[head / call.Hkv]; };
 #pragma omp parallel num_threads(int(call.threads))
   {
     Room room(call);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < heads * parts; task++) {
       const int64_t head = task / parts;
-      const Few few{&samples[head / call.Hkv], head % call.Hkv, task % parts, parts};
-      forward_few(call, few, Found(found.get() + task * each, queries_of(call, *few.sample)), room);
+      if (sample_of(head).N == 0) continue;
+      const Part part{&sample_of(head), head % call.Hkv, task % parts, parts};
+      decode_part(call, part, Found(memory.get() + task * each, G), room);
     }
 #pragma omp for
     for (int64_t head = 0; head < heads; head++)
-      merge_parts(call, samples[head / call.Hkv], head % call.Hkv, parts, found.get() + head * parts * each, each);
+      if (sample_of(head).N > 0)
+        merge_parts(call, sample_of(head), head % call.Hkv, parts, memory.get() + head * parts * each, each);
   }
 }
 
@@ -118,7 +116,7 @@ void native_unfold(const Call* given) {
 void native_forward(const Call* given) {
   const Call& call = *given;
   const std::vector<Sample> samples = samples_of(call);
-  if (are_few(call, samples)) return forward_of_few(call, samples);
+  if (is_decoding(call, samples)) return decode(call, samples);
   std::vector<int64_t> ends;  // of each sample's tasks: sample by sample, head by head, so that neighbours share keys
   int64_t tasks = 0;
   for (const Sample& x : samples) ends.push_back(tasks += chunks_of(call, x) * call.Hq);
