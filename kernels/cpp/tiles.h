@@ -12,6 +12,7 @@
 #include "products.h"
 
 constexpr int TILE = 192;  // the most keys at a time
+constexpr int GROUP = 16;  // queries of a chunk that see keys of their own under causality or a window
 
 static int rounded_up(int64_t x, int to) { return int((x + to - 1) / to * to); }
 
@@ -162,16 +163,22 @@ static void add_overlay(const Overlay& x, int64_t batch, int64_t head, int64_t q
   }
 }
 
+static inline void hide_lanes(float* s, int64_t from, int64_t to) {
+  for (; from < to && from % W != 0; from++) s[from] = -INF;
+  for (; from + W <= to; from += W) store(s + from, splat(-INF));
+  for (; from < to; from++) s[from] = -INF;
+}
+
 // -inf where causality or a window hides a context key.
 static void hide(const Call& call, const Chunk& chunk, const Tile& tile, float* s) {
-  const int64_t shift = chunk.sample->M - chunk.sample->N + chunk.first;  // position of the chunk's first query
-  for (int j = 0; j < tile.m; j++, s += CHUNK) {
-    const int64_t key = tile.first + j - shift;  // lane i sees keys i - before .. i + after
-    const int64_t low = call.after < 0 ? 0 : std::clamp<int64_t>(key - call.after, 0, chunk.width);
-    const int64_t high = call.before < 0 ? chunk.width : std::clamp<int64_t>(key + call.before + 1, 0, chunk.width);
-    for (int64_t i = 0; i < low; i++) s[i] = -INF;
-    for (int64_t i = high; i < chunk.width; i++) s[i] = -INF;
-  }
+  const int64_t first = tile.first - (chunk.sample->M - chunk.sample->N + chunk.first);  // from the first query's place
+  const int64_t m = tile.m, width = chunk.width;  // lane i sees the keys i - before .. i + after
+  if (call.after >= 0)
+    for (int64_t j = std::clamp<int64_t>(call.after + 1 - first, 0, m); j < m; j++)
+      hide_lanes(s + j * CHUNK, 0, std::min(first + j - call.after, width));
+  if (call.before >= 0)
+    for (int64_t j = 0; j < std::clamp<int64_t>(width - 1 - call.before - first, 0, m); j++)
+      hide_lanes(s + j * CHUNK, std::max<int64_t>(first + j + call.before + 1, 0), width);
 }
 
 // The scores of a tile [m][CHUNK]: of the prefix without gate and bias, of the context with masks.
@@ -233,7 +240,7 @@ static void for_each_tile(const Call& call, const Sample& x, int64_t kv, Span pr
 }
 
 // Calls f for each tile that a chunk sees, the prefix's first, with the part of the chunk that sees it. Where causality
-// or a window hides keys, neighbouring W queries begin and end at other keys: the context is cut there.
+// or a window hides keys, each GROUP of queries begins and ends at other keys: the context is cut there.
 template <typename F>
 static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, bool context, F f) {
   const Sample& x = *chunk.sample;
@@ -241,11 +248,12 @@ static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, boo
   auto with = [&](const Chunk& part) { return [&](const Tile& tile) { f(part, tile); }; };
   if (prefix) for_each_tile(call, x, kv, {0, x.length}, {}, with(chunk));
   if (!context) return;
-  Span seen[CHUNK / W];
-  int64_t cuts[2 * CHUNK / W];
+  Span seen[CHUNK / GROUP];
+  int64_t cuts[2 * CHUNK / GROUP];
   int groups = 0, count = 0;
-  for (; groups * W < chunk.width; groups++) {
-    seen[groups] = seen_by(call, part_of(chunk, groups * W, (groups + 1) * W));
+  auto lane_of = [&](int group) { return std::min(group * GROUP, chunk.width); };
+  for (; lane_of(groups) < chunk.width; groups++) {
+    seen[groups] = seen_by(call, part_of(chunk, lane_of(groups), lane_of(groups + 1)));
     cuts[count++] = seen[groups].begin, cuts[count++] = seen[groups].end;
   }
   std::sort(cuts, cuts + count);
@@ -255,6 +263,6 @@ static void for_each_tile(const Call& call, const Chunk& chunk, bool prefix, boo
     int from = 0, to = groups;
     while (from < to && !sees(from)) from++;
     while (from < to && !sees(to - 1)) to--;
-    if (from < to) for_each_tile(call, x, kv, {}, keys, with(part_of(chunk, from * W, to * W)));
+    if (from < to) for_each_tile(call, x, kv, {}, keys, with(part_of(chunk, lane_of(from), lane_of(to))));
   }
 }
