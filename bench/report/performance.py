@@ -50,7 +50,7 @@ NO_GPU = """\
     The Triton kernels are tested in Triton's interpreter and compiled for sm_80, sm_89, sm_90, sm_100 and gfx942. Their
     speed is unknown. `make bench-gpu` measures it from a bare checkout within nine minutes.
 """
-MODULES = {"decode": "rows.attention --decode", "gpu_tests": "plans.gpu_tests"}  # of other questions: rows.QUESTION
+MODULES = {"decode": "rows.attention", "gpu_tests": "plans.gpu_tests"}  # of other questions: rows.QUESTION
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -335,6 +335,8 @@ def _rerun(document: Document) -> str:
         at = words.index("--out")
         words = words[:at] + words[at + 2 :]
     question = document["question"]
+    if question == "decode" and "--decode" not in words:  # its command was of another form once
+        words = ["--decode", *words]
     return " ".join([f"python -m qtuning_fast.bench.{MODULES.get(question, f'rows.{question}')}", *words])
 
 
