@@ -12,7 +12,7 @@ from qtuning_fast.lifelong.tasks import Labelled
 from qtuning_fast.lifelong.text_streams import SENTIMENTS, TEXT_STREAMS
 from qtuning_fast.method.config import QTuningConfig
 
-# Heads end as training leaves them, as in the first runs: since the study has shown its worth, mixing is the default.
+# Heads end as training leaves them, which was the default when the study began; it is not any more.
 TRAINING = {"steps": 60, "eval_every": 10, "head_end": "trained"}
 
 LINEAR = "linear"

@@ -39,14 +39,15 @@ struct Call {
   const float *alpha, *tau;       // [T, Hq]
   const float* sink;              // [Hq] or null
   float *lse, *rest;              // [B, Hq, N]; rest may be null
-  double *alpha_parts, *tau_parts;  // [Hkv, lanes, T, Hq / Hkv], of the gradients of alpha and tau
+  double* alpha_parts;            // [Hkv, lanes, T, Hq / Hkv], of the gradients of alpha
+  double* tau_parts;              // likewise, of tau
   float *d_alpha, *d_tau;         // [T, Hq]
   int64_t count, rows;            // samples, or packed sequences; rows of query, N of lse
   int64_t Hq, Hkv, D, Dv, T, P, n_shared;
   int64_t before, after;  // keys that a query sees around its position; -1: all
   int64_t gate, threads, chunk;
   int64_t lanes, segments;  // backward: tasks of a key head, and parts that a sample's queries are cut into
-  int64_t forward_only;  // no backward pass follows
+  int64_t forward_only;     // no backward pass follows
   int64_t context_gradients, prefix_gradients;
   int64_t d_key_segment, d_value_segment;  // strides from part to part
   float scale, softcap;                    // softcap 0: none

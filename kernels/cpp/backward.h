@@ -98,7 +98,7 @@ static void backward_chunk(const Call& call, const Chunk& chunk, const Gradients
     if (!call.context_gradients) return;
     int64_t row = tile.key_row;
     const float* key = as_factor(tile.key, &row, tile.m, int(call.D), room.copies[0]);
-    if (is_first) is_first = is_whole(part, chunk, room.o, Dp);
+    if (is_first) is_first = begin_sums(part, chunk, room.o, Dp);
     product(!is_first, room.o + part.lane * Dp, Dp, room.d, 1, CHUNK, key, row, part.n, columns, tile.m);
     is_first = false;
   });

@@ -30,8 +30,9 @@ static void write_row(const Call& call, int64_t batch, int64_t head, int64_t que
   if (call.rest != nullptr) call.rest[at] = top == -INF ? 0.0f : top - call.lse[at] + above;
 }
 
-// Whether the first tile writes all of a chunk's sums [n][width]; if not, they are set to 0.
-static bool is_whole(const Chunk& part, const Chunk& chunk, float* sums, int width) {
+// Makes a chunk's sums [n][width] ready for its first tile: if that does not write them all, they become 0. Returns
+// whether it does.
+static bool begin_sums(const Chunk& part, const Chunk& chunk, float* sums, int width) {
   if (part.n == chunk.n) return true;
   std::fill(sums, sums + chunk.n * width, 0.0f);
   return false;
@@ -50,7 +51,7 @@ static void forward_chunk(const Call& call, const Chunk& chunk, Room& room) {
     scores(call, part, tile, room.query + part.lane, s);
     if (tile.of_prefix && call.gate != NONE) apply_gate(call, part, tile.m, s, nullptr, s);
     add_masks(call, part, tile, s);
-    if (is_first) is_first = is_whole(part, chunk, room.o, Dvp);
+    if (is_first) is_first = begin_sums(part, chunk, room.o, Dvp);
     for (int i = 0; i < part.width; i += W) {
       const vec before = load(tops + i);
       vec top = before;

@@ -33,8 +33,8 @@ static inline vec expm1_of(vec x) {
   return x > splat(-0.4f) ? (p * x + 1.0f) * x : exp_of(x) - 1.0f;
 }
 
-// f(x) of the gate s + a f(t s), and its derivative. f is exact to 1e-7, not to digits of small values: it is added to a
-// score, which is as inexact unless a is large.
+// f(x) of the gate s + a f(t s), and below its derivative. f is exact to 1e-7, not to digits of small values: it is added
+// to a score, which is as inexact unless a is large.
 static inline vec gate_of(int gate, vec x) {
   switch (gate) {
     case TANH: return sigmoid_of(x * 2.0f) * 2.0f - 1.0f;

@@ -120,6 +120,11 @@ def operator(name: str, passes: Callable[[], Passes]) -> Callable[[PrefixAttenti
     forward_operator.register_autograd(autograd, setup_context=_setup_context)
 
     def attend(call: PrefixAttentionCall) -> tuple[Tensor, Tensor]:
+        """Compute output `[B, Hq, N, Dv]` and log-sum-exp `[B, Hq, N]`, which has no gradient.
+
+        Raises:
+            NotImplementedError: forward-mode differentiation passes through the call.
+        """
         if call.scale <= 0:  # a running maximum of scaled products needs a positive scale
             sign = -1.0 if call.scale < 0 else 0.0
             call = replace(call, query=call.query * sign, scale=abs(call.scale) or 1.0)

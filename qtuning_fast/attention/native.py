@@ -24,7 +24,7 @@ from qtuning_fast.attention.sink import gradient as sink_gradient
 if TYPE_CHECKING:
     from qtuning_fast.kernels import native
 
-ONE = np.zeros(1, dtype=np.int64)  # the prefixes in use where there is no bank
+ALONE = np.zeros(1, dtype=np.int64)  # places of the prefixes in use where there is no bank
 
 
 def why_not(call: PrefixAttentionCall) -> str | None:
@@ -139,7 +139,7 @@ class _Arguments:
         call, struct = self.call, self.struct
         self.task: np.ndarray | int = 0
         if call.prefix_index is None:
-            self.used, self.lengths = ONE, np.array([struct.P])
+            self.used, self.lengths = ALONE, np.array([struct.P])
         else:
             self.used, self.task = np.unique(bank_index(call).numpy(), return_inverse=True)
             self.lengths = np.full(len(self.used), struct.P, dtype=np.int64)
