@@ -294,7 +294,7 @@ def for_readme(found: Found) -> str:
         "after training, its head is joined by the closed form of its training and its 16 validation texts a class. "
         "On five tasks of positive and negative texts, one after another, the mean accuracy of the second to the fifth "
         f"(each under its own adapter, {' to '.join(map(str, sorted(draws)))} draws, 95% intervals) is as follows. "
-        "The defaults and the closed form of all learn from the validation texts, too; other columns only choose by them."
+        "The defaults and the closed form of all learn from validation texts, too; other columns only choose by them."
     )
     titles = "|".join(["texts a class", *columns.values(), "gain in points", "of it by earlier tasks"])
     lines = [fill(said, 120), "", *markdown_table(titles, rows), "", f"![Gains]({IMAGES}/learning-related-16.png)", ""]
