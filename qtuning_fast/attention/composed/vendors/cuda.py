@@ -75,7 +75,7 @@ def common_obstacle(call: PrefixAttentionCall, dtypes: tuple[torch.dtype, ...], 
         return "on ROCm its log-sum-exp is not known to be natural"
     if call.is_packed:
         return "it is not given packed sequences"
-    if query.shape[2] > 1 and (call.keys_before is not None or call.keys_after not in (None, 0)):
+    if in_windows(call):
         if not windows:
             return "it is not given windows"
         if query.shape[2] > call.key.shape[2]:
@@ -96,6 +96,11 @@ def _mask_obstacle(call: PrefixAttentionCall) -> str | None:
         if mask is not None and mask.is_floating_point() and torch.promote_types(mask.dtype, dtype) != dtype:
             return f"it adds masks in query's dtype, {dtype}, which does not hold all values of {mask.dtype}"
     return None
+
+
+def in_windows(call: PrefixAttentionCall) -> bool:
+    """Return whether queries see windows; the window of one query is a cut of the keys."""
+    return call.query.shape[2] > 1 and (call.keys_before is not None or call.keys_after not in (None, 0))
 
 
 def has_mask(call: PrefixAttentionCall) -> bool:

@@ -6,7 +6,8 @@ They are imported only when a call could use them. (Version 2 has the kernels of
   tensors): `torch.ops.flash_attn_3.fwd` and `.bwd`.
 - Version 4 (`flash_attn.cute`, 4.0 betas): `_flash_attn_fwd` and `_flash_attn_bwd`, called as PyTorch 2.13 calls them.
 
-Both take [B, N, H, D], align causality bottom-right, and return the natural log-sum-exp [B, H, N] in float32.
+Both take [B, N, H, D], align causality bottom-right, and return the natural log-sum-exp [B, H, N] in float32. Version 3
+takes windows, aligned likewise; which betas of version 4 take them in both passes is not known.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ from qtuning_fast.attention.composed.vendors.cuda import (
     common_obstacle,
     dense,
     has_mask,
+    in_windows,
 )
 
-FLASH_3_FORWARD = {"q", "k", "v", "softmax_scale", "is_causal"}
-FLASH_3_BACKWARD = {"dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "softmax_scale", "is_causal"}
+FLASH_3_OPTIONS = {"softmax_scale", "is_causal", "window_size_left", "window_size_right"}
+FLASH_3_FORWARD = {"q", "k", "v"} | FLASH_3_OPTIONS
+FLASH_3_BACKWARD = {"dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"} | FLASH_3_OPTIONS
 FLASH_4_FORWARD = {"q", "k", "v", "softmax_scale", "causal", "return_lse"}
 FLASH_4_BACKWARD = {"q", "k", "v", "out", "dout", "lse", "softmax_scale", "causal"}
 BUILT_WITHOUT = ("BACKWARD", "FP16", "HDIM64", "HDIM96", "HDIM128", "HDIM192", "HDIM256")  # features a build may lack
 
 
-def _obstacle(call: PrefixAttentionCall) -> str | None:
-    obstacle = common_obstacle(call, HALVES)
+def _obstacle(call: PrefixAttentionCall, *, windows: bool = False) -> str | None:
+    obstacle = common_obstacle(call, HALVES, windows=windows)
     if obstacle is not None:
         return obstacle
     if has_mask(call):
@@ -62,22 +65,22 @@ def _of_output(x: Tensor, columns: int) -> Tensor:
 
 
 def _flash_3_why_not(call: PrefixAttentionCall) -> str | None:
-    obstacle = _obstacle(call)
+    obstacle = _obstacle(call, windows=True)
     if obstacle is not None:
         return obstacle
     if capability(call.query.device.index) != (9, 0):
         return "it is for compute capability 9.0"
-    return flash_3_missing()
+    return flash_3_missing(in_windows(call))
 
 
 @constant
-def flash_3_missing() -> str | None:
-    """Return why the installed package cannot be used, or None. Tests replace this function."""
-    return _flash_3_missing()
+def flash_3_missing(windows: bool) -> str | None:
+    """Return why the installed package cannot be used, with windows if needed, or None. Tests replace this function."""
+    return _flash_3_missing(windows)
 
 
 @functools.cache
-def _flash_3_missing() -> str | None:
+def _flash_3_missing(windows: bool) -> str | None:
     if find_spec("flash_attn_interface") is None:
         return "flash_attn_interface is not installed"
     try:
@@ -88,7 +91,8 @@ def _flash_3_missing() -> str | None:
         flags = import_module("flash_attn_config").CONFIG["build_flags"] if find_spec("flash_attn_config") else {}
     except (ImportError, AttributeError, KeyError, OSError) as error:
         return f"flash_attn_interface cannot be used: {error}"
-    lacking = [part for part in BUILT_WITHOUT if flags.get(f"FLASHATTENTION_DISABLE_{part}")]
+    needed = (*BUILT_WITHOUT, "LOCAL") if windows else BUILT_WITHOUT
+    lacking = [part for part in needed if flags.get(f"FLASHATTENTION_DISABLE_{part}")]
     if lacking:
         return f"flash_attn_interface was built without {', '.join(lacking)}"
     return None if known else "this version of flash_attn_interface is not known"
@@ -105,9 +109,19 @@ def _flash_3() -> Any:
     return torch.ops.flash_attn_3
 
 
+def _flash_3_options(x: Attention) -> dict[str, Any]:
+    left, right = (-1 if side is None else side for side in x.window)
+    return {
+        "softmax_scale": x.scale,
+        "is_causal": x.is_causal,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+
+
 def _flash_3_forward(x: Attention) -> tuple[Tensor, Tensor]:
     q, k, v = _inputs(x)
-    output, lse, *_ = _flash_3().fwd(q, k, v, softmax_scale=x.scale, is_causal=x.is_causal)
+    output, lse, *_ = _flash_3().fwd(q, k, v, **_flash_3_options(x))
     return by_position(output)[..., : x.value.shape[-1]], lse
 
 
@@ -115,12 +129,18 @@ def _flash_3_backward(x: Attention, output: Tensor, lse: Tensor, d_output: Tenso
     q, k, v = _inputs(x)
     o, d_o = (_of_output(y, q.shape[-1]) for y in (output, d_output))
     dq, dk, dv = (y.new_empty(y.shape) for y in (q, k, v))
-    _flash_3().bwd(d_o, q, k, v, o, dense(lse), dq=dq, dk=dk, dv=dv, softmax_scale=x.scale, is_causal=x.is_causal)
+    _flash_3().bwd(d_o, q, k, v, o, dense(lse), dq=dq, dk=dk, dv=dv, **_flash_3_options(x))
     return cut(x, *(by_position(d) for d in (dq, dk, dv)))
 
 
 FLASH_3 = Vendor(
-    "flash_attn 3", _flash_3_why_not, _flash_3_forward, _flash_3_backward, bottom_right=True, keeps_layout=False
+    "flash_attn 3",
+    _flash_3_why_not,
+    _flash_3_forward,
+    _flash_3_backward,
+    bottom_right=True,
+    keeps_layout=False,
+    windows=True,
 )
 
 

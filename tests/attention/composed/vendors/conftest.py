@@ -41,7 +41,7 @@ def machine(monkeypatch):
             monkeypatch.setattr(module, "capability", lambda index: capability)
         monkeypatch.setattr(cuda, "cudnn_version", lambda: cudnn)
         monkeypatch.setattr(cuda, "other_flash_attention", lambda: other)
-        monkeypatch.setattr(packages, "flash_3_missing", lambda: flash_3)
+        monkeypatch.setattr(packages, "flash_3_missing", lambda windows: flash_3)
         monkeypatch.setattr(packages, "flash_4_missing", lambda: flash_4)
 
     build()
@@ -149,17 +149,24 @@ class StandIn:
             assert bias.shape == (len(q), q.shape[2], q.shape[1], k.shape[1]) and bias.dtype == q.dtype
             assert bias.stride(-1) == 1 and all(s % 8 == 0 for s in bias.stride()[:-1]) and bias.data_ptr() % 16 == 0
 
-    def fwd(self, q, k, v, *, softmax_scale, is_causal):
+    def fwd(self, q, k, v, *, softmax_scale, is_causal, window_size_left=-1, window_size_right=-1):
         assert_loadable(q, k, v)
-        o, lse = _calls.attend(*transposed(q, k, v), None, is_causal, softmax_scale)
+        window = self.window_of_3(q, k, is_causal, window_size_left, window_size_right)
+        o, lse = _calls.attend(*transposed(q, k, v), window, is_causal, softmax_scale)
         return o.transpose(1, 2).contiguous(), lse, None, None
 
-    def bwd(self, d_o, q, k, v, o, lse, *, dq, dk, dv, softmax_scale, is_causal):
+    def bwd(
+        self, d_o, q, k, v, o, lse, *, dq, dk, dv, softmax_scale, is_causal, window_size_left, window_size_right
+    ):  # fmt: skip
         assert_loadable(q, k, v, o, d_o)
         o, d_o = transposed(o, d_o)
-        found = _calls.gradients(*transposed(q, k, v), None, is_causal, softmax_scale, o, lse, d_o)
+        window = self.window_of_3(q, k, is_causal, window_size_left, window_size_right)
+        found = _calls.gradients(*transposed(q, k, v), window, is_causal, softmax_scale, o, lse, d_o)
         for room, d in zip((dq, dk, dv), transposed(*found)):
             room.copy_(d)
+
+    def window_of_3(self, q, k, is_causal, left, right):
+        return self.window(q, k, is_causal, *(None if side == -1 else side for side in (left, right)))
 
     def _flash_attn_fwd(self, q, k, v, *, softmax_scale, causal, return_lse):
         assert return_lse

@@ -11,7 +11,7 @@ VENDORS = [packages.FLASH_3, packages.FLASH_4]
 
 def test_packages_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    assert packages._flash_3_missing.__wrapped__() == "flash_attn_interface is not installed"
+    assert packages._flash_3_missing.__wrapped__(windows=False) == "flash_attn_interface is not installed"
     assert packages._flash_4_missing.__wrapped__() == "flash_attn.cute is not installed"
 
 
@@ -36,9 +36,10 @@ def flash_3_operators(forward_defaults=True):
         arguments += [SimpleNamespace(name=name, has_default_value=lambda: with_defaults) for name in optional]
         return SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=arguments)))
 
-    backward = ["dout", "q", "k", "v", "out", "softmax_lse"], ["dq", "dk", "dv", "softmax_scale", "is_causal"]
+    options = ["softmax_scale", "is_causal", "window_size_left", "window_size_right"]
+    backward = ["dout", "q", "k", "v", "out", "softmax_lse"], ["dq", "dk", "dv", *options]
     return SimpleNamespace(
-        fwd=operator(["q", "k", "v"], ["k_new", "softmax_scale", "is_causal"], forward_defaults),
+        fwd=operator(["q", "k", "v"], ["k_new", *options], forward_defaults),
         bwd=operator(*backward),
     )
 
@@ -49,12 +50,16 @@ def test_flash_attn_3_is_known_by_its_schemas(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: object())
     monkeypatch.setattr(packages, "import_module", lambda name: config)
     monkeypatch.setattr(packages, "_flash_3", flash_3_operators)
-    assert packages._flash_3_missing.__wrapped__() is None
+    assert packages._flash_3_missing.__wrapped__(windows=False) is None
     flags["FLASHATTENTION_DISABLE_BACKWARD"] = True
-    assert packages._flash_3_missing.__wrapped__() == "flash_attn_interface was built without BACKWARD"
+    assert packages._flash_3_missing.__wrapped__(windows=False) == "flash_attn_interface was built without BACKWARD"
+    flags.clear()
+    flags["FLASHATTENTION_DISABLE_LOCAL"] = True
+    assert packages._flash_3_missing.__wrapped__(windows=False) is None
+    assert packages._flash_3_missing.__wrapped__(windows=True) == "flash_attn_interface was built without LOCAL"
     flags.clear()
     monkeypatch.setattr(packages, "_flash_3", lambda: flash_3_operators(forward_defaults=False))
-    assert "not known" in packages._flash_3_missing.__wrapped__()
+    assert "not known" in packages._flash_3_missing.__wrapped__(windows=False)
 
 
 def test_both_passes_are_exact(stand_ins, calls, vendor, case):
