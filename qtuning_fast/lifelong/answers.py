@@ -21,6 +21,9 @@ from qtuning_fast.model.scoring import Answers
 AnswersOf = Callable[[str], Answers | None]
 """Returns the answers of a task, one a class, if a language model gives them."""
 
+AsAsked = Callable[[str, EncodedExamples], EncodedExamples]
+"""Returns examples as a task asks its adapter about them: a language model reads them in the task's template."""
+
 
 @dataclass(frozen=True)
 class InferredAnswer:
@@ -50,12 +53,14 @@ class Answering:
         model: a model with finished tasks.
         batch_size: examples a batch.
         answers_of: see `AnswersOf`.
+        as_asked: see `AsAsked`.
     """
 
-    def __init__(self, model: QTuningModel, batch_size: int, answers_of: AnswersOf) -> None:
+    def __init__(self, model: QTuningModel, batch_size: int, answers_of: AnswersOf, as_asked: AsAsked) -> None:
         self._model = model
         self._batch_size = batch_size
         self._answers_of = answers_of
+        self._as_asked = as_asked
 
     def infer(self, fitted: FittedRule, examples: EncodedExamples, features: Tensor) -> TaskInference:
         """Return which task each example is of.
@@ -75,8 +80,8 @@ class Answering:
         """Return what the adapter of a task gives for each example: `[n, outputs]` as in `InferredAnswer.output`."""
         with self._model.keeping_task():
             self._model.set_task(task)
-            kind = self._model.problem_type(task)
-            return probabilities(self._model, examples, self._batch_size, self._answers_of(task), kind)
+            kind, asked = self._model.problem_type(task), self._as_asked(task, examples)
+            return probabilities(self._model, asked, self._batch_size, self._answers_of(task), kind)
 
     def ask_each(self, tasks: Sequence[str], examples: EncodedExamples) -> list[Tensor]:
         """Return what its task's adapter gives for each example, `[outputs]` each."""

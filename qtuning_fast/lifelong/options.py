@@ -7,6 +7,7 @@ from typing import Any
 
 from qtuning_fast.lifelong.data.augmentation import AUGMENTATIONS
 from qtuning_fast.lifelong.data.loading import load_task, parse_spec
+from qtuning_fast.lifelong.data.wording import worded
 from qtuning_fast.lifelong.stream import Stream
 from qtuning_fast.lifelong.streams import STREAMS, defaults_in_words, load_stream
 from qtuning_fast.lifelong.tasks import Task
@@ -59,6 +60,19 @@ class DataOptions:
         f"The default is {SINGLE}.",
         absent=(),
     )
+    templates: tuple[str, ...] = setting(
+        (),
+        "What a language model reads, such as 'Review: {{text}}', or name=template for one task. Repeat.",
+        "`{text}` is the example, and a backslash and an n are a new line. Default: the example alone, in a stream of "
+        "texts that stream's own.",
+        absent=(),
+    )
+    label_words: tuple[str, ...] = setting(
+        (),
+        "What a language model answers, class=word, or task/class=word for one task. Repeat.",
+        "Default: the classes' names, in a stream of texts that stream's own words.",
+        absent=(),
+    )
     stream_data: str | None = setting(
         None,
         "A folder with a copy of the stream's data; default the hub.",
@@ -79,6 +93,9 @@ class DataOptions:
         Raises:
             ValueError, FileNotFoundError, ImportError: something is missing or wrong; the message names it.
         """
+        return worded(self._load(), self.templates, self.label_words)
+
+    def _load(self) -> list[Task]:
         if (self.stream is None) == (not self.tasks):
             raise ValueError("give either a stream or tasks of your own, and not both")
         sizes: dict[str, Any] = {
@@ -127,6 +144,7 @@ class DataOptions:
         return from_file(cls, values)
 
 
+_PROMPT_RATES = {"causal-lm": 3e-2, "text-to-text": 0.1}  # docs/language-models.md says how they were found
 _COLUMNS = ("text_column", "label_column")
 _DEFAULTS = DataOptions()
 
@@ -158,6 +176,12 @@ class TrainingOptions:
     batch_size: int = setting(16, "Examples a step.")
     eval_batch_size: int = setting(64, "Examples a batch when evaluating.")
     max_length: int = setting(64, "Tokens a text is cut to.", "A batch is padded to its longest text.")
+    chat: bool = setting(
+        False,
+        "Put texts into the tokenizer's chat template.",
+        "A text, in its task's template, is the user's message; the answer is the assistant's. For causal-lm.",
+        absent=False,
+    )
     augment: str | None = setting(
         None,
         "Changes of training images: {choices}.",
@@ -166,7 +190,11 @@ class TrainingOptions:
         choices=(*AUGMENTATIONS, None),
         absent=None,
     )
-    prompt_rate: float = setting(3e-3, "Learning rate of prompts.", "It applies to the shared prompt too.")
+    prompt_rate: float | None = setting(
+        None,
+        "Learning rate of prompts; default 3e-3 with heads, 3e-2 for causal-lm, 0.1 for text-to-text.",
+        "It applies to the shared prompt too.",
+    )
     reweighting_rate: float | None = setting(
         3e-2, "Learning rate of the reweighting.", "None: that of prompts.", absent=None
     )
@@ -275,13 +303,14 @@ class TrainingOptions:
             return self
         return replace(self, steps=self.epochs * -(-count // self.batch_size), epochs=None)
 
-    def rates(self) -> dict[str, float]:
-        """The learning rate of each kind of parameters (`QTuningModel.parameter_groups`)."""
+    def rates(self, task_type: str = "sequence-classification") -> dict[str, float]:
+        """The learning rate of each kind of parameters (`QTuningModel.parameter_groups`), for a type of task."""
+        prompts = _PROMPT_RATES.get(task_type, 3e-3) if self.prompt_rate is None else self.prompt_rate
         heads = 1e-2 if self.head_start == "random" else 1e-3
         return {
-            "prompt": self.prompt_rate,
-            "reweighting": self.prompt_rate if self.reweighting_rate is None else self.reweighting_rate,
-            "gate": self.prompt_rate if self.gate_rate is None else self.gate_rate,
+            "prompt": prompts,
+            "reweighting": prompts if self.reweighting_rate is None else self.reweighting_rate,
+            "gate": prompts if self.gate_rate is None else self.gate_rate,
             "head": heads if self.head_rate is None else self.head_rate,
             "network": self.network_rate,
         }

@@ -83,7 +83,7 @@ def _check_tokens(model: QTuningModel, encoder: ExampleEncoder, task: Task, spli
 
 def _train_one_step(model: QTuningModel, encoder: ExampleEncoder, task: Task, inputs: EncodedExamples) -> None:
     answers = encoder.encode_answers(task.answers, task=task.name)
-    training_inputs = inputs if answers is None else encoder.encode_with_answers(task.train, answers)
+    training_inputs = inputs if answers is None else encoder.encode_with_answers(task.train, answers, task.template)
     model.features(next(inputs.batches(1, model.device)), task=None)
     model.start_task(task.name, label_names=task.label_names, problem_type=task.problem_type)
     with torch.enable_grad():

@@ -17,7 +17,7 @@ from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.saved_run import files_by_seed
 from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
-from qtuning_fast.method.config import QTuningConfig
+from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.task_rules import ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, write_json
 
@@ -40,6 +40,21 @@ class RunSettings:
     def __post_init__(self) -> None:
         rule_by_name(self.task_rule)  # a wrong name fails before anything is loaded
         method_by_name(self.method_name)
+        if self.method.task_type in HEAD_TASK_TYPES:
+            self._check_words()
+
+    def _check_words(self) -> None:
+        """Raise a ValueError for settings that only language models read."""
+        for name, value in (
+            ("templates", list(self.data.templates)),
+            ("label_words", list(self.data.label_words)),
+            ("chat", self.training.chat),
+        ):
+            if value:
+                raise ValueError(
+                    f"{name} is {value!r}, which language models read, but task_type is {self.method.task_type!r}; "
+                    "leave it out, or set task_type to causal-lm or text-to-text"
+                )
 
     @property
     def method_in_words(self) -> str:

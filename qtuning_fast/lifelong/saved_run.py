@@ -54,7 +54,7 @@ class SavedRun:
         settings = read_json(self.folder / RUN_FILE)
         self.options = TrainingOptions.from_dict(settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
-        self._words = settings.get("label_words", {})
+        self._words, self._templates = settings.get("label_words", {}), settings.get("templates", {})
         self._keeps_features = settings.get("keep_validation_features", True)
         if not {"base_model", "data"} <= self._about.keys():
             raise ValueError(
@@ -63,14 +63,14 @@ class SavedRun:
         self.data = DataOptions.from_dict(self._about["data"])
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
-        self.encoder = ExampleEncoder(processor, task_type, self.options.max_length)
+        self.encoder = ExampleEncoder(processor, task_type, self.options.max_length, chat=self.options.chat)
         self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
         if task_rule is not None:
             self.model.task_rule = task_rule
         self.answers_by = answers_by or _ANSWERS_BY.get(self._about.get("answered_by"), ADAPTERS)
         if self.answers_by not in ANSWERS_BY:
             raise ValueError(f"answers_by is {answers_by!r}; it must be one of {', '.join(ANSWERS_BY)}")
-        self._answering = Answering(self.model, self.options.eval_batch_size, self._answers)
+        self._answering = Answering(self.model, self.options.eval_batch_size, self._answers, self._as_asked)
 
     def load_tasks(self) -> list[Task]:
         """Load the finished tasks of the run again.
@@ -191,6 +191,7 @@ class SavedRun:
             tasks,
             encoded,
             self._answers,
+            self._as_asked,
             self._batch_size,
             self.model.task_rule,
             keeps_features=self._keeps_features,
@@ -232,7 +233,7 @@ class SavedRun:
             ValueError: the examples are images but the run reads texts, or the other way round.
         """
         self._check_kind(examples, task)
-        encoded, problem_type = self.encoder.encode(examples), self.model.problem_type(task)
+        encoded, problem_type = self._as_asked(task, self.encoder.encode(examples)), self.model.problem_type(task)
         with self.model.keeping_task():
             self.model.set_task(task)
             return task_score(self.model, encoded, self._batch_size, self._answers(task), problem_type)
@@ -300,6 +301,9 @@ class SavedRun:
     @property
     def _batch_size(self) -> int:
         return self.options.eval_batch_size
+
+    def _as_asked(self, task: str, examples: EncodedExamples) -> EncodedExamples:
+        return self.encoder.as_asked(examples, self._templates.get(task))
 
     def _answers(self, task: str) -> Answers | None:
         return self.encoder.encode_answers(self._words.get(task, ()), task=task)

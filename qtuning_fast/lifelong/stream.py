@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qtuning_fast.lifelong.tasks import Labelled, Task, few_shot_split
@@ -14,18 +14,23 @@ MINILM, DINOV2 = "all-MiniLM-L6-v2", "facebook/dinov2-small"
 
 @dataclass(frozen=True)
 class TaskSource:
-    """How a task is made: what to read, and which classes to draw. Without `read_test`, the test split is cut."""
+    """How a task is made: what to read, and which classes to draw. Without `read_test`, the test split is cut.
+
+    A language model reads the examples in `template`, and answers with `words`, one for each of `classes`.
+    """
 
     name: str
     source: str
     classes: tuple[str, ...]
     read: Callable[[], Labelled]
     read_test: Callable[[], Labelled] | None = None
+    template: str | None = None
+    words: tuple[str, ...] | None = None
 
     def load(self, *, shots: int, validation_shots: int, test_size: int, seed: int) -> Task:
         """Read the examples and draw the task; raises what `load_stream` raises."""
         inputs, labels = self.read()
-        return few_shot_split(
+        task = few_shot_split(
             inputs,
             labels,
             name=self.name,
@@ -37,6 +42,7 @@ class TaskSource:
             test=self.read_test() if self.read_test else None,
             source=self.source,
         )
+        return replace(task, template=self.template, label_words=None if self.words is None else list(self.words))
 
 
 class AnyStream:

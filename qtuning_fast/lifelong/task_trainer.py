@@ -94,7 +94,7 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for each kind of parameter."""
         if self.optimizer is None:
-            rates = self.options.rates()
+            rates = self.options.rates(self.qtuning.qtuning_config.task_type)
             groups = [{"params": group, "lr": rates[kind]} for kind, group in self.qtuning.parameter_groups().items()]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
@@ -281,7 +281,7 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
-        learning_rate=options.prompt_rate,
+        learning_rate=options.rates()["prompt"],  # `create_optimizer` has the rate of each kind of parameter
         weight_decay=0.0,
         max_grad_norm=1.0,
         lr_scheduler_type="cosine",

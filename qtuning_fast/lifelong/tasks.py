@@ -43,6 +43,8 @@ Input = str | Path | PackedImage
 """A text, or an image: the path of its file, or where it is packed."""
 
 SPLITS = ("train", "validation", "test")
+TEXT_SLOT = "{text}"
+"""What stands for the example in a template."""
 
 Label = int | tuple[int, ...] | float
 """The index of a class; or 0 or 1 for each of several classes; or a number."""
@@ -74,12 +76,13 @@ class Task:
     """One task of a stream. No text or image occurs twice in it; `source` says where its examples come from.
 
     A language model answers with `label_words`, one per class, spelled exactly so. None means the names of the classes,
-    with spaces in place of underscores and hyphens. `problem_type` says what labels mean, in the words of transformers:
-    one class, several (`"multi_label_classification"`), or a number (`"regression"`), whose only label name names it.
+    with spaces in place of underscores and hyphens. It reads `template`, in which `{text}` is the example; None: the
+    example alone. `problem_type` says what labels mean, in the words of transformers: one class, several
+    (`"multi_label_classification"`), or a number (`"regression"`), whose only label name names it.
 
     Raises:
-        ValueError: there are more or fewer label words than classes, or one is empty; the problem type is unknown, or
-            regression has several numbers.
+        ValueError: there are more or fewer label words than classes, or one is empty; the template has not one
+            `{text}`; the problem type is unknown, or regression has several numbers.
     """
 
     name: str
@@ -90,9 +93,15 @@ class Task:
     source: str
     label_words: list[str] | None = None
     problem_type: str = SINGLE
+    template: str | None = None
 
     def __post_init__(self) -> None:
         check_problem_type(self.problem_type)
+        if self.template is not None and self.template.count(TEXT_SLOT) != 1:
+            raise ValueError(
+                f"task {self.name!r}: template is {self.template!r}; it must have {TEXT_SLOT} in it once, in place of "
+                "the example"
+            )
         if self.problem_type == REGRESSION and len(self.label_names) != 1:
             raise ValueError(
                 f"task {self.name!r}: label_names is {self.label_names}; regression has one number an example"

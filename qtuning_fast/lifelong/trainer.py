@@ -117,7 +117,7 @@ class LifelongTrainer:
                     raise ValueError(f"task {task.name!r} has no {split} examples; each task needs some")
         check_start(config, options, names)
         check_joint_head(config, options, tasks)
-        self.encoder = ExampleEncoder(processor, config.task_type, options.max_length)
+        self.encoder = ExampleEncoder(processor, config.task_type, options.max_length, chat=options.chat)
         rows = config.most_rows(len(tasks)) if config.placement == "input" else 0
         self.encoder.check(base_model, tasks, prompt_tokens=rows)
         if options.augment is not None:
@@ -136,6 +136,7 @@ class LifelongTrainer:
             self.tasks,
             self._encoded,
             self._answers_of,
+            self._as_asked,
             options.eval_batch_size,
             rule_by_name(task_rule),
             keeps_features=keep_validation_features,
@@ -209,6 +210,8 @@ class LifelongTrainer:
             current["keep_validation_features"] = False
         if self.config.task_type not in HEAD_TASK_TYPES:
             current["label_words"] = {task.name: task.answers for task in self.tasks}
+            templates = {task.name: task.template for task in self.tasks if task.template is not None}
+            current |= {"templates": templates} if templates else {}
         path = self.folder / RUN_FILE
         if not path.exists():
             write_json(path, current)
@@ -252,7 +255,7 @@ class LifelongTrainer:
         began = time.perf_counter()
         set_seed(self._task_seed(number))
         previous = model.tasks[-1] if model.tasks else None
-        train, validation = self._to_train_on(task), self._encoded(task)["validation"]
+        train, validation = self._to_train_on(task), self._asked(task, "validation")
         start = start_task(model, task, options, train, validation, probe)
         steps = self._take_steps(model, number, train, previous, checkpoints) if options.steps else NO_STEPS
         if options.prompt_momentum:
@@ -289,7 +292,7 @@ class LifelongTrainer:
             replace(options, seed=self._task_seed(number)),
             checkpoints,
             train=train,
-            validation=self._encoded(task)["validation"],
+            validation=self._asked(task, "validation"),
             answers=self._answers(task),
             earlier_means=self._joint.class_means(len(model.tasks)) if options.contrast else None,  # none learned alone
             callbacks=[self.listener.step_callback(options.steps)],
@@ -358,7 +361,7 @@ class LifelongTrainer:
 
     def _score(self, model: QTuningModel, task: Task, *, live: bool = False) -> float:
         model.set_task(task.name, live=live)
-        test = self._encoded(task)["test"]
+        test = self._asked(task, "test")
         return task_score(model, test, self.options.eval_batch_size, self._answers(task), task.problem_type)
 
     def _features(self, model: QTuningModel, examples: EncodedExamples, task: str | None) -> Tensor:
@@ -370,12 +373,22 @@ class LifelongTrainer:
     def _to_train_on(self, task: Task) -> EncodedExamples:
         """Return the training split; of a language model with its answers as labels."""
         answers = self._answers(task)
-        return (
-            self._encoded(task)["train"] if answers is None else self.encoder.encode_with_answers(task.train, answers)
-        )
+        if answers is None:
+            return self._encoded(task)["train"]
+        return self.encoder.encode_with_answers(task.train, answers, task.template)
 
     def _answers_of(self, name: str) -> Answers | None:
-        return next(self._answers(task) for task in self.tasks if task.name == name)
+        return self._answers(self._task(name))
+
+    def _as_asked(self, name: str, examples: EncodedExamples) -> EncodedExamples:
+        return self.encoder.as_asked(examples, self._task(name).template)
+
+    def _task(self, name: str) -> Task:
+        return next(task for task in self.tasks if task.name == name)
+
+    def _asked(self, task: Task, split: str) -> EncodedExamples:
+        """Return a split as the task's own adapter is asked about it."""
+        return self._as_asked(task.name, self._encoded(task)[split])
 
     def _encoded(self, task: Task) -> dict[str, EncodedExamples]:
         if task.name not in self._splits:

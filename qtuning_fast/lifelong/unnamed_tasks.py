@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qtuning_fast.lifelong.answers import Answering, AnswersOf, statistics_of
+from qtuning_fast.lifelong.answers import Answering, AnswersOf, AsAsked, statistics_of
 from qtuning_fast.lifelong.class_incremental import (
     Pairs,
     auroc,
@@ -46,6 +46,7 @@ class UnnamedTasks:
         tasks: the tasks of the run.
         encoded: returns the encoded splits of a task.
         answers_of: see `AnswersOf`.
+        as_asked: see `AsAsked`.
         batch_size: examples a batch.
         rule: chooses the task whose adapter answers.
         keeps_features: whether features of validation examples are kept for calibration.
@@ -56,6 +57,7 @@ class UnnamedTasks:
         tasks: Sequence[Task],
         encoded: Callable[[Task], Mapping[str, EncodedExamples]],
         answers_of: AnswersOf,
+        as_asked: AsAsked,
         batch_size: int,
         rule: TaskRule,
         *,
@@ -68,6 +70,7 @@ class UnnamedTasks:
         self._tasks = tasks
         self._encoded = encoded
         self._answers_of = answers_of
+        self._as_asked = as_asked
         self._batch_size = batch_size
         self._features: dict[tuple[str, str], Tensor] = {}
 
@@ -148,7 +151,7 @@ class UnnamedTasks:
         return self._answering(model).infer(fitted, self._encoded(task)["test"], self.features(model, task, "test"))
 
     def _answering(self, model: QTuningModel) -> Answering:
-        return Answering(model, self._batch_size, self._answers_of)
+        return Answering(model, self._batch_size, self._answers_of, self._as_asked)
 
     def _adapter_answers(
         self, model: QTuningModel, task: Task, inference: TaskInference, earlier: Pairs | None

@@ -15,7 +15,7 @@ from qtuning_fast.method.settings import check_integer, check_settings, document
 GATE_TRAINING = ("every-task", "first-task")
 PROMPT_INITS = ("default", "uniform")
 PLACEMENTS = ("prefix", "input")
-REPARAMETERIZATIONS = ("mlp", None)
+REPARAMETERIZATIONS = ("default", "mlp", None)
 REWEIGHTINGS = ("low-rank", None)
 STACKS = ("encoder", "decoder", "both")
 HEAD_TASK_TYPES = ("sequence-classification", "image-classification")  # a head for each task
@@ -88,9 +88,11 @@ class QTuningConfig:
         choices=STACKS,
     )
     reparameterization: str | None = setting(
-        "mlp",
+        "default",
         "{choices}.",
-        "While a prompt trains, `mlp` computes it by one residual two-layer MLP that all layers share.",
+        "While a prompt trains, `mlp` computes it by one residual two-layer MLP that all layers share. `default` is "
+        "`mlp` with heads, and `none` for language models, whose prompts train at higher rates. Once made, a config "
+        "says which.",
         choices=REPARAMETERIZATIONS,
     )
     eviction: str | None = setting(
@@ -117,6 +119,8 @@ class QTuningConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         object.__setattr__(self, "retention_weight", float(self.retention_weight))
+        if self.reparameterization == "default":
+            object.__setattr__(self, "reparameterization", "mlp" if self.task_type in HEAD_TASK_TYPES else None)
         if self.prompt_length == 0 and self.task_type not in HEAD_TASK_TYPES:
             raise ValueError(f"prompt_length is 0, but task_type={self.task_type!r} has no heads to train; raise it")
         if self.placement == "input":

@@ -49,6 +49,8 @@ class Setting:
         """
         if self.choices and value not in self.choices:
             raise ValueError(f"{self.name} is {value!r}; it must be one of {', '.join(map(repr, self.choices))}")
+        if self.kind is bool and not isinstance(value, bool):
+            raise TypeError(f"{self.name} is {value!r}; it must be True or False")
         if self.kind is int or (self.kind == int | None and value is not None):
             check_integer(self.name, value, self.least)
         if self.kind is float or (self.kind == float | None and value is not None):

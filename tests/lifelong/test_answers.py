@@ -40,7 +40,7 @@ def model(tiny_bert: BertModel) -> QTuningModel:
 
 @pytest.fixture
 def inferring(model: QTuningModel) -> Answering:
-    return Answering(model, 4, lambda task: None)
+    return Answering(model, 4, lambda task: None, lambda task, examples: examples)
 
 
 def mixed() -> EncodedExamples:

@@ -50,6 +50,7 @@ def commands(folders_of_models: Folders, toy_texts: Folders, toy_images: Folders
             *DRAW.split(),
             f"--prompt-rate={0.01 if task_type.startswith('image') else 0.3}",
             *(["--augment=crops-brightness"] if task_type.startswith("image") else []),
+            *(["--template=a {text} is", "--label-word=red=blue"] if task_type == "causal-lm" else []),
         ]
         for task_type in TYPES
     }
@@ -153,6 +154,15 @@ def test_label_words_of_ones_own_are_part_of_the_run(
         LifelongTrainer(*base, config, [task], options, tmp_path / "run").run()
     with pytest.raises(ValueError, match=r"'pets': label_words is .'old'."):
         replace(task, label_words=["old"])
+
+
+def test_templates_are_part_of_the_run(runs: Folders, commands: dict[str, list[str]]) -> None:
+    settings = json.loads((runs["causal-lm"] / "run.json").read_text())
+    assert settings["templates"] == dict.fromkeys(settings["tasks"], "a {text} is")
+    assert sorted(settings["label_words"]["colours"]) == ["blue", "green"]
+    other = [each.replace("a {text} is", "the {text} is") for each in commands["causal-lm"]]
+    code, output = call("run", f"--out={runs['causal-lm']}", *other)
+    assert code == 2 and "holds another run" in output and "templates" in output, output
 
 
 # What is wrong shows before anything is written.

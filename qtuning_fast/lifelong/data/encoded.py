@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,6 +63,24 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
         """The inputs with their labels, in order; no batch is longer than its longest text."""
         for start in range(0, len(self), batch_size):
             yield without_padding(self.rows(slice(start, start + batch_size)))
+
+
+class TextExamples(EncodedExamples):
+    """Examples with the texts that they encode, which a language model reads in the template of a task.
+
+    Args:
+        columns: as of `EncodedExamples`.
+        texts: the text of each example.
+    """
+
+    def __init__(self, columns: dict[str, Tensor], texts: Sequence[str]) -> None:
+        super().__init__(columns)
+        self.texts = list(texts)
+
+    def subset(self, chosen: Sequence[int]) -> TextExamples:
+        part = cast(TextExamples, super().subset(chosen))
+        part.texts = [self.texts[place] for place in chosen]
+        return part
 
 
 _PADDED = ("input_ids", "attention_mask", "token_type_ids")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,3 +156,68 @@ def test_a_prompt_in_front_takes_room_where_there_is_an_end_to_it(make_tokenizer
         encoder.check(bert, [task(["a", "b"])], prompt_tokens=4)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=8, d_kv=8, num_layers=1, num_heads=1, d_ff=8))
     ExampleEncoder(make_tokenizer(decoder=False), "text-to-text", 9).check(t5, [task(["a", "b"])], prompt_tokens=300)
+
+
+# Templates
+
+
+def ids(examples: Any) -> list[list[int]]:
+    """The tokens of each example, without padding."""
+    columns = examples.columns
+    return [row[mask.bool()].tolist() for row, mask in zip(columns["input_ids"], columns["attention_mask"])]
+
+
+@pytest.mark.parametrize(("task_type", "begin", "end"), [("causal-lm", [3], []), ("text-to-text", [], [1])])
+def test_a_text_stands_in_its_tasks_template(
+    task_type: str, begin: list[int], end: list[int], make_tokenizer: MakeTokenizer
+) -> None:
+    encoder = ExampleEncoder(make_tokenizer(decoder=task_type == "causal-lm"), task_type, 7)
+    plain = encoder.encode(EXAMPLES)
+    asked = encoder.as_asked(plain, "new {text} is ")
+    assert ids(asked) == [[*begin, 14, *text, 11, *end] for text in ([9, 4, 7], [10, 8])]
+    assert asked.columns["labels"].tolist() == [0, 1]
+    assert ids(plain) == [[*begin, *text, *end] for text in ([9, 4, 7], [10, 8])], "features know no template"
+    assert ids(encoder.as_asked(plain.subset([1]), "new {text} is")) == [[*begin, 14, 10, 8, 11, *end]]
+    assert ids(encoder.as_asked(plain, None)) == ids(plain)
+
+
+def test_what_is_trained_on_is_what_is_asked(make_tokenizer: MakeTokenizer) -> None:
+    encoder = ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 7)
+    trained = encoder.encode_with_answers(EXAMPLES, [[13, 1], [14, 1]], "new {text} is")
+    asked = ids(encoder.as_asked(encoder.encode(EXAMPLES), "new {text} is"))
+    assert ids(trained) == [[*asked[0], 13, 1], [*asked[1], 14, 1]]
+
+
+def test_what_does_not_fit_is_cut_off_the_text_and_not_off_the_template(make_tokenizer: MakeTokenizer) -> None:
+    encoder = ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 5)
+    longer = Examples(["the red cat is a dog", "a", ""], [0, 1, 0])
+    asked = encoder.as_asked(encoder.encode(longer), "new {text} is")
+    assert ids(asked) == [[3, 14, 9, 4, 11], [3, 14, 10, 11], [3, 14, 11]]
+
+
+def test_a_template_must_leave_room_for_a_text(make_tokenizer: MakeTokenizer) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16, max_position_embeddings=64))
+    long = replace(task(["old", "new"]), template="the red cat is {text}")
+    ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 6).check(llama, [long])
+    with pytest.raises(ValueError, match="'mine': its template alone takes 5 tokens, but max_length is 5"):
+        ExampleEncoder(make_tokenizer(decoder=True), "causal-lm", 5).check(llama, [long])
+
+
+def test_a_chat_model_answers_as_the_assistant(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(decoder=True)
+    with pytest.raises(ValueError, match="this tokenizer has none"):
+        ExampleEncoder(tokenizer, "causal-lm", 9, chat=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<s> the {{ message['content'] }} </s>{% endfor %}"
+        "{% if add_generation_prompt %} a {% endif %}"
+    )
+    encoder = ExampleEncoder(tokenizer, "causal-lm", 9, chat=True)
+    asked = encoder.as_asked(encoder.encode(EXAMPLES), "new {text} is")
+    assert ids(asked) == [[3, 9, 14, 9, 4, 7, 11, 1, 10], [3, 9, 14, 10, 8, 11, 1, 10]]
+    assert ids(encoder.as_asked(encoder.encode(EXAMPLES), None)) == [[3, 9, 9, 4, 7, 1, 10], [3, 9, 10, 8, 1, 10]]
+    assert encoder.encode_answers(["old", "new"], task="mine") == [[13, 1], [14, 1]]
+    shorter = ExampleEncoder(tokenizer, "causal-lm", 8, chat=True)
+    assert ids(shorter.as_asked(shorter.encode(EXAMPLES), "new {text} is"))[0] == [3, 9, 14, 9, 4, 11, 1, 10]
+    with pytest.raises(ValueError, match="chat is for task_type='causal-lm'"):
+        ExampleEncoder(tokenizer, "text-to-text", 8, chat=True)
