@@ -53,7 +53,8 @@ def test_the_docs_list_every_option() -> None:
 
 def test_every_setting_is_an_option_with_the_same_default() -> None:
     given = {option.name: option.default for option in options()}
-    repeated, of_streams = ("tasks", "problem_types"), ("queue_size", "task_type")
+    repeated = ("tasks", "problem_types", "templates", "label_words")
+    of_streams = ("queue_size", "task_type")
     for settings, left_out in ((DataOptions, {"seed"}), (QTuningConfig, set()), (TrainingOptions, {"seed"})):
         for each in fields(settings):
             if each.name in left_out | {"eval_batch_size", *of_streams, *repeated}:

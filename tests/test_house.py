@@ -180,7 +180,7 @@ def test_reports_are_loaded_only_where_one_is_written() -> None:
     assert result.stdout.strip() == "False", result.stderr
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", range(4))
 def test_the_demos_are_commands_that_exist(place: int) -> None:
     from typer.testing import CliRunner
 
@@ -188,8 +188,10 @@ def test_the_demos_are_commands_that_exist(place: int) -> None:
 
     recipe = (ROOT / "Makefile").read_text().replace("\\\n", "")
     lines = [line for line in recipe.splitlines() if "qtuning-fast run" in line]
-    assert len(lines) == 2
-    arguments = lines[place].split("qtuning-fast ")[1].split()
+    assert len(lines) == 4
+    variables = dict(re.findall(r"^(\w+) := (.*)$", recipe, re.MULTILINE))
+    line = re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], lines[place])
+    arguments = line.split("qtuning-fast ")[1].split()
     arguments[arguments.index("--out") + 1] = "/dev/null"  # the one thing that is wrong with it
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "out is '/dev/null'" in result.output
