@@ -93,10 +93,17 @@ class Learning(nn.Module):
 
         Raises:
             RuntimeError: no task is in training.
+            ValueError: training has diverged.
         """
         if self.task is None:
             raise RuntimeError("no task is in training; call start_task first")
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():  # such an adapter could not be read again
+                raise ValueError(
+                    f"task {self.task!r} has diverged: {name} holds values that are not finite; load an earlier state "
+                    "of it (load_trainable_state_dict), and train on at a lower learning rate"
+                )
         adapter = self.prefix.finish_task(self.task, self.label_names, self.head, problem_type=self.problem_type)
         self.last_learned, self.task = self.task, None
         self.head = None
