@@ -75,6 +75,10 @@ class StandInHub:
         found = [path for method, path in self.asked if method == "GET" and ("/resolve/" in path or "/cdn/" in path)]
         return [names.get(path.rpartition("/")[2], path.rpartition("/")[2]) for path in found]
 
+    def fail(self, method: str, path: str, **how: Any) -> None:
+        """Let requests whose path matches fail; see `Fault`."""
+        self.faults.append(Fault(method, path, **how))
+
     def fault(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
             if fault.times and fault.method == method and re.search(fault.path, path):
@@ -102,9 +106,9 @@ def running() -> Iterator[StandInHub]:
         server.server_close()
 
 
-class _Refused(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
-        self.status, self.code, self.message = status, code, message
+class _RefusedError(Exception):
+    def __init__(self, status: int, code: str = "", message: str = "", url: str = "") -> None:
+        self.status, self.code, self.answer = status, code, {"error": message, "url": url}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -134,16 +138,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.fault(method, path)
         try:
             if self.fault is not None and self.fault.status is not None:
-                raise _Refused(self.fault.status, self.fault.code or "", "as the test wants it")
+                raise _RefusedError(self.fault.status, self.fault.code or "", "as the test wants it")
             for pattern, methods, answer in _ROUTES:
                 found = re.fullmatch(pattern, path)
                 if found and method in methods:
                     answer(self, **found.groupdict())
                     return
-            raise _Refused(404, message=f"the stand-in knows no {method} {path}")
-        except _Refused as refused:
+            raise _RefusedError(404, message=f"the stand-in knows no {method} {path}")
+        except _RefusedError as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
-            self._send(refused.status, json.dumps({"error": refused.message}).encode(), **headers)
+            self._send(refused.status, json.dumps(refused.answer).encode(), **headers)
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -182,20 +186,20 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(repo_id)
         user = (WRITERS | READERS).get(self._token)
         if repository is None or (repository.private and user != repo_id.partition("/")[0]):
-            raise _Refused(404 if user else 401, "RepoNotFound", "Repository not found")
+            raise _RefusedError(404 if user else 401, "RepoNotFound", "Repository not found")
         return repository
 
     def _commit_of(self, repository: Repository, revision: str) -> str:
         sha = repository.at(revision)
         if sha is None:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
     def _writer(self, repo_id: str) -> None:
         if self._token not in WRITERS | READERS:
-            raise _Refused(401, message="Invalid username or password.")
+            raise _RefusedError(401, message="Invalid username or password.")
         if WRITERS.get(self._token) != repo_id.partition("/")[0]:
-            raise _Refused(403, message="Forbidden")
+            raise _RefusedError(403, message="Forbidden")
 
     # Pushing
 
@@ -205,7 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo_id = f"{asked.get('organization') or user}/{asked['name']}"
         self._writer(repo_id)
         if repo_id in self.hub.repositories:
-            raise _Refused(409, message="You already created this model repo")
+            there = f"{self.hub.endpoint}/{repo_id}"
+            raise _RefusedError(409, message="You already created this model repo", url=there)
         private = asked.get("visibility") == "private" or asked.get("private") is True
         self.hub.repositories[repo_id] = Repository(private)
         self.hub.repositories[repo_id].commit({".gitattributes": b"*.safetensors lfs"}, "main", "initial commit")
@@ -215,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._writer(repo_id)
         repository = self._repository(repo_id)
         if revision in repository.refs:
-            raise _Refused(409, message="Reference already exists")
+            raise _RefusedError(409, message="Reference already exists")
         repository.refs[revision] = repository.refs["main"]
         self._json({})
 
@@ -247,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs_upload(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise _Refused(400, message="the content is not that of its name")
+            raise _RefusedError(400, message="the content is not that of its name")
         self.hub.large[oid] = self.body
         self._send(200, b"")
 
@@ -298,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         sha = self._commit_of(repository, revision)
         files = repository.commits[sha]
         if name not in files:
-            raise _Refused(404, "EntryNotFound", "Entry not found")
+            raise _RefusedError(404, "EntryNotFound", "Entry not found")
         content, oid = files[name], _oid(name, files[name])
         headers = {"X_Repo_Commit": sha, "ETag": f'"{oid}"'}
         if not name.endswith(".safetensors"):

@@ -99,11 +99,9 @@ class HubFiles:
             )
         for name in lacking:
             if not (self.folder / name).is_file():
-                where = "the cache lacks" if self.local_files_only else "lacks"
-                raise NotOnHubError(
-                    f"{self.repo_id}: {where} {name}, which {CONFIG_FILE} names; "
-                    + ("leave local_files_only out" if self.local_files_only else "its owner must push it again")
-                )
+                if self.local_files_only:
+                    raise NotOnHubError(f"{self.repo_id}: {name} is not in the cache; leave local_files_only out")
+                raise NotOnHubError(_lacks(self.repo_id, name))
         self._came.update(lacking)
 
     def fetch_if_there(self, most_bytes: Mapping[str, int]) -> list[str]:
@@ -273,7 +271,10 @@ def _in_words(error: BaseException | None, repo_id: str, revision: str | None, p
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}; name a branch, a tag or a commit of it"
     if isinstance(error, RemoteEntryNotFoundError):
-        return f"{repo_id} holds no {CONFIG_FILE} at this revision: no Q-tuning model was pushed there"
+        name = str(error.response.url).rpartition("/")[2]
+        if name == CONFIG_FILE:
+            return f"{repo_id} holds no {CONFIG_FILE} at this revision: no Q-tuning model was pushed there"
+        return _lacks(repo_id, name)
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
@@ -297,6 +298,10 @@ def _in_words(error: BaseException | None, repo_id: str, revision: str | None, p
     if pushes and isinstance(error, RuntimeError):  # of uploads by hf_xet
         return f"uploading to {repo_id} failed: {_first_line(error)}; {once_more}"
     return None
+
+
+def _lacks(repo_id: str, name: str) -> str:
+    return f"{repo_id} lacks {name}, which {CONFIG_FILE} names; its owner must push it again"
 
 
 def _status_in_words(error: HfHubHTTPError, repo_id: str, pushes: bool) -> str:
