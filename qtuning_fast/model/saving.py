@@ -48,12 +48,17 @@ def restored(kind: type[Model], base_model: PreTrainedModel, source: Located, *,
         model._tasks = Tasks(model.backbone, model.layer_indices, saved.config, saved.adapters, saved.statistics)
         model.task_rule = saved.task_rule
         if not saved.is_of_one_task:
-            model.training_prefix.load_queue(saved.queue)
-            model.learning.restore(saved.learning, model.device, saved.last_learned)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        model.detach()
-        raise CorruptFileError(f"{source.name}: the checkpoint does not fit its own config: {error}") from None
+            _restore_learning(model, saved, source)
     except ValueError:
         model.detach()
         raise
     return model
+
+
+def _restore_learning(model: QTuningModel, saved: Checkpoint, source: Located) -> None:
+    """Restore what learning goes on from, or raise a CorruptFileError."""
+    try:
+        model.training_prefix.load_queue(saved.queue)
+        model.learning.restore(saved.learning, model.device, saved.last_learned)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CorruptFileError(f"{source.name}: the checkpoint does not fit its own config: {error}") from None
