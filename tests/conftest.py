@@ -121,7 +121,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A stand-in for the hub on localhost, where alice is logged in; see stand_in_hub.py."""
+    """A stand-in for the hub on localhost, where `user` is logged in; see stand_in_hub.py."""
     running = runpy.run_path(str(Path(__file__).with_name("stand_in_hub.py")), run_name="stand_in_hub")["running"]
     constants = huggingface_hub.constants
     with running() as stand_in:
@@ -135,7 +135,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         }
         for name, value in changed.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        monkeypatch.setenv("HF_TOKEN", "hf_user")
         monkeypatch.setattr("huggingface_hub.file_download.time", _NoWaiting)
         yield stand_in
 

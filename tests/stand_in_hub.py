@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
-WRITERS = {"hf_alice": "alice", "hf_bob": "bob"}  # users by token
-READERS = {"hf_alice_reads": "alice"}
+WRITERS = {"hf_user": "user", "hf_guest": "guest"}  # users by token
+READERS = {"hf_reader": "user"}
 
 
 @dataclass

@@ -93,7 +93,7 @@ def read_tensors(folder: Path, entry: Mapping[str, Any], *, most_bytes: int | No
     Raises:
         CorruptFileError: the file is missing or differs from what was written.
     """
-    name, digest = checked_name(folder, entry), entry["sha256"]
+    name, digest = checked_name(folder, entry), entry.get("sha256")
     path = folder / name
     if not path.is_file():
         raise CorruptFileError(f"{path} is missing, but the index beside it names it")
@@ -115,7 +115,7 @@ def checked_name(folder: Path, entry: Mapping[str, Any]) -> str:
     Raises:
         CorruptFileError: it is not the name of a file that `write_tensors` writes into the folder.
     """
-    name = entry["file"]
+    name = entry.get("file")
     if not isinstance(name, str) or not _TENSORS_NAME.fullmatch(name):
         raise CorruptFileError(f"{folder}: the index names {name!r}, which is not the name of a tensor file beside it")
     return name

@@ -166,13 +166,22 @@ class Learning(nn.Module):
             raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
 
     def restore(self, state: dict[str, Tensor], device: torch.device, last_learned: str | None) -> None:
-        """Restore the state between tasks from a checkpoint; the queue is restored already."""
+        """Restore the state between tasks from a checkpoint; the queue is restored already.
+
+        Raises:
+            ValueError: the state is not one of this model.
+        """
         self.last_learned = last_learned
         self.prefix.begin_prompts(len(state["prefix._rows.0.prompt"]))
         if any(name.startswith("discriminator.") for name in state):
             self.discriminator = Discriminator(self._hidden_size).to(device)
             self.discriminator.requires_grad_(False)
         self.prefix.requires_grad_(False)
+        own = self.state_dict()  # PyTorch would convert what is of another kind
+        for name in own.keys() & state.keys():
+            found, kind = state[name], own[name]
+            if found.shape != kind.shape or found.is_floating_point() != kind.is_floating_point():
+                raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not {kind.dtype} {list(kind.shape)}")
         self.load_trained(state)
 
 

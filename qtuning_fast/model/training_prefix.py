@@ -83,7 +83,7 @@ class TrainingPrefix(nn.Module):
         self.queue.load_state_dict(state)
         held = list(zip(self.queue.rows, self.queue.row_scale)) or [rows.no_rows() for rows in self.rows]
         sizes = [rows.no_rows()[0].shape[1] for rows in self.rows]
-        right = len(held) == len(sizes) and self.queue.evictions >= 0
+        right = len(held) == len(sizes) and self.queue.evictions >= 0 and not state["evictions"].is_floating_point()
         for (rows, scale), size in zip(held, sizes):
             right = right and rows.is_floating_point() and scale.is_floating_point()
             right = right and rows.shape == (len(held[0][0]), size) and scale.shape == rows.shape[:1]

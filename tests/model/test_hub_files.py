@@ -19,7 +19,7 @@ from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.hub_files import DownloadOptions, HubFiles, located
 
 SMALL = QTuningConfig(prompt_length=2, queue_size=3, shared_length=1, reparameterization=None)
-REPO = "alice/adapters"
+REPO = "user/adapters"
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_one_task_takes_its_own_files(hub: Any, pushed: BertModel) -> None:
     model.load_task(REPO, "topics")
     assert kinds(hub) == [CONFIG_FILE, "statistics-001", "task-001"]
     assert model.tasks == ["topics"] == list(model.statistics)
-    with pytest.raises(ValueError, match="task 'nothing' is not among those in alice/adapters: moods, topics, spam"):
+    with pytest.raises(ValueError, match="task 'nothing' is not among those in user/adapters: moods, topics, spam"):
         model.load_task(REPO, "nothing")
 
 
@@ -83,7 +83,7 @@ def test_what_is_in_the_cache_is_not_downloaded_again(
     assert not hub.asked
     for options, said in (({"cache_dir": tmp_path / "new"}, "HF_HUB_OFFLINE forbids"), ({}, "no-such")):
         with pytest.raises(FileNotFoundError, match=said):
-            QTuningModel.from_pretrained(pushed, REPO if options else "alice/no-such", **options)
+            QTuningModel.from_pretrained(pushed, REPO if options else "user/no-such", **options)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     QTuningModel.from_pretrained(pushed, REPO, cache_dir=tmp_path / "new").detach()
     assert len(hub.downloads()) == 8
@@ -109,13 +109,13 @@ def test_a_folder_goes_before_a_repository(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = QTuningModel.from_pretrained(pushed, REPO)
-    model.save_pretrained("alice/adapters", task="spam")
+    model.save_pretrained("user/adapters", task="spam")
     model.detach()
     hub.asked.clear()
     here = QTuningModel.from_pretrained(pushed, REPO, revision="of no concern to a folder")
     assert here.tasks == ["spam"] and not hub.asked
     here.detach()
-    shutil.rmtree("alice")
+    shutil.rmtree("user")
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         QTuningModel.from_pretrained(pushed, Path(REPO))
 
@@ -125,15 +125,15 @@ def test_what_is_neither_is_said_to_be_neither(hub: Any, pushed: BertModel) -> N
         with pytest.raises(FileNotFoundError, match="is not a folder, nor the name of a repository"):
             QTuningModel.from_pretrained(pushed, name)
     assert not hub.asked
-    said = "alice/none is not a folder here. As a name on the hub: there is no repository alice/none on "
+    said = "user/none is not a folder here. As a name on the hub: there is no repository user/none on "
     with pytest.raises(NotOnHubError, match=said):
-        QTuningModel.from_pretrained(pushed, "alice/none")
+        QTuningModel.from_pretrained(pushed, "user/none")
     with pytest.raises(TypeError, match="revison: no such option; there are revision, token"):
         QTuningModel.from_pretrained(pushed, REPO, revison="main")  # type: ignore[call-arg]
 
 
 def test_a_revision_or_an_index_that_is_not_there(hub: Any, pushed: BertModel) -> None:
-    with pytest.raises(NotOnHubError, match="alice/adapters has no revision 'older'"):
+    with pytest.raises(NotOnHubError, match="user/adapters has no revision 'older'"):
         QTuningModel.from_pretrained(pushed, REPO, revision="older")
     hub.files(REPO).pop(CONFIG_FILE)
     with pytest.raises(NotOnHubError, match=r"holds no adapter_config\.json at this revision"):
@@ -144,9 +144,9 @@ def test_a_revision_or_an_index_that_is_not_there(hub: Any, pushed: BertModel) -
     ("status", "code", "said"),
     [
         (401, None, "or it is private and your token does not open it"),
-        (403, None, "your token may not read alice/adapters"),
+        (403, None, "your token may not read user/adapters"),
         (403, "GatedRepo", "is granted by its owner: ask for it at http"),
-        (404, "RepoNotFound", "there is no repository alice/adapters"),
+        (404, "RepoNotFound", "there is no repository user/adapters"),
         (418, None, r"refuses \(418\)"),
     ],
 )
@@ -203,11 +203,11 @@ def test_a_file_that_is_too_large_is_not_downloaded(hub: Any, pushed: BertModel)
     files = hub.files(REPO)
     [name] = [each for each in files if each.startswith("task-001-")]
     files[name] += bytes(2 << 20)
-    with pytest.raises(CorruptFileError, match=rf"alice/adapters/{name} is damaged: it has 2\d+ bytes, and at most"):
+    with pytest.raises(CorruptFileError, match=rf"user/adapters/{name} is damaged: it has 2\d+ bytes, and at most"):
         QTuningModel.from_pretrained(pushed, REPO)
     assert hub.downloads() == [CONFIG_FILE]
     files[CONFIG_FILE] += b" " * (65 << 20)
-    with pytest.raises(CorruptFileError, match=rf"alice/adapters/{CONFIG_FILE} is damaged"):
+    with pytest.raises(CorruptFileError, match=rf"user/adapters/{CONFIG_FILE} is damaged"):
         located(REPO, force_download=True)
     assert hub.downloads() == [CONFIG_FILE]
 
@@ -219,7 +219,7 @@ def test_a_file_that_is_another_is_refused(hub: Any, pushed: BertModel) -> None:
     with pytest.raises(CorruptFileError, match=rf"{name} is damaged: .* force_download=True"):
         QTuningModel.from_pretrained(pushed, REPO)
     files.pop(name)
-    with pytest.raises(NotOnHubError, match=rf"alice/adapters lacks {name}, which adapter_config\.json names"):
+    with pytest.raises(NotOnHubError, match=rf"user/adapters lacks {name}, which adapter_config\.json names"):
         QTuningModel.from_pretrained(pushed, REPO, force_download=True)
 
 
@@ -244,9 +244,9 @@ def test_a_snapshot_in_the_cache_is_a_folder_as_any_other(hub: Any, pushed: Bert
 
 
 def test_a_token_that_was_given_as_text_is_in_no_pickle(hub: Any, pushed: BertModel) -> None:
-    model = QTuningModel.from_pretrained(pushed, REPO, lazy=True, token="hf_alice_reads")
+    model = QTuningModel.from_pretrained(pushed, REPO, lazy=True, token="hf_reader")
     written = pickle.dumps(model)
-    assert b"hf_alice_reads" not in written and "hf_alice_reads" not in repr(model.adapters.entries()[0].file)
+    assert b"hf_reader" not in written and "hf_reader" not in repr(model.adapters.entries()[0].file)
     again = pickle.loads(written)
     again.set_task("spam")
     assert copy.deepcopy(model).adapters["moods"].name == "moods"
