@@ -69,8 +69,10 @@ def silence_libraries() -> None:
     """Hide the progress bars and advice of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

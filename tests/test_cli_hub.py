@@ -80,6 +80,7 @@ def test_a_pull_request(hub: Any, run: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["push", "--run={run}", REPO], "hf_guest", "your token may not write to user/colours"),
         (["push", "--run={run}", REPO, "--task=cold"], "hf_user", "'cold' is not among"),
         (["push", "--run={tmp}/nothing", REPO], "hf_user", "nothing holds no run"),
+        (["push", "--run={run}", REPO, "--base-model={run}"], "hf_user", "must be the name of a model on the hub"),
         (["push", REPO], "hf_user", "--run"),
         (["push", "--run={run}"], "hf_user", "USER/NAME"),
         (["pull", "user/none", "--out={tmp}/x"], "hf_user", "there is no repository user/none"),

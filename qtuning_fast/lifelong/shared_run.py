@@ -26,7 +26,7 @@ from qtuning_fast.model.checked_files import CorruptFileError, check_link, check
 from qtuning_fast.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from qtuning_fast.model.hub import PushOptions, push_checkpoint
 from qtuning_fast.model.hub_files import DownloadOptions, check_repo_id, on_hub, readable_errors
-from qtuning_fast.model.model_card import CARD_FILE, PIPELINES, model_card
+from qtuning_fast.model.model_card import CARD_FILE, PIPELINES, model_card, on_the_hub
 
 _ABOUT = ("stream", "base_model", "method_name", "answered_by")
 _METRIC_IDS = {"accuracy": "accuracy", "micro_f1": "f1", "pearson": "pearsonr"}  # as the hub calls them
@@ -56,10 +56,12 @@ def push_run(
 
     Raises:
         FileNotFoundError: the folder holds no run, or no task of the run is finished.
-        ValueError: there is no such task, a file is damaged, or the name cannot be that of a repository.
+        ValueError: there is no such task, a file is damaged, or a name cannot be that of a repository.
         HubError: the hub refuses, or cannot be reached.
     """
     check_repo_id(repo_id)
+    if base_model is not None and on_the_hub(base_model) is None:
+        raise ValueError(f"base_model is {base_model!r}; it must be the name of a model on the hub, for others to load")
     run = run_folder(folder)
     settings = read_json(run / RUN_FILE)
     if not (adapter_folder(run) / CONFIG_FILE).is_file():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import BertModel
 
 from qtuning_fast import QTuningModel
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
@@ -39,8 +39,6 @@ def test_the_python_of_a_page_runs(
     learned: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from transformers import BertModel
-
     model = learned(BertModel.from_pretrained(tiny_model_folder), 0)
     model.start_task('it\'s "mood"', label_names=["good", "bad"], problem_type=problem_type)
     model.finish_task()
@@ -73,10 +71,11 @@ def test_the_python_of_a_page_runs_for_every_type_of_task(
 
     class Processor:
         __call__ = staticmethod(processed)
+        from_pretrained = classmethod(lambda cls, source: cls())
         batch_decode = staticmethod(lambda tokens, **_: [str(tokens.shape)])
 
-    for auto in (AutoTokenizer, AutoImageProcessor):  # tiny models have none
-        monkeypatch.setattr(auto, "from_pretrained", classmethod(lambda cls, source: Processor()))
+    for auto in ("AutoTokenizer", "AutoImageProcessor"):  # tiny models have none
+        monkeypatch.setattr(f"transformers.{auto}", Processor)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (size or 4, size or 4)).save("picture.png")
     printed = runs(ModelCard(hub.files("user/adapters")["README.md"].decode()), tmp_path / "base", capsys)
