@@ -61,6 +61,7 @@ setup(
     install_requires=[
         "cachetools>=5.3",
         "filelock>=3.12",
+        "huggingface_hub>=1.33",
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "torch>=2.11",

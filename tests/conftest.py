@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import runpy
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -115,6 +117,35 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     BertModel(_tiny_config()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for the hub on localhost, where `user` is logged in; see stand_in_hub.py."""
+    running = runpy.run_path(str(Path(__file__).with_name("stand_in_hub.py")), run_name="stand_in_hub")["running"]
+    constants = huggingface_hub.constants
+    with running() as stand_in:
+        changed = {
+            "ENDPOINT": stand_in.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+            "HF_HUB_DISABLE_XET": True,  # its storage is another server
+        }
+        for name, value in changed.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_user")
+        monkeypatch.setattr("huggingface_hub.file_download.time", _NoWaiting)
+        yield stand_in
+
+
+class _NoWaiting:
+    """In place of the module `time`, between attempts to download."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
 
 
 def toy_rows(words: list[str], count: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -52,7 +52,9 @@ def as_a_reader(
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_the_python_of_a_page_runs(page: str, as_a_reader: Any) -> None:
+def test_the_python_of_a_page_runs(page: str, as_a_reader: Any, request: pytest.FixtureRequest) -> None:
+    if page == "docs/recipes/hub.md":
+        request.getfixturevalue("hub")
     as_a_reader(page)
 
 

@@ -26,10 +26,11 @@ from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.task_adaptive import Rebalancing, rebalanced
-from qtuning_fast.model.checked_files import read_json, read_tensors, write_json, write_tensors
+from qtuning_fast.model.checked_files import CorruptFileError, read_json, read_tensors, write_json, write_tensors
 from qtuning_fast.model.model import QTuningModel
 
 CENTROIDS = 10
+MOST_HEAD_BYTES = 1 << 30
 FILE = "joint_head.json"
 """Names the files of a task's Gaussians and of the head after it, in the folder of the task."""
 
@@ -61,19 +62,27 @@ def instructed_features(
     return x
 
 
-def saved_joint_head(run: Path, tasks: int) -> LinearHead:
-    """Return the head over all classes of a run after so many tasks.
+def joint_head_file(run: Path, tasks: int) -> tuple[Path, dict[str, str]] | None:
+    """Return where the head over all classes of a run after so many tasks is, for `read_joint_head`; None: nowhere."""
+    files = sorted(run.glob(f"tasks/{tasks - 1:02d}-*/{FILE}"))
+    entries = read_json(files[0]) if files else {}
+    return (files[0].parent, entries[_HEAD]) if _HEAD in entries else None
+
+
+def read_joint_head(folder: Path, entry: Mapping[str, str], *, classes: int) -> LinearHead:
+    """Return a head over so many classes.
 
     Raises:
-        ValueError: the run has none.
+        CorruptFileError: the file is missing or damaged, or holds something else.
     """
-    files = sorted(run.glob(f"tasks/{tasks - 1:02d}-*/{FILE}"))
-    if not files or _HEAD not in read_json(files[0]):
-        raise ValueError(
-            f"{run} has no head over all classes after {tasks} tasks, which a run has with --joint-head; ask the "
-            "adapters (--answers-by adapters)"
-        )
-    return _head_in(files[0].parent)
+    tensors = read_tensors(folder, entry, most_bytes=MOST_HEAD_BYTES)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    right = tensors.keys() == {"weight", "bias"} and weight is not None and bias is not None
+    if not right or weight is None or bias is None or weight.ndim != 2 or len(weight) != classes != 0:
+        raise CorruptFileError(f"{folder / entry['file']} does not hold a head over {classes} classes")
+    if bias.shape != (classes,) or not all(x.is_floating_point() and x.isfinite().all() for x in (weight, bias)):
+        raise CorruptFileError(f"{folder / entry['file']} does not hold a head over {classes} classes")
+    return LinearHead(weight, bias)
 
 
 class JointHead:

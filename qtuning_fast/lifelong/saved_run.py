@@ -16,7 +16,7 @@ from qtuning_fast.lifelong.base_models import load_base_model
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.evaluation import features, task_score
-from qtuning_fast.lifelong.joint_head import instructed_features, saved_joint_head
+from qtuning_fast.lifelong.joint_head import instructed_features, joint_head_file, read_joint_head
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS
 from qtuning_fast.lifelong.tasks import SPLITS, Examples, Task, data_digest
@@ -26,7 +26,11 @@ from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
 from qtuning_fast.method.task_inference import FittedRule
 from qtuning_fast.model.checked_files import read_json
+from qtuning_fast.model.checkpoint import CONFIG_FILE
 from qtuning_fast.model.model import QTuningModel
+
+SHARED, SHARED_HEAD = "shared", "joint_head"
+"""What the settings of a run that is shared say more: that it is, and the file of the head over all classes."""
 
 ADAPTERS, JOINT_HEAD, RULE = ANSWERS_BY = ("adapters", "joint-head", "rule")
 """What can answer if no task is named."""
@@ -36,7 +40,7 @@ _ANSWERS_BY = {"joint_head": JOINT_HEAD, "nearest_class_mean": RULE, "ranpac": R
 
 
 class SavedRun:
-    """The stored adapters of a run, ready to evaluate and predict.
+    """The stored adapters of a run, ready to evaluate and predict; the run may be one that was pulled from the hub.
 
     Args:
         folder: the folder of the run; with several seeds, the first seed is opened.
@@ -50,7 +54,7 @@ class SavedRun:
     """
 
     def __init__(self, folder: Path, *, task_rule: str | None = None, answers_by: str | None = None) -> None:
-        self.folder = _run_folder(folder)
+        self.folder = run_folder(folder)
         settings = read_json(self.folder / RUN_FILE)
         self.options = TrainingOptions.from_dict(settings["training"])
         self._about, self._digests = settings["about"], settings["tasks"]
@@ -60,11 +64,17 @@ class SavedRun:
             raise ValueError(
                 f"{folder}: this run was started from Python; open its adapters with QTuningModel.from_pretrained"
             )
+        if self._about["base_model"] is None:
+            raise ValueError(
+                f"{folder}: the base model of this run was a folder of its author; pull the run again, with "
+                "--base-model and where you have that model"
+            )
         self.data = DataOptions.from_dict(self._about["data"])
+        self._shared_head = settings.get(SHARED_HEAD)
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length, chat=self.options.chat)
-        self.model = QTuningModel.from_pretrained(base_model, self.folder / "adapter").eval()
+        self.model = QTuningModel.from_pretrained(base_model, adapter_folder(self.folder)).eval()
         if task_rule is not None:
             self.model.task_rule = task_rule
         self.answers_by = answers_by or _ANSWERS_BY.get(self._about.get("answered_by"), ADAPTERS)
@@ -76,9 +86,17 @@ class SavedRun:
         """Load the finished tasks of the run again.
 
         Raises:
-            ValueError: the data of a task has changed since the run.
+            ValueError: the data of a task has changed since the run, or is not at hand.
         """
-        tasks = self.data.load()[: len(self.model.tasks)]
+        try:
+            tasks = [task for task in self.data.load() if task.name in self.model.adapters]
+        except (OSError, ValueError) as error:
+            if not self._about.get(SHARED):
+                raise
+            raise ValueError(
+                f"{self.folder}: the examples of this run stayed with its author ({error}); eval takes others with "
+                "--data"
+            ) from None
         for task in tasks:
             if data_digest(task) != self._digests.get(task.name):
                 raise ValueError(
@@ -136,7 +154,14 @@ class SavedRun:
                 f"{self.folder}: the head over all classes needs every task to be inferred, but "
                 f"{', '.join(self.left_out)} cannot be; record them with `{self.statistics_command}`"
             )
-        return saved_joint_head(self.folder, len(self.model.tasks))
+        tasks = self.model.tasks
+        found = (self.folder, self._shared_head) if self._shared_head else joint_head_file(self.folder, len(tasks))
+        if found is None:
+            raise ValueError(
+                f"{self.folder} has no head over all classes after {len(tasks)} tasks, which a run has with "
+                "--joint-head; ask the adapters (--answers-by adapters)"
+            )
+        return read_joint_head(*found, classes=sum(len(self.model.label_names(name)) for name in tasks))
 
     def _fitted(self) -> FittedRule:
         if not self.infers:
@@ -200,7 +225,7 @@ class SavedRun:
             if task.name in lacking:
                 unnamed.record(self.model, number)
         if lacking:
-            self.model.save_pretrained(self.folder / "adapter")
+            self.model.save_pretrained(adapter_folder(self.folder))
         return lacking
 
     def answer(self, predicted: Tensor, task: str) -> str:
@@ -309,7 +334,17 @@ class SavedRun:
         return self.encoder.encode_answers(self._words.get(task, ()), task=task)
 
 
-def _run_folder(folder: Path) -> Path:
+def adapter_folder(run: Path) -> Path:
+    """Return the folder of a run's adapters: its own, where the run was pulled from the hub."""
+    return run if (run / CONFIG_FILE).is_file() else run / "adapter"
+
+
+def run_folder(folder: Path) -> Path:
+    """Return the folder of a run or, with several seeds, of the first.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     seeds = files_by_seed(folder, RUN_FILE)
     if not (folder / RUN_FILE).is_file() and not seeds:
         raise FileNotFoundError(f"{folder} holds no run")

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from qtuning_fast.method.trained_head import TrainedHead
     from qtuning_fast.model.checked_files import CorruptFileError
     from qtuning_fast.model.device_slots import AdapterSlots
+    from qtuning_fast.model.hub import PushOptions
+    from qtuning_fast.model.hub_files import DownloadOptions, HubError, NotOnHubError
     from qtuning_fast.model.model import QTuningModel
     from qtuning_fast.model.output import QTuningOutput
     from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
@@ -25,10 +27,14 @@ __all__ = [
     "ChosenStart",
     "ClosedForm",
     "CorruptFileError",
+    "DownloadOptions",
     "Evidence",
     "FittedRule",
+    "HubError",
     "MostConfident",
     "NearestMean",
+    "NotOnHubError",
+    "PushOptions",
     "QTuningModel",
     "QTuningOutput",
     "RanPAC",
@@ -50,9 +56,13 @@ _LAZY = {
     "ChosenStart": "qtuning_fast.model.starting",
     "ClosedForm": "qtuning_fast.method.task_rules",
     "CorruptFileError": "qtuning_fast.model.checked_files",
+    "DownloadOptions": "qtuning_fast.model.hub_files",
     "Evidence": "qtuning_fast.method.task_rule",
+    "HubError": "qtuning_fast.model.hub_files",
     "MostConfident": "qtuning_fast.method.task_rules",
     "NearestMean": "qtuning_fast.method.task_rules",
+    "NotOnHubError": "qtuning_fast.model.hub_files",
+    "PushOptions": "qtuning_fast.model.hub",
     "QTuningModel": "qtuning_fast.model.model",
     "QTuningOutput": "qtuning_fast.model.output",
     "RanPAC": "qtuning_fast.method.task_rules",

@@ -2,6 +2,8 @@
 
 `adapter_config.json` names every other file with its SHA-256. It is written last and atomically; until then the files
 of the previous checkpoint stay. So a folder holds one complete checkpoint, or reading it fails.
+
+A checkpoint of one task, which is for others to use, has its adapter and its statistics, but no queue.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checked_files import (
     TEMPORARY,
     CorruptFileError,
+    check_link,
+    checked_name,
     read_json,
     read_tensors,
     write_json,
@@ -37,17 +41,24 @@ from qtuning_fast.model.known_tasks import classes_of
 from qtuning_fast.model.registry import (
     AdapterFile,
     AdapterRegistry,
+    FilesElsewhere,
     Registry,
     StatisticsFile,
     StatisticsInfo,
     StatisticsRegistry,
     Stored,
     StoredFile,
+    most_bytes,
 )
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (3, 4)
+
+# Bounds on what a file that may come from anybody can ask for.
+MOST_INDEX_BYTES = 64 << 20  # some kilobytes a task
+_MOST_STATE_BYTES = 1 << 30  # where the index does not say
+_MOST_ROWS = 1 << 14
 
 _QUEUE = "queue."
 _NEW_NAMES = {"live": "learning.prefix", "discriminator": "learning.discriminator", "head": "learning.head"}
@@ -66,8 +77,8 @@ class Checkpoint:
         fingerprint: fingerprint of its base model (`qtuning_fast.model.fingerprint`).
         base_model: name of the base model's class, for people to read.
         adapters: adapters of the finished tasks, in order.
-        learning: the state of the training prefix and the discriminator, by name.
-        queue: the state of the queue.
+        learning: the state of the training prefix and the discriminator, by name; empty if it is of one task alone.
+        queue: the state of the queue; empty if it is of one task alone.
         last_learned: the task learned last, whose prompt the training prefix holds; None if there is none.
         statistics: those of the tasks that have some.
         task_rule: the rule that infers tasks.
@@ -83,11 +94,30 @@ class Checkpoint:
     statistics: StatisticsRegistry = field(default_factory=StatisticsRegistry)
     task_rule: TaskRule = field(default_factory=ClosedForm)
 
-    def check_base_model(self, backbone: Backbone, folder: Path) -> None:
-        """Raise a ValueError if the checkpoint in this folder was made for another base model."""
+    @property
+    def is_of_one_task(self) -> bool:
+        """Whether it has no queue to learn on from; see `of_task`."""
+        return not self.learning
+
+    def of_task(self, name: str | None) -> Checkpoint:
+        """Return a checkpoint of one task alone, or for None of all; writing it leaves this one as it is.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        adapters, statistics = self.adapters.copied(name), self.statistics.copied(name)
+        if name is None:
+            return replace(self, adapters=adapters, statistics=statistics)
+        if name not in adapters:
+            raise ValueError(f"task {name!r} is not among the finished tasks: {', '.join(self.adapters) or 'none yet'}")
+        alone: dict[str, Any] = {"learning": {}, "queue": {}, "last_learned": None}
+        return replace(self, adapters=adapters, statistics=statistics, **alone)
+
+    def check_base_model(self, backbone: Backbone, source: str | Path) -> None:
+        """Raise a ValueError if the checkpoint, which is from there, was made for another base model."""
         if backbone.fingerprint != self.fingerprint:
             raise ValueError(
-                f"{folder} was made for another base model: a {self.base_model} with the fingerprint "
+                f"{source} was made for another base model: a {self.base_model} with the fingerprint "
                 f"{self.fingerprint[:12]}, not this {type(backbone.model).__name__} in {backbone.dtype}"
                 + (" (load it in float32 or bfloat16)" if backbone.dtype == torch.float16 else "")
             )
@@ -115,7 +145,7 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
             for n, entry in enumerate(entries)
             if entry.info.name in recorded
         }
-        state = write_tensors(folder, "state", _joined(saved.learning, saved.queue))
+        state = None if saved.is_of_one_task else _written_state(folder, _joined(saved.learning, saved.queue))
         content = {
             "format_version": FORMAT_VERSION,
             "config": saved.config.to_dict(),
@@ -136,7 +166,7 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
             saved.adapters.lies_in(entry, file)
         for name, its_file in statistics.items():
             saved.statistics.lies_in(recorded[name], its_file)
-        named = {state["file"], *(file.file for file in (*files, *statistics.values()))}
+        named = {file.file for file in (*files, *statistics.values())} | ({state["file"]} if state else set())
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
@@ -156,30 +186,42 @@ def _written(
     return kind(folder, **write_tensors(folder, stem, store.load(entry, keep=False).tensors()))
 
 
-def read_checkpoint(folder: Path, *, lazy: bool = False) -> Checkpoint:
+def _written_state(folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    return {**write_tensors(folder, "state", state), "bytes": sum(tensor.nbytes for tensor in state.values())}
+
+
+def read_checkpoint(
+    folder: Path, *, lazy: bool = False, elsewhere: FilesElsewhere | None = None, with_state: bool = True
+) -> Checkpoint:
     """Read a checkpoint that `write_checkpoint` wrote.
 
     Args:
         lazy: leave the adapters on disk until they are needed.
+        elsewhere: from where the files that the index names come when they are needed; None: they are in the folder.
+        with_state: whether to read what learning goes on from; without it, the checkpoint is as of one task alone.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
         CorruptFileError: a file is damaged or missing, or `write_checkpoint` did not write the index.
         ValueError: the format version is not in READABLE_VERSIONS.
+        HubError: a file cannot be downloaded.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}: no Q-tuning model was saved there")
+    check_link(path)
     while True:
-        content = read_json(path)
+        content = read_json(path, most_bytes=MOST_INDEX_BYTES)
         try:
-            return _read_files(folder.resolve(), content, lazy)
+            return _read_files(folder.resolve(), content, lazy, elsewhere, with_state)
         except CorruptFileError:
             if read_json(path) == content:  # if not, it was replaced while it was read
                 raise
 
 
-def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint:
+def _read_files(
+    folder: Path, content: dict[str, Any], lazy: bool, elsewhere: FilesElsewhere | None, with_state: bool
+) -> Checkpoint:
     version = content.get("format_version")
     if version not in READABLE_VERSIONS:
         raise ValueError(
@@ -187,31 +229,71 @@ def _read_files(folder: Path, content: dict[str, Any], lazy: bool) -> Checkpoint
             f"{' and '.join(map(str, READABLE_VERSIONS))}"
         )
     try:
-        config = QTuningConfig.from_dict(content["config"])
+        config = _config(content)
         adapters, statistics = AdapterRegistry(), StatisticsRegistry()
         for entry in content["tasks"]:
-            file = AdapterFile(folder, entry["file"], entry["sha256"])
-            stored = adapters.add(_info(folder, entry), file=file)
-            if not lazy:
-                adapters.load(stored)
+            info = _info(folder, entry)
+            adapters.add(info, file=AdapterFile(folder, checked_name(folder, entry), entry["sha256"], elsewhere))
             if "statistics" in entry:
-                of = _statistics_info(folder, stored.info, entry["statistics"])
-                kept = StatisticsFile(folder, entry["statistics"]["file"], entry["statistics"]["sha256"])
-                recorded = statistics.add(of, file=kept)
-                if not lazy:
-                    statistics.load(recorded)
+                kept = entry["statistics"]
+                file = StatisticsFile(folder, checked_name(folder, kept), kept["sha256"], elsewhere)
+                statistics.add(_statistics_info(folder, info, kept), file=file)
         if len(adapters) < len(content["tasks"]):
             raise CorruptFileError(f"{folder / CONFIG_FILE} names a task twice")
-        state = read_tensors(folder, content["state"])
         base, last = content["base_model"], content["last_learned"]
         if last is not None and last not in adapters:
             raise CorruptFileError(f"{folder / CONFIG_FILE}: {last!r}, the task learned last, is not among its tasks")
-        learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
-        return Checkpoint(
-            config, base["fingerprint"], base["class"], adapters, learning, queue, last, statistics, _rule(content)
+        if not isinstance(base["fingerprint"], str) or not isinstance(base["class"], str):
+            raise CorruptFileError(f"{folder / CONFIG_FILE}: fingerprint or class of the base model are not text")
+        rule = _rule(content)
+        state_file = content["state"] if with_state else None
+        limits = {} if state_file is None else {checked_name(folder, state_file): _most_state_bytes(state_file)}
+        for store in () if lazy else (adapters, statistics):
+            limits |= store.most_bytes_by_file()
+        if elsewhere is not None and limits:
+            elsewhere.fetch(limits)
+        state = {} if state_file is None else _state(folder, state_file, config)
+    except CorruptFileError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        said = repr(error) if isinstance(error, LookupError) else str(error)
+        raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {said}") from None
+    for store in () if lazy else (adapters, statistics):
+        store.load_all()
+    learning, queue = _parted(state if version == FORMAT_VERSION else from_version_3(state))
+    return Checkpoint(config, base["fingerprint"], base["class"], adapters, learning, queue, last, statistics, rule)
+
+
+def _config(content: dict[str, Any]) -> QTuningConfig:
+    """Return the configuration, or raise a ValueError if it asks for more than any model has."""
+    config = QTuningConfig.from_dict(content["config"])
+    for name in ("prompt_length", "shared_length", "rank"):
+        if getattr(config, name) > _MOST_ROWS:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be {_MOST_ROWS} at most")
+    return config
+
+
+def _most_state_bytes(entry: dict[str, Any]) -> int:
+    """Return the most bytes that the file of the state may have; earlier versions do not say how many it has."""
+    return most_bytes(_size(entry["bytes"])) if "bytes" in entry else _MOST_STATE_BYTES
+
+
+def _size(number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number
+
+
+def _state(folder: Path, entry: dict[str, Any], config: QTuningConfig) -> dict[str, Tensor]:
+    """Read the state, which must be of the config's sizes, for a model is made by these."""
+    state = read_tensors(folder, entry, most_bytes=_most_state_bytes(entry))
+    shared = [x for name, x in state.items() if name.endswith("._rows.0.shared")]
+    right = len(shared) == 1 and shared[0].shape[:1] == (config.shared_length,)
+    if not right or not all(bool(x.isfinite().all()) for x in state.values()):
+        raise CorruptFileError(
+            f"{folder / entry['file']} does not fit the config in {CONFIG_FILE}, or holds values that are not finite"
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{folder / CONFIG_FILE} is not an index of a saved model: {error!r}") from None
+    return state
 
 
 def _rule(content: dict[str, Any]) -> TaskRule:
@@ -220,6 +302,8 @@ def _rule(content: dict[str, Any]) -> TaskRule:
         return ClosedForm()
     name, settings = content["task_rule"]["name"], content["task_rule"]["settings"]
     if name in RULES:
+        if isinstance(settings.get("size"), int) and settings["size"] > _MOST_ROWS:
+            raise ValueError(f"size of the task rule is {settings['size']}; it must be {_MOST_ROWS} at most")
         return RULES[name](**settings)
     warnings.warn(
         f"the model was saved with the task rule {name!r}, which is not among those of this library; set task_rule to "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qtuning_fast.attention.checks import FLOATING
 from qtuning_fast.attention.common import GATES
 from qtuning_fast.integrations.transformers import AttentionLayer, main_input
-from qtuning_fast.method.adapter import TaskAdapter, checked_labels
+from qtuning_fast.method.adapter import AdapterInfo, TaskAdapter, checked_labels
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.prompts import LayerShape
 
@@ -58,6 +60,13 @@ def check_adapter(
         raise TypeError(f"adapter is a {type(adapter).__name__}; it must be a TaskAdapter")
     labels = adapter.label_names or None
     checked_labels(adapter.name, None, labels, required=False, problem_type=adapter.problem_type)
+    check_tensors(adapter, shapes, embedding_size=embedding_size, hidden_size=hidden_size)
+
+
+def check_tensors(
+    adapter: TaskAdapter, shapes: Sequence[LayerShape], *, embedding_size: int | None, hidden_size: int | None
+) -> None:
+    """Raise a TypeError or ValueError if what an adapter computes with does not fit a model; see `check_adapter`."""
     if adapter.gate not in (None, *GATES):
         raise ValueError(
             f"adapter {adapter.name!r} has the gate {adapter.gate!r}; it must be None or one of {[*GATES]}"
@@ -70,9 +79,11 @@ def check_adapter(
         )
     tensors = adapter.tensors()
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise TypeError(f"adapter {adapter.name!r}: {name} is {kind}; it must be a floating tensor")
+        if not tensor.isfinite().all():
+            raise ValueError(f"adapter {adapter.name!r}: {name} holds values that are not finite; train the task again")
     wanted = _shapes(adapter, shapes, embedding_size, hidden_size)
     for name in [*wanted, *tensors]:
         found = list(tensors[name].shape) if name in tensors else None
@@ -82,6 +93,11 @@ def check_adapter(
                 f"adapter {adapter.name!r} does not fit this model: {name} is {_said(found)}; it must be "
                 + " or ".join(map(_said, fitting))
             )
+
+
+def check_stored(info: AdapterInfo, adapter: TaskAdapter, **sizes: Any) -> None:
+    """Raise what `check_tensors` raises; it is what a registry calls for an adapter that was read from a file."""
+    check_tensors(adapter, **sizes)
 
 
 def _said(shape: list[int] | None) -> str:

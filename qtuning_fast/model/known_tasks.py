@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class KnownTasks:
 
     def __init__(self, adapters: AdapterRegistry, statistics: StatisticsRegistry, backbone: Backbone) -> None:
         self.statistics = statistics
+        statistics.check_all(partial(_check_stored, hidden_size=backbone.hidden_size))
         self._rule: TaskRule = ClosedForm()
         self._adapters = adapters
         self._backbone = backbone
@@ -216,6 +218,15 @@ class KnownTasks:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_fitted": None}  # it may hold functions, which cannot be pickled
+
+
+def _check_stored(info: StatisticsInfo, statistics: TaskStatistics, *, hidden_size: int) -> None:
+    """Raise a ValueError if statistics that were read from a file are not of the base model's features."""
+    if statistics.hidden_size != hidden_size:
+        raise ValueError(
+            f"the statistics of task {info.name!r} have {statistics.hidden_size} features, but the base model has "
+            f"{hidden_size}"
+        )
 
 
 def classes_of(info: AdapterInfo) -> int:

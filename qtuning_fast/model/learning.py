@@ -93,10 +93,17 @@ class Learning(nn.Module):
 
         Raises:
             RuntimeError: no task is in training.
+            ValueError: training has diverged.
         """
         if self.task is None:
             raise RuntimeError("no task is in training; call start_task first")
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():  # such an adapter could not be read again
+                raise ValueError(
+                    f"task {self.task!r} has diverged: {name} holds values that are not finite; load an earlier state "
+                    "of it (load_trainable_state_dict), and train on at a lower learning rate"
+                )
         adapter = self.prefix.finish_task(self.task, self.label_names, self.head, problem_type=self.problem_type)
         self.last_learned, self.task = self.task, None
         self.head = None
@@ -159,13 +166,22 @@ class Learning(nn.Module):
             raise ValueError(f"the state does not fit the task in training: missing {missing}, unexpected {unexpected}")
 
     def restore(self, state: dict[str, Tensor], device: torch.device, last_learned: str | None) -> None:
-        """Restore the state between tasks from a checkpoint; the queue is restored already."""
+        """Restore the state between tasks from a checkpoint; the queue is restored already.
+
+        Raises:
+            ValueError: the state is not one of this model.
+        """
         self.last_learned = last_learned
         self.prefix.begin_prompts(len(state["prefix._rows.0.prompt"]))
         if any(name.startswith("discriminator.") for name in state):
             self.discriminator = Discriminator(self._hidden_size).to(device)
             self.discriminator.requires_grad_(False)
         self.prefix.requires_grad_(False)
+        own = self.state_dict()  # PyTorch would convert what is of another kind
+        for name in own.keys() & state.keys():
+            found, kind = state[name], own[name]
+            if found.shape != kind.shape or found.is_floating_point() != kind.is_floating_point():
+                raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not {kind.dtype} {list(kind.shape)}")
         self.load_trained(state)
 
 

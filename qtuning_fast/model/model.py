@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,25 +26,22 @@ from qtuning_fast.method.task_rule import TaskRule
 from qtuning_fast.method.task_rules import rule_by_name
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
-from qtuning_fast.model.checked_files import CorruptFileError
-from qtuning_fast.model.checkpoint import (
-    Checkpoint,
-    from_version_3,
-    read_checkpoint,
-    rename_version_3,
-    write_checkpoint,
-)
+from qtuning_fast.model.checkpoint import from_version_3, rename_version_3, write_checkpoint
 from qtuning_fast.model.chosen_tasks import SetTask
 from qtuning_fast.model.compatibility import check_task_type, chosen_layers
 from qtuning_fast.model.computing import Computing
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
 from qtuning_fast.model.distributed import synchronize
+from qtuning_fast.model.hub import PushOptions, push_checkpoint
+from qtuning_fast.model.hub_files import DownloadOptions, located
 from qtuning_fast.model.inferring import check_inputs, infer, inferred
 from qtuning_fast.model.known_tasks import Batch
 from qtuning_fast.model.learning import Learning
+from qtuning_fast.model.model_card import model_card
 from qtuning_fast.model.output import batch_size
 from qtuning_fast.model.pretrained import PretrainedInterface, config_of_task
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
+from qtuning_fast.model.saving import checkpoint_of, restored
 from qtuning_fast.model.starting import ChosenStart, Donors, StartExamples, check_start, choose_start
 from qtuning_fast.model.tasks import Tasks
 from qtuning_fast.model.training_prefix import TrainingPrefix
@@ -301,6 +299,7 @@ class QTuningModel(PretrainedInterface):
 
         Raises:
             RuntimeError: no task is in training.
+            ValueError: training has diverged; the task is still in training.
         """
         self._check_attached()
         with self.backbone.injector.lock:
@@ -347,15 +346,21 @@ class QTuningModel(PretrainedInterface):
             self._check_new(adapter)
             self._tasks.add(adapter, statistics)
 
-    def load_task(self, folder: str | Path, name: str) -> None:
+    def load_task(self, folder: str | Path, name: str, **options: Unpack[DownloadOptions]) -> None:
         """Add one adapter from a checkpoint of the same base model, as a finished task, with its statistics.
 
+        Args:
+            folder: a folder, or the name of a repository on the hub, of which nothing else is downloaded.
+            name: the task.
+            **options: as in `from_pretrained`.
+
         Raises:
-            FileNotFoundError: the folder holds no checkpoint.
+            FileNotFoundError: there is no checkpoint.
             ValueError: the checkpoint lacks the task, a file is damaged, the base model or the place of prefixes
                 differs, or the name is taken.
+            HubError: the hub does not answer, or does not show the repository.
         """
-        adapter, saved = self._tasks.read(Path(folder), name)
+        adapter, saved = self._tasks.read(located(folder, **options), name)
         with self.backbone.injector.lock:
             self._check_new(adapter)
             self._tasks.add_read(adapter, saved)
@@ -741,56 +746,79 @@ class QTuningModel(PretrainedInterface):
         """Restore a `trainable_state_dict` of the same task, from this version or the previous one."""
         self.learning.load_trained(from_version_3(state))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, task: str | None = None) -> None:
         """Write the queue and the adapters of all finished tasks into a folder, replacing a checkpoint atomically.
+
+        Args:
+            folder: the folder.
+            task: write this finished task alone, without the queue, for others to use.
 
         Raises:
             RuntimeError: a task is in training.
+            ValueError: there is no such task.
         """
-        self.learning.check_idle()
-        learning = self.learning.state_dict()
-        del learning["_extra_state"]  # it says that no task is in training
-        checkpoint = Checkpoint(
-            config=self.qtuning_config,
-            fingerprint=self.backbone.fingerprint,
-            base_model=type(self.base_model).__name__,
-            adapters=self.adapters,
-            learning=learning,
-            queue=self.training_prefix.queue.state_dict(),
-            last_learned=self.learning.last_learned,
-            statistics=self.statistics,
-            task_rule=self.task_rule,
-        )
-        write_checkpoint(Path(folder), checkpoint)
+        checkpoint = checkpoint_of(self)
+        write_checkpoint(Path(folder), checkpoint if task is None else checkpoint.of_task(task))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        task: str | None = None,
+        card_data: Mapping[str, Any] | None = None,
+        **options: Unpack[PushOptions],
+    ) -> CommitInfo:
+        """Push what `save_pretrained` writes into a repository of the Hugging Face hub, with a model card.
+
+        The repository is made if there is none. The push is one commit, which replaces the checkpoint that was there; a
+        model card that you wrote or edited stays.
+
+        Args:
+            repo_id: `user/name`, or a name among your own repositories.
+            task: push this finished task alone, without the queue.
+            card_data: metadata for the model card beside its own, such as `{"license": "mit", "language": "en"}`.
+            **options: `private`, `token`, `revision`, `commit_message`, `commit_description` and `create_pr`, as in
+                transformers (`PushOptions`).
+
+        Returns:
+            The commit, with its address.
+
+        Raises:
+            RuntimeError: a task is in training.
+            ValueError: there is no such task, or the name cannot be that of a repository.
+            HubError: the hub refuses, or cannot be reached.
+        """
+        saved = checkpoint_of(self).of_task(task)
+        card = model_card(saved, repo_id, base_model=self.base_model.name_or_path, card_data=card_data)
+        return push_checkpoint(saved, repo_id, str(card), **options)
 
     @classmethod
-    def from_pretrained(cls, base_model: PreTrainedModel, folder: str | Path, *, lazy: bool = False) -> QTuningModel:
+    def from_pretrained(
+        cls,
+        base_model: PreTrainedModel,
+        folder: str | Path,
+        *,
+        lazy: bool = False,
+        **options: Unpack[DownloadOptions],
+    ) -> QTuningModel:
         """Load a checkpoint onto the same base model; no task is set.
 
         Args:
             base_model: the model that the adapters were made for.
-            folder: folder that `save_pretrained` wrote.
-            lazy: read each adapter when it is first needed; its file must exist then, and damage is detected then.
+            folder: folder that `save_pretrained` wrote or, if there is no such folder, the name of a repository on the
+                Hugging Face hub, such as `"user/name"`. Of a repository, only the files that its index names are
+                downloaded. A `Path` is a folder in any case.
+            lazy: read each adapter when it is first needed, and download it then; a file in a folder must exist then,
+                and damage is detected then.
+            **options: for a repository, `revision`, `token`, `cache_dir`, `local_files_only` and `force_download`, as
+                in transformers (`DownloadOptions`).
 
         Raises:
-            FileNotFoundError: the folder holds no checkpoint.
+            FileNotFoundError: there is no checkpoint.
             ValueError: a file is damaged, has an unknown format version, or belongs to another base model.
+            HubError: the hub does not answer, or does not show the repository.
         """
-        saved = read_checkpoint(Path(folder), lazy=lazy)
-        model = cls(base_model, saved.config)
-        try:
-            saved.check_base_model(model.backbone, Path(folder))
-            model._tasks = Tasks(model.backbone, model.layer_indices, saved.config, saved.adapters, saved.statistics)
-            model.task_rule = saved.task_rule
-            model.training_prefix.queue.load_state_dict(saved.queue)
-            model.learning.restore(saved.learning, model.device, saved.last_learned)
-        except (KeyError, RuntimeError) as error:
-            model.detach()
-            raise CorruptFileError(f"{folder}: the checkpoint does not fit its own config: {error}") from None
-        except ValueError:
-            model.detach()
-            raise
-        return model
+        return restored(cls, base_model, located(folder, **options), lazy=lazy)
 
     def detach(self) -> PreTrainedModel:
         """Restore the base model to its original state and return it; no task can be set afterwards."""

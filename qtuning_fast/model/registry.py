@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from cachetools import LRUCache
 from torch import Tensor
@@ -32,6 +32,20 @@ class _Value(Protocol):
 
 Info = TypeVar("Info", bound=_Info)
 Value = TypeVar("Value", bound=_Value)
+
+_HEADER = 1 << 20  # bytes that the names and shapes in a file of tensors may take
+
+
+class FilesElsewhere(Protocol):
+    """Files that come into a folder when they are needed (`qtuning_fast.model.hub_files.HubFiles`)."""
+
+    def fetch(self, most_bytes: Mapping[str, int]) -> None:
+        """Bring files into the folder unless they are there; refuse those larger than these bounds."""
+
+
+def most_bytes(tensor_bytes: int) -> int:
+    """Return the most bytes that a file of tensors of this size may have."""
+    return tensor_bytes + _HEADER
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,16 @@ class StatisticsInfo:
 
 @dataclass
 class StoredFile(Generic[Info, Value]):
-    """The file of an entry's tensors: its folder, its name and its SHA-256."""
+    """The file of an entry's tensors: its folder, its name and its SHA-256.
+
+    Attributes:
+        elsewhere: from where the file comes when it is needed; None: it is in the folder.
+    """
 
     folder: Path
     file: str
     sha256: str
+    elsewhere: FilesElsewhere | None = field(default=None, repr=False, compare=False)
     _seen_whole: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def is_whole(self) -> bool:
@@ -86,13 +105,25 @@ class StoredFile(Generic[Info, Value]):
 
         Raises:
             CorruptFileError: the file is missing, differs from what was written, or holds something else.
+            HubError: the file cannot be downloaded.
         """
-        kind = self._kind
+        limit, entry = most_bytes(info.bytes), {"file": self.file, "sha256": self.sha256}
+        if self.elsewhere is not None:
+            self.elsewhere.fetch({self.file: limit})
         try:
-            value = self._rebuilt(read_tensors(self.folder, {"file": self.file, "sha256": self.sha256}), info)
-        except (CorruptFileError, LookupError, AttributeError, ValueError, OSError) as error:
-            raise CorruptFileError(f"the {kind} of task {info.name!r} cannot be read: {error}") from None
-        return value
+            tensors = read_tensors(self.folder, entry, most_bytes=limit)
+        except (CorruptFileError, OSError) as error:
+            raise CorruptFileError(self._unreadable(info, str(error))) from None
+        try:
+            return self._rebuilt(tensors, info)
+        except CorruptFileError as error:
+            raise CorruptFileError(self._unreadable(info, str(error))) from None
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise CorruptFileError(self._unreadable(info, f"{self.folder / self.file}: {error}")) from None
+
+    def _unreadable(self, info: Info, why: str) -> str:
+        again = "" if self.elsewhere is None else "; download it again with force_download=True"
+        return f"the {self._kind} of task {info.name!r} cannot be read: {why}{again}"
 
     _kind = ""
 
@@ -180,6 +211,8 @@ class Registry(Mapping[str, Value], Generic[Info, Value]):
 
     Attributes:
         version: a number that changes whenever an entry comes or goes.
+        check: called with the description and the value of what was read from a file; raises a TypeError or ValueError
+            if it does not fit the model. It can be pickled.
     """
 
     def __init__(self, *, host_bytes: int | None = None) -> None:
@@ -187,6 +220,7 @@ class Registry(Mapping[str, Value], Generic[Info, Value]):
         self._entries: dict[str, Stored[Info, Value]] = {}
         self._read_again = _ReadAgain(math.inf)
         self.version = 0
+        self.check: Callable[[Info, Value], None] | None = None
         self._lock = threading.RLock()
         self._make_room()
 
@@ -275,10 +309,47 @@ class Registry(Mapping[str, Value], Generic[Info, Value]):
                 return value
         assert file is not None
         value = file.read(entry.info)  # without the lock, so that others need not wait; two may read the same file
+        self._check_read(entry, value)
         with self._lock:
             if keep and self._entries.get(entry.info.name) is entry:
                 self._read_again.keep(entry, value)
         return value
+
+    def load_all(self) -> None:
+        """Read every value that is not in memory; see `load`."""
+        for entry in self.entries():
+            self.load(entry)
+
+    def most_bytes_by_file(self) -> dict[str, int]:
+        """Return the most bytes that each file may have, by its name."""
+        return {entry.file.file: most_bytes(entry.info.bytes) for entry in self.entries() if entry.file is not None}
+
+    def check_all(self, check: Callable[[Info, Value], None]) -> None:
+        """Check what is in memory, and from now on what is read; see `check`.
+
+        Raises:
+            CorruptFileError: a value that was read does not fit.
+        """
+        self.check = check
+        for entry in self.entries():
+            if entry.file is not None and entry.value is not None:
+                self._check_read(entry, entry.value)
+
+    def _check_read(self, entry: Stored[Info, Value], value: Value) -> None:
+        file = entry.file
+        try:
+            if self.check is not None:
+                self.check(entry.info, value)
+        except (TypeError, ValueError) as error:
+            raise CorruptFileError(str(error) if file is None else f"{file.folder / file.file}: {error}") from None
+
+    def copied(self, name: str | None = None) -> Self:
+        """Return a registry with the same values, or that of one task alone, whose files may come to lie elsewhere."""
+        other = type(self)()
+        for entry in self.entries():
+            if name in (None, entry.info.name):
+                other.add(entry.info, file=entry.file, value=entry.value)
+        return other
 
     def lies_in(self, entry: Stored[Info, Value], file: StoredFile[Info, Value]) -> None:
         """Record the file of a value that was only in memory, or its new file in the same folder."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.statistics import TaskStatistics
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.checkpoint import Checkpoint, read_checkpoint
-from qtuning_fast.model.compatibility import check_adapter, chosen_layers
+from qtuning_fast.model.compatibility import check_adapter, check_stored, chosen_layers
 from qtuning_fast.model.device_slots import AdapterSlots, MixedBatch
+from qtuning_fast.model.hub_files import Located
 from qtuning_fast.model.known_tasks import KnownTasks
 from qtuning_fast.model.registry import AdapterRegistry, StatisticsRegistry
 
@@ -48,6 +50,13 @@ class Tasks:
         self._embedding_size = backbone.embedding_size if in_input else None
         self._hidden_size = backbone.hidden_size if has_heads else None
         self.adapters = AdapterRegistry() if adapters is None else adapters
+        shapes = [backbone.injector.layers[index].shape for index in layers]
+        self._sizes: dict[str, Any] = {
+            "shapes": shapes,
+            "embedding_size": self._embedding_size,
+            "hidden_size": self._hidden_size,
+        }
+        self.adapters.check_all(partial(check_stored, **self._sizes))
         self.known = KnownTasks(self.adapters, StatisticsRegistry() if statistics is None else statistics, backbone)
         self.slots = AdapterSlots(
             self.adapters, backbone, layers, embedding_size=self._embedding_size, hidden_size=self._hidden_size
@@ -80,8 +89,7 @@ class Tasks:
 
     def check_new(self, adapter: TaskAdapter) -> None:
         """Raise a TypeError or ValueError if an adapter does not fit the model or its name is taken."""
-        shapes = [self._backbone.injector.layers[index].shape for index in self._layers]
-        check_adapter(adapter, shapes, embedding_size=self._embedding_size, hidden_size=self._hidden_size)
+        check_adapter(adapter, **self._sizes)
         if adapter.name in self.adapters:
             raise ValueError(f"task {adapter.name!r} is finished already; call remove_task first")
 
@@ -98,25 +106,29 @@ class Tasks:
         if statistics is not None:
             self.known.add(adapter.name, statistics)
 
-    def read(self, folder: Path, name: str) -> tuple[TaskAdapter, Checkpoint]:
+    def read(self, source: Located, name: str) -> tuple[TaskAdapter, Checkpoint]:
         """Read one adapter of a checkpoint that fits this model, and return both.
 
         Raises:
-            FileNotFoundError: the folder holds no checkpoint.
+            FileNotFoundError: there is no checkpoint.
             ValueError: the checkpoint lacks the task, a file is damaged, or the base model or the place of prefixes
                 differs.
+            HubError: a file cannot be downloaded.
         """
-        saved = read_checkpoint(folder, lazy=True)
-        saved.check_base_model(self._backbone, folder)
+        saved = read_checkpoint(source.folder, lazy=True, elsewhere=source.elsewhere, with_state=False)
+        saved.check_base_model(self._backbone, source.name)
         if name not in saved.adapters:
-            raise ValueError(f"task {name!r} is not among those in {folder}: {', '.join(saved.adapters) or 'none'}")
+            raise ValueError(
+                f"task {name!r} is not among those in {source.name}: {', '.join(saved.adapters) or 'none'}"
+            )
         theirs, ours = saved.config, self._config
         layers = chosen_layers(theirs, self._backbone.injector.layers)
         if theirs.placement != ours.placement or layers != self._layers:
             raise ValueError(
-                f"the prefixes in {folder} have placement={theirs.placement!r}, stack={theirs.stack!r} and "
+                f"the prefixes in {source.name} have placement={theirs.placement!r}, stack={theirs.stack!r} and "
                 f"layers={theirs.layers}, this model's {ours.placement!r}, {ours.stack!r} and {ours.layers}"
             )
+        saved.adapters.check, saved.statistics.check = self.adapters.check, self.known.statistics.check
         return saved.adapters[name], saved
 
     def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:

@@ -74,6 +74,22 @@ class TrainingPrefix(nn.Module):
         self.queue = PromptQueue(config.queue_size, config.prompt_length, eviction=config.eviction)
         self.last_eviction: Eviction | None = None
 
+    def load_queue(self, state: dict[str, Tensor]) -> None:
+        """Restore the state of the queue.
+
+        Raises:
+            ValueError: it is not one of these layers.
+        """
+        self.queue.load_state_dict(state)
+        held = list(zip(self.queue.rows, self.queue.row_scale)) or [rows.no_rows() for rows in self.rows]
+        sizes = [rows.no_rows()[0].shape[1] for rows in self.rows]
+        right = len(held) == len(sizes) and self.queue.evictions >= 0 and not state["evictions"].is_floating_point()
+        for (rows, scale), size in zip(held, sizes):
+            right = right and rows.is_floating_point() and scale.is_floating_point()
+            right = right and rows.shape == (len(held[0][0]), size) and scale.shape == rows.shape[:1]
+        if not right:
+            raise ValueError("the queue of the checkpoint is not one of this model's layers")
+
     @property
     def rows(self) -> list[PromptRows]:
         """The rows of each layer; a single entry if they are embeddings."""

@@ -56,3 +56,20 @@ def test_an_entry_cannot_point_out_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     with pytest.raises(CorruptFileError):
         read_tensors(tmp_path / "inner", {**entry, "file": f"../{entry['file']}"})
+
+
+def test_a_file_larger_than_was_written_is_not_read(tmp_path: Path) -> None:
+    entry = write_tensors(tmp_path, "state", {"x": torch.ones(100)})
+    size = (tmp_path / entry["file"]).stat().st_size
+    assert read_tensors(tmp_path, entry, most_bytes=size)
+    with pytest.raises(CorruptFileError, match=f"has {size} bytes, and at most {size - 1} were written"):
+        read_tensors(tmp_path, entry, most_bytes=size - 1)
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(CorruptFileError, match="at most 3 were written"):
+        read_json(tmp_path / "a.json", most_bytes=3)
+
+
+@pytest.mark.parametrize("entry", [{}, {"file": None}, {"file": ["a"], "sha256": ""}, {"file": "a.safetensors"}])
+def test_an_entry_that_is_none_is_refused(tmp_path: Path, entry: dict) -> None:
+    with pytest.raises(CorruptFileError, match="not the name of a tensor file"):
+        read_tensors(tmp_path, entry)

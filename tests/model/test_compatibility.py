@@ -139,3 +139,14 @@ def test_embeddings_stand_in_for_keys_and_values() -> None:
         check_adapter(in_front, shapes, embedding_size=None, hidden_size=None)
     with pytest.raises(ValueError, match="position_shift is 3"):
         check_adapter(replace(in_front, position_shift=3), shapes, embedding_size=32, hidden_size=None)
+
+
+def test_numbers_that_are_none_fit_no_model(tiny_bert: BertModel) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    model.start_task("task", 2)
+    adapter = model.finish_task()
+    bias = torch.tensor([0.0, torch.inf])
+    with pytest.raises(ValueError, match=r"adapter 'other': head\.bias holds values that are not finite"):
+        model.add_task(replace(adapter, name="other", head_bias=bias))
+    with pytest.raises(TypeError, match=r"head\.bias is torch\.complex64"):
+        model.add_task(replace(adapter, name="other", head_bias=torch.zeros(2, dtype=torch.complex64)))

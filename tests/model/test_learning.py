@@ -283,3 +283,28 @@ def test_a_state_is_of_its_task_and_of_no_other(tiny_bert: BertModel) -> None:
     with pytest.raises(ValueError, match="saved within task 'first', but task 'größer' is in training"):
         model.load_trainable_state_dict(state)
     part.load_state_dict(part.state_dict())
+
+
+def test_a_task_that_has_diverged_is_not_finished(tiny_bert: BertModel, batch: Batch, train: Any) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    model.start_task("task", 2)
+    train(model, batch)
+    sound = {name: x.clone() for name, x in model.trainable_state_dict().items()}
+    with torch.no_grad():
+        model.training_prefix.rows[1].shared[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"task 'task' has diverged: prefix\._rows\.1\.shared holds values"):
+        model.finish_task()
+    assert model.learning.task == "task" and model.tasks == []
+    model.load_trainable_state_dict(sound)
+    model.finish_task()
+
+
+def test_a_state_of_another_kind_is_not_converted(tiny_bert: BertModel, batch: Batch, learn: Any) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 1)
+    state = model.learning.state_dict()
+    del state["_extra_state"]
+    for wrong in (torch.ones(1), torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"prefix\._gates\.0\.alpha is torch\.\w+ \[1?\], not torch\.float32 \[\]"):
+            model.learning.restore(state | {"prefix._gates.0.alpha": wrong}, model.device, "task-0")
+    model.learning.restore(state, model.device, "task-0")

@@ -271,3 +271,30 @@ def test_a_pickled_registry_is_a_registry_of_its_own(saved: Path) -> None:
     other.host_bytes = 1
     assert unread(other) == list(other) == list(store) and unread(store) == []
     assert all(same(other[name], store[name]) for name in store)
+
+
+def test_a_copy_may_come_to_lie_elsewhere(saved: Path, tmp_path: Path) -> None:
+    store = read_checkpoint(saved, lazy=True).adapters
+    other, one = store.copied(), store.copied("task-2")
+    assert list(other) == list(store) and list(one) == ["task-2"] and list(store.copied("none")) == []
+    moved = AdapterFile(tmp_path / "new", "task-000-0123456789ab.safetensors", "0" * 64)
+    one.add(one.entry("task-2").info, file=moved)
+    other.remove("task-0")
+    assert store.entry("task-2").file != moved and "task-0" in store
+
+
+def test_what_does_not_fit_is_named_by_its_file(saved: Path) -> None:
+    def refuse(info: Any, adapter: TaskAdapter) -> None:
+        if info.name == "task-1":
+            raise TypeError("keys.0 is wrong")
+
+    store = read_checkpoint(saved, lazy=True).adapters
+    store.check_all(refuse)
+    assert store["task-0"].name == "task-0"
+    file = store.entry("task-1").file
+    assert file is not None
+    with pytest.raises(CorruptFileError, match=f"{file.file}: keys.0 is wrong"):
+        store["task-1"]
+    assert unread(store) == ["task-1", "task-2", "task-3"]
+    with pytest.raises(CorruptFileError, match=f"{file.file}: keys.0 is wrong"):
+        read_checkpoint(saved).adapters.check_all(refuse)

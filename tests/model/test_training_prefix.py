@@ -246,3 +246,28 @@ def test_configs_that_do_not_fit_the_layers_are_refused() -> None:
         TrainingPrefix(uneven, small_config())
     TrainingPrefix(uneven, small_config(reparameterization=None))
     TrainingPrefix(uneven, small_config(placement="input"), embedding_size=8)  # one set of rows for all layers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows.0": torch.zeros(3, 63)},
+        {"rows.0": torch.zeros(2, 64)},
+        {"rows.0": torch.zeros(3, 64, dtype=torch.long)},
+        {"row_scale.1": torch.ones(2)},
+        {"rows.3": torch.zeros(3, 64), "row_scale.3": torch.ones(3)},
+        {"evictions": torch.tensor(-1)},
+        {"evictions": torch.tensor(1.0)},
+    ],
+)
+def test_a_queue_of_other_layers_is_refused(
+    tiny_bert: BertModel, batch: Batch, learn: Any, change: dict[str, Tensor]
+) -> None:
+    model = QTuningModel(tiny_bert, small_config())
+    learn(model, batch, 1)
+    model.start_task("next", 2)  # now the queue has rows
+    state = model.training_prefix.queue.state_dict()
+    assert state["rows.0"].shape == (3, 64)
+    with pytest.raises(ValueError, match="is not one of this model's layers"):
+        model.training_prefix.load_queue(state | change)
+    model.training_prefix.load_queue(state)
