@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
-    from rich.console import Console
     from rich.table import Table
 except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
+from qtuning_fast.cli_console import agree_on_options, console, readable_errors
 from qtuning_fast.cli_options import Options, with_options
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
@@ -35,15 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        self.quiet = True  # the reader of the pipe has exited; the run continues
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = _Console()
 
 
 def _option(panel: str, text: str) -> Any:
@@ -64,51 +53,8 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
 def main() -> None:
-    """Run the command line; the entry point of the console script."""
+    """Run the command line; the entry point of the console script and of `python -m qtuning_fast`."""
     app()
-
-
-@contextmanager
-def _readable_errors(
-    interrupted: str = "What is finished is kept: the same command resumes from here.",
-) -> Iterator[None]:
-    """Report an error that a user can fix in one line with exit code 2; on Ctrl-C, say how to resume."""
-    try:
-        with _warnings_as_notes():
-            yield
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. {interrupted}")
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        said = (
-            f"{error}: pip install 'qtuning_fast[lifelong]'" if isinstance(error, ModuleNotFoundError) else str(error)
-        )
-        Console(stderr=True).print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Print each warning about the data on one line, without its source location."""
-    from qtuning_fast.lifelong.data.tables import DataWarning
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, DataWarning):
-            Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
-        else:
-            shown(message, category, filename, lineno, file, line)
-
-    with warnings.catch_warnings():
-        shown, warnings.showwarning = warnings.showwarning, show
-        warnings.simplefilter("default", DataWarning)
-        yield
 
 
 def _silence_libraries() -> None:
@@ -169,7 +115,8 @@ def run(
     **given: Any,
 ) -> None:
     """Run a stream of tasks and a linear probe on the same examples; write metrics and a report."""
-    with _readable_errors():
+    with readable_errors():
+        agree_on_options(context)
         _silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
@@ -205,6 +152,7 @@ def _typed(context: typer.Context) -> set[str]:
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     folder: RunFolder,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own labelled examples instead of the test split.")] = None,
@@ -222,7 +170,8 @@ def evaluate(
 
     Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
     """
-    with _readable_errors():
+    with readable_errors():
+        agree_on_options(context)
         _check_inferring(task, top_k, rule, answers_by)
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
@@ -283,7 +232,7 @@ def predict(
     answers_by: AnswersBy = None,
 ) -> None:
     """Classify texts or images, under a stored task or under the one that each seems to be of."""
-    with _readable_errors():
+    with readable_errors(alone="predict"):
         _check_inferring(task, top_k, rule, answers_by)
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
@@ -325,7 +274,7 @@ def _name_left_out(saved: SavedRun) -> None:
 @app.command()
 def statistics(folder: RunFolder, rule: Rule = None) -> None:
     """Record what inferring the task needs, for a run of an earlier version, from the run's own examples."""
-    with _readable_errors():
+    with readable_errors(alone="statistics"):
         _silence_libraries()
         from qtuning_fast.lifelong.saved_run import SavedRun
 
@@ -337,7 +286,7 @@ def statistics(folder: RunFolder, rule: Rule = None) -> None:
 @app.command()
 def report(folder: RunFolder) -> None:
     """Rewrite a run's report and pictures from its metrics."""
-    with _readable_errors():
+    with readable_errors(alone="report"):
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
         from qtuning_fast.lifelong.runs import rewrite_report
 
@@ -369,7 +318,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
     """Measure what attention with a prefix costs a model on this machine, beside other implementations."""
-    with _readable_errors("Nothing is kept."):
+    with readable_errors("Nothing is kept.", alone="bench"):
         _silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
         from qtuning_fast.bench.layer_cost import LayerCase, LayerOptions, results_file
@@ -390,7 +339,7 @@ def bench(
 @app.command()
 def info() -> None:
     """Show versions, devices, backends, and what is missing."""
-    with _readable_errors():
+    with readable_errors(alone="info"):
         from qtuning_fast.lifelong.environment import describe_environment
 
         for title, rows in describe_environment().items():
