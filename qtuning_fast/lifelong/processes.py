@@ -37,11 +37,13 @@ _FOLLOWING = timedelta(seconds=3)  # how long after one process another one may 
 _COPIES, _LOCK = "qtuning-process-", ".lock"
 _OLD = 3600.0  # seconds
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
-_OTHERS = {
+_REFUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_MIXED_PRECISION": "mixed precision",
+    "ACCELERATE_DYNAMO_BACKEND": "compilation",
 }
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -100,11 +102,11 @@ def joined() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    for name, what in _OTHERS.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
+    for name, what in _REFUSED.items():
+        if os.environ.get(name, "no").lower() not in ("no", "false", "0"):
             raise ValueError(
-                f"accelerate is configured for {what}, but a run splits batches only, not a model; start it with "
-                "torchrun, or see docs/recipes/several-gpus.md for models that one GPU cannot hold"
+                f"accelerate is configured for {what}, but a run splits batches alone, in the precision of the model; "
+                "start it with torchrun"
             )
     mine = started > 1 and not dist.is_initialized()
     if mine:
@@ -122,7 +124,7 @@ def joined() -> Iterator[None]:
 
 def _join(started: int) -> None:
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.device_count():  # is_available would fix which GPUs this process sees
         _see_own_gpu(_number("LOCAL_RANK", 0))
         backend = "cpu:gloo,cuda:nccl"
     try:
@@ -137,7 +139,7 @@ def _join(started: int) -> None:
 
 
 def _see_own_gpu(local: int) -> None:
-    """Hide the GPUs of other processes; it must come before anything uses CUDA."""
+    """Hide the GPUs of other processes: libraries take the first one that they see."""
     count = torch.cuda.device_count()
     if local >= count:
         raise ValueError(
@@ -145,6 +147,9 @@ def _see_own_gpu(local: int) -> None:
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local].strip()
+    torch.cuda.init()
+    if torch.cuda.device_count() != 1:
+        raise ValueError("CUDA was in use before the processes joined; join them first")
 
 
 @contextmanager

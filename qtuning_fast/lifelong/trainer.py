@@ -61,7 +61,7 @@ from qtuning_fast.method.task_rule import TaskRule
 from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
-from qtuning_fast.model.distributed import from_first
+from qtuning_fast.model.distributed import from_first, process_count
 from qtuning_fast.model.fingerprint import fingerprint
 from qtuning_fast.model.model import QTuningModel
 
@@ -413,6 +413,7 @@ class LifelongTrainer:
             "config": {"method": self.config.to_dict(), "training": self.options.to_dict(), **self.about},
             "versions": versions(),
             "device": device_name(self.base_model.device),
+            "processes": process_count(),
             "seed": self.options.seed,
         }
 

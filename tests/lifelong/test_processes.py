@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -26,10 +25,11 @@ from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.processes import agree, joined, own_folder, show_once
 from qtuning_fast.lifelong.runs import RunSettings, run_stream
+from qtuning_fast.model.checked_files import read_json
 
 SCRIPT = Path(__file__).with_name("processes_run.py")
 TIMES = {"seconds", "start_seconds", "step_seconds"}
-ALONE = {"versions", "device"}
+WHERE = {"versions", "device", "processes"}
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -70,7 +70,7 @@ def listening(tasks: Any, title: str) -> Any:
 
 def numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     tasks = [{name: x for name, x in task.items() if name not in TIMES} for task in metrics["per_task"]]
-    return {name: x for name, x in metrics.items() if name not in ("checksum", *ALONE)} | {"per_task": tasks}
+    return {name: x for name, x in metrics.items() if name not in WHERE} | {"per_task": tasks}
 
 
 def assert_close(found: Any, expected: Any) -> None:
@@ -155,7 +155,7 @@ def alone(q_tuning: RunSettings, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def results(folder: Path) -> dict[str, Any]:
-    return numbers(json.loads((folder / "metrics.json").read_text()))
+    return numbers(read_json(folder / "metrics.json"))
 
 
 def test_two_processes_come_to_what_one_comes_to_and_only_the_first_writes(
@@ -165,6 +165,7 @@ def test_two_processes_come_to_what_one_comes_to_and_only_the_first_writes(
     assert alone["per_task"][-1]["retention_curve"]
     finish(started({"run": q_tuning}, tmp_path, 2))
     assert_close(results(tmp_path / "0" / "run"), alone)
+    assert read_json(tmp_path / "0" / "run" / "metrics.json")["processes"] == 2
     assert (tmp_path / "0" / "run" / "report.html").exists()
     assert not list((tmp_path / "1").iterdir())
 
@@ -309,6 +310,7 @@ def test_a_single_process_of_a_launcher_needs_no_group(launched: Callable[..., N
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "start them with torchrun"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "configured for FSDP"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}, "configured for mixed precision"),
     ],
 )
 def test_launchers_that_do_not_suit(launched: Callable[..., None], variables: dict[str, str], said: str) -> None:
@@ -331,12 +333,23 @@ def test_a_trainer_of_processes_that_have_not_joined(
 
 @pytest.mark.parametrize(("visible", "own"), [(None, "1"), ("4,6", "6")])
 def test_each_process_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch, visible: str | None, own: str) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    asked: list[bool] = []
+    monkeypatch.setattr("torch.cuda.init", lambda: asked.append(True))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1 if asked else 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match="there are 2 GPUs here, but a process for GPU 2"):
         processes._see_own_gpu(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "0,1")  # and back at the end
     processes._see_own_gpu(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_nothing_asks_for_gpus_before_processes_join() -> None:
+    """Asking fixes which GPUs a process sees."""
+    code = (
+        "import sys, torch; torch.cuda.is_available = torch.cuda.init = lambda: sys.exit('asked');"
+        "import qtuning_fast.cli, qtuning_fast.lifelong.processes"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(0, 1, 0), timeout=120)
