@@ -35,11 +35,15 @@ def readable_errors(
         alone: the name of a command that runs in one process only.
     """
     from qtuning_fast.lifelong.processes import joined, leave, show_once
-    from qtuning_fast.model.distributed import process_count, process_number
+    from qtuning_fast.model.distributed import ProcessLostError, process_count, process_number
 
     def fail(error: Exception) -> typer.Exit:
-        lacks = isinstance(error, ModuleNotFoundError)
-        show_once(f"{error}: pip install 'qtuning_fast[lifelong]'" if lacks else str(error), _show_error)
+        said = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            said += ": pip install 'qtuning_fast[lifelong]'"
+        if isinstance(error, ProcessLostError):
+            said += f". {interrupted}"
+        show_once(said, _show_error)
         leave(2)
         return typer.Exit(2)
 

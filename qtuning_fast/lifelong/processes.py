@@ -72,7 +72,7 @@ def check_joined() -> None:
     """Raise a ValueError if a launcher started several processes and this one has not joined them."""
     if launched_count() > 1:
         raise ValueError(
-            f"a launcher has started {launched_count()} processes; run within qtuning_fast.lifelong.processes.joined()"
+            f"a launcher has started {launched_count()} processes; run within qtuning_fast.lifelong.joined()"
         )
 
 
@@ -90,8 +90,9 @@ _meeting = _Meeting()
 def joined() -> Iterator[None]:
     """Within the block, be one of the processes that torchrun or accelerate has started; without a launcher do nothing.
 
-    On GPUs each process sees its own alone, the one of its `LOCAL_RANK`, and NCCL sums gradients; on CPUs gloo does.
-    Ctrl-C interrupts a process once. The launcher's variables are hidden, as libraries that find them, such as
+    The command line does this by itself; a script calls it before it loads a base model, and runs a `LifelongTrainer`
+    within. On GPUs each process sees its own alone, the one of its `LOCAL_RANK`, and NCCL sums gradients; on CPUs gloo
+    does. Ctrl-C interrupts a process once. The launcher's variables are hidden, as libraries that find them, such as
     transformers' Trainer, would split batches once more.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -35,10 +36,10 @@ def _answered() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        me = process_number()
+        said = re.sub(r"^\[\S*\]\s*", "", str(error).strip().splitlines()[0])  # without a place in the backend's source
         raise ProcessLostError(
-            f"process {me} of {process_count()} has lost another one, which has ended or does not answer "
-            f"({str(error).strip().splitlines()[0]})"
+            f"process {process_number()} of {process_count()} has lost another one, which has ended or does not answer "
+            f"({said})"
         ) from error
 
 
