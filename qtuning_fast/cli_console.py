@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,11 @@ def readable_errors(
                 raise typer.Exit(130) from None
             except _ERRORS as error:
                 raise fail(error) from None
+            except Exception:
+                if process_count() > 1:  # the others wait for this process, which must not wait for them
+                    traceback.print_exc()
+                    leave(1)
+                raise
     except _ERRORS as error:
         raise fail(error) from None
 

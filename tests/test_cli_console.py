@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 
 import pytest
@@ -41,6 +42,17 @@ def test_an_error_that_a_user_can_fix_is_one_line(
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), readable_errors():
         raise ZeroDivisionError
+
+
+def test_of_several_processes_one_that_fails_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qtuning_fast.model.distributed.process_count", lambda: 2)
+    monkeypatch.setattr("qtuning_fast.model.distributed.process_number", lambda: 0)
+    monkeypatch.setattr("qtuning_fast.lifelong.processes.leave", sys.exit)
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise ZeroDivisionError
+    assert ended.value.code == 1 and "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_what_is_kept(printed: io.StringIO) -> None:

@@ -45,20 +45,15 @@ _REFUSED = {
     "ACCELERATE_MIXED_PRECISION": "mixed precision",
     "ACCELERATE_DYNAMO_BACKEND": "compilation",
 }
-_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def launched_count() -> int:
     """Return how many processes a launcher has started that have not joined; 1 without a launcher.
 
     Raises:
-        ValueError: the launcher's variables are no numbers, or it is none that a run works with.
+        ValueError: the launcher's variable is no number.
     """
-    started = _number("WORLD_SIZE", 1)
-    for name in _MPI if started == 1 else ():
-        if _number(name, 1) > 1:
-            raise ValueError(f"mpirun has started {os.environ[name]} processes; start them with torchrun")
-    return started
+    return _number("WORLD_SIZE", 1)
 
 
 def _number(name: str, default: int) -> int:

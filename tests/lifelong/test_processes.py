@@ -308,7 +308,6 @@ def test_a_single_process_of_a_launcher_needs_no_group(launched: Callable[..., N
     ("variables", "said"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "start them with torchrun"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "configured for FSDP"),
         ({"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"}, "configured for mixed precision"),
     ],
