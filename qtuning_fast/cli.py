@@ -13,7 +13,7 @@ try:
 except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
-from qtuning_fast.cli_console import console, readable_errors, silence_libraries
+from qtuning_fast.cli_console import agree_on_options, console, readable_errors, silence_libraries
 from qtuning_fast.cli_hub import pull, push
 from qtuning_fast.cli_options import Options, with_options
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
@@ -52,7 +52,7 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
 
 
 def main() -> None:
-    """Run the command line; the entry point of the console script."""
+    """Run the command line; the entry point of the console script and of `python -m qtuning_fast`."""
     app()
 
 
@@ -104,6 +104,7 @@ def run(
 ) -> None:
     """Run a stream of tasks and a linear probe on the same examples; write metrics and a report."""
     with readable_errors():
+        agree_on_options(context)
         silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
@@ -139,6 +140,7 @@ def _typed(context: typer.Context) -> set[str]:
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     folder: RunFolder,
     task: Annotated[str | None, typer.Option(help="Only this task.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own labelled examples instead of the test split.")] = None,
@@ -157,6 +159,7 @@ def evaluate(
     Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
     """
     with readable_errors():
+        agree_on_options(context)
         _check_inferring(task, top_k, rule, answers_by)
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
@@ -217,7 +220,7 @@ def predict(
     answers_by: AnswersBy = None,
 ) -> None:
     """Classify texts or images, under a stored task or under the one that each seems to be of."""
-    with readable_errors():
+    with readable_errors(alone="predict"):
         _check_inferring(task, top_k, rule, answers_by)
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
@@ -259,7 +262,7 @@ def _name_left_out(saved: SavedRun) -> None:
 @app.command()
 def statistics(folder: RunFolder, rule: Rule = None) -> None:
     """Record what inferring the task needs, for a run of an earlier version, from the run's own examples."""
-    with readable_errors():
+    with readable_errors(alone="statistics"):
         silence_libraries()
         from qtuning_fast.lifelong.saved_run import SavedRun
 
@@ -271,7 +274,7 @@ def statistics(folder: RunFolder, rule: Rule = None) -> None:
 @app.command()
 def report(folder: RunFolder) -> None:
     """Rewrite a run's report and pictures from its metrics."""
-    with readable_errors():
+    with readable_errors(alone="report"):
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
         from qtuning_fast.lifelong.runs import rewrite_report
 
@@ -307,7 +310,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
     """Measure what attention with a prefix costs a model on this machine, beside other implementations."""
-    with readable_errors("Nothing is kept."):
+    with readable_errors("Nothing is kept.", alone="bench"):
         silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
         from qtuning_fast.bench.layer_cost import LayerCase, LayerOptions, results_file
@@ -328,7 +331,7 @@ def bench(
 @app.command()
 def info() -> None:
     """Show versions, devices, backends, and what is missing."""
-    with readable_errors():
+    with readable_errors(alone="info"):
         from qtuning_fast.lifelong.environment import describe_environment
 
         for title, rows in describe_environment().items():

@@ -30,7 +30,7 @@ def push(
     data_license: Annotated[str | None, typer.Option(help="Licence of the data, for the model card.")] = None,
 ) -> None:
     """Push the finished tasks of a run to the Hugging Face hub; log in first, by `hf auth login` or HF_TOKEN."""
-    with readable_errors("The repository has what it had before."):
+    with readable_errors("The repository has what it had before.", alone="push"):
         silence_libraries()
         from qtuning_fast.lifelong.shared_run import push_run
 
@@ -59,7 +59,7 @@ def pull(
     force_download: Annotated[bool, typer.Option("--force-download", help="Also what is in the cache.")] = False,
 ) -> None:
     """Pull what was pushed into a new folder. Every file is checked; nothing in it is run."""
-    with readable_errors("There is no folder yet: the same command starts again."):
+    with readable_errors("There is no folder yet: the same command starts again.", alone="pull"):
         silence_libraries()
         from qtuning_fast.lifelong.shared_run import pull_run
 

@@ -1,52 +1,90 @@
-"""What commands print of errors, warnings and interrupts."""
+"""What commands print: errors on one line, notes, and nothing where another process speaks."""
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 
 import pytest
 import typer
+from rich.console import Console
 
-from qtuning_fast.cli_console import console, readable_errors, silence_libraries
+from qtuning_fast import cli_console
+from qtuning_fast.cli_console import readable_errors, silence_libraries
 from qtuning_fast.lifelong.data.tables import DataWarning
 
 
-@pytest.mark.parametrize("error", [ValueError("a [b] c"), OSError("no file"), TypeError("wrong"), ImportError("none")])
-def test_an_error_is_one_line_and_exit_code_2(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as caught, readable_errors():
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What goes to stdout."""
+    file = io.StringIO()
+    monkeypatch.setattr(cli_console, "console", Console(file=file))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("steps is [x]"), "error: steps is [x]\n"),
+        (ModuleNotFoundError("No module named 'that'"), "No module named 'that': pip install 'qtuning_fast[lifelong]'"),
+    ],
+)
+def test_an_error_that_a_user_can_fix_is_one_line(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, readable_errors():
         raise error
-    assert caught.value.exit_code == 2
-    assert capsys.readouterr().err == f"error: {error}\n"
+    assert ended.value.exit_code == 2
+    assert said in capsys.readouterr().err
 
 
-def test_a_package_that_is_missing_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit), readable_errors():
-        import no_such_package  # noqa: F401
-    assert "no_such_package" in (said := capsys.readouterr().err) and "pip install 'qtuning_fast[lifelong]'" in said
-
-
-def test_a_fault_of_our_own_is_no_users_error() -> None:
+def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), readable_errors():
         raise ZeroDivisionError
 
 
-def test_an_interrupt_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as caught, readable_errors("Nothing is kept."):
+def test_of_several_processes_one_that_fails_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qtuning_fast.model.distributed.process_count", lambda: 2)
+    monkeypatch.setattr("qtuning_fast.model.distributed.process_number", lambda: 0)
+    monkeypatch.setattr("qtuning_fast.lifelong.processes.leave", sys.exit)
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise ZeroDivisionError
+    assert ended.value.code == 1 and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_what_is_kept(printed: io.StringIO) -> None:
+    with pytest.raises(typer.Exit) as ended, readable_errors("Nothing is kept."):
         raise KeyboardInterrupt
-    assert caught.value.exit_code == 130 and "Interrupted. Nothing is kept." in capsys.readouterr().out
+    assert ended.value.exit_code == 130 and "Interrupted. Nothing is kept." in printed.getvalue()
 
 
-def test_a_warning_about_data_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_note_is_printed_unless_another_process_prints_it(
+    printed: io.StringIO, quiet: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     with readable_errors():
-        warnings.warn("two columns look alike", DataWarning, stacklevel=1)
-    assert capsys.readouterr().err == "note: two columns look alike\n"
+        cli_console.console.quiet = quiet
+        warnings.warn("two texts are empty", DataWarning, stacklevel=1)
+    assert (capsys.readouterr().err == "note: two texts are empty\n") == (not quiet)
+
+
+def test_errors_of_what_a_launcher_says_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(typer.Exit) as ended, readable_errors():
+        pytest.fail("joined")
+    assert ended.value.exit_code == 2 and "WORLD_SIZE is 'many'" in capsys.readouterr().err
 
 
 def test_a_reader_who_leaves_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "quiet", False)
+    monkeypatch.setattr(cli_console.console, "quiet", False)
     monkeypatch.setattr("qtuning_fast.cli_console.os.dup2", lambda *_: None)
-    console.on_broken_pipe()
-    assert console.quiet
+    cli_console.console.on_broken_pipe()
+    assert cli_console.console.quiet
 
 
 def test_libraries_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:

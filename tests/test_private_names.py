@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,6 +58,8 @@ PRIVATE: dict[str, Callable[[], bool]] = {
         )
     },
     "_cdata": lambda: isinstance(torch.ones(1).untyped_storage()._cdata, int),
+    # Python
+    "_exit": lambda: callable(os._exit),  # public, for all its name
     # NumPy: what a pickled array names
     "_reconstruct": lambda: np.zeros(1).__reduce__()[0].__name__ == "_reconstruct",
     # Triton

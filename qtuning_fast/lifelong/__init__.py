@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qtuning_fast.lifelong.methods import Method, method_by_name
     from qtuning_fast.lifelong.metrics import evaluation_summary
     from qtuning_fast.lifelong.options import TrainingOptions
+    from qtuning_fast.lifelong.processes import joined
     from qtuning_fast.lifelong.streams import load_stream
     from qtuning_fast.lifelong.tasks import Examples, Task, few_shot_split
     from qtuning_fast.lifelong.trainer import LifelongTrainer
@@ -25,6 +26,7 @@ __all__ = [
     "TrainingOptions",
     "evaluation_summary",
     "few_shot_split",
+    "joined",
     "load_base_model",
     "load_examples",
     "load_stream",
@@ -43,6 +45,7 @@ _MODULES = {
     "TrainingOptions": "options",
     "evaluation_summary": "metrics",
     "few_shot_split": "tasks",
+    "joined": "processes",
     "load_base_model": "base_models",
     "load_examples": "data.loading",
     "load_stream": "streams",

@@ -15,6 +15,7 @@ from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.statistics import Recorder, TaskStatistics
 from qtuning_fast.method.task_inference import FittedRule, TaskInference
 from qtuning_fast.method.task_rule import Evidence, TaskRule
+from qtuning_fast.model.distributed import from_first
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers
 
@@ -74,7 +75,8 @@ class Answering:
         def ask_adapters() -> Mapping[str, Tensor]:
             return {name: self.ask(name, examples) for name in fitted.order}
 
-        return fitted.infer(Evidence(features, ask_adapters))
+        inference = fitted.infer(Evidence(features, ask_adapters))
+        return from_first(lambda: inference)  # what is asked next must be the same in all processes
 
     def ask(self, task: str, examples: EncodedExamples) -> Tensor:
         """Return what the adapter of a task gives for each example: `[n, outputs]` as in `InferredAnswer.output`."""

@@ -1,4 +1,8 @@
-"""Evaluate a model on examples: outputs, probabilities, scores and features."""
+"""Evaluate a model on examples: outputs, probabilities, scores and features.
+
+Several processes take the batches in turn and gather what they find. The batches are those of one process, so the
+numbers are its numbers, to the bit; and evaluation takes a good part of a run, so each process its share.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from torch import Tensor
 from qtuning_fast.lifelong.data.encoded import EncodedExamples, in_order
 from qtuning_fast.lifelong.scores import score
 from qtuning_fast.method.labels import MULTI, SINGLE
+from qtuning_fast.model.distributed import dealt_in_turn
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers, answer_scores
 
@@ -20,12 +25,14 @@ def outputs(model: QTuningModel, examples: EncodedExamples, batch_size: int, ans
         answers: the answers of a language model, one per class.
     """
     examples, places = examples.by_length()
+
+    def found(number: int) -> Tensor:
+        batch = examples.batch(number, batch_size, model.device)
+        outputs = model(**batch).logits if answers is None else answer_scores(model, batch, answers)
+        return outputs.float().cpu()
+
     with model.evaluating():
-        found = (
-            model(**batch).logits if answers is None else answer_scores(model, batch, answers)
-            for batch in examples.batches(batch_size, model.device)
-        )
-        return in_order(torch.cat([each.float().cpu() for each in found]), places)
+        return in_order(torch.cat(dealt_in_turn(examples.batch_count(batch_size), found)), places)
 
 
 def probabilities(
@@ -59,5 +66,8 @@ def task_score(
 def features(model: QTuningModel, examples: EncodedExamples, batch_size: int, *, task: str | None) -> Tensor:
     """Pooled features `[examples, hidden]` on the CPU, under a finished task; None means the base model alone."""
     examples, places = examples.by_length()
-    batches = examples.batches(batch_size, model.device)
-    return in_order(torch.cat([model.features(batch, task=task).cpu() for batch in batches]), places)
+
+    def found(number: int) -> Tensor:
+        return model.features(examples.batch(number, batch_size, model.device), task=task).cpu()
+
+    return in_order(torch.cat(dealt_in_turn(examples.batch_count(batch_size), found)), places)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from qtuning_fast.lifelong.listener import RunListener
 from qtuning_fast.lifelong.methods import Q_TUNING, method_by_name
 from qtuning_fast.lifelong.metrics import mean_and_spread
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.run_folder import RUN_FILE
 from qtuning_fast.lifelong.saved_run import files_by_seed
 from qtuning_fast.lifelong.tasks import Task
-from qtuning_fast.lifelong.trainer import RUN_FILE, LifelongTrainer
+from qtuning_fast.lifelong.trainer import LifelongTrainer
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.task_rules import ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, write_json
+from qtuning_fast.model.distributed import from_first, process_number
 
 METRICS_FILE = "metrics.json"
 
@@ -84,11 +86,11 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
     from qtuning_fast.lifelong.report.page import write_report  # imports matplotlib
     from qtuning_fast.lifelong.report.samples import write_samples
 
-    _check_writable(folder)
+    from_first(lambda: _check_writable(folder))
     tasks = settings.data.load()  # before the model, so that errors in the data come at once
     base_model, processor = load_base_model(settings.model, settings.method.task_type)
     title = settings.data.stream or "own data"
-    with make_listener(tasks, title) as listener:
+    with make_listener(tasks, title) if process_number() == 0 else nullcontext(RunListener()) as listener:
         metrics = LifelongTrainer(
             base_model,
             processor,
@@ -107,8 +109,9 @@ def run_stream(settings: RunSettings, folder: Path, make_listener: ListenerFacto
             },
             listener=listener,
         ).run()
-    write_samples(tasks, folder)
-    write_report(metrics, folder)
+    if process_number() == 0:
+        write_samples(tasks, folder)
+        write_report(metrics, folder)
     return metrics
 
 
@@ -123,7 +126,7 @@ def run_seeds(settings: RunSettings, seeds: int, folder: Path, make_listener: Li
     """
     from qtuning_fast.lifelong.report.page import write_seeds_report
 
-    if (folder / RUN_FILE).exists():
+    if from_first((folder / RUN_FILE).exists):
         raise ValueError(f"out is {str(folder)!r}, which holds a run from one seed; choose another folder")
     first = settings.training.seed
     runs = [
@@ -131,8 +134,9 @@ def run_seeds(settings: RunSettings, seeds: int, folder: Path, make_listener: Li
         for seed in range(first, first + seeds)
     ]
     summary = mean_and_spread(runs)
-    write_json(folder / "summary.json", summary)
-    write_seeds_report(runs, summary, folder)
+    if process_number() == 0:
+        write_json(folder / "summary.json", summary)
+        write_seeds_report(runs, summary, folder)
     return summary
 
 

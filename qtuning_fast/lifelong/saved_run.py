@@ -18,9 +18,9 @@ from qtuning_fast.lifelong.data.encoding import Answers, ExampleEncoder
 from qtuning_fast.lifelong.evaluation import features, task_score
 from qtuning_fast.lifelong.joint_head import instructed_features, joint_head_file, read_joint_head
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
+from qtuning_fast.lifelong.run_folder import RUN_FILE
 from qtuning_fast.lifelong.scores import METRICS
 from qtuning_fast.lifelong.tasks import SPLITS, Examples, Task, data_digest
-from qtuning_fast.lifelong.trainer import RUN_FILE
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE

@@ -17,11 +17,11 @@ from typing import Any, Unpack
 from huggingface_hub import CommitInfo, EvalResult
 
 from qtuning_fast.lifelong.joint_head import MOST_HEAD_BYTES, joint_head_file, read_joint_head
+from qtuning_fast.lifelong.run_folder import RUN_FILE
 from qtuning_fast.lifelong.runs import METRICS_FILE
 from qtuning_fast.lifelong.saved_run import SHARED, SHARED_HEAD, adapter_folder, run_folder
 from qtuning_fast.lifelong.scores import WORDS
 from qtuning_fast.lifelong.stream import MINILM
-from qtuning_fast.lifelong.trainer import RUN_FILE
 from qtuning_fast.model.checked_files import CorruptFileError, check_link, checked_name, read_json, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from qtuning_fast.model.hub import PushOptions, push_checkpoint

@@ -8,6 +8,7 @@ from qtuning_fast.lifelong.class_incremental import first_of_each_class
 from qtuning_fast.lifelong.data.encoded import EncodedExamples
 from qtuning_fast.lifelong.evaluation import features
 from qtuning_fast.method.closed_form import LabelledFeatures, LinearHead, mixed_head
+from qtuning_fast.model.distributed import from_first
 from qtuning_fast.model.model import QTuningModel
 
 MOST_EXAMPLES = 1024
@@ -28,7 +29,7 @@ def mix_head(model: QTuningModel, train: EncodedExamples, validation: EncodedExa
     trained = LinearHead(*(part.detach().double().cpu() for part in (learning.head.weight, learning.head.bias)))
     model.set_task(learning.task)  # a step has changed the prompt that is placed
     seen = [_described(model, split, batch_size) for split in (train, validation)]
-    learning.set_head(mixed_head(trained, seen[0], seen[1], len(learning.label_names)))
+    learning.set_head(from_first(lambda: mixed_head(trained, seen[0], seen[1], len(learning.label_names))))
 
 
 def _described(model: QTuningModel, examples: EncodedExamples, batch_size: int) -> LabelledFeatures:

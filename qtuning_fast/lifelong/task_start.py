@@ -18,6 +18,7 @@ from qtuning_fast.lifelong.tasks import Task
 from qtuning_fast.method.adapter import PREVIOUS, RANDOM, VALIDATION
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
+from qtuning_fast.model.distributed import share_of
 from qtuning_fast.model.model import QTuningModel
 
 START_EXAMPLES, START_EXAMPLES_A_CLASS = 256, 8
@@ -101,9 +102,11 @@ def mix_with_earlier_prompts(model: QTuningModel, share: float) -> None:
 
 
 def _some(model: QTuningModel, task: Task, examples: EncodedExamples, batch_size: int) -> list[dict[str, Tensor]]:
-    """Return batches of some examples with their labels; all classes have a share."""
+    """Return this process's part of the batches of some examples with their labels; all classes have a share."""
     places = np.arange(min(START_EXAMPLES, len(examples)))
     if task.problem_type == SINGLE and model.has_heads:
         each = max(START_EXAMPLES_A_CLASS, START_EXAMPLES // len(task.label_names))
         places = first_of_each_class(examples.columns["labels"].numpy(), each)
-    return list(examples.subset(places.tolist()).labelled_batches(batch_size))
+    some = examples.subset(places.tolist())
+    numbers = range(some.batch_count(batch_size))[share_of(some.batch_count(batch_size))]
+    return [some.labelled_batch(number, batch_size) for number in numbers]

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,17 +24,21 @@ from transformers import (
 )
 from transformers.data import default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from qtuning_fast.lifelong.data.encoded import EncodedExamples, without_padding
 from qtuning_fast.lifelong.data.images import ImageExamples
+from qtuning_fast.lifelong.evaluation import outputs
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.scores import METRICS, score
+from qtuning_fast.lifelong.split_batches import IMAGES, BatchPart, SplitExamples
 from qtuning_fast.method.contrast import contrastive_loss
 from qtuning_fast.method.labels import label_loss
 from qtuning_fast.model.checked_files import CorruptFileError, file_digest, read_json, write_json
+from qtuning_fast.model.distributed import process_count, process_number, sum_gradients
 from qtuning_fast.model.model import QTuningModel
-from qtuning_fast.model.scoring import Answers, answer_scores
+from qtuning_fast.model.scoring import Answers
 
 _MANIFEST = "manifest.json"
 _KEPT_BY = "kept_by"  # the score; of states with equal ones, which few examples often give, the least loss
@@ -71,20 +74,21 @@ class TaskTrainer(Trainer):
         self.options = options
         self.folder = folder
         self.answers = answers
+        self.validation = validation
         self._earlier_means = earlier_means
         self.start_score: float | None = None
         self.best_step: int | None = None
         self.clock = StepTimer()
-        self._retention_losses: list[Tensor] = []
+        self._retention_losses: list[Tensor] = []  # of the steps since the last log
+        self._retention_of_part: list[Tensor] = []  # of a step, if it has one
         stopping = [EarlyStoppingCallback(options.patience, _TIE)] if options.patience else []
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=_training_arguments(options, folder, model.device),
-            train_dataset=train,
-            eval_dataset=validation.by_length()[0],
+            train_dataset=SplitExamples(train) if process_count() > 1 else train,
+            eval_dataset=validation,
             data_collator=_collated,
-            compute_metrics=partial(_score, model.learning.problem_type),
             callbacks=[self.clock, WriteManifest(), BeginEpoch(train), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
@@ -103,19 +107,57 @@ class TaskTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch with memory retention, the pull on the reweighting, and the contrastive regulariser."""
+        if process_count() > 1:
+            return self._loss_of_part(model, BatchPart(self.qtuning, inputs))
         with self._features_of_the_batch() as features:
-            outputs = model(**inputs, **({} if self.qtuning.has_heads else {"use_cache": False}))
+            outputs = model(**inputs, **self._flags)
         retention = outputs.get("retention_loss")
         if retention is not None:
             self._retention_losses.append(retention.detach())
         loss = outputs.loss
-        if self.options.reweighting_pull and self.qtuning.training:
+        if self.options.reweighting_pull:
             loss = loss + self.options.reweighting_pull * self.qtuning.training_prefix.reweighting_loss()
-        if self._earlier_means is not None and self.qtuning.training:
+        if self._earlier_means is not None:
             [x] = features
-            means = self._earlier_means if len(self._earlier_means) else x.new_zeros(0, x.shape[1])
-            loss = loss + self.options.contrast * contrastive_loss(x, means)
+            loss = loss + self.options.contrast * contrastive_loss(x, self._means_for(x))
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_of_part(self, model: Any, part: BatchPart) -> Tensor:
+        """What this process adds to the loss of a batch, so that the sum over processes is the loss of one process."""
+        loss = torch.zeros((), device=self.qtuning.device, requires_grad=True)
+        x = loss.new_zeros(0, self.qtuning.hidden_size)
+        self._retention_of_part = [] if part.pairs is None else [loss.detach()]
+        if not part.is_empty:
+            given: dict[str, Any] = {} if part.pairs is None else {"retention_features": part.pairs}
+            with self._features_of_the_batch() as features:
+                outputs = model(**part.inputs, **given, **self._flags, num_items_in_batch=part.num_items)
+            loss = outputs.loss
+            x = features[0] if features else x
+            if part.pairs is not None:
+                self._retention_of_part = [part.pairs.share * outputs.retention_loss.detach()]
+        if self.options.reweighting_pull and process_number() == 0:  # it is of no example: once is enough
+            loss = loss + self.options.reweighting_pull * self.qtuning.training_prefix.reweighting_loss()
+        if self._earlier_means is not None:
+            loss = loss + self.options.contrast * part.contrast(x, self._means_for(x))
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the gradients of a batch; processes sum those of their parts before the optimiser clips them."""
+        loss = super().training_step(*args, **kwargs)
+        if process_count() > 1:
+            trained = [each for each in self.qtuning.parameters() if each.requires_grad]
+            loss, *retention = sum_gradients(trained, loss, *self._retention_of_part)
+            self._retention_losses += retention
+        return loss
+
+    @property
+    def _flags(self) -> dict[str, bool]:
+        return {} if self.qtuning.has_heads else {"use_cache": False}
+
+    def _means_for(self, x: Tensor) -> Tensor:
+        """The class means of earlier tasks; for the first task none."""
+        assert self._earlier_means is not None
+        return self._earlier_means if len(self._earlier_means) else x.new_zeros(0, x.shape[1])
 
     @contextmanager
     def _features_of_the_batch(self) -> Iterator[list[Tensor]]:
@@ -131,12 +173,12 @@ class TaskTrainer(Trainer):
         finally:
             hook.remove()
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.answers is None:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
-        return None, answer_scores(self.qtuning, inputs, self.answers), labels
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate on the validation split as everything in a run is evaluated."""
+        found = outputs(self.qtuning, self.validation, self.options.eval_batch_size, self.answers).numpy()
+        labels = self.validation.columns["labels"].numpy()
+        metrics = _score(self.qtuning.learning.problem_type, found, labels)
+        return EvalLoopOutput(found, labels, {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}, len(labels))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._retention_losses:
@@ -264,13 +306,14 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return without_padding(default_data_collator(examples))
+    images = [each.pop(IMAGES) for each in examples if IMAGES in each]  # of this process's part of the batch alone
+    batch = default_data_collator(examples) | ({IMAGES: torch.stack(images)} if images else {})
+    return without_padding(batch)
 
 
-def _score(problem_type: str, prediction: Any) -> dict[str, float]:
-    outputs, labels = prediction.predictions, prediction.label_ids
-    found = score(problem_type, outputs, labels)
-    loss = float(label_loss(torch.as_tensor(outputs), torch.as_tensor(labels), problem_type))
+def _score(problem_type: str, predictions: Any, labels: Any) -> dict[str, float]:
+    found = score(problem_type, predictions, labels)
+    loss = float(label_loss(torch.as_tensor(predictions), torch.as_tensor(labels), problem_type))
     return {METRICS[problem_type]: found, _KEPT_BY: found - _TIE * loss / (1 + loss)}
 
 

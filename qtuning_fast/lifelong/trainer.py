@@ -22,14 +22,13 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
@@ -46,6 +45,8 @@ from qtuning_fast.lifelong.metrics import evaluation_summary
 from qtuning_fast.lifelong.options import TrainingOptions
 from qtuning_fast.lifelong.preflight import preflight
 from qtuning_fast.lifelong.probe import LinearProbe, tuned_probe
+from qtuning_fast.lifelong.processes import agree, check_joined, own_folder
+from qtuning_fast.lifelong.run_folder import RUN_FILE, claim_folder, locked, refuse_foreign_folder
 from qtuning_fast.lifelong.scores import score
 from qtuning_fast.lifelong.task_end import mix_head
 from qtuning_fast.lifelong.task_start import check_start, mix_with_earlier_prompts, start_task
@@ -56,15 +57,13 @@ from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
 from qtuning_fast.method.adapter import check_not_reserved
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import REGRESSION, SINGLE
-from qtuning_fast.method.settings import in_full
 from qtuning_fast.method.task_rule import TaskRule
 from qtuning_fast.method.task_rules import RULES, ClosedForm, rule_by_name
 from qtuning_fast.model.checked_files import read_json, tensors_digest, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE
+from qtuning_fast.model.distributed import from_first, process_count
 from qtuning_fast.model.fingerprint import fingerprint
 from qtuning_fast.model.model import QTuningModel
-
-RUN_FILE = "run.json"
 
 
 class LifelongTrainer:
@@ -145,25 +144,27 @@ class LifelongTrainer:
 
     def run(self) -> dict[str, Any]:
         """Train and evaluate what is not done yet; returns the metrics, which are also in `metrics.json`."""
-        self._refuse_foreign_folder()
-        if not (self.folder / RUN_FILE).exists():
+        check_joined()
+        settings = self._settings()
+        self._agree(settings)
+        from_first(lambda: refuse_foreign_folder(self.folder))
+        if not from_first((self.folder / RUN_FILE).exists):
             with self._attached(alone=True) as model:
                 preflight(model, self.encoder, self.tasks, self._encoded)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                return self._run()
-        except Timeout:
-            raise ValueError(f"{self.folder}: another process runs in this folder") from None
-        finally:
-            if not (self.folder / RUN_FILE).exists():  # a refused run leaves nothing behind
-                (self.folder / ".lock").unlink(missing_ok=True)
-                with suppress(OSError):
-                    self.folder.rmdir()
+        folder = self.folder
+        with ExitStack() as stack:
+            from_first(lambda: stack.enter_context(locked(folder)))
+            self.folder = stack.enter_context(own_folder(folder))
+            try:
+                return self._run(settings)
+            finally:
+                self.folder = folder
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self, settings: dict[str, Any]) -> dict[str, Any]:
         with self._attached() as model:
-            self._claim_folder()  # after the model accepts the settings: a refused run leaves nothing behind
+            from_first(
+                lambda: claim_folder(self.folder, settings)
+            )  # after the model accepts the settings: a refused run leaves nothing behind
             for number, task in enumerate(self.tasks):
                 self.listener.task_begins(number, task)
                 self._run_stage(number, "probe", partial(self._probe, model, task))
@@ -182,16 +183,9 @@ class LifelongTrainer:
 
     # Stages
 
-    def _refuse_foreign_folder(self) -> None:
-        if not self.folder.exists() or (self.folder / RUN_FILE).exists():
-            return
-        # A run that was killed at once leaves hidden files.
-        if any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no run; choose another folder")
-
-    def _claim_folder(self) -> None:
-        """Write `run.json`, or refuse a folder that holds another run."""
-        current: dict[str, Any] = {
+    def _settings(self) -> dict[str, Any]:
+        """Return the content of `run.json`."""
+        settings: dict[str, Any] = {
             "method": self.config.to_dict(),
             "training": self.options.to_dict(),
             "forward_transfer": self.forward_transfer,
@@ -201,29 +195,25 @@ class LifelongTrainer:
         }
         rule = self._unnamed.rule
         if type(rule) is not ClosedForm:  # runs made before these could be chosen do not have them
-            current["task_rule"] = rule.name
+            settings["task_rule"] = rule.name
         if rule.has_own_features:
-            current["feature_map"] = rule.feature_map
+            settings["feature_map"] = rule.feature_map
         elif rule.settings:
-            current["task_rule_settings"] = rule.settings
+            settings["task_rule_settings"] = rule.settings
         if not self._keeps_features:
-            current["keep_validation_features"] = False
+            settings["keep_validation_features"] = False
         if self.config.task_type not in HEAD_TASK_TYPES:
-            current["label_words"] = {task.name: task.answers for task in self.tasks}
+            settings["label_words"] = {task.name: task.answers for task in self.tasks}
             templates = {task.name: task.template for task in self.tasks if task.template is not None}
-            current |= {"templates": templates} if templates else {}
-        path = self.folder / RUN_FILE
-        if not path.exists():
-            write_json(path, current)
-            return
-        recorded = read_json(path)
-        for name, kind in (("method", QTuningConfig), ("training", TrainingOptions)):
-            if isinstance(recorded.get(name), dict):  # a setting that is not there means something, too
-                recorded[name], current[name] = (in_full(kind, each[name]) for each in (recorded, current))
-        different = sorted(name for name in current.keys() | recorded.keys() if current.get(name) != recorded.get(name))
-        if different:
-            details = "; ".join(f"{name}: {_difference(recorded.get(name), current.get(name))}" for name in different)
-            raise ValueError(f"{self.folder} holds another run ({details}); choose another folder, or remove that one")
+            settings |= {"templates": templates} if templates else {}
+        return settings
+
+    def _agree(self, settings: dict[str, Any]) -> None:
+        """Check that processes are of the same run; what `about` says, such as paths, may differ between nodes."""
+        parts = {"method": "{}", "training": "{}", "tasks": "the data of task {!r}"}
+        named = {name.format(key): x for part, name in parts.items() for key, x in settings[part].items()}
+        whole = {name: x for name, x in settings.items() if name not in (*parts, "about")}
+        agree(named | whole | versions() | {"the device": device_name(self.base_model.device)})
 
     @contextmanager
     def _attached(self, *, alone: bool = False) -> Iterator[QTuningModel]:
@@ -244,6 +234,8 @@ class LifelongTrainer:
     def _train_and_save(self, model: QTuningModel, number: int) -> None:
         self.listener.stage_begins("training")
         record = self._train_task(model, number, self._task_folder(number) / "checkpoints")
+        name = self.tasks[number].name
+        agree({f"the adapter of task {name!r}": tensors_digest(model.adapters[name].tensors())})
         write_json(self._task_folder(number) / "training.json", record)
         self._unnamed.record(model, number)
         model.save_pretrained(self.folder / "adapter")
@@ -350,7 +342,7 @@ class LifelongTrainer:
 
     def _tuned_probe(self, model: QTuningModel, task: Task) -> LinearProbe:
         train, validation = (self._features_and_labels(model, task, split) for split in ("train", "validation"))
-        return tuned_probe(train, validation, task.problem_type, len(task.label_names))
+        return from_first(lambda: tuned_probe(train, validation, task.problem_type, len(task.label_names)))
 
     # Pieces
 
@@ -405,7 +397,8 @@ class LifelongTrainer:
         path = self._task_folder(number) / f"{stage}.json"
         if not path.exists():
             self.listener.stage_begins(stage)
-            write_json(path, compute())
+            found = compute()
+            write_json(path, from_first(lambda: found))
 
     def _read_stage(self, number: int, stage: str) -> dict[str, Any]:
         return read_json(self._task_folder(number) / f"{stage}.json")
@@ -433,15 +426,9 @@ class LifelongTrainer:
             "config": {"method": self.config.to_dict(), "training": self.options.to_dict(), **self.about},
             "versions": versions(),
             "device": device_name(self.base_model.device),
+            "processes": process_count(),
             "seed": self.options.seed,
         }
-
-
-def _difference(recorded: Any, current: Any) -> str:
-    if isinstance(recorded, dict) and isinstance(current, dict):
-        keys = [key for key in recorded.keys() | current.keys() if recorded.get(key) != current.get(key)]
-        return ", ".join(f"{key} was {recorded.get(key)!r}, now {current.get(key)!r}" for key in sorted(keys))
-    return f"was {recorded!r}, now {current!r}"
 
 
 def _padded_row(row: list[float], length: int) -> list[float | None]:

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RetentionPairs:
+    """What a part of a batch is compared with, where processes split the batch.
+
+    Attributes:
+        joint: `[b, features]`, of the part's own samples under the previous task's adapter.
+        product: `[b, features]`, of other samples of the whole batch.
+        share: the part's share of the batch.
+    """
+
+    joint: Tensor
+    product: Tensor
+    share: float
+
+    @classmethod
+    def of(cls, z_old: Tensor, part: slice, shift: int) -> RetentionPairs:
+        """Return those of a part, given the features `[B, features]` of the whole batch and how far they roll."""
+        return cls(z_old[part], z_old.roll(shift, 0)[part], len(z_old[part]) / len(z_old))
 
 
 class Discriminator(nn.Module):
@@ -38,7 +60,11 @@ def retention_loss(discriminator: Discriminator, z_new: Tensor, z_old: Tensor, s
     """
     if not 1 <= shift < len(z_new):
         raise ValueError(f"shift is {shift}; it must be in 1..{len(z_new) - 1}, below the batch size")
-    z_old = z_old.detach()
-    joint = discriminator(z_new, z_old)
-    product = discriminator(z_new, z_old.roll(shift, 0))
+    return pairs_loss(discriminator, z_new, RetentionPairs.of(z_old, slice(None), shift))
+
+
+def pairs_loss(discriminator: Discriminator, z_new: Tensor, pairs: RetentionPairs) -> Tensor:
+    """Return the loss of a part of a batch; the whole batch's is the mean over its parts, weighted by their shares."""
+    joint = discriminator(z_new, pairs.joint.detach().to(z_new))
+    product = discriminator(z_new, pairs.product.detach().to(z_new))
     return F.softplus(-joint).mean() + F.softplus(product).mean()

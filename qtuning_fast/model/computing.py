@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import check_labels, counted, label_loss, share_of_items
+from qtuning_fast.method.retention import RetentionPairs
 from qtuning_fast.model.active_task import ActiveTask
 from qtuning_fast.model.backbone import Backbone
 from qtuning_fast.model.device_slots import MixedBatch
@@ -75,7 +76,7 @@ class Computing:
         self,
         inputs: dict[str, Any],
         labels: Tensor,
-        retention_features: Tensor,
+        retention_features: Tensor | RetentionPairs,
         num_items: Tensor | int | None = None,
     ) -> Any:
         """Run a step with memory retention: the batch under the training prefix and under the shared prompt alone."""
@@ -99,7 +100,9 @@ class Computing:
             output = self.under_a_task(inputs, labels, num_items)
         retention = self._learning.retention_loss(shared_features, retention_features)
         weight: Tensor | float = self._config.retention_weight
-        if num_items is not None:  # summed over the batches of a step, the shares are 1
+        if isinstance(retention_features, RetentionPairs):  # by samples, whatever number of labels each has
+            weight = weight * retention_features.share
+        elif num_items is not None:  # summed over the batches of a step, the shares are 1
             counts = (
                 counted(output.logits, labels, self._labelled()[0])
                 if self._has_heads

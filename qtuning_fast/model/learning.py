@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qtuning_fast.method.adapter import TaskAdapter
 from qtuning_fast.method.closed_form import LinearHead
 from qtuning_fast.method.labels import SINGLE
-from qtuning_fast.method.retention import Discriminator, retention_loss
+from qtuning_fast.method.retention import Discriminator, RetentionPairs, pairs_loss, retention_loss
 from qtuning_fast.model.stale_optimizers import watch
 from qtuning_fast.model.training_prefix import TrainingPrefix
 
@@ -133,9 +133,11 @@ class Learning(nn.Module):
         assert self.head is not None
         return self.head(features.to(self.head.weight.dtype))
 
-    def retention_loss(self, shared_features: Tensor, old_features: Tensor) -> Tensor:
+    def retention_loss(self, shared_features: Tensor, old_features: Tensor | RetentionPairs) -> Tensor:
         """Return `L_MR` of features `[B, hidden]` under the shared prompt and under the previous task's adapter."""
         assert self.discriminator is not None
+        if isinstance(old_features, RetentionPairs):
+            return pairs_loss(self.discriminator, shared_features, old_features)
         shift = int(torch.randint(1, len(shared_features), ()))
         return retention_loss(self.discriminator, shared_features, old_features.to(shared_features), shift)
 

@@ -19,7 +19,7 @@ from qtuning_fast.method.adapter import RANDOM, TaskAdapter, check_not_reserved,
 from qtuning_fast.method.config import HEAD_TASK_TYPES, QTuningConfig
 from qtuning_fast.method.labels import SINGLE
 from qtuning_fast.method.prefix import Prefix
-from qtuning_fast.method.retention import Discriminator
+from qtuning_fast.method.retention import Discriminator, RetentionPairs
 from qtuning_fast.method.statistics import TaskStatistics
 from qtuning_fast.method.task_inference import FALSE_ALARM_RATE, FittedRule, TaskInference
 from qtuning_fast.method.task_rule import TaskRule
@@ -505,7 +505,7 @@ class QTuningModel(PretrainedInterface):
         labels: Tensor | None = None,
         task_names: Sequence[str] | str | None = None,
         top_k: int = 1,
-        retention_features: Tensor | None = None,
+        retention_features: Tensor | RetentionPairs | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -523,7 +523,8 @@ class QTuningModel(PretrainedInterface):
                 the greatest probability `p(t|x) p_t(c|x)`. Only for tasks with heads. Where such a task's answer is not
                 one class of several, the likeliest task is taken.
             retention_features: `[B, hidden]`, precomputed features of this batch under the previous task's adapter
-                (`features`); None: they are computed here.
+                (`features`); None: they are computed here. Of a part of a batch that processes split,
+                `RetentionPairs`, whose share weights memory retention.
             num_items_in_batch: divides the sum of the labels' losses, and weights memory retention by this batch's
                 share of the items, so that losses add up over the batches of a step; None: the batch's own number.
             **kwargs: for the base model.
@@ -566,7 +567,7 @@ class QTuningModel(PretrainedInterface):
         inputs: dict[str, Any],
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
-        retention_features: Tensor | None,
+        retention_features: Tensor | RetentionPairs | None,
     ) -> Any:
         """Return loss and logits under the task that is set or those of a block, or the base model's own output."""
         task, mixed = self._active.current, self._mixed
@@ -580,7 +581,7 @@ class QTuningModel(PretrainedInterface):
         if self.training and task.adapter is None and self.retains_memory:
             if labels is None:
                 _warn_of_no_retention("forward got no labels (as with label smoothing or a loss of your own)")
-            elif batch_size(inputs) == 1:
+            elif batch_size(inputs) == 1 and not isinstance(retention_features, RetentionPairs):
                 _warn_of_no_retention("a batch of one sample has no pairs of samples to compare")
             else:
                 if retention_features is None:

@@ -89,8 +89,6 @@ def test_features_are_pushed_away_from_earlier_classes(
     x = model.encode(batch)
     expected = model(**inputs).loss + 0.5 * contrastive_loss(x, means if earlier else x.new_zeros(0, x.shape[1]))
     torch.testing.assert_close(loss, expected)
-    model.eval()
-    torch.testing.assert_close(task.compute_loss(model, inputs), model(**inputs).loss)
     task.train_or_resume()
     assert not model.learning.head._forward_pre_hooks
 

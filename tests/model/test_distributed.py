@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from qtuning_fast.model.distributed import full_tensor, synchronize
+from qtuning_fast.model import distributed
+from qtuning_fast.model.distributed import (
+    ProcessLostError,
+    dealt_in_turn,
+    from_first,
+    full_tensor,
+    gathered,
+    share_of,
+    sum_gradients,
+    synchronize,
+)
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 
@@ -99,3 +109,90 @@ def test_a_sharded_tensor_is_put_together_and_any_other_stays_as_it_is() -> None
     together = full_tensor(sharded)
     assert isinstance(sharded, DTensor) and not isinstance(together, DTensor)
     assert torch.equal(together, whole)
+
+
+@pytest.fixture
+def be_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    def be(number: int, count: int) -> None:
+        monkeypatch.setattr(distributed, "process_number", lambda: number)
+        monkeypatch.setattr(distributed, "process_count", lambda: count)
+
+    return be
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8])
+def test_shares_make_up_the_whole_and_differ_by_one(be_process: Callable[[int, int], None], size: int) -> None:
+    shares = []
+    for number in range(3):
+        be_process(number, 3)
+        shares.append(list(range(size))[share_of(size)])
+    assert [place for share in shares for place in share] == list(range(size))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_what_is_dealt_in_turn_comes_back_in_order(
+    be_process: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dealt_in_turn(4, str) == ["0", "1", "2", "3"]
+    be_process(1, 3)
+
+    def gathered_from(mine: Callable[[], list[str]]) -> list[list[str]]:
+        assert mine() == ["1", "4"]
+        return [["0", "3"], mine(), ["2"]]
+
+    monkeypatch.setattr(distributed, "gathered_from", gathered_from)
+    assert dealt_in_turn(5, str) == ["0", "1", "2", "3", "4"]
+
+
+def test_only_the_first_process_computes_and_its_error_is_raised_in_all(
+    be_process: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong() -> None:
+        raise ValueError("wrong")
+
+    told: list[Any] = []
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects: told.extend(objects))
+    be_process(0, 2)
+    assert from_first(lambda: 3) == 3
+    with pytest.raises(ValueError, match="wrong"):
+        from_first(wrong)
+    be_process(1, 2)
+    for value, error in told:
+        monkeypatch.setattr(dist, "broadcast_object_list", lambda here, x=(value, error): here.__setitem__(0, x))
+        if error is None:
+            assert from_first(lambda: pytest.fail("computed")) == value
+        else:
+            with pytest.raises(ValueError, match="wrong"):
+                from_first(lambda: pytest.fail("computed"))
+
+
+def test_a_process_that_has_gone_is_an_error_of_its_own(
+    be_process: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer [::1]:1\nmore")
+
+    be_process(1, 2)
+    monkeypatch.setattr(dist, "all_gather_object", closed)
+    with pytest.raises(ProcessLostError, match=r"process 1 of 2 has lost another one.*\(Connection closed.*:1\)$"):
+        gathered(1)
+
+
+def test_gradients_are_summed_and_stay_absent_where_none_has_one(
+    be_process: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_process(0, 2)
+    parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
+    parameters[0].grad = torch.full((2, 2), 2.0)
+    theirs = torch.tensor([1.0, 1.0, 0.0, 10.0, *[0.5] * 4, *[3.0] * 4, *[0.0] * 4])  # has each one; value; gradients
+
+    def all_gather(every: list[torch.Tensor], mine: torch.Tensor) -> None:
+        every[0].copy_(mine)
+        every[1].copy_(theirs)
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    [value] = sum_gradients(parameters, torch.tensor(1.0))
+    assert value == 11
+    assert torch.equal(parameters[0].grad, torch.full((2, 2), 2.5))
+    assert torch.equal(parameters[1].grad, torch.full((2, 2), 3.0))
+    assert parameters[2].grad is None

@@ -56,13 +56,21 @@ class EncodedExamples(Dataset[dict[str, Tensor]]):
 
     def batches(self, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """The inputs without labels, in order, on the device; no batch is longer than its longest text."""
-        for rows in self.labelled_batches(batch_size):
-            yield {name: column.to(device) for name, column in rows.items() if name != "labels"}
+        for number in range(self.batch_count(batch_size)):
+            yield self.batch(number, batch_size, device)
 
-    def labelled_batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The inputs with their labels, in order; no batch is longer than its longest text."""
-        for start in range(0, len(self), batch_size):
-            yield without_padding(self.rows(slice(start, start + batch_size)))
+    def batch_count(self, batch_size: int) -> int:
+        """The number of batches."""
+        return -(-len(self) // batch_size)
+
+    def batch(self, number: int, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """One of `batches`, by its number."""
+        rows = self.labelled_batch(number, batch_size)
+        return {name: column.to(device) for name, column in rows.items() if name != "labels"}
+
+    def labelled_batch(self, number: int, batch_size: int) -> dict[str, Tensor]:
+        """The inputs of a batch with their labels; it is no longer than its longest text."""
+        return without_padding(self.rows(slice(number * batch_size, (number + 1) * batch_size)))
 
 
 class TextExamples(EncodedExamples):
