@@ -1,30 +1,27 @@
-"""The command line: `qtuning-fast run | eval | predict | statistics | report | bench | info`."""
+"""The command line: `qtuning-fast run | eval | predict | statistics | report | bench | serve | info`."""
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
-    from rich.console import Console
     from rich.table import Table
 except ImportError as error:  # the operator alone does not need these packages
     sys.exit(f"qtuning-fast needs {error.name}: pip install 'qtuning_fast[lifelong]'")
 
 from qtuning_fast.cli_options import Options, with_options
+from qtuning_fast.cli_output import console, readable_errors, silence_libraries
 from qtuning_fast.lifelong.methods import METHODS, Q_TUNING, method_by_name
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.stream import DINOV2, MINILM
 from qtuning_fast.lifelong.streams import STREAMS, defaults_in_words
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.task_rules import RULES, ClosedForm
+from qtuning_fast.serving.options import ServingOptions
 from qtuning_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -35,15 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        self.quiet = True  # the reader of the pipe has exited; the run continues
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-console = _Console()
 
 
 def _option(panel: str, text: str) -> Any:
@@ -68,60 +56,6 @@ def main() -> None:
     app()
 
 
-@contextmanager
-def _readable_errors(
-    interrupted: str = "What is finished is kept: the same command resumes from here.",
-) -> Iterator[None]:
-    """Report an error that a user can fix in one line with exit code 2; on Ctrl-C, say how to resume."""
-    try:
-        with _warnings_as_notes():
-            yield
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted. {interrupted}")
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-        said = (
-            f"{error}: pip install 'qtuning_fast[lifelong]'" if isinstance(error, ModuleNotFoundError) else str(error)
-        )
-        Console(stderr=True).print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Print each warning about the data on one line, without its source location."""
-    from qtuning_fast.lifelong.data.tables import DataWarning
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, DataWarning):
-            Console(stderr=True).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
-        else:
-            shown(message, category, filename, lineno, file, line)
-
-    with warnings.catch_warnings():
-        shown, warnings.showwarning = warnings.showwarning, show
-        warnings.simplefilter("default", DataWarning)
-        yield
-
-
-def _silence_libraries() -> None:
-    """Hide the progress bars and advice of libraries."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import transformers
-
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def _version(asked: bool) -> None:
     if asked:
         console.print(f"qtuning_fast {__version__}", highlight=False)
@@ -135,6 +69,7 @@ _METHOD = Options(
     QTuningConfig, "Method", defaults={n: defaults_in_words(n, own) for n, own in _WITHOUT_STREAM.items()}
 )
 _TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
+_SERVING = Options(ServingOptions, "Serving")
 
 
 @app.callback()
@@ -169,8 +104,8 @@ def run(
     **given: Any,
 ) -> None:
     """Run a stream of tasks and a linear probe on the same examples; write metrics and a report."""
-    with _readable_errors():
-        _silence_libraries()
+    with readable_errors():
+        silence_libraries()
         from qtuning_fast.lifelong.runs import RunSettings, run_seeds, run_stream
 
         for name, value in _WITHOUT_STREAM.items():
@@ -222,11 +157,11 @@ def evaluate(
 
     Without --task, the task of an example is inferred; your own examples then count by the names of their labels.
     """
-    with _readable_errors():
+    with readable_errors():
         _check_inferring(task, top_k, rule, answers_by)
         if data is None and (text_column or label_column):
             raise ValueError("--text-column and --label-column need --data; the run knows the columns of its own tasks")
-        _silence_libraries()
+        silence_libraries()
         from qtuning_fast.lifelong.data.loading import load_examples
         from qtuning_fast.lifelong.report.console import labels_table, scores_table
         from qtuning_fast.lifelong.saved_run import SavedRun
@@ -283,11 +218,11 @@ def predict(
     answers_by: AnswersBy = None,
 ) -> None:
     """Classify texts or images, under a stored task or under the one that each seems to be of."""
-    with _readable_errors():
+    with readable_errors():
         _check_inferring(task, top_k, rule, answers_by)
         if not all(each.strip() for each in text):
             raise ValueError("text is empty; give a text to classify")
-        _silence_libraries()
+        silence_libraries()
         from qtuning_fast.lifelong.saved_run import SavedRun
 
         saved = SavedRun(folder, task_rule=rule, answers_by=answers_by)
@@ -325,8 +260,8 @@ def _name_left_out(saved: SavedRun) -> None:
 @app.command()
 def statistics(folder: RunFolder, rule: Rule = None) -> None:
     """Record what inferring the task needs, for a run of an earlier version, from the run's own examples."""
-    with _readable_errors():
-        _silence_libraries()
+    with readable_errors():
+        silence_libraries()
         from qtuning_fast.lifelong.saved_run import SavedRun
 
         recorded = SavedRun(folder, task_rule=rule).record_statistics()
@@ -337,7 +272,7 @@ def statistics(folder: RunFolder, rule: Rule = None) -> None:
 @app.command()
 def report(folder: RunFolder) -> None:
     """Rewrite a run's report and pictures from its metrics."""
-    with _readable_errors():
+    with readable_errors():
         from qtuning_fast.lifelong.report.console import run_tables, seeds_tables
         from qtuning_fast.lifelong.runs import rewrite_report
 
@@ -369,8 +304,8 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
     """Measure what attention with a prefix costs a model on this machine, beside other implementations."""
-    with _readable_errors("Nothing is kept."):
-        _silence_libraries()
+    with readable_errors("Nothing is kept."):
+        silence_libraries()
         from qtuning_fast.bench.console import LEGEND, Bars, peers_table, times_table, verdict
         from qtuning_fast.bench.layer_cost import LayerCase, LayerOptions, results_file
         from qtuning_fast.bench.measure import QUICK, TURNS
@@ -388,9 +323,20 @@ def bench(
 
 
 @app.command()
+@with_options(_SERVING)
+def serve(folder: RunFolder, **given: Any) -> None:
+    """Serve a run over HTTP: batches that mix tasks, adapters that come and go. Ctrl-C and SIGTERM drain."""
+    with readable_errors("Nothing is kept."):
+        silence_libraries()
+        from qtuning_fast.serving.command import run_server
+
+        run_server(folder, _SERVING.read(given), partial(console.print, markup=False, highlight=False, soft_wrap=True))
+
+
+@app.command()
 def info() -> None:
     """Show versions, devices, backends, and what is missing."""
-    with _readable_errors():
+    with readable_errors():
         from qtuning_fast.lifelong.environment import describe_environment
 
         for title, rows in describe_environment().items():

@@ -355,10 +355,41 @@ class QTuningModel(PretrainedInterface):
             ValueError: the checkpoint lacks the task, a file is damaged, the base model or the place of prefixes
                 differs, or the name is taken.
         """
-        adapter, saved = self._tasks.read(Path(folder), name)
+        self.load_tasks(folder, [name])
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str], *, lazy: bool = False) -> None:
+        """Add adapters from a checkpoint of the same base model, as finished tasks, with their statistics: all or none.
+
+        Args:
+            folder: folder that `save_pretrained` wrote.
+            names: tasks of it.
+            lazy: read each adapter when it is first needed; its file must exist then, and damage is detected then.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `load_task`.
+        """
+        saved = self._tasks.read(Path(folder), names)
+        adapters = {} if lazy else {name: saved.adapters[name] for name in names}
         with self.backbone.injector.lock:
-            self._check_new(adapter)
-            self._tasks.add_read(adapter, saved)
+            for name in names:
+                self._check_new_name(name)
+                if name in adapters:
+                    self._tasks.check_new(adapters[name])
+            for name in names:
+                self._tasks.add_read(name, saved, adapters.get(name))
+
+    def read_task(self, folder: str | Path, name: str) -> tuple[TaskAdapter, TaskStatistics | None]:
+        """Read what `load_task` would add, with all its checks except that the name is free, and add nothing.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as in `load_task`.
+        """
+        saved = self._tasks.read(Path(folder), [name])
+        adapter, statistics = saved.adapters[name], saved.statistics.get(name)
+        self._tasks.check_fits(adapter)
+        if statistics is not None:
+            self._tasks.known.check(adapter.info, statistics)
+        return adapter, statistics
 
     def remove_task(self, name: str) -> None:
         """Remove a finished task and its statistics, which frees its name. Other tasks are unchanged.
@@ -802,9 +833,13 @@ class QTuningModel(PretrainedInterface):
 
     def _check_new(self, adapter: TaskAdapter) -> None:
         self._tasks.check_new(adapter)
-        check_not_reserved(adapter.name)
-        if adapter.name == self.learning.task:
-            raise ValueError(f"task {adapter.name!r} is in training; give the adapter another name")
+        self._check_new_name(adapter.name)
+
+    def _check_new_name(self, name: str) -> None:
+        self._tasks.check_new_name(name)
+        check_not_reserved(name)
+        if name == self.learning.task:
+            raise ValueError(f"task {name!r} is in training; give the adapter another name")
 
     def _check_attached(self) -> None:
         """Raise a `RuntimeError` after `detach`."""

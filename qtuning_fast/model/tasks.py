@@ -80,10 +80,18 @@ class Tasks:
 
     def check_new(self, adapter: TaskAdapter) -> None:
         """Raise a TypeError or ValueError if an adapter does not fit the model or its name is taken."""
+        self.check_fits(adapter)
+        self.check_new_name(adapter.name)
+
+    def check_fits(self, adapter: TaskAdapter) -> None:
+        """Raise a TypeError or ValueError if an adapter does not fit the model."""
         shapes = [self._backbone.injector.layers[index].shape for index in self._layers]
         check_adapter(adapter, shapes, embedding_size=self._embedding_size, hidden_size=self._hidden_size)
-        if adapter.name in self.adapters:
-            raise ValueError(f"task {adapter.name!r} is finished already; call remove_task first")
+
+    def check_new_name(self, name: str) -> None:
+        """Raise a ValueError if a finished task has this name."""
+        if name in self.adapters:
+            raise ValueError(f"task {name!r} is finished already; call remove_task first")
 
     def add(self, adapter: TaskAdapter, statistics: TaskStatistics | None = None) -> None:
         """Add a checked adapter. It stays in the host's memory.
@@ -98,18 +106,19 @@ class Tasks:
         if statistics is not None:
             self.known.add(adapter.name, statistics)
 
-    def read(self, folder: Path, name: str) -> tuple[TaskAdapter, Checkpoint]:
-        """Read one adapter of a checkpoint that fits this model, and return both.
+    def read(self, folder: Path, names: Sequence[str]) -> Checkpoint:
+        """Read the index of a checkpoint that fits this model and has these tasks; adapters stay on disk.
 
         Raises:
             FileNotFoundError: the folder holds no checkpoint.
-            ValueError: the checkpoint lacks the task, a file is damaged, or the base model or the place of prefixes
+            ValueError: the checkpoint lacks a task, the index is damaged, or the base model or the place of prefixes
                 differs.
         """
-        saved = read_checkpoint(folder, lazy=True)
+        saved = read_checkpoint(folder, lazy=True, with_state=False)
         saved.check_base_model(self._backbone, folder)
-        if name not in saved.adapters:
-            raise ValueError(f"task {name!r} is not among those in {folder}: {', '.join(saved.adapters) or 'none'}")
+        for name in names:
+            if name not in saved.adapters:
+                raise ValueError(f"task {name!r} is not among those in {folder}: {', '.join(saved.adapters) or 'none'}")
         theirs, ours = saved.config, self._config
         layers = chosen_layers(theirs, self._backbone.injector.layers)
         if theirs.placement != ours.placement or layers != self._layers:
@@ -117,16 +126,20 @@ class Tasks:
                 f"the prefixes in {folder} have placement={theirs.placement!r}, stack={theirs.stack!r} and "
                 f"layers={theirs.layers}, this model's {ours.placement!r}, {ours.stack!r} and {ours.layers}"
             )
-        return saved.adapters[name], saved
+        return saved
 
-    def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:
-        """Add a checked adapter that `read` returned. Its file stays in place."""
-        entry, statistics = saved.adapters.entry(adapter.name), saved.statistics.get(adapter.name)
+    def add_read(self, name: str, saved: Checkpoint, adapter: TaskAdapter | None = None) -> None:
+        """Add a task of an index that `read` returned. Its files stay in place.
+
+        Args:
+            adapter: its adapter, checked; None: the files are read when they are needed.
+        """
+        entry, recorded = saved.adapters.entry(name), saved.statistics.find(name)
+        statistics = None if adapter is None or recorded is None else saved.statistics.load(recorded)
         if statistics is not None:
             self.known.check(entry.info, statistics)
         self.adapters.add(entry.info, file=entry.file, value=adapter)
-        if statistics is not None:
-            recorded = saved.statistics.entry(adapter.name)
+        if recorded is not None:
             self.known.statistics.add(recorded.info, file=recorded.file, value=statistics)
 
     def remove(self, name: str) -> None:
