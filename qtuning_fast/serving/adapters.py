@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,31 +28,12 @@ from qtuning_fast.model.checked_files import CorruptFileError, read_json, write_
 from qtuning_fast.model.checkpoint import CONFIG_FILE, FORMAT_VERSION, task_entry
 from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.registry import AdapterFile, StatisticsFile, StatisticsInfo
-from qtuning_fast.serving.schema import MOST_CHARACTERS_OF_A_NAME, Refused
+from qtuning_fast.serving.schema import MOST_CHARACTERS_OF_A_NAME, Refused, SentAdapter
 
 VERSION_CHARACTERS = 12
 _KEPT_SECONDS = 600.0
 _LOCK_SECONDS = 20.0
 _OURS = re.compile(r"(task|statistics)-[0-9a-f]{12}\.safetensors|\..*\.part")
-
-
-@dataclass(frozen=True)
-class SentAdapter:
-    """An adapter as it arrives: what a saved model has of one task.
-
-    Attributes:
-        index: the content of `adapter_config.json`.
-        tensors: that of the file which the index names for the task.
-        statistics: that of the file of its statistics; None: its inputs are not recognised.
-        name_in_index: the task's name in the index; None: the name that it gets here.
-        label_words: a language model's words for its classes, as JSON; None: the names of the labels.
-    """
-
-    index: bytes
-    tensors: bytes
-    statistics: bytes | None = None
-    name_in_index: str | None = None
-    label_words: str | None = None
 
 
 class ServedAdapters:

@@ -20,20 +20,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from qtuning_fast.serving import gateway
-from qtuning_fast.serving.engine import Asked, Engine, Reply, check_run
+from qtuning_fast.serving.batching import Batching
 from qtuning_fast.serving.keys import Keys
 from qtuning_fast.serving.options import ServingOptions
-from qtuning_fast.serving.schema import Answer, Refused
+from qtuning_fast.serving.schema import Answer, Asked, Refused, Reply
 
 NAME = "qtuning_fast"
 _TRIES = 3
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-
-
-def _texts(requests: list[list[Asked]]) -> int:
-    """The size of a batch: the texts of its requests."""
-    return sum(map(len, requests))
 
 
 @serve.deployment(name="Engine")
@@ -43,26 +38,19 @@ class EngineReplica:
     def __init__(self, run: str, options: ServingOptions, threads: int) -> None:
         import torch
 
+        from qtuning_fast.serving.engine import Engine  # which a gateway does not need
+
         torch.set_num_threads(threads)
         self._engine = Engine(Path(run), options)
         self._thread = ThreadPoolExecutor(1, "engine")  # the engine takes one call at a time
-        self.answer.set_max_batch_size(options.batch)
-        self.answer.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
+        self._batching = Batching(self._answered, options.batch)
         self._batch_texts = metrics.Histogram("qtuning_batch_texts", "Texts in a batch.", _COUNTS)
         self._batch_tasks = metrics.Histogram("qtuning_batch_tasks", "Tasks in a batch.", _COUNTS)
         self._batch_seconds = metrics.Histogram("qtuning_batch_seconds", "Seconds of a batch.", _SECONDS)
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002, batch_size_fn=_texts)
-    async def answer(self, requests: list[list[Asked]]) -> list[list[Reply]]:
-        """Answer the questions of several requests in one batch."""
-        began = time.perf_counter()
-        replies = iter(await self._alone(self._engine.answer, [each for asked in requests for each in asked]))
-        answered = [[next(replies) for _ in asked] for asked in requests]
-        self._batch_seconds.observe(time.perf_counter() - began)
-        self._batch_texts.observe(_texts(requests))
-        tasks = {each.task for replies in answered for each in replies if isinstance(each, Answer)}
-        self._batch_tasks.observe(max(1, len(tasks)))
-        return answered
+    async def answer(self, asked: list[Asked]) -> list[Reply]:
+        """Answer the questions of a request, in one batch with those of others."""
+        return await self._batching.answer(asked)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call another method of the engine; a refusal is returned, since Ray would wrap what is raised."""
@@ -70,6 +58,14 @@ class EngineReplica:
             return await self._alone(getattr(self._engine, method), *arguments)
         except Refused as refused:
             return refused
+
+    async def _answered(self, asked: list[Asked]) -> list[Reply]:
+        began = time.perf_counter()
+        replies: list[Reply] = await self._alone(self._engine.answer, asked)
+        self._batch_seconds.observe(time.perf_counter() - began)
+        self._batch_texts.observe(len(asked))
+        self._batch_tasks.observe(max(1, len({each.task for each in replies if isinstance(each, Answer)})))
+        return replies
 
     async def _alone(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -222,6 +218,8 @@ def app(arguments: dict[str, str]) -> serve.Application:
     run, gateways = Path(words.pop("run")).absolute(), words.pop("gateways", "1")
     if not gateways.isdigit() or gateways == "0":
         raise ValueError(f"gateways is {gateways!r}; it must be a positive integer")
+    from qtuning_fast.serving.engine import check_run
+
     check_run(run)
     options = ServingOptions.from_words({"host": "0.0.0.0"} | words)
     keys = Keys.read(options)

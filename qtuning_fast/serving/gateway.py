@@ -13,8 +13,6 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from qtuning_fast.serving.adapters import SentAdapter
-from qtuning_fast.serving.engine import Asked, Reply
 from qtuning_fast.serving.guard import Guard
 from qtuning_fast.serving.keys import Keys
 from qtuning_fast.serving.options import ServingOptions
@@ -23,10 +21,13 @@ from qtuning_fast.serving.schema import (
     MOST_CHARACTERS_OF_A_NAME,
     Answer,
     Answers,
+    Asked,
     Fault,
     Faults,
     Question,
     Refused,
+    Reply,
+    SentAdapter,
     State,
     TaskDescription,
     TaskList,

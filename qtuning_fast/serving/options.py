@@ -28,7 +28,6 @@ class ServingOptions:
     threads: int | None = setting(None, "CPU threads of a replica; default: all cores, shared among the replicas.")
     gpus: float | None = setting(None, "GPUs of a replica, or a share of one; default 1 if there is one.")
     batch: int = setting(32, "Texts in a batch at most, of any tasks.")
-    batch_wait_ms: float = setting(2.0, "How long a batch waits for further texts, in milliseconds.")
     queue: int = setting(256, "Requests that may wait; beyond that, 503.", least=0)
     timeout: float = setting(30.0, "Seconds until a request gets 504; a request may ask for less.")
     drain: float = setting(30.0, "Seconds that requests in flight have to finish after Ctrl-C or SIGTERM.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
@@ -145,6 +146,44 @@ class Refused(Exception):  # noqa: N818  it is an answer, not a fault of the ser
     def content(self) -> dict[str, Any]:
         """The body of the response."""
         return Faults(detail=[Fault(field=self.field, message=printable(self.message))]).model_dump()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One text to answer.
+
+    Attributes:
+        text: the text; not empty.
+        task: its task; None: it is inferred.
+        top_k: without a task, ask the adapters of so many tasks.
+    """
+
+    text: str
+    task: str | None = None
+    top_k: int = 1
+
+
+Reply = Answer | Refused
+"""What a text gets."""
+
+
+@dataclass(frozen=True)
+class SentAdapter:
+    """An adapter as it arrives: what a saved model has of one task.
+
+    Attributes:
+        index: the content of `adapter_config.json`.
+        tensors: that of the file which the index names for the task.
+        statistics: that of the file of its statistics; None: its inputs are not recognised.
+        name_in_index: the task's name in the index; None: the name that it gets here.
+        label_words: a language model's words for its classes, as JSON; None: the names of the labels.
+    """
+
+    index: bytes
+    tensors: bytes
+    statistics: bytes | None = None
+    name_in_index: str | None = None
+    label_words: str | None = None
 
 
 def unreadable(text: str) -> str | None:
