@@ -38,9 +38,11 @@ from qtuning_fast.serving.schema import (
 )
 
 PASS_COSTS_TOKENS = {"cpu": 32, "cuda": 8192}
-"""How many tokens' worth of time a forward pass takes beside its tokens, by the type of device: on a CPU as measured with
-MiniLM (7 ms, and 0.33 ms a token on one core); on a GPU, where starting a pass takes about as long as such a batch, a
-guess."""
+"""How many tokens' worth of time a forward pass takes beside its tokens, by the type of device.
+
+On a CPU as measured with MiniLM: 7 ms, and 0.33 ms a token, on one core. On a GPU, where starting a pass takes longest,
+it is a guess.
+"""
 
 _OTHERS = 3
 _JOINT = "one head over all classes answers for this run"

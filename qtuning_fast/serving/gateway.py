@@ -109,7 +109,7 @@ def build(backend: Backend, options: ServingOptions, keys: Keys, counting: Count
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(partial(Guard, options=options, keys=keys, counted=counting.request))  # type: ignore[arg-type]
-    app.openapi = partial(_openapi, app, needs_key=bool(keys.asking))  # type: ignore[method-assign]
+    app.openapi = partial(_openapi, app, options, needs_key=bool(keys.asking))  # type: ignore[method-assign]
     return app
 
 
@@ -237,10 +237,13 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(Faults(detail=[fault]).model_dump(), 500)
 
 
-def _openapi(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
-    """The description of the API, with what the guard does."""
+def _openapi(app: FastAPI, options: ServingOptions, *, needs_key: bool) -> dict[str, Any]:
+    """The description of the API, with the limits of this server, and what the guard does."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        texts = schema["components"]["schemas"]["Question"]["properties"]["texts"]
+        texts["maxItems"] = options.max_texts
+        texts["items"]["maxLength"] = options.max_characters
         if needs_key:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, methods in schema["paths"].items():

@@ -67,7 +67,7 @@ def _digests(file: str | None, option: str, variable: str) -> tuple[bytes, ...]:
     for place, key in enumerate(keys):
         if len(key) < LEAST_CHARACTERS or not key.isascii():
             raise ValueError(
-                f"{where}: key {place + 1} must have at least {LEAST_CHARACTERS} ASCII characters; "
+                f"{where}: key {place + 1} must have {LEAST_CHARACTERS} ASCII characters at least; "
                 "`python -c 'import secrets; print(secrets.token_urlsafe())'` makes one"
             )
     return tuple(_digest(key) for key in keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from qtuning_fast.serving.options import ServingOptions
 
@@ -15,12 +15,35 @@ MOST_TASKS_ASKED = 8
 TaskName = Annotated[str, StringConstraints(min_length=1, max_length=MOST_CHARACTERS_OF_A_NAME)]
 
 
+def unreadable(text: str) -> str | None:
+    """Why no tokenizer reads a text; None if it does."""
+    if not text.strip():
+        return "is empty; give a text to answer"
+    if text != printable(text):
+        return "has half of a surrogate pair, which is no character"
+    return None
+
+
+def printable(text: str) -> str:
+    """A text that UTF-8 can encode: halves of surrogate pairs, which JSON lets through, are written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _readable(text: str) -> str:
+    if wrong := unreadable(text):
+        raise ValueError(f"it {wrong}")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_readable), Field(json_schema_extra={"pattern": "\\S"})]
+
+
 class Question(BaseModel):
     """Texts to answer, under one task or under the one that each seems to be of."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    texts: list[str] = Field(min_length=1, description="The texts; each gets one answer, in this order.")
+    texts: list[Text] = Field(min_length=1, description="The texts; each gets one answer, in this order.")
     task: TaskName | None = Field(None, description="The task of all texts; left out, it is inferred for each.")
     top_k: int = Field(
         1, ge=1, le=MOST_TASKS_ASKED, description="Without `task`: ask the adapters of so many tasks, the likeliest."
@@ -28,14 +51,6 @@ class Question(BaseModel):
     timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds after which the answer is of no use; then 504."
     )
-
-    @field_validator("texts")
-    @classmethod
-    def _hold_something(cls, texts: list[str]) -> list[str]:
-        for place, text in enumerate(texts):
-            if wrong := unreadable(text):
-                raise ValueError(f"text {place} {wrong}")
-        return texts
 
     def check(self, options: ServingOptions) -> None:
         """Refuse what is beyond the limits of this server.
@@ -184,17 +199,3 @@ class SentAdapter:
     statistics: bytes | None = None
     name_in_index: str | None = None
     label_words: str | None = None
-
-
-def unreadable(text: str) -> str | None:
-    """Why no tokenizer reads a text; None if it does."""
-    if not text.strip():
-        return "is empty; give a text to answer"
-    if text != printable(text):
-        return "has half of a surrogate pair, which is no character"
-    return None
-
-
-def printable(text: str) -> str:
-    """A text that UTF-8 can encode: halves of surrogate pairs, which JSON lets through, are written out."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -19,8 +19,8 @@ from qtuning_fast.serving.options import ServingOptions
 
 pytest.importorskip("pydantic", reason="serving needs pydantic: pip install 'qtuning_fast[serve]'")
 
-from qtuning_fast.serving.engine import Engine  # noqa: E402  needs pydantic
-from qtuning_fast.serving.schema import SentAdapter  # noqa: E402
+from qtuning_fast.serving.engine import Engine
+from qtuning_fast.serving.schema import SentAdapter
 
 Sending = Callable[..., SentAdapter]
 

@@ -67,7 +67,11 @@ def test_every_key_is_compared_whichever_is_right(monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "error"),
-    [("short", "key 1 must have at least 16 ASCII"), (" \n", "holds no key"), (f"{ASKING}\nschlüssel-schlüssel", "key 2")],
+    [
+        ("short", "key 1 must have 16 ASCII"),
+        (" \n", "holds no key"),
+        (f"{ASKING}\nschlüssel-schlüssel", "key 2"),
+    ],
 )
 def test_wrong_keys_are_refused(content, error, tmp_path):
     (tmp_path / "keys").write_text(content)

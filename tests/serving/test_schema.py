@@ -4,8 +4,9 @@ import pickle
 
 import pytest
 
-pydantic = pytest.importorskip("pydantic")
+pytest.importorskip("pydantic")
 
+import pydantic
 from hypothesis import given
 from hypothesis import strategies as st
 
