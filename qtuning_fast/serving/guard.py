@@ -20,6 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+_DRAINED_BYTES, _DRAINED_SECONDS = 2**26, 1.0
 _CHANGING = ("PUT", "DELETE", "POST", "PATCH")
 _ROUTES = ("/v1/answers", "/v1/tasks", "/health/live", "/health/ready", "/openapi.json", "/docs", "/")
 
@@ -44,7 +45,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status, has_body = time.perf_counter(), 500, True
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -52,11 +53,19 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        async def read() -> Message:
+            nonlocal has_body
+            message = await receive()
+            has_body = message.get("more_body", False)
+            return message
+
         try:
             try:
                 self._check(scope)
-                body = await self._read(scope, receive)
+                body = await self._read(scope, read)
             except Refused as refused:
+                if has_body:
+                    await _drain(read)
                 await _respond(refused, scope, receive, noted)
                 return
             await self._app(scope, _once(body, receive), noted)
@@ -130,8 +139,22 @@ def _once(body: bytes, receive: Receive) -> Receive:
     return handed_on
 
 
+async def _drain(receive: Receive) -> None:
+    """Take in what is left of a refused body, within bounds: many clients read no response before they have sent all."""
+    size = 0
+    try:
+        async with asyncio.timeout(_DRAINED_SECONDS):
+            while size < _DRAINED_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
 async def _respond(refused: Refused, scope: Any, receive: Receive, send: Send) -> None:
-    headers = {"Connection": "close"}  # the rest of the body is not read
+    headers = {"Connection": "close"}  # the rest of the body may not have been read
     if refused.retry_after is not None:
         headers["Retry-After"] = str(refused.retry_after)
     if refused.status == 401:

@@ -102,7 +102,7 @@ def test_who_may_do_what(method, path, key, status, keys):
 
 
 def test_a_wrong_key_is_refused_before_the_body_is_read(keys):
-    assert ask(guard_of(keys, timeout=0.5), body=(b"x", b"y"), pause=30, host="localhost")[0] == 401
+    assert ask(guard_of(keys, timeout=0.5), body=(b"x", b"y", b"z"), pause=30, host="localhost")[0] == 401
 
 
 @pytest.mark.parametrize(
