@@ -3,10 +3,10 @@
     python -m qtuning_fast.bench.rows.serving
 
 MiniLM serves random adapters; each request is one text of a task drawn at random, and so many are asked at once
-(`--at-once`). `mixed` is `qtuning-fast serve` with its batches of any tasks; `one-task` is the same server, told to put
-one text into a batch, so that each pass is of one task; `lora` is peft's: one LoRA adapter a task, `set_adapter`, and a
-pass, in one process behind the same HTTP. Every answer of `mixed` is compared with the one of the engine alone. Requests
-a second, the latency's median and 99th percentile, and the memory of all processes of the server are reported.
+(`--at-once`). `mixed` is `qtuning-fast serve` with its batches of any tasks. `one-task` is the same server, told to put
+one text into a batch, so that each pass is of one task. `lora` is peft: one LoRA adapter a task, `set_adapter`, and a
+pass, in one process behind the same HTTP. Answers of the first two are compared with those of an engine alone. Measured
+are requests a second, the latency's median and 99th percentile, and the memory of all processes of the server.
 
 Needs the extra `serve`, and peft for its row. Clients and servers share this machine and listen on loopback.
 """
@@ -37,7 +37,7 @@ from qtuning_fast.lifelong.stream import MINILM
 
 TASKS, DRY_TASKS = (1, 100, 2000), (1, 5)
 ROWS = ("mixed", "one-task", "lora")
-WORDS = "the a house movie doctor space question game team price film new old very good bad where who".split()
+WORDS = "the a house movie doctor space question game team price film new old very good bad where who".split()  # noqa: SIM905
 CLOSE = 1e-3  # of a probability, in batches of other shapes
 _STARTS_WITHIN = 600.0
 

@@ -6,8 +6,6 @@ It answers one request at a time: peft sets one adapter for the whole model. The
 query and the value of each layer, as in peft's examples; heads are as large as those of the other rows.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 from pathlib import Path

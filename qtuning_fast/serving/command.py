@@ -41,10 +41,11 @@ def run_server(run: Path, options: ServingOptions, say: Callable[[str], None]) -
     check_run(run)
     cpus = os.cpu_count() or 1
     _check_cores(options, cpus)
-    listening = _socket(options)
+    listening, metrics = _socket(options.host, options.port, "port"), _socket("", options.metrics_port, "metrics_port")
+    metrics.close()  # Ray opens it
     say(f"Starting {options.replicas} replica{'s' * (options.replicas > 1)} of {run}; Ctrl-C stops.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -52,7 +53,7 @@ def run_server(run: Path, options: ServingOptions, say: Callable[[str], None]) -
         log_to_driver=False,
         logging_level=logging.WARNING,
         object_store_memory=_OBJECT_STORE_BYTES,
-        _metrics_export_port=options.metrics_port or None,
+        _metrics_export_port=options.metrics_port,
     )
     stopped = _end_by_signals()
     try:
@@ -78,11 +79,10 @@ def run_server(run: Path, options: ServingOptions, say: Callable[[str], None]) -
         say(f"Serving at http://{host}:{listening.getsockname()[1]}, metrics at port {options.metrics_port}.")
         if not stopped:
             server.run(sockets=[listening])
-        say("Stopping; every request that was taken has been answered.")
+        say("Stopped.")
     finally:
         listening.close()
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # with all replicas; nothing is in flight any more
 
 
 def _check_cores(options: ServingOptions, cpus: int) -> None:
@@ -94,18 +94,17 @@ def _check_cores(options: ServingOptions, cpus: int) -> None:
         )
 
 
-def _socket(options: ServingOptions) -> socket.socket:
-    """Take the port before anything slow starts."""
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+def _socket(host: str, port: int, option: str) -> socket.socket:
+    """Take a port before anything slow starts."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((options.host, options.port))
-        listening.listen(2048)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
     except OSError as error:
-        listening.close()
-        raise OSError(f"host {options.host!r}, port {options.port}: cannot listen there: {error.strerror}") from None
-    return listening
+        taken.close()
+        where = f" of host {host!r}" if host else ""
+        raise OSError(f"{option} is {port}{where}: cannot listen there: {error.strerror or error}") from None
+    return taken
 
 
 def _end_by_signals() -> list[int]:

@@ -101,9 +101,9 @@ def build(backend: Backend, options: ServingOptions, keys: Keys, counting: Count
         docs_url=None,  # FastAPI's own page loads scripts from elsewhere
         redoc_url=None,
     )
-    _add_pages(app, backend, options)
     _add_answers(app, backend, options, counting)
     _add_tasks(app, backend)
+    _add_pages(app, backend, options)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

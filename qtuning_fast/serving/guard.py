@@ -140,7 +140,7 @@ def _once(body: bytes, receive: Receive) -> Receive:
 
 
 async def _drain(receive: Receive) -> None:
-    """Take in what is left of a refused body, within bounds: many clients read no response before they have sent all."""
+    """Take in the rest of a refused body, within bounds: many clients read no response before they have sent all."""
     size = 0
     try:
         async with asyncio.timeout(_DRAINED_SECONDS):

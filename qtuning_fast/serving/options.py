@@ -46,7 +46,7 @@ class ServingOptions:
     keys_file: str | None = setting(None, "File of keys, one a line; or set QTUNING_FAST_KEYS.")
     admin_keys_file: str | None = setting(None, "The same for administration; or set QTUNING_FAST_ADMIN_KEYS.")
     without_keys: bool = setting(False, "Let anyone who reaches --host ask, without a key.")
-    metrics_port: int = setting(8081, "Port of the Prometheus metrics; 0: any.", least=0)
+    metrics_port: int = setting(8081, "Port of the Prometheus metrics.")
     metrics_by_task: bool = setting(False, "Count texts by task, one series for each.")
 
     def __post_init__(self) -> None:
