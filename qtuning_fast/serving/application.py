@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI
 from ray import serve
@@ -28,7 +28,7 @@ from qtuning_fast.serving.schema import Answer, Asked, Refused, Reply
 NAME = "qtuning_fast"
 _TRIES = 3
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
-_COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+_COUNTS = [float(2**power) for power in range(11)]
 
 
 @serve.deployment(name="Engine")
@@ -145,11 +145,16 @@ def _has_running_replica() -> bool:
     return any(str(getattr(state, "value", state)) == "RUNNING" and count for state, count in states.items())
 
 
+def _names(*names: str) -> Any:
+    """Names of tags; Ray's annotation allows one alone."""
+    return names
+
+
 def counting(options: ServingOptions) -> gateway.Counting:
     """Return what counts requests and texts, for Ray's Prometheus port."""
-    requests = metrics.Counter("qtuning_requests", "Requests by route and status.", tag_keys=("path", "status"))
+    requests = metrics.Counter("qtuning_requests", "Requests by route and status.", tag_keys=_names("path", "status"))
     seconds = metrics.Histogram("qtuning_request_seconds", "Seconds of a request.", _SECONDS, tag_keys=("path",))
-    keys = ("asked", "task") if options.metrics_by_task else ("asked",)
+    keys = _names("asked", "task") if options.metrics_by_task else _names("asked")
     texts = metrics.Counter("qtuning_texts", "Texts that were answered.", tag_keys=keys)
 
     def request(path: str, status: int, taken: float) -> None:
@@ -189,17 +194,21 @@ def engine(run: Path, options: ServingOptions, *, cpus: int) -> serve.Applicatio
 
     threads = options.threads or max(1, cpus // options.replicas)
     gpus = options.gpus if options.gpus is not None else float(torch.cuda.is_available())
-    return EngineReplica.options(
-        num_replicas=options.replicas,
-        max_ongoing_requests=2 * options.batch,  # one batch computes, and the next one fills
-        max_queued_requests=options.queue,
-        ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
-        health_check_period_s=2,
-        health_check_timeout_s=options.timeout,
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=options.drain,
-        max_constructor_retry_count=2,
-    ).bind(str(run), options, threads)
+    return (
+        cast(Any, EngineReplica)
+        .options(
+            num_replicas=options.replicas,
+            max_ongoing_requests=2 * options.batch,  # one batch computes, and the next one fills
+            max_queued_requests=options.queue,
+            ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
+            health_check_period_s=2,
+            health_check_timeout_s=options.timeout,
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=options.drain,
+            max_constructor_retry_count=2,
+        )
+        .bind(str(run), options, threads)
+    )
 
 
 def app(arguments: dict[str, str]) -> serve.Application:
@@ -224,13 +233,17 @@ def app(arguments: dict[str, str]) -> serve.Application:
     options = ServingOptions.from_words({"host": "0.0.0.0"} | words)
     keys = Keys.read(options)
     engines = engine(run, options, cpus=options.threads or 1)  # how many a node has is not known here
-    bound = Gateway.options(
-        num_replicas=int(gateways),
-        # The engine's queue is full before this one:
-        max_ongoing_requests=4 * (options.queue + 2 * options.batch * options.replicas),
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=options.drain,
-    ).bind(engines, options, keys)
+    bound = (
+        cast(Any, Gateway)
+        .options(
+            num_replicas=int(gateways),
+            # The engine's queue is full before this one:
+            max_ongoing_requests=4 * (options.queue + 2 * options.batch * options.replicas),
+            ray_actor_options={"num_cpus": 0},
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=options.drain,
+        )
+        .bind(engines, options, keys)
+    )
     assert isinstance(bound, serve.Application)
     return bound

@@ -12,6 +12,7 @@ from pathlib import Path
 from qtuning_fast.serving.keys import Keys
 from qtuning_fast.serving.options import ServingOptions
 
+_WAITING_CONNECTIONS = 2048
 _OBJECT_STORE_BYTES = 128 * 2**20  # requests and answers are small
 
 
@@ -76,6 +77,7 @@ def run_server(run: Path, options: ServingOptions, say: Callable[[str], None]) -
             )
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
+        listening.listen(_WAITING_CONNECTIONS)
         say(f"Serving at http://{host}:{listening.getsockname()[1]}, metrics at port {options.metrics_port}.")
         if not stopped:
             server.run(sockets=[listening])

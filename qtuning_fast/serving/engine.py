@@ -126,31 +126,33 @@ class Engine:
 
     def _found(self, asked: list[Asked], encoded: EncodedExamples) -> list[InferredAnswer]:
         """Return what the adapters answer; of named tasks, too, in the form of an inferred answer."""
+        found: dict[int, InferredAnswer] = {}
         pairs = [(place, each.task) for place, each in enumerate(asked) if each.task is not None]
-        groups = []
+        named, inferring = len(pairs), []
         for k in dict.fromkeys(each.top_k for each in asked if each.task is None):
-            unnamed = [place for place, each in enumerate(asked) if each.task is None and each.top_k == k]
+            places = [place for place, each in enumerate(asked) if each.task is None and each.top_k == k]
+            part = encoded.subset(places)
             if self._saved.answers_by != ADAPTERS:
-                answers = self._saved.infer_encoded(encoded.subset(unnamed), k)
-                groups.append((unnamed, None, 0, answers))
+                found |= dict(zip(places, self._saved.infer_encoded(part, k)))
                 continue
-            part = encoded.subset(unnamed)
             x = features(self._saved.model, part, self._options.batch, task=None)
             inference = self._answering.infer(self._saved.fitted(), part, x)
             to_ask = self._answering.to_ask(inference, k)
-            groups.append((unnamed, inference, len(to_ask), []))
-            pairs += [(place, task) for names in to_ask for place, task in zip(unnamed, names)]
-        rows, names = [place for place, _ in pairs], [task for _, task in pairs]
-        outputs = iter(self._answering.ask_each(names, encoded.subset(rows)) if pairs else [])
-        found: dict[int, InferredAnswer] = {}
-        for place, each in enumerate(asked):
-            if each.task is not None:
-                found[place] = InferredAnswer(each.task, next(outputs), 1.0, 1.0, (), True)
-        for unnamed, inference, count, answers in groups:
-            if inference is not None:
-                answers = self._answering.choose(inference, [[next(outputs) for _ in unnamed] for _ in range(count)])
-            found |= dict(zip(unnamed, answers))
+            inferring.append((places, inference, len(to_ask)))
+            pairs += [(place, task) for names in to_ask for place, task in zip(places, names)]
+        outputs = iter(self._asked(pairs, encoded))
+        for place, task in pairs[:named]:
+            found[place] = InferredAnswer(task, next(outputs), 1.0, 1.0, (), True)
+        for places, inference, count in inferring:
+            each_rank = [[next(outputs) for _ in places] for _ in range(count)]
+            found |= dict(zip(places, self._answering.choose(inference, each_rank)))
         return [found[place] for place in range(len(asked))]
+
+    def _asked(self, pairs: Sequence[tuple[int, str]], encoded: EncodedExamples) -> list[Tensor]:
+        """Return what the adapter of each pair's task gives for the text at its place."""
+        if not pairs:
+            return []
+        return self._answering.ask_each([task for _, task in pairs], encoded.subset([place for place, _ in pairs]))
 
     def _refused(self, asked: Asked, infers: bool) -> Refused | None:
         """Why a question has no answer, before anything is computed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, File, Form, Path, Query, Request, UploadFile
@@ -92,15 +91,40 @@ _GUARDED = (400, 401, 408, 413, 422, 503, 504)
 _Name = Annotated[str, Path(description="The task.", min_length=1, max_length=MOST_CHARACTERS_OF_A_NAME)]
 
 
+class _Described(FastAPI):
+    """An application whose description has the limits of this server, and what the guard does."""
+
+    def __init__(self, options: ServingOptions, *, needs_key: bool) -> None:
+        super().__init__(
+            title="qtuning_fast",
+            version=__version__,
+            summary="Answers to texts by many tasks on one frozen model.",
+            docs_url=None,  # FastAPI's own page loads scripts from elsewhere
+            redoc_url=None,
+        )
+        self._options, self._needs_key = options, needs_key
+        self._description: dict[str, Any] | None = None
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI description."""
+        if self._description is None:
+            self._description = schema = get_openapi(
+                title=self.title, version=self.version, summary=self.summary, routes=self.routes
+            )
+            texts = schema["components"]["schemas"]["Question"]["properties"]["texts"]
+            texts["maxItems"] = self._options.max_texts
+            texts["items"]["maxLength"] = self._options.max_characters
+            if self._needs_key:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                for path, methods in schema["paths"].items():
+                    for operation in methods.values() if path.startswith("/v1/") else ():
+                        operation["security"] = [{"key": []}]
+        return self._description
+
+
 def build(backend: Backend, options: ServingOptions, keys: Keys, counting: Counting) -> FastAPI:
     """Return the application in front of a backend."""
-    app = FastAPI(
-        title="qtuning_fast",
-        version=__version__,
-        summary="Answers to texts by many tasks on one frozen model.",
-        docs_url=None,  # FastAPI's own page loads scripts from elsewhere
-        redoc_url=None,
-    )
+    app = _Described(options, needs_key=bool(keys.asking))
     _add_answers(app, backend, options, counting)
     _add_tasks(app, backend)
     _add_pages(app, backend, options)
@@ -108,19 +132,18 @@ def build(backend: Backend, options: ServingOptions, keys: Keys, counting: Count
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
-    app.add_middleware(partial(Guard, options=options, keys=keys, counted=counting.request))  # type: ignore[arg-type]
-    app.openapi = partial(_openapi, app, options, needs_key=bool(keys.asking))  # type: ignore[method-assign]
+    app.add_middleware(Guard, options=options, keys=keys, counted=counting.request)
     return app
 
 
 def _add_pages(app: FastAPI, backend: Backend, options: ServingOptions) -> None:
     @app.get("/", response_class=HTMLResponse, responses=_refusals(), tags=["Pages"])
-    async def page() -> str:
+    async def page() -> HTMLResponse:
         """A page to try it in a browser."""
         return trial_page(options)
 
     @app.get("/docs", response_class=HTMLResponse, responses=_refusals(), tags=["Pages"])
-    async def docs() -> str:
+    async def docs() -> HTMLResponse:
         """This page."""
         return api_page(app.openapi())
 
@@ -188,8 +211,13 @@ def _add_tasks(app: FastAPI, backend: Backend) -> None:
         ] = None,
     ) -> Any:
         """Add an adapter, or replace the one of this name; answers of batches that begin afterwards are by it."""
-        files = [await index.read(), await tensors.read(), None if statistics is None else await statistics.read()]
-        sent = SentAdapter(*files, name_in_index or None, label_words or None)  # type: ignore[arg-type]
+        sent = SentAdapter(
+            index=await index.read(),
+            tensors=await tensors.read(),
+            statistics=None if statistics is None else await statistics.read(),
+            name_in_index=name_in_index or None,
+            label_words=label_words or None,
+        )
         described, was_there = await backend.call("put", name, sent)
         response.status_code = 200 if was_there else 201
         return described
@@ -235,19 +263,3 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     fault = Fault(field="server", message=f"the server failed: {type(error).__name__}; its log says more")
     return JSONResponse(Faults(detail=[fault]).model_dump(), 500)
-
-
-def _openapi(app: FastAPI, options: ServingOptions, *, needs_key: bool) -> dict[str, Any]:
-    """The description of the API, with the limits of this server, and what the guard does."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        texts = schema["components"]["schemas"]["Question"]["properties"]["texts"]
-        texts["maxItems"] = options.max_texts
-        texts["items"]["maxLength"] = options.max_characters
-        if needs_key:
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for path, methods in schema["paths"].items():
-                for operation in methods.values() if path.startswith("/v1/") else ():
-                    operation["security"] = [{"key": []}]
-        app.openapi_schema = schema
-    return app.openapi_schema

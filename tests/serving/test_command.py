@@ -76,7 +76,7 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(run: Path, tmp_path:
 def test_other_commands_need_none_of_it() -> None:
     code = """
 import sys
-for name in ("ray", "fastapi", "pydantic", "uvicorn"):
+for name in ("ray", "fastapi", "uvicorn"):
     sys.modules[name] = None
 from qtuning_fast.cli import app
 app(["serve", "--help"])
