@@ -199,7 +199,15 @@ def _check(run: Path, questions: Sequence[tuple[str, str]], answers: Sequence[An
 def command_of(row: str, run: Path, port: int, tasks: int, cores: int) -> list[str]:
     """The command that starts the server of a row."""
     if row == "lora":
-        return [sys.executable, "-m", "qtuning_fast.bench.rows.serving_lora", str(run), str(port), str(tasks), str(cores)]
+        return [
+            sys.executable,
+            "-m",
+            "qtuning_fast.bench.rows.serving_lora",
+            str(run),
+            str(port),
+            str(tasks),
+            str(cores),
+        ]
     line = [sys.executable, "-c", "from qtuning_fast.cli import main; main()", "serve", f"--run={run}"]
     line += [f"--port={port}", f"--metrics-port={free_port()}", f"--threads={cores}", "--queue=4096", "--timeout=600"]
     return [*line, *(["--batch=1"] if row == "one-task" else [])]

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -43,14 +43,18 @@ class ServedAdapters:
         folder: where that is kept.
         model: the model; nothing else adds or removes its tasks.
         most_tasks: how many tasks there may be.
+        check_words: raises a ValueError if a language model cannot tell the words for a task's classes apart.
 
     Attributes:
         label_words: the words for the classes of tasks that were added to a language model.
     """
 
-    def __init__(self, folder: Path, model: QTuningModel, *, most_tasks: int) -> None:
+    def __init__(
+        self, folder: Path, model: QTuningModel, *, most_tasks: int, check_words: Callable[[Sequence[str]], object]
+    ) -> None:
         self.label_words: dict[str, tuple[str, ...]] = {}
         self._folder, self._model, self._most_tasks = folder, model, most_tasks
+        self._check_words = check_words
         self._own = {name: model.adapters.entry(name).file for name in model.tasks}
         self._seen: tuple[int, ...] | None = None
         self._added: dict[str, tuple[str, str | None]] = {}  # the digests of adapter and statistics
@@ -215,15 +219,19 @@ class ServedAdapters:
         if words is not None and len(words) != len(adapter.label_names):
             said = f"there are {len(words)} words, but task {theirs!r} has {len(adapter.label_names)} labels"
             raise Refused(422, "label_words", said)
+        if not self._model.has_heads:
+            words = words or list(adapter.label_names)
+            try:
+                self._check_words(words)
+            except ValueError as error:
+                raise Refused(422, "label_words", str(error)) from None
         file = AdapterFile(self._folder, **write_tensors(self._folder, "task", adapter.tensors()))
         recorded, its_file = None, None
         if statistics is not None:
             recorded = StatisticsInfo.of(name, statistics)
             its_file = StatisticsFile(self._folder, **write_tensors(self._folder, "statistics", statistics.tensors()))
         entry = task_entry(adapter.info, file, recorded, its_file)
-        if not self._model.has_heads:
-            entry["label_words"] = list(words or adapter.label_names)
-        return entry
+        return entry if words is None else entry | {"label_words": words}
 
 
 def _check_name(name: str) -> None:

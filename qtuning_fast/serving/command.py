@@ -9,6 +9,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from qtuning_fast.serving.keys import Keys
 from qtuning_fast.serving.options import ServingOptions
 
@@ -93,6 +95,12 @@ def _check_cores(options: ServingOptions, cpus: int) -> None:
         raise ValueError(
             f"replicas is {options.replicas}, with {options.threads or 1} threads each, but this machine has {cpus} "
             "cores; ask for fewer"
+        )
+    gpus = torch.cuda.device_count()
+    if (options.gpus or 0) * options.replicas > gpus or (gpus and options.gpus is None and options.replicas > gpus):
+        raise ValueError(
+            f"replicas is {options.replicas}, with {options.gpus or 1:g} GPUs each, but this machine has {gpus}; ask "
+            "for fewer, or let replicas share one, as with --gpus 0.5"
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +78,8 @@ class Engine:
         self._options = options
         self._saved = saved = SavedRun(run, lazy=True)
         folder = saved.folder / "served" if options.adapters is None else Path(options.adapters)
-        self._adapters = ServedAdapters(folder, saved.model, most_tasks=options.max_tasks)
+        check_words = partial(saved.encoder.encode_answers, task="sent")
+        self._adapters = ServedAdapters(folder, saved.model, most_tasks=options.max_tasks, check_words=check_words)
         if self._adapters.is_changed and saved.answers_by == JOINT_HEAD:
             raise ValueError(f"{folder} changes the tasks of {run}, but {_JOINT}; remove it, or set another adapters=")
         megabyte = 2**20

@@ -44,6 +44,7 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--host=0.0.0.0"], "there is no key: set QTUNING_FAST_KEYS"),
         (["--keys-file=/nowhere"], "/nowhere"),
         (["--batch=many"], "--batch"),
+        (["--gpus=-1"], "gpus is -1"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options: list[str], said: str, finished_run: Path) -> None:
@@ -61,6 +62,7 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(run: Path, tmp_path:
     ray = pytest.importorskip("ray", reason="serving needs ray: pip install 'qtuning_fast[serve]'")
     assert "holds no run" in call(f"--run={tmp_path / 'nothing'}")[1]
     assert "this machine has" in call(f"--run={run}", "--replicas=500")[1]
+    assert "GPUs each, but this machine has" in call(f"--run={run}", "--gpus=64")[1]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
