@@ -29,7 +29,9 @@ TEST = [
     "pytest>=8.0",
     "pytest-benchmark>=5.0",
     "pytest-xdist>=3.5",
+    "schemathesis>=4.0",
 ]
+SERVE = ["jinja2>=3.1", "pydantic>=2.10", "python-multipart>=0.0.18", "ray[serve]>=2.60"]
 LINT = ["import-linter>=2.3", "mypy>=1.15", "ruff>=0.9"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29"]
 
@@ -57,6 +59,7 @@ setup(
         "qtuning_fast.attention": ["backend_order.json"],
         "qtuning_fast.kernels": ["blocks.json", "cpp/*"],
         "qtuning_fast.lifelong.report": ["*.html.j2"],
+        "qtuning_fast.serving": ["*.html.j2"],
     },
     install_requires=[
         "cachetools>=5.3",
@@ -69,9 +72,10 @@ setup(
     ],
     extras_require={
         "lifelong": LIFELONG,
+        "serve": SERVE,
         "triton": ["triton>=3.6; sys_platform == 'linux'"],
-        "test": LIFELONG + TEST,
-        "dev": LIFELONG + TEST + LINT,
+        "test": LIFELONG + SERVE + TEST,
+        "dev": LIFELONG + SERVE + TEST + LINT,
         "docs": DOCS,
     },
     entry_points={"console_scripts": ["qtuning-fast = qtuning_fast.cli:main"]},

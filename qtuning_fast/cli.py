@@ -1,4 +1,4 @@
-"""The command line: `qtuning-fast run | eval | predict | statistics | report | push | pull | bench | info`."""
+"""The command line: `qtuning-fast run | eval | predict | statistics | report | push | pull | bench | serve | info`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from qtuning_fast.lifelong.stream import DINOV2, MINILM
 from qtuning_fast.lifelong.streams import STREAMS, defaults_in_words
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.task_rules import RULES, ClosedForm
+from qtuning_fast.serving.options import ServingOptions
 from qtuning_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ _METHOD = Options(
     QTuningConfig, "Method", defaults={n: defaults_in_words(n, own) for n, own in _WITHOUT_STREAM.items()}
 )
 _TRAINING = Options(TrainingOptions, "Training of each task", left_out=("seed", "eval_batch_size"))
+_SERVING = Options(ServingOptions, "Serving")
 
 
 @app.callback()
@@ -326,6 +328,17 @@ def bench(
             results.add(case.shape.name, entry)
         console.print(times_table(entry), LEGEND, peers_table(entry), highlight=False)
         console.print(f"\nauto takes {case.choice}\n\n{verdict(entry)}", markup=False, highlight=False)
+
+
+@app.command()
+@with_options(_SERVING)
+def serve(folder: RunFolder, **given: Any) -> None:
+    """Serve a run over HTTP: batches that mix tasks, adapters that come and go. Ctrl-C and SIGTERM drain."""
+    with readable_errors("Nothing is kept."):
+        silence_libraries()
+        from qtuning_fast.serving.command import run_server
+
+        run_server(folder, _SERVING.read(given), partial(console.print, markup=False, highlight=False, soft_wrap=True))
 
 
 @app.command()

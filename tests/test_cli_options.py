@@ -1,6 +1,6 @@
 """The options of the command line are the settings of the dataclasses, and the docs list them.
 
-`python tests/test_cli_options.py` writes the tables into docs/recipes/lifelong.md.
+`python tests/test_cli_options.py` writes the tables into the pages of the commands.
 """
 
 from __future__ import annotations
@@ -18,24 +18,33 @@ from qtuning_fast.cli import app
 from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.method.config import QTuningConfig
 from qtuning_fast.method.settings import settings_of
+from qtuning_fast.serving.options import ServingOptions
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes" / "lifelong.md"
+RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
 WRITTEN = re.compile(r"(<!-- begin settings.*?-->\n).*(<!-- end settings -->)", re.DOTALL)
-PANELS = {"Data": DataOptions, "Method": QTuningConfig, "Training of each task": TrainingOptions}
+# The page of each command, and the settings in each panel of its help.
+PAGES: dict[str, tuple[Path, dict[str, type]]] = {
+    "run": (
+        RECIPES / "lifelong.md",
+        {"Data": DataOptions, "Method": QTuningConfig, "Training of each task": TrainingOptions},
+    ),
+    "serve": (RECIPES / "serving.md", {"Serving": ServingOptions}),
+}
 
 
-def options() -> list[Any]:
+def options(name: str = "run") -> list[Any]:
     command: Any = typer.main.get_command(app)
-    return command.commands["run"].params
+    return command.commands[name].params
 
 
-def tables() -> Iterator[str]:
+def tables(command: str) -> Iterator[str]:
     """Markdown: a table for each group of options."""
-    more = {each.name: each.more for settings in PANELS.values() for each in settings_of(settings)}
-    for panel, settings in PANELS.items():
+    panels = PAGES[command][1]
+    more = {each.name: each.more for settings in panels.values() for each in settings_of(settings)}
+    for panel, settings in panels.items():
         yield from ("", f"**{panel}** (`{settings.__name__}`)", "")
         yield from ("| option | default | what it sets |", "|---|---|---|")
-        for option in options():
+        for option in options(command):
             if option.rich_help_panel == panel:
                 default = "" if option.default in (None, ()) else f"`{option.default}`"
                 text = " ".join((option.help, more.get(option.name, ""))).strip()
@@ -43,12 +52,14 @@ def tables() -> Iterator[str]:
     yield ""
 
 
-def page() -> str:
-    return WRITTEN.sub(lambda found: found[1] + "\n".join(tables()) + "\n" + found[2], PAGE.read_text())
+def page(command: str) -> str:
+    text = PAGES[command][0].read_text()
+    return WRITTEN.sub(lambda found: found[1] + "\n".join(tables(command)) + "\n" + found[2], text)
 
 
-def test_the_docs_list_every_option() -> None:
-    assert PAGE.read_text() == page(), "run: python tests/test_cli_options.py"
+@pytest.mark.parametrize("command", PAGES)
+def test_the_docs_list_every_option(command: str) -> None:
+    assert PAGES[command][0].read_text() == page(command), "run: python tests/test_cli_options.py"
 
 
 def test_every_setting_is_an_option_with_the_same_default() -> None:
@@ -83,4 +94,5 @@ def test_options_become_settings(options: dict[str, Any], expected: dict[str, An
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for name, (path, _) in PAGES.items():
+        path.write_text(page(name))

@@ -102,8 +102,22 @@ class Answering:
             examples: the examples.
             top_k: as in `QTuningModel.forward`, and for language models too.
         """
+        asked = [self.ask_each(tasks, examples) for tasks in self.to_ask(inference, top_k)]
+        return self.choose(inference, asked)
+
+    def to_ask(self, inference: TaskInference, top_k: int) -> list[list[str]]:
+        """Return the likeliest task of each example, then the next one of each, and so on, as far as there are some."""
         ranked = inference.top(len(inference.tasks))
-        asked = [self.ask_each([tasks[k][0] for tasks in ranked], examples) for k in range(min(top_k, len(ranked[0])))]
+        return [[tasks[k][0] for tasks in ranked] for k in range(min(top_k, len(inference.tasks)))]
+
+    def choose(self, inference: TaskInference, asked: Sequence[Sequence[Tensor]]) -> list[InferredAnswer]:
+        """Return the answer to each example.
+
+        Args:
+            inference: which task each example is of.
+            asked: what the adapters of `to_ask` give for each example.
+        """
+        ranked = inference.top(len(inference.tasks))
         single = [[self._is_single(name) for name, _ in tasks[: len(asked)]] for tasks in ranked]
         sureness = [[float(outputs[place].max()) for outputs in asked] for place in range(len(ranked))]
         best = inference.surest(len(asked), torch.tensor(sureness, dtype=torch.float64), torch.tensor(single)).tolist()

@@ -45,6 +45,7 @@ class SavedRun:
     Args:
         folder: the folder of the run; with several seeds, the first seed is opened.
         task_rule: the rule that infers tasks, by name; None: that of the run.
+        lazy: read each adapter when it is first needed.
         answers_by: what answers if no task is named: `"adapters"`, `"joint-head"` (one head over all classes, if the
             run has one), or `"rule"`, the most probable class of the rule itself; None: that of the run's method.
 
@@ -53,7 +54,9 @@ class SavedRun:
         ValueError: a file is damaged, or there is no such rule.
     """
 
-    def __init__(self, folder: Path, *, task_rule: str | None = None, answers_by: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, task_rule: str | None = None, answers_by: str | None = None, lazy: bool = False
+    ) -> None:
         self.folder = run_folder(folder)
         settings = read_json(self.folder / RUN_FILE)
         self.options = TrainingOptions.from_dict(settings["training"])
@@ -74,13 +77,13 @@ class SavedRun:
         task_type = settings["method"]["task_type"]
         base_model, processor = load_base_model(self._about["base_model"], task_type)
         self.encoder = ExampleEncoder(processor, task_type, self.options.max_length, chat=self.options.chat)
-        self.model = QTuningModel.from_pretrained(base_model, adapter_folder(self.folder)).eval()
+        self.model = QTuningModel.from_pretrained(base_model, adapter_folder(self.folder), lazy=lazy).eval()
         if task_rule is not None:
             self.model.task_rule = task_rule
         self.answers_by = answers_by or _ANSWERS_BY.get(self._about.get("answered_by"), ADAPTERS)
         if self.answers_by not in ANSWERS_BY:
             raise ValueError(f"answers_by is {answers_by!r}; it must be one of {', '.join(ANSWERS_BY)}")
-        self._answering = Answering(self.model, self.options.eval_batch_size, self._answers, self._as_asked)
+        self._answering = Answering(self.model, self.options.eval_batch_size, self.answers_of, self.as_asked)
 
     def load_tasks(self) -> list[Task]:
         """Load the finished tasks of the run again.
@@ -123,12 +126,13 @@ class SavedRun:
         Raises:
             ValueError: no task has statistics, or `top_k` is invalid.
         """
-        return self._infer(self._encoded(inputs), top_k)
+        return self.infer_encoded(self._encoded(inputs), top_k)
 
-    def _infer(self, encoded: EncodedExamples, top_k: int) -> list[InferredAnswer]:
+    def infer_encoded(self, encoded: EncodedExamples, top_k: int = 1) -> list[InferredAnswer]:
+        """Answers to encoded examples whose task is inferred; see `infer`."""
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; it must be at least 1")
-        fitted = self._fitted()
+        fitted = self.fitted()
         inference = self._answering.infer(fitted, encoded, features(self.model, encoded, self._batch_size, task=None))
         if self.answers_by == ADAPTERS:
             return self._answering.answer(inference, encoded, top_k=top_k)
@@ -163,7 +167,12 @@ class SavedRun:
             )
         return read_joint_head(*found, classes=sum(len(self.model.label_names(name)) for name in tasks))
 
-    def _fitted(self) -> FittedRule:
+    def fitted(self) -> FittedRule:
+        """The rule that infers tasks, fitted to all of them.
+
+        Raises:
+            ValueError: no task can be inferred.
+        """
         if not self.infers:
             raise ValueError(self.no_inference)
         return self.model.fit_task_rule()
@@ -215,8 +224,8 @@ class SavedRun:
         unnamed = UnnamedTasks(
             tasks,
             encoded,
-            self._answers,
-            self._as_asked,
+            self.answers_of,
+            self.as_asked,
             self._batch_size,
             self.model.task_rule,
             keeps_features=self._keeps_features,
@@ -258,10 +267,10 @@ class SavedRun:
             ValueError: the examples are images but the run reads texts, or the other way round.
         """
         self._check_kind(examples, task)
-        encoded, problem_type = self._as_asked(task, self.encoder.encode(examples)), self.model.problem_type(task)
+        encoded, problem_type = self.as_asked(task, self.encoder.encode(examples)), self.model.problem_type(task)
         with self.model.keeping_task():
             self.model.set_task(task)
-            return task_score(self.model, encoded, self._batch_size, self._answers(task), problem_type)
+            return task_score(self.model, encoded, self._batch_size, self.answers_of(task), problem_type)
 
     def score_unnamed(self, examples: Examples, task: str, *, top_k: int = 1) -> dict[str, float]:
         """How well examples of a task are answered if nobody names it.
@@ -272,7 +281,7 @@ class SavedRun:
         """
         self._check_kind(examples, task)
         single = self.model.problem_type(task) == SINGLE
-        answers = self._infer(self.encoder.encode(examples), top_k)
+        answers = self.infer_encoded(self.encoder.encode(examples), top_k)
         right = [
             answer.task == task and (not single or int(answer.output.argmax()) == label)
             for answer, label in zip(answers, examples.labels)
@@ -306,7 +315,7 @@ class SavedRun:
             `accuracy`, the share of answers with the right label name; `known`, as in `score_unnamed`.
         """
         self._check_kind(examples, self.model.tasks[0])
-        answers, names = self._infer(self.encoder.encode(examples), top_k), self.label_names
+        answers, names = self.infer_encoded(self.encoder.encode(examples), top_k), self.label_names
         right = [
             self.model.problem_type(answer.task) == SINGLE
             and self.model.label_names(answer.task)[int(answer.output.argmax())] == names[cast(int, label)]
@@ -327,10 +336,12 @@ class SavedRun:
     def _batch_size(self) -> int:
         return self.options.eval_batch_size
 
-    def _as_asked(self, task: str, examples: EncodedExamples) -> EncodedExamples:
+    def as_asked(self, task: str, examples: EncodedExamples) -> EncodedExamples:
+        """Examples as a task asks its adapter about them; see `AsAsked`."""
         return self.encoder.as_asked(examples, self._templates.get(task))
 
-    def _answers(self, task: str) -> Answers | None:
+    def answers_of(self, task: str) -> Answers | None:
+        """The tokens of a language model's words for the classes of a task; None for models with heads."""
         return self.encoder.encode_answers(self._words.get(task, ()), task=task)
 
 

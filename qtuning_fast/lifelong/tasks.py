@@ -97,11 +97,7 @@ class Task:
 
     def __post_init__(self) -> None:
         check_problem_type(self.problem_type)
-        if self.template is not None and self.template.count(TEXT_SLOT) != 1:
-            raise ValueError(
-                f"task {self.name!r}: template is {self.template!r}; it must have {TEXT_SLOT} in it once, in place of "
-                "the example"
-            )
+        check_template(self.name, self.template)
         if self.problem_type == REGRESSION and len(self.label_names) != 1:
             raise ValueError(
                 f"task {self.name!r}: label_names is {self.label_names}; regression has one number an example"
@@ -127,6 +123,14 @@ class Task:
     @property
     def holds_images(self) -> bool:
         return _kind(self.train.inputs) == "images"
+
+
+def check_template(name: str, template: str | None) -> None:
+    """Raise a ValueError if the template of a task has not one place for the example."""
+    if template is not None and template.count(TEXT_SLOT) != 1:
+        raise ValueError(
+            f"task {name!r}: template is {template!r}; it must have {TEXT_SLOT} in it once, in place of the example"
+        )
 
 
 def encoded_labels(labels: Sequence[GivenLabel], label_names: Sequence[str], problem_type: str) -> list[Label]:

@@ -151,9 +151,7 @@ def write_checkpoint(folder: Path, saved: Checkpoint) -> None:
             "config": saved.config.to_dict(),
             "base_model": {"class": saved.base_model, "fingerprint": saved.fingerprint},
             "tasks": [
-                _indexed(entry.info)
-                | {"file": file.file, "sha256": file.sha256}
-                | _indexed_statistics(recorded.get(entry.info.name), statistics.get(entry.info.name))
+                task_entry(entry.info, file, _info_of(recorded.get(entry.info.name)), statistics.get(entry.info.name))
                 for entry, file in zip(entries, files)
             ],
             "last_learned": saved.last_learned,
@@ -188,6 +186,27 @@ def _written(
 
 def _written_state(folder: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     return {**write_tensors(folder, "state", state), "bytes": sum(tensor.nbytes for tensor in state.values())}
+
+
+def task_entry(
+    info: AdapterInfo,
+    file: StoredFile[Any, Any],
+    statistics: StatisticsInfo | None = None,
+    statistics_file: StoredFile[Any, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what an index says of a task: its adapter and, if it has some, its statistics, with their files."""
+    content = asdict(info) | {"file": file.file, "sha256": file.sha256}
+    if info.problem_type == SINGLE:
+        del content["problem_type"]  # earlier versions do not know it
+    if statistics is None or statistics_file is None:
+        return content
+    recorded = asdict(statistics) | {"file": statistics_file.file, "sha256": statistics_file.sha256}
+    del recorded["name"]
+    return content | {"statistics": recorded}
+
+
+def _info_of(entry: Stored[StatisticsInfo, Any] | None) -> StatisticsInfo | None:
+    return None if entry is None else entry.info
 
 
 def read_checkpoint(
@@ -333,23 +352,6 @@ def rename_version_3(module: nn.Module, state_dict: dict[str, Tensor], prefix: s
         part, dot, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and dot and part in _NEW_NAMES:
             state_dict[f"{prefix}{_NEW_NAMES[part]}.{rest}"] = state_dict.pop(name)
-
-
-def _indexed(info: AdapterInfo) -> dict[str, Any]:
-    """Return what the index says of an adapter; without the usual problem type, which earlier versions do not know."""
-    content = asdict(info)
-    if info.problem_type == SINGLE:
-        del content["problem_type"]
-    return content
-
-
-def _indexed_statistics(entry: Stored[StatisticsInfo, Any] | None, file: StoredFile[Any, Any] | None) -> dict[str, Any]:
-    """Return what the index says of a task's statistics; nothing if it has none, as in earlier versions."""
-    if entry is None or file is None:
-        return {}
-    content = asdict(entry.info) | {"file": file.file, "sha256": file.sha256}
-    del content["name"]
-    return {"statistics": content}
 
 
 def _statistics_info(folder: Path, task: AdapterInfo, entry: dict[str, Any]) -> StatisticsInfo:

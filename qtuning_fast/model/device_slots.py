@@ -165,6 +165,12 @@ class AdapterSlots:
         return sum(tensor.nbytes for tensor in self._slots.values())
 
     @property
+    def most(self) -> float:
+        """How many adapters have room within the bound on memory, and so how many tasks a batch may have."""
+        self._make_fit({})
+        return self._most
+
+    @property
     def held(self) -> list[str]:
         """The tasks that have a slot, least recently used first."""
         return list(self._held)
@@ -218,16 +224,23 @@ class AdapterSlots:
             self.clear()
             self._size = _SlotSize.of(entry.info for entry in self._store.entries())  # for all, so that this is rare
             self._where, self._parts = where, self._slot_parts()
-        slot_bytes = sum(part.bytes for part in self._parts.values())
-        most = math.inf if self.device_bytes is None else self.device_bytes // slot_bytes
+        most = self._most
         if len(entries) > most:
             raise ValueError(
                 f"the batch names {len(entries)} tasks, but device_bytes={self.device_bytes} has room for {most} "
-                f"adapters of {slot_bytes} bytes; name fewer tasks, or raise the bound with set_memory_limits"
+                f"adapters of {self._slot_bytes} bytes; name fewer tasks, or raise the bound with set_memory_limits"
             )
         short = sum(name not in self._held for name in entries) - len(self._free)
         if short > 0:
             self._grow(int(min(max(self._count + short, 2 * self._count, _FIRST_SLOTS), most)))
+
+    @property
+    def _slot_bytes(self) -> int:
+        return sum(part.bytes for part in self._parts.values())
+
+    @property
+    def _most(self) -> float:
+        return math.inf if self.device_bytes is None else self.device_bytes // self._slot_bytes
 
     def _slot_parts(self) -> dict[str, _Part]:
         """Return the tensors of a slot by their names in an adapter."""

@@ -360,10 +360,44 @@ class QTuningModel(PretrainedInterface):
                 differs, or the name is taken.
             HubError: the hub does not answer, or does not show the repository.
         """
-        adapter, saved = self._tasks.read(located(folder, **options), name)
+        self.load_tasks(folder, [name], **options)
+
+    def load_tasks(
+        self, folder: str | Path, names: Sequence[str], *, lazy: bool = False, **options: Unpack[DownloadOptions]
+    ) -> None:
+        """Add adapters from a checkpoint of the same base model, as finished tasks, with their statistics: all or none.
+
+        Args:
+            folder: a folder, or the name of a repository on the hub, of which nothing else is downloaded.
+            names: tasks of it.
+            lazy: read each adapter when it is first needed; its file must exist then, and damage is detected then.
+            **options: as in `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError, HubError: as in `load_task`.
+        """
+        saved = self._tasks.read(located(folder, **options), names)
+        adapters = {} if lazy else {name: saved.adapters[name] for name in names}
         with self.backbone.injector.lock:
-            self._check_new(adapter)
-            self._tasks.add_read(adapter, saved)
+            for name in names:
+                self._check_new_name(name)
+                if name in adapters:
+                    self._tasks.check_new(adapters[name])
+            for name in names:
+                self._tasks.add_read(name, saved, adapters.get(name))
+
+    def read_task(self, folder: str | Path, name: str) -> tuple[TaskAdapter, TaskStatistics | None]:
+        """Read what `load_task` would add, with all its checks except that the name is free, and add nothing.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as in `load_task`.
+        """
+        saved = self._tasks.read(located(Path(folder)), [name])
+        adapter, statistics = saved.adapters[name], saved.statistics.get(name)
+        self._tasks.check_fits(adapter)
+        if statistics is not None:
+            self._tasks.known.check(adapter.info, statistics)
+        return adapter, statistics
 
     def remove_task(self, name: str) -> None:
         """Remove a finished task and its statistics, which frees its name. Other tasks are unchanged.
@@ -831,9 +865,13 @@ class QTuningModel(PretrainedInterface):
 
     def _check_new(self, adapter: TaskAdapter) -> None:
         self._tasks.check_new(adapter)
-        check_not_reserved(adapter.name)
-        if adapter.name == self.learning.task:
-            raise ValueError(f"task {adapter.name!r} is in training; give the adapter another name")
+        self._check_new_name(adapter.name)
+
+    def _check_new_name(self, name: str) -> None:
+        self._tasks.check_new_name(name)
+        check_not_reserved(name)
+        if name == self.learning.task:
+            raise ValueError(f"task {name!r} is in training; give the adapter another name")
 
     def _check_attached(self) -> None:
         """Raise a `RuntimeError` after `detach`."""

@@ -266,6 +266,10 @@ class Registry(Mapping[str, Value], Generic[Info, Value]):
         """Return the entry of a task; raise a KeyError if there is none."""
         return self._entries[name]
 
+    def find(self, name: str) -> Stored[Info, Value] | None:
+        """Return the entry of a task; None if there is none."""
+        return self._entries.get(name)
+
     def entries(self) -> list[Stored[Info, Value]]:
         """Return all entries, in order."""
         with self._lock:

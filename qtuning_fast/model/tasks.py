@@ -89,9 +89,17 @@ class Tasks:
 
     def check_new(self, adapter: TaskAdapter) -> None:
         """Raise a TypeError or ValueError if an adapter does not fit the model or its name is taken."""
+        self.check_fits(adapter)
+        self.check_new_name(adapter.name)
+
+    def check_fits(self, adapter: TaskAdapter) -> None:
+        """Raise a TypeError or ValueError if an adapter does not fit the model."""
         check_adapter(adapter, **self._sizes)
-        if adapter.name in self.adapters:
-            raise ValueError(f"task {adapter.name!r} is finished already; call remove_task first")
+
+    def check_new_name(self, name: str) -> None:
+        """Raise a ValueError if a finished task has this name."""
+        if name in self.adapters:
+            raise ValueError(f"task {name!r} is finished already; call remove_task first")
 
     def add(self, adapter: TaskAdapter, statistics: TaskStatistics | None = None) -> None:
         """Add a checked adapter. It stays in the host's memory.
@@ -106,21 +114,21 @@ class Tasks:
         if statistics is not None:
             self.known.add(adapter.name, statistics)
 
-    def read(self, source: Located, name: str) -> tuple[TaskAdapter, Checkpoint]:
-        """Read one adapter of a checkpoint that fits this model, and return both.
+    def read(self, source: Located, names: Sequence[str]) -> Checkpoint:
+        """Read the index of a checkpoint that fits this model and has these tasks; adapters stay where they are.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: the checkpoint lacks the task, a file is damaged, or the base model or the place of prefixes
+            ValueError: the checkpoint lacks a task, the index is damaged, or the base model or the place of prefixes
                 differs.
             HubError: a file cannot be downloaded.
         """
         saved = read_checkpoint(source.folder, lazy=True, elsewhere=source.elsewhere, with_state=False)
         saved.check_base_model(self._backbone, source.name)
-        if name not in saved.adapters:
-            raise ValueError(
-                f"task {name!r} is not among those in {source.name}: {', '.join(saved.adapters) or 'none'}"
-            )
+        for name in names:
+            if name not in saved.adapters:
+                known = ", ".join(saved.adapters) or "none"
+                raise ValueError(f"task {name!r} is not among those in {source.name}: {known}")
         theirs, ours = saved.config, self._config
         layers = chosen_layers(theirs, self._backbone.injector.layers)
         if theirs.placement != ours.placement or layers != self._layers:
@@ -129,16 +137,20 @@ class Tasks:
                 f"layers={theirs.layers}, this model's {ours.placement!r}, {ours.stack!r} and {ours.layers}"
             )
         saved.adapters.check, saved.statistics.check = self.adapters.check, self.known.statistics.check
-        return saved.adapters[name], saved
+        return saved
 
-    def add_read(self, adapter: TaskAdapter, saved: Checkpoint) -> None:
-        """Add a checked adapter that `read` returned. Its file stays in place."""
-        entry, statistics = saved.adapters.entry(adapter.name), saved.statistics.get(adapter.name)
+    def add_read(self, name: str, saved: Checkpoint, adapter: TaskAdapter | None = None) -> None:
+        """Add a task of an index that `read` returned. Its files stay in place.
+
+        Args:
+            adapter: its adapter, checked; None: the files are read when they are needed.
+        """
+        entry, recorded = saved.adapters.entry(name), saved.statistics.find(name)
+        statistics = None if adapter is None or recorded is None else saved.statistics.load(recorded)
         if statistics is not None:
             self.known.check(entry.info, statistics)
         self.adapters.add(entry.info, file=entry.file, value=adapter)
-        if statistics is not None:
-            recorded = saved.statistics.entry(adapter.name)
+        if recorded is not None:
             self.known.statistics.add(recorded.info, file=recorded.file, value=statistics)
 
     def remove(self, name: str) -> None:

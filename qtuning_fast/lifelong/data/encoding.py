@@ -92,7 +92,7 @@ class ExampleEncoder:
             return
         if self.reads_templates:
             for task in tasks:
-                self._check_template(task)
+                self.check_template(task.template, task=task.name)
         longest = [len(answer) for task in tasks for answer in self.encode_answers(task.answers, task=task.name) or ()]
         after = max(longest, default=0) if self.task_type == "causal-lm" else 0
         added = self.processor.num_special_tokens_to_add()
@@ -214,12 +214,12 @@ class ExampleEncoder:
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return self.processor(list(texts), add_special_tokens=not self.chat)["input_ids"]  # a chat template has its own
 
-    def _check_template(self, task: Task) -> None:
+    def check_template(self, template: str | None, *, task: str) -> None:
         """Raise a ValueError if a task's template leaves no room for a text."""
-        [tokens] = self._tokenize([self._in_template("", task.template)])
-        if len(tokens) >= self.max_length and (self.chat or task.template is not None):
+        [tokens] = self._tokenize([self._in_template("", template)])
+        if len(tokens) >= self.max_length and (self.chat or template is not None):
             raise ValueError(
-                f"task {task.name!r}: its template alone takes {len(tokens)} tokens, but max_length is "
+                f"task {task!r}: its template alone takes {len(tokens)} tokens, but max_length is "
                 f"{self.max_length}; shorten it, or raise max_length"
             )
 
