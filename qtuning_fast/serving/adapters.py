@@ -236,11 +236,13 @@ class ServedAdapters:
             except ValueError as error:
                 raise Refused(422, "label_words", str(error)) from None
         self._check_sent_template(name, sent.template)
-        file = AdapterFile(self._folder, **write_tensors(self._folder, "task", adapter.tensors()))
+        written = write_tensors(self._folder, "task", adapter.tensors())
+        file = AdapterFile(self._folder, written["file"], written["sha256"])
         recorded, its_file = None, None
         if statistics is not None:
             recorded = StatisticsInfo.of(name, statistics)
-            its_file = StatisticsFile(self._folder, **write_tensors(self._folder, "statistics", statistics.tensors()))
+            written = write_tensors(self._folder, "statistics", statistics.tensors())
+            its_file = StatisticsFile(self._folder, written["file"], written["sha256"])
         entry = task_entry(adapter.info, file, recorded, its_file)
         more = {"label_words": words, "template": sent.template}
         return entry | {key: value for key, value in more.items() if value is not None}
