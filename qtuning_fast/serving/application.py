@@ -76,10 +76,15 @@ class Replicas:
 
     A request whose replica dies is repeated on another: every request may be, because answers change nothing, and an
     addition or a removal that is repeated ends in the same state.
+
+    Args:
+        handle: that of the engine's deployment.
+        options: limits.
+        application: the name under which Serve runs it.
     """
 
-    def __init__(self, handle: DeploymentHandle, options: ServingOptions) -> None:
-        self._handle, self._options = handle, options
+    def __init__(self, handle: DeploymentHandle, options: ServingOptions, application: str = NAME) -> None:
+        self._handle, self._options, self._application = handle, options, application
         self._seen_ready = (float("-inf"), False)
 
     async def answer(self, asked: Sequence[Asked], timeout: float) -> list[Reply]:
@@ -105,7 +110,7 @@ class Replicas:
         at, found = self._seen_ready
         if time.monotonic() - at > 1:
             try:
-                found = await asyncio.wait_for(asyncio.to_thread(_has_running_replica), 5)
+                found = await asyncio.wait_for(asyncio.to_thread(_has_running_replica, self._application), 5)
             except Exception:  # whatever fails there, nothing can be answered now
                 found = False
             self._seen_ready = time.monotonic(), found
@@ -137,11 +142,8 @@ async def _result(method: Any, *arguments: Any) -> Any:
         raise
 
 
-def _has_running_replica() -> bool:
-    application = serve.status().applications.get(NAME) or next(iter(serve.status().applications.values()), None)
-    if application is None or "Engine" not in application.deployments:
-        return False
-    states = application.deployments["Engine"].replica_states
+def _has_running_replica(application: str) -> bool:
+    states = serve.status().applications[application].deployments["Engine"].replica_states
     return any(str(getattr(state, "value", state)) == "RUNNING" and count for state, count in states.items())
 
 
@@ -178,7 +180,7 @@ class Gateway:
         self._engine, self._options, self._keys = engine, options, keys
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        backend = Replicas(self._engine, self._options)
+        backend = Replicas(self._engine, self._options, serve.get_replica_context().app_name)
         return gateway.build(backend, self._options, self._keys, counting(self._options))
 
 

@@ -56,14 +56,14 @@ class Question(BaseModel):
         """Refuse what is beyond the limits of this server.
 
         Raises:
-            Refused: with 413 and the field.
+            Refused: with 422 and the field.
         """
         if len(self.texts) > options.max_texts:
-            raise Refused(413, "texts", f"there are {len(self.texts)} texts; a request may have {options.max_texts}")
+            raise Refused(422, "texts", f"there are {len(self.texts)} texts; a request may have {options.max_texts}")
         for place, text in enumerate(self.texts):
             if len(text) > options.max_characters:
                 said = f"it has {len(text)} characters; a text may have {options.max_characters}"
-                raise Refused(413, f"texts.{place}", said)
+                raise Refused(422, f"texts.{place}", said)
         if self.task is not None and self.top_k != 1:
             raise Refused(422, "top_k", "it is for a task that is inferred, but `task` names it; leave out one of them")
 

@@ -42,8 +42,8 @@ def test_wrong_questions_name_the_field(given, field):
 @pytest.mark.parametrize(
     ("given", "status", "field"),
     [
-        ({"texts": ["a"] * 3}, 413, "texts"),
-        ({"texts": ["a", "b" * 11]}, 413, "texts.1"),
+        ({"texts": ["a"] * 3}, 422, "texts"),
+        ({"texts": ["a", "b" * 11]}, 422, "texts.1"),
         ({"texts": ["a"], "task": "x", "top_k": 2}, 422, "top_k"),
     ],
 )
