@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,7 +39,8 @@ from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers, answer_scores
 
 _MANIFEST = "manifest.json"
-_KEPT_BY = "kept_by"  # the score; of states with equal ones, which few examples often give, the least loss
+KEPT_BY = "kept_by"
+"""What is highest in the best state: the score; of states with equal ones, which few examples often give, less loss."""
 _TIE = 1e-6  # what the loss may change in it at most
 
 
@@ -80,11 +82,11 @@ class TaskTrainer(Trainer):
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
-            args=_training_arguments(options, folder, model.device),
+            args=training_arguments(options, folder, model.device),
             train_dataset=train,
             eval_dataset=validation.by_length()[0],
-            data_collator=_collated,
-            compute_metrics=partial(_score, model.learning.problem_type),
+            data_collator=collated,
+            compute_metrics=partial(measures, model.learning.problem_type),
             callbacks=[self.clock, WriteManifest(), BeginEpoch(train), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
@@ -179,7 +181,7 @@ class TaskTrainer(Trainer):
         self.start_score = metrics[f"start_{METRICS[self.qtuning.learning.problem_type]}"]
         self._train_or_resume()
         assert self.state.best_metric is not None
-        kept = metrics[f"start_{_KEPT_BY}"] >= self.state.best_metric
+        kept = metrics[f"start_{KEPT_BY}"] >= self.state.best_metric
         if kept:
             self.qtuning.load_trainable_state_dict(start)
         self.best_step = 0 if kept else self.state.best_global_step
@@ -263,18 +265,26 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a batch of examples, cut to its longest text."""
     return without_padding(default_data_collator(examples))
 
 
-def _score(problem_type: str, prediction: Any) -> dict[str, float]:
+def measures(problem_type: str, prediction: Any) -> dict[str, float]:
+    """Return what a look at the validation split measures: the score, and `KEPT_BY`."""
     outputs, labels = prediction.predictions, prediction.label_ids
     found = score(problem_type, outputs, labels)
     loss = float(label_loss(torch.as_tensor(outputs), torch.as_tensor(labels), problem_type))
-    return {METRICS[problem_type]: found, _KEPT_BY: found - _TIE * loss / (1 + loss)}
+    return {METRICS[problem_type]: found, KEPT_BY: found - _TIE * loss / (1 + loss)}
 
 
-def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+def seed_of_task(seed: int, number: int) -> int:
+    """Return the seed of the batches, and of what else is random, of the task with this number in a run."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
+
+
+def training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+    """Return the arguments of a Trainer that follows the options: budget, batches, clipping, schedule and looks."""
     every = options.eval_every
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -294,7 +304,7 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         logging_steps=max(size for size in range(1, 6) if every % size == 0),
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=_KEPT_BY,
+        metric_for_best_model=KEPT_BY,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
         seed=options.seed,
