@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The theme's notice about its successor, at every build:
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo demo-images demo-lm demo-t5 setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft \
+.PHONY: demo demo-images demo-lm demo-t5 setup lock check-lock test test-all test-oldest test-newest soak test-gpu tune choose bench bench-cpu bench-peft bench-language \
 	bench-gpu bench-gpu-second bench-gpu-drop-in bench-gpu-models triton-cache gpu-packages report lint format docs docs-serve models-table clean
 
 setup: $(STAMP)
@@ -169,6 +169,13 @@ bench-cpu: $(STAMP)
 # The rows that need peft's prefix tuning as a peer, on the newest transformers that it runs on.
 bench-peft: $(PEFT)/.ready
 	PYTHONPATH=$(PEFT):. $(BIN)/python -m qtuning_fast.bench.rows.models --row qtuning_fast qtuning_fast-decoder peft --out $(OUT)/peft.json
+
+# The study of language models that bench/language.md declares, then its part of the page; it goes on where it stopped.
+# DRY=1 rehearses it. OLDER=1: behind the newest transformers on which all of peft's prefix tuning runs.
+bench-language: $(STAMP) $(LANGUAGE_MODEL)/config.json $(T5)/config.json $(if $(OLDER),$(PEFT)/.ready)
+	PYTHONPATH=$(if $(OLDER),$(PEFT):). $(BIN)/python -m qtuning_fast.bench.language.run \
+		--smollm2 $(LANGUAGE_MODEL) --flan-t5 $(T5) $(if $(DRY),--dry-run)
+	$(if $(DRY),,PYTHONPATH=. $(BIN)/python -m qtuning_fast.bench.language.report)
 
 # A short benchmark; a minute and a half on two cores. COMPARE=1 compares it with the last one.
 bench: $(STAMP)

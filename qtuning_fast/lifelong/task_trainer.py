@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,7 +42,8 @@ from qtuning_fast.model.model import QTuningModel
 from qtuning_fast.model.scoring import Answers
 
 _MANIFEST = "manifest.json"
-_KEPT_BY = "kept_by"  # the score; of states with equal ones, which few examples often give, the least loss
+KEPT_BY = "kept_by"
+"""What is highest in the best state: the score; of states with equal ones, which few examples often give, less loss."""
 _TIE = 1e-6  # what the loss may change in it at most
 
 
@@ -85,10 +87,10 @@ class TaskTrainer(Trainer):
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
-            args=_training_arguments(options, folder, model.device),
+            args=training_arguments(options, folder, model.device),
             train_dataset=SplitExamples(train) if process_count() > 1 else train,
             eval_dataset=validation,
-            data_collator=_collated,
+            data_collator=collated,
             callbacks=[self.clock, WriteManifest(), BeginEpoch(train), *stopping, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)
@@ -177,7 +179,7 @@ class TaskTrainer(Trainer):
         """Evaluate on the validation split as everything in a run is evaluated."""
         found = outputs(self.qtuning, self.validation, self.options.eval_batch_size, self.answers).numpy()
         labels = self.validation.columns["labels"].numpy()
-        metrics = _score(self.qtuning.learning.problem_type, found, labels)
+        metrics = measures(self.qtuning.learning.problem_type, found, labels)
         return EvalLoopOutput(found, labels, {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}, len(labels))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -221,7 +223,7 @@ class TaskTrainer(Trainer):
         self.start_score = metrics[f"start_{METRICS[self.qtuning.learning.problem_type]}"]
         self._train_or_resume()
         assert self.state.best_metric is not None
-        kept = metrics[f"start_{_KEPT_BY}"] >= self.state.best_metric
+        kept = metrics[f"start_{KEPT_BY}"] >= self.state.best_metric
         if kept:
             self.qtuning.load_trainable_state_dict(start)
         self.best_step = 0 if kept else self.state.best_global_step
@@ -305,19 +307,27 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collated(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a batch of examples, cut to its longest text."""
     images = [each.pop(IMAGES) for each in examples if IMAGES in each]  # of this process's part of the batch alone
     batch = default_data_collator(examples) | ({IMAGES: torch.stack(images)} if images else {})
     return without_padding(batch)
 
 
-def _score(problem_type: str, predictions: Any, labels: Any) -> dict[str, float]:
-    found = score(problem_type, predictions, labels)
-    loss = float(label_loss(torch.as_tensor(predictions), torch.as_tensor(labels), problem_type))
-    return {METRICS[problem_type]: found, _KEPT_BY: found - _TIE * loss / (1 + loss)}
+def measures(problem_type: str, outputs: Any, labels: Any) -> dict[str, float]:
+    """Return what a look at the validation split measures: the score, and `KEPT_BY`."""
+    found = score(problem_type, outputs, labels)
+    loss = float(label_loss(torch.as_tensor(outputs), torch.as_tensor(labels), problem_type))
+    return {METRICS[problem_type]: found, KEPT_BY: found - _TIE * loss / (1 + loss)}
 
 
-def _training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+def seed_of_task(seed: int, number: int) -> int:
+    """Return the seed of the batches, and of what else is random, of the task with this number in a run."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
+
+
+def training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+    """Return the arguments of a Trainer that follows the options: budget, batches, clipping, schedule and looks."""
     every = options.eval_every
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -337,7 +347,7 @@ def _training_arguments(options: TrainingOptions, folder: Path, device: torch.de
         logging_steps=max(size for size in range(1, 6) if every % size == 0),
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=_KEPT_BY,
+        metric_for_best_model=KEPT_BY,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
         seed=options.seed,

@@ -50,7 +50,7 @@ from qtuning_fast.lifelong.run_folder import RUN_FILE, claim_folder, locked, ref
 from qtuning_fast.lifelong.scores import score
 from qtuning_fast.lifelong.task_end import mix_head
 from qtuning_fast.lifelong.task_start import check_start, mix_with_earlier_prompts, start_task
-from qtuning_fast.lifelong.task_trainer import TaskTrainer
+from qtuning_fast.lifelong.task_trainer import TaskTrainer, seed_of_task
 from qtuning_fast.lifelong.tasks import SPLITS, Task, data_digest
 from qtuning_fast.lifelong.training_record import NO_STEPS, method_record, steps_record
 from qtuning_fast.lifelong.unnamed_tasks import UnnamedTasks
@@ -391,7 +391,7 @@ class LifelongTrainer:
         return self.folder / "tasks" / f"{number:02d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.tasks[number].name)}"
 
     def _task_seed(self, number: int) -> int:
-        return int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0] % 2**31)
+        return seed_of_task(self.options.seed, number)
 
     def _run_stage(self, number: int, stage: str, compute: Callable[[], dict[str, Any]]) -> None:
         path = self._task_folder(number) / f"{stage}.json"

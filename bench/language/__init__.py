@@ -1,0 +1,1 @@
+"""The study of few examples on frozen language models that bench/language.md declares."""
