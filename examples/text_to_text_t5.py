@@ -61,12 +61,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prompt_length=10,
         queue_size=2,  # so that the third task finds the queue full
         shared_length=10,
+        reparameterization="mlp",  # while a prompt trains, a network computes it
     )
     training = TrainingOptions(
         steps=options.steps,
         eval_every=max(1, options.steps // 5),
         max_length=options.max_length,
-        prompt_rate=0.3,  # of Progressive Prompts for T5; the default rate is made for heads
+        prompt_rate=0.3,  # of Progressive Prompts for T5
     )
     with ProgressBars(len(tasks), "text to text", console) as bars:
         run = LifelongTrainer(base, tokenizer, config, tasks, training, options.out, listener=bars)

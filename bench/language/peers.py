@@ -106,7 +106,7 @@ class PeerTrainer(Trainer):
         self._rate, self._answers = rate, answers
         self._two_stacks = model.get_base_model().config.is_encoder_decoder
         self.clock, self.best = StepTimer(), BestLook()
-        arguments = training_arguments(options, folder, model.device)
+        arguments = training_arguments(options, folder, model.device, rate)
         arguments.set_save("no")
         arguments.load_best_model_at_end = False
         super().__init__(

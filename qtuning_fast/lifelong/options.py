@@ -303,7 +303,7 @@ class TrainingOptions:
             return self
         return replace(self, steps=self.epochs * -(-count // self.batch_size), epochs=None)
 
-    def rates(self, task_type: str = "sequence-classification") -> dict[str, float]:
+    def rates(self, task_type: str) -> dict[str, float]:
         """The learning rate of each kind of parameters (`QTuningModel.parameter_groups`), for a type of task."""
         prompts = _PROMPT_RATES.get(task_type, 3e-3) if self.prompt_rate is None else self.prompt_rate
         heads = 1e-2 if self.head_start == "random" else 1e-3

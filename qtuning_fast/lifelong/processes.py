@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from qtuning_fast.lifelong.run_folder import RUN_FILE
 from qtuning_fast.model.distributed import from_first, gathered, process_count, process_number
 
 TIMEOUT = timedelta(minutes=30)
@@ -36,6 +37,7 @@ A process that has died is noticed at once, because its connections close. This 
 _FOLLOWING = timedelta(seconds=3)  # how long after one process another one may meet the same error
 _COPIES, _LOCK = "qtuning-process-", ".lock"
 _OLD = 3600.0  # seconds
+_GOES_ON_FROM = (RUN_FILE, "adapter", "tasks")
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 _REFUSED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -242,6 +244,6 @@ def _remove_abandoned() -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the files of a folder; hidden ones are locks, or not written in full."""
+    """Return the files of a run that it goes on from; hidden ones are locks, or not written in full."""
     found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [str(path) for path in found if not path.name.startswith(".")]
+    return [str(path) for path in found if path.parts[0] in _GOES_ON_FROM and not path.name.startswith(".")]

@@ -77,6 +77,7 @@ class TaskTrainer(Trainer):
         self.folder = folder
         self.answers = answers
         self.validation = validation
+        self._rates = options.rates(model.qtuning_config.task_type)
         self._earlier_means = earlier_means
         self.start_score: float | None = None
         self.best_step: int | None = None
@@ -87,7 +88,7 @@ class TaskTrainer(Trainer):
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
-            args=training_arguments(options, folder, model.device),
+            args=training_arguments(options, folder, model.device, self._rates["prompt"]),
             train_dataset=SplitExamples(train) if process_count() > 1 else train,
             eval_dataset=validation,
             data_collator=collated,
@@ -100,8 +101,9 @@ class TaskTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate for each kind of parameter."""
         if self.optimizer is None:
-            rates = self.options.rates(self.qtuning.qtuning_config.task_type)
-            groups = [{"params": group, "lr": rates[kind]} for kind, group in self.qtuning.parameter_groups().items()]
+            groups = [
+                {"params": group, "lr": self._rates[kind]} for kind, group in self.qtuning.parameter_groups().items()
+            ]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
 
@@ -326,7 +328,7 @@ def seed_of_task(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] % 2**31)
 
 
-def training_arguments(options: TrainingOptions, folder: Path, device: torch.device) -> TrainingArguments:
+def training_arguments(options: TrainingOptions, folder: Path, device: torch.device, rate: float) -> TrainingArguments:
     """Return the arguments of a Trainer that follows the options: budget, batches, clipping, schedule and looks."""
     every = options.eval_every
     arguments = TrainingArguments(
@@ -334,7 +336,7 @@ def training_arguments(options: TrainingOptions, folder: Path, device: torch.dev
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
-        learning_rate=options.rates()["prompt"],  # `create_optimizer` has the rate of each kind of parameter
+        learning_rate=rate,
         weight_decay=0.0,
         max_grad_norm=1.0,
         lr_scheduler_type="cosine",

@@ -98,6 +98,8 @@ class Task:
     def __post_init__(self) -> None:
         check_problem_type(self.problem_type)
         check_template(self.name, self.template)
+        if self.template == TEXT_SLOT:
+            object.__setattr__(self, "template", None)
         if self.problem_type == REGRESSION and len(self.label_names) != 1:
             raise ValueError(
                 f"task {self.name!r}: label_names is {self.label_names}; regression has one number an example"

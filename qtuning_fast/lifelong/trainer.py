@@ -187,7 +187,7 @@ class LifelongTrainer:
         """Return the content of `run.json`."""
         settings: dict[str, Any] = {
             "method": self.config.to_dict(),
-            "training": self.options.to_dict(),
+            "training": self._training,
             "forward_transfer": self.forward_transfer,
             "tasks": {task.name: data_digest(task) for task in self.tasks},
             "base_fingerprint": fingerprint(without_head(self.base_model)),
@@ -207,6 +207,11 @@ class LifelongTrainer:
             templates = {task.name: task.template for task in self.tasks if task.template is not None}
             settings |= {"templates": templates} if templates else {}
         return settings
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """The options as a file has them, with the rate of prompts that the type of task stands for."""
+        return self.options.to_dict() | {"prompt_rate": self.options.rates(self.config.task_type)["prompt"]}
 
     def _agree(self, settings: dict[str, Any]) -> None:
         """Check that processes are of the same run; what `about` says, such as paths, may differ between nodes."""
@@ -423,7 +428,7 @@ class LifelongTrainer:
             "live_queue": evaluation_summary(live_rows, alone, least=least),
             "class_incremental": self._unnamed.summary([self._read_stage(n, "class_incremental") for n in numbers]),
             "baselines": {"linear_probe": {"accuracy": probes, "average_accuracy": float(np.mean(probes))}},
-            "config": {"method": self.config.to_dict(), "training": self.options.to_dict(), **self.about},
+            "config": {"method": self.config.to_dict(), "training": self._training, **self.about},
             "versions": versions(),
             "device": device_name(self.base_model.device),
             "processes": process_count(),

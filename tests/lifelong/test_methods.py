@@ -118,7 +118,7 @@ def test_norga_is_hide_with_a_gate_that_the_first_task_trains(run: Any) -> None:
     hide, norga = METHODS["hide"], METHODS["norga"]
     assert norga.config.items() - hide.config.items() == {("gate", "tanh"), ("gate_training", "first-task")}
     assert norga.training.items() - hide.training.items() == {("gate_rate", None)}
-    assert TrainingOptions(gate_rate=None, prompt_rate=0.5).rates()["gate"] == 0.5
+    assert TrainingOptions(gate_rate=None, prompt_rate=0.5).rates("sequence-classification")["gate"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["simple-cil", "ranpac", "probe-joint"])

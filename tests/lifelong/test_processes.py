@@ -263,6 +263,7 @@ def test_only_the_first_process_has_the_folder_itself(monkeypatch: pytest.Monkey
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "one.json").write_text("{}")
     (tmp_path / ".lock").write_text("")
+    (tmp_path / "report.html").write_text("what no run goes on from")
     monkeypatch.setattr(processes, "from_first", lambda compute: compute())
     with own_folder(tmp_path) as folder:
         assert folder == tmp_path
@@ -272,7 +273,7 @@ def test_only_the_first_process_has_the_folder_itself(monkeypatch: pytest.Monkey
         with own_folder(tmp_path) as folder:
             assert (folder == tmp_path) == itself
             assert (folder / "tasks" / "one.json").read_text() == "{}"
-            assert not (folder / "adapter").exists()
+            assert not (folder / "adapter").exists() and (folder / "report.html").exists() == itself
         assert folder.exists() == itself
 
 

@@ -19,6 +19,7 @@ from qtuning_fast.lifelong.task_trainer import StepTimer, TaskTrainer, latest_ch
 from qtuning_fast.method.closed_form import closed_form_head
 from qtuning_fast.method.contrast import contrastive_loss
 
+HEADS = "sequence-classification"
 OPTIONS = TrainingOptions(steps=4, batch_size=4, eval_every=2, prompt_rate=0.03, head_rate=0.02, gate_rate=0.01)
 
 
@@ -53,10 +54,10 @@ def test_each_kind_of_parameter_has_its_rate(
 
 
 def test_heads_that_start_well_have_a_lower_rate_and_the_reweighting_may_have_its_own() -> None:
-    assert TrainingOptions().rates()["head"] == 1e-3
+    assert TrainingOptions().rates(HEADS)["head"] == 1e-3
     random = TrainingOptions(start_from="random", head_start="random", prompt_rate=0.5, reweighting_rate=0.25)
-    assert random.rates() == {"prompt": 0.5, "reweighting": 0.25, "gate": 3e-2, "head": 1e-2, "network": 3e-4}
-    assert TrainingOptions(head_rate=0.0).rates()["head"] == 0
+    assert random.rates(HEADS) == {"prompt": 0.5, "reweighting": 0.25, "gate": 3e-2, "head": 1e-2, "network": 3e-4}
+    assert TrainingOptions(head_rate=0.0).rates(HEADS)["head"] == 0
 
 
 def test_the_reweighting_is_pulled_to_where_it_started(

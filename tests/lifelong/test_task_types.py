@@ -150,6 +150,9 @@ def test_label_words_of_ones_own_are_part_of_the_run(
     options = TrainingOptions(steps=2, max_length=8)
     base = load_base_model(str(folders_of_models["causal-lm"]), "causal-lm")
     LifelongTrainer(*base, config, [words], options, tmp_path / "run").run()
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["training"]
+    assert recorded["prompt_rate"] == 3e-2, "what the type of task stands for, whatever it will stand for later"
+    LifelongTrainer(*base, config, [words], replace(options, prompt_rate=3e-2), tmp_path / "run").run()
     with pytest.raises(ValueError, match=r"another run .*label_words"):
         LifelongTrainer(*base, config, [task], options, tmp_path / "run").run()
     with pytest.raises(ValueError, match=r"'pets': label_words is .'old'."):

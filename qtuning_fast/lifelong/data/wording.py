@@ -14,9 +14,9 @@ def worded(tasks: Sequence[Task], templates: Sequence[str], label_words: Sequenc
 
     Args:
         tasks: the tasks.
-        templates: each for all tasks, such as `"Review: {text}\nSentiment:"`, or `name=template` for one. A backslash
-            and an n are a new line, as a shell leaves them.
-        label_words: each `class=word`, or `task/class=word` where only one task's class is meant.
+        templates: each for all tasks, such as `"Review: {text}\nSentiment:"`, or `name=template` for one, which goes
+            before. A backslash and an n are a new line, as a shell leaves them.
+        label_words: each `class=word`, or `task/class=word` for one task's class, which goes before.
 
     Raises:
         ValueError: a template or a word is for no task, two are for the same, or a template has not one `{text}`.
@@ -36,22 +36,28 @@ def worded(tasks: Sequence[Task], templates: Sequence[str], label_words: Sequenc
 def _templates(tasks: Sequence[Task], given: Sequence[str]) -> dict[str, str]:
     """Return the template of each task that gets one."""
     names = [task.name for task in tasks]
-    found: dict[str, str] = {}
+    of_all: dict[str, str] = {}
+    of_one: dict[str, str] = {}
     for each in given:
         own = [name for name in names if each.startswith(f"{name}=")]
         begins = re.match(r"([\w.-]+)=", each)
         if not own and begins:
-            raise ValueError(f"templates has {each!r}, but there is no task {begins[1]!r}: {', '.join(names)}")
+            raise ValueError(
+                f"templates has {each!r}, but there is no task {begins[1]!r}: {', '.join(names)} (a template that "
+                f"begins so is given to each task by name: {names[0]}={each})"
+            )
         template = (each.removeprefix(f"{own[0]}=") if own else each).replace("\\n", "\n")
         for name in own[:1] or names:
+            found = of_one if own else of_all
             if found.setdefault(name, template) != template:
                 raise ValueError(f"templates gives task {name!r} two, {found[name]!r} and {template!r}")
-    return found
+    return of_all | of_one
 
 
 def _words(tasks: Sequence[Task], given: Sequence[str]) -> dict[str, dict[str, str]]:
     """Return the words of each task's classes that get one."""
-    found: dict[str, dict[str, str]] = {task.name: {} for task in tasks}
+    of_all: dict[tuple[str, str], str] = {}
+    of_one: dict[tuple[str, str], str] = {}
     for each in given:
         label, separator, word = each.rpartition("=")
         owners = [
@@ -60,10 +66,13 @@ def _words(tasks: Sequence[Task], given: Sequence[str]) -> dict[str, dict[str, s
         if not separator or not owners:
             known = ", ".join(dict.fromkeys(name for task in tasks for name in task.label_names))
             raise ValueError(f"label_words has {each!r}; it must be class=word, for one of the classes {known}")
-        for task, name in owners:
-            if found[task].setdefault(name, word) != word:
-                raise ValueError(f"label_words gives {name!r} of task {task!r} two, {found[task][name]!r} and {word!r}")
-    return found
+        for owner in owners:
+            found = of_all if label == owner[1] else of_one
+            if found.setdefault(owner, word) != word:
+                task, name = owner
+                raise ValueError(f"label_words gives {name!r} of task {task!r} two, {found[owner]!r} and {word!r}")
+    words = of_all | of_one
+    return {task.name: {name: word for (owner, name), word in words.items() if owner == task.name} for task in tasks}
 
 
 def _in_place(task: Task, words: dict[str, str]) -> list[str]:

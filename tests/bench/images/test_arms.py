@@ -15,7 +15,11 @@ def test_the_published_arms_differ_in_the_gate_alone() -> None:
     assert differ == {"gate", "gate_training"}
     assert norga[0].layers == (0, 1, 2, 3, 4) and norga[0].prompt_init == "uniform" and norga[0].prompt_length == 20
     training = norga[1]
-    assert (training.prompt_rate, training.head_rate, training.rates()["gate"]) == (0.0075, 0.00075, 0.0075)
+    assert (training.prompt_rate, training.head_rate, training.rates("image-classification")["gate"]) == (
+        0.0075,
+        0.00075,
+        0.0075,
+    )
     assert (training.contrast, training.joint_head, training.start_from) == (0.1, "covariance", "previous")
     assert training.seed == 3 and training.steps == 50
 

@@ -34,10 +34,19 @@ def test_a_word_is_for_all_classes_of_a_name_or_for_one_tasks() -> None:
     assert found[0].label_words is None
 
 
+def test_what_is_for_one_task_goes_before_what_is_for_all() -> None:
+    for templates in (["A: {text}", "mail=B: {text}"], ["mail=B: {text}", "A: {text}"]):
+        assert [task.template for task in worded(TASKS, templates, ())] == ["A: {text}", "B: {text}"]
+    for words in (["good=a", "mail/good=b"], ["mail/good=b", "good=a"]):
+        assert [task.answers for task in worded(TASKS, (), words)] == [["bad", "a"], ["b", "spam mail"]]
+
+
+def test_the_text_alone_is_no_template() -> None:
+    assert [task.template for task in worded(TASKS, ["{text}"], ())] == [None, None]
+
+
 def test_a_class_may_be_called_as_another_tasks_is_spelled() -> None:
     odd = replace(MAIL, name="odd", label_names=["films/good", "other"])
-    with pytest.raises(ValueError, match="two"):
-        worded([replace(FILMS, label_names=["good", "films/good"])], (), ["films/good=a", "good=b"])
     assert worded([odd], (), ["films/good=a"])[0].answers == ["a", "other"]
 
 
@@ -48,11 +57,13 @@ def test_a_class_may_be_called_as_another_tasks_is_spelled() -> None:
         (["{text} {text}"], [], "it must have {text} in it once"),
         (["music=Song: {text}"], [], "'music=Song: {text}', but there is no task 'music': films, mail"),
         (["A: {text}", "B: {text}"], [], "templates gives task 'films' two, 'A: {text}' and 'B: {text}'"),
-        (["mail=A: {text}", "B: {text}"], [], "templates gives task 'mail' two"),
+        (["mail=A: {text}", "mail=B: {text}"], [], "templates gives task 'mail' two"),
+        (["Q={text}"], [], "there is no task 'Q': films, mail .* by name: films=Q={text}"),
         ([], ["good"], "label_words has 'good'; it must be class=word"),
         ([], ["ugly=bad"], "label_words has 'ugly=bad'; .* one of the classes bad, good, spam_mail"),
         ([], ["films/spam_mail=x"], "label_words has 'films/spam_mail=x'"),
-        ([], ["good=a", "films/good=b"], "label_words gives 'good' of task 'films' two, 'a' and 'b'"),
+        ([], ["films/good=a", "films/good=b"], "label_words gives 'good' of task 'films' two, 'a' and 'b'"),
+        ([], ["good=a", "good=b"], "label_words gives 'good' of task 'films' two, 'a' and 'b'"),
         ([], ["good="], "'films': label_words is"),
     ],
 )
