@@ -393,10 +393,10 @@ def test_an_index_of_statistics_that_is_wrong_is_refused(
         with pytest.raises(CorruptFileError, match="the statistics of task 'task-1' are invalid"):
             read_checkpoint(tmp_path, lazy=lazy)
     index = read_json(tmp_path / CONFIG_FILE)
-    for wrong in (None, {"classes": 3}):
+    for wrong, said in ((None, "is not an index of a saved model"), ({"classes": 3}, "the index names None")):
         index["tasks"][1]["statistics"] = wrong
         write_json(tmp_path / CONFIG_FILE, index)
-        with pytest.raises(CorruptFileError, match="the index names None"):
+        with pytest.raises(CorruptFileError, match=said):
             read_checkpoint(tmp_path)
 
 
