@@ -69,8 +69,8 @@ def joint_head_file(run: Path, tasks: int) -> tuple[Path, dict[str, str]] | None
     return (files[0].parent, entries[_HEAD]) if _HEAD in entries else None
 
 
-def read_joint_head(folder: Path, entry: Mapping[str, str], *, classes: int) -> LinearHead:
-    """Return a head over so many classes.
+def read_joint_head(folder: Path, entry: Mapping[str, str], *, classes: int, features: int | None = None) -> LinearHead:
+    """Return a head over so many classes, for so many features; None: of any number.
 
     Raises:
         CorruptFileError: the file is missing or damaged, or holds something else.
@@ -82,6 +82,10 @@ def read_joint_head(folder: Path, entry: Mapping[str, str], *, classes: int) -> 
         raise CorruptFileError(f"{folder / entry['file']} does not hold a head over {classes} classes")
     if bias.shape != (classes,) or not all(x.is_floating_point() and x.isfinite().all() for x in (weight, bias)):
         raise CorruptFileError(f"{folder / entry['file']} does not hold a head over {classes} classes")
+    if features is not None and weight.shape[1] != features:
+        raise CorruptFileError(
+            f"{folder / entry['file']} holds a head for {weight.shape[1]} features, but the model has {features}"
+        )
     return LinearHead(weight, bias)
 
 

@@ -90,10 +90,11 @@ class SavedRun:
 
         Raises:
             ValueError: the data of a task has changed since the run, or is not at hand.
+            FileNotFoundError, ImportError, ConnectionError: see `DataOptions.load`.
         """
         try:
             tasks = [task for task in self.data.load() if task.name in self.model.adapters]
-        except (OSError, ValueError) as error:
+        except FileNotFoundError as error:  # what else goes wrong is the reader's to mend
             if not self._about.get(SHARED):
                 raise
             raise ValueError(
@@ -165,7 +166,8 @@ class SavedRun:
                 f"{self.folder} has no head over all classes after {len(tasks)} tasks, which a run has with "
                 "--joint-head; ask the adapters (--answers-by adapters)"
             )
-        return read_joint_head(*found, classes=sum(len(self.model.label_names(name)) for name in tasks))
+        classes = sum(len(self.model.label_names(name)) for name in tasks)
+        return read_joint_head(*found, classes=classes, features=self.model.hidden_size)
 
     def fitted(self) -> FittedRule:
         """The rule that infers tasks, fitted to all of them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -16,21 +16,28 @@ from typing import Any, Unpack
 
 from huggingface_hub import CommitInfo, EvalResult
 
+from qtuning_fast.lifelong.data.tables import is_readable
 from qtuning_fast.lifelong.joint_head import MOST_HEAD_BYTES, joint_head_file, read_joint_head
+from qtuning_fast.lifelong.metrics import unnamed_results
+from qtuning_fast.lifelong.options import DataOptions, TrainingOptions
 from qtuning_fast.lifelong.run_folder import RUN_FILE
 from qtuning_fast.lifelong.runs import METRICS_FILE
 from qtuning_fast.lifelong.saved_run import SHARED, SHARED_HEAD, adapter_folder, run_folder
 from qtuning_fast.lifelong.scores import WORDS
 from qtuning_fast.lifelong.stream import MINILM
+from qtuning_fast.method.config import HEAD_TASK_TYPES
 from qtuning_fast.model.checked_files import CorruptFileError, check_link, checked_name, read_json, write_json
 from qtuning_fast.model.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, write_checkpoint
 from qtuning_fast.model.hub import PushOptions, push_checkpoint
-from qtuning_fast.model.hub_files import DownloadOptions, check_repo_id, on_hub, readable_errors
-from qtuning_fast.model.model_card import CARD_FILE, PIPELINES, model_card, on_the_hub
+from qtuning_fast.model.hub_files import DownloadOptions, check_repo_id, hub_errors, on_hub
+from qtuning_fast.model.model_card import CARD_FILE, PIPELINES, Asked, model_card, on_the_hub
 
 _ABOUT = ("stream", "base_model", "method_name", "answered_by")
 _METRIC_IDS = {"accuracy": "accuracy", "micro_f1": "f1", "pearson": "pearsonr"}  # as the hub calls them
+_ADAPTERS = "adapters"  # what answers in the metrics of a run that names nothing else
 _MOST_SETTINGS_BYTES, _MOST_CARD_BYTES = 16 << 20, 4 << 20
+_MOST = {"max_length": 1 << 17, "eval_batch_size": 1 << 16}
+"""The most tokens to which a stranger's run may pad each text, and the most texts that it may ask at a time."""
 
 
 def push_run(
@@ -68,10 +75,13 @@ def push_run(
         raise FileNotFoundError(f"{run}: no task of this run is finished, so there is nothing to push yet")
     saved = read_checkpoint(adapter_folder(run), lazy=True).of_task(task)
     about, files, documents = settings["about"], {}, {}
+    asked = _asked(settings, saved)
     if {"base_model", "data"} <= about.keys():  # otherwise it was started from Python, and nobody can predict with it
         base_model = base_model or _base_model(about["base_model"])
-        settings = shared_settings(settings, list(saved.adapters), base_model, alone=task is not None)
+        _check_bounds(run / RUN_FILE, TrainingOptions.from_dict(settings["training"]))  # nobody could pull it
         head = None if task is not None else _joint_head(run, settings, saved)
+        classes = {entry.info.name: entry.info.label_names for entry in saved.adapters.entries()}
+        settings = shared_settings(settings, classes, base_model, alone=task is not None)
         if head is not None:
             settings[SHARED_HEAD] = head[1]
             files[head[1]["file"]] = head[0] / head[1]["file"]
@@ -81,7 +91,12 @@ def push_run(
         saved,
         repo_id,
         base_model=f"sentence-transformers/{MINILM}" if base_model == MINILM else base_model,
-        results=[] if metrics is None else eval_results(metrics, saved.adapters, saved.config.task_type),
+        results=[]
+        if metrics is None
+        else eval_results(
+            metrics, saved.adapters, saved.config.task_type, answered_by=about.get("answered_by", _ADAPTERS)
+        ),
+        asked=asked,
         data_license=data_license,
         card_data={} if license is None else {"license": license},
     )
@@ -89,13 +104,13 @@ def push_run(
 
 
 def shared_settings(
-    settings: Mapping[str, Any], tasks: Collection[str], base_model: str | None, *, alone: bool
+    settings: Mapping[str, Any], tasks: Mapping[str, Sequence[str]], base_model: str | None, *, alone: bool
 ) -> dict[str, Any]:
     """Return the settings of a run as others get them: of these tasks, and without paths.
 
     Args:
         settings: those of the run.
-        tasks: the tasks that are shared.
+        tasks: the tasks that are shared, with the names of their classes; none: they are not known.
         base_model: the name of the base model for others.
         alone: whether they are not all of the run, so that a head over all classes is no use.
     """
@@ -110,16 +125,34 @@ def shared_settings(
         kinds = data.get("problem_types", [])
         data["problem_types"] = [each for each in kinds if "=" not in each or each.rpartition("=")[0] in tasks]
         left_out = [name for name in specs if name not in tasks]
-        for name, sign in (("templates", "="), ("label_words", "/")):
-            of_others = tuple(f"{each}{sign}" for each in left_out)
-            if name in data:
-                data[name] = [each for each in data[name] if not each.startswith(of_others)]
+        if "templates" in data:
+            of_others = tuple(f"{each}=" for each in left_out)
+            data["templates"] = [each for each in data["templates"] if not each.startswith(of_others)]
+        if "label_words" in data:
+            data["label_words"] = [each for each in data["label_words"] if _is_for(each, tasks, left_out)]
     about |= {"base_model": base_model, "data": data, SHARED: True}
     kept = {"about": about, "tasks": {name: x for name, x in settings["tasks"].items() if name in tasks}}
     for each in ("label_words", "templates"):
         if each in settings:
             kept[each] = {name: x for name, x in settings[each].items() if name in tasks}
-    return {**settings, **kept}
+    return {name: value for name, value in settings.items() if name != SHARED_HEAD} | kept
+
+
+def _is_for(word: str, tasks: Mapping[str, Sequence[str]], left_out: Sequence[str]) -> bool:
+    """Return whether `class=word` or `task/class=word` may be for one of the shared tasks: others refuse it."""
+    if not all(tasks.values()):
+        return not word.startswith(tuple(f"{each}/" for each in left_out))
+    label = word.rpartition("=")[0]
+    return any(label in (name, f"{task}/{name}") for task, names in tasks.items() for name in names)
+
+
+def _asked(settings: Mapping[str, Any], saved: Checkpoint) -> dict[str, Asked] | None:
+    """Return how a language model is asked about each task; None for models with heads."""
+    if saved.config.task_type in HEAD_TASK_TYPES:
+        return None
+    templates, words = settings.get("templates", {}), settings.get("label_words", {})
+    chat = settings["training"].get("chat", False)
+    return {name: Asked(templates.get(name), tuple(words.get(name, ())), chat) for name in saved.adapters}
 
 
 def _base_model(name: str | None) -> str | None:
@@ -132,7 +165,8 @@ def _without_folder(name: str, spec: str) -> str:
     path = spec.removeprefix(f"{name}=")
     if not _is_absolute(path):
         return spec
-    return f"{name}={(PureWindowsPath if chr(92) in path else PurePosixPath)(path).name}"
+    file = (PureWindowsPath if chr(92) in path else PurePosixPath)(path).name
+    return f"{name}={file}" if is_readable(file) else f"{name}=./{file}"  # a bare name would be a dataset of the hub
 
 
 def _is_absolute(path: str) -> bool:
@@ -144,21 +178,27 @@ def _joint_head(run: Path, settings: Mapping[str, Any], saved: Checkpoint) -> tu
     shared = settings.get(SHARED_HEAD)
     found = joint_head_file(run, len(saved.adapters)) if shared is None else (run, shared)
     if found is not None:
-        read_joint_head(*found, classes=_classes(saved))  # a damaged one is not for others
+        _check_head(found[0], found[1], saved)  # a damaged one is not for others
     return found
 
 
-def _classes(saved: Checkpoint) -> int:
-    return sum(len(entry.info.label_names) for entry in saved.adapters.entries())
+def _check_head(folder: Path, entry: Mapping[str, str], saved: Checkpoint) -> None:
+    """Raise a CorruptFileError if that is not the file of a head over all classes of a checkpoint."""
+    own = [saved.adapters[name].head_weight for name in list(saved.adapters)[:1]]
+    classes = sum(len(each.info.label_names) for each in saved.adapters.entries())
+    read_joint_head(folder, entry, classes=classes, features=next((x.shape[1] for x in own if x is not None), None))
 
 
-def eval_results(metrics: Mapping[str, Any], tasks: Collection[str], task_type: str) -> list[EvalResult]:
+def eval_results(
+    metrics: Mapping[str, Any], tasks: Collection[str], task_type: str, *, answered_by: str = _ADAPTERS
+) -> list[EvalResult]:
     """Return what a run measured, in the words of the hub: each task under its own adapter, and all without a name.
 
     Args:
         metrics: the content of `metrics.json`.
         tasks: the tasks that count.
         task_type: of the run.
+        answered_by: what answers if no task is named, by its name in the metrics.
     """
     last = metrics["task_adapter"]["accuracy_matrix"][-1]
     kind = PIPELINES[task_type]
@@ -175,7 +215,7 @@ def eval_results(metrics: Mapping[str, Any], tasks: Collection[str], task_type: 
         for record, value in zip(metrics["per_task"], last)
         if record["name"] in tasks
     ]
-    unnamed = metrics.get("class_incremental", {}).get("adapters", {}).get("average_accuracy")
+    unnamed = unnamed_results(metrics).get(answered_by, {}).get("average_accuracy")
     if unnamed is not None and len(found) == len(last) > 1:
         found.append(
             EvalResult(
@@ -232,12 +272,12 @@ def pull_run(
     head = None if settings is None else settings.get(SHARED_HEAD)
     if head is not None:
         source.elsewhere.fetch({checked_name(source.folder, head): MOST_HEAD_BYTES})
-        read_joint_head(source.folder, head, classes=_classes(saved))
+        _check_head(source.folder, head, saved)
     if settings is not None and base_model is not None:
         here = Path(base_model)
         settings["about"]["base_model"] = str(here.absolute()) if here.exists() else base_model
     out.parent.mkdir(parents=True, exist_ok=True)
-    with readable_errors(repo_id), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+    with hub_errors(repo_id), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         whole = Path(work, "run")
         write_checkpoint(whole, saved.of_task(None))
         (whole / ".lock").unlink(missing_ok=True)
@@ -268,4 +308,16 @@ def _pulled_settings(path: Path) -> dict[str, Any]:
     right = right and all(isinstance(each, list) for each in words.values())
     if not right or not all(isinstance(word, str) for each in words.values() for word in each):
         raise CorruptFileError(f"{path} does not hold the settings of a run")
+    try:
+        DataOptions.from_dict(about["data"])
+        training = TrainingOptions.from_dict(settings["training"])
+    except (TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path} holds settings that no run of this version has: {error}") from None
+    _check_bounds(path, training)
     return settings
+
+
+def _check_bounds(path: Path, training: TrainingOptions) -> None:
+    for name, most in _MOST.items():
+        if getattr(training, name) > most:
+            raise CorruptFileError(f"{path} has {name} {getattr(training, name)}; {most} is the most for a shared run")

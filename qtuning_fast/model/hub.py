@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 from qtuning_fast.model.checked_files import write_json
 from qtuning_fast.model.checkpoint import Checkpoint, write_checkpoint
-from qtuning_fast.model.hub_files import LIBRARY, check_repo_id, readable_errors
+from qtuning_fast.model.hub_files import LIBRARY, check_repo_id, hub_errors
 from qtuning_fast.model.model_card import CARD_FILE, is_written_by_us
 
 _PUSHED = re.compile(r"([a-z_]+-\d+|state|head)-[0-9a-f]{12}\.safetensors|adapter_config\.json|run\.json")
@@ -69,7 +69,7 @@ def push_checkpoint(
         HubError: the hub refuses, or cannot be reached; nothing has changed there but that the repository may be new.
     """
     check_repo_id(repo_id)
-    with TemporaryDirectory() as work, readable_errors(repo_id, revision=revision, pushes=True):
+    with TemporaryDirectory() as work, hub_errors(repo_id, revision=revision, pushes=True):
         folder = Path(work, "checkpoint")
         write_checkpoint(folder, saved)
         for name, content in (documents or {}).items():

@@ -84,7 +84,7 @@ class HubFiles:
         lacking = [name for name in most_bytes if not self._is_there(name)]
         if not lacking:
             return
-        with readable_errors(self.repo_id, revision=self.commit):
+        with hub_errors(self.repo_id, revision=self.commit):
             if not self.local_files_only:
                 self._check_sizes({name: most_bytes[name] for name in lacking})
             snapshot_download(
@@ -108,7 +108,7 @@ class HubFiles:
         """Download those of some files that the repository has, and return their names; see `fetch`."""
         there = [name for name in most_bytes if (self.folder / name).is_file()]
         if not self.local_files_only and len(there) < len(most_bytes):
-            with readable_errors(self.repo_id, revision=self.commit):
+            with hub_errors(self.repo_id, revision=self.commit):
                 there = [each.path for each in self._described(list(most_bytes))]
         self.fetch({name: most_bytes[name] for name in there})
         return there
@@ -211,7 +211,7 @@ def on_hub(repo_id: str, *, is_folder: bool = True, **options: Unpack[DownloadOp
     """
     check_repo_id(repo_id)
     wanted: dict[str, Any] = {"repo_id": repo_id, "filename": CONFIG_FILE, **options, **LIBRARY}
-    with readable_errors(repo_id, revision=options.get("revision"), is_folder=is_folder):
+    with hub_errors(repo_id, revision=options.get("revision"), is_folder=is_folder):
         described: Any = hf_hub_download(**wanted, dry_run=True)
         check_size(Path(repo_id, CONFIG_FILE), MOST_INDEX_BYTES, size=described.file_size or 0)
         index = Path(hf_hub_download(**wanted))
@@ -237,7 +237,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 @contextmanager
-def readable_errors(
+def hub_errors(
     repo_id: str, *, revision: str | None = None, is_folder: bool = True, pushes: bool = False
 ) -> Iterator[None]:
     """Raise what huggingface_hub raises within the block as a `HubError` in one line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ _KINDS = {SINGLE: "one class", MULTI: "any number of classes", REGRESSION: "numb
 _OUTPUTS = {SINGLE: "softmax(-1)[0]", MULTI: "sigmoid()[0]", REGRESSION: "[0]"}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a language model is asked about a task.
+
+    Attributes:
+        template: what it reads, in which `{text}` is the example; None: the example alone.
+        words: what it answers with, one a class; empty: they are not known.
+        chat: whether that is the user's message in the tokenizer's chat template.
+    """
+
+    template: str | None = None
+    words: tuple[str, ...] = ()
+    chat: bool = False
+
+
 def model_card(
     saved: Checkpoint,
     repo_id: str,
@@ -40,6 +56,7 @@ def model_card(
     results: Sequence[EvalResult] = (),
     data_license: str | None = None,
     card_data: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Asked] | None = None,
 ) -> ModelCard:
     """Return the model card of a checkpoint. `ModelCard.save` writes it into a file.
 
@@ -50,6 +67,7 @@ def model_card(
         results: what was measured.
         data_license: the licence of the data that the tasks were learned from, if it is known.
         card_data: further metadata, or other than the card's own, in the words of `huggingface_hub.ModelCardData`.
+        asked: how a language model is asked about each task; None: that is not known, which the card then says.
 
     Raises:
         ValueError: metadata are invalid, or the name cannot be that of a repository.
@@ -74,9 +92,10 @@ def model_card(
         f"# {repo_id.rpartition('/')[2]}",
         _summary(saved, base),
         "## Use it",
-        f"```python\n{snippet(saved, repo_id, base)}```",
+        f"```python\n{snippet(saved, repo_id, base, asked)}```",
         "## Tasks",
         _table(["task", "an answer is", "classes"], [_row(entry.info) for entry in saved.adapters.entries()]),
+        *_questions(saved, asked),
         *_measured(results),
         "## Method and settings",
         "Q-tuning ([2404.14607](https://arxiv.org/abs/2404.14607)) with NoRGa's gate "
@@ -100,13 +119,14 @@ def on_the_hub(name: str | None) -> str | None:
     return name if name and not Path(name).exists() and is_repo_id(name) else None
 
 
-def snippet(saved: Checkpoint, repo_id: str, base: str | None) -> str:
+def snippet(saved: Checkpoint, repo_id: str, base: str | None, asked: Mapping[str, Asked] | None = None) -> str:
     """Return Python that loads the base model and the checkpoint, and asks the first task.
 
     Args:
         saved: the checkpoint.
         repo_id: its repository.
         base: the base model's name on the hub; None: it is said that the reader must know.
+        asked: how a language model is asked about each task, if that is known.
     """
     task_type, images = saved.config.task_type, saved.config.task_type == "image-classification"
     kind = saved.base_model if hasattr(transformers, saved.base_model) else _AUTO.get(task_type, "AutoModel")
@@ -126,8 +146,10 @@ def snippet(saved: Checkpoint, repo_id: str, base: str | None) -> str:
     lines += ["", f"model.set_task({info.name!r})"]
     if images:
         lines = ["from PIL import Image", *lines, 'inputs = processor(Image.open("picture.png"), return_tensors="pt")']
-    else:
+    elif task_type in HEAD_TASK_TYPES:
         lines.append('inputs = tokenizer("a text", return_tensors="pt")')
+    else:
+        lines += _question((asked or {}).get(info.name))
     if task_type in HEAD_TASK_TYPES and info.classes:
         lines += [
             f"outputs = model(**inputs).logits.detach().{_OUTPUTS[info.problem_type]}".replace(".[", "["),
@@ -137,10 +159,30 @@ def snippet(saved: Checkpoint, repo_id: str, base: str | None) -> str:
         lines.append("print(model.encode(inputs).shape)  # the task is a prompt without a head")
     else:
         lines += [
-            "tokens = model.generate(**inputs, max_new_tokens=20)",
+            "tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)",
             "print(tokenizer.batch_decode(tokens, skip_special_tokens=True)[0])",
         ]
     return "\n".join([*lines, ""])
+
+
+def _question(asked: Asked | None) -> list[str]:
+    """Return Python that asks a language model as it was asked in training."""
+    if asked is None:
+        return ['inputs = tokenizer("a text", return_tensors="pt")  # in the template of its training, if it had one']
+    lines = ['text = "a text"']
+    if asked.template is not None:
+        lines.append(f'text = {asked.template!r}.replace("{{text}}", text)')
+    if asked.chat:
+        lines += [
+            'message = [{"role": "user", "content": text}]',
+            "text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)",
+            'inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+        ]
+    else:
+        lines.append('inputs = tokenizer(text.rstrip(), return_tensors="pt")')
+    if asked.words:
+        lines.append(f"# it was taught to answer with one of {', '.join(map(repr, asked.words))}")
+    return lines
 
 
 def _summary(saved: Checkpoint, base: str | None) -> str:
@@ -159,6 +201,28 @@ def _summary(saved: Checkpoint, base: str | None) -> str:
     if saved.is_of_one_task:
         said += " The queue of prompts, from which further tasks are learned, is not here."
     return said
+
+
+def _questions(saved: Checkpoint, asked: Mapping[str, Asked] | None) -> list[str]:
+    """Return how a language model is to be asked about each task."""
+    if saved.config.task_type in HEAD_TASK_TYPES or not len(saved.adapters):
+        return []
+    if asked is None:
+        return [
+            "How texts were put to the model (a template, the tokenizer's chat template) and the words of its answers "
+            "are not in the checkpoint: ask as in training, or answers are worse."
+        ]
+    rows = [
+        [name, f"`{each.template!r}`" if each.template else "the text alone", ", ".join(each.words) or "not known"]
+        for name, each in asked.items()
+    ]
+    chat = any(each.chat for each in asked.values())
+    return [
+        "What the model reads, with an example in place of `{text}`"
+        + (", as the user's message in the tokenizer's chat template" if chat else "")
+        + ", and the words that it was taught to answer with:",
+        _table(["task", "it reads", "it answers"], rows),
+    ]
 
 
 def _row(info: AdapterInfo) -> list[str]:

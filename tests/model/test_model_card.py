@@ -13,7 +13,7 @@ from transformers import BertModel
 
 from qtuning_fast import QTuningModel
 from qtuning_fast.method.labels import MULTI, REGRESSION, SINGLE
-from qtuning_fast.model.model_card import is_written_by_us, model_card, on_the_hub
+from qtuning_fast.model.model_card import Asked, is_written_by_us, model_card, on_the_hub
 from qtuning_fast.model.saving import checkpoint_of
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -80,6 +80,45 @@ def test_the_python_of_a_page_runs_for_every_type_of_task(
     Image.new("RGB", (size or 4, size or 4)).save("picture.png")
     printed = runs(ModelCard(hub.files("user/adapters")["README.md"].decode()), tmp_path / "base", capsys)
     assert printed.startswith("{'0': " if name == "DINOv2" else "torch.Size([1, ")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_python_of_a_page_asks_in_the_template(
+    families: Any,
+    recognising: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    hub: Any,
+    chat: bool,
+) -> None:
+    model = recognising(families["Llama"], 2)
+    asked = {name: Asked("It's `{text}`\n```\n|", ("good", "bad"), chat) for name in model.tasks}
+    card, unknown = card_of(model, asked=asked), card_of(model)
+    model.push_to_hub("user/adapters")
+    base = model.detach()
+    base.save_pretrained(tmp_path / "base")
+    read: list[Any] = []
+
+    class Processor:
+        from_pretrained = classmethod(lambda cls, source: cls())
+        batch_decode = staticmethod(lambda tokens, **_: [str(tokens.shape)])
+
+        def __call__(self, text: str, **how: Any) -> dict[str, Any]:
+            read.append((text, how.get("add_special_tokens", True)))
+            return families["Llama"].batch(seed=0, size=1)
+
+        def apply_chat_template(self, said: list[dict[str, str]], *, tokenize: bool, **how: Any) -> str:
+            assert not tokenize and how == {"add_generation_prompt": True} and said[0]["role"] == "user"
+            return f"<{said[0]['content']}>"
+
+    monkeypatch.setattr("transformers.AutoTokenizer", Processor)
+    assert runs(card, tmp_path / "base", capsys).startswith("torch.Size([1, ")
+    whole = "It's `a text`\n```\n|"
+    assert read == [(f"<{whole}>", False) if chat else (whole, True)]
+    assert "answer with one of 'good', 'bad'" in card.text and "| good, bad |" in card.text
+    assert ("chat template" in card.text) is chat and "not in the checkpoint" not in card.text
+    assert "are not in the checkpoint" in unknown.text and "answer with one of" not in unknown.text
 
 
 def test_the_header_and_the_page_say_what_it_is(tiny_bert: Any, learned: Any) -> None:
