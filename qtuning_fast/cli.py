@@ -334,7 +334,7 @@ def bench(
 @with_options(_SERVING)
 def serve(folder: RunFolder, **given: Any) -> None:
     """Serve a run over HTTP: batches that mix tasks, adapters that come and go. Ctrl-C and SIGTERM drain."""
-    with readable_errors("Nothing is kept."):
+    with readable_errors("Nothing is kept.", alone="serve"):
         silence_libraries()
         from qtuning_fast.serving.command import run_server
 

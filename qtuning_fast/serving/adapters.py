@@ -9,6 +9,7 @@ have begun.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -65,9 +66,10 @@ class ServedAdapters:
         self._check_template = check_template
         self._folder, self._model, self._most_tasks = folder, model, most_tasks
         self._check_words = check_words
-        self._own = {name: model.adapters.entry(name).file for name in model.tasks}
+        self._own = frozenset(model.tasks)
+        self._versions = {name: _version(_own_entry(model, name)) for name in self._own}
         self._seen: tuple[int, ...] | None = None
-        self._added: dict[str, tuple[str, str | None]] = {}  # the digests of adapter and statistics
+        self._added: dict[str, dict[str, Any]] = {}  # what the index says of them
         folder.mkdir(parents=True, exist_ok=True)
         model.learning.last_learned = None  # nothing is trained here, so no task is kept for memory retention
         self.refresh()
@@ -82,9 +84,8 @@ class ServedAdapters:
         return name in self._added
 
     def version(self, name: str) -> str:
-        """The start of the SHA-256 of a task's adapter."""
-        file = self._model.adapters.entry(name).file
-        return "" if file is None else file.sha256[:VERSION_CHARACTERS]
+        """The start of the SHA-256 of all that the index says of a task, except names: another for any change."""
+        return self._versions[name]
 
     def refresh(self) -> None:
         """Make the model's tasks those of the index, if it has changed.
@@ -107,16 +108,16 @@ class ServedAdapters:
         """Make the model's tasks those of the index."""
         index = self._index()
         entries = {entry["name"]: entry for entry in index["tasks"]}
-        wanted = {name: (entry["sha256"], entry.get("statistics", {}).get("sha256")) for name, entry in entries.items()}
         removed, tasks = set(index["removed"]), self._model.tasks
         for name in tasks:
-            if self._added.get(name) != wanted.get(name) or (name in removed and name not in wanted):
+            if self._added.get(name) != entries.get(name) or (name in removed and name not in entries):
                 self._model.remove_task(name)
                 self._added.pop(name, None)
-        coming = [name for name in wanted if name not in self._model.adapters]
+        coming = [name for name in entries if name not in self._model.adapters]
         if coming:
             self._model.load_tasks(self._folder, coming, lazy=True)
-            self._added |= {name: wanted[name] for name in coming}
+            self._added |= {name: entries[name] for name in coming}
+            self._versions |= {name: _version(entries[name]) for name in coming}
         self.label_words = {
             name: tuple(entry["label_words"]) for name, entry in entries.items() if "label_words" in entry
         }
@@ -151,7 +152,7 @@ class ServedAdapters:
             if name not in self._model.adapters:
                 raise Refused(404, "name", f"task {name!r} is not served")
             kept = [each for each in index["tasks"] if each["name"] != name]
-            removed = {*index["removed"], *({name} & self._own.keys())}
+            removed = {*index["removed"], *({name} & self._own)}
             self._write(index | {"tasks": kept, "removed": sorted(removed)})
 
     # The index
@@ -197,14 +198,16 @@ class ServedAdapters:
             raise Refused(503, "server", said, retry_after=5) from None
 
     def _write(self, index: dict[str, Any]) -> None:
+        """Replace the index. The files that it drops are dated now, so that `_sweep` keeps them for a while."""
+        for name in _files(self._index()) - _files(index):
+            with suppress(FileNotFoundError):
+                os.utime(self._folder / name)
         write_json(self._path, index)
         self.refresh()
 
     def _sweep(self) -> None:
         """Delete files that no index has named for a while."""
-        index, now = self._index(), time.time()
-        named = {entry["file"] for entry in index["tasks"]}
-        named |= {entry["statistics"]["file"] for entry in index["tasks"] if "statistics" in entry}
+        named, now = _files(self._index()), time.time()
         for path in self._folder.iterdir():
             with suppress(FileNotFoundError):
                 ours = bool(_OURS.fullmatch(path.name)) and path.name not in named
@@ -257,6 +260,30 @@ class ServedAdapters:
             self._check_template(template)
         except ValueError as error:
             raise Refused(422, "template", str(error)) from None
+
+
+def _own_entry(model: QTuningModel, name: str) -> dict[str, Any]:
+    """What the run's index says of one of its tasks."""
+    adapter = model.adapters.entry(name)
+    assert adapter.file is not None  # a saved run's model
+    if name not in model.statistics:
+        return task_entry(adapter.info, adapter.file)
+    statistics = model.statistics.entry(name)
+    return task_entry(adapter.info, adapter.file, statistics.info, statistics.file)
+
+
+def _version(entry: dict[str, Any]) -> str:
+    """A digest of an entry of an index, without the names of the task and of its files: their content is in it."""
+    content = {key: value for key, value in entry.items() if key not in ("name", "file")}
+    if "statistics" in content:
+        content["statistics"] = {key: value for key, value in content["statistics"].items() if key != "file"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:VERSION_CHARACTERS]
+
+
+def _files(index: dict[str, Any]) -> set[str]:
+    """The files that an index names."""
+    of_statistics = {entry["statistics"]["file"] for entry in index["tasks"] if "statistics" in entry}
+    return {entry["file"] for entry in index["tasks"]} | of_statistics
 
 
 def _check_name(name: str) -> None:

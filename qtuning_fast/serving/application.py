@@ -29,6 +29,7 @@ NAME = "qtuning_fast"
 _TRIES = 3
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _COUNTS = [float(2**power) for power in range(11)]
+_OF_SERVE = ("host", "port", "metrics_port")  # options that mean nothing where Serve and Ray listen
 
 
 @serve.deployment(name="Engine")
@@ -218,7 +219,8 @@ def app(arguments: dict[str, str]) -> serve.Application:
 
     Args:
         arguments: `run`, any option of `ServingOptions`, and `gateways`, how many processes take in requests. On a
-            cluster others reach the server, so it needs keys, or `without_keys=true`. Address and ports are Serve's.
+            cluster others reach the server, so it needs keys, or `without_keys=true`. Address and ports are Serve's:
+            `host`, `port` and `metrics_port` are refused.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -229,10 +231,15 @@ def app(arguments: dict[str, str]) -> serve.Application:
     run, gateways = Path(words.pop("run")).absolute(), words.pop("gateways", "1")
     if not gateways.isdigit() or gateways == "0":
         raise ValueError(f"gateways is {gateways!r}; it must be a positive integer")
+    if of_serve := [name for name in _OF_SERVE if name in words]:
+        raise ValueError(
+            f"{', '.join(of_serve)}: no argument of this application; address and port are those of `serve start "
+            "--http-host --http-port`, or http_options in the file of `serve deploy`, and the metrics' port is Ray's"
+        )
     from qtuning_fast.serving.engine import check_run
 
     check_run(run)
-    options = ServingOptions.from_words({"host": "0.0.0.0"} | words)
+    options = ServingOptions.from_words(words | {"host": "0.0.0.0"})  # wherever Serve listens, others may reach it
     keys = Keys.read(options)
     engines = engine(run, options, cpus=options.threads or 1)  # how many a node has is not known here
     bound = (

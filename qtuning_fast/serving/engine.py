@@ -110,7 +110,7 @@ class Engine:
                 return [refused]
         except CorruptFileError as error:
             if len(questions) == 1:
-                return [Refused(503, "server", str(error))]
+                return [Refused(503, "server", str(error), 5)]  # its file was replaced meanwhile, or will be restored
         except Exception as error:
             if len(questions) == 1:
                 return [_unanswered(questions[0], error)]

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette._utils import get_route_path  # what Starlette and FastAPI route by; there is no public name
 from starlette.responses import JSONResponse
 
 from qtuning_fast.serving.keys import Keys
@@ -21,8 +22,9 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _DRAINED_BYTES, _DRAINED_SECONDS = 2**26, 1.0
-_CHANGING = ("PUT", "DELETE", "POST", "PATCH")
-_ROUTES = ("/v1/answers", "/v1/tasks", "/health/live", "/health/ready", "/openapi.json", "/docs", "/")
+_READING = ("GET", "HEAD", "OPTIONS")
+_PUBLIC = ("/health/live", "/health/ready", "/openapi.json", "/docs", "/", "")  # "" is led on to "/"
+_ROUTES = ("/v1/answers", "/v1/tasks", *_PUBLIC)
 
 
 class Guard:
@@ -46,6 +48,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         began, status, has_body = time.perf_counter(), 500, True
+        path = get_route_path(scope)  # not scope["path"], which has the prefix under which a proxy offers this server
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -61,8 +64,9 @@ class Guard:
 
         try:
             try:
-                self._check(scope)
-                body = await self._read(scope, read)
+                administrates = _administrates(scope["method"], path)
+                self._check(scope, path, administrates=administrates)
+                body = await self._read(read, self._most(administrates=administrates))
             except Refused as refused:
                 if has_body:
                     await _drain(read)
@@ -70,33 +74,33 @@ class Guard:
                 return
             await self._app(scope, _once(body, receive), noted)
         finally:
-            self._counted(_route(scope["path"]), status, time.perf_counter() - began)
+            self._counted(_route(path), status, time.perf_counter() - began)
 
-    def _check(self, scope: MutableMapping[str, Any]) -> None:
+    def _check(self, scope: MutableMapping[str, Any], path: str, *, administrates: bool) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        path, options = scope["path"], self._options
+        options, most = self._options, self._most(administrates=administrates)
         if options.is_loopback and not self._keys.asking and _host(headers.get("host", "")) not in LOOPBACK_NAMES:
             # Else a page of any site whose name leads here could ask in the user's browser.
             raise Refused(421, "Host", f"this server answers for {', '.join(LOOPBACK_NAMES)} alone")
-        if path.startswith("/v1/"):
+        if path not in _PUBLIC:  # whatever else it is, and whether or not it exists
             given = headers.get("authorization", "")
             if not self._keys.may_ask(given):
                 raise Refused(401, "Authorization", "give a key: `Authorization: Bearer KEY`")
-            if _administrates(scope) and not self._keys.may_administrate(given):
+            if administrates and not self._keys.may_administrate(given):
                 why = "this is not a key of administration" if self._keys.administration else "administration is off"
                 raise Refused(403, "Authorization", f"{why}; QTUNING_FAST_ADMIN_KEYS or --admin-keys-file sets keys")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._most(scope):
-            raise _too_large(self._most(scope))
+        if not length.isdigit() or int(length) > most:
+            raise _too_large(most)
 
-    def _most(self, scope: MutableMapping[str, Any]) -> int:
+    def _most(self, *, administrates: bool) -> int:
         """The size of the body at most, in bytes."""
         options = self._options
         form = 2**18  # what a form has beside its files
-        return options.max_adapter_mb * 2**20 + form if _administrates(scope) else options.max_body_kb * 2**10
+        return options.max_adapter_mb * 2**20 + form if administrates else options.max_body_kb * 2**10
 
-    async def _read(self, scope: MutableMapping[str, Any], receive: Receive) -> bytes:
-        parts, size, most = [], 0, self._most(scope)
+    async def _read(self, receive: Receive, most: int) -> bytes:
+        parts, size = [], 0
         try:
             async with asyncio.timeout(self._options.timeout):
                 while True:
@@ -113,8 +117,8 @@ class Guard:
             raise Refused(408, "body", f"it did not arrive within {self._options.timeout:g} s") from None
 
 
-def _administrates(scope: MutableMapping[str, Any]) -> bool:
-    return scope["method"] in _CHANGING and scope["path"].startswith("/v1/tasks")
+def _administrates(method: str, path: str) -> bool:
+    return method not in _READING and path.startswith("/v1/tasks")
 
 
 def _host(header: str) -> str:
@@ -166,4 +170,4 @@ def _route(path: str) -> str:
     """A name for the path that has few values, whatever is asked for."""
     if path.startswith("/v1/tasks/"):
         return "/v1/tasks/{name}"
-    return path if path in _ROUTES else "other"
+    return (path or "/") if path in _ROUTES else "other"

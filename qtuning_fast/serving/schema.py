@@ -11,6 +11,7 @@ from qtuning_fast.serving.options import ServingOptions
 
 MOST_CHARACTERS_OF_A_NAME = 200
 MOST_TASKS_ASKED = 8
+_VERSION = "the start of a SHA-256 over its adapter, statistics, labels, words and template."
 
 TaskName = Annotated[str, StringConstraints(min_length=1, max_length=MOST_CHARACTERS_OF_A_NAME)]
 
@@ -88,7 +89,7 @@ class Answer(BaseModel):
     """The answer to one text."""
 
     task: str
-    adapter: str = Field(description="Which version of the task's adapter answered: the start of its SHA-256.")
+    adapter: str = Field(description=f"Which version of the task answered: {_VERSION}")
     problem_type: str
     labels: list[str] = Field(description="The most probable label, or those above one half; none of a number.")
     outputs: dict[str, float] = Field(description="The probability of each label, or the numbers that are predicted.")
@@ -108,7 +109,7 @@ class TaskDescription(BaseModel):
     name: str
     labels: list[str]
     problem_type: str
-    adapter: str = Field(description="The version of its adapter: the start of its SHA-256.")
+    adapter: str = Field(description=f"Its version: {_VERSION}")
     bytes: int = Field(description="Size of its adapter.")
     is_inferred: bool = Field(description="Whether it is considered for texts whose task is not named.")
     is_added: bool = Field(description="Whether its adapter was added while serving, not by the run.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -112,6 +113,39 @@ def test_files_that_nothing_names_stay_for_a_while(run, engine, sending, monkeyp
     assert len(list(folder.glob("task-*"))) == 1 and answer(engine, "furry").labels
 
 
+def test_files_that_were_in_use_until_now_stay_however_old_they_are(run, engine, sending):
+    folder = run / "served"
+    for change in (lambda: engine.put("painted", sending("animals")), lambda: engine.remove("painted")):
+        engine.put("painted", sending("colours"))
+        other = Engine(run, ServingOptions())  # has not read the files yet
+        used = [folder / name for name in module._files(read_json(folder / "adapter_config.json"))]
+        assert len(used) == 2
+        for path in used:
+            os.utime(path, (0, 0))  # put long ago
+        change()
+        assert all(path.exists() for path in used)
+        assert isinstance(other._answers([Asked(TEXT, "painted")])[0], Answer)  # of a batch that began before
+
+
+def test_another_entry_of_the_same_tensors_is_another_version(run, engine, sending):
+    def with_labels(content):
+        content["tasks"][0]["label_names"] = [name.upper() for name in content["tasks"][0]["label_names"]]
+
+    other = Engine(run, ServingOptions())
+    engine.put("painted", sending("colours"))
+    before = [answer(each, "painted") for each in (engine, other)]
+    assert before[0].adapter == before[1].adapter == answer(engine, "colours").adapter
+    engine.put("painted", sending(index=with_index(run, with_labels)))
+    for each in (engine, other, Engine(run, ServingOptions())):
+        after = answer(each, "painted")
+        assert after.labels == [name.upper() for name in before[0].labels]
+        assert after.adapter == each.task("painted").adapter != before[0].adapter
+    without = engine.put("painted", sending(statistics=None))[0]
+    assert without.adapter not in (before[0].adapter, after.adapter)
+    engine.put("painted", sending("colours"))
+    assert answer(other, "painted").adapter == before[0].adapter
+
+
 def test_what_does_not_fit_is_refused_by_name(run, engine, sending):
     good = sending("colours")
     flipped = good.tensors[:-1] + bytes([good.tensors[-1] ^ 1])
@@ -202,7 +236,8 @@ def test_an_adapter_whose_file_is_lost_harms_no_other(run, engine, sending):
     for path in (run / "served").glob("task-*"):
         path.unlink()
     lost, there = Engine(run, ServingOptions()).answer([Asked(TEXT, "new"), Asked(TEXT, "warm")])
-    assert isinstance(lost, Refused) and lost.status == 503 and "is missing" in lost.message
+    assert isinstance(lost, Refused) and "is missing" in lost.message
+    assert (lost.status, lost.retry_after) == (503, 5)
     assert isinstance(there, Answer)
 
 

@@ -248,6 +248,8 @@ def test_what_serve_run_is_told_is_checked(run, monkeypatch):
         ({"run": str(run), "gateways": "none"}, "gateways is 'none'"),
         ({"run": str(run), "colour": "red"}, "colour: no such option"),
         ({"run": str(run)}, "there is no key"),
+        ({"run": str(run), "host": "127.0.0.1"}, "host: no argument of this application; address and port are those"),
+        ({"run": str(run), "port": "80", "metrics_port": "81"}, "port, metrics_port: no argument"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             app(words)

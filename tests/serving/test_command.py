@@ -52,6 +52,14 @@ def test_wrong_options_are_refused_by_name(options: list[str], said: str, finish
     assert code == 2 and said in output and "Traceback" not in output
 
 
+def test_a_launcher_of_several_processes_is_refused(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtuning_fast.model.distributed.process_count", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("qtuning_fast.lifelong.processes.leave", lambda code: None)  # else this process ends
+    code, output = call(f"--run={finished_run}", "--port=0")
+    assert code == 2 and "serve runs in one process, but a launcher has started 2; start it without" in output
+
+
 def test_a_missing_package_is_named(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     code, output = call(f"--run={finished_run}")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 
 import pytest
 
-pytest.importorskip("starlette", reason="serving needs FastAPI: pip install 'qtuning_fast[serve]'")
+pytest.importorskip("fastapi", reason="serving needs FastAPI: pip install 'qtuning_fast[serve]'")
 
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from starlette.responses import PlainTextResponse
 
+from qtuning_fast.serving import gateway
 from qtuning_fast.serving.guard import Guard
-from qtuning_fast.serving.keys import Keys
+from qtuning_fast.serving.keys import Keys, _digest
 from qtuning_fast.serving.options import ServingOptions
+from qtuning_fast.serving.schema import Refused
 
 KEY, ADMIN = "a-key-that-asks-1", "a-key-of-an-admin"
 
@@ -22,13 +27,15 @@ async def echo(scope, receive, send):
     await PlainTextResponse(message["body"])(scope, receive, send)
 
 
-def ask(guard, path="/v1/answers", method="POST", body=(b"{}",), pause=0.0, **headers):
+def ask(guard, path="/v1/answers", method="POST", body=(b"{}",), pause=0.0, root_path="", **headers):
     """Send a request with its body in parts; return status, body and headers."""
     parts, sent = list(body), []
     scope = {
         "type": "http",
         "method": method,
         "path": path,
+        "root_path": root_path,
+        "query_string": b"",
         "headers": [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()],
     }
 
@@ -43,6 +50,7 @@ def ask(guard, path="/v1/answers", method="POST", body=(b"{}",), pause=0.0, **he
         sent.append(message)
 
     asyncio.run(guard(scope, receive, send))
+    assert sent, "there is no response"
     named = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], b"".join(each.get("body", b"") for each in sent), named
 
@@ -94,11 +102,112 @@ def test_a_site_whose_name_leads_here_is_refused(host, keys):
 )
 def test_who_may_do_what(method, path, key, status, keys):
     headers = {} if key is None else {"authorization": key}
-    found, body, named = ask(guard_of(keys), path, method, host="localhost", **headers)
-    assert found == status, body
-    if status in (401, 403):
-        assert b'"field":"Authorization"' in body and KEY.encode() not in body
-    assert ("www-authenticate" in named) is (status == 401)
+    for prefix in ("", "/qt", "/v1", "/v1/tasks"):  # under which Serve or a proxy offers it: in path and root_path
+        found, body, named = ask(guard_of(keys), prefix + path, method, root_path=prefix, host="localhost", **headers)
+        assert found == status, (prefix, body)
+        if status in (401, 403):
+            assert b'"field":"Authorization"' in body and KEY.encode() not in body
+        assert ("www-authenticate" in named) is (status == 401)
+
+
+class Reached:
+    """A backend that notes what reaches it."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def answer(self, asked, timeout):
+        self.calls.append("answer")
+        raise Refused(409, "server", "reached")
+
+    async def call(self, method, *arguments):
+        self.calls.append(method)
+        raise Refused(409, "server", "reached")
+
+    async def is_ready(self):
+        return True
+
+
+FORM = b"".join(
+    b'--x\r\nContent-Disposition: form-data; name="%b"; filename="a"\r\n\r\na\r\n' % name
+    for name in (b"index", b"tensors")
+)
+DIGESTS = Keys(asking=(_digest(KEY),), administration=(_digest(ADMIN),))
+
+
+BACKEND = Reached()
+
+
+@cache
+def guarded():
+    counting = gateway.Counting(lambda *ignored: None, lambda answers: None)
+    return gateway.build(BACKEND, ServingOptions(), DIGESTS, counting)
+
+
+def reached(method, path, root_path, key):
+    """Ask a whole gateway that has keys; return the status and what reached the backend."""
+    BACKEND.calls = []
+    kind, body = "application/json", b'{"texts": ["a"]}'
+    if method == "PUT":
+        kind, body = "multipart/form-data; boundary=x", FORM + b"--x--\r\n"
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    status, *_ = ask(
+        guarded(), path, method, (body,), root_path=root_path, host="localhost", content_type=kind, **headers
+    )
+    return status, BACKEND.calls
+
+
+CALLS = [
+    ("POST", "/v1/answers", "answer"),
+    ("GET", "/v1/tasks", "tasks"),
+    ("GET", "/v1/tasks/a/b", "task"),
+    ("PUT", "/v1/tasks/a/b", "put"),
+    ("DELETE", "/v1/tasks/a/b", "remove"),
+]
+PUBLIC = ["/", "/docs", "/openapi.json", "/health/live", "/health/ready"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/qt", "/v1", "/v1/tasks", "/docs", "/a/b"])
+def test_routes_are_guarded_under_any_prefix(prefix):
+    for method, path, call in CALLS:
+        changes = call in ("put", "remove")
+        assert reached(method, prefix + path, prefix, None) == (401, [])
+        assert reached(method, prefix + path, prefix, KEY) == ((403, []) if changes else (409, [call]))
+        assert reached(method, prefix + path, prefix, ADMIN) == (409, [call])
+    for path in PUBLIC:
+        assert reached("GET", prefix + path, prefix, None) == (200, [])
+    for path in ("/nowhere", "/v2/tasks", "/docs/x", "/v1"):
+        assert reached("GET", prefix + path, prefix, None) == (401, [])
+        assert reached("GET", prefix + path, prefix, KEY) == (404, [])
+
+
+@pytest.mark.parametrize("prefix", ["", "/qt"])
+def test_a_large_body_is_for_adapters_alone_under_any_prefix(prefix):
+    guard = guard_of(max_body_kb=2, max_adapter_mb=1)
+    for path, status in (("/v1/tasks/x", 200), ("/v1/answers", 413), ("/v1/other", 413), ("/", 413)):
+        found = ask(guard, prefix + path, "PUT", (b"x" * 2**20,), root_path=prefix, host="localhost")[0]
+        assert found == status, path
+
+
+PIECES = ["/", "//", "v1", "V1", "tasks", "answers", "x", "qt", "docs", "health/live", "/v1/tasks/x", "/v1/answers"]
+ODD = ["..", "/../", ".", "%2f", "%2F", "%00", "\n", "\\", ";", "?", "#", " ", "\u00e9", "\u2215", "\x00"]
+PATHS = st.lists(st.sampled_from(PIECES + ODD) | st.text(max_size=3), max_size=6).map("".join)
+ROOTS = st.sampled_from(["", "/", "/qt", "/qt/", "qt", "/v1", "/v1/tasks", "/docs", "//"]) | PATHS
+METHODS = st.sampled_from(["GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH", "delete", "ANY"])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(method=METHODS, root=ROOTS, path=PATHS, under=st.booleans())
+@example(method="DELETE", root="/qt", path="/v1/tasks/x", under=True)
+@example(method="GET", root="/docs", path="/v1/tasks", under=True)
+@example(method="POST", root="", path="/v1/answers\n", under=False)
+@example(method="GET", root="/", path="//v1/tasks", under=False)
+@example(method="GET", root="/qt", path="/v1/tasks", under=False)
+def test_without_a_key_no_path_reaches_the_backend(method, root, path, under):
+    path = root + path if under else path
+    status, calls = reached(method, path, root, None)
+    assert calls == [] and status in (200, 307, 401, 404, 405)
+    assert not {"put", "remove"} & {*reached(method, path, root, KEY)[1]}
 
 
 def test_a_wrong_key_is_refused_before_the_body_is_read(keys):
@@ -141,6 +250,7 @@ def test_requests_are_counted_by_few_names():
     guard = guard_of(counted=lambda *each: seen.append(each[:2]))
     for path in ("/v1/answers", "/v1/tasks/one", "/v1/tasks/two/three", "/secret", "/v1/x"):
         ask(guard, path, host="localhost")
+    ask(guard, "/qt/v1/tasks/one", root_path="/qt", host="localhost")
     ask(guard, host="elsewhere")
     route = "/v1/tasks/{name}"
     assert seen == [
@@ -149,5 +259,6 @@ def test_requests_are_counted_by_few_names():
         (route, 200),
         ("other", 200),
         ("other", 200),
+        (route, 200),
         ("/v1/answers", 421),
     ]

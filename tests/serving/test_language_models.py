@@ -114,6 +114,19 @@ def test_added_tasks_bring_their_template(run: Path, tmp_path: Path) -> None:
     assert other.outputs != pytest.approx(own.outputs, abs=1e-4)
 
 
+def test_other_words_or_another_template_are_another_version(run: Path, tmp_path: Path) -> None:
+    engine, other = (Engine(run, ServingOptions(adapters=str(tmp_path))) for _ in range(2))
+    versions = []
+    for words, template in ((None, TEMPLATE), ('["red", "green"]', TEMPLATE), (None, "{text} was the"), (None, None)):
+        engine.put("new", sent(run, words, template))
+        first, second = (each.answer([Asked(TEXTS[0], "new")])[0] for each in (engine, other))
+        assert isinstance(first, Answer) and first == second
+        versions.append(first.adapter)
+    assert len(set(versions)) == 4
+    engine.put("again", sent(run))
+    assert engine.task("again").adapter == versions[0]
+
+
 @pytest.mark.parametrize("template", ["no place", "{text} {text}", "{text}" + " red" * 20])
 def test_templates_that_do_not_fit_are_refused(template: str, run: Path, tmp_path: Path) -> None:
     engine = Engine(run, ServingOptions(adapters=str(tmp_path)))
