@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qtuning_fast.model.checked_files import read_json
 
 def test_a_saved_run_has_its_settings_and_gives_its_accuracies_again(settings: RunSettings, finished_run: Path) -> None:
     saved = SavedRun(finished_run)
-    assert saved.options == settings.training and saved.data == settings.data
+    assert saved.options == replace(settings.training, prompt_rate=3e-3) and saved.data == settings.data
     final = read_json(finished_run / "metrics.json")["task_adapter"]["accuracy_matrix"][-1]
     assert [saved.score(task.test, task.name) for task in saved.load_tasks()] == final
     chances = saved.predict(["the red one", "a green one", "the red one"], "colours")
